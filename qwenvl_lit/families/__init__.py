@@ -1,0 +1,1 @@
+"""Model families: what turns conversations into tensors and tensors back into text and boxes."""

@@ -1,0 +1,48 @@
+"""The seam for other models: a new family is one file beside this one and one yaml in `conf/model/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qwenvl_lit.types import Batch, Conversation, Prediction, Sample
+
+
+class Processor(Protocol):
+    """Text and pictures to tensors and back. Cheap to copy into data workers: it holds no weights."""
+
+    pad_id: int
+    stop_ids: tuple[int, ...]  # an answer ends before the first of these
+
+    def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
+        """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
+
+        Raises:
+            DataError: a picture is unreadable, a box names a picture that does not exist, or the sample is too long.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
+        """Generated ids (without the prompt) to text, boxes in pixels of the conversation's pictures."""
+        ...
+
+
+class Family(Protocol):
+    """One kind of model."""
+
+    parts: Mapping[str, str]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
+    packable: bool  # may several samples share a row, told apart by restarting positions?
+
+    def processor(self) -> Processor: ...
+
+    def load(self) -> PreTrainedModel:
+        """The network with its base weights, in evaluation mode on the CPU or its final device."""
+        ...
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the model's `forward` and `generate` for a batch."""
+        ...

@@ -1,0 +1,202 @@
+"""Values that cross stages. They know no model's markup and check only what they can know alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+Frame = Literal["pixel", "grid", "unit"]  # pixels of the picture | integers 0..999 | 0..1
+Role = Literal["system", "user", "assistant"]
+
+
+class DataError(ValueError):
+    """Input that cannot be used; the message names file, line, id, what was expected and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """Axis-aligned box in the frame it was measured in; origin top-left. A model's answer may be inverted: readers check, the type does not."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    frame: Frame = "pixel"
+
+    def __post_init__(self):
+        if not all(map(math.isfinite, (self.x0, self.y0, self.x1, self.y1))):
+            raise DataError(f"box needs finite numbers, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quad:
+    """Four corners (x, y) in reading order, for rotated text and the like."""
+
+    points: tuple[tuple[float, float], ...]
+    frame: Frame = "pixel"
+
+    def __post_init__(self):
+        if len(self.points) != 4 or not all(math.isfinite(v) for point in self.points for v in point):
+            raise DataError(f"quad needs four points of finite numbers, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroundedObject:
+    """A phrase and where it is. A question may hold only one of the two: `label` None, or no `boxes`."""
+
+    label: str | None = None
+    boxes: tuple[Box | Quad, ...] = ()
+    picture: int = 0  # index among the pictures of the conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture by file, encoded bytes or PIL image. It is decoded late, in the worker that needs it."""
+
+    source: Path | bytes | Image.Image
+
+    def open(self) -> Image.Image:
+        """The decoded picture as stored (mode kept, no EXIF rotation: the original model does none).
+
+        Raises:
+            DataError: the file is missing, broken or no picture.
+        """
+        try:
+            if isinstance(self.source, Image.Image):
+                return self.source
+            stream = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+            with Image.open(stream) as image:
+                image.load()
+                return image
+        except FileNotFoundError:
+            raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, from the header alone.
+
+        Raises:
+            DataError: as `open`.
+        """
+        if isinstance(self.source, Path):
+            try:
+                with Image.open(self.source) as image:
+                    return image.size
+            except FileNotFoundError:
+                raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
+        return self.open().size
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the content: equal pictures have equal keys, wherever they are stored."""
+        if isinstance(self.source, Image.Image):
+            content = repr((self.source.mode, self.source.size)).encode() + self.source.tobytes()
+        else:
+            content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return hashlib.sha256(content).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """For messages and written predictions: the path, or what kind of picture it is."""
+        return str(self.source) if isinstance(self.source, Path) else f"<{type(self.source).__name__}>"
+
+
+Part = str | Picture | GroundedObject
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """What one speaker says."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """One row of a dataset, or one user's question."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...] = ()  # further right answers as plain text (captions, VQA's ten answers)
+    columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the row, for selecting and grouping scores
+    index: int = 0  # place in its dataset; predictions are written in this order
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All pictures in reading order; `GroundedObject.picture` counts in this tuple."""
+        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, Picture))
+
+    @property
+    def answer(self) -> Turn | None:
+        """The last turn, if it is the assistant's: what a prediction is compared with."""
+        return self.turns[-1] if self.turns and self.turns[-1].role == "assistant" else None
+
+    def prompt(self) -> Conversation:
+        """The conversation up to the answer."""
+        return replace(self, turns=self.turns[:-1]) if self.answer else self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """An encoded conversation of T tokens."""
+
+    conversation: Conversation
+    input_ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64, -100 where nothing is learned; not shifted
+    vision_positions: torch.Tensor  # (M,) int64: tokens that vision features overwrite, in picture order
+    vision: Mapping[str, torch.Tensor]  # the family's own tensors; concatenate along dimension 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """B padded rows of T tokens, or one packed row. Positions are flat indices into (B * T), so that no step has to search for them."""
+
+    conversations: tuple[Conversation, ...]
+    input_ids: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64, not shifted
+    attention_mask: torch.Tensor | None  # (B, T) int64; None when packed
+    position_ids: torch.Tensor | None  # (B, T) int64, restarting with each packed sample; None when padded
+    vision_positions: torch.Tensor  # (M,) int64
+    target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
+    vision: Mapping[str, torch.Tensor]
+
+    def _map(self, change) -> Batch:
+        def visit(value):
+            if isinstance(value, Mapping):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return change(value) if hasattr(value, "device") else value
+
+        return Batch(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device, non_blocking: bool = True) -> Batch:
+        """A copy on `device`; Lightning calls this."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; the DataLoader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """A model's answer to a conversation."""
+
+    conversation: Conversation  # with its expected answer, if it has one
+    text: str  # the answer in the family's markup, without end marks
+    parts: tuple[Part, ...]  # `text` parsed back: str, and GroundedObject in pixels
+    reference: str | None = None  # the expected answer in the same markup
