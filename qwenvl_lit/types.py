@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,7 +26,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
-    """Axis-aligned box in the frame it was measured in; origin top-left. A model's answer may be inverted: readers check, the type does not."""
+    """Axis-aligned box in the frame it was measured in; origin top-left.
+
+    A model's answer may be inverted: readers check the order, the type does not.
+    """
 
     x0: float
     y0: float
@@ -71,17 +75,9 @@ class Picture:
         Raises:
             DataError: the file is missing, broken or no picture.
         """
-        try:
-            if isinstance(self.source, Image.Image):
-                return self.source
-            stream = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-            with Image.open(stream) as image:
-                image.load()
-                return image
-        except FileNotFoundError:
-            raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
+        with self._opened() as image:
+            image.load()
+            return image
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,15 +86,21 @@ class Picture:
         Raises:
             DataError: as `open`.
         """
-        if isinstance(self.source, Path):
-            try:
-                with Image.open(self.source) as image:
-                    return image.size
-            except FileNotFoundError:
-                raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
-        return self.open().size
+        with self._opened() as image:
+            return image.size
+
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        if isinstance(self.source, Image.Image):
+            yield self.source
+            return
+        try:
+            with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
+                yield image
+        except FileNotFoundError:
+            raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
 
     @property
     def key(self) -> str:

@@ -1,0 +1,42 @@
+# make demo   train a small Qwen-VL on embedded pictures, score it, ask it a question   (a few minutes, CPU is enough)
+# make test   lint, types, tests
+# Both do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/train/demo
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint suite format clean
+
+demo: .venv/installed
+	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
+	$(BIN)/python -m qwenvl_lit.train hydra.run.dir=$(DEMO)
+	$(BIN)/python -m qwenvl_lit.test ckpt=$(DEMO) baseline=true hydra.run.dir=outputs/test/demo
+	$(BIN)/python -m qwenvl_lit.predict ckpt=$(DEMO) picture=$(DEMO)/example.png prompt="Where is the car?" hydra.run.dir=outputs/predict/demo
+
+test: lint suite
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+suite: .venv/installed-dev
+	$(BIN)/python -m pytest -q
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@

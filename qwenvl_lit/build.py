@@ -1,0 +1,83 @@
+"""Objects from a composed config. Hydra stops here: everything below takes plain values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.families.protocols import Processor
+from qwenvl_lit.runs import find_run
+from qwenvl_lit.task import Task
+from qwenvl_lit.types import DataError
+
+
+def task(config: DictConfig) -> Task:
+    """The task of `config`, without weights yet: `configure_model` loads them."""
+    return Task(
+        family=_object(config.model),
+        adapter=_object(config.adapter),
+        generation=_object(config.generation),
+        metrics=_object(config.metrics),
+        optim=_object(config.optim) if "optim" in config else None,
+        config=OmegaConf.to_container(config),
+    )
+
+
+def data(config: DictConfig, processor: Processor) -> DataModule:
+    """The datamodule of `config`; its yaml is a `_partial_`, since built objects must not pass through `instantiate`."""
+    return _object(config.data)(processor=processor)
+
+
+def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -> lightning.Trainer:
+    """Lightning's trainer, writing into the run folder; `callbacks` replaces those of the config."""
+    chosen = config.callbacks if callbacks is None else callbacks
+    return _object(config.trainer)(
+        default_root_dir=config.paths.run,
+        callbacks=[_object(node) for node in chosen.values()],
+        logger=list(_object(config.logger).values()) if config.get("logger") else False,
+    )
+
+
+def load_weights(task: Task, ckpt: str) -> Path:
+    """Fill a configured task with the trained tensors of `ckpt`; returns the file they came from.
+
+    Raises:
+        DataError: no such checkpoint, or it does not fit the task.
+    """
+    checkpoint = find_run(ckpt).checkpoint
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        task.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{checkpoint}: {error}") from error
+    return checkpoint
+
+
+def seed(config: DictConfig) -> None:
+    """Seed every generator, and silence library warnings that no user can act on."""
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def save_config(config: DictConfig) -> None:
+    """Write the resolved config into the run folder, for people to read."""
+    OmegaConf.save(config, Path(config.paths.run) / "config.yaml", resolve=True)
+
+
+def shown(path: str) -> str:
+    """A path as a person would type it: relative to here, if it is below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _object(node: DictConfig) -> Any:
+    return instantiate(node, _convert_="all")

@@ -1,0 +1,127 @@
+"""A verb's command line: finds the configs, understands free text and `ckpt=`, and turns mistakes into one short message.
+
+Nothing here imports torch, so that `--help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qwenvl_lit.runs import find_run
+from qwenvl_lit.types import DataError
+
+FREE_TEXT = ("prompt", "picture", "ckpt", "paths.run", "data.train", "data.test", "data.validation", "data.root", "hydra.run.dir")
+FROM_RUN = ("model", "adapter", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
+
+
+def config_folder() -> Path:
+    """`conf/` of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
+
+
+def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = False) -> None:
+    """Run `main` with the config that the command line of `verb` composes.
+
+    Args:
+        verb: name of the primary config, `conf/VERB.yaml`.
+        needs_run: the verb starts from `ckpt=`; groups that the command line does not choose come from that run.
+
+    Exits with 2 after a mistake on the command line, with 1 after one in the data.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function as they are
+    sys.argv[1:] = [quote_free_text(argument) for argument in sys.argv[1:]]
+    try:
+        if needs_run:
+            _offer_run(verb)
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main))()
+    except (ConfigCompositionException, MissingConfigException, OverrideParseException, OmegaConfBaseException) as error:
+        _exit(2, _explain(verb, error))
+    except DataError as error:
+        _exit(2, str(error))
+
+
+def quote_free_text(argument: str) -> str:
+    """`key=value` with the value quoted, where values are free text that Hydra's grammar cannot parse; safe to repeat.
+
+    >>> quote_free_text("prompt=What's in it?")
+    "prompt='What\\\\'s in it?'"
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in FREE_TEXT or re.fullmatch(r"'.*'|\[.*\]|\{.*\}|null|[\d.]+", value, re.DOTALL):
+        return argument
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+    if escaped.endswith("\\"):
+        escaped += escaped[len(escaped.rstrip("\\")) :]
+    return f"{key}='{escaped}'".replace("${", "\\${")
+
+
+def _offer_run(verb: str) -> None:
+    """Make the groups of the run that `ckpt=` names available as the choice `run`, which the verb's defaults list takes."""
+    arguments = sys.argv[1:]
+    ckpt = next((a.partition("=")[2].strip("'") for a in arguments if a.startswith("ckpt=")), None)
+    if ckpt is None and not {"--help", "-h", "--hydra-help", "--info"} & set(arguments):
+        raise DataError(f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest)")
+    run = find_run(ckpt) if ckpt else None
+    for group in FROM_RUN:
+        node = dict(run.config[group]) if run else {}
+        if group == "data" and run and run.folder:
+            node["split_file"] = str(run.folder / "split.json")
+        ConfigStore.instance().store(group=group, name="run", node=node)
+
+
+def _reporting(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    def job(config: DictConfig) -> None:
+        try:
+            main(config)
+        except DataError as error:
+            # an error from a data worker carries that worker's traceback; its last line is the message
+            _exit(1, str(error).rsplit("DataError: ", 1)[-1].strip())
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, ValueError):  # anything else is a defect: show all of it
+                raise
+            _exit(2, str(error.__cause__))
+
+    job.__module__, job.__qualname__ = main.__module__, main.__qualname__
+    return job
+
+
+def _explain(verb: str, error: Exception) -> str:
+    """A composition error in a line or two: what is wrong, and the nearest key or the choices."""
+    if isinstance(error, MissingConfigException):
+        return str(error).split("\nConfig search path")[0].strip()
+    if isinstance(error, ConfigCompositionException) and (found := re.search(r"override '([^']+)'", str(error))):
+        key = found[1]
+        near = difflib.get_close_matches(key, _known_keys(verb), n=3, cutoff=0.75)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"see python -m qwenvl_lit.{verb} --help"
+        return f"there is no key {key!r}; {hint}"
+    return str(error).strip()
+
+
+def _known_keys(verb: str) -> list[str]:
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = hydra.compose(verb)
+    keys, todo = [], [("", config)]
+    while todo:
+        prefix, node = todo.pop()
+        for name in (name for name in node if not str(name).startswith("_")):
+            keys.append(prefix + str(name))
+            if OmegaConf.is_dict(node) and isinstance(child := node._get_node(name), DictConfig) and not child._is_none():
+                todo.append((f"{prefix}{name}.", child))
+    return keys
+
+
+def _exit(status: int, message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,64 @@
+"""Samples to a batch. Positions become flat indices here, in the worker, so that nothing in a training step has to search for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qwenvl_lit.types import Batch, Sample
+
+IGNORED = -100  # label of a token that is not learned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pad:
+    """One row a sample, filled up to the longest: on the right to train, on the left to generate.
+
+    >>> Pad(pad_id=0, side="left")([sample_of_2, sample_of_3]).attention_mask      # doctest: +SKIP
+    tensor([[0, 1, 1], [1, 1, 1]])
+    """
+
+    pad_id: int
+    side: Literal["left", "right"] = "right"
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        length = max(len(sample.input_ids) for sample in samples)
+        input_ids = torch.full((len(samples), length), self.pad_id)
+        labels = torch.full_like(input_ids, IGNORED)
+        attention_mask = torch.zeros_like(input_ids)
+        vision_positions = []
+        for row, sample in enumerate(samples):
+            start = length - len(sample.input_ids) if self.side == "left" else 0
+            stop = start + len(sample.input_ids)
+            input_ids[row, start:stop] = sample.input_ids
+            labels[row, start:stop] = sample.labels
+            attention_mask[row, start:stop] = 1
+            vision_positions.append(sample.vision_positions + row * length + start)
+        return Batch(
+            conversations=tuple(sample.conversation for sample in samples),
+            input_ids=input_ids,
+            labels=labels,
+            attention_mask=attention_mask,
+            position_ids=None,
+            vision_positions=torch.cat(vision_positions),
+            target_positions=target_positions(labels),
+            vision=_concatenate(samples),
+        )
+
+
+def target_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Flat indices (S,) into `labels` (B, T) of the tokens whose successor in the same row is supervised.
+
+    >>> target_positions(torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]]))
+    tensor([1, 2, 4])
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    return predicts.flatten().nonzero().squeeze(1)
+
+
+def _concatenate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([sample.vision[name] for sample in samples]) for name in samples[0].vision}

@@ -1,0 +1,44 @@
+"""Answers from prompts: the one place where `generate` is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """How answers are decoded. The names are those of transformers; greedy unless `do_sample`."""
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    num_beams: int = 1
+    length_penalty: float = 1.0  # of beams
+    repetition_penalty: float = 1.0
+
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any], *, stop_ids: Sequence[int], pad_id: int) -> list[list[int]]:
+        """New ids of each row of a left-padded batch, in order, ending before the first stop id."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.do_sample else {}
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            do_sample=self.do_sample,
+            num_beams=self.num_beams,
+            length_penalty=self.length_penalty,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+            **sampling,
+        )
+        prompt_length = inputs["input_ids"].shape[1]
+        rows = model.generate(**inputs, generation_config=settings)[:, prompt_length:].tolist()
+        return [row[: next((place for place, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]

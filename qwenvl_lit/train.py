@@ -1,0 +1,27 @@
+"""`python -m qwenvl_lit.train`: fine-tune a model on a dataset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwenvl_lit.command import command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(config: DictConfig) -> None:
+    from qwenvl_lit import build
+
+    build.seed(config)
+    task = build.task(config)
+    data = build.data(config, task.processor)
+    trainer = build.trainer(config)
+    build.save_config(config)
+    trainer.fit(task, data)
+    if trainer.is_global_zero:
+        print(f"\nTrained. Score it:  python -m qwenvl_lit.test ckpt={build.shown(config.paths.run)}")
+
+
+if __name__ == "__main__":
+    command("train", main)

@@ -1,0 +1,81 @@
+"""Mistakes on the command line get one short message; free text reaches the program as typed."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from qwenvl_lit.command import quote_free_text
+
+
+def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    verb, *rest = arguments
+    return subprocess.run([sys.executable, "-m", f"qwenvl_lit.{verb}", *rest], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "trainer.max_setps=3"], "did you mean trainer.max_steps"),
+        (["train", "modle=qwen_vl_chat"], "did you mean model?"),
+        (["train", "model=qwen_vl_cat"], "qwen_vl_chat"),
+        (["train", "data=cocco"], "Available options in 'data':\n\tdemo\n"),
+        (["train", "model.template=chatlm"], "chatlm"),
+        (["train", "x y z"], "x y z"),
+        (["test"], "ckpt is missing"),
+        (["predict"], "ckpt is missing"),
+        (["test", "ckpt=nowhere"], "ckpt=nowhere does not exist"),
+        (["test", "ckpt=latest"], "train first"),
+    ],
+)
+def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_path):
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) < 15
+
+
+@pytest.mark.parametrize("verb", ["train", "test", "predict"])
+def test_help_lists_groups_and_choices_within_three_seconds(verb, tmp_path):
+    start = time.perf_counter()
+    result = run(verb, "--help", cwd=tmp_path)
+    seconds = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr
+    assert "model: qwen_vl, qwen_vl_chat, qwen_vl_tiny" in result.stdout
+    assert seconds < 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What's in it?",
+        "a, b (c) x=3",
+        "这是什么？",
+        "back\\slash",
+        "ends in \\",
+        "quote at end'",
+        "\\'",
+        "${paths.run}",
+        'Find <ref>the "man"</ref>',
+        "two\nlines",
+        "  spaces  ",
+        "outputs/epoch=1-step=3.ckpt",
+        "null and void",
+        "3 cats",
+    ],
+)
+def test_free_text_comes_through_as_typed(text):
+    quoted = quote_free_text(f"prompt={text}")
+    [override] = OverridesParser.create().parse_overrides([quoted])
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.create({"prompt": override.value()}).prompt == text
+    assert quote_free_text(quoted) == quoted  # a second process of a run gets the quoted arguments again
+
+
+def test_other_keys_are_left_to_hydra():
+    for argument in ("optim.lr=1e-4,5e-5", "picture=[a.png,b.png]", "prompt=null", "data.validation=0.01", "--help", "~callbacks.samples"):
+        assert quote_free_text(argument) == argument

@@ -1,0 +1,68 @@
+import io
+import math
+
+import pytest
+from PIL import Image
+
+from qwenvl_lit.types import Box, Conversation, DataError, Picture, Quad, Turn
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    file = tmp_path / "a.png"
+    Image.new("L", (5, 3), 7).save(file)
+    return file
+
+
+def test_boxes_need_finite_numbers():
+    with pytest.raises(DataError, match="finite"):
+        Box(x0=0, y0=0, x1=math.nan, y1=1)
+    with pytest.raises(DataError, match="four points"):
+        Quad(points=((0, 0), (1, 1)))
+
+
+def test_a_picture_is_one_from_file_bytes_or_memory(picture_file):
+    content = picture_file.read_bytes()
+    for source in (picture_file, content, Image.open(io.BytesIO(content))):
+        picture = Picture(source)
+        assert picture.size == (5, 3)
+        assert picture.open().mode == "L"
+        assert picture.open().getpixel((0, 0)) == 7
+
+
+def test_equal_pictures_have_equal_keys(picture_file, tmp_path):
+    copy = tmp_path / "b.png"
+    copy.write_bytes(picture_file.read_bytes())
+    assert Picture(copy).key == Picture(picture_file).key == Picture(copy.read_bytes()).key
+    assert Picture(Image.new("L", (5, 3), 7)).key == Picture(Image.new("L", (5, 3), 7)).key
+    assert Picture(Image.new("L", (5, 3), 7)).key != Picture(Image.new("L", (3, 5), 7)).key
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"not a picture"])
+def test_a_broken_picture_is_named(content, tmp_path):
+    file = tmp_path / "broken.png"
+    file.write_bytes(content)
+    for use in (lambda: Picture(file).open(), lambda: Picture(file).size):
+        with pytest.raises(DataError, match="broken.png cannot be read"):
+            use()
+
+
+def test_half_a_picture_is_not_shown(picture_file):
+    Image.effect_noise((64, 64), 50).save(picture_file)
+    picture_file.write_bytes(picture_file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="cannot be read"):
+        Picture(picture_file).open()
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    with pytest.raises(DataError, match="none.png does not exist"):
+        Picture(tmp_path / "none.png").open()
+
+
+def test_the_prompt_is_everything_before_the_answer():
+    ask, answer = Turn(role="user", parts=("2+2?",)), Turn(role="assistant", parts=("4",))
+    conversation = Conversation(id="x", turns=(ask, answer))
+    assert conversation.answer == answer
+    assert conversation.prompt().turns == (ask,)
+    assert conversation.prompt().answer is None
+    assert conversation.prompt().prompt() == conversation.prompt()
