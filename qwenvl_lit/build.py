@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +21,11 @@ from qwenvl_lit.task import Task
 from qwenvl_lit.types import DataError
 
 
-def task(config: DictConfig) -> Task:
-    """The task of `config`, without weights yet: `configure_model` loads them."""
+def task(config: DictConfig, *, adapted: bool = True) -> Task:
+    """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published."""
     return Task(
         family=_object(config.model),
-        adapter=_object(config.adapter),
+        adapter=_object(config.adapter) if adapted else None,
         generation=_object(config.generation),
         metrics=_object(config.metrics),
         optim=_object(config.optim) if "optim" in config else None,
@@ -32,15 +34,24 @@ def task(config: DictConfig) -> Task:
 
 
 def data(config: DictConfig, processor: Processor) -> DataModule:
-    """The datamodule of `config`; its yaml is a `_partial_`, since built objects must not pass through `instantiate`."""
+    """The datamodule of `config`; its yaml is a `_partial_`, since built objects must not pass through `instantiate`.
+
+    Raises:
+        DataError: there is no run to take the data from, and none was chosen.
+    """
+    if not config.data:
+        raise DataError("data is missing: choose data=..., for example data=jsonl data.test=my.jsonl")
     return _object(config.data)(processor=processor)
 
 
 def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -> lightning.Trainer:
     """Lightning's trainer, writing into the run folder; `callbacks` replaces those of the config."""
-    chosen = config.callbacks if callbacks is None else callbacks
+    chosen = dict(config.callbacks if callbacks is None else callbacks)
+    if not sys.stdout.isatty():
+        chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
     return _object(config.trainer)(
         default_root_dir=config.paths.run,
+        enable_progress_bar="progress" in chosen,
         callbacks=[_object(node) for node in chosen.values()],
         logger=list(_object(config.logger).values()) if config.get("logger") else False,
     )
@@ -61,9 +72,11 @@ def load_weights(task: Task, ckpt: str) -> Path:
     return checkpoint
 
 
-def seed(config: DictConfig) -> None:
-    """Seed every generator, and silence library warnings that no user can act on."""
+def start(config: DictConfig) -> None:
+    """Seed every generator, and silence what libraries say that no user can act on."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 

@@ -36,7 +36,8 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
 
     Args:
         verb: name of the primary config, `conf/VERB.yaml`.
-        needs_run: the verb starts from `ckpt=`; groups that the command line does not choose come from that run.
+        needs_run: the verb starts from `ckpt=`, or from a published model with `model=`; groups that the command line does not choose
+            come from the run.
 
     Exits with 2 after a mistake on the command line, with 1 after one in the data.
     """
@@ -71,7 +72,8 @@ def _offer_run(verb: str) -> None:
     """Make the groups of the run that `ckpt=` names available as the choice `run`, which the verb's defaults list takes."""
     arguments = sys.argv[1:]
     ckpt = next((a.partition("=")[2].strip("'") for a in arguments if a.startswith("ckpt=")), None)
-    if ckpt is None and not {"--help", "-h", "--hydra-help", "--info"} & set(arguments):
+    needed = not any(a.startswith(("model=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
+    if ckpt is None and needed:
         raise DataError(f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest)")
     run = find_run(ckpt) if ckpt else None
     for group in FROM_RUN:

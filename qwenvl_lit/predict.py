@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 from qwenvl_lit.command import command
 
 if TYPE_CHECKING:
+    from lightning import Trainer
     from omegaconf import DictConfig
+
+    from qwenvl_lit.task import Task
+    from qwenvl_lit.types import Prediction
 
 
 def main(config: DictConfig) -> None:
     from pathlib import Path
+
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from qwenvl_lit import build
     from qwenvl_lit.data.datamodule import DataModule
@@ -22,8 +28,8 @@ def main(config: DictConfig) -> None:
     if asked and config.prompt is None:
         raise DataError('prompt is missing: predict ckpt=... picture=FILE prompt="What is in the picture?"')
 
-    build.seed(config)
-    task = build.task(config)
+    build.start(config)
+    task = build.task(config, adapted=config.ckpt is not None)
     if asked:
         files = [config.picture] if isinstance(config.picture, str) else list(config.picture or ())
         parts = (*(Picture(Path(file)) for file in files), *objects_from_tags(config.prompt, picture=max(len(files) - 1, 0)))
@@ -32,15 +38,19 @@ def main(config: DictConfig) -> None:
     else:
         data = build.data(config, task.processor)
     task.configure_model()
-    build.load_weights(task, config.ckpt)
+    if config.ckpt:
+        build.load_weights(task, config.ckpt)
     trainer = build.trainer(config)
-    answers = trainer.predict(task, data, return_predictions=asked)
     if asked:
-        [[answer]] = answers
-        print(answer.text)
-    else:
-        print(f"Answered the sets: {', '.join(data.test_names)}.")
-    print(f"Written to {build.shown(config.paths.run)}")
+        trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))
+    trainer.predict(task, data, return_predictions=False)
+    if trainer.is_global_zero:
+        print(f"Answers to the sets {', '.join(data.test_names)}, and pictures with boxes: {build.shown(config.paths.run)}")
+
+
+def print_answers(trainer: Trainer, task: Task, predictions: list[Prediction], *place: object) -> None:
+    for prediction in predictions:
+        print(f"\n{prediction.text}\n")
 
 
 if __name__ == "__main__":

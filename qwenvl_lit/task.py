@@ -24,6 +24,7 @@ class Task(lightning.LightningModule):
     """Steps and lean checkpoints; everything that is a choice is handed in.
 
     Args:
+        adapter: what is trained; None for a model that is used as it was published.
         metrics: scores of predictions by name; each set of rows gets copies of its own.
         config: plain data that is stored in every checkpoint, from which the run can be built again.
 
@@ -35,7 +36,7 @@ class Task(lightning.LightningModule):
         self,
         *,
         family: Family,
-        adapter: Adapter,
+        adapter: Adapter | None,
         generation: Generation,
         metrics: Mapping[str, Metric],
         optim: AdamW | None = None,
@@ -58,7 +59,8 @@ class Task(lightning.LightningModule):
     def configure_model(self) -> None:
         """Load the base weights and apply the adapter, once."""
         if self.model is None:
-            self.model = self.adapter.apply(self.family.load(), self.family.parts)
+            model = self.family.load()
+            self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
 
     def trainable_names(self) -> set[str]:
         """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""

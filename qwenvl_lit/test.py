@@ -17,8 +17,8 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.callbacks.run_log import save_scores
     from qwenvl_lit.callbacks.table import score_table
 
-    build.seed(config)
-    task = build.task(config)
+    build.start(config)
+    task = build.task(config, adapted=config.ckpt is not None)
     data = build.data(config, task.processor)
     task.configure_model()
     baseline = None
@@ -26,13 +26,13 @@ def main(config: DictConfig) -> None:
         before = build.trainer(config, callbacks={})
         before.test(task, data, verbose=False)
         baseline = {name: float(value) for name, value in before.callback_metrics.items()}
-    checkpoint = build.load_weights(task, config.ckpt)
+    source = build.load_weights(task, config.ckpt) if config.ckpt else config.model.path
     trainer = build.trainer(config)
     trainer.test(task, data, verbose=False)
     if trainer.is_global_zero:
         if baseline:
             save_scores(config.paths.run, "baseline", baseline)
-        print(f"\nScores of {checkpoint} on the sets {', '.join(data.test_names)}")
+        print(f"\nScores of {source} on the sets {', '.join(data.test_names)}")
         Console().print(score_table(trainer.callback_metrics, baseline))
         print(f"Predictions, pictures and metrics.json: {build.shown(config.paths.run)}")
 

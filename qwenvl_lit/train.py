@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def main(config: DictConfig) -> None:
     from qwenvl_lit import build
 
-    build.seed(config)
+    build.start(config)
     task = build.task(config)
     data = build.data(config, task.processor)
     trainer = build.trainer(config)

@@ -68,6 +68,7 @@ class Picture:
     """A picture by file, encoded bytes or PIL image. It is decoded late, in the worker that needs it."""
 
     source: Path | bytes | Image.Image
+    _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)  # read once, a header costs a file access
 
     def open(self) -> Image.Image:
         """The decoded picture as stored (mode kept, no EXIF rotation: the original model does none).
@@ -86,8 +87,10 @@ class Picture:
         Raises:
             DataError: as `open`.
         """
-        with self._opened() as image:
-            return image.size
+        if self._size is None:
+            with self._opened() as image:
+                object.__setattr__(self, "_size", image.size)
+        return self._size
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:

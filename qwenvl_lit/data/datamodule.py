@@ -58,6 +58,7 @@ class DataModule(lightning.LightningDataModule):
         split_file: str | None = None,
     ):
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
         self.processor = processor
         self.root = root
         self.read = partial(read, root=root)

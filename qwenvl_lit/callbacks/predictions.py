@@ -1,0 +1,148 @@
+"""Predictions as json lines, in the order of the dataset, from one process or several."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from qwenvl_lit.types import Batch, Box, Conversation, GroundedObject, Part, Picture, Prediction
+
+
+def set_name(trainer: lightning.Trainer, dataloader_idx: int) -> str:
+    """Which of the datamodule's sets a test or predict loader reads; "test" or "predict" without a datamodule that names them."""
+    names = getattr(trainer.datamodule, "test_names", None)  # type: ignore[attr-defined]  # Lightning sets it outside the class
+    return names[dataloader_idx] if names else "predict" if trainer.predicting else "test"
+
+
+def readable(parts: Iterable[Part]) -> str:
+    """Text with `<img>name</img>` for a picture, and an object as its label and its boxes.
+
+    >>> readable(["Where is ", GroundedObject(label="the dog", boxes=(Box(x0=1, y0=2, x1=3.5, y1=4),)), "?"])
+    'Where is the dog (1, 2, 3.5, 4)?'
+    """
+    pieces = []
+    for part in parts:
+        if isinstance(part, Picture):
+            pieces.append(f"<img>{part.name}</img>")
+        elif isinstance(part, GroundedObject):
+            boxes = [f"({', '.join(f'{value:g}' for value in numbers)})" for numbers in box_numbers(part)]
+            pieces.append(" ".join(([part.label] if part.label else []) + boxes))
+        else:
+            pieces.append(part)
+    return "".join(pieces)
+
+
+def box_numbers(obj: GroundedObject) -> list[list[float]]:
+    """Each box as [x0, y0, x1, y1], each quad as its four x, y in turn, in their own frame, to a hundredth."""
+    regions = [(b.x0, b.y0, b.x1, b.y1) if isinstance(b, Box) else [v for point in b.points for v in point] for b in obj.boxes]
+    return [[round(value, 2) for value in numbers] for numbers in regions]
+
+
+def prompt_text(conversation: Conversation) -> str:
+    """What the model was asked. A single turn stands alone, several follow each other on lines that begin with the role."""
+    turns = conversation.prompt().turns
+    if len(turns) == 1:
+        return readable(turns[0].parts)
+    return "\n".join(f"{turn.role}: {readable(turn.parts)}" for turn in turns)
+
+
+def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
+    """A prediction as plain data, one line of `predictions.jsonl`; boxes in pixels of the picture that the object names."""
+    conversation = prediction.conversation
+    return {
+        "set": set_name,
+        "index": conversation.index,
+        "id": conversation.id,
+        "prompt": prompt_text(conversation),
+        "pictures": [picture.name for picture in conversation.pictures],
+        "prediction": prediction.text,
+        "reference": prediction.reference,
+        "references": list(conversation.references),
+        "objects": [
+            {"label": part.label, "boxes": box_numbers(part), "picture": part.picture}
+            for part in prediction.parts
+            if isinstance(part, GroundedObject)
+        ],
+        "columns": dict(conversation.columns),
+    }
+
+
+def merge_parts(parts: Sequence[Path], target: Path) -> int:
+    """Join the files of all ranks into `target`, sorted by set (as first met) and index, each row once; then remove them.
+
+    Returns the number of rows. `target` is replaced in one go: it never holds half of them.
+
+    Raises:
+        FileNotFoundError: a rank's file is not there, as when the ranks do not share a file system.
+    """
+    rows: dict[tuple[int, int], str] = {}
+    order: dict[str, int] = {}
+    for part in parts:
+        with part.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                place = order.setdefault(row["set"], len(order))
+                rows[place, row["index"]] = line
+    unfinished = target.with_name(target.name + ".part")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(rows[key] for key in sorted(rows))
+    os.replace(unfinished, target)
+    for part in parts:
+        part.unlink()
+    return len(rows)
+
+
+class PredictionWriter(lightning.Callback):
+    """Writes what `test_step` and `predict_step` return, a list of `Prediction`, to a file of the run folder.
+
+    Each rank writes `NAME.rank0.jsonl`, ... batch by batch, which is what an interrupted run leaves; at the end they become one file.
+    """
+
+    def __init__(self, filename: str = "predictions.jsonl"):
+        self.filename = filename
+
+    def _part(self, trainer: lightning.Trainer, rank: int) -> Path:
+        target = Path(trainer.default_root_dir, self.filename)
+        return target.with_name(f"{target.stem}.rank{rank}{target.suffix}")
+
+    def _start(self, trainer: lightning.Trainer) -> None:
+        part = self._part(trainer, trainer.global_rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("")
+
+    def _append(self, trainer: lightning.Trainer, predictions: Sequence[Prediction], dataloader_idx: int) -> None:
+        name = set_name(trainer, dataloader_idx)
+        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(prediction_row(p, name), ensure_ascii=False) + "\n" for p in predictions)
+
+    def _finish(self, trainer: lightning.Trainer) -> None:
+        trainer.strategy.barrier("predictions are written")
+        if trainer.is_global_zero:
+            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+            merge_parts(parts, Path(trainer.default_root_dir, self.filename))
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._start(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,  # Sequence[Prediction]
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._append(trainer, outputs, dataloader_idx)
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._finish(trainer)
+
+    on_predict_start = on_test_start
+    on_predict_batch_end = on_test_batch_end
+    on_predict_end = on_test_end

@@ -1,0 +1,220 @@
+"""Files as sequences of conversations. A row is parsed when it is fetched; every fault names file, line and id."""
+
+from __future__ import annotations
+
+import glob
+import json
+import mmap
+import os
+import random
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from qwenvl_lit.data.layouts import VQA_PROMPT, around_picture, layout_of
+from qwenvl_lit.data.rows import conversation_from, picture_from
+from qwenvl_lit.data.split import Chosen, Joined
+from qwenvl_lit.types import Conversation, DataError, Turn
+
+CAPTION_PROMPT = "{picture}Describe the image in English:"  # of Qwen-VL's published evaluation
+
+
+def read_rows(source: str, *, root: str | Path | None = None, prompt: str = VQA_PROMPT, seed: int = 0) -> Sequence[Conversation]:
+    """Rows of json or jsonl files in any of the layouts of `data/layouts.py`.
+
+    Args:
+        source: a path or a glob; with `#N` behind it, N of its rows (see `take`).
+        root: folder where relative sources and pictures are looked up; without it pictures stand beside the file that names them.
+        prompt: how questions of VQA sets are asked.
+        seed: of the rows that `#N` draws.
+
+    Raises:
+        DataError: there is no such file, or its first row has no known layout.
+    """
+    return _open(source, root, seed, lambda file: JsonRows(file, root=root, prompt=prompt))
+
+
+def read_coco_captions(
+    source: str, *, root: str | Path | None = None, images: str = "", prompt: str = CAPTION_PROMPT, seed: int = 0
+) -> Sequence[Conversation]:
+    """Captions in COCO's format, `source`, `root` and `seed` as in `read_rows`; `images` is the folder of the pictures within `root`."""
+    return _open(source, root, seed, lambda file: CocoCaptions(file, root=Path(root or file.parent) / images, prompt=prompt))
+
+
+def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Conversation]:
+    """`count` rows: as many whole passes as fit in, then a random rest without repetition.
+
+    >>> "".join(take("abc", 6))
+    'abcabc'
+    """
+    passes, rest = divmod(count, len(rows))
+    return Chosen(rows, [*range(len(rows))] * passes + random.Random(seed).sample(range(len(rows)), rest))
+
+
+def _open(source: str, root: str | Path | None, seed: int, read: Callable[[Path], Sequence[Conversation]]) -> Sequence[Conversation]:
+    pattern, count = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
+    places = [pattern] if root is None else [str(Path(root) / pattern), pattern]
+    found = next(filter(None, map(_files, places)), [])
+    if not found:
+        raise DataError(f"no file {' or '.join(places)}, seen from {Path.cwd()}; check the path and `data.root`")
+    parts = [read(Path(file)) for file in found]
+    rows = parts[0] if len(parts) == 1 else Joined(parts)
+    return rows if count is None else take(rows, int(count), seed)
+
+
+def _files(pattern: str) -> list[str]:
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+
+
+class JsonRows(Sequence[Conversation]):
+    """The rows of one file: a JSON array, or a JSON object a line (blank lines are passed over). All have the layout of the first.
+
+    Raises:
+        DataError: the file does not exist, is not JSON, has no rows, or its first row has no known layout; fetching a row raises it for the
+            faults of that row.
+    """
+
+    def __init__(self, file: Path, *, root: str | Path | None = None, prompt: str = VQA_PROMPT):
+        self.file = file
+        self.root = Path(root) if root is not None else file.parent
+        self.prompt = prompt
+        self._content = _mapped(file)
+        self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
+        for start, end, line in _bounds(self._content, file):
+            self._starts.append(start)
+            self._ends.append(end)
+            self._lines.append(line)
+        if not len(self):
+            raise DataError(f"{file} has no rows; expected a JSON array of rows, or a row a line")
+        first = self._row(0)
+        try:
+            self.layout = layout_of(first)
+        except DataError as fault:
+            raise DataError(f"{self._where(0)}: {fault}") from None
+
+    def __reduce__(self):
+        return partial(JsonRows, root=self.root, prompt=self.prompt), (self.file,)  # the map of a file cannot be sent to another process
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place: int) -> Conversation:
+        place = range(len(self))[place]
+        row = self._row(place)
+        name = row.get("id", row.get("question_id"))
+        name = f"{self.file.name}:{self._lines[place]}" if name is None else str(name)
+        try:
+            draft = self.layout.read(row, self.prompt)
+            return conversation_from(draft, id=name, root=self.root, index=place, columns=self.layout.columns(row))
+        except DataError as fault:
+            raise DataError(f"{self._where(place)}: row {name!r}: {fault}") from None
+
+    def _where(self, place: int) -> str:
+        return f"{self.file}:{self._lines[place]}"
+
+    def _row(self, place: int) -> dict:
+        try:
+            row = json.loads(self._content[self._starts[place] : self._ends[place]])
+        except ValueError as fault:
+            raise DataError(f"{self._where(place)}: not JSON: {fault}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{self._where(place)}: a row is a JSON object, got {type(row).__name__}")
+        return row
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    try:
+        with file.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as fault:
+        raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
+    except ValueError:
+        raise DataError(f"{file} is empty; expected a JSON array of rows, or a row a line") from None
+
+
+def _bounds(content: mmap.mmap, file: Path) -> Iterator[tuple[int, int, int]]:
+    """First byte, byte after the last, and line of each row."""
+    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # the mark that some Windows editors write
+    if re.compile(rb"\s*\[").match(content, start):
+        yield from _bounds_in_array(content[start:], start, file)
+        return
+    line = 0
+    while start < len(content):
+        line += 1
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        if content[start:end].strip():
+            yield start, end, line
+        start = end + 1
+
+
+def _bounds_in_array(content: bytes, start: int, file: Path) -> Iterator[tuple[int, int, int]]:
+    """As `_bounds`; `content` begins at byte `start` of the file."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    line, done = 1, 0  # the line and, in characters, the place that `start` belongs to
+    try:
+        text = content.decode()
+        place = text.index("[")
+        while text[place : place + 1] in ("[", ","):
+            first = blank.match(text, place + 1).end()
+            if text[place] == "[" and text[first : first + 1] == "]":
+                return
+            _, last = decode(text, first)
+            start, line = start + len(text[done:first].encode()), line + text.count("\n", done, first)
+            end = start + len(text[first:last].encode())
+            yield start, end, line
+            start, line, done = end, line + text.count("\n", first, last), last
+            place = blank.match(text, last).end()
+        if text[place : place + 1] != "]":
+            raise json.JSONDecodeError("expected , or ]", text, place)
+    except json.JSONDecodeError as fault:
+        raise DataError(f"{file}:{fault.lineno}: not JSON: {fault.msg}") from None
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{file}: not UTF-8: {fault}; save it as UTF-8") from None
+
+
+class CocoCaptions(Sequence[Conversation]):
+    """One row a picture: `prompt` asks, the first caption answers, all captions are references.
+
+    Pictures without captions are left out; in a file without any caption all are prompts. The picture's number is the row's id.
+
+    Raises:
+        DataError: the file is not in COCO's format, or a row's picture does not exist.
+    """
+
+    def __init__(self, file: Path, *, root: Path, prompt: str = CAPTION_PROMPT):
+        self.file = file
+        self.root = root
+        self._around = around_picture(prompt)
+        try:
+            content = json.loads(file.read_bytes())
+            captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+            for annotation in content.get("annotations", ()):
+                captions[annotation["image_id"]].append(annotation["caption"])
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+        except OSError as fault:
+            raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
+        except (ValueError, KeyError, TypeError) as fault:
+            raise DataError(
+                f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
+            ) from None
+        shown = [number for number in names if captions[number]] or list(names)
+        self._rows = [(number, names[number], tuple(captions[number])) for number in shown]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> Conversation:
+        place = range(len(self))[place]
+        number, name, captions = self._rows[place]
+        try:
+            picture = picture_from(name, self.root)
+        except DataError as fault:
+            raise DataError(f"{self.file}: image {number}: {fault}") from None
+        before, after = self._around
+        turns = [Turn(role="user", parts=tuple(part for part in (before, picture, after) if part))]
+        if captions:
+            turns.append(Turn(role="assistant", parts=captions[:1]))
+        return Conversation(id=str(number), turns=tuple(turns), references=captions, index=place)

@@ -1,0 +1,51 @@
+import pytest
+from PIL import Image
+from toy_task import ToyData, ToyTask, conversation, trainer
+
+from qwenvl_lit.callbacks.curves import Curves, draw_curves, smooth
+from qwenvl_lit.callbacks.run_log import RunLog
+
+DATA = ToyData([conversation(i, says="yes") for i in range(8)])
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_smoothing_follows_slowly_without_a_bias_to_the_start():
+    assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
+    assert smooth([0.0, 1.0], 0.9) == pytest.approx([0, 0.1 / 0.19])
+    assert smooth([], 0.9) == []
+
+
+def test_each_scalar_is_one_picture_with_its_validation(tmp_path):
+    records = [
+        {"step": 1, "total": 2, "epoch": 0, "loss": 2.0, "grad_norm": None, "elapsed_s": 1, "remaining_s": 1},
+        {"step": 2, "total": 2, "epoch": 0, "loss": 1.0, "grad_norm": None, "elapsed_s": 2, "remaining_s": 0},
+        {"step": 2, "epoch": 0, "val/loss": 1.5, "val/exact_match": 0.25},
+    ]
+    files = draw_curves(records, tmp_path / "curves")
+    assert names(tmp_path / "curves") == ["exact_match.png", "loss.png"]
+    assert Image.open(files[0]).size == (768, 480)
+
+
+def test_no_records_no_pictures(tmp_path):
+    assert draw_curves([], tmp_path / "curves") == []
+    assert not (tmp_path / "curves").exists()
+
+
+def test_training_ends_with_its_curves(tmp_path):
+    trainer(tmp_path, RunLog(), Curves(), max_epochs=1).fit(ToyTask(), DATA)
+    assert names(tmp_path / "curves") == ["learning_rate.png", "loss.png"]
+
+
+def test_an_error_in_training_still_leaves_curves(tmp_path):
+    class Stops(ToyTask):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(tmp_path, RunLog(), Curves(), max_epochs=1).fit(Stops(), DATA)
+    assert names(tmp_path / "curves") == ["learning_rate.png", "loss.png"]

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toy_task import ToyData, ToyTask, conversation, trainer
+
+from qwenvl_lit.callbacks.run_log import RunLog, read_log
+
+DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four steps an epoch
+
+
+def test_each_logged_step_and_each_validation_has_a_line(tmp_path):
+    trainer(tmp_path, RunLog(), max_epochs=1).fit(ToyTask(), DATA)
+    records = read_log(tmp_path / "logging.jsonl")
+    assert [(record["step"], record["total"], record["epoch"]) for record in records[:4]] == [(1, 4, 0), (2, 4, 0), (3, 4, 0), (4, 4, 0)]
+    assert [record["learning_rate"] for record in records[:4]] == [0.1, 0.05, 0.025, 0.0125]
+    assert [record["loss"] for record in records[:2]] == pytest.approx([1, 0.64])  # weight 1 - 2 * 0.1
+    assert records[3]["remaining_s"] == 0
+    assert records[3]["elapsed_s"] >= records[0]["elapsed_s"] >= 0
+    assert records[4] == {"step": 4, "epoch": 0, "val/loss": pytest.approx((0.8 * 0.9 * 0.95 * 0.975) ** 2)}
+    assert len(records) == 5
+
+
+def test_sparse_logging_keeps_the_first_and_the_last_step(tmp_path):
+    trainer(tmp_path, RunLog(), max_epochs=2, log_every_n_steps=3, limit_val_batches=0).fit(ToyTask(), DATA)
+    assert [record["step"] for record in read_log(tmp_path / "logging.jsonl")] == [1, 3, 6, 8]
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    trainer(tmp_path, RunLog(), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0).fit(ToyTask(), DATA)
+    assert [(record["step"], record["total"]) for record in read_log(tmp_path / "logging.jsonl")] == [(1, 2), (2, 2)]
+
+
+def test_a_resumed_run_goes_on_in_the_file_without_repeated_steps(tmp_path):
+    checkpoints = ModelCheckpoint(
+        dirpath=tmp_path, filename="at_{step}", every_n_train_steps=2, save_top_k=-1, auto_insert_metric_name=False
+    )
+    options = {"limit_val_batches": 0, "max_epochs": 1, "enable_checkpointing": True}
+    trainer(tmp_path, RunLog(), checkpoints, **options).fit(ToyTask(), DATA)
+    with (tmp_path / "logging.jsonl").open("a") as file:
+        file.write('{"step": 5, "unfinis')  # as a killed run may leave it
+    trainer(tmp_path, RunLog(), **options).fit(ToyTask(), DATA, ckpt_path=tmp_path / "at_2.ckpt", weights_only=True)
+    records = read_log(tmp_path / "logging.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["learning_rate"] for record in records] == [0.1, 0.05, 0.025, 0.0125]
+
+
+def test_a_new_run_in_the_folder_begins_a_new_file(tmp_path):
+    for _ in range(2):
+        trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(ToyTask(), DATA)
+    assert len(read_log(tmp_path / "logging.jsonl")) == 1
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    class Breaks(ToyTask):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/grad_norm", float("inf"))
+            return loss
+
+    trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(Breaks(), DATA)
+    assert read_log(tmp_path / "logging.jsonl")[0]["grad_norm"] is None
+
+
+def test_scores_at_the_end_of_training_are_the_last_and_the_best(tmp_path):
+    class Worsens(ToyTask):
+        def on_validation_epoch_end(self):
+            self.log("val/loss", float(self.current_epoch) + 1)
+
+    keeper = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="best", monitor="val/loss")
+    trainer(tmp_path, RunLog(), keeper, max_epochs=3, enable_checkpointing=True).fit(Worsens(), DATA)
+    fit = json.loads((tmp_path / "metrics.json").read_text())["fit"]
+    assert fit["step"] == 12
+    assert fit["last"] == {"step": 12, "epoch": 2, "val/loss": 3}
+    assert fit["best"] == {
+        "step": 4,
+        "epoch": 0,
+        "val/loss": 1,
+        "monitor": "val/loss",
+        "checkpoint": str(tmp_path / "checkpoints/best.ckpt"),
+    }
+
+
+def test_test_scores_join_those_of_training(tmp_path):
+    trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(ToyTask(), DATA)
+    sets = {"easy": [conversation(0, says="yes"), conversation(1, says="no"), conversation(2, says="yes")], "hard": [conversation(0)]}
+    trainer(tmp_path, RunLog()).test(ToyTask(), ToyData(test=sets), verbose=False)
+    scores = json.loads((tmp_path / "metrics.json").read_text())
+    assert scores["fit"] == {"step": 1, "last": None}
+    assert scores["test"] == {"easy/exact_match": pytest.approx(2 / 3), "easy/rows": 3, "hard/exact_match": 0, "hard/rows": 1}
+
+
+def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
+    trainer(tmp_path, RunLog(print_every=2), max_epochs=1).fit(ToyTask(), DATA)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 4/4", "step 4"]
+    assert "  loss 0.64  learning_rate 0.05  remaining 0:0" in lines[1]
+    assert lines[3] == "step 4  val/loss 0.4448"

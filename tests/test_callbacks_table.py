@@ -1,0 +1,39 @@
+import torch
+from rich.console import Console
+
+from qwenvl_lit.callbacks.table import score_table
+
+
+def printed(*args) -> list[list[str]]:
+    """Cells of the printed table, without its frame."""
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(score_table(*args))
+    lines = [line for line in capture.get().splitlines() if set(line) & set("│┃")]
+    return [[cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines]
+
+
+def test_metrics_are_rows_and_sets_are_columns():
+    scores = {"test/caption": torch.tensor(0.5), "test/rows": 200.0, "unseen/caption": 0.25, "unseen/rows": 31.0, "unseen/iou": 1 / 3}
+    assert printed(scores) == [
+        ["metric", "test", "unseen"],
+        ["caption", "0.500", "0.250"],
+        ["iou", "", "0.333"],
+        ["rows", "200", "31"],
+    ]
+
+
+def test_a_baseline_stands_beside_each_set():
+    assert printed({"test/caption": 0.9, "test/new": 0.1}, {"test/caption": 0.1}) == [
+        ["metric", "test, before", "test"],
+        ["caption", "0.100", "0.900"],
+        ["new", "", "0.100"],
+    ]
+
+
+def test_a_set_may_have_a_slash_in_its_name():
+    assert printed({"refcoco/testA/acc": 0.9})[0] == ["metric", "refcoco/testA"]
+
+
+def test_no_scores_no_rows():
+    assert printed({}) == [["metric"]]

@@ -1,0 +1,111 @@
+"""Every yaml composes, lands where it says, and names things that exist."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from qwenvl_lit.command import FROM_RUN, config_folder
+
+CONF = config_folder()
+VERBS = ("train", "test", "predict")
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+KEYS = {
+    "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger"},
+    "test": {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "ckpt", "baseline"},
+}
+KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_run():
+    """What `ckpt=` offers: the nodes of a composed training run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        trained = composed("train")
+        for group in FROM_RUN:
+            ConfigStore.instance().store(group=group, name="run", node=OmegaConf.to_container(trained[group]))
+        yield
+
+
+def composed(verb: str, *overrides: str) -> DictConfig:
+    return compose(verb, list(overrides))
+
+
+def plain(config: DictConfig, key: str) -> dict:
+    OmegaConf.update(config, "paths.run", "run", force_add=True)
+    return OmegaConf.to_container(config[key], resolve=True)
+
+
+def targets(node) -> set[str]:
+    if isinstance(node, dict):
+        return {value for key, value in node.items() if key == "_target_"}.union(*map(targets, node.values()))
+    return set().union(*map(targets, node)) if isinstance(node, list) else set()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_has_the_known_keys_and_no_others(verb):
+    assert set(composed(verb)) == KEYS[verb]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_choice_composes_and_names_things_that_exist(verb, group, choice):
+    config = composed(verb, f"{group}={choice}")
+    assert set(config) - {"optim"} == KEYS[verb] - {"optim"}
+    node = plain(config, "trainer" if group == "strategy" else group)
+    for target in targets(node):
+        assert callable(get_object(target)), target
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_a_file_says_when_to_pick_it_and_its_package_stands_first(path: Path):
+    lines = path.read_text().splitlines()
+    placed = [number for number, line in enumerate(lines) if line.startswith("# @package")]
+    assert placed in ([], [0]), "below line 1 the package is ignored in silence"
+    assert lines[len(placed)].startswith("# "), "a comment on top says when to pick the file"
+
+
+def test_the_model_chooses_its_recipe_and_the_command_line_wins():
+    tiny, chat = composed("train"), composed("train", "model=qwen_vl_chat")
+    assert (tiny.adapter._target_, tiny.optim.lr, tiny.trainer.accumulate_grad_batches) == ("qwenvl_lit.adapters.Full", 2e-3, 1)
+    assert (chat.adapter.rank, chat.adapter.alpha, chat.adapter.dropout) == (8, 32, 0.05)
+    assert (chat.optim.lr, chat.optim.betas, chat.optim.weight_decay, chat.optim.warmup) == (1e-4, [0.9, 0.95], 0.1, 0.05)
+    assert (chat.trainer.accumulate_grad_batches, chat.trainer.gradient_clip_val, chat.trainer.precision) == (16, 1.0, "bf16-mixed")
+    own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=1e-5")
+    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.adapters.Full", 1e-5)
+
+
+def test_the_data_chooses_its_metrics_and_the_command_line_wins():
+    assert "caption" in composed("train").metrics
+    assert set(composed("train", "data=jsonl").metrics) == {"exact_match"}
+    assert set(composed("train", "data=jsonl", "metrics=grounding").metrics) == {"acc_at_50", "mean_iou"}
+
+
+def test_a_run_gives_what_the_command_line_does_not_choose():
+    config = composed("test", "data=jsonl", "generation.max_new_tokens=5")
+    assert config.model.config.hidden_size == 96
+    assert config.data.train is None
+    assert config.generation.max_new_tokens == 5
+    assert set(config.metrics) == {"exact_match"}
+
+
+def test_a_published_model_is_used_without_a_run():
+    config = composed("test", "model=qwen_vl_chat", "data=jsonl")
+    assert config.model.path == "Qwen/Qwen-VL-Chat"
+    assert config.generation.max_new_tokens == 512
+    assert (config.trainer.precision, config.trainer.enable_checkpointing) == ("32-true", False)
+
+
+def test_callbacks_are_added_removed_and_replaced(tmp_path):
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "mine.yaml").write_text("# Mine.\nmine:\n  _target_: lightning.pytorch.callbacks.TQDMProgressBar\n")
+    path = f"hydra.searchpath=[{tmp_path}]"
+    added = composed("test", path, "callbacks=[test,mine]").callbacks
+    assert added.mine._target_.endswith("TQDMProgressBar")
+    assert "boxes" in added
+    assert "boxes" not in composed("test", "~callbacks.boxes").callbacks
+    replaced = composed("test", "callbacks.progress._target_=lightning.pytorch.callbacks.TQDMProgressBar", "~callbacks.progress.leave")
+    assert replaced.callbacks.progress == {"_target_": "lightning.pytorch.callbacks.TQDMProgressBar"}

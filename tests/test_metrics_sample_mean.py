@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+from toy_task import conversation
+
+from qwenvl_lit.metrics.sample_mean import SampleMean, sample_key
+from qwenvl_lit.types import Conversation, Prediction
+
+
+class Length(SampleMean):
+    """Length of the answer; rows with an empty one are left out."""
+
+    needs = "answer"
+
+    def score(self, prediction):
+        return float(len(prediction.text)) if prediction.text else None
+
+
+def answer(name: str, text: str, **columns: str) -> Prediction:
+    return Prediction(conversation=Conversation(id=name, turns=(), columns=columns), text=text, parts=())
+
+
+def test_the_mean_is_over_all_batches():
+    metric = Length()
+    metric.update([answer("a", "x"), answer("b", "xx")])
+    metric.update([answer("c", "xxxxxx")])
+    assert metric.compute() == 3
+    assert metric.count == 3
+
+
+def test_where_selects_rows_by_one_value_or_several():
+    rows = [answer("a", "x", task="left"), answer("b", "xxx", task="right"), answer("c", "xxxxxxxx", task="count"), answer("d", "x")]
+    one, several = Length(where={"task": "left"}), Length(where={"task": ["left", "right"]})
+    for metric in (one, several):
+        metric.update(rows)
+    assert (one.compute(), one.count) == (1, 1)
+    assert (several.compute(), several.count) == (2, 2)
+
+
+def test_a_repeated_row_counts_once_in_one_process_and_across_ranks():
+    rank0, rank1 = Length(), Length()
+    rank0.update([answer("a", "x"), answer("c", "xxx")])
+    rank1.update([answer("b", "xx"), answer("a", "x")])  # "a" fills the last batch of rank 1
+    rank0.merge_state(rank1)
+    assert rank0.compute() == 2
+    assert rank0.count == 3
+
+
+def test_a_rank_without_rows_changes_nothing():
+    rank0, rank1 = Length(), Length()
+    rank0.update([answer("a", "xx")])
+    rank1.update([])
+    rank0.merge_state(rank1)
+    assert rank0.compute() == 2
+
+
+def test_rows_that_lack_what_is_needed_are_left_out_and_told():
+    metric = Length()
+    metric.update([answer("a", "xx"), answer("b", "")])
+    with pytest.warns(UserWarning, match=r"Length: 1 of 2 rows left out, they have no answer"):
+        assert metric.compute() == 2
+    assert metric.count == 1
+
+
+def test_without_rows_the_mean_is_nan_and_says_why():
+    metric = Length(where={"task": "find"})
+    metric.update([answer("a", "x", task="count")])
+    with pytest.warns(UserWarning, match=r"Length is nan: no row came whose columns have \{'task': \{'find'\}\}"):
+        assert math.isnan(metric.compute())
+    assert metric.count == 0
+
+
+def test_reset_forgets_the_rows():
+    metric = Length()
+    metric.update([answer("a", "xxxx")])
+    metric.reset()
+    metric.update([answer("b", "x")])
+    assert metric.compute() == 1
+
+
+def test_the_mean_does_not_depend_on_the_order_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 1000, (500,), generator=generator).tolist()
+    rows = [answer(str(place), "x" * length) for place, length in enumerate(lengths)]
+    forward, backward = Length(), Length()
+    forward.update(rows)
+    backward.update(rows[::-1])
+    assert torch.equal(forward.compute(), backward.compute())
+
+
+def test_keys_are_stable_and_distinct():
+    assert sample_key("row 1") == sample_key(conversation(1).id)
+    assert len({sample_key(str(number)) for number in range(10_000)}) == 10_000
