@@ -109,7 +109,8 @@ def show(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[i
     """A sample for the terminal: what is learned in green, the rest dim; a token that repeats is written once, with a count."""
 
     def text(run: Sequence[int]) -> str:
-        written, plain = "", []
+        written = ""
+        plain: list[int] = []
         for id, same in groupby(run):
             count = len(list(same))
             if count > 8:

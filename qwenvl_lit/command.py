@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,16 +57,29 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
 def quote_free_text(argument: str) -> str:
     """`key=value` with the value quoted, where values are free text that Hydra's grammar cannot parse; safe to repeat.
 
-    >>> quote_free_text("prompt=What's in it?")
-    "prompt='What\\\\'s in it?'"
+    Text that stands in single quotes already, numbers, null and `{...}` are left as they are; of a list `[a,b]` each element is quoted.
+
+    >>> quote_free_text("prompt=Is it a dog, (really)?")
+    "prompt='Is it a dog, (really)?'"
+    >>> quote_free_text("data.train=[a.jsonl#200,b.jsonl]")
+    "data.train=['a.jsonl#200','b.jsonl']"
     """
     key, equals, value = argument.partition("=")
-    if not equals or key.lstrip("+") not in FREE_TEXT or re.fullmatch(r"'.*'|\[.*\]|\{.*\}|null|[\d.]+", value, re.DOTALL):
+    if not equals or key.lstrip("+") not in FREE_TEXT:
         return argument
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # backslashes count only before a quote
+    if value.startswith("[") and value.endswith("]"):
+        elements = re.findall(r"\s*('(?:[^'\\]|\\.)*'|[^,]+)", value[1:-1])
+        return f"{key}=[{','.join(map(_quoted, elements))}]"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    if re.fullmatch(r"'.*'|\{.*\}|null|[\d.]+", text, re.DOTALL):
+        return text
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # backslashes count only before a quote
     if escaped.endswith("\\"):
         escaped += escaped[len(escaped.rstrip("\\")) :]
-    return f"{key}='{escaped}'".replace("${", "\\${")
+    return f"'{escaped}'".replace("${", "\\${")
 
 
 def _offer_run(verb: str) -> None:
@@ -84,19 +98,29 @@ def _offer_run(verb: str) -> None:
 
 
 def _reporting(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """`main`, with a user's mistakes as short messages; a defect keeps its traceback."""
+
     def job(config: DictConfig) -> None:
         try:
             main(config)
         except DataError as error:
             # an error from a data worker carries that worker's traceback; its last line is the message
             _exit(1, str(error).rsplit("DataError: ", 1)[-1].strip())
-        except InstantiationException as error:
-            if not isinstance(error.__cause__, ValueError):  # anything else is a defect: show all of it
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+            if not _is_a_mistake(cause):
                 raise
-            _exit(2, str(error.__cause__))
+            _exit(2, str(cause))
 
     job.__module__, job.__qualname__ = main.__module__, main.__qualname__
     return job
+
+
+def _is_a_mistake(error: BaseException) -> bool:
+    """Whether this package refused a value with a ValueError, or Lightning a combination of settings."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).parent)
+    return ours or type(error).__name__ == "MisconfigurationException"
 
 
 def _explain(verb: str, error: Exception) -> str:

@@ -34,7 +34,7 @@ def main(config: DictConfig) -> None:
         files = [config.picture] if isinstance(config.picture, str) else list(config.picture or ())
         parts = (*(Picture(Path(file)) for file in files), *objects_from_tags(config.prompt, picture=max(len(files) - 1, 0)))
         question = Conversation(id="question", turns=(Turn(role="user", parts=parts),))
-        data = DataModule(processor=task.processor, read=lambda source, root: [question], test="question")
+        data = DataModule(processor=task.processor, read=lambda source, root: [question], test={"question": ""})
     else:
         data = build.data(config, task.processor)
     task.configure_model()

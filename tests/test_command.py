@@ -76,6 +76,13 @@ def test_free_text_comes_through_as_typed(text):
     assert quote_free_text(quoted) == quoted  # a second process of a run gets the quoted arguments again
 
 
+def test_lists_of_files_come_through_as_typed():
+    quoted = quote_free_text("data.train=[one.jsonl#200, it's (two).jsonl,'a,b.jsonl']")
+    [override] = OverridesParser.create().parse_overrides([quoted])
+    assert override.value() == ["one.jsonl#200", "it's (two).jsonl", "a,b.jsonl"]
+    assert quote_free_text(quoted) == quoted
+
+
 def test_other_keys_are_left_to_hydra():
-    for argument in ("optim.lr=1e-4,5e-5", "picture=[a.png,b.png]", "prompt=null", "data.validation=0.01", "--help", "~callbacks.samples"):
+    for argument in ("optim.lr=1e-4,5e-5", "data.test={easy: a.jsonl}", "prompt=null", "data.validation=0.01", "--help", "~callbacks.samples"):
         assert quote_free_text(argument) == argument

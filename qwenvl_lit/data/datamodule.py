@@ -151,8 +151,8 @@ class DataModule(lightning.LightningDataModule):
 
     def _loader(self, rows: Rows, pad: Pad, batch_size: int, *, prompt: bool = False, **options) -> DataLoader:
         return DataLoader(
-            Encoded(rows, self.processor, prompt),
-            batch_size,
+            dataset=Encoded(rows, self.processor, prompt),
+            batch_size=batch_size,
             collate_fn=pad,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

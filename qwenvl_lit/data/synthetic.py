@@ -102,8 +102,8 @@ def write_demo(
     folder: str | Path,
     *,
     seed: int = 0,
-    train: int = 9600,
-    single: int = 2400,
+    train: int = 6400,
+    single: int = 1200,
     validation: int = 60,
     test: int = 400,
     unseen_pairs: int = 100,
@@ -113,7 +113,7 @@ def write_demo(
 
     - `images/*.png`, shared by all files below;
     - `train_single.jsonl`: the curriculum, captions of `single` pictures of one thing;
-    - `train.jsonl`: `train` pictures with three or four questions each, as one conversation;
+    - `train.jsonl`: `train` pictures with two or three questions each, as one conversation;
     - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about so many pictures, one a row, named in the column `task`;
     - `new_classes_train.jsonl`, `new_classes_test.jsonl`: the same with `NEW_CLASSES`, `new_classes` pictures and an eighth of that;
     - `coco/annotations/{captions,instances}_{train,test}.json`: the same pictures as COCO describes them, with `images/` as image folder;
@@ -203,9 +203,9 @@ def _first_lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[
 
 
 def _lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Three or four different questions in one conversation, drawn by the weights of `TASKS`."""
+    """Two or three different questions in one conversation, drawn by the weights of `TASKS`."""
     drawn = sorted(tasks_of(scene), key=lambda task: rng.random() ** (1 / TASKS[task]), reverse=True)
-    exchanges = [ask(scene, task, rng) for task in drawn[: rng.randint(3, 4)]]
+    exchanges = [ask(scene, task, rng) for task in drawn[: rng.randint(2, 3)]]
     # A box without a phrase comes last: before others it would leave the two kinds of placeholders out of step.
     yield chat_row(stem, stem, sorted(exchanges, key=lambda e: "<bbox>" in e.answer and "<ref-object>" not in e.question + e.answer))
 

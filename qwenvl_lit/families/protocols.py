@@ -43,6 +43,6 @@ class Family(Protocol):
         """The network with its base weights, in evaluation mode on the CPU or its final device."""
         ...
 
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the model's `forward` and `generate` for a batch."""
+    def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
+        """Keyword arguments of the model's `forward` for a batch, or of its `generate`."""
         ...

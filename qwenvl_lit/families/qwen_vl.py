@@ -1,0 +1,312 @@
+"""Qwen-VL and Qwen-VL-Chat: a picture is a span of 256 tokens, a box is tagged text, a conversation is ChatML or plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import cached_file
+
+from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
+from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
+from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
+from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM
+from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.types import Batch, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Sample, Turn
+
+# CLIP's, as floats of the channels R, G, B
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
+NAMED_PICTURE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
+
+Template = Literal["chatml", "raw"]
+TooLong = Literal["error", "truncate_left"]
+
+
+def preprocess(image: Image.Image, size: int) -> torch.Tensor:
+    """The picture as (3, size, size) float32: alpha dropped, proportions not kept, no EXIF rotation, CLIP's normalisation."""
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    return pixels.float().div_(255).sub_(MEAN).div_(STD)
+
+
+class QwenVLProcessor:
+    """Conversations to tensors, and generated ids to text and boxes.
+
+    Args:
+        span: tokens of a picture, its two tags not counted.
+        side: width and height of the resized pictures, in pixels.
+        template: "chatml"; or "raw", for the base model: the texts one after the other, an answer ends with `<|endoftext|>`.
+        system: the system message of conversations without one: None is the default sentence, "" an empty message. Not for "raw".
+        supervise: see `ChatML`; "raw" learns answers and their end marks.
+        max_length: most tokens of a training sample.
+        too_long: what becomes of longer ones: "error", or "truncate_left": the last tokens are kept, and pictures whole or not at all.
+        window: a prompt's system message and earlier exchanges have fewer tokens than this; older exchanges are left out. Not for "raw".
+    """
+
+    def __init__(
+        self,
+        tokenizer: QwenTokenizer,
+        *,
+        span: int = 256,
+        side: int = 448,
+        template: Template = "chatml",
+        system: str | None = None,
+        supervise: Supervise = "answers",
+        max_length: int | None = None,
+        too_long: TooLong = "error",
+        window: int = 6144,
+    ):
+        for name, value, choices in (
+            ("template", template, Template),
+            ("supervise", supervise, Supervise),
+            ("too_long", too_long, TooLong),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} is one of {', '.join(get_args(choices))}, got {value!r}")
+        self.tokenizer = tokenizer
+        self.span = span
+        self.side = side
+        self.template = template
+        self.system = system
+        self.max_length = max_length
+        self.too_long = too_long
+        self.window = window
+        self.chatml = ChatML(tokenizer.encode, start=tokenizer.im_start_id, end=tokenizer.im_end_id, supervise=supervise)
+        self.pad_id = tokenizer.pad_id
+        self.stop_ids = (tokenizer.pad_id,) if template == "raw" else (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
+
+    def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
+        """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
+
+        A picture is introduced by `Picture k: ` and followed by a newline, unless the text before it does the former, or in "raw".
+
+        Raises:
+            DataError: a picture is unreadable, a box names one that does not exist, the sample is too long, or nothing can be learned.
+        """
+        try:
+            pieces = self._pieces(conversation, prompt)
+            pieces = [piece._replace(learned=False) for piece in pieces] if prompt else self._fitted(pieces)
+            return self._sample(conversation, pieces)
+        except DataError as error:
+            raise DataError(f"sample {conversation.id!r}: {error}") from error
+
+    def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
+        """The answer up to the first stop id. Boxes are taken to be in the last picture of the prompt."""
+        answer = takewhile(lambda id: id not in self.stop_ids, ids)
+        text = self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids).strip()
+        pictures = conversation.prompt().pictures
+        parts: Sequence[Part] = objects_from_tags(text, picture=max(len(pictures) - 1, 0))
+        if pictures:
+            parts = [object_in_frame(part, "pixel", pictures) if isinstance(part, GroundedObject) else part for part in parts]
+        return Prediction(conversation=conversation, text=text, parts=tuple(parts), reference=self._reference(conversation))
+
+    def _reference(self, conversation: Conversation) -> str | None:
+        if conversation.answer is None:
+            return None
+        written = self._written(conversation.answer, len(conversation.prompt().pictures), conversation.pictures)
+        return "".join(item.value if isinstance(item, Tag) else "<img></img>" if isinstance(item, int) else item for item in written)
+
+    def _pieces(self, conversation: Conversation, prompt: bool) -> list[Piece]:
+        turns: Sequence[Turn] = conversation.prompt().turns if prompt else conversation.turns
+        if self.template == "chatml":
+            turns = with_system(turns, self.system)
+        messages, pictures_before = [], 0
+        for turn in turns:
+            messages.append(Message(turn.role, list(self._body(turn, pictures_before, conversation.pictures))))
+            pictures_before += sum(isinstance(part, Picture) for part in turn.parts)
+        if self.template == "raw":
+            return list(self._raw(messages))
+        if prompt:
+            messages = self.chatml.recent(messages, self.window)
+        return list(self.chatml.render(messages, prompt=prompt))
+
+    def _raw(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        for role, body in messages:
+            for piece in body:
+                yield piece._replace(learned=role == "assistant" and piece.picture is None)
+            if role == "assistant":
+                yield Piece([self.pad_id], learned=True)
+
+    def _body(self, turn: Turn, pictures_before: int, pictures: Sequence[Picture]) -> Iterator[Piece]:
+        """Texts that stand side by side are one run for the tokenizer; only tags and pictures become special ids."""
+        special, text = self.tokenizer.special, ""
+        for item in self._written(turn, pictures_before, pictures):
+            if isinstance(item, str):
+                text += item
+                continue
+            if text:
+                yield Piece(self.tokenizer.encode(text))
+            text = ""
+            if isinstance(item, Tag):
+                yield Piece([special[item.value]])
+            else:
+                yield Piece([special["<img>"], *[special["<imgpad>"]] * self.span, special["</img>"]], picture=item)
+        if text:
+            yield Piece(self.tokenizer.encode(text))
+
+    def _written(self, turn: Turn, pictures_before: int, pictures: Sequence[Picture]) -> Iterator[str | Tag | int]:
+        """A turn as text, tags, and pictures by index."""
+        index, before = pictures_before, ""
+        for part in turn.parts:
+            if isinstance(part, str):
+                yield part
+                before += part
+                continue
+            if isinstance(part, GroundedObject):
+                yield from tags_from_object(part, pictures)
+            elif self.template == "raw" or NAMED_PICTURE.search(before):
+                yield index
+                index += 1
+            else:
+                yield f"Picture {index + 1}: "
+                yield index
+                yield "\n"
+                index += 1
+            before = ""
+
+    def _fitted(self, pieces: list[Piece]) -> list[Piece]:
+        length = sum(len(piece.ids) for piece in pieces)
+        if self.max_length and length > self.max_length:
+            if self.too_long == "error":
+                raise DataError(f"{length} tokens are more than max_length={self.max_length}; raise it, or set too_long=truncate_left")
+            pieces = cut_left(pieces, self.max_length)
+        if not any(piece.learned for piece in pieces[1:]):  # the first token has nothing before it to be predicted from
+            raise DataError("no answer to learn from; is the last turn the assistant's, and is max_length above the answer's length?")
+        return pieces
+
+    def _sample(self, conversation: Conversation, pieces: Sequence[Piece]) -> Sample:
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        pixels = [torch.empty(0, 3, self.side, self.side)]
+        for piece in pieces:
+            if piece.picture is not None:
+                positions += range(len(ids) + 1, len(ids) + 1 + self.span)
+                pixels.append(preprocess(conversation.pictures[piece.picture].open(), self.side)[None])
+            ids += piece.ids
+            labels += piece.ids if piece.learned else [-100] * len(piece.ids)
+        return Sample(
+            conversation=conversation,
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            vision_positions=torch.tensor(positions, dtype=torch.int64),
+            vision={"pixel_values": torch.cat(pixels)},
+        )
+
+
+class QwenVL:
+    """The family: a checkpoint's weights and vocabulary, or random weights of any size.
+
+    Args:
+        path: a checkpoint's folder or its name on the hub; None for random weights.
+        config: fields of `QwenVLConfig` for random weights; `vocab_size` and `image_start_id` follow from the vocabulary.
+        vocabulary: a file in tiktoken's format, or "tiny" for the one of the demo; None: the checkpoint's `qwen.tiktoken`.
+        dtype: of the weights, by torch's name.
+        seed: of random weights.
+
+    The others are those of `QwenVLProcessor`.
+    """
+
+    parts: Mapping[str, str] = {
+        "vision": "transformer.visual",
+        "resampler": "transformer.visual.attn_pool",
+        "language": "transformer.h",
+        "embeddings": "transformer.wte",
+        "head": "lm_head",
+    }
+    packable = True
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        vocabulary: str | None = None,
+        template: Template = "chatml",
+        system: str | None = None,
+        supervise: Supervise = "answers",
+        max_length: int | None = None,
+        too_long: TooLong = "error",
+        window: int = 6144,
+        dtype: str = "float32",
+        seed: int = 0,
+    ):
+        if (path is None) == (config is None):
+            raise ValueError("a model has either a `path`, or a `config` for random weights")
+        if path is None and vocabulary is None:
+            raise ValueError('random weights need a `vocabulary`: a file, or "tiny"')
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is a name of torch's, as float32 or bfloat16, got {dtype!r}")
+        self.path = path
+        self.sizes = dict(config or {})
+        self.vocabulary = vocabulary
+        self.prompting: dict[str, Any] = {
+            "template": template,
+            "system": system,
+            "supervise": supervise,
+            "max_length": max_length,
+            "too_long": too_long,
+            "window": window,
+        }
+        self.dtype = dtype
+        self.seed = seed
+
+    @cached_property
+    def tokenizer(self) -> QwenTokenizer:
+        if self.vocabulary is not None:
+            return QwenTokenizer(TINY_VOCABULARY if self.vocabulary == "tiny" else self.vocabulary)
+        file = cached_file(str(self.path), "qwen.tiktoken")
+        assert file is not None  # a missing file has raised
+        return QwenTokenizer(file)
+
+    @cached_property
+    def config(self) -> QwenVLConfig:
+        """The network's config.
+
+        Raises:
+            ValueError: it and the vocabulary disagree.
+        """
+        tokenizer = self.tokenizer
+        if self.path is not None:
+            config = QwenVLConfig.from_pretrained(self.path)
+        else:
+            ids = -(-tokenizer.vocab_size // 16) * 16  # a round number of rows
+            visual = {"image_start_id": tokenizer.img_start_id, **self.sizes.get("visual", QWEN_VL_VISUAL)}
+            config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": visual})
+        assert config.visual is not None  # the config fills it in
+        start = config.visual["image_start_id"]
+        if start != tokenizer.img_start_id:  # the last ids but two, hence this covers the number of ids
+            raise ValueError(
+                f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of the model's config is {start}; "
+                f"choose the vocabulary of this model"
+            )
+        return config
+
+    def processor(self) -> QwenVLProcessor:
+        assert self.config.visual is not None
+        return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=self.config.visual["image_size"], **self.prompting)
+
+    def load(self) -> QwenVLForCausalLM:
+        """The network in evaluation mode. Random weights depend on `seed` alone, and the caller's generators stay as they are."""
+        dtype = getattr(torch, self.dtype)
+        if self.path is not None:
+            return QwenVLForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
+        with torch.random.fork_rng(devices=()), torch.device("cpu"):
+            torch.default_generator.manual_seed(self.seed)
+            return QwenVLForCausalLM(self.config).to(dtype).eval()
+
+    def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
+        """Arguments of `forward`, or of `generate`; the supervised positions only for the former."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        if len(batch.vision_positions):
+            inputs |= {"pixel_values": batch.vision["pixel_values"], "vision_positions": batch.vision_positions}
+        if len(batch.target_positions) and not generate:
+            inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
+        return {name: value for name, value in inputs.items() if value is not None}

@@ -1,0 +1,116 @@
+import pytest
+
+from qwenvl_lit.chatml import DEFAULT_SYSTEM, ChatML, Message, Piece, cut_left, show, with_system
+from qwenvl_lit.types import DataError, Turn
+
+START, END = 1000, 1001
+
+
+def encode(text: str) -> list[int]:
+    """One token a character."""
+    return [ord(character) for character in text]
+
+
+def decode(ids) -> str:
+    return "".join({START: "[", END: "]"}.get(id) or chr(id) for id in ids)
+
+
+def message(role: str, text: str) -> Message:
+    return Message(role, [Piece(encode(text))])
+
+
+def written(pieces) -> str:
+    return decode(id for piece in pieces for id in piece.ids)
+
+
+def learned(pieces) -> str:
+    return decode(id for piece in pieces if piece.learned for id in piece.ids)
+
+
+def turn(role: str, *parts) -> Turn:
+    return Turn(role=role, parts=parts)
+
+
+TALK = [message("system", "S"), message("user", "q1"), message("assistant", "a1"), message("user", "q2"), message("assistant", "a2")]
+CHAT = ChatML(encode, start=START, end=END)
+
+
+def test_turns_are_written_and_nothing_follows_the_last_end_mark():
+    assert written(CHAT.render(TALK)) == "[system\nS]\n[user\nq1]\n[assistant\na1]\n[user\nq2]\n[assistant\na2]"
+
+
+def test_answers_and_their_end_marks_are_learned():
+    assert learned(CHAT.render(TALK)) == "a1]a2]"
+
+
+def test_the_official_script_also_learns_the_marks_of_every_turn():
+    official = ChatML(encode, start=START, end=END, supervise="official")
+    pieces = list(official.render(TALK))
+    assert written(pieces).endswith("a2]\n")
+    assert learned(pieces) == "[]\n[]\n[a1]\n[]\n[a2]\n"
+
+
+def test_a_prompt_opens_an_answer():
+    pieces = list(CHAT.render(TALK[:2], prompt=True))
+    assert written(pieces) == "[system\nS]\n[user\nq1]\n[assistant\n"
+    assert learned(pieces) == ""
+
+
+def test_the_span_of_a_picture_is_not_learned_even_in_an_answer():
+    pieces = list(CHAT.render([Message("assistant", [Piece(encode("see ")), Piece([7, 8, 9], picture=0)])]))
+    assert learned(pieces) == "see ]"
+
+
+def test_a_conversation_gets_a_system_message_unless_it_has_one():
+    question = turn("user", "q")
+    assert with_system([question], None) == (turn("system", DEFAULT_SYSTEM), question)
+    assert with_system([question], "Be brief.") == (turn("system", "Be brief."), question)
+    assert with_system([question], "") == (turn("system", ""), question)
+    assert with_system([turn("system", ""), question], "Be brief.") == (turn("system", ""), question)
+    with pytest.raises(DataError, match="only come first"):
+        with_system([question, turn("system", "late")], None)
+
+
+def test_the_window_keeps_the_newest_exchanges_that_fit():
+    # system: [system\nS] = 10 tokens; an exchange: \n[user\nqN] + \n[assistant\naN] = 10 + 15
+    turns = [*TALK[:4]]
+    assert CHAT.recent(turns, 36) == turns
+    assert CHAT.recent(turns, 35) == [TALK[0], TALK[3]]  # 10 + 25 is not less than 35
+    longer = [*TALK, message("user", "q3")]
+    assert CHAT.recent(longer, 36) == [TALK[0], *longer[3:]]
+    assert CHAT.recent(longer, 61) == longer
+
+
+def test_the_window_stops_at_the_first_exchange_that_does_not_fit():
+    long = [message("user", "q" * 100), message("assistant", "a")]
+    talk = [message("system", "S"), *TALK[1:3], *long, *TALK[3:5], message("user", "last")]
+    assert CHAT.recent(talk, 80) == [talk[0], *talk[5:]]
+
+
+def test_the_question_and_the_system_message_are_never_left_out():
+    assert CHAT.recent(TALK[:4], 1) == [TALK[0], TALK[3]]
+    assert CHAT.recent([message("user", "q")], 1) == [message("user", "q")]
+    assert CHAT.recent(TALK[1:4], 1) == [TALK[3]]
+
+
+def test_cutting_on_the_left_keeps_the_last_tokens():
+    pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], learned=True)]
+    assert cut_left(pieces, 9) == pieces
+    assert cut_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], learned=True)]
+    assert cut_left(pieces, 3) == [Piece([4]), Piece([5, 6], learned=True)]
+    assert cut_left(pieces, 1) == [Piece([6], learned=True)]
+    assert cut_left(pieces, 0) == []
+
+
+def test_cutting_never_parts_a_picture():
+    pieces = [Piece([1]), Piece([2, 3, 4], picture=0), Piece([5]), Piece([6])]
+    assert cut_left(pieces, 5) == pieces[1:]
+    for limit in (2, 3, 4):
+        assert cut_left(pieces, limit) == pieces[2:]
+
+
+def test_show_colours_what_is_learned_and_counts_repeated_tokens():
+    ids = [*encode("q"), *encode("!" * 20), START, *encode("ok"), END]
+    labels = [-100] * 22 + ids[22:]
+    assert show(ids, labels, decode) == "\x1b[2mq! x 20 [\x1b[0m\x1b[32mok]\x1b[0m"
+    assert show([], [], decode) == ""

@@ -1,0 +1,142 @@
+import base64
+import pickle
+import runpy
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenvl_lit.data import synthetic
+from qwenvl_lit.models.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
+SCRIPT = Path(__file__).parent.parent / "scripts" / "make_tiny_vocabulary.py"
+TINY = QwenTokenizer(TINY_VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return QwenTokenizer(GOLDEN / "synthetic.tiktoken")
+
+
+def test_special_ids_follow_the_ranks(tokenizer):
+    ranks = 556
+    assert list(tokenizer.special.items()) == [(name, ranks + place) for place, name in enumerate(SPECIALS)]
+    assert (tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id) == (556, 557, 558)
+    assert (tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id) == (770, 771, 772)
+    assert tokenizer.vocab_size == 773
+
+
+@given(st.text())
+def test_any_text_comes_back_normalised_and_has_no_special_ids(text):
+    ids = TINY.encode(text)
+    assert all(id < TINY.pad_id for id in ids)
+    assert TINY.encode(TINY.decode(ids)) == ids
+
+
+def test_the_name_of_a_special_token_is_text_unless_allowed(tokenizer):
+    assert tokenizer.im_end_id not in tokenizer.encode("a<|im_end|>b")
+    assert tokenizer.encode("<|im_end|><ref>", allowed_special=["<|im_end|>"])[:2] == [558, tokenizer.encode("<")[0]]
+
+
+def test_every_digit_is_a_token_of_its_own(tokenizer):
+    assert [tokenizer.decode([id]) for id in tokenizer.encode("(215,318)")] == ["(", "2", "1", "5", ",", "3", "1", "8", ")"]
+
+
+def test_decoding_can_leave_special_tokens_out_and_keep_some(tokenizer):
+    ids = tokenizer.encode("<ref>cat</ref><|im_end|>", allowed_special=tokenizer.special)
+    assert tokenizer.decode(ids) == "<ref>cat</ref><|im_end|>"
+    assert tokenizer.decode(ids, skip_special=True) == "cat"
+    assert tokenizer.decode(ids, skip_special=True, keep=tokenizer.tag_ids) == "<ref>cat</ref>"
+
+
+def test_ids_that_the_vocabulary_lacks_are_an_error_only_if_asked(tokenizer):
+    assert tokenizer.decode([0, 773, -1]) == "!\ufffd\ufffd"
+    assert tokenizer.decode([0, 773], errors="ignore") == "!"
+    with pytest.raises(ValueError, match=r"token id 773 is not among the 773 ids of .*synthetic\.tiktoken"):
+        tokenizer.decode([0, 773], errors="strict")
+
+
+def test_a_path_written_into_a_span_is_read(tokenizer):
+    span = [770, *"é.png".encode(), 772, 772, 771]
+    assert tokenizer.decode([0, *span, 0]) == "!<img>é.png</img>!"
+    assert tokenizer.decode([770, 772, 772, 771]) == "<img></img>"
+
+
+@pytest.mark.parametrize("span", [[770], [770, 5], [770, 772], [770, 600, 772, 771], [770, 5, 771]])
+def test_a_span_without_a_path_does_not_raise(tokenizer, span):
+    assert tokenizer.decode(span).startswith("<img>")
+
+
+def test_streaming_never_emits_half_a_character():
+    text = "A 图 é 🙂!"
+    ids = TINY.encode(text)  # the tiny vocabulary has these characters only as bytes
+    pieces = list(TINY.stream(iter(ids)))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert "图" in pieces
+
+
+def test_streaming_gives_a_character_as_soon_as_it_is_complete():
+    taken = []
+
+    def ids():
+        for id in TINY.encode("图a"):
+            taken.append(id)
+            yield id
+
+    assert next(TINY.stream(ids())) == "图"
+    assert len(taken) == 3
+
+
+@given(st.lists(st.integers(-2, TINY.vocab_size + 2)))
+def test_a_stream_is_the_decoded_text_in_pieces(ids):
+    assert "".join(TINY.stream(ids)) == TINY.decode(ids)
+
+
+def test_a_pickle_holds_the_path_only(tokenizer):
+    data = pickle.dumps(tokenizer)
+    assert len(data) < 500
+    assert pickle.loads(data).special == tokenizer.special
+
+
+def test_a_malformed_vocabulary_is_reported_with_file_and_line(tmp_path):
+    lines = TINY_VOCABULARY.read_text().splitlines()
+    file = tmp_path / "vocabulary.tiktoken"
+
+    def message(changed: list[str]) -> str:
+        file.write_text("\n".join(changed))
+        with pytest.raises(ValueError, match="vocabulary") as caught:
+            QwenTokenizer(file)
+        return str(caught.value)
+
+    assert "tiktoken:3: expected base64, a blank and a rank, got b'no rank here'" in message([*lines[:2], "no rank here", *lines[3:]])
+    assert "tiktoken:3: expected base64" in message([*lines[:2], "I===w 2", *lines[3:]])
+    assert "tiktoken:3: expected a new token of rank 2, got b'$' of rank 3" in message([*lines[:2], *lines[3:]])
+    assert "tiktoken:4: expected a new token of rank 3, got b'#' of rank 3" in message([*lines[:3], lines[2].replace(" 2", " 3")])
+    assert "tiktoken:250: the file ends without the single bytes" in message(lines[:250])
+    assert "tiktoken:0: the file ends" in message([])
+
+
+def test_the_tiny_vocabulary_is_what_the_script_makes():
+    assert runpy.run_path(str(SCRIPT))["vocabulary"]() == TINY_VOCABULARY.read_text()
+
+
+def test_the_tiny_vocabulary_has_the_bytes_in_the_published_order():
+    assert list(read_ranks(TINY_VOCABULARY))[:256] == list(read_ranks(GOLDEN / "synthetic.tiktoken"))[:256]
+
+
+def test_every_word_of_the_demo_is_one_tiny_token():
+    words = {word for text in synthetic.sentences() for word in regex.findall(PATTERN, text)}
+    words |= set(regex.findall(PATTERN, "You are a helpful assistant.")) | {"system", "user", "assistant", "\n"}
+    assert [word for word in words if len(TINY.encode(word)) != 1] == []
+    assert TINY.pad_id < 512
+
+
+def test_tiny_tokens_are_built_from_pairs_of_earlier_ones():
+    ranks = read_ranks(TINY_VOCABULARY)
+    for token, rank in ranks.items():
+        halves = ((token[:place], token[place:]) for place in range(1, len(token)))
+        assert len(token) == 1 or any(max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves), base64.b64encode(token)
