@@ -1,0 +1,138 @@
+"""The language side of Qwen-VL: decoder blocks, rotary positions, and the two rules for texts longer than those of training."""
+
+# B rows, T tokens, D width, H heads, K head width, F width of one MLP branch
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, silu
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwenvl_lit.models.config import QwenVLConfig
+
+
+class LanguageBlock(GradientCheckpointingLayer):
+    """Pre-norm decoder block, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: QwenVLConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size // 2)
+
+    def forward(self, x_BTD: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The keyword arguments are those of `Attention`."""
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), **kwargs)[0]
+        return x_BTD + self.mlp(self.ln_2(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; the kernel is transformers' `attn_implementation`."""
+
+    is_causal = True
+    num_key_value_groups = 1  # every head has its own keys and values
+
+    def __init__(self, config: QwenVLConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows: q | k | v
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, **kwargs):
+        """Tokens attend to themselves, to those before them, and to what is in the cache.
+
+        Args:
+            rotary: what `rotary_tables` returns.
+            attention_mask: what transformers made for the kernel in use; `None` is plain causal.
+            past_key_values: a cache, to which the rotated keys and the values are added.
+            kwargs: handed on to the kernel.
+
+        Returns:
+            (B, T, D), and the weights (B, H, T, slots) where the kernel has them, else `None`.
+        """
+        qkv_BT3HK = self.c_attn(x_BTD).unflatten(-1, (3, -1, self.head_dim))
+        q_BTHK, k_BTHK = rotate(qkv_BT3HK[:, :, :2], *rotary).unbind(2)
+        q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, qkv_BT3HK[:, :, 2]))
+        if past_key_values is not None:
+            k_BHTK, v_BHTK = past_key_values.update(k_BHTK, v_BHTK, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
+        attended_BTHK, weights = attend(self, q_BHTK, k_BHTK, v_BHTK, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.c_proj(attended_BTHK.flatten(2)), weights
+
+
+def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, **kwargs):
+    """Attention in plain operations over S slots, with the signature of transformers' kernels: (B, T, H, K) and weights (B, H, T, S)."""
+    scores_BHTS = q_BHTK @ k_BHSK.mT * scaling
+    if attention_mask is not None:
+        scores_BHTS = scores_BHTS + attention_mask
+    weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTK.dtype)
+    return (weights_BHTS @ v_BHSK).transpose(1, 2), weights_BHTS
+
+
+class MLP(nn.Module):
+    """Gated MLP, (B, T, D) -> (B, T, D): `w2` is the gate."""
+
+    def __init__(self, dim: int, branch: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, branch, bias=False)
+        self.w2 = nn.Linear(dim, branch, bias=False)
+        self.c_proj = nn.Linear(branch, dim, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.w1(x_BTD) * silu(self.w2(x_BTD)))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension; torch computes it in float32 and casts it back, before the weight as the original."""
+
+    def __init__(self, dim: int, epsilon: float):
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, x.shape[-1:], eps=self.epsilon) * self.weight
+
+
+def rotary_tables(
+    slots: torch.Tensor, head_dim: int, base: float, *, alpha: int = 1, logn_above: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for `rotate`, float32 (B, T, 1, 1, K / 2), at the positions `slots` (B, T).
+
+    Args:
+        alpha: stretches the slow channels by about this much and the fastest not at all, see `ntk_alpha`.
+        logn_above: if given, the tables are (B, T, 2, 1, K / 2) and those of the queries are scaled by ln(slot + 1) / ln(logn_above)
+            where that is above 1 (log-n attention). Turning and scaling commute, so it costs nothing per layer.
+    """
+    base = base * alpha ** (head_dim / (head_dim - 2))
+    frequencies = 1 / base ** (torch.arange(0, head_dim, 2, device=slots.device, dtype=torch.float32) / head_dim)
+    angles = slots[:, :, None, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if logn_above is None:
+        return cos, sin
+    scale = ((slots.float() + 1).log() / math.log(logn_above)).clamp(min=1)
+    scale = torch.stack((scale, torch.ones_like(scale)), dim=-1)[..., None, None]  # (B, T, 2, 1, 1): queries, keys
+    return cos * scale, sin * scale
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns channel i together with channel i + K / 2 of x (B, T, 2, H, K) by the angles of `rotary_tables`, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def ntk_alpha(length: int, seq_length: int) -> int:
+    """Dynamic NTK: how far the rotary base of a text of `length` tokens is stretched beyond the `seq_length` of training.
+
+    >>> [ntk_alpha(length, 2048) for length in (1, 2048, 2049, 4096, 4097)]
+    [1, 1, 3, 3, 7]
+    """
+    return max(2 ** math.ceil(math.log2(length / seq_length) + 1) - 1, 1)

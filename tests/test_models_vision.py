@@ -1,0 +1,115 @@
+import pytest
+import torch
+from small_network import small_config, small_network
+from torch import nn
+
+from qwenvl_lit.models import QwenVLForCausalLM
+from qwenvl_lit.models.vision import CrossAttention, VisionAttention, resize_positions, sine_cosine_positions
+
+
+@torch.no_grad()
+def as_multihead(q, k, v, out) -> nn.MultiheadAttention:
+    """PyTorch's own attention with these weights and biases; q, k, v, out: (weight, bias)."""
+    attention = nn.MultiheadAttention(len(out[1]), 4, batch_first=True)
+    attention.in_proj_weight.copy_(torch.cat((q[0], k[0], v[0])))
+    attention.in_proj_bias.copy_(torch.cat((q[1], k[1], v[1])))
+    attention.out_proj.weight.copy_(out[0])
+    attention.out_proj.bias.copy_(out[1])
+    return attention
+
+
+def parts(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.weight, layer.bias
+
+
+def test_the_towers_projection_is_interleaved_per_head():
+    ours = VisionAttention(width=32, heads=4)
+    weight, bias = ours.in_proj.weight.view(4, 3, 8, 32), ours.in_proj.bias.view(4, 3, 8)
+    theirs = as_multihead(*((weight[:, i].flatten(0, 1), bias[:, i].flatten()) for i in range(3)), parts(ours.out_proj))
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-6, rtol=0)  # float32, another order of summation
+
+
+def test_the_resampler_attends_as_pytorch_does():
+    ours = CrossAttention(dim=32, heads=4)
+    theirs = as_multihead(parts(ours.q_proj), parts(ours.k_proj), parts(ours.v_proj), parts(ours.out_proj))
+    query, key, value = torch.randn(5, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    torch.testing.assert_close(ours(query, key, value), theirs(query.expand(2, -1, -1), key, value)[0], atol=1e-6, rtol=0)
+
+
+def test_positions_of_the_same_grid_are_taken_as_they_are():
+    table = torch.randn(16, 8)
+    assert resize_positions(table, 16) is table
+
+
+@pytest.mark.parametrize("patches", [4, 64])
+def test_resized_positions_keep_their_place_in_the_grid(patches):
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    resized = resize_positions(torch.stack((rows, columns), dim=-1).flatten(0, 1), patches)
+    side = int(patches**0.5)
+    grid = resized.view(side, side, 2)
+    torch.testing.assert_close(grid[..., 0], grid[..., 1].T)
+    assert (grid[..., 0].diff(dim=0) > 0).all()
+    torch.testing.assert_close(grid.mean((0, 1)), torch.full((2,), 1.5))
+
+
+def test_sine_cosine_positions_hold_x_before_y():
+    table = sine_cosine_positions(9, 8)
+    torch.testing.assert_close(table[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1]))
+    torch.testing.assert_close(table[5], torch.cat((table[2, :4], table[3, 4:])))  # x = 2 in row 0, y = 1 in column 0
+
+
+def test_a_picture_may_have_any_number_of_patches():
+    tower = small_network().transformer.visual
+    for side in (4, 16, 64):
+        assert tower(torch.randn(2, 3, side, side)).shape == (2, 4, 32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 18, 18), (1, 3, 16, 12), (3, 16, 16)])
+def test_pixels_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(N, 3, S, S\) with S a multiple of 4"):
+        small_network().transformer.visual(torch.zeros(shape))
+
+
+def test_pictures_do_not_see_each_other():
+    tower = small_network().transformer.visual
+    pixels = torch.randn(3, 3, 16, 16)
+    alone = torch.cat([tower(picture[None]) for picture in pixels])
+    torch.testing.assert_close(tower(pixels), alone, atol=1e-5, rtol=0)  # float32, other kernels for other batch sizes
+
+
+def test_patches_as_wide_as_the_output_need_no_projection():
+    names = QwenVLForCausalLM(small_config(visual={"width": 32})).state_dict()
+    assert not any("kv_proj" in name for name in names)
+
+
+@torch.no_grad()
+def test_a_local_start_looks_more_at_the_own_place():
+    def own_weight(local_start) -> float:
+        """How much of its attention a query spends, before any training, on the one patch of 16 at its place."""
+        torch.manual_seed(0)
+        visual = {"n_queries": 16, "resampler_local_start": local_start}
+        resampler = QwenVLForCausalLM(small_config(visual=visual)).transformer.visual.attn_pool
+        query = resampler.ln_q(resampler.query) + resampler.pos_embed
+        key = torch.randn(500, 16, 32) + resampler.pos_embed
+        q, k = (
+            layer(x).unflatten(-1, (4, 8)).transpose(-2, -3) for layer, x in ((resampler.attn.q_proj, query), (resampler.attn.k_proj, key))
+        )
+        return (q @ k.mT * 8**-0.5).softmax(-1).diagonal(dim1=-2, dim2=-1).mean().item()
+
+    assert own_weight(2.5) > 1.2 / 16
+    assert own_weight(None) < 1.05 / 16
+
+
+def test_the_original_start_has_unequal_projections():
+    attention = QwenVLForCausalLM(small_config()).transformer.visual.attn_pool.attn
+    assert not torch.equal(attention.q_proj.weight, attention.k_proj.weight)
+
+
+def test_a_local_start_has_equal_projections_2_5_times_as_large():
+    torch.manual_seed(0)
+    usual = QwenVLForCausalLM(small_config()).transformer.visual.attn_pool.attn
+    torch.manual_seed(0)
+    local = QwenVLForCausalLM(small_config(visual={"resampler_local_start": 2.5})).transformer.visual.attn_pool.attn
+    assert torch.equal(local.q_proj.weight, local.k_proj.weight)
+    torch.testing.assert_close(local.q_proj.weight.abs().max(), 2.5 * usual.q_proj.weight.abs().max(), rtol=0.02, atol=0)
