@@ -23,8 +23,8 @@ from qwenvl_lit.types import Box, DataError, GroundedObject
 
 Task = Literal["caption", "grounded", "find", "name", "count", "left", "right"]
 
-# How often training asks what. To look up a name in a picture ("find") takes a tiny model thousands of steps: more of it costs the others.
-TASKS: dict[Task, float] = {"caption": 2, "grounded": 2, "find": 1, "left": 1, "right": 1, "count": 1, "name": 0.5}
+# How often training asks what. To look a name up in a picture ("find") takes longest to learn.
+TASKS: dict[Task, float] = {"caption": 1, "grounded": 3, "find": 3, "left": 0.5, "right": 0.5, "count": 0.5, "name": 0.5}
 PICTURE_PREFIX = "Picture 1: "
 VERSION = 1  # of the files below; raise it when their content changes, so that folders written before are written anew
 MANIFEST = "manifest.json"
@@ -70,7 +70,8 @@ def ask(scene: Scene, task: Task, rng: random.Random) -> Exchange:
         case "caption":
             return Exchange(task, "Describe the picture.", caption(things))
         case "grounded":
-            return Exchange(task, "Describe with boxes.", "<ref-object><bbox>" * len(things), things)
+            # In any order: from left to right, a box would follow from the one before and never from its name.
+            return Exchange(task, "Describe with boxes.", "<ref-object><bbox>" * len(things), tuple(rng.sample(things, len(things))))
         case "find":
             return Exchange(task, rng.choice(("Find <ref-object>", f"Where is the {thing.name}?")), "<bbox>", (thing,))
         case "name":
@@ -112,8 +113,8 @@ def write_demo(
     """Write the demo dataset into `folder`, or keep what is there if it is the same; returns the folder. It appears complete or not at all.
 
     - `images/*.png`, shared by all files below;
-    - `train_single.jsonl`: the curriculum, captions of `single` pictures of one thing;
-    - `train.jsonl`: `train` pictures with two or three questions each, as one conversation;
+    - `train_single.jsonl`: the curriculum, captions with and without boxes of `single` pictures of one thing;
+    - `train.jsonl`: `train` pictures with two questions each, as one conversation;
     - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about so many pictures, one a row, named in the column `task`;
     - `new_classes_train.jsonl`, `new_classes_test.jsonl`: the same with `NEW_CLASSES`, `new_classes` pictures and an eighth of that;
     - `coco/annotations/{captions,instances}_{train,test}.json`: the same pictures as COCO describes them, with `images/` as image folder;
@@ -199,13 +200,15 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _first_lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    yield chat_row(stem, stem, [ask(scene, "caption", rng)])
+    """One thing by its name, or by name and place."""
+    yield chat_row(stem, stem, [ask(scene, rng.choice(("caption", "grounded")), rng)])
 
 
 def _lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Two or three different questions in one conversation, drawn by the weights of `TASKS`."""
+    """Two different questions in one conversation, drawn by the weights of `TASKS`."""
     drawn = sorted(tasks_of(scene), key=lambda task: rng.random() ** (1 / TASKS[task]), reverse=True)
-    exchanges = [ask(scene, task, rng) for task in drawn[: rng.randint(2, 3)]]
+    given_away = "grounded" if drawn.index("find") < drawn.index("grounded") else "find"  # the box would stand in the text before
+    exchanges = [ask(scene, task, rng) for task in drawn if task != given_away][:2]
     # A box without a phrase comes last: before others it would leave the two kinds of placeholders out of step.
     yield chat_row(stem, stem, sorted(exchanges, key=lambda e: "<bbox>" in e.answer and "<ref-object>" not in e.question + e.answer))
 

@@ -303,8 +303,13 @@ class QwenVL:
             return QwenVLForCausalLM(self.config).to(dtype).eval()
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
-        """Arguments of `forward`, or of `generate`; the supervised positions only for the former."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.
+
+        The former get no mask: causal attention never sees what follows a token, and runs faster without.
+        """
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if generate:
+            inputs |= {"attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
             inputs |= {"pixel_values": batch.vision["pixel_values"], "vision_positions": batch.vision_positions}
         if len(batch.target_positions) and not generate:

@@ -18,7 +18,7 @@ QWEN_VL_VISUAL = {
     "image_start_id": 151857,
 }
 # Ours, for small networks. Written to `config.json` only if they were given.
-VISUAL_OPTIONS = ("n_queries", "resampler_heads", "resampler_local_start")
+VISUAL_OPTIONS = ("n_queries", "resampler_heads", "spatial_start")
 # Settings of the published files for which the network knows no other value.
 FIXED = {"attn_dropout_prob": 0, "emb_dropout_prob": 0, "no_bias": True, "rotary_pct": 1, "scale_attn_weights": True}
 
@@ -67,7 +67,7 @@ class QwenVLConfig(PreTrainedConfig):
         """Arguments of `models.vision.VisionTower`: of `visual`, what concerns the network, and defaults for our options."""
         given = {key: value for key, value in self.visual.items() if key not in ("image_size", "image_start_id") and value is not None}
         heads = max(self.visual["output_dim"] // 128, 1)
-        return {"n_queries": 256, "resampler_heads": heads, "resampler_local_start": None} | given
+        return {"n_queries": 256, "resampler_heads": heads, "spatial_start": None} | given
 
     @property
     def n_queries(self) -> int:

@@ -56,19 +56,26 @@ class QwenVLPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, VisionTower):
-            init.normal_(module.positional_embedding, std=module.positional_embedding.shape[1] ** -0.5)
+            positions, width = module.positional_embedding.shape
+            if module.spatial_start:
+                init.copy_(module.positional_embedding, sine_cosine_positions(positions, width))
+            else:
+                init.normal_(module.positional_embedding, std=width**-0.5)
             init.normal_(module.proj, std=len(module.proj) ** -0.5)
         elif isinstance(module, Resampler):
             init.trunc_normal_(module.query, std=0.02)
             init.copy_(module.pos_embed, sine_cosine_positions(*module.pos_embed.shape))
+            if module.spatial_start:
+                self._init_spatial(module.attn, module.spatial_start)
         elif isinstance(module, CrossAttention):
             gain = math.sqrt(0.5)  # Xavier of the three projections as one matrix
-            init.xavier_uniform_(module.v_proj.weight, gain)
-            init.xavier_uniform_(module.q_proj.weight, gain * (module.local_start or 1))
-            if module.local_start:
-                init.copy_(module.k_proj.weight, module.q_proj.weight)
-            else:
-                init.xavier_uniform_(module.k_proj.weight, gain)
+            for layer in (module.v_proj, module.q_proj, module.k_proj):
+                init.xavier_uniform_(layer.weight, gain)
+
+    def _init_spatial(self, attention: CrossAttention, strength: float):
+        """Not the original's start: queries and keys are projected alike, so that equal positions attract each other."""
+        init.orthogonal_(attention.q_proj.weight, gain=strength)
+        init.copy_(attention.k_proj.weight, attention.q_proj.weight)
 
     def _init_residual(self, layer: nn.Linear):
         """GPT-2's smaller start of what is added to the residual stream; the original counts the language blocks, in the tower too."""

@@ -87,6 +87,8 @@ class QwenTokenizer:
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
         """Ids of the normalised text. Names of special tokens in it are plain text, but for those in `allowed_special`."""
         text = unicodedata.normalize("NFC", text)
+        if not allowed_special:
+            return self._encoding.encode_ordinary(text)
         return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False, keep: Collection[int] = (), errors: str = "replace") -> str:

@@ -20,7 +20,9 @@ class VisionTower(nn.Module):
     """Pictures (N, 3, S, S) to the tokens that stand for them (N, Q, D). S may be any multiple of the patch size.
 
     Args:
-        resampler_local_start: see `CrossAttention`.
+        spatial_start: a start for small networks that learn to see from nothing; the published ones have None. The tower's positions begin
+            as sines and cosines, and the resampler's projections of queries and keys as the same matrix, so many times as large as a
+            rotation: a query leans towards its own place in the picture.
     """
 
     def __init__(
@@ -34,15 +36,16 @@ class VisionTower(nn.Module):
         output_dim: int,
         n_queries: int,
         resampler_heads: int,
-        resampler_local_start: float | None,
+        spatial_start: float | None,
     ):
         super().__init__()
         self.patch_size = patch_size
+        self.spatial_start = spatial_start
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, width))
         self.ln_pre = nn.LayerNorm(width, eps=EPSILON)
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(width, heads, mlp_ratio) for _ in range(layers))})
-        self.attn_pool = Resampler(output_dim, width, n_queries, resampler_heads, resampler_local_start)
+        self.attn_pool = Resampler(output_dim, width, n_queries, resampler_heads, spatial_start)
         self.ln_post = nn.LayerNorm(output_dim, eps=EPSILON)
         self.proj = nn.Parameter(torch.empty(output_dim, output_dim))
 
@@ -101,12 +104,13 @@ class Resampler(nn.Module):
     Positions join queries and keys, not values. Their table is stored with the weights but never trained, hence a buffer.
     """
 
-    def __init__(self, dim: int, patch_dim: int, n_queries: int, heads: int, local_start: float | None):
+    def __init__(self, dim: int, patch_dim: int, n_queries: int, heads: int, spatial_start: float | None):
         super().__init__()
         self.query = nn.Parameter(torch.empty(n_queries, dim))
         self.register_buffer("pos_embed", torch.empty(n_queries, dim))
         self.kv_proj = nn.Linear(patch_dim, dim, bias=False) if patch_dim != dim else nn.Identity()  # no weight, as the original
-        self.attn = CrossAttention(dim, heads, local_start)
+        self.spatial_start = spatial_start
+        self.attn = CrossAttention(dim, heads)
         self.ln_q = nn.LayerNorm(dim, eps=EPSILON)
         self.ln_kv = nn.LayerNorm(dim, eps=EPSILON)
 
@@ -123,16 +127,11 @@ class CrossAttention(nn.Module):
 
     In files the three input projections are one tensor, `in_proj_weight`, and one bias; here each is a linear layer of its own, so that
     adapters reach it and nothing is computed in vain. `models.qwen_vl` tells transformers to split and to join them.
-
-    Args:
-        local_start: start with equal projections of queries and keys, this much larger than usual. A query then leans towards its own
-            place in the picture, which helps small networks to learn to see. None is the original's start.
     """
 
-    def __init__(self, dim: int, heads: int, local_start: float | None = None):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.local_start = local_start
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)

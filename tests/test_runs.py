@@ -1,0 +1,75 @@
+import os
+
+import pytest
+import torch
+
+from qwenvl_lit.runs import find_run
+from qwenvl_lit.types import DataError
+
+
+def write_run(folder, *checkpoints: str):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra/config.yaml").write_text("model:\n  path: ${paths.cache}/x\n")
+    (folder / "checkpoints").mkdir()
+    for name in checkpoints:
+        torch.save({"config": {"model": {"path": "stored"}}}, folder / "checkpoints" / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
+    run = find_run(str(write_run(tmp_path / "run", "last.ckpt", "best.ckpt")))
+    assert run.checkpoint.name == "best.ckpt"
+    assert run.config == {"model": {"path": "${paths.cache}/x"}}
+
+
+def test_without_a_best_one_it_is_the_last(tmp_path):
+    assert find_run(str(write_run(tmp_path / "run", "last.ckpt"))).checkpoint.name == "last.ckpt"
+
+
+def test_a_checkpoint_file_knows_its_run(tmp_path):
+    folder = write_run(tmp_path / "run", "last.ckpt", "best.ckpt")
+    run = find_run(str(folder / "checkpoints/last.ckpt"))
+    assert (run.checkpoint.name, run.folder) == ("last.ckpt", folder)
+
+
+def test_a_checkpoint_file_alone_has_its_config_inside(tmp_path):
+    file = tmp_path / "alone.ckpt"
+    torch.save({"config": {"model": {"path": "stored"}}}, file)
+    run = find_run(str(file))
+    assert (run.config, run.folder) == ({"model": {"path": "stored"}}, None)
+
+
+def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
+    for age, name, checkpoints in ((30, "old", ["best.ckpt"]), (20, "new", ["last.ckpt"]), (10, "unfinished", [])):
+        folder = write_run(tmp_path / "outputs/train" / name, *checkpoints)
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    assert find_run("latest").folder.name == "new"
+    with pytest.raises(DataError, match="the newest run here is ckpt=outputs/train/new"):
+        find_run("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "does not exist; train one first"),
+        (lambda path: path.mkdir(), "is no run folder"),
+        (lambda path: write_run(path), "stopped before it saved one"),
+        (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
+        (lambda path: torch.save({"state_dict": {}}, path), "holds no config"),
+        (lambda path: torch.save([1], path), "cannot be read as a checkpoint"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path, make, says):
+    make(tmp_path / "thing")
+    with pytest.raises(DataError, match=says):
+        find_run(str(tmp_path / "thing"))
+
+
+def test_latest_without_runs_says_what_to_do():
+    with pytest.raises(DataError, match="train first"):
+        find_run("latest")
