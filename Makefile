@@ -13,7 +13,7 @@ demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
 	$(BIN)/python -m qwenvl_lit.train hydra.run.dir=$(DEMO)
 	$(BIN)/python -m qwenvl_lit.test ckpt=$(DEMO) baseline=true hydra.run.dir=outputs/test/demo
-	$(BIN)/python -m qwenvl_lit.predict ckpt=$(DEMO) picture=$(DEMO)/example.png prompt="Where is the car?" hydra.run.dir=outputs/predict/demo
+	$(BIN)/python -m qwenvl_lit.predict ckpt=$(DEMO) picture=docs/car.png prompt="Where is the car?" hydra.run.dir=outputs/predict/demo
 
 test: lint suite
 

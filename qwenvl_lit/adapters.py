@@ -62,7 +62,7 @@ class LoRA:
         targets: a regular expression for whole module paths, or "all-linear" for every linear layer but the head.
     """
 
-    def __init__(self, *, rank: int, alpha: float, dropout: float, targets: str):
+    def __init__(self, *, rank: int, alpha: int, dropout: float, targets: str):
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout

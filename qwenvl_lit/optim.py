@@ -30,7 +30,7 @@ class AdamW:
         schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
     ):
         self.lr = lr
-        self.betas = tuple(betas)
+        self.betas = (betas[0], betas[1])
         self.eps = eps
         self.weight_decay = weight_decay
         self.warmup = warmup

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwenvl_lit.types import DataError
 
@@ -66,7 +66,7 @@ def _known_runs() -> str:
 def _composed(folder: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(folder / ".hydra/config.yaml"))
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / ".hydra/config.yaml")))
 
 
 def _stored(checkpoint: Path) -> dict[str, Any]:

@@ -87,10 +87,11 @@ class Picture:
         Raises:
             DataError: as `open`.
         """
-        if self._size is None:
-            with self._opened() as image:
-                object.__setattr__(self, "_size", image.size)
-        return self._size
+        if self._size is not None:
+            return self._size
+        with self._opened() as image:
+            object.__setattr__(self, "_size", image.size)
+            return image.size
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:

@@ -17,7 +17,7 @@ from qwenvl_lit.types import DataError
 
 HELP = {
     "seed": "another seed draws other scenes; which scenes may be in which split does not depend on it",
-    "train": "pictures with three or four questions each",
+    "train": "pictures with two questions each",
     "single": "pictures of one object with its caption, to begin with",
     "validation": "pictures, each with every question as a row of its own",
     "test": "pictures, the same",

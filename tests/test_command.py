@@ -84,5 +84,12 @@ def test_lists_of_files_come_through_as_typed():
 
 
 def test_other_keys_are_left_to_hydra():
-    for argument in ("optim.lr=1e-4,5e-5", "data.test={easy: a.jsonl}", "prompt=null", "data.validation=0.01", "--help", "~callbacks.samples"):
+    for argument in (
+        "optim.lr=1e-4,5e-5",
+        "data.test={easy: a.jsonl}",
+        "prompt=null",
+        "data.validation=0.01",
+        "--help",
+        "~callbacks.samples",
+    ):
         assert quote_free_text(argument) == argument

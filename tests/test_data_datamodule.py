@@ -98,7 +98,9 @@ def test_test_prefers_test_sets_and_predict_the_validation_rows():
     assert ids(data.predict_dataloader()[0]) == ["v", "w"]
 
 
-@pytest.mark.parametrize(("stage", "says"), [("fit", "nothing to train on"), ("test", "no rows to test"), ("predict", "no rows to predict")])
+@pytest.mark.parametrize(
+    ("stage", "says"), [("fit", "nothing to train on"), ("test", "no rows to test"), ("predict", "no rows to predict")]
+)
 def test_a_missing_source_is_an_error_that_says_what_to_give(stage, says):
     with pytest.raises(DataError, match=f"{says}.*data\\."):
         module().setup(stage)

@@ -43,7 +43,7 @@ def test_a_broken_picture_is_named(content, tmp_path):
     file = tmp_path / "broken.png"
     file.write_bytes(content)
     for use in (lambda: Picture(file).open(), lambda: Picture(file).size):
-        with pytest.raises(DataError, match="broken.png cannot be read"):
+        with pytest.raises(DataError, match=r"broken\.png cannot be read"):
             use()
 
 
@@ -55,7 +55,7 @@ def test_half_a_picture_is_not_shown(picture_file):
 
 
 def test_a_missing_picture_is_named(tmp_path):
-    with pytest.raises(DataError, match="none.png does not exist"):
+    with pytest.raises(DataError, match=r"none\.png does not exist"):
         Picture(tmp_path / "none.png").open()
 
 

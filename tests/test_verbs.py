@@ -103,7 +103,10 @@ def test_a_checkpoint_file_alone_is_enough(home, tmp_path):
     copy.write_bytes(checkpoint.read_bytes())
     picture = sorted((home / "cache/demo/images").glob("test_*.png"))[0]
     question = [f"picture={picture}", "prompt=How many objects?"]
-    assert run(home, "predict", f"ckpt={copy}", *question).splitlines()[:2] == run(home, "predict", f"ckpt={checkpoint}", *question).splitlines()[:2]
+    assert (
+        run(home, "predict", f"ckpt={copy}", *question).splitlines()[:2]
+        == run(home, "predict", f"ckpt={checkpoint}", *question).splitlines()[:2]
+    )
 
 
 def test_the_same_seed_gives_the_same_run(home):
@@ -111,14 +114,24 @@ def test_the_same_seed_gives_the_same_run(home):
         run(home, "train", "trainer=smoke", *SMALL, f"hydra.run.dir={home / name}")
     one, two = (rows(home / name / "logging.jsonl") for name in ("one", "two"))
     timed = {"elapsed_s", "remaining_s", "samples_per_second", "tokens_per_second", "supervised_tokens_per_second"}
-    assert [{k: v for k, v in row.items() if k not in timed} for row in one] == [{k: v for k, v in row.items() if k not in timed} for row in two]
+    assert [{k: v for k, v in row.items() if k not in timed} for row in one] == [
+        {k: v for k, v in row.items() if k not in timed} for row in two
+    ]
 
 
 def test_broken_data_is_named_without_traceback(home):
     (home / "broken.jsonl").write_text('{"query": "<img>nowhere.png</img>What?", "response": "x"}\n')
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for workers in (0, 1):
-        command = [sys.executable, "-m", "qwenvl_lit.test", "ckpt=latest", "data=jsonl", "data.test=broken.jsonl", f"data.num_workers={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "qwenvl_lit.test",
+            "ckpt=latest",
+            "data=jsonl",
+            "data.test=broken.jsonl",
+            f"data.num_workers={workers}",
+        ]
         result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
         assert result.returncode == 1
         assert "nowhere.png does not exist" in result.stderr

@@ -55,7 +55,7 @@ class Scene:
         return image
 
 
-def scenes(split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.6) -> Iterator[Scene]:
+def scenes(split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.5) -> Iterator[Scene]:
     """Scenes whose content belongs to `split`; a share of `pairs` has two things.
 
     No content (which class, where, how large) is in two splits, whatever the seeds. Within a split single things repeat, on other grounds.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from qwenvl_lit.types import Batch, Conversation, Prediction, Sample
