@@ -158,10 +158,10 @@ def test_a_row_is_in_the_chat_layout_of_qwen_vl():
     }
 
 
-def test_training_rows_ask_three_or_four_questions_and_tests_one(demo):
+def test_training_rows_ask_two_questions_and_tests_one(demo):
     tasks = [row["task"].split("+") for row in rows_of(demo / "train.jsonl")]
-    assert {len(asked) for asked in tasks} == {3, 4}
-    assert all(len(set(asked)) == len(asked) for asked in tasks)
+    assert all(len(set(asked)) == len(asked) == 2 for asked in tasks)
+    assert not any({"find", "grounded"} <= set(asked) for asked in tasks), "one would give the other's answer away"
     assert {task for asked in tasks for task in asked} == set(TASKS)
     for name in ("validation", "test", "unseen_pairs", "new_classes_test"):
         rows = rows_of(demo / f"{name}.jsonl")
@@ -172,8 +172,9 @@ def test_training_rows_ask_three_or_four_questions_and_tests_one(demo):
 def test_single_objects_are_captioned_first(demo):
     rows = rows_of(demo / "train_single.jsonl")
     assert len(rows) == 20
-    assert {row["task"] for row in rows} == {"caption"}
+    assert {row["task"] for row in rows} == {"caption", "grounded"}
     assert all(" and " not in row["conversations"][1]["value"] for row in rows)
+    assert all(len(row.get("objects", [])) <= 1 for row in rows)
 
 
 def test_new_classes_are_in_their_own_files_only(demo):
