@@ -90,6 +90,8 @@ def _offer_run(verb: str) -> None:
     if ckpt is None and needed:
         raise DataError(f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest)")
     run = find_run(ckpt) if ckpt else None
+    if run:  # from here on it is this file, also if `latest` becomes another run meanwhile
+        sys.argv[1:] = [f"ckpt={_quoted(str(run.checkpoint))}" if a.startswith("ckpt=") else a for a in arguments]
     for group in FROM_RUN:
         node = dict(run.config[group]) if run else {}
         if group == "data" and run and run.folder:

@@ -127,7 +127,7 @@ class DataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         stages = self.train if self.order == "staged" else [Joined(self.train)]
         sampler = StagedSampler([len(rows) for rows in stages], seed=self.seed, rank=self._rank, world_size=self._world_size)
-        return self._loader(Joined(stages), Pad(pad_id=self.processor.pad_id), self.batch_size, sampler=sampler, drop_last=False)
+        return self._loader(Joined(stages), Pad(pad_id=self.processor.pad_id), self.batch_size, sampler=sampler)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Two loaders: every row with its answer, for the loss; prompts of the first `generated_validation_rows`, to generate."""
