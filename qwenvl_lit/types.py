@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from PIL import Image
 
@@ -19,9 +21,15 @@ if TYPE_CHECKING:
 Frame = Literal["pixel", "grid", "unit"]  # pixels of the picture | integers 0..999 | 0..1
 Role = Literal["system", "user", "assistant"]
 
+MAX_PICTURE_PIXELS = 100_000_000  # 300 MB as RGB: what claims to be larger is broken, or made to fill the memory
+
 
 class DataError(ValueError):
     """Input that cannot be used; the message names file, line, id, what was expected and what to do."""
+
+
+class Dropped(DataError):  # noqa: N818 - a decision, not an error
+    """A row that the config says to leave out; the message names file, line, id and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,18 +71,29 @@ class GroundedObject:
     picture: int = 0  # index among the pictures of the conversation
 
 
+class Stored(Protocol):
+    """A picture that has to be brought before it can be opened."""
+
+    @property
+    def name(self) -> str:
+        """Its address, for messages and written predictions."""
+
+    def path(self) -> Path:
+        """The file on disk, fetched if it is not there yet; raises DataError if that fails."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture by file, encoded bytes or PIL image. It is decoded late, in the worker that needs it."""
+    """A picture by file, encoded bytes, PIL image or address. It is fetched and decoded late, in the worker that needs it."""
 
-    source: Path | bytes | Image.Image
+    source: Path | bytes | Image.Image | Stored
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)  # read once, a header costs a file access
 
     def open(self) -> Image.Image:
         """The decoded picture as stored (mode kept, no EXIF rotation: the original model does none).
 
         Raises:
-            DataError: the file is missing, broken or no picture.
+            DataError: the file is missing, broken, no picture, or has more than `MAX_PICTURE_PIXELS`.
         """
         with self._opened() as image:
             image.load()
@@ -98,13 +117,22 @@ class Picture:
         if isinstance(self.source, Image.Image):
             yield self.source
             return
+        file = self._file()
         try:
-            with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                if image.width * image.height > MAX_PICTURE_PIXELS:
+                    raise Image.DecompressionBombError(
+                        f"{image.width} x {image.height} pixels, more than {MAX_PICTURE_PIXELS}; scale it down"
+                    )
                 yield image
         except FileNotFoundError:
             raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (*_BROKEN, Image.DecompressionBombError) as error:
             raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
+
+    def _file(self) -> Path | bytes:
+        assert not isinstance(self.source, Image.Image)
+        return self.source if isinstance(self.source, Path | bytes) else self.source.path()
 
     @property
     def key(self) -> str:
@@ -112,14 +140,19 @@ class Picture:
         if isinstance(self.source, Image.Image):
             content = repr((self.source.mode, self.source.size)).encode() + self.source.tobytes()
         else:
-            content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+            file = self._file()
+            content = file if isinstance(file, bytes) else file.read_bytes()
         return hashlib.sha256(content).hexdigest()
 
     @property
     def name(self) -> str:
-        """For messages and written predictions: the path, or what kind of picture it is."""
-        return str(self.source) if isinstance(self.source, Path) else f"<{type(self.source).__name__}>"
+        """For messages and written predictions: the path or address, or what kind of picture it is."""
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return f"<{type(self.source).__name__}>" if isinstance(self.source, bytes | Image.Image) else self.source.name
 
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)  # what Pillow's readers raise for bad files
 
 Part = str | Picture | GroundedObject
 
@@ -141,6 +174,7 @@ class Conversation:
     references: tuple[str, ...] = ()  # further right answers as plain text (captions, VQA's ten answers)
     columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the row, for selecting and grouping scores
     index: int = 0  # place in its dataset; predictions are written in this order
+    notes: tuple[str, ...] = ()  # what a reader repaired in this row or kept against better knowledge
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

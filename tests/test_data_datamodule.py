@@ -20,7 +20,7 @@ class Letters:
         return Sample(conversation=conversation, input_ids=ids, labels=labels, vision_positions=torch.tensor([]), vision={})
 
 
-def read(source: str, *, root=None) -> list[Conversation]:
+def read(source: str, reading) -> list[Conversation]:
     """`abc` is a source of three rows, a, b and c."""
     return [Conversation(id=letter, index=place, turns=(Turn(role="user", parts=(letter,)),)) for place, letter in enumerate(source)]
 

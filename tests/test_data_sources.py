@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.sources import JsonRows, read_coco_captions, read_rows, take
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Quad, Turn
@@ -24,7 +25,7 @@ def folder(tmp_path):
 def read_row(folder):
     def read(row, **options):
         (folder / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
-        return read_rows(str(folder / "rows.jsonl"), **options)[0]
+        return read_rows(str(folder / "rows.jsonl"), Reading(**options))[0]
 
     return read
 
@@ -118,7 +119,7 @@ def test_a_vqa_row_is_asked_by_the_prompt_and_answered_by_the_majority(folder, r
 def test_a_file_may_be_an_array_with_its_own_line_breaks(folder):
     text = '\ufeff [\n{"query": "狗", "response": "1"},\n\n {"query": "b",\n "response": "2"} , {"query": "c", "response": "]"}\n]\n'
     (folder / "rows.json").write_text(text, encoding="utf-8")
-    rows = read_rows("rows.json", root=folder)
+    rows = read_rows("rows.json", Reading(root=folder))
     assert [row.turns[0].parts + row.turns[1].parts for row in rows] == [("狗", "1"), ("b", "2"), ("c", "]")]
     assert [row.id for row in rows] == ["rows.json:2", "rows.json:4", "rows.json:5"]
     assert [row.index for row in rows] == [0, 1, 2]
@@ -161,11 +162,11 @@ def test_pictures_are_looked_up_in_root_or_beside_the_file(folder, read_row):
     inner = folder / "inner"
     inner.mkdir()
     (inner / "rows.jsonl").write_text(json.dumps({"query": "<img>a.png</img>"}))
-    assert read_rows("inner/rows.jsonl", root=folder)[0].pictures == (Picture(folder / "a.png"),)
-    assert read_rows(str(inner / "rows.jsonl"), root=str(folder))[0].pictures == (Picture(folder / "a.png"),)
+    assert read_rows("inner/rows.jsonl", Reading(root=folder))[0].pictures == (Picture(folder / "a.png"),)
+    assert read_rows(str(inner / "rows.jsonl"), Reading(root=folder))[0].pictures == (Picture(folder / "a.png"),)
     with pytest.raises(DataError, match=r"inner/a\.png does not exist"):
         read_rows(str(inner / "rows.jsonl"))[0]
-    assert read_row({"query": f"<img>{folder / 'b.png'}</img>"}, root="/nowhere").pictures == (Picture(folder / "b.png"),)
+    assert read_row({"query": f"<img>{folder / 'b.png'}</img>"}, root=Path("/nowhere")).pictures == (Picture(folder / "b.png"),)
 
 
 # Grounding
@@ -357,10 +358,10 @@ def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
     for name in "ba":
         (folder / f"{name}.jsonl").write_text(json.dumps({"query": name}))
     (folder / "[x].jsonl").write_text(json.dumps({"query": "x"}))
-    assert [row.turns[0].parts[0] for row in read_rows("?.jsonl", root=folder)] == ["a", "b"]
-    assert read_rows("[x].jsonl", root=folder)[0].turns[0].parts == ("x",)  # a file of that very name
+    assert [row.turns[0].parts[0] for row in read_rows("?.jsonl", Reading(root=folder))] == ["a", "b"]
+    assert read_rows("[x].jsonl", Reading(root=folder))[0].turns[0].parts == ("x",)  # a file of that very name
     with pytest.raises(DataError, match="no file"):
-        read_rows("*.csv", root=folder)
+        read_rows("*.csv", Reading(root=folder))
     with pytest.raises(DataError, match="check the path"):
         read_rows(str(folder / "none.jsonl"))
     with pytest.raises(DataError, match=r"cannot be read: .* check the path"):
@@ -371,7 +372,7 @@ def test_a_source_may_say_how_many_rows_it_gives(folder):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"query": letter}) for letter in "abcdefgh"))
 
     def letters(source, **options):
-        return "".join(row.turns[0].parts[0] for row in read_rows(source, root=folder, **options))
+        return "".join(row.turns[0].parts[0] for row in read_rows(source, Reading(root=folder, **options)))
 
     assert letters("rows.jsonl#8") == "abcdefgh"
     assert letters("rows.jsonl#19")[:16] == "abcdefgh" * 2
@@ -414,7 +415,7 @@ def test_a_coco_picture_is_answered_by_its_first_caption(folder, coco):
 
 
 def test_coco_pictures_without_any_caption_are_prompts(folder, coco):
-    rows = read_coco_captions(coco(images=IMAGES), prompt="Picture 1:{picture}\nplease describe the image.")
+    rows = read_coco_captions(coco(images=IMAGES), Reading(prompt="Picture 1:{picture}\nplease describe the image."))
     assert [row.id for row in rows] == ["9", "4"]
     assert rows[1].turns == (Turn(role="user", parts=("Picture 1:", Picture(folder / "b.png"), "\nplease describe the image.")),)
 
@@ -424,7 +425,7 @@ def test_coco_faults_name_the_file(folder, coco):
     with pytest.raises(DataError, match=r"captions\.json: image 9: picture .*c\.png does not exist"):
         read_coco_captions(file)[0]
     with pytest.raises(DataError, match=r"says once where the \{picture\} is"):
-        read_coco_captions(file, prompt="Describe.")
+        read_coco_captions(file, Reading(prompt="Describe."))
     with pytest.raises(DataError, match="is not in COCO's format"):
         read_coco_captions(coco(images=IMAGES, annotations=[{"image_id": 5, "caption": "one"}]))
 
@@ -450,7 +451,7 @@ def test_rows_of_ms_swift_become_the_text_it_writes(tmp_path, case):
     for name, size in GOLDEN["image_sizes"].items():
         Image.new("1", size).save(tmp_path / name)
     (tmp_path / "rows.jsonl").write_text(json.dumps(case["example"]))
-    rows = read_rows("rows.jsonl", root=tmp_path)
+    rows = read_rows("rows.jsonl", Reading(root=tmp_path))
     if case["name"] in REFUSED:
         with pytest.raises(DataError) as fault:
             rows[0]

@@ -4,6 +4,7 @@ import random
 import pytest
 from PIL import Image, ImageChops
 
+from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.scenes import PLACES, Scene, Thing, reserved_corners, scenes, split_of
 from qwenvl_lit.data.sources import read_coco_captions, read_rows
 from qwenvl_lit.data.sprites import CLASSES, NEW_CLASSES, draw_sprite
@@ -186,7 +187,7 @@ def test_new_classes_are_in_their_own_files_only(demo):
 
 def test_written_rows_are_read_with_the_boxes_that_were_drawn(demo):
     drawn = list(scenes("test", SIZES["test"]))
-    asked = [row for row in read_rows("test.jsonl", root=demo) if row.columns["task"] == "grounded"]
+    asked = [row for row in read_rows("test.jsonl", Reading(root=demo)) if row.columns["task"] == "grounded"]
     assert len(asked) == len(drawn)
     for row, scene in zip(asked, drawn, strict=True):
         assert row.pictures[0].open().tobytes() == scene.draw().tobytes()
@@ -196,14 +197,14 @@ def test_written_rows_are_read_with_the_boxes_that_were_drawn(demo):
 
 def test_every_training_row_can_be_read(demo):
     for name in ("train_single", "train", "validation", "unseen_pairs", "new_classes_train", "new_classes_test", "vqa_train", "vqa_test"):
-        assert all(row.answer for row in read_rows(f"{name}.jsonl", root=demo)), name
+        assert all(row.answer for row in read_rows(f"{name}.jsonl", Reading(root=demo))), name
 
 
 def test_coco_and_vqa_files_say_the_same_as_the_chat_file(demo):
-    chat = {(row.pictures[0].name, row.columns["task"]): row.answer.parts for row in read_rows("test.jsonl", root=demo)}
-    captions = read_coco_captions("coco/annotations/captions_test.json", root=demo, images="images")
+    chat = {(row.pictures[0].name, row.columns["task"]): row.answer.parts for row in read_rows("test.jsonl", Reading(root=demo))}
+    captions = read_coco_captions("coco/annotations/captions_test.json", Reading(root=demo), images="images")
     assert [row.answer.parts for row in captions] == [chat[row.pictures[0].name, "caption"] for row in captions]
-    for row in read_rows("vqa_test.jsonl", root=demo):
+    for row in read_rows("vqa_test.jsonl", Reading(root=demo)):
         assert row.answer.parts == chat[row.pictures[0].name, row.columns["task"]]
         assert row.references == row.answer.parts * 10
     instances = json.loads((demo / "coco/annotations/instances_test.json").read_text())

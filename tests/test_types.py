@@ -4,6 +4,7 @@ import math
 import pytest
 from PIL import Image
 
+from qwenvl_lit import types
 from qwenvl_lit.types import Box, Conversation, DataError, Picture, Quad, Turn
 
 
@@ -66,3 +67,21 @@ def test_the_prompt_is_everything_before_the_answer():
     assert conversation.prompt().turns == (ask,)
     assert conversation.prompt().answer is None
     assert conversation.prompt().prompt() == conversation.prompt()
+
+
+def test_a_picture_may_be_brought_when_it_is_first_opened(picture_file):
+    class Lent:
+        name = "lent"
+
+        def path(self):
+            return picture_file
+
+    assert Picture(Lent()).size == (5, 3)
+    assert Picture(Lent()).key == Picture(picture_file).key
+    assert Picture(Lent()).name == "lent"
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(picture_file, monkeypatch):
+    monkeypatch.setattr(types, "MAX_PICTURE_PIXELS", 14)
+    with pytest.raises(DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"):
+        Picture(picture_file).open()

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qwenvl_lit.data.collate import Pad
+from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.split import Chosen, Joined, hold_out
 from qwenvl_lit.types import Conversation, DataError, Sample
 
@@ -27,7 +28,7 @@ class DataModule(lightning.LightningDataModule):
     Args:
         processor: encodes conversations.
         root: the dataset's folder, where relative sources and pictures are looked up.
-        read: opens one source, `read(source, root=root)`.
+        read: opens one source, `read(source, reading)`.
         train: sources to learn from.
         validation: a source; or how many rows (int) or which share of them (float below 1) to hold out from `train`.
         test: a source, or several by name, each scored apart.
@@ -61,7 +62,7 @@ class DataModule(lightning.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
         self.processor = processor
         self.root = root
-        self.read = partial(read, root=root)
+        self.read = partial(read, reading=Reading(root=None if root is None else Path(root)))
         self.train_sources = [train] if isinstance(train, str) else list(train or ())
         self.validation_source = validation
         self.test_sources = {"test": test} if isinstance(test, str) else dict(test or {})

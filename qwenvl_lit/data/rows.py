@@ -6,15 +6,33 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwenvl_lit.data.layouts import Draft
 from qwenvl_lit.grounding import GRID, objects_from_tags
 from qwenvl_lit.types import Box, Conversation, DataError, Frame, GroundedObject, Part, Picture, Quad, Turn
 
 FRAMES: dict[str | None, Frame] = {"real": "pixel", "norm_1000": "grid", "norm_1": "unit", None: "grid"}  # `bbox_type` of ms-swift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the rows of one dataset are read, whatever their layout."""
+
+    root: Path | None = None  # where relative files and pictures are looked up; None: beside the file that names them
+    path_map: Mapping[str, str] = field(default_factory=dict)  # how absolute paths begin on another machine -> how they begin here
+    on_bad_box: Literal["error", "keep", "repair", "drop"] = "error"
+    prompt: str | None = None  # how captions and questions are asked where a layout holds none; None: the reader's default
+    cache: Path | None = None  # folder of remote pictures and indexes of files; None: no remote pictures, indexes in memory only
+    download: bool = True  # remote pictures may be fetched; false: only what `cache` holds
+    seed: int = 0
+
+
+DEFAULT = Reading()
+
 
 _TAG = re.compile(r"<img>(.*?)</img>|<image>|<ref-object>|<bbox>", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")

@@ -10,37 +10,35 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from qwenvl_lit.data.layouts import VQA_PROMPT, around_picture, layout_of
-from qwenvl_lit.data.rows import conversation_from, picture_from
+from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from, picture_from
 from qwenvl_lit.data.split import Chosen, Joined
 from qwenvl_lit.types import Conversation, DataError, Turn
 
 CAPTION_PROMPT = "{picture}Describe the image in English:"  # of Qwen-VL's published evaluation
 
 
-def read_rows(source: str, *, root: str | Path | None = None, prompt: str = VQA_PROMPT, seed: int = 0) -> Sequence[Conversation]:
+def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]:
     """Rows of json or jsonl files in any of the layouts of `data/layouts.py`.
 
     Args:
         source: a path or a glob; with `#N` behind it, N of its rows (see `take`).
-        root: folder where relative sources and pictures are looked up; without it pictures stand beside the file that names them.
-        prompt: how questions of VQA sets are asked.
-        seed: of the rows that `#N` draws.
 
     Raises:
         DataError: there is no such file, or its first row has no known layout.
     """
-    return _open(source, root, seed, lambda file: JsonRows(file, root=root, prompt=prompt))
+    return open_source(source, reading, lambda file: JsonRows(file, reading))
 
 
-def read_coco_captions(
-    source: str, *, root: str | Path | None = None, images: str = "", prompt: str = CAPTION_PROMPT, seed: int = 0
-) -> Sequence[Conversation]:
-    """Captions in COCO's format, `source`, `root` and `seed` as in `read_rows`; `images` is the folder of the pictures within `root`."""
-    return _open(source, root, seed, lambda file: CocoCaptions(file, root=Path(root or file.parent) / images, prompt=prompt))
+def read_coco_captions(source: str, reading: Reading = DEFAULT, *, images: str = "") -> Sequence[Conversation]:
+    """Captions in COCO's format, `source` as in `read_rows`; `images` is the folder of the pictures within `reading.root`."""
+    return open_source(
+        source,
+        reading,
+        lambda file: CocoCaptions(file, root=(reading.root or file.parent) / images, prompt=reading.prompt or CAPTION_PROMPT),
+    )
 
 
 def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Conversation]:
@@ -53,15 +51,20 @@ def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Co
     return Chosen(rows, [*range(len(rows))] * passes + random.Random(seed).sample(range(len(rows)), rest))
 
 
-def _open(source: str, root: str | Path | None, seed: int, read: Callable[[Path], Sequence[Conversation]]) -> Sequence[Conversation]:
+def open_source(source: str, reading: Reading, read: Callable[[Path], Sequence[Conversation]]) -> Sequence[Conversation]:
+    """The rows that `read` finds in the file or files that `source` names, or as many of them as it asks for.
+
+    Raises:
+        DataError: there is no such file.
+    """
     pattern, count = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
-    places = [pattern] if root is None else [str(Path(root) / pattern), pattern]
+    places = [pattern] if reading.root is None else [str(reading.root / pattern), pattern]
     found = next(filter(None, map(_files, places)), [])
     if not found:
         raise DataError(f"no file {' or '.join(places)}, seen from {Path.cwd()}; check the path and `data.root`")
     parts = [read(Path(file)) for file in found]
     rows = parts[0] if len(parts) == 1 else Joined(parts)
-    return rows if count is None else take(rows, int(count), seed)
+    return rows if count is None else take(rows, int(count), reading.seed)
 
 
 def _files(pattern: str) -> list[str]:
@@ -76,10 +79,9 @@ class JsonRows(Sequence[Conversation]):
             faults of that row.
     """
 
-    def __init__(self, file: Path, *, root: str | Path | None = None, prompt: str = VQA_PROMPT):
+    def __init__(self, file: Path, reading: Reading = DEFAULT):
         self.file = file
-        self.root = Path(root) if root is not None else file.parent
-        self.prompt = prompt
+        self.reading = reading
         self._content = _mapped(file)
         self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
         for start, end, line in _bounds(self._content, file):
@@ -95,7 +97,7 @@ class JsonRows(Sequence[Conversation]):
             raise DataError(f"{self._where(0)}: {fault}") from None
 
     def __reduce__(self):
-        return partial(JsonRows, root=self.root, prompt=self.prompt), (self.file,)  # the map of a file cannot be sent to another process
+        return JsonRows, (self.file, self.reading)  # the map of a file cannot be sent to another process
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -106,8 +108,9 @@ class JsonRows(Sequence[Conversation]):
         name = row.get("id", row.get("question_id"))
         name = f"{self.file.name}:{self._lines[place]}" if name is None else str(name)
         try:
-            draft = self.layout.read(row, self.prompt)
-            return conversation_from(draft, id=name, root=self.root, index=place, columns=self.layout.columns(row))
+            draft = self.layout.read(row, self.reading.prompt or VQA_PROMPT)
+            root = self.reading.root or self.file.parent
+            return conversation_from(draft, id=name, root=root, index=place, columns=self.layout.columns(row))
         except DataError as fault:
             raise DataError(f"{self._where(place)}: row {name!r}: {fault}") from None
 
