@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwenvl_lit.data.collate import Pad
+from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.families.qwen_vl import QwenVL, QwenVLProcessor, preprocess
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
@@ -168,6 +168,37 @@ def test_a_long_history_leaves_a_prompt_but_its_pictures_keep_their_numbers():
     )
     assert torch.equal(prompt.vision["pixel_values"][0], preprocess(BLUE.open(), SIDE))
     assert len(prompt.vision_positions) == SPAN
+
+
+@pytest.mark.parametrize("template", ["chatml", "raw"])
+@pytest.mark.parametrize("supervise", ["answers", "official"])
+@pytest.mark.parametrize("options", [{}, {"max_length": 30, "too_long": "truncate_left"}])
+def test_length_counts_what_encode_makes(template, supervise, options):
+    made = processor(template=template, supervise=supervise, **options)
+    spoken_first = Conversation(id="row-8", turns=(Turn(role="assistant", parts=("I start.",)),))
+    grounded = talk((RED, "Find ", GroundedObject(label="it", boxes=(box(3, 4, 40, 22),)), "?"), "here", (BLUE, "and now?"), "there it is")
+    for conversation in (talk("q", "a"), grounded, spoken_first):
+        sample = made.encode(conversation)
+        assert made.length(conversation) == (len(sample.input_ids), len(target_positions(sample.labels[None])))
+
+
+def test_length_decodes_no_picture_and_names_the_row_of_a_fault(tmp_path):
+    file = tmp_path / "broken.png"
+    RED.source.save(file)
+    file.write_bytes(file.read_bytes()[:50])  # the header is whole
+    conversation = talk((Picture(file), "What?"), "a car")
+    tokens, learned = processor().length(conversation)
+    assert (tokens, learned) == processor().length(talk((RED, "What?"), "a car"))
+    with pytest.raises(DataError, match="cannot be read"):
+        processor().encode(conversation)
+    with pytest.raises(DataError, match=r"sample 'row-7'.*max_length=5"):
+        processor(max_length=5).length(conversation)
+
+
+def test_settings_tell_processors_apart():
+    assert processor().settings == processor().settings == pickle.loads(pickle.dumps(processor())).settings
+    for options in ({"template": "raw"}, {"system": ""}, {"supervise": "official"}, {"max_length": 9}, {"window": 100}):
+        assert processor(**options).settings != processor().settings
 
 
 def test_too_long_samples_are_refused_with_their_id():

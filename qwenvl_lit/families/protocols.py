@@ -17,12 +17,21 @@ class Processor(Protocol):
     pad_id: int
     stop_ids: tuple[int, ...]  # an answer ends before the first of these
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What decides ids and labels, as plain data: two processors with equal settings encode alike."""
+        ...
+
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
         """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
 
         Raises:
             DataError: a picture is unreadable, a box names a picture that does not exist, or the sample is too long.
         """
+        ...
+
+    def length(self, conversation: Conversation) -> tuple[int, int]:
+        """Tokens of `encode(conversation)` and how many of them are learned, without decoding a picture; raises as `encode`."""
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:

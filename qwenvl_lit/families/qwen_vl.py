@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -34,6 +36,15 @@ def preprocess(image: Image.Image, size: int) -> torch.Tensor:
     resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
     return pixels.float().div_(255).sub_(MEAN).div_(STD)
+
+
+@contextmanager
+def _naming(conversation: Conversation) -> Iterator[None]:
+    """Faults get the name of the row they are in."""
+    try:
+        yield
+    except DataError as fault:
+        raise type(fault)(f"sample {conversation.id!r}: {fault}") from fault
 
 
 class QwenVLProcessor:
@@ -75,6 +86,7 @@ class QwenVLProcessor:
         self.side = side
         self.template = template
         self.system = system
+        self.supervise = supervise
         self.max_length = max_length
         self.too_long = too_long
         self.window = window
@@ -90,12 +102,28 @@ class QwenVLProcessor:
         Raises:
             DataError: a picture is unreadable, a box names one that does not exist, the sample is too long, or nothing can be learned.
         """
-        try:
+        with _naming(conversation):
             pieces = self._pieces(conversation, prompt)
             pieces = [piece._replace(learned=False) for piece in pieces] if prompt else self._fitted(pieces)
             return self._sample(conversation, pieces)
-        except DataError as error:
-            raise DataError(f"sample {conversation.id!r}: {error}") from error
+
+    def length(self, conversation: Conversation) -> tuple[int, int]:
+        """Tokens of `encode(conversation)`, and how many of them are learned, without decoding a picture.
+
+        Raises:
+            DataError: as `encode`, but for pictures that cannot be decoded.
+        """
+        with _naming(conversation):
+            pieces = self._fitted(self._pieces(conversation, prompt=False))
+            tokens, learned = (sum(len(piece.ids) for piece in some) for some in (pieces, [piece for piece in pieces if piece.learned]))
+            return tokens, learned - pieces[0].learned  # nothing predicts the first token
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides ids and labels, as plain data: two processors with equal settings encode alike."""
+        vocabulary = hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest()
+        names = ("span", "side", "template", "system", "supervise", "max_length", "too_long", "window")
+        return {"processor": type(self).__name__, "vocabulary": vocabulary, **{name: getattr(self, name) for name in names}}
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
         """The answer up to the first stop id. Boxes are taken to be in the last picture of the prompt."""
