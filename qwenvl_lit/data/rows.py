@@ -39,7 +39,7 @@ _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 _REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:(?://|.*;base64,)")
 
 
-def conversation_from(draft: Draft, *, id: str, root: Path, index: int, columns: Mapping[str, str]) -> Conversation:
+def conversation_from(draft: Draft, *, id: str, root: Path, index: int, columns: Mapping[str, str], where: str = "") -> Conversation:
     """The conversation of a row.
 
     - A picture is `<img>path</img>` in the text, which stays as it is around it; or an `<image>` tag, which becomes `Picture k: `, the next
@@ -61,7 +61,7 @@ def conversation_from(draft: Draft, *, id: str, root: Path, index: int, columns:
         _check_place(f"object {number} ({thing.label!r})", thing, reader.pictures)
     if not reader.pictures and any(isinstance(part, GroundedObject) and part.boxes for turn in turns for part in turn.parts):
         raise DataError("there is a box but no picture; write <img>path</img> into the question or give `images`")
-    return Conversation(id=id, turns=turns, references=draft.references, columns=columns, index=index)
+    return Conversation(id=id, turns=turns, references=draft.references, columns=columns, index=index, where=where)
 
 
 def _check_roles(roles: Sequence[str]) -> None:

@@ -110,7 +110,7 @@ class JsonRows(Sequence[Conversation]):
         try:
             draft = self.layout.read(row, self.reading.prompt or VQA_PROMPT)
             root = self.reading.root or self.file.parent
-            return conversation_from(draft, id=name, root=root, index=place, columns=self.layout.columns(row))
+            return conversation_from(draft, id=name, root=root, index=place, columns=self.layout.columns(row), where=self._where(place))
         except DataError as fault:
             raise DataError(f"{self._where(place)}: row {name!r}: {fault}") from None
 
@@ -220,4 +220,4 @@ class CocoCaptions(Sequence[Conversation]):
         turns = [Turn(role="user", parts=tuple(part for part in (before, picture, after) if part))]
         if captions:
             turns.append(Turn(role="assistant", parts=captions[:1]))
-        return Conversation(id=str(number), turns=tuple(turns), references=captions, index=place)
+        return Conversation(id=str(number), turns=tuple(turns), references=captions, index=place, where=str(self.file))
