@@ -174,7 +174,7 @@ class Conversation:
     references: tuple[str, ...] = ()  # further right answers as plain text (captions, VQA's ten answers)
     columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the row, for selecting and grouping scores
     index: int = 0  # place in its dataset; predictions are written in this order
-    where: str = ""  # the file and line it was read from, for messages
+    where: str = field(default="", compare=False)  # the file and line it was read from, for messages
     notes: tuple[str, ...] = ()  # what a reader repaired in this row or kept against better knowledge
 
     @property
