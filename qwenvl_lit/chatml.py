@@ -106,7 +106,12 @@ def cut_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
 
 
 def show(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
-    """A sample for the terminal: what is learned in green, the rest dim; a token that repeats is written once, with a count."""
+    """A sample for the terminal: what is learned in green, the rest dim (see `runs`)."""
+    return "".join(f"\x1b[{32 if learned else 2}m{text}\x1b[0m" for text, learned in runs(ids, labels, decode))
+
+
+def runs(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Iterator[tuple[str, bool]]:
+    """A sample's text in runs that are learned or not; a token that repeats is written once, with a count."""
 
     def text(run: Sequence[int]) -> str:
         written = ""
@@ -120,5 +125,5 @@ def show(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[i
                 plain += [id] * count
         return written + decode(plain)
 
-    runs = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] >= 0)
-    return "".join(f"\x1b[{32 if learned else 2}m{text([id for id, _ in run])}\x1b[0m" for learned, run in runs)
+    for learned, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] >= 0):
+        yield text([id for id, _ in run]), learned
