@@ -215,6 +215,7 @@ class Batch:
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
     vision: Mapping[str, torch.Tensor]
+    dropped: tuple[str, ...] = ()  # why rows that belong to this batch are not in it
 
     def _map(self, change) -> Batch:
         def visit(value):
