@@ -12,14 +12,14 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"types"},
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "generation"},
-    {"task", "callbacks", "runs"},
+    {"task", "callbacks", "runs", "strategies"},
     {"build", "command"},
     {"train", "test", "predict"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
     "hydra": {"build", "command", "runs", "train", "test", "predict"},
     "omegaconf": {"build", "command", "runs", "train", "test", "predict"},
-    "lightning": {"data.datamodule", "task", "callbacks", "build", "train", "test", "predict"},
+    "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "train", "test", "predict"},
     "peft": {"adapters"},
     "tiktoken": {"models"},
 }
@@ -116,7 +116,7 @@ def test_a_module_has_one_idea(module):
 
 def test_only_declared_libraries_are_imported_at_start():
     declared = {"torch", "lightning", "transformers", "peft", "torchmetrics", "hydra", "omegaconf"}
-    declared |= {"PIL", "matplotlib", "rich", "tiktoken", "safetensors", "numpy", "qwenvl_lit"}
+    declared |= {"PIL", "matplotlib", "rich", "tiktoken", "safetensors", "numpy", "filelock", "qwenvl_lit"}
     for module, path in modules().items():
         names = {name.split(".")[0] for name in imports(path, at_start_only=True)}
         assert names <= declared | set(sys.stdlib_module_names), module

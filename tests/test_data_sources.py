@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import JsonRows, read_coco_captions, read_rows, take
+from qwenvl_lit.data.sources import JsonRows, read_rows, take
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Quad, Turn
 
@@ -383,51 +383,6 @@ def test_a_source_may_say_how_many_rows_it_gives(folder):
 
 def test_take_of_nothing_is_nothing():
     assert list(take("abc", 0)) == []
-
-
-# COCO captions
-
-
-@pytest.fixture
-def coco(folder):
-    def write(**content):
-        (folder / "captions.json").write_text(json.dumps(content))
-        return str(folder / "captions.json")
-
-    return write
-
-
-IMAGES = [{"id": 9, "file_name": "a.png"}, {"id": 4, "file_name": "b.png"}]
-
-
-def test_a_coco_picture_is_answered_by_its_first_caption(folder, coco):
-    file = coco(images=IMAGES, annotations=[{"image_id": 9, "caption": "one"}, {"image_id": 9, "caption": "two \n"}])
-    assert list(read_coco_captions(file)) == [
-        Conversation(
-            id="9",
-            turns=(
-                Turn(role="user", parts=(Picture(folder / "a.png"), "Describe the image in English:")),
-                Turn(role="assistant", parts=("one",)),
-            ),
-            references=("one", "two \n"),
-        )
-    ]
-
-
-def test_coco_pictures_without_any_caption_are_prompts(folder, coco):
-    rows = read_coco_captions(coco(images=IMAGES), Reading(prompt="Picture 1:{picture}\nplease describe the image."))
-    assert [row.id for row in rows] == ["9", "4"]
-    assert rows[1].turns == (Turn(role="user", parts=("Picture 1:", Picture(folder / "b.png"), "\nplease describe the image.")),)
-
-
-def test_coco_faults_name_the_file(folder, coco):
-    file = coco(images=[{"id": 9, "file_name": "c.png"}], annotations=[{"image_id": 9, "caption": "one"}])
-    with pytest.raises(DataError, match=r"captions\.json: image 9: picture .*c\.png does not exist"):
-        read_coco_captions(file)[0]
-    with pytest.raises(DataError, match=r"says once where the \{picture\} is"):
-        read_coco_captions(file, Reading(prompt="Describe."))
-    with pytest.raises(DataError, match="is not in COCO's format"):
-        read_coco_captions(coco(images=IMAGES, annotations=[{"image_id": 5, "caption": "one"}]))
 
 
 # ms-swift, whose files these are

@@ -12,12 +12,10 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qwenvl_lit.data.layouts import VQA_PROMPT, around_picture, layout_of
-from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from, picture_from
+from qwenvl_lit.data.layouts import VQA_PROMPT, layout_of
+from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
 from qwenvl_lit.data.split import Chosen, Joined
-from qwenvl_lit.types import Conversation, DataError, Turn
-
-CAPTION_PROMPT = "{picture}Describe the image in English:"  # of Qwen-VL's published evaluation
+from qwenvl_lit.types import Conversation, DataError
 
 
 def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]:
@@ -30,15 +28,6 @@ def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]
         DataError: there is no such file, or its first row has no known layout.
     """
     return open_source(source, reading, lambda file: JsonRows(file, reading))
-
-
-def read_coco_captions(source: str, reading: Reading = DEFAULT, *, images: str = "") -> Sequence[Conversation]:
-    """Captions in COCO's format, `source` as in `read_rows`; `images` is the folder of the pictures within `reading.root`."""
-    return open_source(
-        source,
-        reading,
-        lambda file: CocoCaptions(file, root=(reading.root or file.parent) / images, prompt=reading.prompt or CAPTION_PROMPT),
-    )
 
 
 def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Conversation]:
@@ -176,48 +165,3 @@ def _bounds_in_array(content: bytes, start: int, file: Path) -> Iterator[tuple[i
         raise DataError(f"{file}:{fault.lineno}: not JSON: {fault.msg}") from None
     except UnicodeDecodeError as fault:
         raise DataError(f"{file}: not UTF-8: {fault}; save it as UTF-8") from None
-
-
-class CocoCaptions(Sequence[Conversation]):
-    """One row a picture: `prompt` asks, the first caption answers, all captions are references.
-
-    Pictures without captions are left out; in a file without any caption all are prompts. The picture's number is the row's id.
-
-    Raises:
-        DataError: the file is not in COCO's format, or a row's picture does not exist.
-    """
-
-    def __init__(self, file: Path, *, root: Path, prompt: str = CAPTION_PROMPT):
-        self.file = file
-        self.root = root
-        self._around = around_picture(prompt)
-        try:
-            content = json.loads(file.read_bytes())
-            captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-            for annotation in content.get("annotations", ()):
-                captions[annotation["image_id"]].append(annotation["caption"])
-            names = {image["id"]: image["file_name"] for image in content["images"]}
-        except OSError as fault:
-            raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
-        except (ValueError, KeyError, TypeError) as fault:
-            raise DataError(
-                f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
-            ) from None
-        shown = [number for number in names if captions[number]] or list(names)
-        self._rows = [(number, names[number], tuple(captions[number])) for number in shown]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int) -> Conversation:
-        place = range(len(self))[place]
-        number, name, captions = self._rows[place]
-        try:
-            picture = picture_from(name, self.root)
-        except DataError as fault:
-            raise DataError(f"{self.file}: image {number}: {fault}") from None
-        before, after = self._around
-        turns = [Turn(role="user", parts=tuple(part for part in (before, picture, after) if part))]
-        if captions:
-            turns.append(Turn(role="assistant", parts=captions[:1]))
-        return Conversation(id=str(number), turns=tuple(turns), references=captions, index=place, where=str(self.file))

@@ -1,0 +1,136 @@
+"""COCO 2014: its captions as conversations, its files from the web."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from array import array
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_lit.data.fetch import Archive, provide
+from qwenvl_lit.data.prompts import CAPTION_PROMPT, ask
+from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
+from qwenvl_lit.data.sources import open_source
+from qwenvl_lit.types import Conversation, DataError, Turn
+
+ARCHIVES = {
+    "captions": Archive(
+        url="http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        size=252_872_794,
+        checksum="md5:0a379cfc70b0e71301e0f377548639bd",
+        gives=("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
+    ),
+    "train2014": Archive(
+        url="http://images.cocodataset.org/zips/train2014.zip",
+        size=13_510_573_713,
+        checksum="md5:0da8c0bd3d6becc4dcb32757491aca88",
+        gives=("train2014",),
+    ),
+    "val2014": Archive(
+        url="http://images.cocodataset.org/zips/val2014.zip",
+        size=6_645_013_297,
+        checksum="md5:a3d79f5ed8d289b7a7554ce06a5782b3",
+        gives=("val2014",),
+    ),
+}
+
+
+def fetch_coco(root: str | Path, download: bool = True, *, parts: Sequence[str], folder: str = "") -> None:
+    """See that `folder` within `root` holds `parts` (keys of `ARCHIVES`); what is there is used as it is.
+
+    Raises:
+        DataError: as `provide`.
+    """
+    provide([ARCHIVES[part] for part in parts], Path(root) / folder, download=download)
+
+
+def read_coco_captions(source: str, reading: Reading = DEFAULT, *, images: str = "", every_caption_of: str = "") -> Sequence[Conversation]:
+    """Captions in COCO's format: a picture a row, its first caption the answer, all its captions the references.
+
+    Args:
+        source: as in `read_rows`.
+        images: folder of the pictures within `reading.root`; `{split}` in it stands for `val2014` of `COCO_val2014_000000000042.jpg`.
+        every_caption_of: names of files (`*` for anything) of which every caption is the answer of a row of its own.
+    """
+
+    def read(file: Path) -> CocoCaptions:
+        return CocoCaptions(file, reading, images=images, every_caption=fnmatch.fnmatchcase(file.name, every_caption_of))
+
+    return open_source(source, reading, read)
+
+
+class CocoCaptions(Sequence[Conversation]):
+    """The rows of one file.
+
+    Pictures without captions are left out; in a file without any caption all are prompts. The picture's number is the row's id; with
+    `every_caption`, `-1`, `-2`, ... follow it.
+
+    Raises:
+        DataError: the file is not in COCO's format, or a row's picture does not exist.
+    """
+
+    def __init__(self, file: Path, reading: Reading = DEFAULT, *, images: str = "", every_caption: bool = False):
+        self.file = file
+        self.reading = reading
+        self.images = images
+        self.every_caption = every_caption
+        self._prompt = reading.prompt or CAPTION_PROMPT
+        ask(self._prompt, picture="")  # a prompt without its place is told before anything is read
+        content = read_json(file, keep={"images", "annotations", "id", "file_name", "image", "image_id", "caption"})
+        try:
+            names = {image["id"]: image.get("file_name") or image["image"] for image in content["images"]}
+            captions: dict[Any, list[str]] = {number: [] for number in names}
+            for annotation in content.get("annotations", ()):
+                captions[annotation["image_id"]].append(annotation["caption"])
+        except (KeyError, TypeError, AttributeError) as fault:
+            raise DataError(
+                f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
+            ) from None
+        shown = [number for number in names if captions[number]] or list(names)
+        self._pictures = [(number, names[number], tuple(captions[number])) for number in shown]
+        counts = [max(1, len(texts)) if every_caption else 1 for _, _, texts in self._pictures]
+        self._places = array("L", (place for place, count in enumerate(counts) for _ in range(count)))
+        self._answers = array("L", (number for count in counts for number in range(count)))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, place: int) -> Conversation:
+        place = range(len(self))[place]
+        number, name, captions = self._pictures[self._places[place]]
+        answer = self._answers[place]
+        id = f"{number}-{answer + 1}" if self.every_caption else str(number)
+        try:
+            picture = picture_from(_within(self.images, name), self.reading.root or self.file.parent)
+            turns = [Turn(role="user", parts=ask(self._prompt, picture=picture))]
+        except DataError as fault:
+            raise DataError(f"{self.file}: image {id}: {fault}") from None
+        if captions:
+            turns.append(Turn(role="assistant", parts=(captions[answer],)))
+        return Conversation(id=id, turns=tuple(turns), references=captions, index=place)
+
+
+def _within(images: str, name: str) -> str:
+    if "{split}" in images:
+        found = re.fullmatch(r"COCO_(\w+)_\d+\.\w+", name)
+        if not found:
+            raise DataError(f"file {name!r} names no split as COCO_val2014_000000000042.jpg does; give `images` without {{split}}")
+        images = images.replace("{split}", found.group(1))
+    return f"{images}/{name}" if images else name
+
+
+def read_json(file: Path, *, keep: Container[str]) -> Any:
+    """The content of a JSON file with only the keys `keep` of its objects, the others let go of while it is read.
+
+    Raises:
+        DataError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: {key: value for key, value in pairs if key in keep})
+    except OSError as fault:
+        raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
+    except ValueError as fault:
+        raise DataError(f"{file} is not JSON: {fault}") from None
