@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from qwenvl_lit.types import Batch, Sample
+from qwenvl_lit.types import Batch, Dropped, Sample
 
 IGNORED = -100  # label of a token that is not learned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pad:
-    """One row a sample, filled up to the longest: on the right to train, on the left to generate.
+    """One row a sample, filled up to the longest: on the right to train, on the left to generate. Dropped rows are left out.
 
     >>> Pad(pad_id=0, side="left")([sample_of_2, sample_of_3]).attention_mask      # doctest: +SKIP
     tensor([[0, 1, 1], [1, 1, 1]])
@@ -24,7 +24,10 @@ class Pad:
     pad_id: int
     side: Literal["left", "right"] = "right"
 
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
+    def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
+        samples, dropped = _parted(rows)
+        if not samples:
+            return nothing(self.pad_id, dropped)
         length = max(len(sample.input_ids) for sample in samples)
         input_ids = torch.full((len(samples), length), self.pad_id)
         labels = torch.full_like(input_ids, IGNORED)
@@ -46,7 +49,56 @@ class Pad:
             vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels),
             vision=_concatenate(samples),
+            dropped=dropped,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """All samples in one row without padding; positions restart with each, and none sees another. Dropped rows are left out.
+
+    >>> Pack(pad_id=0)([sample_of_2, sample_of_3]).position_ids      # doctest: +SKIP
+    tensor([[0, 1, 0, 1, 2]])
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
+        samples, dropped = _parted(rows)
+        if not samples:
+            return nothing(self.pad_id, dropped)
+        lengths = [len(sample.input_ids) for sample in samples]
+        starts = [sum(lengths[:place]) for place in range(len(lengths))]
+        labels = torch.cat([sample.labels for sample in samples])
+        labels[starts] = IGNORED  # else the sample before would learn to predict them
+        return Batch(
+            conversations=tuple(sample.conversation for sample in samples),
+            input_ids=torch.cat([sample.input_ids for sample in samples])[None],
+            labels=labels[None],
+            attention_mask=None,
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            vision_positions=torch.cat([sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)]),
+            target_positions=target_positions(labels[None]),
+            vision=_concatenate(samples),
+            dropped=dropped,
+        )
+
+
+def nothing(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
+    """What a batch is of which no row is left: two pad tokens and nothing to learn, so that a step can be made and no rank waits."""
+    input_ids = torch.full((1, 2), pad_id)
+    empty = torch.empty(0, dtype=torch.int64)
+    return Batch(
+        conversations=(),
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, IGNORED),
+        attention_mask=torch.ones_like(input_ids),
+        position_ids=None,
+        vision_positions=empty,
+        target_positions=empty,
+        vision={},
+        dropped=dropped,
+    )
 
 
 def target_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -60,5 +112,11 @@ def target_positions(labels: torch.Tensor) -> torch.Tensor:
     return predicts.flatten().nonzero().squeeze(1)
 
 
+def _parted(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[str, ...]]:
+    return [row for row in rows if not isinstance(row, Dropped)], tuple(str(row) for row in rows if isinstance(row, Dropped))
+
+
 def _concatenate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    if len(samples) == 1:
+        return dict(samples[0].vision)  # no copy: a picture of Qwen-VL is 2.4 MB
     return {name: torch.cat([sample.vision[name] for sample in samples]) for name in samples[0].vision}
