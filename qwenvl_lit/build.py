@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
-from qwenvl_lit.runs import find_run
+from qwenvl_lit.strategies import AsPlaced
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import DataError
 
@@ -31,6 +30,11 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
         optim=_object(config.optim) if "optim" in config else None,
         config=OmegaConf.to_container(config),
     )
+
+
+def processor(config: DictConfig) -> Processor:
+    """How the model of `config` reads rows; no weights are loaded."""
+    return _object(config.model).processor()
 
 
 def data(config: DictConfig, processor: Processor) -> DataModule:
@@ -49,27 +53,14 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
     chosen = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
         chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
+    spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
     return _object(config.trainer)(
         default_root_dir=config.paths.run,
         enable_progress_bar="progress" in chosen,
         callbacks=[_object(node) for node in chosen.values()],
         logger=list(_object(config.logger).values()) if config.get("logger") else False,
+        **spread,
     )
-
-
-def load_weights(task: Task, ckpt: str) -> Path:
-    """Fill a configured task with the trained tensors of `ckpt`; returns the file they came from.
-
-    Raises:
-        DataError: no such checkpoint, or it does not fit the task.
-    """
-    checkpoint = find_run(ckpt).checkpoint
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    try:
-        task.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:
-        raise DataError(f"{checkpoint}: {error}") from error
-    return checkpoint
 
 
 def start(config: DictConfig) -> None:

@@ -22,6 +22,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.grounding import objects_from_tags
+    from qwenvl_lit.runs import find_run
     from qwenvl_lit.types import Conversation, DataError, Picture, Turn
 
     asked = config.picture is not None or config.prompt is not None
@@ -34,12 +35,10 @@ def main(config: DictConfig) -> None:
         files = [config.picture] if isinstance(config.picture, str) else list(config.picture or ())
         parts = (*(Picture(Path(file)) for file in files), *objects_from_tags(config.prompt, picture=max(len(files) - 1, 0)))
         question = Conversation(id="question", turns=(Turn(role="user", parts=parts),))
-        data = DataModule(processor=task.processor, read=lambda source, root: [question], test={"question": ""})
+        data = DataModule(processor=task.processor, read=lambda source, reading: [question], test={"question": ""})
     else:
         data = build.data(config, task.processor)
-    task.configure_model()
-    if config.ckpt:
-        build.load_weights(task, config.ckpt)
+    task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
     trainer = build.trainer(config)
     if asked:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))

@@ -10,7 +10,11 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
+from qwenvl_lit.types import DataError
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torchmetrics import Metric
 
     from qwenvl_lit.adapters import Adapter
@@ -50,17 +54,33 @@ class Task(lightning.LightningModule):
         self.config = config
         self.processor = family.processor()
         self.model: nn.Module | None = None
+        self.home = torch.device("cpu")  # where `configure_model` puts the weights; a trainer says so in `setup`
+        self.trained: Path | None = None  # a checkpoint whose tensors `configure_model` is to load
         self.metrics = nn.ModuleDict(metrics)
         self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set being scored
         self.set_rows: list[int] = []
         self.val_loss = MeanMetric()
         self.strict_loading = False  # frozen tensors are not in checkpoints; `load_state_dict` checks the rest
 
+    def setup(self, stage: str) -> None:
+        self.home = self.trainer.strategy.root_device
+
     def configure_model(self) -> None:
-        """Load the base weights and apply the adapter, once."""
+        """Load the base weights, straight to the device that a trainer gave this process, and apply the adapter, once; then the trained
+        tensors of `trained`, once.
+
+        Raises:
+            DataError: a checkpoint that is not this network's, or not this adapter's.
+        """
         if self.model is None:
-            model = self.family.load()
+            model = self.family.load(self.home)
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
+        if self.trained is not None:
+            checkpoint, self.trained = self.trained, None
+            try:
+                self.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+            except (ValueError, RuntimeError) as error:
+                raise DataError(f"{checkpoint}: {error}") from error
 
     def trainable_names(self) -> set[str]:
         """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""

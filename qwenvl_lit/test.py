@@ -16,17 +16,18 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
     from qwenvl_lit.callbacks.table import score_table
+    from qwenvl_lit.runs import find_run
 
     build.start(config)
     task = build.task(config, adapted=config.ckpt is not None)
     data = build.data(config, task.processor)
-    task.configure_model()
     baseline = None
     if config.baseline:
         before = build.trainer(config, callbacks={})
         before.test(task, data, verbose=False)
         baseline = {name: float(value) for name, value in before.callback_metrics.items()}
-    source = build.load_weights(task, config.ckpt) if config.ckpt else config.model.path
+    task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
+    source = task.trained or config.model.path
     trainer = build.trainer(config)
     trainer.test(task, data, verbose=False)
     if trainer.is_global_zero:

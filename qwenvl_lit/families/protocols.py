@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from qwenvl_lit.types import Batch, Conversation, Prediction, Sample
@@ -30,8 +31,12 @@ class Processor(Protocol):
         """
         ...
 
-    def length(self, conversation: Conversation) -> tuple[int, int]:
-        """Tokens of `encode(conversation)` and how many of them are learned, without decoding a picture; raises as `encode`."""
+    def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
+        """Tokens of `encode(conversation, prompt=prompt)` and how many are learned, without decoding a picture; raises as `encode`."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text for people, special tokens by their names."""
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
@@ -47,8 +52,8 @@ class Family(Protocol):
 
     def processor(self) -> Processor: ...
 
-    def load(self) -> PreTrainedModel:
-        """The network with its base weights, in evaluation mode on the CPU or its final device."""
+    def load(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The network with its base weights, in evaluation mode on `device`."""
         ...
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:

@@ -8,17 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
+from qwenvl_lit.families.checkpoint import VOCABULARY, find_checkpoint, open_shard, stored_tensors
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
-from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Sample, Turn
 
@@ -44,7 +47,7 @@ def _naming(conversation: Conversation) -> Iterator[None]:
     try:
         yield
     except DataError as fault:
-        raise type(fault)(f"sample {conversation.id!r}: {fault}") from fault
+        raise type(fault)(f"{conversation.where}: sample {conversation.id!r}: {fault}".removeprefix(": ")) from fault
 
 
 class QwenVLProcessor:
@@ -103,20 +106,18 @@ class QwenVLProcessor:
             DataError: a picture is unreadable, a box names one that does not exist, the sample is too long, or nothing can be learned.
         """
         with _naming(conversation):
-            pieces = self._pieces(conversation, prompt)
-            pieces = [piece._replace(learned=False) for piece in pieces] if prompt else self._fitted(pieces)
-            return self._sample(conversation, pieces)
+            return self._sample(conversation, self._fated(conversation, prompt))
 
-    def length(self, conversation: Conversation) -> tuple[int, int]:
-        """Tokens of `encode(conversation)`, and how many of them are learned, without decoding a picture.
+    def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
+        """Tokens of `encode(conversation, prompt=prompt)`, and how many of them are learned, without decoding a picture.
 
         Raises:
             DataError: as `encode`, but for pictures that cannot be decoded.
         """
         with _naming(conversation):
-            pieces = self._fitted(self._pieces(conversation, prompt=False))
-            tokens, learned = (sum(len(piece.ids) for piece in some) for some in (pieces, [piece for piece in pieces if piece.learned]))
-            return tokens, learned - pieces[0].learned  # nothing predicts the first token
+            pieces = self._fated(conversation, prompt)
+        tokens, learned = (sum(len(piece.ids) for piece in some) for some in (pieces, [piece for piece in pieces if piece.learned]))
+        return tokens, learned - pieces[0].learned  # nothing predicts the first token
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,6 +125,10 @@ class QwenVLProcessor:
         vocabulary = hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest()
         names = ("span", "side", "template", "system", "supervise", "max_length", "too_long", "window")
         return {"processor": type(self).__name__, "vocabulary": vocabulary, **{name: getattr(self, name) for name in names}}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text, special tokens by their names; a picture's span shows nothing between its tags."""
+        return self.tokenizer.decode(ids)
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
         """The answer up to the first stop id. Boxes are taken to be in the last picture of the prompt."""
@@ -140,6 +145,10 @@ class QwenVLProcessor:
             return None
         written = self._written(conversation.answer, len(conversation.prompt().pictures), conversation.pictures)
         return "".join(item.value if isinstance(item, Tag) else "<img></img>" if isinstance(item, int) else item for item in written)
+
+    def _fated(self, conversation: Conversation, prompt: bool) -> list[Piece]:
+        pieces = self._pieces(conversation, prompt)
+        return [piece._replace(learned=False) for piece in pieces] if prompt else self._fitted(pieces)
 
     def _pieces(self, conversation: Conversation, prompt: bool) -> list[Piece]:
         turns: Sequence[Turn] = conversation.prompt().turns if prompt else conversation.turns
@@ -234,10 +243,15 @@ class QwenVL:
 
     Args:
         path: a checkpoint's folder or its name on the hub; None for random weights.
-        config: fields of `QwenVLConfig` for random weights; `vocab_size` and `image_start_id` follow from the vocabulary.
+        weights: "checkpoint", or "random": the network of `path` (a folder's, else the published one) as it starts, to try and to measure.
+        config: fields of `QwenVLConfig` for random weights without `path`; `vocab_size` and `image_start_id` follow from the vocabulary.
         vocabulary: a file in tiktoken's format, or "tiny" for the one of the demo; None: the checkpoint's `qwen.tiktoken`.
+        download: whether a hub name may be fetched.
+        device_map, max_memory: how transformers spreads the network over cards and host memory, say "auto" and {0: "10GiB"}; to predict and
+            to chat only. None: all of it on one device.
         dtype: of the weights, by torch's name.
         seed: of random weights.
+        window: as for `QwenVLProcessor`; None: that of the checkpoint's `generation_config.json`, else the published 6144.
 
     The others are those of `QwenVLProcessor`.
     """
@@ -255,19 +269,28 @@ class QwenVL:
         self,
         *,
         path: str | None = None,
+        weights: Literal["checkpoint", "random"] = "checkpoint",
         config: Mapping[str, Any] | None = None,
         vocabulary: str | None = None,
+        download: bool = True,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, str] | None = None,
         template: Template = "chatml",
         system: str | None = None,
         supervise: Supervise = "answers",
         max_length: int | None = None,
         too_long: TooLong = "error",
-        window: int = 6144,
+        window: int | None = None,
         dtype: str = "float32",
         seed: int = 0,
     ):
         if (path is None) == (config is None):
             raise ValueError("a model has either a `path`, or a `config` for random weights")
+        if weights not in ("checkpoint", "random"):
+            raise ValueError(f"weights is checkpoint or random, got {weights!r}")
+        self.random = weights == "random" or path is None
+        if self.random and device_map is not None:
+            raise ValueError("random weights are drawn on one device; device_map is for checkpoints")
         if path is None and vocabulary is None:
             raise ValueError('random weights need a `vocabulary`: a file, or "tiny"')
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -275,24 +298,37 @@ class QwenVL:
         self.path = path
         self.sizes = dict(config or {})
         self.vocabulary = vocabulary
+        self.download = download
+        self.device_map = device_map
+        self.max_memory = max_memory
         self.prompting: dict[str, Any] = {
             "template": template,
             "system": system,
             "supervise": supervise,
             "max_length": max_length,
             "too_long": too_long,
-            "window": window,
         }
+        self.window = window
         self.dtype = dtype
         self.seed = seed
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """Where the checkpoint is, fetched if need be; None if all there is are the published sizes and random weights."""
+        if not self.random:
+            return find_checkpoint(str(self.path), download=self.download)
+        return Path(self.path).expanduser() if self.path and Path(self.path).expanduser().is_dir() else None
 
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
         if self.vocabulary is not None:
             return QwenTokenizer(TINY_VOCABULARY if self.vocabulary == "tiny" else self.vocabulary)
-        file = cached_file(str(self.path), "qwen.tiktoken")
-        assert file is not None  # a missing file has raised
-        return QwenTokenizer(file)
+        if self.folder is None:
+            raise ValueError(
+                f"random weights of {self.path} come without a vocabulary: give model.vocabulary=FILE, a copy of its {VOCABULARY}, or "
+                f"model.vocabulary=tiny, which cuts words into more tokens"
+            )
+        return QwenTokenizer(self.folder / VOCABULARY)
 
     @cached_property
     def config(self) -> QwenVLConfig:
@@ -302,12 +338,15 @@ class QwenVL:
             ValueError: it and the vocabulary disagree.
         """
         tokenizer = self.tokenizer
-        if self.path is not None:
-            config = QwenVLConfig.from_pretrained(self.path)
+        if self.folder is not None:
+            config = QwenVLConfig.from_pretrained(self.folder)
         else:
-            ids = -(-tokenizer.vocab_size // 16) * 16  # a round number of rows
-            visual = {"image_start_id": tokenizer.img_start_id, **self.sizes.get("visual", QWEN_VL_VISUAL)}
-            config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": visual})
+            visual = {"image_start_id": tokenizer.img_start_id, **self.sizes.get("visual", {})}
+            if self.path is not None:  # the published sizes, embeddings included
+                config = QwenVLConfig(visual={**QWEN_VL_VISUAL, **visual})
+            else:
+                ids = -(-tokenizer.vocab_size // 16) * 16  # a round number of rows
+                config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": {**QWEN_VL_VISUAL, **visual}})
         assert config.visual is not None  # the config fills it in
         start = config.visual["image_start_id"]
         if start != tokenizer.img_start_id:  # the last ids but two, hence this covers the number of ids
@@ -317,18 +356,57 @@ class QwenVL:
             )
         return config
 
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """What `generation_config.json` of the checkpoint says; without the file, what transformers does by itself."""
+        stored = self.folder is not None and (self.folder / "generation_config.json").exists()
+        return GenerationConfig.from_pretrained(self.folder) if stored else GenerationConfig()
+
     def processor(self) -> QwenVLProcessor:
         assert self.config.visual is not None
-        return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=self.config.visual["image_size"], **self.prompting)
+        window = self.window or getattr(self.generation, "max_window_size", 6144)
+        side = self.config.visual["image_size"]
+        return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting)
 
-    def load(self) -> QwenVLForCausalLM:
-        """The network in evaluation mode. Random weights depend on `seed` alone, and the caller's generators stay as they are."""
+    def load(self, device: torch.device | str = "cpu") -> QwenVLForCausalLM:
+        """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor.
+
+        Random weights depend on `seed` alone up to 1 B parameters; larger networks are drawn on `device`, by its own generator.
+
+        Raises:
+            DataError: the checkpoint's tensors are not those of its config.
+        """
         dtype = getattr(torch, self.dtype)
-        if self.path is not None:
-            return QwenVLForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
-        with torch.random.fork_rng(devices=()), torch.device("cpu"):
-            torch.default_generator.manual_seed(self.seed)
-            return QwenVLForCausalLM(self.config).to(dtype).eval()
+        if self.random:
+            return self._drawn(torch.device(device), dtype)
+        assert self.folder is not None
+        with torch.device("meta"):
+            shapes = file_shapes(QwenVLForCausalLM(self.config))
+        try:
+            tensors = stored_tensors(self.folder, shapes)
+            if self.device_map is None:
+                places = {"config": self.config, "state_dict": tensors, "device_map": {"": device}}
+                model = QwenVLForCausalLM.from_pretrained(None, dtype=dtype, **places)
+            else:
+                offloaded = TemporaryDirectory()  # what fits neither cards nor memory
+                places = {"device_map": self.device_map, "max_memory": self.max_memory, "offload_folder": offloaded.name}
+                model = QwenVLForCausalLM.from_pretrained(self.folder, dtype=dtype, **places)
+                model.offloaded = offloaded  # removed with the model
+        finally:
+            open_shard.cache_clear()  # which keeps the last files mapped
+        model.generation_config = self.generation
+        return model.eval()
+
+    def _drawn(self, device: torch.device, dtype: torch.dtype) -> QwenVLForCausalLM:
+        with torch.device("meta"):
+            parameters = QwenVLForCausalLM(self.config).num_parameters()
+        place = torch.device("cpu") if parameters < 1e9 else device
+        drawn_in = torch.float32 if parameters < 1e9 else dtype  # a second copy of a large one would not fit
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+            generator = torch.cuda.default_generators[place.index or 0] if place.type == "cuda" else torch.default_generator
+            generator.manual_seed(self.seed)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=drawn_in)
+        return model.to(device=device, dtype=dtype).eval()
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import ClassVar
 
 import torch
@@ -339,6 +340,21 @@ def find_picture_tokens(input_ids: torch.Tensor | None, pictures: int, config: Q
     if (lengths != config.n_queries).any():
         raise ValueError(f"a picture takes {config.n_queries} tokens, but those between <img> and </img> are {lengths.tolist()}")
     return (starts[:, None] + torch.arange(1, config.n_queries + 1, device=starts.device)).flatten()
+
+
+def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the network's weights have in files, the published layout."""
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        projection = re.search(r"attn\.([qkv])_proj\.", name)
+        if projection is None:
+            shapes[name] = tuple(tensor.shape)
+        elif projection[1] == "q":
+            shapes[name.replace("q_proj.", "in_proj_")] = (3 * tensor.shape[0], *tensor.shape[1:])
+    if model.config.tie_word_embeddings:
+        for name in model._tied_weights_keys:
+            del shapes[name]
+    return shapes
 
 
 # By class and not by model type, because peft rewrites the adapters of model types that have conversions.

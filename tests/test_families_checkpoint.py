@@ -1,0 +1,320 @@
+"""Checkpoints as they are published: found, checked, and loaded to the number."""
+
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qwenvl_lit.families.checkpoint import find_checkpoint, missing_files
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.models import QwenVLForCausalLM
+from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.types import DataError
+from scripts.make_checkpoint import write_checkpoint
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_channels": 16,
+    "intermediate_size": 64,
+    "visual": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "mlp_ratio": 2.0,
+        "output_dim": 32,
+        "n_queries": 4,
+        "resampler_heads": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> QwenVLForCausalLM:
+    return QwenVL(config=SIZES, vocabulary="tiny").load()
+
+
+@pytest.fixture(scope="module", params=["bin", "safetensors"])
+def folder(request, model, tmp_path_factory) -> Path:
+    """A checkpoint of several shards."""
+    folder = tmp_path_factory.mktemp("checkpoints") / request.param
+    write_checkpoint(model, TINY_VOCABULARY, folder, kind=request.param, shard_bytes=40_000)
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """A copy of the checkpoint to spoil."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def assert_same(loaded: torch.nn.Module, model: torch.nn.Module) -> None:
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    [index] = folder.glob("*.index.json")
+    return folder / json.loads(index.read_text())["weight_map"][tensor]
+
+
+def change(file: Path, edit) -> None:
+    """Rewrite a shard after `edit(tensors)`."""
+    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    edit(tensors)
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_layout_loads_to_the_number(folder, model):
+    assert len(list(folder.glob("*-of-*"))) > 3
+    family = QwenVL(path=str(folder))
+    assert_same(family.load(), model)
+    assert family.processor().window == 6144
+    assert family.load().generation_config.top_p == 0.3
+
+
+def test_weights_take_the_wished_type_on_the_way(folder):
+    loaded = QwenVL(path=str(folder), dtype="bfloat16").load()
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_folder_written_by_transformers_loads(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "qwen.tiktoken").write_bytes(TINY_VOCABULARY.read_bytes())
+    assert_same(QwenVL(path=str(tmp_path)).load(), model)
+
+
+def test_the_auto_classes_know_the_model_and_run_no_remote_code(folder, model):
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    assert AutoConfig.from_pretrained(folder).hidden_size == 32
+    assert_same(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), model)
+
+
+def test_a_window_of_the_checkpoint_is_obeyed(copy):
+    settings = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 100}))
+    assert QwenVL(path=str(copy)).processor().window == 100
+    assert QwenVL(path=str(copy), window=50).processor().window == 50
+
+
+def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(copy):
+    change(shard_of(copy, "transformer.ln_f.weight"), lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(7)}))
+    [index] = copy.glob("*.index.json")
+    content = json.loads(index.read_text())
+    first = content["weight_map"].pop("transformer.wte.weight")
+    content["weight_map"]["transformer.h.9.ln_1.weight"] = first
+    index.write_text(json.dumps(content))
+    change(copy / first, lambda tensors: tensors.update({"transformer.h.9.ln_1.weight": torch.ones(32)}))
+    with pytest.raises(DataError) as caught:
+        QwenVL(path=str(copy)).load()
+    for message in (
+        "missing 1: transformer.wte.weight",
+        "unexpected 1: transformer.h.9.ln_1.weight",
+        "of another shape 1: transformer.ln_f.weight (7,), expected (32,)",
+        str(copy),
+    ):
+        assert message in str(caught.value)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(copy):
+    shard = shard_of(copy, "transformer.ln_f.weight")
+    change(shard, lambda tensors: tensors.pop("transformer.ln_f.weight"))
+    with pytest.raises(DataError, match=rf"{shard.name} lacks transformer.ln_f.weight"):
+        QwenVL(path=str(copy)).load()
+
+
+def test_a_broken_shard_is_named(copy):
+    shard = shard_of(copy, "transformer.ln_f.weight")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"{shard.name} cannot be read: .*is it complete"):
+        QwenVL(path=str(copy)).load()
+
+
+def test_a_bin_file_that_holds_code_is_refused(copy):
+    class Evil:
+        def __reduce__(self):
+            return print, ("run!",)
+
+    for file in copy.glob("*-of-*"):
+        file.unlink()
+    for file in copy.glob("*.index.json"):
+        file.unlink()
+    torch.save({"transformer.wte.weight": Evil()}, copy / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"pytorch_model\.bin cannot be read"):
+        QwenVL(path=str(copy)).load()
+
+
+def test_a_folder_says_what_it_lacks(copy):
+    shard = shard_of(copy, "transformer.ln_f.weight")
+    shard.unlink()
+    (copy / "qwen.tiktoken").unlink()
+    assert missing_files(copy) == ["qwen.tiktoken", shard.name]
+    with pytest.raises(DataError, match=rf"lacks qwen.tiktoken, {shard.name}"):
+        find_checkpoint(str(copy))
+
+
+def test_what_is_neither_folder_nor_name_is_refused():
+    with pytest.raises(DataError, match="no folder, seen from"):
+        find_checkpoint("./not/here")
+
+
+def test_weights_can_be_spread_and_offloaded(folder, model, tmp_path):
+    places = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk", "transformer.ln_f": "cpu"}
+    places |= {"transformer.visual": "cpu", "lm_head": "cpu"}
+    spread = QwenVL(path=str(folder), device_map=places).load()
+    assert spread.hf_device_map["transformer.h.1"] == "disk"
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(spread(ids).logits, model(ids).logits)
+
+
+def test_random_weights_of_the_published_size_need_a_vocabulary():
+    with pytest.raises(ValueError, match=r"model\.vocabulary=tiny"):
+        _ = QwenVL(path="Qwen/Qwen-VL-Chat", weights="random").config
+    config = QwenVL(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny").config
+    assert (config.vocab_size, config.hidden_size, config.visual["layers"]) == (151936, 4096, 48)
+    with pytest.raises(ValueError, match="device_map is for checkpoints"):
+        QwenVL(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny", device_map="auto")
+
+
+def test_random_weights_take_the_sizes_of_a_folder(folder, model):
+    drawn = QwenVL(path=str(folder), weights="random").load()
+    assert {name: tensor.shape for name, tensor in drawn.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------------------
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """Enough of the hub for one repository, `someone/small`; breaks off after so many bytes of each answer with a large file."""
+
+    breaks_after: int | None = None
+    asked: tuple[str, ...] = ()
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        type(self).asked += (f"{self.command} {self.path} {self.headers.get('Range', '')}".strip(),)
+        folder = Path(self.directory)
+        if self.path.startswith("/api/models/someone/small/tree/"):
+            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in sorted(folder.iterdir())]
+            return self.send(entries, body=body)
+        if self.path.startswith("/api/models/someone/small"):
+            siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in sorted(folder.iterdir())]
+            return self.send({"id": "someone/small", "modelId": "someone/small", "sha": "a" * 40, "siblings": siblings}, body=body)
+        file = folder / self.path.rpartition("/")[2]
+        if not self.path.startswith("/someone/small/resolve/") or not file.exists():
+            return self.send_error(404)
+        content = file.read_bytes()
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.end_headers()
+        if body and type(self).breaks_after is not None and len(content) > 20_000:
+            self.wfile.write(content[start : start + type(self).breaks_after])
+            return self.connection.close()
+        if body:
+            self.wfile.write(content[start:])
+
+    def send(self, value: dict | list, *, body: bool) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A hub on this machine and an empty cache; the class that answers, to look at and to break."""
+    from huggingface_hub import constants
+
+    handler = type("Answers", (Hub,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield handler
+    server.shutdown()
+
+
+def test_a_hub_name_is_fetched_once_and_then_read_from_the_cache(hub, model, caplog):
+    assert_same(QwenVL(path="someone/small").load(), model)
+    assert "downloading someone/small: 0.0 GB" in caplog.text
+    hub.asked = ()
+    assert_same(QwenVL(path="someone/small", download=False).load(), model)
+    assert hub.asked == ()
+
+
+def test_without_downloads_a_hub_name_says_what_to_fetch(hub):
+    with pytest.raises(DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and model.download=false") as caught:
+        find_checkpoint("someone/small", download=False)
+    assert "19.3 GB; fetch with:  hf download someone/small" in str(caught.value)
+    assert hub.asked == ()
+
+
+def test_offline_mode_is_honoured(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="offline mode is on"):
+        find_checkpoint("someone/small")
+    assert hub.asked == ()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Attempts at a download follow each other at once, in small pieces: a piece that is not whole is not kept."""
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+
+
+def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(hub, model, impatient):
+    hub.breaks_after = 10_000
+    assert_same(QwenVL(path="someone/small").load(), model)
+    assert any("bytes=10000-" in request for request in hub.asked)
+
+
+def test_files_that_arrived_before_a_download_failed_are_kept(hub, model, impatient):
+    hub.breaks_after = 0
+    with pytest.raises(DataError, match="Files that have arrived are kept"):
+        find_checkpoint("someone/small")
+    assert any(request.startswith("GET") and "config.json" in request for request in hub.asked)
+    hub.breaks_after, hub.asked = None, ()
+    assert_same(QwenVL(path="someone/small").load(), model)
+    assert not any(request.startswith("GET") and "config.json" in request for request in hub.asked)
+
+
+def test_a_name_that_the_hub_does_not_have_is_an_error(hub):
+    with pytest.raises(DataError, match="someone/else could not be fetched"):
+        find_checkpoint("someone/else")
