@@ -266,10 +266,10 @@ class _Download:
             except BrokeOffError as fault:
                 if isinstance(fault, WrongPartError):
                     self.part.unlink(missing_ok=True)
-                failed = 1 if self.have > before else failed + 1
+                failed = 0 if self.have > before else failed + 1
                 if failed >= self.patience.tries:
                     raise DataError(f"{self.url} cannot be downloaded, {failed} tries in a row failed: {fault}; try again later") from None
-                pause = self.patience.pause_seconds * 2 ** (failed - 1)
+                pause = self.patience.pause_seconds * 2 ** max(0, failed - 1)
                 log.warning("%s: %s; going on in %.3g s, %s are there", self.url, fault, pause, _bytes(self.have))
                 time.sleep(pause)
 

@@ -1,0 +1,409 @@
+import hashlib
+import io
+import multiprocessing
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from qwenvl_lit.data import fetch as module
+from qwenvl_lit.data.fetch import Archive, Patience, RemotePicture, fetch, provide
+from qwenvl_lit.types import DataError, Picture
+
+CONTENT = bytes(range(256)) * 40
+MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
+QUICK = Patience(tries=3, pause_seconds=0.01, timeout_seconds=2.0)
+
+
+class Server:
+    """A web server on this machine that answers each request for a path with the next of the answers planned for it, the last for ever."""
+
+    def __init__(self):
+        self.planned = {}
+        self.asked = []  # (path, Range, If-Range) of each request
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.asked.append((self.path, self.headers["Range"], self.headers["If-Range"]))
+                answers = outer.planned[self.path]
+                (answers.pop(0) if len(answers) > 1 else answers[0])(self)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def plan(self, path, *answers):
+        self.planned[path] = list(answers)
+        return f"http://127.0.0.1:{self._server.server_port}{path}"
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def gives(content=CONTENT, *, stops_after=None, pauses=0.0, ranges=True, shift=0, tag='"1"', length=True, kind="application/zip"):
+    """An answer with `content`, or the part that is asked for; perhaps only the first bytes of that, and then the line is cut."""
+
+    def answer(handler):
+        asked = handler.headers["Range"] if ranges and handler.headers["If-Range"] in (None, tag) else None
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        if asked and start >= len(content):
+            handler.send_error(416)
+            return
+        start += shift if asked else 0
+        handler.send_response(206 if asked else 200)
+        if asked:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if length:
+            handler.send_header("Content-Length", str(len(content) - start))
+        handler.send_header("ETag", tag)
+        handler.send_header("Content-Type", kind)
+        handler.end_headers()
+        handler.wfile.write(content[start:][:stops_after])
+        handler.wfile.flush()
+        time.sleep(pauses)
+        handler.close_connection = True
+
+    return answer
+
+
+def refuses(code):
+    return lambda handler: handler.send_error(code)
+
+
+def hangs_up(handler):
+    handler.close_connection = True
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "new" / "a.zip"
+
+
+def left(target):
+    return sorted(path.name for path in target.parent.iterdir())
+
+
+# One file
+
+
+def test_a_file_is_downloaded_once(server, target):
+    url = server.plan("/a.zip", gives())
+    assert fetch(url, target, size=len(CONTENT), checksum=MD5) == target
+    assert fetch(url, target, size=len(CONTENT), checksum=MD5) == target
+    assert target.read_bytes() == CONTENT
+    assert server.asked == [("/a.zip", None, None)]
+    assert left(target) == ["a.zip"]
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"size": len(CONTENT)}, {"checksum": MD5}, {"checksum": "sha256:" + hashlib.sha256(CONTENT).hexdigest()}]
+)
+def test_it_goes_on_where_it_broke_off(server, target, known):
+    url = server.plan("/a.zip", gives(stops_after=100), gives(stops_after=50), refuses(503), hangs_up, gives())
+    fetch(url, target, **known, patience=QUICK)
+    assert target.read_bytes() == CONTENT
+    assert [asked[1:] for asked in server.asked] == [(None, None), ("bytes=100-", '"1"')] + 3 * [("bytes=150-", '"1"')]
+
+
+def test_a_later_call_goes_on_too(server, target):
+    url = server.plan("/a.zip", gives(stops_after=100), refuses(500))
+    with pytest.raises(DataError, match=r"a.zip cannot be downloaded, 3 tries in a row failed: the server says 500 .*; try again later"):
+        fetch(url, target, size=len(CONTENT), patience=QUICK)
+    assert left(target) == ["a.zip.lock", "a.zip.part"]
+    fetch(server.plan("/a.zip", gives()), target, size=len(CONTENT))
+    assert server.asked[-1][1] == "bytes=100-"
+    assert target.read_bytes() == CONTENT
+    assert left(target) == ["a.zip"]
+
+
+def test_nothing_is_continued_that_nothing_could_check(server, target):
+    url = server.plan("/a.zip", gives(stops_after=100), refuses(500))
+    with pytest.raises(DataError):
+        fetch(url, target, patience=QUICK)
+    fetch(server.plan("/a.zip", gives(CONTENT[::-1])), target)
+    assert target.read_bytes() == CONTENT[::-1]
+
+
+@pytest.mark.parametrize(
+    "then",
+    [gives(ranges=False), gives(tag='"2"'), gives(shift=7)],
+    ids=["the server knows no ranges", "the file has changed", "another range"],
+)
+def test_what_does_not_fit_together_is_not_put_together(server, target, then):
+    url = server.plan("/a.zip", gives(b"x" * len(CONTENT), stops_after=100), then, gives())
+    fetch(url, target, checksum=MD5, patience=QUICK)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_the_file_is_begun_anew(server, target):
+    target.parent.mkdir()
+    (target.parent / "a.zip.part").write_bytes(CONTENT + b"more")
+    fetch(server.plan("/a.zip", gives()), target, checksum=MD5, patience=QUICK)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_server_that_stops_sending_is_left_and_asked_again(server, target):
+    url = server.plan("/a.zip", gives(stops_after=100, pauses=0.6), gives())
+    fetch(url, target, checksum=MD5, patience=Patience(tries=2, pause_seconds=0.01, timeout_seconds=0.2))
+    assert [asked[1] for asked in server.asked] == [None, "bytes=100-"]
+    assert target.read_bytes() == CONTENT
+
+
+def test_without_a_length_the_published_size_tells_whether_it_is_complete(server, target):
+    url = server.plan("/a.zip", gives(stops_after=100, length=False), gives(length=False))
+    fetch(url, target, size=len(CONTENT), patience=QUICK)
+    assert target.read_bytes() == CONTENT
+    longer = server.plan("/b.zip", gives(CONTENT + b"more", length=False))
+    with pytest.raises(DataError, match=r"b.zip has 10244 bytes .*, but 10240 were published"):
+        fetch(longer, target.with_name("b.zip"), size=len(CONTENT))
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_a_refusal_is_final(server, target, code):
+    with pytest.raises(DataError, match=rf"/a.zip cannot be downloaded: the server says {code} .*; check the address"):
+        fetch(server.plan("/a.zip", refuses(code)), target, patience=QUICK)
+    assert len(server.asked) == 1
+    assert not target.exists()
+
+
+def test_no_server_is_a_data_error(server, target):
+    url = server.plan("/a.zip", gives())
+    server.close()
+    with pytest.raises(DataError, match="3 tries in a row failed: no answer"):
+        fetch(url, target, patience=QUICK)
+
+
+def test_another_file_than_the_published_one_is_refused(server, target):
+    page = gives(b"<html>please log in</html>", kind="text/html")
+    with pytest.raises(DataError, match=r"has 26 bytes \(text/html\), but 10240 were published; it is another file"):
+        fetch(server.plan("/a.zip", page), target, size=len(CONTENT))
+    with pytest.raises(DataError, match=rf"is not the published file: its md5 is \w+, expected {MD5[4:]}; what came was removed"):
+        fetch(server.plan("/a.zip", page), target, checksum=MD5)
+    assert not target.exists()
+    assert left(target) == ["a.zip.lock"]
+
+
+def test_a_file_of_another_size_is_not_taken_for_the_published_one(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"a.zip has 4 bytes, but 10240 were published; remove it"):
+        fetch("http://localhost/a.zip", tmp_path / "a.zip", size=len(CONTENT))
+
+
+@pytest.mark.parametrize("why", ["data.download=false", "QWENVL_LIT_OFFLINE is set", "HF_HUB_OFFLINE is set"])
+def test_without_leave_to_download_it_says_what_to_bring(server, target, monkeypatch, why):
+    if why.endswith("is set"):
+        monkeypatch.setenv(why.split()[0], "1")
+    url = server.plan("/a.zip", gives())
+    with pytest.raises(DataError) as fault:
+        fetch(url, target, size=6_645_013_297, download="=" not in why)
+    assert str(fault.value) == f"{target} does not exist and downloads are off ({why}); get it from {url} (6.65 GB) and put it there"
+    assert server.asked == []
+
+
+def test_size_and_target_are_told_before_it_starts(server, target, caplog):
+    url = server.plan("/a.zip", gives())
+    with caplog.at_level("INFO"):
+        fetch(url, target, size=len(CONTENT))
+    assert caplog.messages == [f"downloading {url} (10.2 kB) to {target}"]
+
+
+def test_a_place_that_cannot_be_written_is_a_data_error(server, tmp_path):
+    (tmp_path / "new").write_text("a file, not a folder")
+    with pytest.raises(DataError, match=r"a.zip cannot be written: .*; make room, or choose another folder"):
+        fetch(server.plan("/a.zip", gives()), tmp_path / "new" / "a.zip")
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://localhost/a.zip", "a.zip", "javascript:1"])
+def test_only_the_web_is_asked(tmp_path, url):
+    with pytest.raises(DataError, match="is not an http or https address"):
+        fetch(url, tmp_path / "a.zip")
+    with pytest.raises(DataError, match="is not an http or https address"):
+        RemotePicture(url, tmp_path)
+
+
+def fetch_at_once(url, target):
+    fetch(url, target, checksum=MD5, patience=QUICK)
+
+
+def test_several_processes_download_it_once(server, target):
+    url = server.plan("/a.zip", gives(pauses=0.2))
+    processes = [multiprocessing.get_context("fork").Process(target=fetch_at_once, args=(url, target)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(server.asked) == 1
+    assert target.read_bytes() == CONTENT
+
+
+# Pictures
+
+
+def png(width=4, height=3):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_remote_picture_is_fetched_when_it_is_needed(server, tmp_path):
+    picture = Picture(RemotePicture(server.plan("/a.PNG?size=1", gives(png())), tmp_path / "pictures"))
+    assert server.asked == []
+    assert picture.size == (4, 3)
+    assert picture.open().getpixel((0, 0)) == (255, 0, 0)
+    assert picture.name == picture.source.url
+    assert len(server.asked) == 1
+    again = RemotePicture(picture.source.url, tmp_path / "pictures", download=False)
+    assert again.path() == picture.source.path()
+    assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (gives(b"<html>gone</html>"), r"is not a picture \(UnidentifiedImageError\); it begins with b'<html>gone</html>'"),
+        (gives(png()[:30]), "is not a picture"),
+        (gives(b""), "is not a picture"),
+        (refuses(404), "the server says 404"),
+        (hangs_up, "3 tries in a row failed: no answer"),
+    ],
+)
+def test_what_is_no_picture_does_not_stay(server, tmp_path, answer, fault):
+    with pytest.raises(DataError, match=fault):
+        RemotePicture(server.plan("/a.png", answer), tmp_path, patience=QUICK).path()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_picture_may_not_be_too_large(server, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 50)
+    with pytest.raises(DataError, match=r"the limit (is|of) 50 bytes"):
+        RemotePicture(server.plan("/a.png", gives(png(), length=length)), tmp_path).path()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_trickles_in_is_given_up(server, tmp_path):
+    url = server.plan("/a.png", *[gives(png(), stops_after=1)] * 60)
+    with pytest.raises(DataError, match=r"is too slow: \d+ bytes in 0 s"):
+        RemotePicture(url, tmp_path, patience=Patience(tries=9, pause_seconds=0.02, total_seconds=0.1)).path()
+
+
+def test_a_picture_that_is_not_there_cannot_be_had_offline(tmp_path):
+    picture = RemotePicture("http://localhost/a.png", tmp_path, download=False)
+    with pytest.raises(DataError, match=r"picture http://localhost/a.png is not in .* and downloads are off"):
+        picture.path()
+
+
+# Archives
+
+
+def zipped(**files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+VAL = zipped(**{"val/": "", "val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/a.json": "{}", "notes/b.json": "[]"})
+
+
+def archive_of(server, content=VAL, gives_=("val",), *, answers=None):
+    return Archive(url=server.plan("/val.zip", *(answers or [gives(content)])), size=len(content), gives=gives_)
+
+
+def files(root):
+    return {
+        str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".fetch.lock"
+    }
+
+
+def test_an_archive_is_fetched_unpacked_and_removed(server, tmp_path):
+    archive = archive_of(server, gives_=("val", "notes/b.json"))
+    provide([archive], tmp_path)
+    assert files(tmp_path) == {"val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/b.json": "[]"}
+    provide([archive], tmp_path, download=False)
+    assert len(server.asked) == 1
+
+
+def test_what_is_there_stays_and_the_rest_comes(server, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/mine.jpg").write_text("mine")
+    provide([archive_of(server, gives_=("val", "notes/a.json"))], tmp_path)
+    assert files(tmp_path) == {"val/mine.jpg": "mine", "notes/a.json": "{}"}
+
+
+def test_an_archive_that_was_brought_is_used_offline_and_kept(server, tmp_path):
+    (tmp_path / "val.zip").write_bytes(VAL)
+    provide([archive_of(server)], tmp_path, download=False)
+    assert (tmp_path / "val/1.jpg").read_text() == "one"
+    assert (tmp_path / "val.zip").exists()
+    assert server.asked == []
+
+
+def test_unpacking_goes_on_where_it_stopped(server, tmp_path):
+    stage = tmp_path / ".val.zip.part/val"
+    stage.mkdir(parents=True)
+    (stage / "1.jpg").write_text("from before")  # complete, since it has its name
+    (stage / "sub").mkdir()
+    (stage / "sub/2.jpg.part").write_text("t")
+    provide([archive_of(server)], tmp_path)
+    assert files(tmp_path) == {"val/1.jpg": "from before", "val/sub/2.jpg": "two"}
+
+
+@pytest.mark.parametrize("name", ["val/../../evil", "val/C:evil", "val/..\\evil"])
+def test_no_archive_writes_outside_its_folder(server, tmp_path, name):
+    content = zipped(**{"val/1.jpg": "one", name: "evil"})
+    with pytest.raises(DataError, match="would not stay in its folder"):
+        provide([archive_of(server, content)], tmp_path / "root")
+    assert not list(tmp_path.rglob("*evil*"))
+    assert not (tmp_path / "root/val").exists()
+
+
+def test_no_archive_makes_a_link(server, tmp_path):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        link = zipfile.ZipInfo("val/link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc")
+    with pytest.raises(DataError, match="would not stay in its folder"):
+        provide([archive_of(server, file.getvalue())], tmp_path)
+
+
+def test_a_broken_archive_gives_nothing(server, tmp_path):
+    broken = bytearray(VAL)
+    broken[broken.index(b"val/1.jpg") + 10] ^= 255
+    with pytest.raises(DataError, match=r"val.zip is not a sound zip file: .*; remove it, and it is fetched again"):
+        provide([archive_of(server, bytes(broken))], tmp_path)
+    assert not (tmp_path / "val").exists()
+
+
+def test_a_page_is_no_archive(server, tmp_path):
+    with pytest.raises(DataError, match="File is not a zip file"):
+        provide([archive_of(server, b"<html>sorry</html>")], tmp_path)
+
+
+def test_an_archive_without_what_it_should_give_is_an_error(server, tmp_path):
+    with pytest.raises(DataError, match=r"val.zip has no train; is it the archive that is meant"):
+        provide([archive_of(server, gives_=("train",))], tmp_path)
+
+
+def test_a_full_disk_is_told_before_it_is_filled(server, tmp_path):
+    with pytest.raises(DataError, match=r"free, 1000000000.00 GB are needed; make room"):
+        provide([Archive(url=server.plan("/val.zip", gives()), size=10**18, gives=("val",))], tmp_path)
+    assert server.asked == []
