@@ -1,342 +1,250 @@
-"""Compare this package with values that the original Qwen-VL-Chat code produced.
+"""Compare this package with values that the original Qwen-VL-Chat, its scripts and ms-swift produced.
 
     python scripts/check_golden.py tests/golden
+    python scripts/check_golden.py FOLDER --record benchmarks/golden.json    # and write the table down
+    python scripts/check_golden.py --table benchmarks/golden.json            # the tables of the README
 
-One line per case with its largest deviation and what is allowed; the exit status is 1 if a case misses. `CHECKS` says who reads which
-file: a check gets its path and yields a `Result` per case.
+One line per file: cases that agree of cases compared, how many differ on purpose, and the largest deviation of each kind of value with
+what is allowed. Any part of such a folder will do: what is there is checked. What differs on purpose, our exact result there, and why,
+stands in `deviations.json` (the folder's own, or that of tests/golden). The exit status is 1 if a case misses, if a stated deviation is
+none, or if a file cannot be read or is not known.
+
+Files ending in `_qwen.json` need the published vocabulary, which the PyPI package `dashscope` ships.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import lzma
+import platform
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-from transformers import DynamicCache
+import transformers
+from golden import boxes, chat, network, text
+from golden.result import Result, UnreadableError, read
 from transformers.utils.logging import disable_progress_bar
 
-from qwenvl_lit.families.qwen_vl import preprocess
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
-from qwenvl_lit.models.language import ntk_alpha, rotary_tables
-from qwenvl_lit.models.vision import resize_positions, sine_cosine_positions
+OUR_DEVIATIONS = Path(__file__).parent.parent / "tests" / "golden" / "deviations.json"
+CHECKS: dict[str, Callable[[Path], Iterator[Result]]] = network.CHECKS | text.CHECKS | chat.CHECKS | boxes.CHECKS
+READ_BY_OTHERS = ("README.md", "*/README.md", "deviations.json", "model/config.json", "model/images/*", "tokenizer/synthetic.tiktoken")
+WITHOUT_METRIC = ("anls", "captions", "captions_subset", "gqa", "relaxed_and_exact", "vqa_accuracy", "vqa_normalisation")
 
-# In float32 the original's own results move by 2e-7 with the number of threads and by 1.3e-5 with fused attention (logits go up to 9);
-# a tanh GELU already shows as 1.4e-3, another interpolation as more than 1.
-LOGITS = 1e-4
-LOSS = 1e-5  # relative; gradients too
-BFLOAT16_LOGITS = 0.4  # bfloat16 and float32 of the original differ by 0.17
-TABLE = 2e-6  # sines and cosines of angles up to 100, in float32
+Listed = dict[str, dict[str, Any]]  # case -> {"ours": our exact result, "why": ...}
 
 
-@dataclass(frozen=True)
-class Result:
-    """The largest deviation of a case, and the largest one allowed."""
+@dataclass
+class Report:
+    """What became of the cases of a file."""
 
-    case: str
-    deviation: float
-    allowed: float = 0
+    file: str
+    passed: int = 0
+    listed: int = 0  # differ as `deviations.json` says
+    missed: list[str] = field(default_factory=list)  # what is wrong, case by case
+    largest: dict[str, Result] = field(default_factory=dict)  # kind of value -> the worst of the cases that agree
+    results: list[Result] = field(default_factory=list)
 
     @property
-    def passed(self) -> bool:
-        return self.deviation <= self.allowed  # not so for NaN
+    def compared(self) -> int:
+        return self.passed + self.listed + len(self.missed)
+
+    def __str__(self) -> str:
+        text = f"{'MISS' if self.missed else 'ok  '} {self.file}: {self.passed} of {self.compared} cases agree"
+        if self.listed:
+            text += f", {self.listed} differ on purpose"
+        text += "; " * bool(self.largest) + ", ".join(spoken(of, r.deviation, r.allowed) for of, r in self.largest.items())
+        return "".join((text, *(f"\n       {miss}" for miss in self.missed)))
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def spoken(of: str, deviation: float, allowed: float) -> str:
+    return f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0") if allowed else f"{of} exact"
 
 
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest absolute difference; infinite between different shapes. The reference may keep every n-th entry of the last dimension."""
-    ours = ours[..., :: max(ours.shape[-1] // theirs.shape[-1], 1)]
-    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+def check(path: Path, folder: Path, listed: Listed) -> Report:
+    """Compare one file of a folder, for which `listed` says what differs on purpose."""
+    file = path.relative_to(folder).as_posix()
+    report = Report(file)
+    compare = next(compare for pattern, compare in CHECKS.items() if fnmatchcase(file, pattern))
+    try:
+        report.results = list(compare(path))
+        expected = len(read(path).get("cases", ())) if path.suffix == ".json" else 0
+    except (UnreadableError, KeyError) as fault:
+        report.missed.append(f"cannot be compared: {type(fault).__name__}: {fault}")
+        return report
+    seen: set[str] = set()
+    for case, group in groupby(report.results, key=lambda result: result.case):
+        if case in seen:
+            report.missed.append(f"{case}: comes twice")
+        seen.add(case)
+        _count(report, case, list(group), listed.get(case))
+    report.missed += [f"{case}: is listed as a deviation, but is no case" for case in listed.keys() - seen]
+    if len(seen) < max(expected, 1):
+        report.missed.append(f"{len(seen)} cases were compared, but there are {expected}")
+    return report
 
 
-# -- model ------------------------------------------------------------------------------------------------------------------------
+def _count(report: Report, case: str, results: list[Result], listed: dict[str, Any] | None) -> None:
+    wrong = [result for result in results if not result.passed]
+    if listed is None and not wrong:
+        report.passed += 1
+    elif listed is None:
+        said = ", ".join(f"{r.of} {r.deviation:.2g} of {r.allowed:.0e}" if r.allowed else f"other {r.of}" for r in wrong)
+        report.missed.append(f"{case}: {said}" + "".join(f"; ours {r.ours}" for r in wrong if r.ours is not None))
+    elif not wrong:
+        report.missed.append(f"{case}: is listed as a deviation, but agrees")
+    elif [result.ours for result in wrong] != [listed["ours"]]:
+        report.missed.append(f"{case}: differs, but not as listed; ours {[result.ours for result in wrong]}, listed {listed['ours']}")
+    else:
+        report.listed += 1
+    for result in results:
+        if result.passed and (result.of not in report.largest or result.deviation > report.largest[result.of].deviation):
+            report.largest[result.of] = result
 
 
-@cache
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tiny network's, from `model.safetensors`, or from a packed one: of each tensor all first bytes, then all second bytes, ..."""
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
-    planes = safetensors.torch.load(lzma.decompress((folder / "model.safetensors.xz").read_bytes()))
-    shapes = read(folder / "param_shapes.json")
-    return {name: tensor.T.contiguous().view(torch.float32).view(shapes[name]) for name, tensor in planes.items()}
+def files(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Files to compare, those for which there is no metric yet, and those that nobody knows."""
+    found: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatchcase(name, pattern) for pattern in CHECKS):
+            found[0].append(path)
+        elif name in {f"metrics/{metric}.json" for metric in WITHOUT_METRIC}:
+            found[1].append(path)
+        elif not any(fnmatchcase(name, pattern) for pattern in READ_BY_OTHERS):
+            found[2].append(path)
+    return found
 
 
-def load(folder: Path, overrides: dict | None = None, dtype: torch.dtype = torch.float32) -> QwenVLForCausalLM:
-    """The tiny network, with changes to its `config.json`."""
-    config = QwenVLConfig.from_pretrained(folder, **(overrides or {}))
-    state = {name: tensor.clone() for name, tensor in weights(folder).items()}
-    return QwenVLForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+def deviations(folder: Path) -> dict[str, Listed]:
+    own = folder / "deviations.json"
+    return read(own if own.exists() else OUR_DEVIATIONS)
 
 
-def picture_inputs(folder: Path, images: list[dict], length: int) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `vision_positions` of a case's pictures in rows of `length` tokens; nothing if there are none."""
-    if not images:
-        return {}
-    pixels = [preprocess(Image.open(folder / image["file"]), 112) for image in images]
-    positions = [image["batch"] * length + torch.arange(image["first_feature"], image["end"]) for image in images]
-    return {"pixel_values": torch.stack(pixels), "vision_positions": torch.cat(positions)}
+# -- a record of it, and its tables -----------------------------------------------------------------------------------------------
 
 
-def parameter_shapes(path: Path) -> Iterator[Result]:
-    """What `save_pretrained` writes has the original names, shapes and values."""
-    with tempfile.TemporaryDirectory() as folder:
-        load(path.parent).save_pretrained(folder)
-        ours = load_file(Path(folder) / "model.safetensors")
-    theirs = weights(path.parent)
-    shapes = {name: list(tensor.shape) for name, tensor in ours.items()}
-    yield Result("names and shapes", shapes != read(path))
-    yield Result("values", max(distance(ours[name], theirs[name]) for name in theirs))
-
-
-def pixels(path: Path) -> Iterator[Result]:
-    """Pixel values at both sizes, and their sums over the whole picture at 448."""
-    small = load_file(path.with_name("preprocess_112.safetensors"))
-    large = load_file(path.with_name("preprocess_448_stride13.safetensors"))
-    for case in read(path)["images"]:
-        name = case["file"]
-        image = Image.open(path.parent / name)
-        full = preprocess(image, 448)
-        sum_error = abs(full.double().sum().item() - case["full_448"]["sum"]) / case["full_448"]["abs_sum"]
-        yield Result(f"{name} 112", distance(preprocess(image, 112), small[name]))
-        yield Result(f"{name} 448", distance(full[:, ::13, ::13], large[name]))
-        yield Result(f"{name} 448 sum", sum_error, 1e-7)
-
-
-def vision(path: Path) -> Iterator[Result]:
-    """Every stage of the tower, from pixels to the tokens of a picture."""
-    side = int(path.stem.split("_")[1])
-    tower = load(path.parent).transformer.visual
-    files = [image["file"] for image in read(path.with_name("preprocess.json"))["images"]]
-    chosen = {112: files[:2], 224: files[1:2], 448: files[:1]}[side]
-    pixel_values = torch.stack([preprocess(Image.open(path.parent / name), side) for name in chosen])
-
-    stages = {"pixel_values": pixel_values}
-    modules = {
-        "conv1": tower.conv1,
-        "ln_pre": tower.ln_pre,
-        "resblock_0": tower.transformer["resblocks"][0],
-        "resblock_1": tower.transformer["resblocks"][1],
-        "transformer": tower.transformer["resblocks"][-1],
-        "attn_pool": tower.attn_pool,
-        "ln_post": tower.ln_post,
+def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
+    return {
+        "command": f"python scripts/check_golden.py {folder.resolve().name}",
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "files": [
+            {
+                "file": report.file,
+                "cases": report.compared,
+                "agree": report.passed,
+                "differ_on_purpose": report.listed,
+                "largest": {of: {"deviation": r.deviation, "allowed": r.allowed} for of, r in report.largest.items()},
+            }
+            for report in reports
+        ],
     }
-    for name, module in modules.items():
-        module.register_forward_hook(lambda module, args, output, name=name: stages.__setitem__(name, output))
-    with torch.no_grad():
-        stages["output"] = tower(pixel_values)
-        stages["conv1"] = stages["conv1"].flatten(2).mT
-        patches = stages["ln_pre"].shape[1]
-        stages["interpolated_positional_embedding"] = resize_positions(tower.positional_embedding, patches)
-        stages["interpolated_attn_pool_pos_embed"] = resize_positions(tower.attn_pool.pos_embed, patches)
-    for name, theirs in load_file(path).items():
-        yield Result(name, distance(stages[name], theirs), LOGITS)
 
 
-def fresh_positions(path: Path) -> Iterator[Result]:
-    theirs = load_file(path)["attn_pool.pos_embed"]
-    yield Result("sine-cosine table", distance(sine_cosine_positions(*theirs.shape), theirs), TABLE)
-
-
-def cases(path: Path) -> Iterator[Result]:
-    """Hidden states, logits, losses and gradients of whole batches."""
-    for case in read(path)["cases"]:
-        tensors = load_file(path.with_name(case["file"]))
-        inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
-        inputs |= picture_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
-        if case.get("quirk"):
-            continue  # what an earlier text left behind in the original; ours keeps nothing
-        dtype = getattr(torch, case.get("dtype", "float32"))
-        model = load(path.parent, case.get("config_overrides"), dtype=dtype).train(case["mode"] == "train")
-        if "prefill" in case:
-            yield from compare_decoding(case, tensors, model, inputs)
-        else:
-            yield from compare_forward(case, tensors, model, inputs)
-
-
-def compare_forward(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict) -> Iterator[Result]:
-    """One forward pass, and the backward pass of training cases."""
-    name, allowed = case["name"], BFLOAT16_LOGITS if model.dtype == torch.bfloat16 else LOGITS
-    out = model(**inputs, labels=tensors.get("labels"), output_hidden_states=True)
-    real = inputs["attention_mask"].bool()
-    if "logits" in tensors:
-        total = inputs["input_ids"].shape[1]
-        positions = tensors.get("logits_positions", torch.arange(total - tensors["logits"].shape[1], total))
-        kept = real[:, positions]
-        yield Result(f"{name} logits", distance(out.logits[:, positions].float()[kept], tensors["logits"][kept]), allowed)
-    hidden = {f"hidden_{i}": states for i, states in enumerate(out.hidden_states)} | {"hidden_last": out.hidden_states[-1]}
-    for key in hidden.keys() & tensors.keys():
-        yield Result(f"{name} {key}", distance(hidden[key][real], tensors[key][real]), LOGITS)
-    if "loss" in tensors:
-        yield Result(f"{name} loss", abs(out.loss.item() / tensors["loss"].item() - 1), LOSS)
-    if "grad_norms" in case:
-        out.loss.backward()
-        yield from compare_gradients(case, tensors, model)
-
-
-def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors under the original names: in files, the resampler's three input projections are one."""
-    tensors, prefix = dict(tensors), "transformer.visual.attn_pool.attn"
-    for kind in ("weight", "bias"):
-        tensors[f"{prefix}.in_proj_{kind}"] = torch.cat([tensors.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"])
-    return tensors
-
-
-def compare_gradients(case: dict, tensors: dict, model: QwenVLForCausalLM) -> Iterator[Result]:
-    """Eight gradients entry by entry, the size of all others, and which parameters have none."""
-    gradients = as_in_files({name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None})
-    for key in (key for key in tensors if key.startswith("grad.")):
-        ours, theirs = gradients[key.removeprefix("grad.")], tensors[key]
-        yield Result(f"{case['name']} {key}", distance(ours, theirs) / max(theirs.abs().max().item(), 1e-9), LOSS)
-    norms = {name: norm for name, norm in case["grad_norms"].items() if norm is not None}
-    yield Result(f"{case['name']} parameters with a gradient", len(norms.keys() ^ gradients.keys()))
-    errors = [abs(gradients[name].double().norm().item() - norm) / max(norm, 1e-9) for name, norm in norms.items()]
-    yield Result(f"{case['name']} gradient norms", max(errors), LOSS)
-
-
-@torch.no_grad()
-def compare_decoding(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict) -> Iterator[Result]:
-    """A prompt, then one token a step with the cache: logits of each step, and the cache at the end."""
-    cache, ids, mask = DynamicCache(), inputs["input_ids"], inputs["attention_mask"]
-    bounds = [0, *range(case["prefill"], ids.shape[1] + 1)]
-    steps = [
-        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits[:, -1] for start, stop in pairwise(bounds)
-    ]
-    yield Result(f"{case['name']} logits", distance(torch.stack(steps, dim=1), tensors["logits"]), LOGITS)
-    for part in ("key", "value"):
-        if f"{part}_cache_layer0" in tensors:
-            ours = getattr(cache.layers[0], f"{part}s").transpose(1, 2)
-            yield Result(f"{case['name']} {part}s", distance(ours, tensors[f"{part}_cache_layer0"]), LOGITS)
-
-
-def generation(path: Path) -> Iterator[Result]:
-    """Greedy decoding through `generate`: every token."""
-    for case in read(path)["cases"]:
-        model = load(path.parent, case["config_overrides"])
-        ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **picture_inputs(path.parent, case["images"], ids.shape[1]),
-            max_new_tokens=case["max_new_tokens"],
-            eos_token_id=case["eos_token_id"],
-            pad_token_id=case["pad_token_id"],
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        wrong = 0
-        for ours, theirs in zip(out.sequences[:, ids.shape[1] :].tolist(), case["new_tokens"], strict=True):
-            theirs = theirs[:-1] if case["stop_words_ids"] else theirs  # the original forces an end mark after a stop word
-            wrong += ours[: len(theirs)] != theirs
-        yield Result(f"{case['name']} rows with other tokens", wrong)
-        if case["first_step_logits"]:
-            yield Result(f"{case['name']} first logits", distance(out.logits[0], torch.tensor(case["first_step_logits"])), LOGITS)
-
-
-def train_steps(path: Path) -> Iterator[Result]:
-    """Losses of six AdamW steps, which parameters stayed, and how far some moved."""
-    batches = {case["name"]: case for case in read(path.with_name("cases.json"))["cases"]}
-    for name, recipe in read(path).items():
-        case = batches[recipe["case"]]
-        tensors = load_file(path.with_name(case["file"]))
-        inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "labels")}
-        inputs |= picture_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
-        model = load(path.parent).train()
-        resampler = model.transformer.visual.attn_pool
-        if name.startswith("fix_vit"):
-            model.transformer.visual.requires_grad_(False)
-            resampler.requires_grad_(True)
-            resampler.pos_embed.requires_grad_(True)  # the original's script thaws this table too; ours never does
-        learned = [tensor for tensor in (*model.parameters(), resampler.pos_embed) if tensor.requires_grad]
-        before = {key: tensor.clone() for key, tensor in as_in_files(model.state_dict()).items()}
-        optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
-        losses = []
-        for _ in recipe["losses"]:
-            optimizer.zero_grad()
-            loss = model(**inputs).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        moved = {key: (tensor - before[key]).norm().item() for key, tensor in as_in_files(model.state_dict()).items()}
-        yield Result(f"{name} losses", max(abs(a / b - 1) for a, b in zip(losses, recipe["losses"], strict=True)), 1e-3)
-        yield Result(f"{name} unchanged", len({key for key, norm in moved.items() if norm == 0} ^ set(recipe["unchanged"])))
-        yield Result(f"{name} changes", max(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items()), 1e-3)
-
-
-def ntk_alphas(path: Path) -> Iterator[Result]:
-    wrong = [case for case in read(path)["cases"] if ntk_alpha(case["kv_seq_len"], case["seq_length"]) != case["ntk_alpha"]]
-    yield Result("alpha", len(wrong))
-
-
-def rotary(path: Path) -> Iterator[Result]:
-    """Cosines and sines, by the sizes in their names. The original stores each twice, for the two halves of a head."""
-    for name, theirs in load_file(path).items():
-        function, dim, base, alpha = re.fullmatch(r"(cos|sin)_dim(\d+)_base(\d+)_alpha(\d+)", name).groups()
-        tables = rotary_tables(torch.arange(len(theirs))[None], int(dim), float(base), alpha=int(alpha))
-        half = tables[function == "sin"].flatten(0, 3)
-        yield Result(name, distance(torch.cat((half, half), dim=1), theirs), TABLE)
-
-
-def logn(path: Path) -> Iterator[Result]:
-    """The queries' scale: at position 0 of every head the cosine of the slowest channel is nearly 1, so it is divided out."""
-    theirs = load_file(path)["logn"]
-    slots = torch.arange(len(theirs))[None]
-    scaled, plain = rotary_tables(slots, 64, 10000.0, logn_above=32)[0][0, :, :, 0, -1].unbind(1)
-    yield Result("scale", distance(scaled / plain, theirs), TABLE)
-
-
-# -- all of a folder --------------------------------------------------------------------------------------------------------------
-
-CHECKS: dict[str, Callable[[Path], Iterator[Result]]] = {
-    "model/param_shapes.json": parameter_shapes,
-    "model/preprocess.json": pixels,
-    "model/vision_*.safetensors": vision,
-    "model/init_pos_embed.safetensors": fresh_positions,
-    "model/cases.json": cases,
-    "model/generation.json": generation,
-    "model/train_steps.json": train_steps,
-    "model/ntk_alpha.json": ntk_alphas,
-    "model/rotary.safetensors": rotary,
-    "model/logn_seq32.safetensors": logn,
+ROWS = {  # of the README's table -> the files that it sums up
+    "names, shapes and values of all parameters": ("model/param_shapes.json", "model/model.safetensors*"),
+    "pictures of 13 kinds to pixels": ("model/preprocess*",),
+    "the vision tower, stage by stage, at 112, 224 and 448 px": ("model/vision_*", "model/init_pos_embed.safetensors"),
+    "text, one and three pictures": ("model/case_text.*", "model/case_one_image.*", "model/case_three_images.*"),
+    "batches padded on the left and on the right": ("model/case_batch_*",),
+    "around `seq_length`: dynamic NTK and log-n, in one pass": ("model/case_long_eval_*", "model/case_long_train*"),
+    "the same, token by token with a cache": ("model/case_long_incremental_*",),
+    "loss and gradients of every parameter": ("model/case_train_*", "model/case_eval_loss_*"),
+    "six AdamW steps, three recipes": ("model/train_steps.json",),
+    "bfloat16": ("model/case_bf16_*",),
+    "tables of NTK, log-n and rotary angles": ("model/ntk_alpha.json", "model/rotary.*", "model/logn_*", "model/cases.json"),
+    "greedy decoding": ("model/generation.json",),
+    "`chat()` from end to end": ("model/chat.json",),
+    "text to ids and back, two vocabularies": ("tokenizer/*",),
+    "prompts, windows, stop words, answers": ("chat/make_context_*", "chat/decode_tokens_*", "chat/stop_words_*"),
+    "training samples: ids and labels, both supervision modes": ("chat/train_*",),
+    "boxes: rows, frames, answers, IoU": ("grounding/*", "metrics/grounding_iou.json"),
 }
 
 
-def results(folder: Path, pattern: str) -> Iterator[tuple[str, Result]]:
-    """The results of one entry of `CHECKS`, each with the name of its file."""
-    for path in sorted(folder.glob(pattern)):
-        for result in CHECKS[pattern](path):
-            yield path.relative_to(folder).as_posix(), result
+def table(recorded: dict[str, Any]) -> str:
+    """The README's table of a record, in markdown."""
+    lines = ["| | cases | agree | differ on purpose | largest deviation of what is allowed; all else exact |", "|---|---|---|---|---|"]
+    left = {entry["file"]: entry for entry in recorded["files"]}
+    total = [sum(entry[key] for entry in left.values()) for key in ("cases", "agree", "differ_on_purpose")]
+    for row, patterns in ROWS.items():
+        entries = [left.pop(name) for name in sorted(left) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        counts = [sum(entry[key] for entry in entries) for key in ("cases", "agree", "differ_on_purpose")]
+        worst: dict[str, dict[str, float]] = {}
+        for entry in entries:
+            for of, found in entry["largest"].items():
+                if of not in worst or found["deviation"] > worst[of]["deviation"]:
+                    worst[of] = found
+        said = [spoken(of, found["deviation"], found["allowed"]) for of, found in worst.items() if found["allowed"]]
+        lines.append(f"| {row} | {' | '.join(map(str, counts))} | {', '.join(said) or 'exact'} |")
+    if left:
+        raise ValueError(f"no row of the table sums up {', '.join(left)}; add them to ROWS")
+    return "\n".join([*lines, f"| **all** | {' | '.join(f'**{count}**' for count in total)} | |"])
 
 
-def main(folder: Path) -> int:
-    """Prints every result and a total; returns how many miss."""
+def deviations_table(listed: dict[str, Listed]) -> str:
+    """The README's table of what differs on purpose: cases by reason, in markdown."""
+    counts, where = Counter(), defaultdict(dict)
+    for file, cases in listed.items():
+        for entry in cases.values():
+            counts[entry["why"]] += 1
+            where[entry["why"]][re.sub("_(qwen|synthetic)$", "", Path(file).stem)] = True
+    rows = [f"| {_in_code(why)} | {', '.join(where[why])} | {count} |" for why, count in counts.most_common()]
+    return "\n".join(["| what ours does, and why | files | cases |", "|---|---|---|", *rows])
+
+
+def _in_code(text: str) -> str:
+    """Names of special tokens as code, which a cell of a table can hold."""
+    return re.sub("<[^>]+>", lambda name: f"`{name.group()}`".replace("|", "\\|"), text)
+
+
+def main(folder: Path, *, every_case: bool = False, written: Path | None = None) -> int:
+    """Prints the report of every file and a total; returns how many things are wrong."""
     disable_progress_bar()
-    found = []
-    for pattern in CHECKS:
-        for file, result in results(folder, pattern):
-            found.append(result)
-            print(f"{'ok  ' if result.passed else 'MISS'} {file}: {result.case}: {result.deviation:.2g} (allowed {result.allowed:.2g})")
-    missed = sum(not result.passed for result in found)
-    print(f"{len(found) - missed} of {len(found)} agree")
-    return missed
+    compared, waiting, unknown = files(folder)
+    listed = deviations(folder)
+    reports = []
+    for path in compared:
+        report = check(path, folder, listed.get(path.relative_to(folder).as_posix(), {}))
+        reports.append(report)
+        print(report)
+        for result in report.results if every_case else ():
+            print(f"       {'ok  ' if result.passed else 'not '} {result.case}: {spoken(result.of, result.deviation, result.allowed)}")
+    for path in waiting:
+        print(f"     {path.relative_to(folder).as_posix()}: not compared, there is no such metric here yet")
+    for path in unknown:
+        print(f"MISS {path.relative_to(folder).as_posix()}: no comparison knows this file")
+    if not compared:
+        print(f"MISS {folder}: there is nothing to compare; expected model/, tokenizer/, chat/, grounding/ or metrics/ in it")
+    wrong = sum(len(report.missed) for report in reports) + len(unknown) + (not compared)
+    print(
+        f"{len(reports)} files, {sum(report.compared for report in reports)} cases: {sum(report.passed for report in reports)} agree, "
+        f"{sum(report.listed for report in reports)} differ on purpose, {wrong} wrong"
+    )
+    if written and not wrong:
+        written.write_text(json.dumps(record(reports, folder), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return wrong
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    sys.exit(bool(main(parser.parse_args().folder)))
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--cases", action="store_true", help="print every comparison")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the result down, if nothing is wrong")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a written result as tables")
+    options = parser.parse_args()
+    if (options.folder is None) == (options.table is None):
+        parser.error("give a folder, or --table and a written result")
+    if options.table:
+        print(table(read(options.table)), deviations_table(read(OUR_DEVIATIONS)), sep="\n\n")
+        sys.exit()
+    sys.exit(bool(main(options.folder, every_case=options.cases, written=options.record)))
