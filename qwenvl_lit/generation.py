@@ -27,7 +27,10 @@ class Generation:
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any], *, stop_ids: Sequence[int], pad_id: int) -> list[list[int]]:
         """New ids of each row of a left-padded batch, in order, ending before the first stop id."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k} if self.do_sample else {}
+        # What is left out, transformers takes from the checkpoint's generation_config.json; these say "no sampling" without a warning.
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        if self.do_sample:
+            sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,

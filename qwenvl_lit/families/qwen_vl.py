@@ -341,17 +341,18 @@ class QwenVL:
         if self.folder is not None:
             config = QwenVLConfig.from_pretrained(self.folder)
         else:
-            visual = {"image_start_id": tokenizer.img_start_id, **self.sizes.get("visual", {})}
+            start = {"image_start_id": tokenizer.img_start_id}
             if self.path is not None:  # the published sizes, embeddings included
-                config = QwenVLConfig(visual={**QWEN_VL_VISUAL, **visual})
+                config = QwenVLConfig(visual={**QWEN_VL_VISUAL, **start})
             else:
                 ids = -(-tokenizer.vocab_size // 16) * 16  # a round number of rows
-                config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": {**QWEN_VL_VISUAL, **visual}})
+                visual = {**start, **self.sizes.get("visual", {**QWEN_VL_VISUAL, **start})}
+                config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": visual})
         assert config.visual is not None  # the config fills it in
-        start = config.visual["image_start_id"]
-        if start != tokenizer.img_start_id:  # the last ids but two, hence this covers the number of ids
+        configured = config.visual["image_start_id"]
+        if configured != tokenizer.img_start_id:  # the last ids but two, hence this covers the number of ids
             raise ValueError(
-                f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of the model's config is {start}; "
+                f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of the model's config is {configured}; "
                 f"choose the vocabulary of this model"
             )
         return config
