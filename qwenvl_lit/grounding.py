@@ -109,29 +109,37 @@ def _point(point: tuple[float, float]) -> str:
 
 
 _LABEL = r"<ref>((?:(?!</?ref>).)*)</ref>"
-_NUMBER = r"[\s()]*-?[0-9]{1,6}[\s()]*"
-_BOX = rf"<box>{_NUMBER}(?:,{_NUMBER}){{3}}</box>"
-_QUAD = rf"<quad>{_NUMBER}(?:,{_NUMBER}){{7}}</quad>"
-_ONE_BOX = re.compile(rf"{_BOX}|{_QUAD}")
-_OBJECT = re.compile(rf"(?:{_LABEL})?((?:{_BOX}|{_QUAD})+)|{_LABEL}", re.DOTALL)
 
 
-def objects_from_tags(text: str, *, picture: int = 0) -> tuple[str | GroundedObject, ...]:
+def _patterns(digits: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What finds objects, and what parts their boxes."""
+    number = rf"[\s()]*-?{digits}[\s()]*"
+    box = rf"<box>{number}(?:,{number}){{3}}</box>|<quad>{number}(?:,{number}){{7}}</quad>"
+    return re.compile(rf"(?:{_LABEL})?((?:{box})+)|{_LABEL}", re.DOTALL), re.compile(box)
+
+
+_WHOLE = _patterns(r"[0-9]{1,6}")
+_FRACTIONS = _patterns(r"[0-9]{1,6}(?:\.[0-9]{1,17})?")
+
+
+def objects_from_tags(text: str, *, picture: int = 0, fractions: bool = False) -> tuple[str | GroundedObject, ...]:
     """`text` parted at its objects, all of them in `picture` and with boxes on the grid.
 
-    A label right before boxes belongs to all of them. Markup that cannot be read stays text; inverted boxes stay inverted. Never raises.
+    A label right before boxes belongs to all of them. Markup that cannot be read stays text, as do boxes with fractions unless `fractions`
+    are asked for; inverted boxes stay inverted. Never raises.
 
     >>> objects_from_tags("see <ref>a cat</ref><box>(1,2),(3,4)</box>")[1].label
     'a cat'
     """
+    whole, one_box = _FRACTIONS if fractions else _WHOLE
     parts: list[str | GroundedObject] = []
     end = 0
-    for match in _OBJECT.finditer(text):
+    for match in whole.finditer(text):
         if before := text[end : match.start()]:
             parts.append(before)
         end = match.end()
         label, boxes, lone_label = match.groups()
-        found = tuple(_box_from_tags(m.group()) for m in _ONE_BOX.finditer(boxes or ""))
+        found = tuple(_box_from_tags(m.group()) for m in one_box.finditer(boxes or ""))
         parts.append(GroundedObject(label=label if boxes else lone_label, boxes=found, picture=picture))
     if rest := text[end:]:
         parts.append(rest)
@@ -139,7 +147,7 @@ def objects_from_tags(text: str, *, picture: int = 0) -> tuple[str | GroundedObj
 
 
 def _box_from_tags(tags: str) -> Box | Quad:
-    values = [int(value) for value in re.findall(r"-?[0-9]+", tags)]
+    values = [float(value) if "." in value else int(value) for value in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags)]
     if len(values) == 8:
         return Quad(points=tuple(zip(values[::2], values[1::2], strict=True)), frame="grid")
     return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame="grid")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import JsonRows, read_rows, take
+from qwenvl_lit.data.sources import FileRows, read_rows, take
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Quad, Turn
 
@@ -132,7 +132,7 @@ def test_blank_lines_are_passed_over_and_counted(folder):
 
 def test_rows_are_read_like_any_sequence_and_in_other_processes(folder):
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"query": letter}) for letter in "abc"))
-    rows = JsonRows(folder / "rows.jsonl")
+    rows = FileRows(folder / "rows.jsonl")
     assert [row.turns[0].parts[0] for row in rows] == list("abc")
     assert rows[-1] == rows[2]
     with pytest.raises(IndexError):
@@ -259,17 +259,18 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(pa
         ({"query": "<bbox>", "objects": [DOG | {"bbox": [0, 0, 1000, 9], "bbox_type": "norm_1000"}]}, "(0, 0) to (999, 999)"),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1.5, 2, 3, 4], "bbox_type": "norm_1000"}]},
-            "fractions on the grid of 0..999; round them",
+            "has fractions on the grid of 0..999; correct it, or choose what becomes of such boxes by data.on_bad_box",
         ),
         ({"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]}, "`bbox` is [x1, y1, x2, y2] or a list of such, got [1, 2, 3]"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, float("nan")]}]}, "`bbox` is [x1, y1, x2, y2]"),
+        ({"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, 10**400]}]}, "`bbox` is [x1, y1, x2, y2]"),
         ({"query": "<bbox>", "objects": [DOG | {"bbox": None}]}, "`bbox` is [x1, y1, x2, y2]"),
         ({"query": "<bbox>", "objects": [DOG | {"bbox_type": "pixels"}]}, "bbox_type: real, norm_1000 or norm_1"),
         ({"query": "<bbox>", "objects": [{"caption": "a", "bbox": [1, 2, 3, 4]}]}, "bbox_type: real, norm_1000 or norm_1"),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` is a list, or a list as JSON text"),
         ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` is a list"),
-        ({"query": "<box>(1.5,2),(3,4)</box>"}, "cannot read '<box>(1.5,2),(3,4)</box>'"),
+        ({"query": "<box>(1.5,2),(3,4)</box>"}, "text: box [[1.5, 2], [3, 4]] has fractions on the grid"),
+        ({"query": "<box>(1,2),(3)</box>"}, "cannot read '<box>(1,2),(3)</box>'"),
         ({"query": "a</ref>"}, "cannot read '</ref>'"),
         ({"query": "<img>a.png"}, "cannot read '<img>a.png'"),
         ({"query": "<box>(9,2),(3,4)</box>"}, "corners in the wrong order"),
@@ -278,12 +279,18 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(pa
         ({"query": "<box>(1,2),(3,4)</box>", "images": []}, "a box but no picture"),
         ({"query": "<image><image>"}, "2 <image> tags for 1 `images`"),
         ({"query": "<image>", "images": None}, "1 <image> tags for 0 `images`"),
-        ({"query": "<img>c.png</img>"}, "c.png does not exist; check the path and `data.root`"),
-        ({"query": "<img>https://host/a.png</img>"}, "download it and give its path"),
-        ({"query": "<img>data:image/png;base64,AAAA</img>"}, "download it and give its path"),
+        ({"query": "<img>c.png</img>"}, "c.png does not exist; check the path, `data.root` and `data.path_map`"),
+        ({"query": "<img>https://host/a.png</img>"}, "is remote, and there is no folder to keep it in; set data.cache"),
+        ({"query": "<img>ftp://host/a.png</img>"}, "download it and give its path"),
+        ({"query": "<img>data:image/svg+xml,%3Csvg/%3E</img>"}, "download it and give its path"),
+        ({"query": "<img>data:image/png;base64,AAA</img>"}, "is not base64"),
+        ({"query": "<img>data:image/png;base64,</img>"}, "given as base64, but empty"),
         ({"query": 7}, "`query` is text, got 7"),
-        ({"query": "x", "images": "a.png"}, "`images` is a list"),
-        ({"query": "x", "images": [7]}, "`images` is a list of paths"),
+        ({"query": "x", "images": [7]}, "a picture is a path, an address or base64 text, got 7"),
+        ({"query": "x", "image": "a.png"}, "either `image` or `images`"),
+        ({"query": "x", "id": [7]}, "an id is text or a number"),
+        ({"query": "x \ud800"}, "text holds half a character, '\\ud800'"),
+        ({"query": "<ref-object>", "objects": [DOG | {"caption": "x \udfff"}]}, "text holds half a character"),
         ({"query": "x", "history": [["a"]]}, "`history` is a list of [question, answer]"),
         ({"conversations": []}, "no turn"),
         ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1 is"),
@@ -298,7 +305,8 @@ def test_a_fault_names_file_line_and_id_and_says_what_is_wrong(folder, row, mess
     (folder / "rows.jsonl").write_text("\n" + json.dumps({"id": "r7"} | row))
     with pytest.raises(DataError) as fault:
         read_rows(str(folder / "rows.jsonl"))[0]
-    assert str(fault.value).startswith(f"{folder / 'rows.jsonl'}:2: row 'r7': ")
+    name = row.get("id", "r7") if isinstance(row.get("id", "r7"), str) else "rows.jsonl:2"
+    assert str(fault.value).startswith(f"{folder / 'rows.jsonl'}:2: row {name!r}: ")
     assert message in str(fault.value)
 
 
@@ -331,7 +339,9 @@ def test_a_file_without_usable_rows_is_refused_when_it_is_opened(folder, content
 def test_a_row_of_another_layout_than_the_first_is_a_fault(folder):
     (folder / "rows.jsonl").write_text('{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n')
     rows = read_rows(str(folder / "rows.jsonl"))
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: row '3': lacks \['query'\], which the first row of the file has"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, the first .* in `query`; its keys are \['id', 'conv"
+    ):
         rows[1]
     with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
         rows[2]
@@ -342,7 +352,7 @@ def test_text_in_another_encoding_is_a_fault(folder):
     with pytest.raises(DataError, match="save it as UTF-8"):
         read_rows(str(folder / "rows.json"))
     (folder / "rows.jsonl").write_bytes('{"query": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: not UTF-8"):
         read_rows(str(folder / "rows.jsonl"))
 
 

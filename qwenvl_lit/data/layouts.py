@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from qwenvl_lit.data.files import parse_json
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]
@@ -29,6 +32,7 @@ class Draft:
 class Layout:
     """One way to write a row."""
 
+    name: str
     needs: tuple[str, ...]  # a row with these keys has this layout
     knows: tuple[str, ...]  # further keys that `draft` reads
     draft: Callable[[Row, str], Draft]
@@ -37,11 +41,12 @@ class Layout:
         """The draft of a row; `prompt` is how questions of VQA sets are asked.
 
         Raises:
-            DataError: a key is missing or has a value of the wrong kind.
+            DataError: the row has another layout, or a key has a value of the wrong kind.
         """
-        if missing := [key for key in self.needs if key not in row]:
+        if (found := layout_of(row)).name != self.name:
             raise DataError(
-                f"lacks {missing}, which the first row of the file has; its keys are {list(row)}. Keep each layout in its own file"
+                f"is in the layout `{found.name}`, the first row of the file in `{self.name}`; its keys are {list(row)}. "
+                f"Keep each layout in its own file"
             )
         return self.draft(row, prompt)
 
@@ -52,18 +57,32 @@ class Layout:
 
 
 def layout_of(row: Row) -> Layout:
-    """The layout that the keys of `row` tell.
+    """The layout that the keys of `row` tell; those with the value null do not count.
 
     Raises:
         DataError: `row` has no known layout, or several.
     """
-    fitting = [layout for layout in LAYOUTS if all(key in row for key in layout.needs)]
-    if len(fitting) != 1:
-        known = "; ".join(f"{' + '.join(layout.needs)} [{', '.join(layout.knows)}]" for layout in LAYOUTS)
-        raise DataError(
-            f"keys {list(row)} fit {'several layouts' if fitting else 'no known layout'}. Known, optional keys in brackets: {known}"
-        )
-    return fitting[0]
+    for layouts in (LAYOUTS, TEXTS):
+        fitting = [layout for layout in layouts if all(row.get(key) is not None for key in layout.needs)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            break
+    known = "; ".join(f"{' + '.join(layout.needs)} [{', '.join(layout.knows)}]" for layout in LAYOUTS + TEXTS)
+    names = f"several layouts ({', '.join(layout.name for layout in fitting)})" if fitting else "no known layout"
+    raise DataError(f"keys {list(row)} fit {names}. Known, optional keys in brackets: {known}")
+
+
+def id_of(row: Row) -> str | None:
+    """What a row calls itself, if it does.
+
+    Raises:
+        DataError: that is neither text nor a number.
+    """
+    name = row.get("id") if row.get("id") is not None else row.get("question_id")
+    if name is not None and (not isinstance(name, str | int | float) or isinstance(name, bool)):
+        raise DataError(f"an id is text or a number, got {_short(name)}")
+    return None if name is None else str(name)
 
 
 def around_picture(prompt: str) -> tuple[str, str]:
@@ -79,44 +98,121 @@ def around_picture(prompt: str) -> tuple[str, str]:
 
 
 def _conversations(row: Row, prompt: str) -> Draft:
+    return _chat(row, _list(row, "conversations"))
+
+
+def _messages(row: Row, prompt: str) -> Draft:
+    return _chat(row, _list(row, "messages"))
+
+
+def _chat(row: Row, said: Sequence[Any]) -> Draft:
     turns = []
-    for number, turn in enumerate(_list(row, "conversations"), 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
-            raise DataError(f'turn {number} is {{"from": one of {", ".join(ROLES)}, "value": text}}, got {_short(turn)}')
-        turns.append((ROLES[turn["from"]], turn["value"]))
+    for number, turn in enumerate(said, 1):
+        role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
+            raise DataError(
+                f'turn {number} is {{"from": one of {", ".join(ROLES)}, "value": text}} or as role and content, got {_short(turn)}'
+            )
+        turns.append((ROLES[role], content if isinstance(content, str) else _content(number, content)))
     return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
 
 
+def _content(number: int, items: Sequence[Any]) -> str:
+    """Texts and pictures of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
+    written = ""
+    for item in items:
+        match item:
+            case str(text) | {"type": "text", "text": str(text)}:
+                written += text
+            case {"type": "image_url", "image_url": image}:
+                written += f"<img>{_place(image)}</img>"
+            case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
+                written += f"<img>{_place(image)}</img>"
+            case {"type": "image"}:
+                written += "<image>"
+            case {"text": str(text), **others} if not others:  # as Qwen-VL's own `from_list_format` takes them
+                written += text
+            case {"image": image, **others} if not others:
+                written += f"<img>{_place(image)}</img>"
+            case _:
+                raise DataError(
+                    f'turn {number}: an item of the content is {{"type": "text", "text": ...}}, {{"type": "image", "image": path}} or '
+                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {_short(item)}'
+                )
+    return written
+
+
+def _pairs(row: Row, prompt: str) -> Draft:
+    turns = _system(row)
+    pairs = _list(row, "conversation")
+    for number, pair in enumerate(pairs, 1):
+        match pair:
+            case {"human": str(question), "assistant": str(answer)}:
+                turns += [("user", question), ("assistant", answer)]
+            case {"human": str(question)} if number == len(pairs) and pair.get("assistant") is None:
+                turns.append(("user", question))
+            case _:
+                raise DataError(f'`conversation` is a list of {{"human": text, "assistant": text}}, got {_short(pair)} as number {number}')
+    return Draft(turns=turns, images=_images(row), objects=_objects(row))
+
+
 def _query(row: Row, prompt: str) -> Draft:
+    return _asked(row, _text(row, "query"), "response")
+
+
+def _instruction(row: Row, prompt: str) -> Draft:
+    question = _text(row, "instruction")
+    if row.get("input") not in (None, ""):
+        question += "\n" + _text(row, "input")
+    return _asked(row, question, "output")
+
+
+def _asked(row: Row, question: str, answer_key: str) -> Draft:
     turns = _system(row)
     for pair in _list(row, "history"):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"`history` is a list of [question, answer], got {_short(pair)} in it")
         turns += [("user", pair[0]), ("assistant", pair[1])]
-    turns.append(("user", _text(row, "query")))
-    if row.get("response") is not None:
-        turns.append(("assistant", _text(row, "response")))
+    turns.append(("user", question))
+    if row.get(answer_key) is not None:
+        turns.append(("assistant", _text(row, answer_key)))
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
+
+
+def _continued(key: str, row: Row, prompt: str) -> Draft:
+    """Plain text to continue: an answer to an empty question, as ms-swift reads it. In the raw template of the base model nothing of the
+    question is left, and all of the text is learned."""
+    turns: list[tuple[Role, str]] = [("user", ""), ("assistant", _text(row, key))]
+    return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
 
 
 def _vqa(row: Row, prompt: str) -> Draft:
     if row.get("answers") is not None:
-        answers = tuple(answer["answer"] if isinstance(answer, dict) else answer for answer in _list(row, "answers"))
+        answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in _list(row, "answers"))
     else:
         answers = (row["answer"],) if row.get("answer") is not None else ()
     if not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"answers are text, got {_short(answers)}")
     before, after = (text.replace("{question}", _text(row, "question")) for text in around_picture(prompt))
-    turns: list[tuple[Role, str]] = [("user", f"{before}<img>{_text(row, 'image')}</img>{after}")]
+    turns: list[tuple[Role, str]] = [("user", f"{before}<img>{_place(row['image'])}</img>{after}")]
     if answers:
         turns.append(("assistant", Counter(answers).most_common(1)[0][0]))
     return Draft(turns=turns, references=answers)
 
 
+_PICTURES = ("images", "image", "objects")
 LAYOUTS = (
-    Layout(("conversations",), ("system", "images", "image", "objects"), _conversations),
-    Layout(("query",), ("response", "system", "history", "images", "image", "objects"), _query),
-    Layout(("image", "question"), ("answer", "answers", "question_id"), _vqa),
+    Layout("conversations", ("conversations",), ("system", *_PICTURES), _conversations),
+    Layout("messages", ("messages",), ("system", *_PICTURES), _messages),
+    Layout("query", ("query",), ("response", "system", "history", *_PICTURES), _query),
+    Layout("instruction", ("instruction",), ("input", "output", "system", "history", *_PICTURES), _instruction),
+    Layout("conversation", ("conversation",), ("system", *_PICTURES), _pairs),
+    Layout("vqa", ("image", "question"), ("answer", "answers", "question_id"), _vqa),
+)
+TEXTS = (  # names that other layouts use, too: they count where no other layout fits
+    Layout("text", ("text",), ("system", *_PICTURES), partial(_continued, "text")),
+    Layout("response", ("response",), ("system", *_PICTURES), partial(_continued, "response")),
 )
 
 
@@ -127,7 +223,13 @@ def _text(row: Row, key: str) -> str:
 
 
 def _list(row: Row, key: str) -> list:
+    """A list, or one as JSON text, as a cell of a csv file holds it."""
     value = row.get(key)
+    if isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError as fault:
+            raise DataError(f"`{key}` is a list, or a list as JSON text; it is not JSON: {fault}") from None
     if value is not None and not isinstance(value, list):
         raise DataError(f"`{key}` is a list, got {_short(value)}")
     return value or []
@@ -137,23 +239,29 @@ def _system(row: Row) -> list[tuple[Role, str]]:
     return [] if row.get("system") is None else [("system", _text(row, "system"))]
 
 
-def _images(row: Row) -> list[str]:
-    images = [_text(row, "image")] if row.get("image") is not None else _list(row, "images")
-    if not all(isinstance(image, str) for image in images):
-        raise DataError(f"`images` is a list of paths, got {_short(images)}")
-    return images
-
-
 def _objects(row: Row) -> list:
-    objects = row.get("objects")
-    if not isinstance(objects, str):
-        return _list(row, "objects")
-    try:
-        return _list({"objects": json.loads(objects)}, "objects")
-    except json.JSONDecodeError as fault:
-        raise DataError(f"`objects` is a list, or a list as JSON text; it is not JSON: {fault}") from None
+    return _list(row, "objects")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _images(row: Row) -> list[str]:
+    """`image` or `images`: a path, a list of paths, or that as JSON text."""
+    given = [key for key in ("image", "images") if row.get(key) is not None]
+    if len(given) == 2:
+        raise DataError("give either `image` or `images`, not both")
+    images = row[given[0]] if given else []
+    if isinstance(images, str) and images.lstrip().startswith(("[", "{")):
+        with suppress(ValueError):  # a path may begin so
+            images = parse_json(images)
+    return [_place(image) for image in (images if isinstance(images, list) else [images])]
+
+
+def _place(image: Any) -> str:
+    match image:
+        case str(place) | {"path": str(place)} | {"url": str(place)}:
+            return place
+    raise DataError(f"a picture is a path, an address or base64 text, got {_short(image)}")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_short = _SHORT.repr  # stops at some depth, too

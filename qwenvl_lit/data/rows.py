@@ -1,21 +1,20 @@
-"""What a row says, taken apart into text, pictures and grounded objects, and checked. Faults are reported, never repaired."""
+"""What a row says, taken apart into text, pictures and grounded objects, and checked."""
 
 from __future__ import annotations
 
-import math
+import base64
+import binascii
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
 from qwenvl_lit.data.layouts import Draft
-from qwenvl_lit.grounding import GRID, objects_from_tags
-from qwenvl_lit.types import Box, Conversation, DataError, Frame, GroundedObject, Part, Picture, Quad, Turn
-
-FRAMES: dict[str | None, Frame] = {"real": "pixel", "norm_1000": "grid", "norm_1": "unit", None: "grid"}  # `bbox_type` of ms-swift
+from qwenvl_lit.data.objects import LIMITS, Boxes, OnBadBox
+from qwenvl_lit.grounding import objects_from_tags
+from qwenvl_lit.types import Conversation, DataError, GroundedObject, Part, Picture, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +22,8 @@ class Reading:
     """How the rows of one dataset are read, whatever their layout."""
 
     root: Path | None = None  # where relative files and pictures are looked up; None: beside the file that names them
-    path_map: Mapping[str, str] = field(default_factory=dict)  # how absolute paths begin on another machine -> how they begin here
-    on_bad_box: Literal["error", "keep", "repair", "drop"] = "error"
+    path_map: Mapping[str, str] = field(default_factory=dict)  # how paths and addresses begin on another machine -> how they begin here
+    on_bad_box: OnBadBox = "error"
     prompt: str | None = None  # how captions and questions are asked where a layout holds none; None: the reader's default
     cache: Path | None = None  # folder of remote pictures and indexes of files; None: no remote pictures, indexes in memory only
     download: bool = True  # remote pictures may be fetched; false: only what `cache` holds
@@ -33,13 +32,23 @@ class Reading:
 
 DEFAULT = Reading()
 
-
 _TAG = re.compile(r"<img>(.*?)</img>|<image>|<ref-object>|<bbox>", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
-_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:(?://|.*;base64,)")
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
+_DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
+_BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*")  # PNG, JPEG, GIF, WebP, BMP
 
 
-def conversation_from(draft: Draft, *, id: str, root: Path, index: int, columns: Mapping[str, str], where: str = "") -> Conversation:
+def conversation_from(
+    draft: Draft,
+    *,
+    id: str,
+    root: Path,
+    index: int,
+    columns: Mapping[str, str],
+    where: str = "",
+    reading: Reading = DEFAULT,
+) -> Conversation:
     """The conversation of a row.
 
     - A picture is `<img>path</img>` in the text, which stays as it is around it; or an `<image>` tag, which becomes `Picture k: `, the next
@@ -48,20 +57,23 @@ def conversation_from(draft: Draft, *, id: str, root: Path, index: int, columns:
     - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last picture before them.
 
     Raises:
-        DataError: turns do not alternate, a picture is missing or remote, tags and what they stand for differ in number, markup cannot be
-            read, a box has its corners in the wrong order, is outside its picture or has fractions on the grid.
+        DataError: turns do not alternate, a picture is missing, tags and what they stand for differ in number, markup cannot be read, a box
+            has its corners in the wrong order, is outside its picture or has fractions on the grid; `reading.on_bad_box` may keep or repair
+            the latter, and raise Dropped for what it cannot.
     """
     _check_roles([role for role, _ in draft.turns])
     texts = _with_image_tags(draft)
-    objects = [_object(f"object {number}", raw) for number, raw in enumerate(draft.objects, 1)]
-    _check_placeholders("\n".join(texts), len(objects))
-    reader = _TextReader(draft.images, objects, root)
+    boxes = Boxes(reading.on_bad_box)
+    objects = [boxes.object(f"object {number}", raw) for number, raw in enumerate(draft.objects, 1)]
+    _check_placeholders("\n".join(texts), len(objects), boxes)
+    _check_characters([id, *texts, *draft.references, *columns.values(), *(thing.label or "" for thing in objects)])
+    pictures = [picture_from(address, root, reading) for address in _addresses(texts, draft.images)]
+    objects = [boxes.settled(f"object {number} ({thing.label!r})", thing, pictures) for number, thing in enumerate(objects, 1)]
+    reader = _TextReader(pictures, objects, boxes)
     turns = tuple(Turn(role=role, parts=reader.parts(text)) for (role, _), text in zip(draft.turns, texts, strict=True))
-    for number, thing in enumerate(objects, 1):
-        _check_place(f"object {number} ({thing.label!r})", thing, reader.pictures)
-    if not reader.pictures and any(isinstance(part, GroundedObject) and part.boxes for turn in turns for part in turn.parts):
-        raise DataError("there is a box but no picture; write <img>path</img> into the question or give `images`")
-    return Conversation(id=id, turns=turns, references=draft.references, columns=columns, index=index, where=where)
+    return Conversation(
+        id=id, turns=turns, references=draft.references, columns=columns, index=index, where=where, notes=tuple(boxes.notes)
+    )
 
 
 def _check_roles(roles: Sequence[str]) -> None:
@@ -87,24 +99,45 @@ def _with_image_tags(draft: Draft) -> list[str]:
     return texts
 
 
-def _check_placeholders(text: str, objects: int) -> None:
-    labels, boxes = text.count("<ref-object>"), text.count("<bbox>")
-    if max(labels, boxes) != objects:
-        raise DataError(
-            f"{labels} <ref-object> and {boxes} <bbox> for {objects} `objects`; the k-th placeholder of a kind stands for the k-th object, "
-            f"and each object needs one"
+def _check_placeholders(text: str, objects: int, boxes: Boxes) -> None:
+    labels, places = text.count("<ref-object>"), text.count("<bbox>")
+    if max(labels, places) < objects and boxes.on_bad_box == "keep":
+        boxes.notes.append(f"{objects - max(labels, places)} of {objects} `objects` are not used")
+    elif max(labels, places) != objects:
+        raise boxes.fault(
+            f"{labels} <ref-object> and {places} <bbox> for {objects} `objects`; the k-th placeholder of a kind stands for the k-th "
+            f"object, and each object needs one"
         )
+
+
+def _check_characters(texts: Sequence[str]) -> None:
+    try:
+        "\n".join(texts).encode()
+    except UnicodeEncodeError as fault:
+        around = ascii(fault.object[max(0, fault.start - 20) : fault.end + 20])
+        raise DataError(f"text holds half a character, {fault.object[fault.start]!a} in {around}; write it whole") from None
+
+
+def _addresses(texts: Sequence[str], images: Sequence[str]) -> Iterator[str]:
+    """Where the pictures are, in the order of their tags."""
+    listed = iter(images)
+    for text in texts:
+        for tag in _TAG.finditer(text):
+            if tag.group() == "<image>":
+                yield next(listed)
+            elif tag.group(1) is not None:
+                yield tag.group(1)
 
 
 class _TextReader:
     """Takes the texts of one conversation apart, in order."""
 
-    def __init__(self, images: Sequence[str], objects: Sequence[GroundedObject], root: Path):
-        self.pictures: list[Picture] = []
-        self._root = root
-        self._images = iter(images)
+    def __init__(self, pictures: Sequence[Picture], objects: Sequence[GroundedObject], boxes: Boxes):
+        self._pictures = pictures
+        self._shown = 0
         self._labels = iter(objects)
-        self._boxes = iter(objects)
+        self._places = iter(objects)
+        self._boxes = boxes
 
     def parts(self, text: str) -> tuple[Part, ...]:
         if "<" not in text:  # most are; rows are read anew each time they are fetched
@@ -118,52 +151,99 @@ class _TextReader:
                 case "<ref-object>":
                     thing = next(self._labels)
                     if thing.label is None:
-                        raise DataError("a <ref-object> stands for an object without `caption`")
+                        raise self._boxes.fault("a <ref-object> stands for an object without `caption`")
                     _add(parts, GroundedObject(label=thing.label, picture=thing.picture))
                 case "<bbox>":
-                    thing = next(self._boxes)
+                    thing = next(self._places)
                     _add(parts, GroundedObject(boxes=thing.boxes, picture=thing.picture))
                 case "<image>":
-                    _add(parts, f"Picture {len(self.pictures) + 1}: ")
-                    self._add_picture(parts, next(self._images))
+                    _add(parts, f"Picture {self._shown + 1}: ")
+                    self._add_picture(parts)
                     _add(parts, "\n")
                 case _:
-                    self._add_picture(parts, tag.group(1))
+                    self._add_picture(parts)
         self._add_text(parts, text[end:])
         return tuple(parts)
 
-    def _add_picture(self, parts: list[Part], path: str) -> None:
-        self.pictures.append(picture_from(path, self._root))
-        parts.append(self.pictures[-1])
+    def _add_picture(self, parts: list[Part]) -> None:
+        parts.append(self._pictures[self._shown])
+        self._shown += 1
 
     def _add_text(self, parts: list[Part], text: str) -> None:
         if "<" not in text:
             _add(parts, text)
             return
-        for part in objects_from_tags(text, picture=max(0, len(self.pictures) - 1)):
+        for part in objects_from_tags(text, picture=max(0, self._shown - 1), fractions=True):
             if isinstance(part, GroundedObject):
-                for box in part.boxes:
-                    _check_box("text", box, (GRID, GRID))
+                part = self._settled(part)
             elif stray := _MARKUP.search(part):
-                raise DataError(
+                raise self._boxes.fault(
                     f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, <ref>label</ref>, <box>(x1,y1),(x2,y2)</box> "
                     f"or <quad> with four points, of whole numbers"
                 )
             _add(parts, part)
 
+    def _settled(self, thing: GroundedObject) -> GroundedObject:
+        if thing.boxes and not self._pictures:
+            if self._boxes.on_bad_box != "keep":
+                raise self._boxes.fault("there is a box but no picture; write <img>path</img> into the question or give `images`")
+            self._boxes.notes.append("text: there is a box but no picture; kept as it is")
+        boxes = tuple(self._boxes.settled_box("text", box, LIMITS["grid"]) for box in thing.boxes)
+        return GroundedObject(label=thing.label, boxes=boxes, picture=thing.picture)
 
-def picture_from(path: str, root: Path) -> Picture:
-    """The picture at `path`, within `root` unless absolute.
+
+def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Picture:
+    """The picture at a path within `root` (unless absolute), at a web address, or in the address itself as base64.
+
+    A remote picture is not fetched yet.
 
     Raises:
-        DataError: it does not exist, or is not a path.
+        DataError: there is no such file, the base64 text is broken, or a picture is remote and there is no cache to keep it in.
     """
-    if _REMOTE.match(path):
-        raise DataError(f"picture {path[:100]!r} is not a file; pictures are read from disk only: download it and give its path")
-    file = root / path
+    address = _mapped(address, reading.path_map)
+    if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
+        text = address[inline.end() :] if address.startswith("data:") else address
+        return Picture(_decoded("".join(text.split())))
+    scheme = _SCHEME.match(address)
+    if scheme and scheme[1].lower() in ("http", "https"):
+        if reading.cache is None:
+            raise DataError(f"picture {address[:100]!r} is remote, and there is no folder to keep it in; set data.cache, or give a file")
+        from qwenvl_lit.data.fetch import RemotePicture
+
+        return Picture(RemotePicture(address, reading.cache / "pictures", reading.download))
+    if scheme and scheme[1].lower() == "file":
+        address = address[scheme.end() :]
+    elif scheme or address.startswith("data:"):
+        raise DataError(f"picture {address[:100]!r} is not a file, an http(s) address or base64 data; download it and give its path")
+    return _picture_file(os.path.join(root, address))
+
+
+@lru_cache(maxsize=1 << 16)
+def _picture_file(file: str) -> Picture:
+    """Remembered with its size once that is known: opening a file takes longer than all the rest of a row."""
     if not os.path.isfile(file):
-        raise DataError(f"picture {file} does not exist; check the path and `data.root`")
-    return Picture(file)
+        raise DataError(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
+    return Picture(Path(file))
+
+
+def _mapped(address: str, path_map: Mapping[str, str]) -> str:
+    """`address` with the longest prefix that `path_map` knows replaced; a prefix ends where a name ends."""
+    for prefix in sorted(path_map, key=len, reverse=True):
+        stem = prefix.rstrip("/\\")
+        rest = address[len(stem) :]
+        if address.startswith(stem) and (not rest or rest[0] in "/\\"):
+            return path_map[prefix].rstrip("/") + (rest.replace("\\", "/") if "\\" in prefix else rest)
+    return address
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        content = base64.b64decode(text, validate=True)
+    except binascii.Error as fault:
+        raise DataError(f"picture {text[:40]!r}... is not base64: {fault}") from None
+    if not content:
+        raise DataError("a picture is given as base64, but empty")
+    return content
 
 
 def _add(parts: list[Part], part: Part) -> None:
@@ -184,58 +264,3 @@ def _continues(part: Part, last: Part | None) -> bool:
     if not (isinstance(part, GroundedObject) and isinstance(last, GroundedObject)) or part.label is not None:
         return False
     return part.picture == last.picture or not last.boxes
-
-
-def _object(what: str, raw: Any) -> GroundedObject:
-    """An entry of `objects`: a mapping, or a pair (caption, box on the grid)."""
-    if isinstance(raw, list) and len(raw) == 2:
-        raw = {"caption": raw[0], "bbox": raw[1], "bbox_type": None}
-    if not isinstance(raw, dict) or "bbox_type" not in raw or raw["bbox_type"] not in FRAMES:
-        raise DataError(f"{what} is {{caption, bbox, bbox_type: real, norm_1000 or norm_1, image}}, got {raw!r}")
-    label, image, values = raw.get("caption"), raw.get("image"), raw.get("bbox")
-    if not isinstance(label, str | None) or not isinstance(image, int | None):
-        raise DataError(f"{what}: `caption` is text and `image` a number, got {label!r} and {image!r}")
-    nested = values if isinstance(values, list) and values and isinstance(values[0], list) else [values]
-    boxes = tuple(_box(f"{what} ({label!r})", box, FRAMES[raw["bbox_type"]]) for box in nested)
-    return GroundedObject(label=label, boxes=boxes, picture=image or 0)
-
-
-def _box(what: str, values: Any, frame: Frame) -> Box:
-    if (
-        not isinstance(values, list)
-        or len(values) != 4
-        or not all(type(value) in (int, float) and math.isfinite(value) for value in values)
-    ):
-        raise DataError(f"{what}: `bbox` is [x1, y1, x2, y2] or a list of such, got {values!r}")
-    if frame == "grid" and any(value != int(value) for value in values):
-        raise DataError(f"{what}: {values} has fractions on the grid of 0..{GRID}; round them, or give `bbox_type` real or norm_1")
-    return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame=frame)
-
-
-def _check_place(what: str, thing: GroundedObject, pictures: Sequence[Picture]) -> None:
-    if not 0 <= thing.picture < len(pictures):
-        raise DataError(f"{what} is in `image` {thing.picture}, counted from 0, but the row has {len(pictures)} pictures")
-    for box in thing.boxes:
-        match box.frame:
-            case "grid":
-                limits = (GRID, GRID)
-            case "unit":
-                limits = (1, 1)
-            case "pixel":
-                limits = _size(pictures[thing.picture].source)
-        _check_box(what, box, limits)
-
-
-def _check_box(what: str, box: Box | Quad, limits: tuple[float, float]) -> None:
-    corners = box.points if isinstance(box, Quad) else ((box.x0, box.y0), (box.x1, box.y1))
-    if isinstance(box, Box) and (box.x0 > box.x1 or box.y0 > box.y1):
-        raise DataError(f"{what}: box {corners} has its corners in the wrong order; the top left one comes first")
-    if any(not 0 <= x <= limits[0] or not 0 <= y <= limits[1] for x, y in corners):
-        raise DataError(
-            f"{what}: box {corners} is not within its picture, (0, 0) to {limits} in this frame; check the box and its `bbox_type`"
-        )
-
-
-@lru_cache(maxsize=1 << 16)
-def _size(file: Path) -> tuple[int, int]:
-    return Picture(file).size  # opening a file takes longer than all the rest of a row

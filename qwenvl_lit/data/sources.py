@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import glob
-import json
-import mmap
 import os
 import random
 import re
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwenvl_lit.data.layouts import VQA_PROMPT, layout_of
+from qwenvl_lit.data.files import RowFile
+from qwenvl_lit.data.layouts import VQA_PROMPT, id_of, layout_of
 from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
 from qwenvl_lit.data.split import Chosen, Joined
 from qwenvl_lit.types import Conversation, DataError
 
 
 def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]:
-    """Rows of json or jsonl files in any of the layouts of `data/layouts.py`.
+    """Rows of json, jsonl or csv files, plain or as .gz, in any of the layouts of `data/layouts.py`; each file has one layout.
 
     Args:
         source: a path or a glob; with `#N` behind it, N of its rows (see `take`).
@@ -27,7 +25,7 @@ def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]
     Raises:
         DataError: there is no such file, or its first row has no known layout.
     """
-    return open_source(source, reading, lambda file: JsonRows(file, reading))
+    return open_source(source, reading, lambda file: FileRows(file, reading))
 
 
 def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Conversation]:
@@ -60,108 +58,41 @@ def _files(pattern: str) -> list[str]:
     return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
 
 
-class JsonRows(Sequence[Conversation]):
-    """The rows of one file: a JSON array, or a JSON object a line (blank lines are passed over). All have the layout of the first.
+class FileRows(Sequence[Conversation]):
+    """The rows of one file. All have the layout of the first, which is `layout`.
 
     Raises:
-        DataError: the file does not exist, is not JSON, has no rows, or its first row has no known layout; fetching a row raises it for the
-            faults of that row.
+        DataError: as `RowFile`, or the first row has no known layout; fetching a row raises it, or Dropped, for that row.
     """
 
     def __init__(self, file: Path, reading: Reading = DEFAULT):
         self.file = file
         self.reading = reading
-        self._content = _mapped(file)
-        self._starts, self._ends, self._lines = array("Q"), array("Q"), array("Q")
-        for start, end, line in _bounds(self._content, file):
-            self._starts.append(start)
-            self._ends.append(end)
-            self._lines.append(line)
-        if not len(self):
-            raise DataError(f"{file} has no rows; expected a JSON array of rows, or a row a line")
-        first = self._row(0)
+        self._rows = RowFile(file, reading.cache)
+        first = self._rows[0]
         try:
             self.layout = layout_of(first)
         except DataError as fault:
-            raise DataError(f"{self._where(0)}: {fault}") from None
-
-    def __reduce__(self):
-        return JsonRows, (self.file, self.reading)  # the map of a file cannot be sent to another process
+            raise DataError(f"{self._rows.where(0)}: {fault}") from None
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._rows)
 
     def __getitem__(self, place: int) -> Conversation:
         place = range(len(self))[place]
-        row = self._row(place)
-        name = row.get("id", row.get("question_id"))
-        name = f"{self.file.name}:{self._lines[place]}" if name is None else str(name)
+        row, where = self._rows[place], self._rows.where(place)
+        name = f"{self.file.name}:{self._rows.line(place)}"
         try:
+            name = id_of(row) or name
             draft = self.layout.read(row, self.reading.prompt or VQA_PROMPT)
-            root = self.reading.root or self.file.parent
-            return conversation_from(draft, id=name, root=root, index=place, columns=self.layout.columns(row), where=self._where(place))
+            return conversation_from(
+                draft,
+                id=name,
+                root=self.reading.root or self.file.parent,
+                index=place,
+                columns=self.layout.columns(row),
+                where=where,
+                reading=self.reading,
+            )
         except DataError as fault:
-            raise DataError(f"{self._where(place)}: row {name!r}: {fault}") from None
-
-    def _where(self, place: int) -> str:
-        return f"{self.file}:{self._lines[place]}"
-
-    def _row(self, place: int) -> dict:
-        try:
-            row = json.loads(self._content[self._starts[place] : self._ends[place]])
-        except ValueError as fault:
-            raise DataError(f"{self._where(place)}: not JSON: {fault}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{self._where(place)}: a row is a JSON object, got {type(row).__name__}")
-        return row
-
-
-def _mapped(file: Path) -> mmap.mmap:
-    try:
-        with file.open("rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as fault:
-        raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
-    except ValueError:
-        raise DataError(f"{file} is empty; expected a JSON array of rows, or a row a line") from None
-
-
-def _bounds(content: mmap.mmap, file: Path) -> Iterator[tuple[int, int, int]]:
-    """First byte, byte after the last, and line of each row."""
-    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # the mark that some Windows editors write
-    if re.compile(rb"\s*\[").match(content, start):
-        yield from _bounds_in_array(content[start:], start, file)
-        return
-    line = 0
-    while start < len(content):
-        line += 1
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        if content[start:end].strip():
-            yield start, end, line
-        start = end + 1
-
-
-def _bounds_in_array(content: bytes, start: int, file: Path) -> Iterator[tuple[int, int, int]]:
-    """As `_bounds`; `content` begins at byte `start` of the file."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    line, done = 1, 0  # the line and, in characters, the place that `start` belongs to
-    try:
-        text = content.decode()
-        place = text.index("[")
-        while text[place : place + 1] in ("[", ","):
-            first = blank.match(text, place + 1).end()
-            if text[place] == "[" and text[first : first + 1] == "]":
-                return
-            _, last = decode(text, first)
-            start, line = start + len(text[done:first].encode()), line + text.count("\n", done, first)
-            end = start + len(text[first:last].encode())
-            yield start, end, line
-            start, line, done = end, line + text.count("\n", first, last), last
-            place = blank.match(text, last).end()
-        if text[place : place + 1] != "]":
-            raise json.JSONDecodeError("expected , or ]", text, place)
-    except json.JSONDecodeError as fault:
-        raise DataError(f"{file}:{fault.lineno}: not JSON: {fault.msg}") from None
-    except UnicodeDecodeError as fault:
-        raise DataError(f"{file}: not UTF-8: {fault}; save it as UTF-8") from None
+            raise type(fault)(f"{where}: row {name!r}: {fault}") from None
