@@ -180,6 +180,7 @@ def test_length_counts_what_encode_makes(template, supervise, options):
     for conversation in (talk("q", "a"), grounded, spoken_first):
         sample = made.encode(conversation)
         assert made.length(conversation) == (len(sample.input_ids), len(target_positions(sample.labels[None])))
+    assert made.length(grounded, prompt=True) == (len(made.encode(grounded, prompt=True).input_ids), 0)
 
 
 def test_length_decodes_no_picture_and_names_the_row_of_a_fault(tmp_path):

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Processor
 
 T = TypeVar("T")
+Kind = Literal[
+    "error", "dropped", "note", "duplicate"
+]  # unusable | left out, as the config asks | not as it was written | also in another set
 Look = Callable[[Conversation], T]
 Progress = Callable[[int], object]  # called with the number of rows that are done, now and then
 
@@ -37,7 +40,7 @@ FORMAT = 1  # of the cached files
 class Finding:
     """What is to be said about one row."""
 
-    kind: Literal["error", "dropped", "note"]  # cannot be used | left out, as the config asks | used, but not as it was written
+    kind: Kind
     index: int  # place among the rows
     id: str  # "" where the row could not be read
     message: str
@@ -146,8 +149,7 @@ def _look_at(rows: Sequence[Conversation], look: Look[T], start: int, size: int)
             name = conversation.id
             results.append(look(conversation))
         except DataError as fault:
-            kind: Literal["error", "dropped"] = "dropped" if isinstance(fault, Dropped) else "error"
-            results.append(Finding(kind=kind, index=index, id=name, message=str(fault)))
+            results.append(Finding(kind="dropped" if isinstance(fault, Dropped) else "error", index=index, id=name, message=str(fault)))
     return results
 
 

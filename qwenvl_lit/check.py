@@ -1,0 +1,56 @@
+"""`python -m qwenvl_lit.check data=...`: read a whole dataset without a model, and say what it holds and what is wrong with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenvl_lit.command import command
+from qwenvl_lit.types import DataError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(config: DictConfig) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qwenvl_lit import build
+    from qwenvl_lit.data.inspection import inspect, workers_here
+    from qwenvl_lit.data.survey import Kind
+    from qwenvl_lit.data_page import examples, write_page
+    from qwenvl_lit.data_report import print_summary, write_findings
+
+    build.start(config)
+    processor = build.processor(config)
+    data = build.data(config, processor)
+    data.prepare_data()
+    learned, tests = data.sets()
+    sets = {**learned, **tests}
+    if not sets:
+        raise DataError("there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE")
+    bad: Kind = "dropped" if data.on_bad_picture == "drop" else "error"
+    workers = config.workers or workers_here()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
+        bars = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], completed=done)
+
+        inspection = inspect(sets, processor, prompts=tests, bad_picture=bad, workers=workers, progress=show)
+    folder = Path(config.paths.run)
+    write_findings(inspection, folder / "findings.jsonl")
+    shown = examples(inspection, sets, processor, count=config.examples, seed=config.seed)
+    write_page(inspection, shown, folder / "report.html", title=f"Data of {build.shown(config.paths.run)}")
+    print_summary(inspection, Console())
+    print(f"\nReport: {build.shown(str(folder / 'report.html'))}   one by one: {build.shown(str(folder / 'findings.jsonl'))}")
+    sys.exit(bool(inspection.errors))
+
+
+if __name__ == "__main__":
+    command("check", main)

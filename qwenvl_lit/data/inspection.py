@@ -1,0 +1,319 @@
+"""What a whole dataset holds and what is wrong with it: every row read and counted, every picture decoded, the sets compared."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_lit.data.split import Chosen, Joined
+from qwenvl_lit.data.survey import Finding, Kind, survey
+from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, Picture, Turn
+
+if TYPE_CHECKING:
+    from qwenvl_lit.families.protocols import Processor
+
+Rows = Sequence[Conversation]
+Progress = Callable[[str, int, int], object]  # what is read, how much of it is done, how much there is
+
+SEVERITY: tuple[Kind, ...] = ("duplicate", "note", "dropped", "error")  # a row counts for the worst that was found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class File:
+    """A file that a set reads."""
+
+    path: Path
+    layout: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetFacts:
+    """What one set holds. Counts of boxes, tokens and answers are over the rows that can be used."""
+
+    name: str
+    rows: int
+    files: tuple[File, ...]
+    prompts: bool  # read as questions to answer: their answers are compared with, not learned
+    lengths: np.ndarray  # (usable rows,) int32 tokens
+    supervised: np.ndarray  # (usable rows,) int32 tokens that are learned
+    usable: np.ndarray  # (usable rows,) indices
+    pictures: int  # different files or addresses, and pictures inside rows
+    boxes: int
+    unanswered: int  # rows without an answer
+    findings: tuple[Finding, ...]  # by index
+    affected: Mapping[Kind, int]  # rows by the worst that was found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlap:
+    """What two sets have in common, by content."""
+
+    first: str
+    second: str
+    rows: int  # rows of the second that ask the same of the same pictures as a row of the first
+    pictures: int  # different pictures that are in both
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """A dataset, gone through."""
+
+    sets: tuple[SetFacts, ...]
+    overlaps: tuple[Overlap, ...]  # of pairs of sets that have anything in common
+
+    @property
+    def errors(self) -> list[tuple[str, Finding]]:
+        """Findings that keep the dataset from being used, each with the name of its set."""
+        return [(facts.name, finding) for facts in self.sets for finding in facts.findings if finding.kind == "error"]
+
+
+def inspect(
+    sets: Mapping[str, Rows],
+    processor: Processor,
+    *,
+    prompts: Collection[str] = (),
+    bad_picture: Kind = "error",
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Read every row of `sets` and decode every picture once; faults are collected, whatever their number.
+
+    Args:
+        prompts: names of sets whose rows are questions to answer.
+        bad_picture: what a picture that cannot be decoded is: an "error", or a reason for its row to be "dropped".
+        workers: processes.
+    """
+    gathered = [_gather(name, rows, processor, name in prompts, bad_picture, workers, progress) for name, rows in sets.items()]
+    files: dict[str, Picture] = {}
+    for some in gathered:
+        files.update(some.files)
+    contents = _decode(files, workers, progress)
+    for some in gathered:
+        some.add_picture_faults(contents, bad_picture)
+    overlaps = list(_overlaps(gathered, contents))
+    return Inspection(sets=tuple(some.facts() for some in gathered), overlaps=tuple(overlaps))
+
+
+def files_of(rows: Rows) -> Iterator[File]:
+    """The files that rows come from, each once, in order."""
+    seen: set[Path] = set()
+    todo = [rows]
+    while todo:
+        match todo.pop(0):
+            case Chosen(rows=inner):
+                todo.insert(0, inner)
+            case Joined(sources=sources):
+                todo[:0] = sources
+            case source if (path := getattr(source, "file", None)) and path not in seen:
+                seen.add(path)
+                layout = getattr(source, "layout", None)  # readers of a single format have none
+                yield File(path=path, layout=layout.name if layout else type(source).__name__, rows=len(source))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is kept of a row: little, since all rows of a dataset are in memory at once."""
+
+    tokens: int
+    supervised: int
+    boxes: int
+    answered: bool
+    question: bytes  # digest of all that is asked, pictures left open
+    pictures: tuple[Picture | str, ...]  # files and addresses; the content's key of a picture inside the row
+    faults: tuple[tuple[Kind, str], ...]
+    notes: tuple[str, ...]
+    name: str  # of a row with faults or notes, else empty
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    processor: Processor
+    prompt: bool
+    bad_picture: Kind
+
+    def __call__(self, conversation: Conversation) -> _Seen:
+        faults: list[tuple[Kind, str]] = []
+        tokens = supervised = 0
+        try:
+            tokens, supervised = self.processor.length(conversation, prompt=self.prompt)
+        except DataError as fault:
+            faults.append(("dropped" if isinstance(fault, Dropped) else "error", str(fault)))
+        pictures: list[Picture | str] = []
+        for picture in conversation.pictures:
+            if not isinstance(picture.source, bytes | Image.Image):
+                pictures.append(picture)
+                continue
+            try:
+                picture.open()
+                pictures.append(picture.key)
+            except DataError as fault:
+                faults.append((self.bad_picture, _at(conversation, fault)))
+        return _Seen(
+            tokens=tokens,
+            supervised=supervised,
+            boxes=sum(len(part.boxes) for turn in conversation.turns for part in turn.parts if isinstance(part, GroundedObject)),
+            answered=conversation.answer is not None,
+            question=_digest(conversation),
+            pictures=tuple(pictures),
+            faults=tuple(faults),
+            notes=tuple(_at(conversation, note) for note in conversation.notes),
+            name=conversation.id if faults or conversation.notes else "",
+        )
+
+
+def _at(conversation: Conversation, message: object) -> str:
+    """The message with file, line and id in front, unless it has them."""
+    text = str(message)
+    where = f"{conversation.where}: row {conversation.id!r}: ".removeprefix(": ")
+    return text if conversation.where and text.startswith(conversation.where) else where + text
+
+
+def _digest(conversation: Conversation) -> bytes:
+    asked = [(turn.role, ["" if isinstance(part, Picture) else part for part in turn.parts]) for turn in conversation.prompt().turns]
+    return hashlib.blake2b(repr(asked).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _content(conversation: Conversation) -> str:
+    [picture] = conversation.pictures
+    picture.open()
+    return picture.key
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures(Sequence[Conversation]):
+    """Pictures as rows of one each, for `survey`."""
+
+    names: Sequence[str]
+    pictures: Sequence[Picture]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, place: int) -> Conversation:
+        return Conversation(id=self.names[place], turns=(Turn(role="user", parts=(self.pictures[place],)),))
+
+
+def _decode(files: Mapping[str, Picture], workers: int, progress: Progress | None) -> dict[str, str | Finding]:
+    """The content's key of each picture, or why it cannot be decoded."""
+    rows = _Pictures(list(files), list(files.values()))
+    return dict(zip(files, survey(rows, _content, workers=workers, progress=_telling(progress, "pictures", len(rows))), strict=True))
+
+
+def _telling(progress: Progress | None, what: str, total: int) -> Callable[[int], object] | None:
+    return (lambda done: progress(what, done, total)) if progress else None
+
+
+def _gather(
+    name: str, rows: Rows, processor: Processor, prompts: bool, bad_picture: Kind, workers: int, progress: Progress | None
+) -> _Gathered:
+    some = _Gathered(name, rows, prompts)
+    look = _Look(processor, prompts, bad_picture)
+    for index, seen in enumerate(survey(rows, look, workers=workers, progress=_telling(progress, f"{name}: rows", len(rows)))):
+        if isinstance(seen, Finding):
+            some.add(seen)
+        else:
+            some.take(index, seen)
+    return some
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """One set while it is gone through."""
+
+    name: str
+    rows: Rows
+    prompts: bool
+    files: dict[str, Picture] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    worst: np.ndarray = field(init=False)  # (rows,) 0, or 1 + place in SEVERITY
+    counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised tokens, boxes, answered
+    questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)  # by index: digest and names or keys of pictures
+    inside: set[str] = field(default_factory=set)  # keys of pictures inside rows
+
+    def __post_init__(self):
+        self.worst = np.zeros(len(self.rows), dtype=np.int8)
+        self.counts = np.zeros((4, len(self.rows)), dtype=np.int32)
+
+    def add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        self.worst[finding.index] = max(self.worst[finding.index], 1 + SEVERITY.index(finding.kind))
+
+    def take(self, index: int, seen: _Seen) -> None:
+        self.counts[:, index] = seen.tokens, seen.supervised, seen.boxes, seen.answered
+        names = []
+        for picture in seen.pictures:
+            if isinstance(picture, str):
+                self.inside.add(picture)
+                names.append(picture)
+            else:
+                self.files.setdefault(picture.name, picture)
+                names.append(picture.name)
+        self.questions[index] = seen.question, tuple(names)
+        for kind, message in (*seen.faults, *(("note", note) for note in seen.notes)):
+            self.add(Finding(kind=kind, index=index, id=seen.name, message=message))
+
+    def add_picture_faults(self, contents: Mapping[str, str | Finding], bad_picture: Kind) -> None:
+        broken = {name: content for name, content in contents.items() if isinstance(content, Finding)}
+        for index, (_, names) in self.questions.items() if broken else ():
+            for fault in (broken[name] for name in names if name in broken):
+                row = self.rows[index]
+                self.add(Finding(kind=bad_picture, index=index, id=row.id, message=_at(row, fault.message)))
+
+    def facts(self) -> SetFacts:
+        usable = (self.worst <= SEVERITY.index("note") + 1).nonzero()[0]
+        tokens, supervised, boxes, answered = self.counts[:, usable]
+        amounts = Counter(self.worst.tolist())
+        return SetFacts(
+            name=self.name,
+            rows=len(self.rows),
+            files=tuple(files_of(self.rows)),
+            prompts=self.prompts,
+            lengths=tokens,
+            supervised=supervised,
+            usable=usable,
+            pictures=len(self.files) + len(self.inside),
+            boxes=int(boxes.sum()),
+            unanswered=len(usable) - int(answered.sum()),
+            findings=tuple(sorted(self.findings, key=lambda finding: finding.index)),
+            affected={kind: amounts[1 + place] for place, kind in enumerate(SEVERITY)},
+        )
+
+
+def _overlaps(gathered: Sequence[_Gathered], contents: Mapping[str, str | Finding]) -> Iterator[Overlap]:
+    """Pairs of sets that have something in common; the rows of the later one that repeat the earlier one become findings of it."""
+    asked = [_asked(some, contents) for some in gathered]
+    shown = [{content for content in map(contents.get, some.files) if isinstance(content, str)} | some.inside for some in gathered]
+    for (a, first), (b, second) in combinations(enumerate(gathered), 2):
+        places = {key: index for index, key in reversed(asked[a].items())}  # the first row that asks it
+        common = [(index, places[key]) for index, key in asked[b].items() if key in places]
+        for index, place in common:
+            row, other = second.rows[index], first.rows[place]
+            message = f"asks the same of the same pictures as {other.where or 'row'} ({other.id!r}) in {first.name}"
+            second.add(Finding(kind="duplicate", index=index, id=row.id, message=_at(row, message)))
+        if common or shown[a] & shown[b]:
+            yield Overlap(first=first.name, second=second.name, rows=len(common), pictures=len(shown[a] & shown[b]))
+
+
+def _asked(some: _Gathered, contents: Mapping[str, str | Finding]) -> dict[int, bytes]:
+    """What each row asks of which pictures, by content; rows with broken pictures are left out."""
+    digests = {}
+    for index, (question, names) in some.questions.items():
+        keys = [contents.get(name, name) for name in names]  # what has no content is the key of a picture inside the row
+        if not any(isinstance(key, Finding) for key in keys):
+            digests[index] = hashlib.blake2b(question + repr(keys).encode(), digest_size=16).digest()
+    return digests
+
+
+def workers_here() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
