@@ -1,121 +1,170 @@
-"""The rows of a dataset, batched for training, validation, testing and prediction."""
+"""The rows of one or several datasets, batched for training, validation, testing and prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.split import Chosen, Joined, hold_out
-from qwenvl_lit.types import Conversation, DataError, Sample
+from qwenvl_lit.data.collate import Pack, Pad
+from qwenvl_lit.data.mixture import Opened, Source
+from qwenvl_lit.data.samplers import Batches, Position
+from qwenvl_lit.data.split import Chosen, Joined, Rows, places
+from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Processor
 
-Rows = Sequence[Conversation]
+FINDINGS = "findings.jsonl"  # in the run folder: rows that were left out, repaired or kept with a fault
+log = logging.getLogger(__name__)
 
 
 class DataModule(lightning.LightningDataModule):
-    """Opens sources as rows and rows as batches.
+    """Opens datasets as rows and rows as batches.
+
+    All rows to learn from, and the validation rows, are looked at before training: how long each is, which are to be left out, and
+    whether one cannot be used. What is left out or repaired, then or later, is listed in `findings.jsonl` of the run.
 
     Args:
         processor: encodes conversations.
-        root: the dataset's folder, where relative sources and pictures are looked up.
-        read: opens one source, `read(source, reading)`.
-        train: sources to learn from.
-        validation: a source; or how many rows (int) or which share of them (float below 1) to hold out from `train`.
-        test: a source, or several by name, each scored apart.
-        prepare: called once a machine, `prepare(root)`, before anything is read: writes or fetches files.
-        order: "mixed" shuffles all of `train` together; "staged" goes through its sources one after the other, each shuffled.
+        datasets: several, by name; without them there is one, and `source` are the arguments of its `Source`.
+        order: "mixed" shuffles all rows together; "staged" goes through the files one after the other, each shuffled.
         batch_size, eval_batch_size: rows a process and step, in training and otherwise.
+        max_tokens: in place of `batch_size` as many rows as have no more tokens than this together, padding included.
+        group_by_length: rows of a batch are alike in length, those of validation too, the longest first.
+        packing: the rows of a batch form a single one of up to `max_tokens`, without padding; none sees another.
+        on_bad_picture: "error", or "drop": rows whose pictures cannot be opened are left out.
+        max_bad_fraction: more than this share of an epoch's rows dropped for their pictures is an error.
         generated_validation_rows: validation answers to generate and score during training; the loss takes all rows.
-        seed: of the held-out rows and of the order of each epoch.
-        split_file: where held-out rows are remembered (see `hold_out`).
+        seed: of the order of each epoch, and of a single dataset's draws.
     """
 
     def __init__(
         self,
         *,
         processor: Processor,
-        read: Callable[..., Rows],
-        root: str | None = None,
-        train: str | Sequence[str] | None = None,
-        validation: str | int | float | None = None,
-        test: str | Mapping[str, str] | None = None,
-        prepare: Callable[[str | None], object] | None = None,
+        datasets: Mapping[str, Source] | None = None,
         order: Literal["mixed", "staged"] = "mixed",
         batch_size: int = 1,
         eval_batch_size: int = 1,
+        max_tokens: int | None = None,
+        group_by_length: bool = False,
+        packing: bool = False,
+        on_bad_picture: Literal["error", "drop"] = "error",
+        max_bad_fraction: float = 0.01,
         generated_validation_rows: int = 0,
         num_workers: int = 0,
         seed: int = 42,
-        split_file: str | None = None,
+        **source: Any,
     ):
         super().__init__()
+        for name, value, choices in (("order", order, ("mixed", "staged")), ("on_bad_picture", on_bad_picture, ("error", "drop"))):
+            if value not in choices:
+                raise ValueError(f"data.{name} is {' or '.join(choices)}, got {value!r}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
         self.processor = processor
-        self.root = root
-        self.read = partial(read, reading=Reading(root=None if root is None else Path(root)))
-        self.train_sources = [train] if isinstance(train, str) else list(train or ())
-        self.validation_source = validation
-        self.test_sources = {"test": test} if isinstance(test, str) else dict(test or {})
-        self.prepare = prepare
+        self.datasets = {"": Source(seed=seed, **source)} if datasets is None else dict(datasets)
         self.order = order
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.max_tokens = max_tokens
+        self.group_by_length = group_by_length
+        self.packing = packing
+        self.on_bad_picture = on_bad_picture
+        self.max_bad_fraction = max_bad_fraction
         self.generated_validation_rows = generated_validation_rows
         self.num_workers = num_workers
         self.seed = seed
-        self.split_file = Path(split_file) if split_file else None
         self.train: list[Rows] = []
         self.validation: Rows = ()
         self.test: dict[str, Rows] = {}
+        self._lengths: np.ndarray | None = None  # of the rows of `train`, joined
+        self._validation_lengths: np.ndarray | None = None
+        self._bad: dict[str, set[str]] = {}  # by set, what was said of rows that loaders dropped
 
     def prepare_data(self) -> None:
-        if self.prepare is not None:
-            self.prepare(self.root)
+        for source in self.datasets.values():
+            source.prepare_files()
 
     def setup(self, stage: str) -> None:
         """Open what `stage` needs.
 
         Raises:
-            DataError: the dataset does not have it.
+            DataError: the dataset does not have it, or has rows that cannot be used.
         """
         if stage == "test":
-            self.test = {name: self.read(source) for name, source in self.test_sources.items()} or self._validation_as_test()
+            self.test = self._test_sets() or self._validation_sets()
         elif stage == "predict":
-            self.test = self._validation_as_test() or {name: self.read(source) for name, source in self.test_sources.items()}
-        elif not self.train_sources:
+            self.test = self._validation_sets() or self._test_sets()
+        elif not any(source.train for source in self.datasets.values()):
             raise DataError("there is nothing to train on: give data.train=FILE")
         else:
-            self._open_train_and_validation()
+            self._open_training()
         if stage in ("test", "predict") and not any(map(len, self.test.values())):
             raise DataError(f"the dataset has no rows to {stage}: give data.test=FILE or data.validation=FILE")
 
-    def _open_train_and_validation(self) -> None:
-        if isinstance(self.validation_source, str):
-            self.validation = self.read(self.validation_source)
-            self.train = [self.read(source) for source in self.train_sources]
-        elif self.validation_source:
-            sources = [self.read(source) for source in self.train_sources]
-            self.train, self.validation = hold_out(sources, self.validation_source, seed=self.seed, file=self.split_file)
-        else:
-            self.train = [self.read(source) for source in self.train_sources]
+    def sets(self) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """What is learned from and held out, `train` (each row once) and `validation`, and the test sets; by name, without empty ones.
 
-    def _validation_as_test(self) -> dict[str, Rows]:
-        if isinstance(self.validation_source, str):
-            return {"validation": self.read(self.validation_source)}
-        if self.validation_source and self.train_sources:
-            self._open_train_and_validation()
-            return {"validation": self.validation}
-        return {}
+        Nothing is written: a split that the run has not drawn yet is drawn as it would be.
+        """
+        learned: dict[str, Rows] = {}
+        for name, source in self.datasets.items():
+            drawn = source.split_file is not None and Path(source.split_file).exists()
+            opened = replace(source, split_file=source.split_file if drawn else None).open_training()
+            bottoms, place = places(Joined(opened.stages))
+            learned[_joint(name, "train")] = Chosen(Joined(bottoms), np.unique(place))
+            learned[_joint(name, "validation")] = opened.validation
+        tests = {f"{name} (test)" if name in learned else name: rows for name, rows in self._test_sets().items()}
+        return tuple({name: rows for name, rows in some.items() if len(rows)} for some in (learned, tests))
+
+    def _test_sets(self) -> dict[str, Rows]:
+        opened = {name: source.open_tests() for name, source in self.datasets.items()}
+        return {name if len(sets) == 1 and name else _joint(name, one): rows for name, sets in opened.items() for one, rows in sets.items()}
+
+    def _validation_sets(self) -> dict[str, Rows]:
+        opened = {name or "validation": source.open_validation() for name, source in self.datasets.items()}
+        return {name: rows for name, rows in opened.items() if len(rows)}
+
+    def _open_training(self) -> None:
+        opened = self._measured({name: source.open_training() for name, source in self.datasets.items()})
+        self._lengths = np.concatenate([some for parts in opened.values() for some in parts.lengths[:-1]])
+        self._validation_lengths = np.concatenate([parts.lengths[-1] for parts in opened.values()])
+        self.train = [rows for parts in opened.values() for rows in parts.stages]
+        self.validation = Joined([parts.validation for parts in opened.values()])
+        if not any(map(len, self.train)):
+            raise DataError(f"no row is left to train on; {FINDINGS} of the run says why")
+
+    def _measured(self, opened: Mapping[str, Opened]) -> dict[str, Opened]:
+        """One rank does the work, on all cores, and the others find it in the cache."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self._rank:
+            self.trainer.strategy.barrier("rows are measured")
+        measured = {name: self.datasets[name].measured(parts, self.processor, workers=cores) for name, parts in opened.items()}
+        if self._world_size > 1 and not self._rank:
+            self.trainer.strategy.barrier("rows are measured")
+        for name, parts in measured.items():
+            if parts.findings and not self._rank:
+                dropped = sum(one.kind == "dropped" for one in parts.findings)
+                log.warning(
+                    "%s: %d rows are left out, %d are repaired or kept with a fault; %s of the run lists them. The first: %s",
+                    name or "data",
+                    dropped,
+                    len({one.index for one in parts.findings if one.kind == "note"}),
+                    FINDINGS,
+                    parts.findings[0].message,
+                )
+                self._list({"set": name or "data", **asdict(one)} for one in parts.findings)
+        return measured
 
     @property
     def test_names(self) -> list[str]:
@@ -126,15 +175,36 @@ class DataModule(lightning.LightningDataModule):
         return list(self.test)
 
     def train_dataloader(self) -> DataLoader:
-        stages = self.train if self.order == "staged" else [Joined(self.train)]
-        sampler = StagedSampler([len(rows) for rows in stages], seed=self.seed, rank=self._rank, world_size=self._world_size)
-        return self._loader(Joined(stages), Pad(pad_id=self.processor.pad_id), self.batch_size, sampler=sampler)
+        rows = Joined(self.train)
+        batches = Batches(
+            [len(stage) for stage in self.train] if self.order == "staged" else [len(rows)],
+            batch_size=self.batch_size,
+            lengths=self._lengths,
+            group_by_length=self.group_by_length,
+            max_tokens=self.max_tokens,
+            packing=self.packing,
+            seed=self.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            position=self._position if self.trainer else None,
+        )
+        collate = (Pack if self.packing else Pad)(pad_id=self.processor.pad_id)
+        return self._loader(rows, collate, batch_sampler=batches)
+
+    def _position(self) -> Position:
+        """Where Lightning's own counters stand, which it restores from a checkpoint; `processed` counts batches whose step was made."""
+        fit = self.trainer.fit_loop
+        epoch = fit.epoch_progress.current
+        unfinished = fit.restarting and epoch.ready != epoch.processed
+        done = fit.epoch_loop.batch_progress.current.processed if unfinished else 0
+        return (0 if self.trainer.overfit_batches else epoch.processed), done
 
     def val_dataloader(self) -> list[DataLoader]:
         """Two loaders: every row with its answer, for the loss; prompts of the first `generated_validation_rows`, to generate."""
-        if not self.validation:
+        if not len(self.validation):
             return []
-        loaders = [self._eval_loader(self.validation, prompt=False)]
+        lengths = self._validation_lengths if self.group_by_length else None
+        loaders = [self._eval_loader(self.validation, prompt=False, lengths=lengths)]
         if self.generated_validation_rows:
             some = range(min(self.generated_validation_rows, len(self.validation)))
             loaders.append(self._eval_loader(Chosen(self.validation, some), prompt=True))
@@ -145,21 +215,61 @@ class DataModule(lightning.LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def _eval_loader(self, rows: Rows, *, prompt: bool) -> DataLoader:
-        own = range(self._rank, len(rows), self._world_size)  # no row repeated, none lost
+    def _eval_loader(self, rows: Rows, *, prompt: bool, lengths: np.ndarray | None = None) -> DataLoader:
+        order = np.arange(len(rows)) if lengths is None else np.argsort(-lengths, kind="stable")  # the longest first: memory shows at once
+        own = order[self._rank :: self._world_size]  # no row repeated, none lost
         pad = Pad(pad_id=self.processor.pad_id, side="left" if prompt else "right")
-        return self._loader(Chosen(rows, own), pad, self.eval_batch_size, prompt=prompt)
+        return self._loader(rows, pad, prompt=prompt, batch_size=self.eval_batch_size, sampler=own.tolist())
 
-    def _loader(self, rows: Rows, pad: Pad, batch_size: int, *, prompt: bool = False, **options) -> DataLoader:
-        return DataLoader(
-            dataset=Encoded(rows, self.processor, prompt),
-            batch_size=batch_size,
-            collate_fn=pad,
+    def _loader(self, rows: Rows, collate: Pad | Pack, *, prompt: bool | None = None, **options: Any) -> DataLoader:
+        dataset = Encoded(rows, self.processor, prompt=bool(prompt), numbered=prompt is not None, drop_bad=self.on_bad_picture == "drop")
+        return Loader(
+            dataset=dataset,
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lists the rows that `batch` lacks.
+
+        Raises:
+            DataError: they are too many by now.
+        """
+        if batch.dropped:
+            trainer = self.trainer
+            name, rows = "train", sum(map(len, self.train))
+            if trainer.validating or trainer.sanity_checking:
+                name, rows = "validation", len(self.validation)
+            elif trainer.testing or trainer.predicting:
+                name, rows = list(self.test.items())[dataloader_idx][0], len(list(self.test.values())[dataloader_idx])
+            self._note_dropped(name, rows, batch.dropped)
+        return batch
+
+    def _note_dropped(self, name: str, rows: int, messages: Sequence[str]) -> None:
+        known = self._bad.setdefault(name, set())
+        new = [message for message in dict.fromkeys(messages) if message not in known]
+        if new and not known:
+            log.warning("a row of %s is left out, and so will be others like it; %s of the run lists them. %s", name, FINDINGS, new[0])
+        known.update(new)
+        self._list({"set": name, "kind": "dropped", "message": message} for message in new)
+        if len(known) > self.max_bad_fraction * rows / self._world_size:
+            share = f" of rank {self._rank}'s share" if self._world_size > 1 else ""
+            raise DataError(
+                f"{len(known)} of {rows} rows of {name}{share} had to be left out, more than data.max_bad_fraction={self.max_bad_fraction} "
+                f"allows; {FINDINGS} of the run lists them. The last: {messages[-1]}"
+            )
+
+    def _list(self, findings: Iterable[dict[str, Any]]) -> None:
+        if self.trainer is None:
+            return
+        file = Path(self.trainer.default_root_dir, FINDINGS)
+        file = file.with_stem(f"{file.stem}.rank{self._rank}") if self._rank else file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in findings)
 
     @property
     def _rank(self) -> int:
@@ -170,46 +280,63 @@ class DataModule(lightning.LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
 
-class Encoded(Dataset):
-    """Rows as samples, encoded when they are fetched."""
+def _joint(dataset: str, name: str) -> str:
+    return f"{dataset}_{name}" if dataset else name
 
-    def __init__(self, rows: Rows, processor: Processor, prompt: bool):
+
+class Loader(DataLoader):
+    """A loader that a run goes on with where it stopped: its place is that of the trainer's counters, see `DataModule._position`."""
+
+    def state_dict(self) -> dict[str, int]:
+        """Lightning stores this with a checkpoint taken while training."""
+        sampler = self.batch_sampler
+        return {"batches": len(self), **({"processes": sampler.world_size, "seed": sampler.seed} if isinstance(sampler, Batches) else {})}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """
+        Raises:
+            DataError: the batches are not those of the run that stopped.
+        """
+        if state != (now := self.state_dict()):
+            raise DataError(f"the run that stopped had {state} for an epoch, this one has {now}; go on with the same data and processes")
+
+
+class Encoded(Dataset):
+    """Rows as samples, encoded when they are fetched; a row that is to be left out as the `Dropped` that says why.
+
+    Args:
+        numbered: conversations get their place among `rows` as index, whatever file they come from.
+        drop_bad: rows whose pictures cannot be opened are left out.
+    """
+
+    def __init__(self, rows: Rows, processor: Processor, *, prompt: bool, numbered: bool, drop_bad: bool):
         self.rows = rows
         self.processor = processor
         self.prompt = prompt
+        self.numbered = numbered
+        self.drop_bad = drop_bad
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> Sample:
-        return self.processor.encode(self.rows[place], prompt=self.prompt)
+    def __getitem__(self, place: int) -> Sample | Dropped:
+        conversation: Conversation | None = None
+        try:
+            conversation = self.rows[place]
+            if self.numbered:
+                conversation = replace(conversation, index=place)
+            return self.processor.encode(conversation, prompt=self.prompt)
+        except Dropped as decision:
+            return decision
+        except DataError as fault:
+            if self.drop_bad and conversation is not None and any(_unreadable(conversation)):
+                return Dropped(str(fault))
+            raise
 
 
-class StagedSampler(Sampler[int]):
-    """Goes through stages of given lengths in order, each shuffled anew every epoch; equal shares for all ranks.
-
-    With several ranks the first rows of an epoch's order are repeated at its end, where its length does not divide evenly.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, seed: int, rank: int = 0, world_size: int = 1):
-        self.lengths = lengths
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-sum(self.lengths) // self.world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order, start = [], 0
-        for length in self.lengths:
-            order += (torch.randperm(length, generator=generator) + start).tolist()
-            start += length
-        order += order[: len(self) * self.world_size - len(order)]
-        return iter(order[self.rank :: self.world_size])
+def _unreadable(conversation: Conversation) -> Iterator[bool]:
+    for picture in conversation.pictures:
+        try:
+            picture.open()
+        except DataError:
+            yield True

@@ -19,8 +19,8 @@ Position = tuple[int, int]  # epoch, and how many of its batches are done
 class Batches(Sampler[list[int]]):
     """Batches of row numbers for one rank, an epoch at a time.
 
-    Stages come one after the other, each shuffled anew every epoch; a batch has rows of one stage. All ranks get the same number of batches:
-    where they do not divide evenly, the first of the epoch are repeated at its end. One process has every row exactly once.
+    Stages come one after the other, each shuffled anew every epoch; a batch has rows of one stage. All ranks get the same number of
+    batches: where they do not divide evenly, the first of the epoch are repeated at its end. One process has every row exactly once.
 
     With `max_tokens` the rows of a batch stay together in every epoch, since the number of batches may not change; their order does.
 
@@ -69,8 +69,8 @@ class Batches(Sampler[list[int]]):
         self.position = position or (lambda: (self.epoch, 0))
         if max_tokens is not None and lengths is not None and len(lengths) and lengths.max() > max_tokens:
             raise DataError(
-                f"row {lengths.argmax()} has {lengths.max()} tokens, more than data.max_tokens={max_tokens}; raise it, or shorten rows with "
-                f"model.max_length={max_tokens}"
+                f"row {lengths.argmax()} has {lengths.max()} tokens, more than data.max_tokens={max_tokens}; raise it, or see to longer "
+                f"rows with model.max_length={max_tokens} and model.too_long"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -78,11 +78,8 @@ class Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches a rank and epoch."""
-        if self.max_tokens is not None:
-            total = sum(map(len, self._fixed))
-        else:
-            total = sum(-(-rows // self.batch_size) for rows in self.stages)
-        return -(-total // self.world_size)
+        each = (-(-rows // self.batch_size) for rows in self.stages) if self.max_tokens is None else map(len, self._fixed)
+        return -(-sum(each) // self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = self.position()

@@ -100,6 +100,7 @@ def sentences() -> Iterator[str]:
 
 def write_demo(
     folder: str | Path,
+    download: bool = True,
     *,
     seed: int = 0,
     train: int = 4800,
@@ -110,6 +111,7 @@ def write_demo(
     new_classes: int = 200,
 ) -> Path:
     """Write the demo dataset into `folder`, or keep what is there if it is the same; returns the folder. It appears complete or not at all.
+    `download`, which other datasets ask before they fetch anything, changes nothing here.
 
     - `images/*.png`, shared by all files below;
     - `train_single.jsonl`: the curriculum, captions with and without boxes of `single` pictures of one thing;

@@ -1,0 +1,181 @@
+"""Datasets, one or several: which of their rows are learned from, held out and tested on, and how many an epoch takes of each."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.split import Chosen, Joined, Rows, hold_out, places, take
+from qwenvl_lit.data.survey import Finding, measure, stamp
+from qwenvl_lit.types import DataError
+
+if TYPE_CHECKING:
+    from qwenvl_lit.families.protocols import Processor
+
+Files = str | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """What one dataset gives to training."""
+
+    stages: tuple[Rows, ...]  # rows to learn from, in the order of its files
+    validation: Rows = ()
+    lengths: tuple[np.ndarray, ...] = ()  # tokens of the rows of each stage, and last those of `validation`; nothing before `measured`
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One dataset: its files, how their rows are read, and how many of them an epoch takes.
+
+    Args:
+        read: opens files, `read(files, reading)`.
+        root, path_map, on_bad_box, prompt, cache, download: see `Reading`.
+        train: a path or a glob, or several. `#N` behind one: N rows of it, as many whole passes as fit in and a random rest.
+        validation: the same; or how many rows (int) or which share of them (float below 1) are held out from `train`. What `#N` repeats is
+            repeated after that, so that no row is on both sides; the N rows count those that are held out.
+        test: a path or a glob, or several by name, each scored apart.
+        prepare: called once a machine before anything is read, `prepare(root, download)`: writes or fetches files.
+        rows: how many rows (int) an epoch takes of what `train` gives, or how often it takes each (float: 2.0 is twice; 0.5 is half of the
+            rows, the same ones in every epoch). None: what `train` gives.
+        seed: of what is drawn: held-out rows, and the rest that is no whole pass.
+        split_file: where held-out rows are remembered (see `hold_out`).
+    """
+
+    read: Callable[[str, Reading], Rows]
+    root: str | Path | None = None
+    path_map: Mapping[str, str] = field(default_factory=dict)
+    on_bad_box: Literal["error", "keep", "repair", "drop"] = "error"
+    prompt: str | None = None
+    cache: str | Path | None = None
+    download: bool = True
+    train: Files | None = None
+    validation: Files | int | float | None = None
+    test: str | Mapping[str, Files] | None = None
+    prepare: Callable[[Path | None, bool], object] | None = None
+    rows: int | float | None = None
+    seed: int = 42
+    split_file: str | Path | None = None
+
+    def __post_init__(self):
+        if self.rows is not None and (isinstance(self.rows, bool) or self.rows <= 0 or (isinstance(self.rows, int) and self.rows == 1)):
+            raise DataError(
+                f"rows={self.rows!r}: give a number of rows such as 2000, or how often to take each with a point: 0.5, 1.0, 2.0"
+            )
+
+    @cached_property
+    def reading(self) -> Reading:
+        return Reading(
+            root=None if self.root is None else Path(self.root),
+            path_map=dict(self.path_map),
+            on_bad_box=self.on_bad_box,
+            prompt=self.prompt,
+            cache=None if self.cache is None else Path(self.cache),
+            download=self.download,
+            seed=self.seed,
+        )
+
+    def prepare_files(self) -> None:
+        if self.prepare is not None:
+            self.prepare(self.reading.root, self.download)
+
+    def open_training(self) -> Opened:
+        """Rows to learn from and rows held out.
+
+        Raises:
+            DataError: files cannot be read, nothing is left to learn from, or held-out rows are others now.
+        """
+        named = [_counted(files) for files in _several(self.train)]
+        opened = [self.read(files, self.reading) for files, _ in named]
+        counts = [len(rows) if count is None else count for rows, (_, count) in zip(opened, named, strict=True)]
+        distinct = [rows if count >= len(rows) else take(rows, count, self.seed) for rows, count in zip(opened, counts, strict=True)]
+        stages, validation = distinct, self.open_validation_files()
+        if self.draws_validation and distinct:
+            stages, validation = hold_out(distinct, self.validation, seed=self.seed, file=self.split_file and Path(self.split_file))
+        held = [len(rows) - len(rest) for rows, rest in zip(distinct, stages, strict=True)]
+        stages = [
+            take(rest, count - out, self.seed) if count > len(rows) else rest
+            for rows, rest, count, out in zip(opened, stages, counts, held, strict=True)
+        ]
+        if self.rows is not None:
+            every = Joined(stages)
+            stages = [take(every, self.rows if isinstance(self.rows, int) else round(self.rows * len(every)), self.seed)]
+        return Opened(stages=tuple(stages), validation=validation)
+
+    @property
+    def draws_validation(self) -> bool:
+        return isinstance(self.validation, int | float) and bool(self.validation)
+
+    def open_validation_files(self) -> Rows:
+        return () if self.draws_validation or not self.validation else self._opened(self.validation)
+
+    def open_validation(self) -> Rows:
+        """The validation rows of the run: of their own files, or held out."""
+        return self.open_training().validation if self.draws_validation else self.open_validation_files()
+
+    def open_tests(self) -> dict[str, Rows]:
+        """Test sets by name; one without a name is called `test`."""
+        sets = {"test": self.test} if isinstance(self.test, str) else dict(self.test or {})
+        return {name: self._opened(files) for name, files in sets.items()}
+
+    def _opened(self, files: Files) -> Rows:
+        parts = [self.read(one, self.reading) for one in _several(files)]
+        return parts[0] if len(parts) == 1 else Joined(parts)
+
+    def measured(self, opened: Opened, processor: Processor, *, workers: int) -> Opened:
+        """`opened` without the rows that are to be left out, and with the lengths of the others; every row is read once, or the lengths are
+        in the cache.
+
+        Raises:
+            DataError: rows cannot be used.
+        """
+        parts = [*opened.stages, opened.validation]
+        bottoms, place = places(Joined(parts))
+        distinct, which = np.unique(place, return_inverse=True)
+        stamps = stamp([rows.file for rows in bottoms]) if all(hasattr(rows, "file") for rows in bottoms) else None
+        options = (repr(self.read.args), repr(self.read.keywords)) if isinstance(self.read, partial) else ()
+        found = measure(
+            Chosen(Joined(bottoms), distinct),
+            processor,
+            workers=workers,
+            cache=self.reading.cache / "lengths" if self.reading.cache and stamps else None,
+            identity=[
+                stamps,
+                hashlib.sha256(distinct.tobytes()).hexdigest(),
+                asdict(self.reading),
+                options,
+            ],
+        )
+        ends = list(accumulate(map(len, parts)))
+        lengths = np.split(found.lengths[which], ends[:-1])
+        used = [np.flatnonzero(some) for some in lengths]
+        kept = [rows if len(some) == len(rows) else Chosen(rows, some) for rows, some in zip(parts, used, strict=True)]
+        return Opened(
+            stages=tuple(kept[:-1]),
+            validation=kept[-1],
+            lengths=tuple(some[where] for some, where in zip(lengths, used, strict=True)),
+            findings=found.findings,
+        )
+
+
+def _several(files: Files | None) -> list[str]:
+    return [files] if isinstance(files, str) else list(files or ())
+
+
+def _counted(files: str) -> tuple[str, int | None]:
+    """
+    >>> _counted("rows.jsonl#2000")
+    ('rows.jsonl', 2000)
+    """
+    named, count = re.fullmatch(r"(.*?)(?:#(\d+))?", files, re.DOTALL).groups()
+    return named, None if count is None else int(count)
