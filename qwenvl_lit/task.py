@@ -110,6 +110,8 @@ class Task(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         output = self.model(**self.family.inputs(batch))
+        if not len(batch.target_positions):  # every row was dropped: a step all the same, since other ranks wait for its gradients
+            return output.logits.sum() * 0
         targets = batch.labels.flatten()[batch.target_positions + 1]
         accuracy = (output.logits.detach().argmax(-1) == targets).float().mean()
         rows = len(batch.conversations)
@@ -126,7 +128,9 @@ class Task(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction] | None:
         if dataloader_idx == 0:  # all rows with their answers; loader 1 has prompts of some
-            self.val_loss.update(self.model(**self.family.inputs(batch)).loss, weight=len(batch.target_positions))
+            loss = self.model(**self.family.inputs(batch)).loss
+            if loss is not None:  # else every row was dropped
+                self.val_loss.update(loss, weight=len(batch.target_positions))
             return None
         return self._answer(batch, 0)
 
@@ -153,6 +157,8 @@ class Task(lightning.LightningModule):
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """The model's answer to each row of a batch of prompts."""
+        if not batch.conversations:
+            return []
         rows = self.generation(
             self.model, self.family.inputs(batch, generate=True), stop_ids=self.processor.stop_ids, pad_id=self.processor.pad_id
         )

@@ -7,7 +7,7 @@ from PIL import Image
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.families.qwen_vl import QwenVL, QwenVLProcessor, preprocess
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
-from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
+from qwenvl_lit.types import Box, Conversation, DataError, Dropped, GroundedObject, Picture, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)
 SPAN, SIDE = 16, 32
@@ -208,6 +208,8 @@ def test_too_long_samples_are_refused_with_their_id():
     assert len(processor(max_length=length).encode(conversation).input_ids) == length
     with pytest.raises(DataError, match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}; raise it"):
         processor(max_length=length - 1).encode(conversation)
+    with pytest.raises(Dropped, match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}$"):
+        processor(max_length=length - 1, too_long="drop").encode(conversation)
     processor(max_length=1).encode(conversation, prompt=True)
 
 
@@ -315,7 +317,7 @@ def test_a_model_has_a_path_or_a_config():
 
 
 def test_misspelt_choices_are_refused():
-    for options in ({"template": "chatlm"}, {"supervise": "all"}, {"too_long": "drop"}):
+    for options in ({"template": "chatlm"}, {"supervise": "all"}, {"too_long": "cut"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is one of"):
             processor(**options)
     with pytest.raises(ValueError, match="dtype is a name of torch's"):

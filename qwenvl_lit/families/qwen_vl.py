@@ -23,7 +23,7 @@ from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_f
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
-from qwenvl_lit.types import Batch, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Sample, Turn
+from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, GroundedObject, Part, Picture, Prediction, Sample, Turn
 
 # CLIP's, as floats of the channels R, G, B
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
@@ -31,7 +31,7 @@ STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
 NAMED_PICTURE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 
 Template = Literal["chatml", "raw"]
-TooLong = Literal["error", "truncate_left"]
+TooLong = Literal["error", "drop", "truncate_left"]
 
 
 def preprocess(image: Image.Image, size: int) -> torch.Tensor:
@@ -60,7 +60,8 @@ class QwenVLProcessor:
         system: the system message of conversations without one: None is the default sentence, "" an empty message. Not for "raw".
         supervise: see `ChatML`; "raw" learns answers and their end marks.
         max_length: most tokens of a training sample.
-        too_long: what becomes of longer ones: "error", or "truncate_left": the last tokens are kept, and pictures whole or not at all.
+        too_long: what becomes of longer ones: "error"; "drop": they are left out; or "truncate_left": the last tokens are kept, and pictures
+            whole or not at all.
         window: a prompt's system message and earlier exchanges have fewer tokens than this; older exchanges are left out. Not for "raw".
     """
 
@@ -103,6 +104,7 @@ class QwenVLProcessor:
         A picture is introduced by `Picture k: ` and followed by a newline, unless the text before it does the former, or in "raw".
 
         Raises:
+            Dropped: the sample is too long, and that is what `too_long` says.
             DataError: a picture is unreadable, a box names one that does not exist, the sample is too long, or nothing can be learned.
         """
         with _naming(conversation):
@@ -211,8 +213,11 @@ class QwenVLProcessor:
     def _fitted(self, pieces: list[Piece]) -> list[Piece]:
         length = sum(len(piece.ids) for piece in pieces)
         if self.max_length and length > self.max_length:
+            excess = f"{length} tokens are more than max_length={self.max_length}"
+            if self.too_long == "drop":
+                raise Dropped(excess)
             if self.too_long == "error":
-                raise DataError(f"{length} tokens are more than max_length={self.max_length}; raise it, or set too_long=truncate_left")
+                raise DataError(f"{excess}; raise it, or set too_long=drop or truncate_left")
             pieces = cut_left(pieces, self.max_length)
         if not any(piece.learned for piece in pieces[1:]):  # the first token has nothing before it to be predicted from
             raise DataError("no answer to learn from; is the last turn the assistant's, and is max_length above the answer's length?")
