@@ -91,9 +91,21 @@ def test_faults_name_the_file(coco):
         {"images": [{"id": 7}]},
         {"images": 7},
         {},
+        {"annotations": [{"caption": "one"}]},
     ):
         with pytest.raises(DataError, match=r"captions.json is not in COCO's format"):
             read_coco_captions(coco(**content))
+    with pytest.raises(DataError, match=r"captions.json names no pictures"):
+        read_coco_captions(coco(images=[]))
+
+
+def test_captions_may_name_their_pictures_themselves(folder, coco):
+    said = [{"image": "b.png", "caption": "one"}, {"image": "a.png", "caption": "two"}, {"image": "b.png", "caption": "three"}]
+    rows = read_coco_captions(coco(annotations=said))
+    assert [(row.pictures, row.references) for row in rows] == [
+        ((Picture(folder / "b.png"),), ("one", "three")),
+        ((Picture(folder / "a.png"),), ("two",)),
+    ]
 
 
 def test_json_is_read_without_what_is_not_needed(tmp_path):
@@ -116,17 +128,22 @@ def test_a_list_where_an_object_is_expected_is_an_error(tmp_path):
 def test_what_is_not_there_and_may_not_be_fetched_is_named_with_its_address_and_size(tmp_path):
     (tmp_path / "coco/annotations").mkdir(parents=True)
     (tmp_path / "coco/annotations/captions_val2014.json").touch()
+    files = ("annotations/captions_train2014.json", "annotations/captions_val2014.json", "val2014")
     with pytest.raises(DataError, match="lacks") as fault:
-        fetch_coco(tmp_path, False, parts=("captions", "val2014"), folder="coco")
+        fetch_coco(tmp_path, False, files=files, folder="coco")
     assert str(fault.value) == (
         f"{tmp_path / 'coco'} lacks annotations/captions_train2014.json, val2014, and downloads are off (data.download=false). "
         "Put these there, unpacked or as they are, or let data.root be the folder with them:"
         "\n  http://images.cocodataset.org/annotations/annotations_trainval2014.zip (253 MB)"
         "\n  http://images.cocodataset.org/zips/val2014.zip (6.65 GB)"
     )
+    with pytest.raises(DataError, match="no archive gives val2017; known are annotations"):
+        fetch_coco(tmp_path, files=("val2017",))
 
 
 def test_files_that_are_there_are_used_as_they_are(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2014.json").touch()
     (tmp_path / "val2014").mkdir()
-    fetch_coco(tmp_path, False, parts=("val2014",))
-    assert [path.name for path in tmp_path.iterdir()] == ["val2014"]
+    fetch_coco(tmp_path, False, files=("annotations/captions_val2014.json", "val2014"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations", "val2014"]

@@ -7,6 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,46 @@ from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
 from qwenvl_lit.data.sources import open_source
 from qwenvl_lit.types import Conversation, DataError, Turn
 
-ARCHIVES = {
-    "captions": Archive(
+ARCHIVES = (
+    Archive(
         url="http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
         size=252_872_794,
         checksum="md5:0a379cfc70b0e71301e0f377548639bd",
         gives=("annotations/captions_train2014.json", "annotations/captions_val2014.json"),
     ),
-    "train2014": Archive(
+    Archive(
         url="http://images.cocodataset.org/zips/train2014.zip",
         size=13_510_573_713,
         checksum="md5:0da8c0bd3d6becc4dcb32757491aca88",
         gives=("train2014",),
     ),
-    "val2014": Archive(
+    Archive(
         url="http://images.cocodataset.org/zips/val2014.zip",
         size=6_645_013_297,
         checksum="md5:a3d79f5ed8d289b7a7554ce06a5782b3",
         gives=("val2014",),
     ),
-}
+)
 
 
-def fetch_coco(root: str | Path, download: bool = True, *, parts: Sequence[str], folder: str = "") -> None:
-    """See that `folder` within `root` holds `parts` (keys of `ARCHIVES`); what is there is used as it is.
+def fetch_coco(root: str | Path, download: bool = True, *, files: Sequence[str], folder: str = "", needs: Sequence[str] = ()) -> None:
+    """See that `folder` within `root` holds `files`, of what `ARCHIVES` give; what is there is used as it is.
+
+    Args:
+        needs: what `root` must hold besides, and cannot be fetched: it is looked for before gigabytes are.
 
     Raises:
-        DataError: as `provide`.
+        DataError: as `provide`, none of the archives gives one of `files`, or something that is needed is missing.
     """
-    provide([ARCHIVES[part] for part in parts], Path(root) / folder, download=download)
+    if absent := [name for name in needs if not (Path(root) / name).exists()]:
+        raise DataError(
+            f"{root} lacks {', '.join(absent)}, which is not fetched; the head of the dataset's yaml in conf/data says where it is"
+        )
+    given = [name for archive in ARCHIVES for name in archive.gives]
+    if unknown := set(files).difference(given):
+        raise DataError(f"no archive gives {', '.join(sorted(unknown))}; known are {', '.join(given)}")
+    needed = [replace(archive, gives=tuple(name for name in archive.gives if name in files)) for archive in ARCHIVES]
+    provide([archive for archive in needed if archive.gives], Path(root) / folder, download=download)
 
 
 def read_coco_captions(source: str, reading: Reading = DEFAULT, *, images: str = "", every_caption_of: str = "") -> Sequence[Conversation]:
@@ -81,14 +93,21 @@ class CocoCaptions(Sequence[Conversation]):
         ask(self._prompt, picture="")  # a prompt without its place is told before anything is read
         content = read_json(file, keep={"images", "annotations", "id", "file_name", "image", "image_id", "caption"})
         try:
-            names = {image["id"]: image.get("file_name") or image["image"] for image in content["images"]}
+            if "images" in content:
+                names = {image["id"]: image.get("file_name") or image["image"] for image in content["images"]}
+                said = [(each["image_id"], each["caption"]) for each in content.get("annotations", ())]
+            else:  # each caption names its picture
+                said = [(each["image"], each["caption"]) for each in content["annotations"]]
+                names = {name: name for name, _ in said}
             captions: dict[Any, list[str]] = {number: [] for number in names}
-            for annotation in content.get("annotations", ()):
-                captions[annotation["image_id"]].append(annotation["caption"])
+            for number, caption in said:
+                captions[number].append(caption)
         except (KeyError, TypeError, AttributeError) as fault:
             raise DataError(
                 f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
             ) from None
+        if not names:
+            raise DataError(f"{file} names no pictures")
         shown = [number for number in names if captions[number]] or list(names)
         self._pictures = [(number, names[number], tuple(captions[number])) for number in shown]
         counts = [max(1, len(texts)) if every_caption else 1 for _, _, texts in self._pictures]
@@ -104,13 +123,13 @@ class CocoCaptions(Sequence[Conversation]):
         answer = self._answers[place]
         id = f"{number}-{answer + 1}" if self.every_caption else str(number)
         try:
-            picture = picture_from(_within(self.images, name), self.reading.root or self.file.parent)
+            picture = picture_from(_within(self.images, name), self.reading.root or self.file.parent, self.reading)
             turns = [Turn(role="user", parts=ask(self._prompt, picture=picture))]
         except DataError as fault:
             raise DataError(f"{self.file}: image {id}: {fault}") from None
         if captions:
             turns.append(Turn(role="assistant", parts=(captions[answer],)))
-        return Conversation(id=id, turns=tuple(turns), references=captions, index=place)
+        return Conversation(id=id, turns=tuple(turns), references=captions, index=place, where=str(self.file))
 
 
 def _within(images: str, name: str) -> str:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 from qwenvl_lit.data.files import parse_json
+from qwenvl_lit.data.prompts import REFERRING_PROMPT, VQA_PROMPT, ask
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-VQA_PROMPT = "{picture}{question} Answer:"  # of Qwen-VL's published evaluation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +35,10 @@ class Layout:
     name: str
     needs: tuple[str, ...]  # a row with these keys has this layout
     knows: tuple[str, ...]  # further keys that `draft` reads
-    draft: Callable[[Row, str], Draft]
+    draft: Callable[[Row, str | None], Draft]
 
-    def read(self, row: Row, prompt: str) -> Draft:
-        """The draft of a row; `prompt` is how questions of VQA sets are asked.
+    def read(self, row: Row, prompt: str | None) -> Draft:
+        """The draft of a row; `prompt` is how questions are asked in the layouts that hold none, None as in Qwen-VL's published evaluation.
 
         Raises:
             DataError: the row has another layout, or a key has a value of the wrong kind.
@@ -85,23 +85,11 @@ def id_of(row: Row) -> str | None:
     return None if name is None else str(name)
 
 
-def around_picture(prompt: str) -> tuple[str, str]:
-    """What stands before and after `{picture}`.
-
-    Raises:
-        DataError: `prompt` does not have it exactly once.
-    """
-    before, *after = prompt.split("{picture}")
-    if len(after) != 1:
-        raise DataError(f"a prompt says once where the {{picture}} is, got {prompt!r}")
-    return before, after[0]
-
-
-def _conversations(row: Row, prompt: str) -> Draft:
+def _conversations(row: Row, prompt: str | None) -> Draft:
     return _chat(row, _list(row, "conversations"))
 
 
-def _messages(row: Row, prompt: str) -> Draft:
+def _messages(row: Row, prompt: str | None) -> Draft:
     return _chat(row, _list(row, "messages"))
 
 
@@ -143,7 +131,7 @@ def _content(number: int, items: Sequence[Any]) -> str:
     return written
 
 
-def _pairs(row: Row, prompt: str) -> Draft:
+def _pairs(row: Row, prompt: str | None) -> Draft:
     turns = _system(row)
     pairs = _list(row, "conversation")
     for number, pair in enumerate(pairs, 1):
@@ -157,11 +145,11 @@ def _pairs(row: Row, prompt: str) -> Draft:
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
-def _query(row: Row, prompt: str) -> Draft:
+def _query(row: Row, prompt: str | None) -> Draft:
     return _asked(row, _text(row, "query"), "response")
 
 
-def _instruction(row: Row, prompt: str) -> Draft:
+def _instruction(row: Row, prompt: str | None) -> Draft:
     question = _text(row, "instruction")
     if row.get("input") not in (None, ""):
         question += "\n" + _text(row, "input")
@@ -180,25 +168,31 @@ def _asked(row: Row, question: str, answer_key: str) -> Draft:
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
-def _continued(key: str, row: Row, prompt: str) -> Draft:
+def _continued(key: str, row: Row, prompt: str | None) -> Draft:
     """Plain text to continue: an answer to an empty question, as ms-swift reads it. In the raw template of the base model nothing of the
     question is left, and all of the text is learned."""
     turns: list[tuple[Role, str]] = [("user", ""), ("assistant", _text(row, key))]
     return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
 
 
-def _vqa(row: Row, prompt: str) -> Draft:
-    if row.get("answers") is not None:
-        answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in _list(row, "answers"))
-    else:
-        answers = (row["answer"],) if row.get("answer") is not None else ()
+def _vqa(row: Row, prompt: str | None) -> Draft:
+    given = row.get("answer")
+    given = _list(row, "answers") if row.get("answers") is not None else given if isinstance(given, list) else [given]
+    answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in given if answer is not None)
     if not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"answers are text, got {_short(answers)}")
-    before, after = (text.replace("{question}", _text(row, "question")) for text in around_picture(prompt))
-    turns: list[tuple[Role, str]] = [("user", f"{before}<img>{_place(row['image'])}</img>{after}")]
+    question = ask(prompt or VQA_PROMPT, picture=f"<img>{_place(row['image'])}</img>", question=_text(row, "question"))
+    turns: list[tuple[Role, str]] = [("user", "".join(map(str, question)))]
     if answers:
         turns.append(("assistant", Counter(answers).most_common(1)[0][0]))
     return Draft(turns=turns, references=answers)
+
+
+def _referring(row: Row, prompt: str | None) -> Draft:
+    """A row of the jsonl files that Qwen-VL's evaluation has for RefCOCO: the box is in pixels, its corners x1, y1, x2, y2."""
+    question = ask(prompt or REFERRING_PROMPT, picture=f"<img>{_place(row['image'])}</img>", question="<ref-object>")
+    thing = {"caption": _text(row, "sent"), "bbox": row["bbox"], "bbox_type": "real"}
+    return Draft(turns=[("user", "".join(map(str, question))), ("assistant", "<bbox>")], objects=[thing])
 
 
 _PICTURES = ("images", "image", "objects")
@@ -209,6 +203,7 @@ LAYOUTS = (
     Layout("instruction", ("instruction",), ("input", "output", "system", "history", *_PICTURES), _instruction),
     Layout("conversation", ("conversation",), ("system", *_PICTURES), _pairs),
     Layout("vqa", ("image", "question"), ("answer", "answers", "question_id"), _vqa),
+    Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )
 TEXTS = (  # names that other layouts use, too: they count where no other layout fits
     Layout("text", ("text",), ("system", *_PICTURES), partial(_continued, "text")),

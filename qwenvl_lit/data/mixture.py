@@ -142,7 +142,9 @@ class Source:
         parts = [*opened.stages, opened.validation]
         bottoms, place = places(Joined(parts))
         distinct, which = np.unique(place, return_inverse=True)
-        stamps = stamp([rows.file for rows in bottoms]) if all(hasattr(rows, "file") for rows in bottoms) else None
+        # what decides the rows: their `file`, or `files` where there are several, and which `part` of them it is
+        known = all(hasattr(rows, "file") for rows in bottoms)
+        stamps = stamp([file for rows in bottoms for file in getattr(rows, "files", (rows.file,))]) if known else None
         options = (repr(self.read.args), repr(self.read.keywords)) if isinstance(self.read, partial) else ()
         found = measure(
             Chosen(Joined(bottoms), distinct),
@@ -151,6 +153,7 @@ class Source:
             cache=self.reading.cache / "lengths" if self.reading.cache and stamps else None,
             identity=[
                 stamps,
+                [getattr(rows, "part", None) for rows in bottoms],
                 hashlib.sha256(distinct.tobytes()).hexdigest(),
                 asdict(self.reading),
                 options,

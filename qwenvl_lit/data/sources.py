@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwenvl_lit.data.files import RowFile
-from qwenvl_lit.data.layouts import VQA_PROMPT, id_of, layout_of
+from qwenvl_lit.data.layouts import id_of, layout_of
 from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
 from qwenvl_lit.data.split import Chosen, Joined
 from qwenvl_lit.types import Conversation, DataError
@@ -84,7 +84,7 @@ class FileRows(Sequence[Conversation]):
         name = f"{self.file.name}:{self._rows.line(place)}"
         try:
             name = id_of(row) or name
-            draft = self.layout.read(row, self.reading.prompt or VQA_PROMPT)
+            draft = self.layout.read(row, self.reading.prompt)
             return conversation_from(
                 draft,
                 id=name,
