@@ -13,8 +13,9 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +76,7 @@ class RowFile(Sequence[dict[str, Any]]):
                 raise DataError(f"{self.file} is empty; expected a header line that names the columns")
             if twice := sorted({column for column in self.header if self.header.count(column) > 1}):
                 raise DataError(f"{self.file}:1: columns {twice} stand twice in the header {self.header}")
-            return "csv", lambda stream: _array([place for _, place in _records(stream, self.file)][1:])
+            return "csv", lambda stream: _array(islice((place for _, place in _records(stream, self.file)), 1, None))
         with self._plain.open("rb") as stream:
             block = stream.read(_BLOCK).removeprefix(_MARK)
             if not block:
@@ -83,7 +84,7 @@ class RowFile(Sequence[dict[str, Any]]):
             while block and not block.strip(b" \t\r\n"):
                 block = stream.read(_BLOCK)
         if block.lstrip(b" \t\r\n")[:1] == b"[":
-            return "array", lambda stream: _array(list(_elements(stream, self.file)))
+            return "array", lambda stream: _array(_elements(stream, self.file))
         return "lines", _lines
 
     def __len__(self) -> int:
@@ -215,8 +216,8 @@ def _read_index(kept: Path, size: int) -> np.ndarray | None:
     return index if sound else None
 
 
-def _array(rows: list[tuple[int, int, int]]) -> np.ndarray:
-    return np.array(rows, dtype=np.int64).reshape(-1, 3).T.copy()
+def _array(rows: Iterable[tuple[int, int, int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), np.int64).reshape(-1, 3).T.copy()
 
 
 def _lines(stream: BinaryIO) -> np.ndarray:

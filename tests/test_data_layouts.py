@@ -1,0 +1,220 @@
+import json
+
+import pytest
+from PIL import Image
+
+from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
+
+
+def test_a_conversation_in_the_layout_of_qwen_vl(folder, read_row):
+    row = {
+        "id": "identity_0",
+        "task": "chat",
+        "score": 0.5,
+        "tags": ["not", "plain"],
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat is  it?\t"},
+            {"from": "assistant", "value": "A 狗 \n"},
+            {"from": "user", "value": "Sure?"},
+            {"from": "assistant", "value": ""},
+        ],
+    }
+    assert read_row(row) == Conversation(
+        id="identity_0",
+        turns=(
+            Turn(role="system", parts=("Be brief.",)),
+            Turn(role="user", parts=("Picture 1: ", Picture(folder / "a.png"), "\nWhat is  it?\t")),
+            Turn(role="assistant", parts=("A 狗 \n",)),
+            Turn(role="user", parts=("Sure?",)),
+            Turn(role="assistant", parts=()),
+        ),
+        columns={"task": "chat", "score": "0.5"},
+    )
+
+
+def test_a_question_with_its_history(folder, read_row):
+    row = {"query": "And now?", "response": "Now too.", "history": [["<img>a.png</img>Day?", "Night."]], "system": ""}
+    assert read_row(row) == Conversation(
+        id="rows.jsonl:1",
+        turns=(
+            Turn(role="system", parts=()),  # an empty system message, which is not the same as none
+            Turn(role="user", parts=(Picture(folder / "a.png"), "Day?")),
+            Turn(role="assistant", parts=("Night.",)),
+            Turn(role="user", parts=("And now?",)),
+            Turn(role="assistant", parts=("Now too.",)),
+        ),
+    )
+
+
+def test_a_question_without_an_answer_is_a_prompt(read_row):
+    assert read_row({"query": "Hello", "response": None, "system": None, "history": None}).turns == (Turn(role="user", parts=("Hello",)),)
+
+
+def test_roles_may_be_called_human_and_gpt(read_row):
+    row = read_row({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    assert [turn.role for turn in row.turns] == ["user", "assistant"]
+
+
+def test_a_vqa_row_is_asked_by_the_prompt_and_answered_by_the_majority(folder, read_row):
+    row = {"question_id": 17, "image": "a.png", "question": "What {color}?", "answers": ["red", {"answer": "blue"}, "blue"], "set": "val"}
+    assert read_row(row) == Conversation(
+        id="17",
+        turns=(Turn(role="user", parts=(Picture(folder / "a.png"), "What {color}? Answer:")), Turn(role="assistant", parts=("blue",))),
+        references=("red", "blue", "blue"),
+        columns={"set": "val"},
+    )
+    chat = read_row({"image": "a.png", "question": "Why?", "answer": "so"}, prompt="Picture 1: {picture}\n{question}")
+    assert chat.turns[0].parts == ("Picture 1: ", Picture(folder / "a.png"), "\nWhy?")
+    assert chat.references == ("so",)
+    assert read_row({"image": "a.png", "question": "Why?"}).answer is None
+
+
+def test_a_row_of_another_layout_than_the_first_is_a_fault(folder):
+    (folder / "rows.jsonl").write_text('{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n')
+    rows = read_rows(str(folder / "rows.jsonl"))
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, the first .* in `query`; its keys are \['id', 'conv"
+    ):
+        rows[1]
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
+        rows[2]
+
+
+GUY = '"objects": "[{\\"caption\\": \\"guy in red\\", \\"bbox\\": [138, 136, 235, 359], \\"bbox_type\\": \\"real\\", \\"image\\": 0}]"'
+PLACE = GroundedObject(boxes=(Box(x0=138, y0=136, x1=235, y1=359),))
+NAME = GroundedObject(label="guy in red")
+MAN = GroundedObject(label="the man")
+MAN_PLACE = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="grid"),))
+
+
+@pytest.mark.parametrize(
+    ("line", "question", "answer"),
+    [
+        ('{"query": "Find <bbox>", "response": "<ref-object>", "images": ["a.png"], ' + GUY + " }", ["\nFind ", PLACE], [NAME]),
+        ('{"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], ' + GUY + " }", ["\nFind ", NAME], [PLACE]),
+        ('{"query": "<img>a.png</img>Find <bbox>", "response": "<ref-object>", ' + GUY + " }", ["Find ", PLACE], [NAME]),
+        ('{"query": "<img>a.png</img>Find <ref-object>", "response": "<bbox>", ' + GUY + " }", ["Find ", NAME], [PLACE]),
+        (
+            '{"query": "<img>a.png</img>Find <ref>the man</ref>", "response": "<box>(200,200),(600,600)</box>"}',
+            ["Find ", MAN],
+            [MAN_PLACE],
+        ),
+    ],
+)
+def test_grounded_rows_of_ms_swift(folder, line, question, answer):
+    (folder / "rows.jsonl").write_text(line)
+    row = read_rows(str(folder / "rows.jsonl"))[0]
+    before = ["Picture 1: "] if '"images"' in line else []
+    assert [list(turn.parts) for turn in row.turns] == [[*before, Picture(folder / "a.png"), *question], answer]
+
+
+def test_chats_of_the_published_model(folder):
+    for name in ("p1", "p2", "p3", "p"):
+        Image.new("1", (4, 4)).save(folder / name, format="png")
+    (folder / "text.json").write_text(
+        '[{"conversations": [{"from": "user", "value": "AAAAA"}, {"from": "assistant", "value": "BBBBB"}, '
+        '{"from": "user", "value": "CCCCC"}, {"from": "assistant", "value": "DDDDD"}]}]'
+    )
+    assert [turn.parts for turn in read_rows("text.json", Reading(root=folder))[0].turns] == [
+        ("AAAAA",),
+        ("BBBBB",),
+        ("CCCCC",),
+        ("DDDDD",),
+    ]
+    (folder / "pictures.json").write_text(
+        r'[{"conversations": [{"from": "user", "value": "Picture 1:<img>p1</img>\nPicture 2:<img>p2</img>\nPicture 3:<img>p3</img>\naaaaa"}'
+        r', {"from": "assistant", "value": "bbbbb"}, {"from": "user", "value": "Picture 1:<img>p</img>\nccccc"},'
+        r' {"from": "assistant", "value": "ddddd"}]}]'
+    )
+    p1, p2, p3, p = (Picture(folder / name) for name in ("p1", "p2", "p3", "p"))
+    assert [turn.parts for turn in read_rows("pictures.json", Reading(root=folder))[0].turns] == [
+        ("Picture 1:", p1, "\nPicture 2:", p2, "\nPicture 3:", p3, "\naaaaa"),
+        ("bbbbb",),
+        ("Picture 1:", p, "\nccccc"),
+        ("ddddd",),
+    ]
+
+
+def said(row):
+    return [(turn.role, *turn.parts) for turn in row.turns]
+
+
+def test_messages_hold_text_or_a_list_of_texts_and_pictures(folder, read_row):
+    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+    content = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "and "},
+        {"type": "image_url", "image_url": {"url": f"file://{folder}/b.png"}},
+        {"type": "text", "text": "differ"},
+        "?",
+    ]
+    row = {
+        "messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+    }
+    assert said(read_row(row)) == [("system", "Brief."), ("user", a, "and ", b, "differ?"), ("assistant", "Yes")]
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"text": "What?"}, {"image": "b.png"}]}], "images": ["a.png"]}
+    assert said(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
+
+
+def test_instructions_with_their_input(read_row):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hello", "Hi"]], "system": "s"}
+    assert said(read_row(row)) == [("system", "s"), ("user", "Hello"), ("assistant", "Hi"), ("user", "Add.\n1 2"), ("assistant", "3")]
+    assert said(read_row({"instruction": "Add.", "input": "", "output": "3"})) == [("user", "Add."), ("assistant", "3")]
+
+
+def test_a_conversation_as_pairs(read_row):
+    row = {"system": "s", "conversation": [{"human": "a", "assistant": "b"}, {"human": "c"}]}
+    assert said(read_row(row)) == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    with pytest.raises(DataError, match=r"got \{'human': 'a'\} as number 1"):
+        read_row({"conversation": [{"human": "a"}, {"human": "c"}]})
+
+
+@pytest.mark.parametrize("key", ["text", "response"])
+def test_plain_text_is_an_answer_to_nothing(folder, read_row, key):
+    row = read_row({key: "<img>a.png</img>A dog."})
+    assert said(row) == [("user",), ("assistant", Picture(folder / "a.png"), "A dog.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"conversations": [{"from": "user", "value": "a"}]}, "conversations"),
+        ({"messages": [{"role": "user", "content": "a"}], "query": None}, "messages"),
+        ({"query": "a", "response": "b", "text": "a further column"}, "query"),
+        ({"instruction": "a"}, "instruction"),
+        ({"conversation": [{"human": "a"}]}, "conversation"),
+        ({"image": "a.png", "question": "a"}, "vqa"),
+        ({"text": "a"}, "text"),
+        ({"response": "a"}, "response"),
+    ],
+)
+def test_the_layout_follows_from_the_keys_and_is_told(folder, row, name):
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    rows = read_rows(str(folder / "rows.jsonl"))
+    assert rows.layout.name == name
+    assert rows[0].turns
+
+
+@pytest.mark.parametrize(
+    "images", ["a.png", ["a.png"], '["a.png"]', [{"path": "a.png"}], {"url": "a.png"}], ids=["path", "list", "json", "mapping", "url"]
+)
+def test_the_forms_in_which_pictures_are_listed(folder, read_row, images):
+    for key in ("image", "images"):
+        assert read_row({"query": "x", key: images}).pictures == (Picture(folder / "a.png"),)
+
+
+def test_a_cell_of_a_table_holds_lists_as_json(folder):
+    (folder / "rows.csv").write_text(
+        "id,query,response,history,images,objects,note\n"
+        '7,"Say ""<bbox>"",\nplease","<ref-object>","[[""a"", ""b""]]",a.png,"[{""caption"": ""dog"", ""bbox"": [1, 2, 3, 4], '
+        '""bbox_type"": ""real"", ""image"": 0}]",kept\n'
+        "8,c,,,,,\n"
+    )
+    first, second = read_rows("rows.csv", Reading(root=folder))
+    assert said(first)[:2] == [("user", "Picture 1: ", Picture(folder / "a.png"), "\na"), ("assistant", "b")]
+    assert said(first)[2][1:] == ('Say "', GroundedObject(boxes=(Box(x0=1, y0=2, x1=3, y1=4),)), '",\nplease')
+    assert (first.id, first.columns) == ("7", {"note": "kept"})
+    assert said(second) == [("user", "c")]
