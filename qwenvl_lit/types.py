@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,8 @@ class Picture:
                 yield image
         except FileNotFoundError:
             raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
+        except UnidentifiedImageError:
+            raise DataError(f"picture {self.name} cannot be read as an image: its format is unknown") from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
             raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
 

@@ -60,8 +60,8 @@ class QwenVLProcessor:
         system: the system message of conversations without one: None is the default sentence, "" an empty message. Not for "raw".
         supervise: see `ChatML`; "raw" learns answers and their end marks.
         max_length: most tokens of a training sample.
-        too_long: what becomes of longer ones: "error"; "drop": they are left out; or "truncate_left": the last tokens are kept, and pictures
-            whole or not at all.
+        too_long: what becomes of longer ones: "error"; "drop": they are left out; or "truncate_left": the last tokens are kept, and
+            pictures whole or not at all.
         window: a prompt's system message and earlier exchanges have fewer tokens than this; older exchanges are left out. Not for "raw".
     """
 
