@@ -19,7 +19,6 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.data.inspection import inspect, workers_here
-    from qwenvl_lit.data.survey import Kind
     from qwenvl_lit.data_page import examples, write_page
     from qwenvl_lit.data_report import print_summary, write_findings
 
@@ -31,7 +30,7 @@ def main(config: DictConfig) -> None:
     sets = {**learned, **tests}
     if not sets:
         raise DataError("there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE")
-    bad: Kind = "dropped" if data.on_bad_picture == "drop" else "error"
+    bad = data.max_bad_fraction if data.on_bad_picture == "drop" else 0.0
     workers = config.workers or workers_here()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
@@ -42,7 +41,7 @@ def main(config: DictConfig) -> None:
                 bars[what] = progress.add_task(what, total=total)
             progress.update(bars[what], completed=done)
 
-        inspection = inspect(sets, processor, prompts=tests, bad_picture=bad, workers=workers, progress=show)
+        inspection = inspect(sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=show)
     folder = Path(config.paths.run)
     write_findings(inspection, folder / "findings.jsonl")
     shown = examples(inspection, sets, processor, count=config.examples, seed=config.seed)

@@ -28,14 +28,15 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { color: #5a6675; font-weight: 600 }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e8ed; text-align: right; vertical-align: top }
-td.text, th.text { text-align: left; overflow-wrap: anywhere }
+td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 5rem }
 .good { color: #00695c } .bad { color: #b3261e } .faint { color: #5a6675 }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 } figcaption { color: #5a6675 }
 svg text { font: 11px system-ui, sans-serif; fill: #5a6675 } svg rect { fill: #3b6ea8 }
 .example { border: 1px solid #d5dae1; border-radius: 6px; padding: .8rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: 1rem }
 .example header { flex-basis: 100%; overflow-wrap: anywhere } .example .pictures { display: flex; flex-direction: column; gap: .5rem }
 .example img { max-width: 100%; width: 340px; height: auto } .example .words { flex: 1 1 20rem; min-width: 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0; color: #5a6675 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0; color: #5a6675;
+  max-height: 30rem; overflow: auto }
 .learned { color: #064e3b; background: #c8efdd; border-radius: 2px }
 """
 

@@ -99,8 +99,8 @@ def error_count(inspection: Inspection) -> str:
 def overlap_lines(inspection: Inspection) -> list[str]:
     """What sets have in common, in words."""
     return [
-        f"{overlap.rows:,} rows of {overlap.second} ask the same of the same pictures as rows of {overlap.first}; "
-        f"{overlap.pictures:,} pictures are in both"
+        f"{overlap.first} and {overlap.second}: rows of {overlap.second} that ask the same of the same pictures: {overlap.rows:,}; "
+        f"pictures in both: {overlap.pictures:,}"
         for overlap in inspection.overlaps
     ]
 

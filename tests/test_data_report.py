@@ -86,7 +86,7 @@ def test_the_summary_says_what_there_is_and_what_is_wrong(tmp_path):
     assert "train: a.jsonl:19: row 'x': bad [bold]box 19" in text
     assert "a.jsonl:20:" not in text
     assert "1  … tokens are too many" in text
-    assert "3 rows of test ask the same of the same pictures as rows of train; 2 pictures are in both" in text
+    assert "train and test: rows of test that ask the same of the same pictures: 3; pictures in both: 2" in text
 
 
 def test_text_of_the_data_cannot_steer_a_terminal():

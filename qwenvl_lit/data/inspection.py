@@ -82,7 +82,7 @@ def inspect(
     processor: Processor,
     *,
     prompts: Collection[str] = (),
-    bad_picture: Kind = "error",
+    max_bad_fraction: float = 0.0,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Inspection:
@@ -90,16 +90,16 @@ def inspect(
 
     Args:
         prompts: names of sets whose rows are questions to answer.
-        bad_picture: what a picture that cannot be decoded is: an "error", or a reason for its row to be "dropped".
+        max_bad_fraction: share of a set's rows that are dropped if their pictures cannot be decoded; more are errors.
         workers: processes.
     """
-    gathered = [_gather(name, rows, processor, name in prompts, bad_picture, workers, progress) for name, rows in sets.items()]
+    gathered = [_gather(name, rows, processor, name in prompts, workers, progress) for name, rows in sets.items()]
     files: dict[str, Picture] = {}
     for some in gathered:
         files.update(some.files)
     contents = _decode(files, workers, progress)
     for some in gathered:
-        some.add_picture_faults(contents, bad_picture)
+        some.add_broken_pictures(contents, max_bad_fraction)
     overlaps = list(_overlaps(gathered, contents))
     return Inspection(sets=tuple(some.facts() for some in gathered), overlaps=tuple(overlaps))
 
@@ -130,25 +130,25 @@ class _Seen:
     answered: bool
     question: bytes  # digest of all that is asked, pictures left open
     pictures: tuple[Picture | str, ...]  # files and addresses; the content's key of a picture inside the row
-    faults: tuple[tuple[Kind, str], ...]
-    notes: tuple[str, ...]
-    name: str  # of a row with faults or notes, else empty
+    broken: tuple[str, ...]  # what is wrong with pictures inside the row
+    said: tuple[tuple[Kind, str], ...]
+    id: str  # of a row of which anything is said or broken, else empty
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
     processor: Processor
     prompt: bool
-    bad_picture: Kind
 
     def __call__(self, conversation: Conversation) -> _Seen:
-        faults: list[tuple[Kind, str]] = []
+        said: list[tuple[Kind, str]] = [("note", _at(conversation, note)) for note in conversation.notes]
         tokens = supervised = 0
         try:
             tokens, supervised = self.processor.length(conversation, prompt=self.prompt)
         except DataError as fault:
-            faults.append(("dropped" if isinstance(fault, Dropped) else "error", str(fault)))
+            said.append(("dropped" if isinstance(fault, Dropped) else "error", str(fault)))
         pictures: list[Picture | str] = []
+        broken: list[str] = []
         for picture in conversation.pictures:
             if not isinstance(picture.source, bytes | Image.Image):
                 pictures.append(picture)
@@ -157,7 +157,7 @@ class _Look:
                 picture.open()
                 pictures.append(picture.key)
             except DataError as fault:
-                faults.append((self.bad_picture, _at(conversation, fault)))
+                broken.append(_at(conversation, fault))
         return _Seen(
             tokens=tokens,
             supervised=supervised,
@@ -165,9 +165,9 @@ class _Look:
             answered=conversation.answer is not None,
             question=_digest(conversation),
             pictures=tuple(pictures),
-            faults=tuple(faults),
-            notes=tuple(_at(conversation, note) for note in conversation.notes),
-            name=conversation.id if faults or conversation.notes else "",
+            broken=tuple(broken),
+            said=tuple(said),
+            id=conversation.id if broken or said else "",
         )
 
 
@@ -213,11 +213,9 @@ def _telling(progress: Progress | None, what: str, total: int) -> Callable[[int]
     return (lambda done: progress(what, done, total)) if progress else None
 
 
-def _gather(
-    name: str, rows: Rows, processor: Processor, prompts: bool, bad_picture: Kind, workers: int, progress: Progress | None
-) -> _Gathered:
+def _gather(name: str, rows: Rows, processor: Processor, prompts: bool, workers: int, progress: Progress | None) -> _Gathered:
     some = _Gathered(name, rows, prompts)
-    look = _Look(processor, prompts, bad_picture)
+    look = _Look(processor, prompts)
     for index, seen in enumerate(survey(rows, look, workers=workers, progress=_telling(progress, f"{name}: rows", len(rows)))):
         if isinstance(seen, Finding):
             some.add(seen)
@@ -238,6 +236,7 @@ class _Gathered:
     worst: np.ndarray = field(init=False)  # (rows,) 0, or 1 + place in SEVERITY
     counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised tokens, boxes, answered
     questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)  # by index: digest and names or keys of pictures
+    broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, id, message
     inside: set[str] = field(default_factory=set)  # keys of pictures inside rows
 
     def __post_init__(self):
@@ -259,15 +258,19 @@ class _Gathered:
                 self.files.setdefault(picture.name, picture)
                 names.append(picture.name)
         self.questions[index] = seen.question, tuple(names)
-        for kind, message in (*seen.faults, *(("note", note) for note in seen.notes)):
-            self.add(Finding(kind=kind, index=index, id=seen.name, message=message))
+        self.broken += [(index, seen.id, message) for message in seen.broken]
+        for kind, message in seen.said:
+            self.add(Finding(kind=kind, index=index, id=seen.id, message=message))
 
-    def add_picture_faults(self, contents: Mapping[str, str | Finding], bad_picture: Kind) -> None:
-        broken = {name: content for name, content in contents.items() if isinstance(content, Finding)}
-        for index, (_, names) in self.questions.items() if broken else ():
-            for fault in (broken[name] for name in names if name in broken):
+    def add_broken_pictures(self, contents: Mapping[str, str | Finding], max_bad_fraction: float) -> None:
+        faults = {name: content.message for name, content in contents.items() if isinstance(content, Finding)}
+        for index, (_, names) in self.questions.items() if faults else ():
+            for name in filter(faults.__contains__, dict.fromkeys(names)):
                 row = self.rows[index]
-                self.add(Finding(kind=bad_picture, index=index, id=row.id, message=_at(row, fault.message)))
+                self.broken.append((index, row.id, _at(row, faults[name])))
+        few = len({index for index, *_ in self.broken}) <= max_bad_fraction * len(self.rows)
+        for index, id, message in self.broken:
+            self.add(Finding(kind="dropped" if few else "error", index=index, id=id, message=message))
 
     def facts(self) -> SetFacts:
         usable = (self.worst <= SEVERITY.index("note") + 1).nonzero()[0]
