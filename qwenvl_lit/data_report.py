@@ -18,6 +18,7 @@ from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.data.survey import Kind
 
 SHOWN_ERRORS = 20
+SETS_ABREAST = 4  # columns of a table; more would not fit into 80 characters
 BAR = 40  # characters of the longest bar
 HEADINGS: dict[Kind, str] = {
     "error": "Errors",
@@ -68,7 +69,8 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
 
 def percentiles(lengths: np.ndarray) -> tuple[int, int, int]:
     """Median, 99th percentile and longest; zeros if there is none."""
-    return tuple(int(value) for value in np.percentile(lengths, (50, 99, 100))) if len(lengths) else (0, 0, 0)
+    median, most, longest = np.percentile(lengths, (50, 99, 100)) if len(lengths) else (0, 0, 0)
+    return int(median), int(most), int(longest)
 
 
 def set_facts(facts: SetFacts) -> dict[str, str]:
@@ -112,11 +114,13 @@ def print_summary(inspection: Inspection, console: Console) -> None:
 
 
 def _parts(inspection: Inspection) -> Iterator[RenderableType]:
-    facts_of_sets = [set_facts(facts) for facts in inspection.sets]
-    table = Table("", *(Column(Text(printable(facts.name)), justify="right") for facts in inspection.sets))
-    for name in facts_of_sets[0]:
-        table.add_row(name, *(facts[name] for facts in facts_of_sets))
-    yield table
+    for start in range(0, len(inspection.sets), SETS_ABREAST):
+        sets = inspection.sets[start : start + SETS_ABREAST]
+        table = Table("", *(Column(Text(printable(facts.name)), justify="right") for facts in sets))
+        columns = [set_facts(facts) for facts in sets]
+        for name in columns[0]:
+            table.add_row(name, *(facts[name] for facts in columns))
+        yield table
     for facts in inspection.sets:
         for file in facts.files:
             yield _line(f"{facts.name}: {file.path}: {file.rows:,} rows, layout {file.layout}")

@@ -89,6 +89,14 @@ def test_the_summary_says_what_there_is_and_what_is_wrong(tmp_path):
     assert "train and test: rows of test that ask the same of the same pictures: 3; pictures in both: 2" in text
 
 
+def test_many_sets_are_told_in_several_tables():
+    text = printed(Inspection(sets=tuple(facts(f"set_{n}", rows=1000 + n) for n in range(9)), overlaps=()))
+    for n in range(9):
+        assert f" set_{n} " in text
+        assert f" 1,00{n} " in text
+    assert text.count("rows with errors") == 3
+
+
 def test_text_of_the_data_cannot_steer_a_terminal():
     assert printable("a\x1b[2Jb\ud800ü漢\n") == "a\\x1b[2Jb\\ud800ü漢\\n"
     assert "\x1b[2J" not in printed(Inspection(sets=(facts(findings=[error(0, "a:1: \x1b[2J")]),), overlaps=()))
