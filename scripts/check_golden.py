@@ -231,7 +231,10 @@ def main(folder: Path, *, every_case: bool = False, written: Path | None = None)
         f"{sum(report.listed for report in reports)} differ on purpose, {wrong} wrong"
     )
     if written and not wrong:
-        written.write_text(json.dumps(record(reports, folder), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        recorded = record(reports, folder)
+        head, entries = ({**recorded, "files": []}, (json.dumps(entry, ensure_ascii=False) for entry in recorded["files"]))
+        lines = json.dumps(head, indent=1, ensure_ascii=False).replace('"files": []', '"files": [\n  ' + ",\n  ".join(entries) + "\n ]")
+        written.write_text(lines + "\n", encoding="utf-8")
     return wrong
 
 

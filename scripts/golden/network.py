@@ -26,7 +26,7 @@ from qwenvl_lit.models.vision import resize_positions, sine_cosine_positions
 # a tanh GELU already shows as 1.4e-3, another interpolation as more than 1.
 LOGITS = 1e-4
 LOSS = 1e-5  # relative; gradients too
-TRAINED = 1e-4  # relative, after Adam has divided tiny gradients by tiny roots five times: losses of 0.002 move by 1e-5 of themselves
+MOVED = 1e-4  # norms of what six steps changed, about 1
 BFLOAT16_LOGITS = 0.4  # bfloat16 and float32 of the original differ by 0.17
 TABLE = 2e-6  # sines and cosines of angles up to 100, in float32
 
@@ -315,13 +315,13 @@ def train_steps(path: Path) -> Iterator[Result]:
             loss = model(**inputs).loss
             loss.backward()
             optimizer.step()
-            errors.append(abs(loss.item() / theirs - 1))
+            errors.append(abs(loss.item() - theirs) / max(theirs, 1))
         moved = {key: (tensor - before[key]).norm().item() for key, tensor in as_in_files(model.state_dict()).items()}
-        yield Result(case=name, of="loss (relative)", deviation=errors[0], allowed=LOSS)
-        yield Result(case=name, of="loss of steps 2 to 6 (relative)", deviation=max(errors[1:]), allowed=TRAINED)
+        # A loss is a difference of logits of about 10: below 1, its rounding does not shrink with it (the sixth is 0.002).
+        yield Result(case=name, of="losses (relative, to 1 at least)", deviation=max(errors), allowed=LOSS)
         yield same(name, "unchanged parameters", sorted(key for key, norm in moved.items() if norm == 0), sorted(recipe["unchanged"]))
         change = max(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items())
-        yield Result(case=name, of="norm of changes", deviation=change, allowed=TRAINED)
+        yield Result(case=name, of="norm of changes", deviation=change, allowed=MOVED)
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------------------

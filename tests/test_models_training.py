@@ -1,0 +1,101 @@
+"""Ready for training: compiled, with gradient checkpointing, with adapters, with batches of text alone."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_network import CLOSE, LOSS, PICTURE, small_network, talk_of_two, tensor, text
+from torch import nn
+
+# Float32 sums in another order. Entries whose true gradient is zero (key biases: softmax does not see them) are noise of 1e-8.
+GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """LoRA on every linear layer, its second matrices not zero, so that both have gradients."""
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+def checkpointed(model: nn.Module) -> None:
+    """As transformers does it by default; its name since 5.2x, or before."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [*model.transformer.h, *model.transformer.visual.transformer["resblocks"]]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_not_compiled(backend):
+    """One graph, with its backward pass; `inductor` also writes and compiles its kernels."""
+    torch._dynamo.reset()
+    model, batch = small_network().train(), talk_of_two()
+    kept = batch["attention_mask"].bool()
+    expected, plain = model(**batch, labels=batch["input_ids"]), gradients(model, batch)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    out = compiled(**batch, labels=batch["input_ids"])
+    torch.testing.assert_close(out.logits[kept], expected.logits[kept], **CLOSE)
+    torch.testing.assert_close(out.loss, expected.loss, **LOSS)
+    for name, gradient in gradients(compiled, batch).items():
+        torch.testing.assert_close(gradient, plain[name.removeprefix("_orig_mod.")], **GRADIENT)
+
+
+def test_checkpointed_blocks_run_again_for_their_gradients_in_the_tower_too():
+    model, batch = small_network().train(), talk_of_two()
+    runs = {block.ln_1: 0 for block in blocks(model)}  # of what is inside: hooks of a block itself stay outside its checkpoint
+    for norm in runs:
+        norm.register_forward_pre_hook(lambda norm, args: runs.__setitem__(norm, runs[norm] + 1))
+    gradients(model, batch)
+    assert set(runs.values()) == {1}
+    checkpointed(model)
+    gradients(model, batch)
+    assert set(runs.values()) == {1 + 2}
+
+
+def test_checkpointing_changes_no_gradient_and_needs_no_input_with_one():
+    """The reentrant kind gives adapters none where what comes in has none, as pixels and frozen embeddings."""
+    model, batch = with_adapters(small_network()), talk_of_two()
+    expected = gradients(model, batch)
+    checkpointed(model.base_model.model)
+    assert all(block.gradient_checkpointing for block in blocks(model.base_model.model))
+    found = gradients(model, batch)
+    assert len(found) == len(expected) > 0
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], **GRADIENT)
+        assert gradient.any()
+
+
+def test_adapters_of_the_tower_have_gradients_of_zero_from_text_alone():
+    """Not none: in a step of several ranks, others may have pictures, and gradients are averaged."""
+    found = gradients(with_adapters(small_network()), {"input_ids": tensor(text(8))})
+    tower = {name: gradient for name, gradient in found.items() if ".visual." in name}
+    assert any("attn_pool.attn.q_proj" in name for name in tower)
+    assert all(gradient is not None and not gradient.any() for gradient in tower.values())
+    assert all(gradient.any() for name, gradient in found.items() if name not in tower)
+
+
+def test_packed_samples_have_the_loss_and_gradients_of_a_padded_batch():
+    model = small_network().train()
+    rows = [PICTURE + text(9), text(15, seed=1)]
+    pixels = torch.randn(1, 3, 16, 16)
+    padded = tensor(rows[0], rows[1])
+    labels = padded.clone()
+    labels[:, 0] = -100  # nothing comes before the first token of a row; in a packed one, the sample before it does
+    batch = {"pixel_values": pixels, "labels": labels, "input_ids": padded, "attention_mask": torch.ones_like(padded)}
+    expected = {name: gradient.clone() for name, gradient in _gradients_of(model, batch).items()}
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    packed = {"pixel_values": pixels, "labels": labels.view(1, -1), "input_ids": padded.view(1, -1), "position_ids": positions}
+    for name, gradient in _gradients_of(model, packed).items():
+        torch.testing.assert_close(gradient, expected[name], **GRADIENT)
+
+
+def _gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
