@@ -169,16 +169,18 @@ def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, p
     Raises:
         DataError: as `fetch`, and for an archive that is broken or lacks what it should give.
     """
-    if not _missing(archives, root):
+    if not (missing := _missing(archives, root)):
         return
+    if (absent := _absent(missing, root)) and (why := offline(download)):
+        raise DataError(_what_to_bring(missing, absent, root, why))
     with _written(root):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".fetch.lock"):
             missing = _missing(archives, root)  # another process may have brought them
-            absent = [archive for archive in missing if not (root / archive.name).exists()]
-            if absent and (why := offline(download)):
-                raise DataError(_what_to_bring(missing, absent, root, why))
-            _check_room(root, sum(archive.size for archive in absent))
+            absent = _absent(missing, root)
+            _check_room(root, size := sum(archive.size for archive in absent))
+            if absent:
+                log.info("%s needs %s from the web", root, _bytes(size))
             for archive in missing:
                 file = fetch(archive.url, root / archive.name, size=archive.size, checksum=archive.checksum, patience=patience)
                 for name in archive.gives:
@@ -190,6 +192,10 @@ def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, p
 
 def _missing(archives: Sequence[Archive], root: Path) -> list[Archive]:
     return [archive for archive in archives if not all((root / name).exists() for name in archive.gives)]
+
+
+def _absent(archives: Sequence[Archive], root: Path) -> list[Archive]:
+    return [archive for archive in archives if not (root / archive.name).exists()]
 
 
 def _what_to_bring(missing: Sequence[Archive], absent: Sequence[Archive], root: Path, why: str) -> str:

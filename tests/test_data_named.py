@@ -1,0 +1,158 @@
+"""Every dataset with a name, from its yaml to its rows, on small files in the published formats."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+
+from qwenvl_lit.command import config_folder
+from qwenvl_lit.data.mixture import Source
+from qwenvl_lit.types import Box, DataError, GroundedObject
+
+TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"
+CAPTIONS = "Describe the image in English:"
+FROM_SWIFT = "\nplease describe the image."
+BOX = GroundedObject(boxes=(Box(x0=10, y0=20, x1=40, y1=60),))
+RED = GroundedObject(label="man in red")
+
+
+def write(file: Path, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in content))
+    else:
+        file.write_text(json.dumps(content))
+
+
+def captions(*pictures, key="file_name"):
+    """Two captions of each picture."""
+    said = [{"id": 10 * id + k, "image_id": id, "caption": f"{text} {id}"} for id, _ in pictures for k, text in enumerate(("one", "two"))]
+    return {"info": {}, "images": [{"id": id, key: name} for id, name in pictures], "annotations": said}
+
+
+def referring(*, line):
+    """What RefCOCO's files say: as one line of the evaluation's, or as published."""
+    if line:
+        return [{"image": f"data/coco/train2014/{TRAIN}", "sent": "man in red", "bbox": [10, 20, 40, 60], "height": 80, "width": 100}]
+    sentences = [{"sent_id": 1, "sent": "man in red"}, {"sent_id": 2, "sent": "left"}]
+    return pickle.dumps([{"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": sentences}], protocol=2)
+
+
+def questions(split: str, image_id: int):
+    return {"data_subtype": split, "questions": [{"question_id": 7, "image_id": image_id, "question": "How many?"}]}
+
+
+def answers(question_id: int):
+    texts = ["2"] * 6 + ["two"] * 4
+    given = [{"answer": text, "answer_id": number} for number, text in enumerate(texts, 1)]
+    return {"annotations": [{"question_id": question_id, "answers": given, "multiple_choice_answer": "2"}]}
+
+
+def asked(picture: str, answer, rows: int = 1):
+    return [{"image": picture, "question": "How many?", "question_id": id, "answer": answer} for id in range(7, 7 + rows)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """All datasets in one folder."""
+    root = tmp_path_factory.mktemp("data")
+    for picture in (f"coco/train2014/{TRAIN}", f"coco/val2014/{VAL}", "textvqa/train_images/a.jpg", "docvqa/val/documents/a.png"):
+        (root / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 80)).save(root / picture)
+    instances = {"images": [{"id": 9, "file_name": TRAIN}], "annotations": [{"id": 5, "image_id": 9, "bbox": [10, 20, 30, 40]}]}
+    image = f"data/coco/train2014/{TRAIN}"
+    files = {
+        "coco/annotations/captions_train2014.json": captions((9, TRAIN)),
+        "coco/annotations/captions_val2014.json": captions((42, VAL), (43, VAL)),
+        "vqav2/v2_OpenEnded_mscoco_train2014_questions.json": questions("train2014", 9),
+        "vqav2/v2_OpenEnded_mscoco_val2014_questions.json": questions("val2014", 42),
+        "vqav2/v2_mscoco_train2014_annotations.json": answers(7),
+        "vqav2/v2_mscoco_val2014_annotations.json": answers(7),
+        "textvqa/textvqa_train.jsonl": asked("data/textvqa/train_images/a.jpg", "2"),
+        "textvqa/textvqa_val.jsonl": asked("data/textvqa/train_images/a.jpg", "2"),
+        "textvqa/textvqa_train_annotations.json": answers(7),
+        "textvqa/textvqa_val_annotations.json": answers(7),
+        "docvqa/train.jsonl": asked("data/docvqa/val/documents/a.png", ["2", "2 "]),
+        "docvqa/val.jsonl": asked("data/docvqa/val/documents/a.png", ["2", "2 "]),
+        "chartqa/train_human.jsonl": asked(image, "2", rows=2),
+        "chartqa/train_augmented.jsonl": asked(image, "2", rows=2),
+        "chartqa/test_human.jsonl": asked(image, "2"),
+        "chartqa/test_augmented.jsonl": asked(image, "2"),
+        "flickr30k/flickr30k_karpathy_train.json": captions((1, image), (2, image), key="image"),
+        "flickr30k/flickr30k_karpathy_test.json": captions((1, image), key="image"),
+        "nocaps/nocaps_val.json": captions((1, image), key="image"),
+    }
+    for name, refs, splits in (
+        ("refcoco", "unc", "val testA testB"),
+        ("refcoco+", "unc", "val testA testB"),
+        ("refcocog", "umd", "val test"),
+    ):
+        files[f"{name}/instances.json"] = instances
+        files[f"{name}/refs({refs}).p"] = referring(line=False)
+        files |= {f"{name}/{name}_{split}.jsonl": referring(line=True) for split in splits.split()}
+    for name, content in files.items():
+        write(root / name, content)
+    return root
+
+
+def opened(name: str, root: Path, *options: str) -> Source:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        data = compose(
+            "train", [f"data={name}", f"data.root={root}", "paths.run=.", "data.split_file=null", "data.cache=null", *options]
+        ).data
+    return instantiate(data, _convert_="all")(processor=None).datasets[""]
+
+
+REFERRED = {"question": (RED,), "answer": (BOX,), "references": ()}
+VQA = {"question": ("How many?", " Answer:"), "answer": ("2",), "references": ("2",) * 6 + ("two",) * 4}
+CAPTION = {"question": (CAPTIONS,), "answer": ("one 1",), "references": ("one 1", "two 1")}
+SETS = {  # rows to learn from and for validation, test sets, and what the last of those begins with
+    "coco_en_mini": (1, 1, {}, {}),
+    "coco_en": (2, 405, {"test": 2}, {"question": (FROM_SWIFT,), "answer": ("one 42",), "references": ("one 42", "two 42")}),
+    "refcoco": (2, 400, {"val": 1, "testA": 1, "testB": 1}, REFERRED),
+    "refcoco_plus": (2, 400, {"val": 1, "testA": 1, "testB": 1}, REFERRED),
+    "refcocog": (2, 400, {"val": 1, "test": 1}, REFERRED),
+    "vqav2": (1, 500, {"val": 1}, VQA),
+    "textvqa": (1, 500, {"val": 1}, VQA | {"question": ("How many? Answer:",)}),
+    "docvqa": (1, 500, {"val": 1}, {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2", "2 ")}),
+    "chartqa": (3, 1, {"human": 1, "augmented": 1}, {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2",)}),
+    "flickr30k": (1, 1, {"test": 1}, CAPTION),
+    "nocaps": (0, 0, {"val": 1}, CAPTION),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_named_dataset_reads_the_published_files(root, name):
+    learned, held_out, tests, first = SETS[name]
+    folder = root / "coco" if name.startswith("coco") else root
+    source = opened(name, folder, "data.download=false", *(["data.validation=1"] if name in ("chartqa", "flickr30k") else ()))
+    source.prepare_files()  # all is there: nothing is fetched
+    training = source.open_training()
+    assert (sum(map(len, training.stages)), len(training.validation)) == (learned, held_out)
+    assert all(row.pictures and row.answer for rows in (*training.stages, training.validation) for row in rows)
+    sets = source.open_tests()
+    assert {test: len(rows) for test, rows in sets.items()} == tests
+    if tests:
+        row = list(sets.values())[-1][0]
+        parts = row.turns[0].parts
+        assert {"question": parts[parts.index(row.pictures[0]) + 1 :], "answer": row.answer.parts, "references": row.references} == first
+
+
+def test_the_mini_set_asks_and_answers_as_ms_swift_does(root):
+    row = opened("coco_en_mini", root / "coco", "data.validation=null").open_training().stages[0][0]
+    assert row.turns[0].parts == ("Picture 1:", row.pictures[0], FROM_SWIFT)
+    assert row.answer.parts == ("one 42",)
+    assert row.pictures[0].source == root / "coco/val2014" / VAL
+
+
+@pytest.mark.parametrize("name", ["coco_en_mini", "coco_en", "refcoco", "vqav2"])
+def test_what_is_missing_is_named_before_anything_is_read(tmp_path, name):
+    with pytest.raises(DataError, match=r"lacks .*, (and downloads are off|which is not fetched)"):
+        opened(name, tmp_path, "data.download=false").prepare_files()
+    assert list(tmp_path.iterdir()) == []
