@@ -80,6 +80,24 @@ def test_adapters_of_the_tower_have_gradients_of_zero_from_text_alone():
     assert all(gradient.any() for name, gradient in found.items() if name not in tower)
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    """A process group of this process alone: DDP checks the same things as among several."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapt", [False, True])
+def test_ranks_do_not_wait_for_a_batch_without_pictures(one_rank, adapt):
+    """DDP refuses the step after one in which a trained parameter took no part."""
+    model = with_adapters(small_network()) if adapt else small_network().train()
+    ranked = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    for batch in ({"input_ids": tensor(text(8))}, talk_of_two(), {"input_ids": tensor(text(8))}):
+        ranked(**batch, labels=batch["input_ids"]).loss.backward()
+    assert ranked(input_ids=tensor(text(8))).logits.isfinite().all()
+
+
 def test_packed_samples_have_the_loss_and_gradients_of_a_padded_batch():
     model = small_network().train()
     rows = [PICTURE + text(9), text(15, seed=1)]
