@@ -105,7 +105,15 @@ def golden_sample(case: dict[str, Any], tokenizer: QwenTokenizer) -> dict[str, A
 
 
 def spans_closed(ids: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str]:
-    return ["picture" if isinstance(item, str) else item for item in paths_read(ids, tokenizer, in_bytes=True)]
+    """`ids` with how many there are between the tags of each picture in place of them, whatever they are."""
+    out: list[int | str] = []
+    rest = list(ids)
+    while rest:
+        out.append(rest.pop(0))
+        if out[-1] == tokenizer.img_start_id and tokenizer.img_end_id in rest:
+            end = rest.index(tokenizer.img_end_id)
+            out[-1], rest = f"picture of {end} tokens", rest[end + 1 :]
+    return out
 
 
 def labels_closed(ids: Sequence[int], labels: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str | None]:

@@ -80,6 +80,7 @@ def batch(path: Path) -> Iterator[Result]:
     file = opened(path)
     tokenizer, nobody = file.tokenizer, Conversation(id="", turns=())
     none = torch.empty(0, dtype=torch.int64)
+    yield same("pad_token_id", "ids", tokenizer.pad_id, file.data["pad_token_id"])
     for case in file.data["cases"]:
         rows = [torch.tensor(tokenizer.encode(text, allowed_special=tokenizer.special)) for text in case["texts"]]
         samples = [Sample(conversation=nobody, input_ids=ids, labels=ids, vision_positions=none, vision={}) for ids in rows]
