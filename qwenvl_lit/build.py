@@ -45,6 +45,8 @@ def data(config: DictConfig, processor: Processor) -> DataModule:
     """
     if not config.data:
         raise DataError("data is missing: choose data=..., for example data=jsonl data.test=my.jsonl")
+    if "datasets" in config.data and not config.data.datasets:
+        raise DataError("data.datasets is missing: which, and how much of each, for example data.datasets={coco_en_mini:2000,refcoco:0.5}")
     return _object(config.data)(processor=processor)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -95,8 +96,47 @@ def _offer_run(verb: str) -> None:
     for group in FROM_RUN:
         node = dict(run.config[group]) if run else {}
         if group == "data" and run and run.folder:
-            node["split_file"] = str(run.folder / "split.json")
+            for source in (node, *dict(node.get("datasets") or {}).values()):
+                if source.get("split_file"):
+                    source["split_file"] = str(run.folder / Path(source["split_file"]).name)
         ConfigStore.instance().store(group=group, name="run", node=node)
+
+
+def name_datasets(config: DictConfig) -> None:
+    """Put in place of each name in `data.datasets` what conf/data has under it, so that the config says all by itself.
+
+    Raises:
+        DataError: there is no such file, or it has no such key.
+    """
+    from dataclasses import fields
+
+    from qwenvl_lit.data.mixture import Source
+
+    known = [field.name for field in fields(Source)]
+    named = {name: value for name, value in config.data.datasets.items() if not (OmegaConf.is_dict(value) and "_target_" in value)}
+    for name, value in named.items():
+        changes = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_dict(value) else {"rows": value}
+        file = changes.pop("use", name)
+        try:
+            node = hydra.compose("train", overrides=[f"data={file}"]).data
+        except (MissingConfigException, ConfigCompositionException) as error:
+            raise DataError(f"data.datasets.{name}: {_explain('train', error)}") from error
+        if unknown := sorted(set(changes) - set(known)):
+            raise DataError(f"data.datasets.{name} has no key {', '.join(unknown)}; its keys are use, {', '.join(known)}")
+        own = {key: item for key, item in OmegaConf.to_container(node, resolve=False).items() if key in known}
+        if "split_file" in own:
+            own["split_file"] = f"${{paths.run}}/split_{name}.json"
+        whole = {"_target_": f"{Source.__module__}.{Source.__name__}", "rows": None, **own, **changes}
+        OmegaConf.update(config, f"data.datasets.{name}", whole, merge=False, force_add=True)
+
+
+def _keep_named_datasets(config: DictConfig) -> None:
+    if not (config.get("data") and config.data.get("datasets")):
+        return
+    name_datasets(config)
+    job = HydraConfig.get()
+    if job.output_subdir is not None:
+        OmegaConf.save(config, Path(job.runtime.output_dir, job.output_subdir, "config.yaml"))  # where `find_run` reads it
 
 
 def _reporting(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -104,6 +144,7 @@ def _reporting(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], Non
 
     def job(config: DictConfig) -> None:
         try:
+            _keep_named_datasets(config)
             main(config)
         except DataError as error:
             # an error from a data worker carries that worker's traceback; its last line is the message

@@ -8,7 +8,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.command import FROM_RUN, config_folder
+from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets
+from qwenvl_lit.types import DataError
 
 CONF = config_folder()
 VERBS = ("train", "test", "predict", "check")
@@ -112,3 +113,32 @@ def test_callbacks_are_added_removed_and_replaced(tmp_path):
     assert "boxes" not in composed("test", "~callbacks.boxes").callbacks
     replaced = composed("test", "callbacks.progress._target_=lightning.pytorch.callbacks.TQDMProgressBar", "~callbacks.progress.leave")
     assert replaced.callbacks.progress == {"_target_": "lightning.pytorch.callbacks.TQDMProgressBar"}
+
+
+def test_a_mixture_holds_what_the_files_of_its_datasets_say():
+    config = composed(
+        "train", "data=mixture", "data.datasets={demo:2000,mine:{use:jsonl,rows:0.5,train:my.jsonl,root:/my},other:{use:jsonl}}"
+    )
+    name_datasets(config)
+    once = OmegaConf.to_container(config)
+    demo, mine, other = once["data"]["datasets"].values()
+    assert demo["_target_"] == "qwenvl_lit.data.mixture.Source"
+    assert (demo["rows"], demo["root"], demo["train"]) == (2000, "${paths.cache}/demo", ["train_single.jsonl#5120", "train.jsonl#17920"])
+    assert (mine["rows"], mine["root"], mine["train"], mine["split_file"]) == (0.5, "/my", "my.jsonl", "${paths.run}/split_mine.json")
+    assert (other["rows"], other["split_file"]) == (None, "${paths.run}/split_other.json")
+    assert not {"batch_size", "order", "_partial_"} & set(mine)
+    name_datasets(config)
+    assert OmegaConf.to_container(config) == once, "what is complete stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("datasets", "says"),
+    [
+        ("{nowhere:5}", r"data\.datasets\.nowhere: .*nowhere"),
+        ("{demo:{rwos:5}}", r"data\.datasets\.demo has no key rwos; its keys are use, "),
+    ],
+)
+def test_a_mistake_in_a_mixture_is_named(datasets, says):
+    config = composed("train", "data=mixture", f"data.datasets={datasets}")
+    with pytest.raises(DataError, match=says):
+        name_datasets(config)

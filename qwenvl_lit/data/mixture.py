@@ -68,10 +68,8 @@ class Source:
     split_file: str | Path | None = None
 
     def __post_init__(self):
-        if self.rows is not None and (isinstance(self.rows, bool) or self.rows <= 0 or (isinstance(self.rows, int) and self.rows == 1)):
-            raise DataError(
-                f"rows={self.rows!r}: give a number of rows such as 2000, or how often to take each with a point: 0.5, 1.0, 2.0"
-            )
+        if (self.rows is not None and self.rows <= 0) or (isinstance(self.rows, int) and self.rows < 2):
+            raise DataError(f"rows={self.rows}: give a number of rows such as 2000, or how often to take each, with a point: 0.5, 1.0")
 
     @cached_property
     def reading(self) -> Reading:
@@ -143,8 +141,9 @@ class Source:
         bottoms, place = places(Joined(parts))
         distinct, which = np.unique(place, return_inverse=True)
         # what decides the rows: their `file`, or `files` where there are several, and which `part` of them it is
-        known = all(hasattr(rows, "file") for rows in bottoms)
-        stamps = stamp([file for rows in bottoms for file in getattr(rows, "files", (rows.file,))]) if known else None
+        named = [rows for rows in bottoms if len(rows)]
+        known = all(hasattr(rows, "file") for rows in named)
+        stamps = stamp([file for rows in named for file in getattr(rows, "files", (rows.file,))]) if known else None
         options = (repr(self.read.args), repr(self.read.keywords)) if isinstance(self.read, partial) else ()
         found = measure(
             Chosen(Joined(bottoms), distinct),
@@ -153,7 +152,7 @@ class Source:
             cache=self.reading.cache / "lengths" if self.reading.cache and stamps else None,
             identity=[
                 stamps,
-                [getattr(rows, "part", None) for rows in bottoms],
+                [getattr(rows, "part", None) for rows in named],
                 hashlib.sha256(distinct.tobytes()).hexdigest(),
                 asdict(self.reading),
                 options,
