@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
+from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torchmetrics import Metric
 
     from qwenvl_lit.adapters import Adapter
@@ -32,8 +33,8 @@ class Task(lightning.LightningModule):
         metrics: scores of predictions by name; each set of rows gets copies of its own.
         config: plain data that is stored in every checkpoint, from which the run can be built again.
 
-    Logs `train/loss`, `train/accuracy` (of the next supervised token), `train/grad_norm` (before clipping); `val/loss`, `val/NAME`; and
-    `SET/NAME` for each test set, with `SET/rows`. A metric that found no row it could score is not logged.
+    Logs of each optimizer step `train/loss`, `train/accuracy` (of the next supervised token), `train/grad_norm` (before clipping);
+    `val/loss`, `val/NAME`; and `SET/NAME` for each test set, with `SET/rows`. A metric that found no row it could score is not logged.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class Task(lightning.LightningModule):
         self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set being scored
         self.set_rows: list[int] = []
         self.val_loss = MeanMetric()
+        self.guard = StepGuard()
+        self.window: list[Batch] = []  # of the optimizer step that is being made
+        self.register_buffer("window_sums", torch.zeros(2), persistent=False)  # its losses and right predictions
         self.strict_loading = False  # frozen tensors are not in checkpoints; `load_state_dict` checks the rest
 
     def setup(self, stage: str) -> None:
@@ -109,19 +113,58 @@ class Task(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        output = self.model(**self.family.inputs(batch))
+        """The sum of the losses of a batch: the mean over all supervised tokens of the step is known at its end only."""
+        output = self.model(**self.family.inputs(batch), num_items_in_batch=1)
+        self.window.append(batch)
         if not len(batch.target_positions):  # every row was dropped: a step all the same, since other ranks wait for its gradients
             return output.logits.sum() * 0
         targets = batch.labels.flatten()[batch.target_positions + 1]
-        accuracy = (output.logits.detach().argmax(-1) == targets).float().mean()
-        rows = len(batch.conversations)
-        self.log("train/loss", output.loss, prog_bar=True, batch_size=rows)
-        self.log("train/accuracy", accuracy, batch_size=rows)
+        correct = (output.logits.detach().argmax(-1) == targets).sum()
+        self.window_sums = self.window_sums + torch.stack((output.loss.detach().float(), correct.float()))
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [tensor.grad for tensor in self.parameters() if tensor.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        """Makes the gradient that of the mean over the supervised tokens of all batches and ranks of the step, whatever their number.
+
+        Raises:
+            DataError: a trainable tensor got no gradient, or the gradient before this one was not finite.
+        """
+        self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
+        tokens = self.window_sums.new_tensor([sum(len(batch.target_positions) for batch in self.window)])
+        loss, correct, tokens = self.trainer.strategy.reduce(torch.cat((self.window_sums, tokens)), reduce_op="sum")
+        gradients = self._gradients()
+        # Lightning has divided by the number of batches, and the ranks' sums were averaged
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        finite = self.gradient_norm.isfinite()
+        optimizer.found_inf = (~finite).float()  # torch's own sign to leave a step out, which is obeyed on the device
+        self.guard.note(finite, step=self.trainer.global_step + 1, batches=self.window)
+        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True)
+        self.log("train/accuracy", correct / tokens.clamp(min=1))
+        self.log("train/grad_norm", self.gradient_norm)
+        self.window, self.window_sums = [], torch.zeros_like(self.window_sums)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips to the norm `gradient_clip_val`, with the norm that is known already; also where parameters are sharded."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: gradients are clipped by their norm only")
+        if gradient_clip_val:
+            factor = (gradient_clip_val / (self.gradient_norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_([local(gradient) for gradient in self._gradients()], factor)
+
+    def on_train_end(self) -> None:
+        self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        trained = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}
+        if without := [name for name, tensor in trained.items() if tensor.grad is None]:
+            raise DataError(
+                f"{len(without)} trainable tensors got no gradient: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}. "
+                f"Nothing in the batch reaches them: choose an adapter without them, or data that does"
+            )
+        return [tensor.grad for tensor in trained.values()]
 
     def on_validation_epoch_start(self) -> None:
         self._start_scoring(1)
@@ -182,3 +225,8 @@ class Task(lightning.LightningModule):
             for name, metric in metrics.items():
                 if (value := metric.compute()).isfinite():
                     self.log(f"{set_name}/{name}", value.float())
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "qwenvl_lit"
 LAYERS = [  # a module may import from the rows above its own, and from its own package
     {"types"},
     {"grounding", "chatml", "models", "families.protocols"},
-    {"families", "data", "metrics", "adapters", "optim", "generation"},
+    {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
     {"task", "callbacks", "runs", "strategies", "data_report"},
     {"build", "command", "data_page"},
     {"train", "test", "predict", "check"},
@@ -116,7 +116,7 @@ def test_a_module_has_one_idea(module):
 
 def test_only_declared_libraries_are_imported_at_start():
     declared = {"torch", "lightning", "transformers", "peft", "torchmetrics", "hydra", "omegaconf"}
-    declared |= {"PIL", "matplotlib", "rich", "tiktoken", "safetensors", "numpy", "filelock", "qwenvl_lit"}
+    declared |= {"huggingface_hub", "PIL", "matplotlib", "rich", "tiktoken", "safetensors", "numpy", "filelock", "qwenvl_lit"}
     for module, path in modules().items():
         names = {name.split(".")[0] for name in imports(path, at_start_only=True)}
         assert names <= declared | set(sys.stdlib_module_names), module

@@ -225,6 +225,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -244,6 +245,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             labels: (B, T), not shifted; -100 where nothing is learned.
             target_positions: (count,), the tokens whose successors are learned, as flat indices into B * T. Logits are then computed for
                 these alone, (count, V); the loss is the same.
+            num_items_in_batch: the loss is the sum over all learned tokens divided by this; left out, it is their mean.
             use_cache: fill a cache and return it. Left out, this is done in evaluation without labels if the config says so; packed
                 rows never have one.
             logits_to_keep: compute the logits of the last so many tokens (0: all) or at these indices.
@@ -266,18 +268,18 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         x_BTD = outputs.last_hidden_state
-        loss = None
+        loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
         if labels is not None and target_positions is not None:
             if not len(target_positions):
                 raise ValueError("target_positions is empty: no token of this batch is supervised")
             logits = self.lm_head(x_BTD.flatten(0, 1).index_select(0, target_positions))
             targets = labels.flatten().index_select(0, target_positions + 1)
-            loss = self.loss_function(logits, labels=None, shift_labels=targets, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels=None, shift_labels=targets, **sizes, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x_BTD[:, kept])
             if labels is not None:
-                loss = self.loss_function(logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                loss = self.loss_function(logits, labels=labels, **sizes, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,0 +1,50 @@
+"""Steps whose gradient is not finite: the optimizer leaves them out, and the run stops one step later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qwenvl_lit.types import Batch, DataError
+
+
+class StepGuard:
+    """Remembers whether the last gradient was finite. The answer is read one step later, so that nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self._finite: torch.Tensor | None = None
+
+    def note(self, finite: torch.Tensor, *, step: int, batches: Sequence[Batch]) -> None:
+        """`finite` (on the device) is the verdict on the gradient of `batches`, which would have made `step`."""
+        on_gpu = finite.is_cuda
+        self._finite = torch.empty((), dtype=torch.bool, pin_memory=on_gpu)
+        self._finite.copy_(finite, non_blocking=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+        self._step, self._batches = step, batches
+
+    def check(self, folder: Path, rank: int) -> None:
+        """Read what was noted last.
+
+        Raises:
+            DataError: that gradient was not finite; its batches are saved in `folder`.
+        """
+        if self._finite is None:
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        finite, self._finite = bool(self._finite), None
+        if finite:
+            return
+        rows = [conversation.where or conversation.id for batch in self._batches for conversation in batch.conversations]
+        file = folder / f"not_finite_step_{self._step}.rank{rank}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = [{"input_ids": batch.input_ids, "labels": batch.labels, **batch.vision} for batch in self._batches]
+        torch.save({"step": self._step, "rows": rows, "batches": [{k: v.cpu() for k, v in batch.items()} for batch in tensors]}, file)
+        raise DataError(
+            f"the gradient of step {self._step} is not finite and was not applied. Its rows on rank {rank}: {', '.join(rows)}; saved as "
+            f"{file}. Look at these rows; then go on from the last checkpoint, with a smaller optim.lr if they are in order"
+        )
