@@ -76,7 +76,7 @@ def check(path: Path, folder: Path, listed: Listed) -> Report:
     try:
         report.results = list(compare(path))
         expected = len(read(path).get("cases", ())) if path.suffix == ".json" else 0
-    except (UnreadableError, KeyError) as fault:
+    except (UnreadableError, KeyError, OSError) as fault:  # of its own, or of a picture or weights that it needs
         report.missed.append(f"cannot be compared: {type(fault).__name__}: {fault}")
         return report
     seen: set[str] = set()

@@ -1,12 +1,13 @@
 """Every recorded value of the original comes out, or what `golden/deviations.json` says; the README's tables are those of the record."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import check_golden
 import pytest
-from golden.result import Result, read
+from golden.result import Result, read, worst
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -121,6 +122,7 @@ def test_a_case_that_is_not_compared_is_a_miss(folder, capsys):
         ("tokenizer/to_list_format_synthetic.json", '{"cases": [{}]}', "cannot be compared: KeyError: 'text'"),
         ("tokenizer/to_list_format_synthetic.json", '{"vocab_sha256": "0"}', "was made with another synthetic.tiktoken"),
         ("model/rotary.safetensors", "half a file", "rotary.safetensors cannot be read as safetensors"),
+        ("model/preprocess.json", '{"images": [{"file": "images/gone.png"}]}', "cannot be compared: FileNotFoundError"),
         ("model/notes.json", "{}", "model/notes.json: no comparison knows this file"),
     ],
 )
@@ -142,6 +144,7 @@ def test_an_empty_folder_is_a_miss(tmp_path):
 
 
 def test_a_nan_is_a_miss():
+    assert math.isnan(worst([0.0, float("nan"), 1.0]))
     assert not Result(case="case", of="loss", deviation=float("nan"), allowed=1.0).passed
 
 

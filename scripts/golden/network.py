@@ -14,9 +14,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import DynamicCache
 
-from golden.result import Result, UnreadableError, distance, read, same, tensors_of
+from golden.result import Result, UnreadableError, distance, read, same, tensors_of, worst
 from qwenvl_lit.families.qwen_vl import preprocess
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 from qwenvl_lit.models.language import ntk_alpha, rotary_tables
@@ -36,7 +37,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tiny network's, from `model.safetensors`, or from a packed one: of each tensor all first bytes, then all second bytes, ..."""
     if not (folder / "model.safetensors.xz").exists():
         return tensors_of(folder / "model.safetensors")
-    planes = safetensors.torch.load(lzma.decompress((folder / "model.safetensors.xz").read_bytes()))
+    try:
+        planes = safetensors.torch.load(lzma.decompress((folder / "model.safetensors.xz").read_bytes()))
+    except (lzma.LZMAError, SafetensorError) as fault:
+        raise UnreadableError(f"model.safetensors.xz cannot be unpacked: {fault}") from None
     shapes = read(folder / "param_shapes.json")
     return {name: tensor.T.contiguous().view(torch.float32).view(shapes[name]) for name, tensor in planes.items()}
 
@@ -222,7 +226,7 @@ def compare_gradients(case: dict, tensors: dict, model: QwenVLForCausalLM) -> Co
     norms = {name: norm for name, norm in case["grad_norms"].items() if norm is not None}
     yield None, same(name, "parameters with a gradient", sorted(gradients), sorted(norms))
     errors = [abs(gradients[key].double().norm().item() - norm) / max(norm, 1e-9) for key, norm in norms.items()]
-    yield None, Result(case=name, of=of, deviation=max(errors), allowed=LOSS)
+    yield None, Result(case=name, of=of, deviation=worst(errors), allowed=LOSS)
     placeholder = gradients["transformer.wte.weight"][model.config.visual["image_start_id"] + 2]
     yield None, same(name, "no gradient at picture tokens", not placeholder.any().item(), case["wte_grad_zero_rows_of_image_tokens"])
 
@@ -318,9 +322,9 @@ def train_steps(path: Path) -> Iterator[Result]:
             errors.append(abs(loss.item() - theirs) / max(theirs, 1))
         moved = {key: (tensor - before[key]).norm().item() for key, tensor in as_in_files(model.state_dict()).items()}
         # A loss is a difference of logits of about 10: below 1, its rounding does not shrink with it (the sixth is 0.002).
-        yield Result(case=name, of="losses (relative, to 1 at least)", deviation=max(errors), allowed=LOSS)
+        yield Result(case=name, of="losses (relative, to 1 at least)", deviation=worst(errors), allowed=LOSS)
         yield same(name, "unchanged parameters", sorted(key for key, norm in moved.items() if norm == 0), sorted(recipe["unchanged"]))
-        change = max(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items())
+        change = worst(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items())
         yield Result(case=name, of="norm of changes", deviation=change, allowed=MOVED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,8 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest absolute difference; infinite between different shapes. The reference may keep every n-th entry of the last dimension."""
     ours = ours[..., :: max(ours.shape[-1] // theirs.shape[-1], 1)]
     return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+
+
+def worst(deviations: Iterable[float]) -> float:
+    """The largest; a NaN if there is one, which `max` would pass over."""
+    return torch.tensor([*deviations], dtype=torch.float64).max().item()
