@@ -129,5 +129,7 @@ def test_packing_gives_the_same_loss_as_padding(supervise):
     padded, padded_gradient, packed, packed_gradient = losses.values()
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=0)
     torch.testing.assert_close(packed_gradient, padded_gradient, rtol=1e-5, atol=0)
-    alone = [model(**family.inputs(Pack(pad_id=processor.pad_id)([one]))).loss * len(Pack(pad_id=0)([one]).target_positions) for one in samples]
+    alone = [
+        model(**family.inputs(Pack(pad_id=processor.pad_id)([one]))).loss * len(Pack(pad_id=0)([one]).target_positions) for one in samples
+    ]
     torch.testing.assert_close(packed, sum(alone) / len(batch.target_positions), rtol=1e-5, atol=0)

@@ -1,11 +1,16 @@
+import dataclasses
+import json
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from PIL import Image
+from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.types import Conversation, DataError, Turn
+from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 
 
 class Letters:
@@ -99,3 +104,129 @@ def test_files_are_prepared_before_they_are_read():
     prepared = []
     module(root="folder", download=False, prepare=lambda *given: prepared.append(given)).prepare_data()
     assert prepared == [(Path("folder"), False)]
+
+
+class Pictures(Letters):
+    """Opens the picture of a row, as a real processor does."""
+
+    def encode(self, conversation, *, prompt=False):
+        for picture in conversation.pictures:
+            picture.open()
+        return super().encode(conversation, prompt=prompt)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Twenty rows about pictures, of which that of the third is no picture."""
+    for number in range(20):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    rows = ({"id": str(number), "query": f"<img>{number}.png</img>", "response": "x"} for number in range(20))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_broken_picture_is_an_error(files):
+    data = DataModule(processor=Pictures(), read=read_rows, root=files, train="rows.jsonl")
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"2\.png cannot be read as an image"):
+        list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_with_a_broken_picture_may_be_dropped_and_is_listed(files, workers, caplog):
+    data = DataModule(
+        processor=Pictures(),
+        read=read_rows,
+        root=files,
+        train="rows.jsonl",
+        on_bad_picture="drop",
+        max_bad_fraction=0.05,
+        batch_size=4,
+        num_workers=workers,
+    )
+    data.trainer = trainer(files / "run")
+    data.trainer.training = True
+    data.setup("fit")
+    seen = []
+    for _ in range(2):
+        seen += [row.id for batch in data.train_dataloader() for row in data.on_before_batch_transfer(batch, 0).conversations]
+    assert sorted(seen) == sorted([str(number) for number in range(20) if number != 2] * 2)
+    [finding] = map(json.loads, (files / "run/findings.jsonl").read_text().splitlines())
+    assert finding["set"] == "train"
+    assert finding["kind"] == "dropped"
+    assert "2.png cannot be read as an image" in finding["message"]
+    assert caplog.text.count("is left out") == 1
+
+
+def test_too_many_dropped_rows_stop_the_run(files):
+    (files / "7.png").write_bytes(b"")
+    data = DataModule(processor=Pictures(), read=read_rows, root=files, train="rows.jsonl", on_bad_picture="drop", max_bad_fraction=0.05)
+    data.trainer = trainer(files / "run")
+    data.trainer.training = True
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"2 of 20 rows of train had to be left out, more than data\.max_bad_fraction=0\.05 allows"):
+        for batch in data.train_dataloader():
+            data.on_before_batch_transfer(batch, 0)
+
+
+def test_only_broken_pictures_are_a_reason_to_drop_a_row(files):
+    class Refuses(Letters):
+        def encode(self, conversation, *, prompt=False):
+            raise DataError("no answer to learn from")
+
+    data = DataModule(processor=Refuses(), read=read_rows, root=files, train="rows.jsonl#2", on_bad_picture="drop")
+    data.setup("fit")
+    with pytest.raises(DataError, match="no answer to learn from"):
+        list(data.train_dataloader())
+
+
+def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path, caplog):
+    class Long(Letters):
+        def length(self, conversation):
+            if conversation.id == "c":
+                raise Dropped("rows:3: c is too long")
+            return super().length(conversation)
+
+    def noting(source, reading):
+        return [dataclasses.replace(row, notes=("rows:1: box clipped",) if row.id == "a" else ()) for row in read(source, reading)]
+
+    data = DataModule(processor=Long(), read=noting, train="abcd")
+    data.trainer = trainer(tmp_path)
+    data.setup("fit")
+    assert sorted(ids(data.train_dataloader())) == list("abd")
+    assert [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()] == [
+        {"set": "data", "kind": "note", "index": 0, "id": "a", "message": "rows:1: box clipped"},
+        {"set": "data", "kind": "dropped", "index": 2, "id": "c", "message": "rows:3: c is too long"},
+    ]
+    assert "1 rows are left out, 1 are repaired" in caplog.text
+
+
+def test_predictions_are_numbered_over_all_files_of_a_set():
+    data = module(test={"both": ["abc", "de"]}, eval_batch_size=2)
+    data.setup("test")
+    rows = [row for batch in data.test_dataloader()[0] for row in batch.conversations]
+    assert [(row.id, row.index) for row in rows] == [("a", 0), ("b", 1), ("c", 2), ("d", 3), ("e", 4)]
+
+
+def test_batches_are_packed_or_kept_within_a_budget():
+    class Words(Letters):
+        def length(self, conversation):
+            return len(conversation.id) * 3 + 1, 1
+
+        def encode(self, conversation, *, prompt=False):
+            sample = super().encode(conversation)
+            ids = torch.ones(self.length(conversation)[0], dtype=torch.int64)
+            return dataclasses.replace(sample, input_ids=ids, labels=ids)
+
+    options = {"processor": Words(), "read": read, "train": "abcdefgh", "max_tokens": 13}
+    for packing, expected in ((False, [(2, 4), (3, 4), (3, 4)]), (True, [(1, 8), (1, 12), (1, 12)])):
+        data = DataModule(**options, packing=packing)
+        data.setup("fit")
+        assert sorted(tuple(batch.input_ids.shape) for batch in data.train_dataloader()) == expected
+
+
+@pytest.mark.parametrize("option", [{"order": "random"}, {"on_bad_picture": "ignore"}])
+def test_a_misspelt_choice_is_an_error(option):
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(option))} is .* or "):
+        module(**option)

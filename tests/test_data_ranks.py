@@ -1,0 +1,82 @@
+"""Two processes share the rows of one run, also where all rows of one of them are dropped."""
+
+import json
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import lightning
+import pytest
+import torch.multiprocessing
+from lightning.pytorch.strategies import DDPStrategy
+from test_task import read, task
+from toy_task import trainer
+
+from qwenvl_lit.adapters import Full
+from qwenvl_lit.data.datamodule import DataModule
+
+
+class Watch(lightning.Callback):
+    """Remembers which rows each loop saw."""
+
+    def __init__(self):
+        self.seen = {"train": [], "validation": [], "test": []}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen["train"].append("".join(row.id for row in batch.conversations))
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen["validation"].append("".join(row.id for row in batch.conversations))
+
+    def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen["test"].append("".join(row.id for row in batch.conversations))
+
+
+def run_rank(rank: int, folder: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    made, watch = task(Full()), Watch()
+    data = DataModule(
+        processor=made.processor,
+        read=read,
+        train="abcdefghiJ",
+        validation="klmno",
+        test="pqr",
+        on_bad_picture="drop",
+        max_bad_fraction=0.5,
+        group_by_length=True,
+    )
+    for verb in ("fit", "test"):
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))  # not to wait for ever
+        options = {"verbose": False} if verb == "test" else {}
+        getattr(trainer(folder, watch, strategy=strategy, devices=2, max_epochs=1), verb)(made, data, **options)
+    weights = float(sum(parameter.double().sum() for parameter in made.parameters()))
+    (folder / f"seen{rank}.json").write_text(json.dumps({**watch.seen, "weights": weights}))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, args=(folder, port), nprocs=2)
+    findings = [json.loads(line) for file in folder.glob("findings*.jsonl") for line in file.read_text().splitlines()]
+    return [*(json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)), findings]
+
+
+def test_every_row_is_seen_once_by_one_rank(ranks):
+    one, other, _ = ranks
+    for name, rows in (("train", "abcdefghi"), ("validation", "klmno"), ("test", "pqr")):
+        assert sorted("".join(one[name] + other[name])) == sorted(rows)
+    assert len(one["train"]) == len(other["train"]) == 5
+    assert (len(one["validation"]), len(other["validation"])) == (3, 2)
+
+
+def test_a_dropped_row_costs_no_rank_a_step_and_is_listed_once(ranks):
+    one, other, findings = ranks
+    assert "" in one["train"] + other["train"]
+    assert one["weights"] == other["weights"]
+    assert [(finding["set"], finding["kind"]) for finding in findings] == [("train", "dropped")]
+    assert "sample 'J': picture <bytes> cannot be read" in findings[0]["message"]
