@@ -66,7 +66,7 @@ def conversation_from(
     boxes = Boxes(reading.on_bad_box)
     objects = [boxes.object(f"object {number}", raw) for number, raw in enumerate(draft.objects, 1)]
     _check_placeholders("\n".join(texts), len(objects), boxes)
-    _check_characters([id, *texts, *draft.references, *columns.values(), *(thing.label or "" for thing in objects)])
+    _check_characters([id, *texts, *draft.images, *draft.references, *columns.values(), *(thing.label or "" for thing in objects)])
     pictures = [picture_from(address, root, reading) for address in _addresses(texts, draft.images)]
     objects = [boxes.settled(f"object {number} ({thing.label!r})", thing, pictures) for number, thing in enumerate(objects, 1)]
     reader = _TextReader(pictures, objects, boxes)
