@@ -4,7 +4,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.coco import fetch_coco, read_coco_captions, read_json
+from qwenvl_lit.data.coco import fetch_coco, only, read_coco_captions, read_json
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.types import Conversation, DataError, Picture, Turn
 
@@ -111,12 +111,12 @@ def test_captions_may_name_their_pictures_themselves(folder, coco):
 def test_json_is_read_without_what_is_not_needed(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"rows": [{"id": 1, "segmentation": [1, 2]}], "info": {"id": 2}}')
-    assert read_json(file, keep={"rows", "id"}) == {"rows": [{"id": 1}]}
+    assert read_json(file, only("rows", "id")) == {"rows": [{"id": 1}]}
     file.write_text('{"rows": [')
     with pytest.raises(DataError, match=r"a.json is not JSON"):
-        read_json(file, keep={})
+        read_json(file, dict)
     with pytest.raises(DataError, match=r"b.json cannot be read: No such file"):
-        read_json(tmp_path / "b.json", keep={})
+        read_json(tmp_path / "b.json", dict)
 
 
 def test_a_list_where_an_object_is_expected_is_an_error(tmp_path):

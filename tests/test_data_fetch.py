@@ -273,6 +273,18 @@ def test_a_remote_picture_is_fetched_when_it_is_needed(server, tmp_path):
     assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"]
 
 
+def test_an_address_may_hold_spaces_and_letters_of_any_script(server, tmp_path):
+    address = server.plan("/a%20b/%E5%9B%BE%25.png", gives(png())).replace("%20", " ").replace("%E5%9B%BE", "图")
+    assert Picture(RemotePicture(address, tmp_path)).size == (4, 3)
+
+
+@pytest.mark.parametrize("url", ["http://localhost:port/a.png", "http://[::1/a.png", "http://local\nhost/a.png", "http:///a.png"])
+def test_a_broken_address_is_a_data_error(tmp_path, url):
+    with pytest.raises(DataError):
+        RemotePicture(url, tmp_path, patience=QUICK).path()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [

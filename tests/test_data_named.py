@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,11 @@ def test_what_is_missing_is_named_before_anything_is_read(tmp_path, name):
     with pytest.raises(DataError, match=r"lacks .*, (and downloads are off|which is not fetched)"):
         opened(name, tmp_path, "data.download=false").prepare_files()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_the_mini_set_is_one_command(root, tmp_path):
+    chosen = ["model=qwen_vl_tiny", "data=coco_en_mini", f"data.root={root / 'coco'}", "data.num_workers=0", "trainer=smoke"]
+    chosen += ["trainer.max_steps=1", f"hydra.run.dir={tmp_path}", f"paths.cache={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "qwenvl_lit.train", *chosen], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "split.json").read_text())

@@ -6,7 +6,7 @@ import fnmatch
 import json
 import re
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class CocoCaptions(Sequence[Conversation]):
         self.every_caption = every_caption
         self._prompt = reading.prompt or CAPTION_PROMPT
         ask(self._prompt, picture="")  # a prompt without its place is told before anything is read
-        content = read_json(file, keep={"images", "annotations", "id", "file_name", "image", "image_id", "caption"})
+        content = read_json(file, only("images", "annotations", "id", "file_name", "image", "image_id", "caption"))
         try:
             if "images" in content:
                 names = {image["id"]: image.get("file_name") or image["image"] for image in content["images"]}
@@ -141,15 +141,20 @@ def _within(images: str, name: str) -> str:
     return f"{images}/{name}" if images else name
 
 
-def read_json(file: Path, *, keep: Container[str]) -> Any:
-    """The content of a JSON file with only the keys `keep` of its objects, the others let go of while it is read.
+def read_json(file: Path, each: Callable[[dict[str, Any]], Any]) -> Any:
+    """The content of a JSON file, every object in it replaced by what `each` makes of it as soon as it is read.
 
     Raises:
         DataError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(file.read_bytes(), object_pairs_hook=lambda pairs: {key: value for key, value in pairs if key in keep})
+        return json.loads(file.read_bytes(), object_hook=each)
     except OSError as fault:
         raise DataError(f"{file} cannot be read: {fault.strerror}; check the path") from None
-    except ValueError as fault:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise DataError(f"{file} is not JSON: {fault}") from None
+
+
+def only(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """For `read_json`: objects with only these of their keys."""
+    return lambda found: {key: found[key] for key in keys if key in found}

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import stat
+import string
 import tempfile
 import time
 import urllib.error
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
@@ -334,7 +335,8 @@ class _Download:
 @contextmanager
 def _opened(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[http.client.HTTPResponse]:
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers)), timeout=timeout)
+        plain = quote(url, safe=string.punctuation)  # spaces and letters beyond ASCII, as browsers write them
+        response = urllib.request.urlopen(urllib.request.Request(plain, headers=dict(headers)), timeout=timeout)
     except urllib.error.HTTPError as fault:
         said = f"the server says {fault.code} {fault.reason}"
         if fault.code == 416:  # there is no such rest
@@ -342,10 +344,10 @@ def _opened(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[ht
         if fault.code < 500 and fault.code not in _PASSING:
             raise DataError(f"{url} cannot be downloaded: {said}; check the address") from None
         raise BrokeOffError(said) from None
+    except (ValueError, http.client.InvalidURL) as fault:
+        raise DataError(f"{url} is not an address: {fault}") from None
     except (OSError, http.client.HTTPException) as fault:
         raise BrokeOffError(f"no answer: {fault}") from None
-    except ValueError as fault:
-        raise DataError(f"{url} is not an address: {fault}") from None
     with response:
         _check_scheme(response.url)
         yield response
@@ -381,7 +383,11 @@ def _written(target: Path) -> Iterator[None]:
 
 
 def _check_scheme(url: str) -> None:
-    if urlsplit(url).scheme.lower() not in ("http", "https"):
+    try:
+        scheme = urlsplit(url).scheme.lower()
+    except ValueError as fault:
+        raise DataError(f"{url[:200]!r} is not an address: {fault}") from None
+    if scheme not in ("http", "https"):
         raise DataError(f"{url[:200]!r} is not an http or https address; nothing else is fetched")
 
 

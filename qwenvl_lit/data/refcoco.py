@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenvl_lit.data.coco import read_json
+from qwenvl_lit.data.coco import only, read_json
 from qwenvl_lit.data.layouts import Draft
 from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
 from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
@@ -46,7 +46,7 @@ class ReferringExpressions(Sequence[Conversation]):
         ask(self._prompt, picture="", question="")
         instances = file.with_name("instances.json")
         self.files = (file, instances)
-        content = read_json(instances, keep={"images", "annotations", "id", "file_name", "bbox"})
+        content = read_json(instances, only("images", "annotations", "id", "file_name", "bbox"))
         references = read_plain_pickle(file)
         try:
             names = {image["id"]: image["file_name"] for image in content["images"]}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.data.coco import fetch_coco, read_json
+from qwenvl_lit.data.coco import fetch_coco, only, read_json
 from qwenvl_lit.data.fetch import Archive, provide
 from qwenvl_lit.data.prompts import VQA_PROMPT, ask
 from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
@@ -69,7 +69,7 @@ class VqaQuestions(Sequence[Conversation]):
         self.picture = picture
         self._prompt = reading.prompt or VQA_PROMPT
         ask(self._prompt, picture="", question="")
-        content = read_json(file, keep={"questions", "data_subtype", "image_id", "question", "question_id"})
+        content = read_json(file, only("questions", "data_subtype", "image_id", "question", "question_id"))
         try:
             self._split = str(content.get("data_subtype", "")).replace("-dev", "")
             self._rows = [(row["question_id"], row["image_id"], row["question"]) for row in content["questions"]]
@@ -137,13 +137,17 @@ def read_answers(file: Path) -> dict[Any, tuple[str, tuple[str, ...]]]:
     Raises:
         DataError: it cannot be read or is not in that format.
     """
-    content = read_json(file, keep={"annotations", "question_id", "answers", "answer", "multiple_choice_answer"})
+    row = only("annotations", "question_id", "answers", "multiple_choice_answer")
     try:
+        # an answer becomes its text at once, and equal texts one object: half a million questions share few answers
+        content = read_json(file, lambda found: sys.intern(found["answer"]) if "answer" in found else row(found))
         found = {}
-        for row in content["annotations"]:
-            texts = tuple(sys.intern(given["answer"]) for given in row["answers"])  # half a million questions share few answers
-            learned = row.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]
-            found[row["question_id"]] = (sys.intern(learned), texts)
+        for each in content["annotations"]:
+            texts = tuple(each["answers"])
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"the answers to {each['question_id']} are not all text")
+            learned = each.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]
+            found[each["question_id"]] = (sys.intern(learned), texts)
         return found
     except (KeyError, TypeError, AttributeError, IndexError) as fault:
         raise DataError(
