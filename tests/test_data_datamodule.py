@@ -166,8 +166,7 @@ def test_too_many_dropped_rows_stop_the_run(files):
     data.trainer.training = True
     data.setup("fit")
     with pytest.raises(DataError, match=r"2 of 20 rows of train had to be left out, more than data\.max_bad_fraction=0\.05 allows"):
-        for batch in data.train_dataloader():
-            data.on_before_batch_transfer(batch, 0)
+        [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 
 def test_only_broken_pictures_are_a_reason_to_drop_a_row(files):
