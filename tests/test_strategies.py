@@ -30,7 +30,8 @@ def task(folder: str, **options) -> Task:
 
 
 def rows(made: Task) -> DataModule:
-    questions = [Conversation(id=text, turns=(Turn(role="user", parts=(text,)),), index=i) for i, text in enumerate(("How many?", "What?"))]
+    asked = [(Turn(role="user", parts=(text,)), Turn(role="assistant", parts=("2",))) for text in ("How many?", "What?")]
+    questions = [Conversation(id=str(place), turns=turns, index=place) for place, turns in enumerate(asked)]
     return DataModule(processor=made.processor, read=lambda source, reading: questions, test="questions", train="questions")
 
 
