@@ -9,24 +9,20 @@ import math
 import os
 import re
 import shutil
-import stat
 import string
-import tempfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 
-from qwenvl_lit.types import DataError
+from qwenvl_lit.types import DataError, Picture
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +44,9 @@ class Patience:
     total_seconds: float = math.inf
 
 
+PATIENT = Patience()
+
+
 def fetch(
     url: str,
     target: Path,
@@ -55,7 +54,7 @@ def fetch(
     size: int | None = None,
     checksum: str | None = None,
     download: bool = True,
-    patience: Patience = Patience(),
+    patience: Patience = PATIENT,
 ) -> Path:
     """`target`, downloaded from `url` unless it is there.
 
@@ -75,17 +74,17 @@ def fetch(
         _check_size(target, size)
         return target
     if why := offline(download):
-        raise DataError(f"{target} does not exist and {why}; get it from {url}{_sized(size)} and put it there")
+        raise DataError(f"{target} does not exist and {why}; get it from {url}{sized(size)} and put it there")
     part = target.with_name(target.name + ".part")
     lock = target.with_name(target.name + ".lock")
-    with _written(target):
+    with disk_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             if target.exists():  # another process was faster
                 return target
             if size is None and checksum is None:
                 part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
-            log.info("downloading %s%s to %s", url, _sized(size), target)
+            log.info("downloading %s%s to %s", url, sized(size), target)
             _Download(url, part, size=size, patience=patience).run()
             _check_sum(part, checksum, url)
             os.replace(part, target)
@@ -134,11 +133,9 @@ class RemotePicture:
             return target
         if why := offline(self.download):
             raise DataError(f"picture {self.url} is not in {self.folder} and {why}")
-        with _written(target):
+        with disk_faults(target):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=target.stem[:16] + ".", suffix=".part")
-            os.close(handle)
-            part = Path(name)
+            part = self.folder / f"{target.stem[:16]}.{uuid.uuid4().hex}.part"  # of this call alone: nothing has to wait
             try:
                 _Download(self.url, part, limit=MAX_PICTURE_BYTES, patience=self.patience).run()
                 _check_picture(part, self.url)
@@ -146,104 +143,6 @@ class RemotePicture:
             finally:
                 part.unlink(missing_ok=True)
         return target
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Archive:
-    """A published zip file and what of it is needed."""
-
-    url: str
-    size: int  # bytes
-    gives: tuple[str, ...]  # files and folders, named as in the archive
-    checksum: str | None = None  # as `fetch` takes it
-
-    @property
-    def name(self) -> str:
-        return PurePosixPath(urlsplit(self.url).path).name
-
-
-def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, patience: Patience = Patience()) -> None:
-    """See that `root` holds all that `archives` give; what is there is left as it is.
-
-    A file or folder appears when all of it has been unpacked. An archive that was downloaded is removed after that.
-
-    Raises:
-        DataError: as `fetch`, and for an archive that is broken or lacks what it should give.
-    """
-    if not (missing := _missing(archives, root)):
-        return
-    if (absent := _absent(missing, root)) and (why := offline(download)):
-        raise DataError(_what_to_bring(missing, absent, root, why))
-    with _written(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".fetch.lock"):
-            missing = _missing(archives, root)  # another process may have brought them
-            absent = _absent(missing, root)
-            _check_room(root, size := sum(archive.size for archive in absent))
-            if absent:
-                log.info("%s needs %s from the web", root, _bytes(size))
-            for archive in missing:
-                file = fetch(archive.url, root / archive.name, size=archive.size, checksum=archive.checksum, patience=patience)
-                for name in archive.gives:
-                    if not (root / name).exists():
-                        _unpack(file, name, root)
-                if archive in absent:
-                    file.unlink()
-
-
-def _missing(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    return [archive for archive in archives if not all((root / name).exists() for name in archive.gives)]
-
-
-def _absent(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    return [archive for archive in archives if not (root / archive.name).exists()]
-
-
-def _what_to_bring(missing: Sequence[Archive], absent: Sequence[Archive], root: Path, why: str) -> str:
-    lacks = ", ".join(name for archive in missing for name in archive.gives if not (root / name).exists())
-    sources = "".join(f"\n  {archive.url}{_sized(archive.size)}" for archive in absent)
-    return f"{root} lacks {lacks}, and {why}. Put these there, unpacked or as they are, or let data.root be the folder with them:{sources}"
-
-
-def _unpack(file: Path, name: str, root: Path) -> None:
-    """Bring the file or folder `name` of a zip into `root`; files that an interrupted call has unpacked are not unpacked again."""
-    stage = root / f".{file.name}.part"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename == name or entry.filename.startswith(name + "/")]
-            entries = [entry for entry in entries if not entry.is_dir()]
-            if not entries:
-                raise DataError(f"{file} has no {name}; is it the archive that is meant?")
-            _check_room(root, sum(entry.file_size for entry in entries))
-            log.info("unpacking %s (%s files, %s) to %s", name, len(entries), _bytes(sum(entry.file_size for entry in entries)), root)
-            for entry in entries:
-                _unpack_file(archive, entry, stage)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as fault:
-        raise DataError(f"{file} is not a sound zip file: {fault}; remove it, and it is fetched again") from None
-    (root / name).parent.mkdir(parents=True, exist_ok=True)
-    os.replace(stage / name, root / name)
-    if not any(path.is_file() for path in stage.rglob("*")):
-        shutil.rmtree(stage)
-
-
-def _unpack_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path) -> None:
-    path = PurePosixPath(entry.filename)
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in entry.filename
-        or ":" in entry.filename
-        or stat.S_ISLNK(entry.external_attr >> 16)
-    ):
-        raise DataError(f"{archive.filename} holds {entry.filename!r}, which would not stay in its folder; nothing of it is used further")
-    target = folder / path
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    with archive.open(entry) as source, part.open("wb") as copy:
-        shutil.copyfileobj(source, copy, _BLOCK)  # zipfile compares the CRC at the end
-    os.replace(part, target)
 
 
 class BrokeOffError(Exception):
@@ -277,7 +176,7 @@ class _Download:
                 if failed >= self.patience.tries:
                     raise DataError(f"{self.url} cannot be downloaded, {failed} tries in a row failed: {fault}; try again later") from None
                 pause = self.patience.pause_seconds * 2 ** max(0, failed - 1)
-                log.warning("%s: %s; going on in %.3g s, %s are there", self.url, fault, pause, _bytes(self.have))
+                log.warning("%s: %s; going on in %.3g s, %s are there", self.url, fault, pause, in_bytes(self.have))
                 time.sleep(pause)
 
     @property
@@ -297,8 +196,7 @@ class _Download:
             start = _start(response)
             if start not in (0, have):
                 raise WrongPartError(f"asked to go on from byte {have}, it went on from {start}")
-            length = response.headers["Content-Length"]
-            total = self.size if length is None else start + int(length)
+            total = self.size if response.length is None else start + response.length
             self._check_total(total, response.headers["Content-Type"])
             self.version = _version(response)
             with self.part.open("ab" if start else "wb") as file:
@@ -314,7 +212,7 @@ class _Download:
             self.part.unlink(missing_ok=True)
             raise DataError(f"{self.url} has {total} bytes ({kind}), but {self.size} were published; it is another file")
         if self.limit is not None and total > self.limit:
-            raise DataError(f"{self.url} has {_bytes(total)}, the limit is {_bytes(self.limit)}")
+            raise DataError(f"{self.url} has {in_bytes(total)}, the limit is {in_bytes(self.limit)}")
 
     def _copy(self, response, file, start: int, total: int | None) -> None:
         done, began, reported = start, time.monotonic(), time.monotonic()
@@ -323,13 +221,13 @@ class _Download:
             done += len(block)
             now = time.monotonic()
             if self.limit is not None and done > self.limit:
-                raise DataError(f"{self.url} is larger than the limit of {_bytes(self.limit)}")
+                raise DataError(f"{self.url} is larger than the limit of {in_bytes(self.limit)}")
             if now > self.ends:
-                raise DataError(f"{self.url} is too slow: {_bytes(done)} in {self.patience.total_seconds:.0f} s")
+                raise DataError(f"{self.url} is too slow: {in_bytes(done)} in {self.patience.total_seconds:.0f} s")
             if now - reported > _REPORT_SECONDS:
                 reported = now
                 rate = (done - start) / (now - began)
-                log.info("%s%s, %s/s", _bytes(done), f" of {_bytes(total)}" if total else "", _bytes(rate))
+                log.info("%s%s, %s/s", in_bytes(done), f" of {in_bytes(total)}" if total else "", in_bytes(rate))
 
 
 @contextmanager
@@ -364,8 +262,12 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 def _start(response: http.client.HTTPResponse) -> int:
     """The byte of the file that the answer begins with; a server may ignore that only a rest was asked for."""
-    found = re.match(r"bytes (\d+)-", response.headers["Content-Range"] or "") if response.status == 206 else None
-    return int(found.group(1)) if found else 0
+    if response.status != http.client.PARTIAL_CONTENT:
+        return 0
+    found = re.match(r"bytes (\d+)-", response.headers["Content-Range"] or "")
+    if not found:
+        raise WrongPartError("it sent some part and did not say which")
+    return int(found.group(1))
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:
@@ -374,7 +276,7 @@ def _version(response: http.client.HTTPResponse) -> str | None:
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[None]:
+def disk_faults(target: Path) -> Iterator[None]:
     """Faults of the disk, said as what they stop."""
     try:
         yield
@@ -409,25 +311,33 @@ def _check_sum(part: Path, checksum: str | None, url: str) -> None:
 
 def _check_picture(part: Path, url: str) -> None:
     try:
-        with Image.open(part) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as fault:
+        Picture(part).size  # noqa: B018
+    except DataError as fault:
         with part.open("rb") as file:
             begins = file.read(40)
-        raise DataError(f"{url} is not a picture ({type(fault).__name__}); it begins with {begins!r}") from None
+        raise DataError(f"{str(fault).replace(str(part), url)}; it begins with {begins!r}") from None
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        DataError: the disk of `folder` has fewer bytes free.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DataError(f"{folder} has {_bytes(free)} free, {_bytes(needed)} are needed; make room, or choose another folder")
+        raise DataError(f"{folder} has {in_bytes(free)} free, {in_bytes(needed)} are needed; make room, or choose another folder")
 
 
-def _sized(size: int | None) -> str:
-    return "" if size is None else f" ({_bytes(size)})"
+def sized(size: int | None) -> str:
+    """A size in brackets, if it is known."""
+    return "" if size is None else f" ({in_bytes(size)})"
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """
+    >>> in_bytes(6_645_013_297)
+    '6.65 GB'
+    """
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qwenvl_lit.data.archives import Archive, provide
 from qwenvl_lit.data.coco import fetch_coco, only, read_json
-from qwenvl_lit.data.fetch import Archive, provide
 from qwenvl_lit.data.prompts import VQA_PROMPT, ask
 from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
 from qwenvl_lit.data.sources import FileRows, open_source

@@ -1,0 +1,111 @@
+import io
+import zipfile
+
+import pytest
+from web_server import Server, gives
+
+from qwenvl_lit.data.archives import Archive, provide
+from qwenvl_lit.types import DataError
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        yield server
+
+
+def zipped(**files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+VAL = zipped(**{"val/": "", "val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/a.json": "{}", "notes/b.json": "[]"})
+
+
+def archive_of(server, content=VAL, gives_=("val",), *, answers=None):
+    return Archive(url=server.plan("/val.zip", *(answers or [gives(content)])), size=len(content), gives=gives_)
+
+
+def files(root):
+    return {
+        str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".fetch.lock"
+    }
+
+
+def test_an_archive_is_fetched_unpacked_and_removed(server, tmp_path):
+    archive = archive_of(server, gives_=("val", "notes/b.json"))
+    provide([archive], tmp_path)
+    assert files(tmp_path) == {"val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/b.json": "[]"}
+    provide([archive], tmp_path, download=False)
+    assert len(server.asked) == 1
+
+
+def test_what_is_there_stays_and_the_rest_comes(server, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/mine.jpg").write_text("mine")
+    provide([archive_of(server, gives_=("val", "notes/a.json"))], tmp_path)
+    assert files(tmp_path) == {"val/mine.jpg": "mine", "notes/a.json": "{}"}
+
+
+def test_an_archive_that_was_brought_is_used_offline_and_kept(server, tmp_path):
+    (tmp_path / "val.zip").write_bytes(VAL)
+    provide([archive_of(server)], tmp_path, download=False)
+    assert (tmp_path / "val/1.jpg").read_text() == "one"
+    assert (tmp_path / "val.zip").exists()
+    assert server.asked == []
+
+
+def test_unpacking_goes_on_where_it_stopped(server, tmp_path):
+    stage = tmp_path / ".val.zip.part/val"
+    stage.mkdir(parents=True)
+    (stage / "1.jpg").write_text("from before")  # complete, since it has its name
+    (stage / "sub").mkdir()
+    (stage / "sub/2.jpg.part").write_text("t")
+    provide([archive_of(server)], tmp_path)
+    assert files(tmp_path) == {"val/1.jpg": "from before", "val/sub/2.jpg": "two"}
+
+
+@pytest.mark.parametrize("name", ["val/../../evil", "val/C:evil", "val/..\\evil"])
+def test_no_archive_writes_outside_its_folder(server, tmp_path, name):
+    content = zipped(**{"val/1.jpg": "one", name: "evil"})
+    with pytest.raises(DataError, match="would not stay in its folder"):
+        provide([archive_of(server, content)], tmp_path / "root")
+    assert not list(tmp_path.rglob("*evil*"))
+    assert not (tmp_path / "root/val").exists()
+
+
+def test_no_archive_makes_a_link(server, tmp_path):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        link = zipfile.ZipInfo("val/link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc")
+    with pytest.raises(DataError, match="would not stay in its folder"):
+        provide([archive_of(server, file.getvalue())], tmp_path)
+
+
+def test_a_broken_archive_gives_nothing(server, tmp_path):
+    broken = bytearray(VAL)
+    broken[broken.index(b"val/1.jpg") + 10] ^= 255
+    with pytest.raises(DataError, match=r"val.zip is not a sound zip file: .*; remove it, and it is fetched again"):
+        provide([archive_of(server, bytes(broken))], tmp_path)
+    assert not (tmp_path / "val").exists()
+
+
+def test_a_page_is_no_archive(server, tmp_path):
+    with pytest.raises(DataError, match="File is not a zip file"):
+        provide([archive_of(server, b"<html>sorry</html>")], tmp_path)
+
+
+def test_an_archive_without_what_it_should_give_is_an_error(server, tmp_path):
+    with pytest.raises(DataError, match=r"val.zip has no train; is it the archive that is meant"):
+        provide([archive_of(server, gives_=("train",))], tmp_path)
+
+
+def test_a_full_disk_is_told_before_it_is_filled(server, tmp_path):
+    with pytest.raises(DataError, match=r"free, 1000000000.00 GB are needed; make room"):
+        provide([Archive(url=server.plan("/val.zip", gives()), size=10**18, gives=("val",))], tmp_path)
+    assert server.asked == []
