@@ -28,6 +28,10 @@ class DataError(ValueError):
     """Input that cannot be used; the message names file, line, id, what was expected and what to do."""
 
 
+class BadPicture(DataError):  # noqa: N818 - a kind of it
+    """A picture that is missing, cannot be fetched or cannot be read as one."""
+
+
 class Dropped(DataError):  # noqa: N818 - a decision, not an error
     """A row that the config says to leave out; the message names file, line, id and why."""
 
@@ -93,7 +97,7 @@ class Picture:
         """The decoded picture as stored (mode kept, no EXIF rotation: the original model does none).
 
         Raises:
-            DataError: the file is missing, broken, no picture, or has more than `MAX_PICTURE_PIXELS`.
+            BadPicture: the file is missing, broken, no picture, or has more than `MAX_PICTURE_PIXELS`.
         """
         with self._opened() as image:
             image.load()
@@ -104,7 +108,7 @@ class Picture:
         """(width, height) in pixels, from the header alone.
 
         Raises:
-            DataError: as `open`.
+            BadPicture: as `open`.
         """
         if self._size is not None:
             return self._size
@@ -126,24 +130,36 @@ class Picture:
                     )
                 yield image
         except FileNotFoundError:
-            raise DataError(f"picture {self.name} does not exist; check the path and `data.root`") from None
+            raise BadPicture(f"picture {self.name} does not exist; check the path and `data.root`") from None
         except UnidentifiedImageError:
-            raise DataError(f"picture {self.name} cannot be read as an image: its format is unknown") from None
+            raise BadPicture(f"picture {self.name} cannot be read as an image: its format is unknown") from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
-            raise DataError(f"picture {self.name} cannot be read as an image: {error}") from error
+            raise BadPicture(f"picture {self.name} cannot be read as an image: {error}") from error
 
     def _file(self) -> Path | bytes:
         assert not isinstance(self.source, Image.Image)
-        return self.source if isinstance(self.source, Path | bytes) else self.source.path()
+        if isinstance(self.source, Path | bytes):
+            return self.source
+        try:
+            return self.source.path()
+        except DataError as fault:
+            raise BadPicture(str(fault)) from fault
 
     @property
     def key(self) -> str:
-        """SHA-256 of the content: equal pictures have equal keys, wherever they are stored."""
+        """SHA-256 of the content: equal pictures have equal keys, wherever they are stored.
+
+        Raises:
+            BadPicture: its file cannot be read.
+        """
         if isinstance(self.source, Image.Image):
             content = repr((self.source.mode, self.source.size)).encode() + self.source.tobytes()
         else:
             file = self._file()
-            content = file if isinstance(file, bytes) else file.read_bytes()
+            try:
+                content = file if isinstance(file, bytes) else file.read_bytes()
+            except OSError as fault:
+                raise BadPicture(f"picture {self.name} cannot be read: {fault.strerror}; check the path and `data.root`") from None
         return hashlib.sha256(content).hexdigest()
 
     @property

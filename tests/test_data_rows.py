@@ -8,7 +8,7 @@ from PIL import Image
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.sources import read_rows
 from qwenvl_lit.grounding import tags_from_object
-from qwenvl_lit.types import Box, DataError, Dropped, GroundedObject, Picture, Quad, Turn
+from qwenvl_lit.types import BadPicture, Box, DataError, Dropped, GroundedObject, Picture, Quad, Turn
 
 DOG = {"caption": "the dog", "bbox": [10, 20, 300, 400], "bbox_type": "real", "image": 0}
 
@@ -165,6 +165,7 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(pa
         ({"query": "<img>ftp://host/a.png</img>"}, "download it and give its path"),
         ({"query": "<img>data:image/svg+xml,%3Csvg/%3E</img>"}, "download it and give its path"),
         ({"query": "<img>data:image/png;base64,AAA</img>"}, "is not base64"),
+        ({"query": "<img>data:image/png;base64,狗</img>"}, "is not base64"),
         ({"query": "<img>data:image/png;base64,</img>"}, "given as base64, but empty"),
         ({"query": 7}, "`query` is text, got 7"),
         ({"query": "x", "images": [7]}, "a picture is a path, an address or base64 text, got 7"),
@@ -293,10 +294,11 @@ def test_what_cannot_be_repaired_is_an_error_or_drops_the_row(read_row, row):
         read_row(row, on_bad_box="drop")
 
 
-def test_a_fault_that_is_not_in_a_box_is_never_dropped(read_row):
-    with pytest.raises(DataError) as fault:
-        read_row({"query": "<img>none.png</img>"}, on_bad_box="drop")
-    assert not isinstance(fault.value, Dropped)
+def test_a_picture_that_is_not_there_or_broken_is_told_from_other_faults(folder, read_row):
+    (folder / "broken.png").write_bytes(b"x")
+    for row in ({"query": "<img>none.png</img>"}, {"query": "<img>broken.png</img><bbox>", "objects": [DOG]}):
+        with pytest.raises(BadPicture, match=r"rows\.jsonl:1: row .*\.png"):
+            read_row(row, on_bad_box="drop")
 
 
 # ms-swift, whose files these are

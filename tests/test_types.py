@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit import types
-from qwenvl_lit.types import Box, Conversation, DataError, Picture, Quad, Turn
+from qwenvl_lit.types import BadPicture, Box, Conversation, DataError, Picture, Quad, Turn
 
 
 @pytest.fixture
@@ -51,13 +51,15 @@ def test_a_broken_picture_is_named(content, tmp_path):
 def test_half_a_picture_is_not_shown(picture_file):
     Image.effect_noise((64, 64), 50).save(picture_file)
     picture_file.write_bytes(picture_file.read_bytes()[:1000])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(BadPicture, match="cannot be read"):
         Picture(picture_file).open()
 
 
 def test_a_missing_picture_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.png does not exist"):
+    with pytest.raises(BadPicture, match=r"none\.png does not exist"):
         Picture(tmp_path / "none.png").open()
+    with pytest.raises(BadPicture, match=r"none\.png cannot be read: .*check the path"):
+        _ = Picture(tmp_path / "none.png").key
 
 
 def test_the_prompt_is_everything_before_the_answer():
@@ -79,6 +81,17 @@ def test_a_picture_may_be_brought_when_it_is_first_opened(picture_file):
     assert Picture(Lent()).size == (5, 3)
     assert Picture(Lent()).key == Picture(picture_file).key
     assert Picture(Lent()).name == "lent"
+
+
+def test_a_picture_that_cannot_be_brought_is_a_bad_one():
+    class Lost:
+        name = "lost"
+
+        def path(self):
+            raise DataError("nobody has it")
+
+    with pytest.raises(BadPicture, match="nobody has it"):
+        _ = Picture(Lost()).size
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(picture_file, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from qwenvl_lit.data.layouts import Draft
 from qwenvl_lit.data.objects import LIMITS, Boxes, OnBadBox
 from qwenvl_lit.grounding import objects_from_tags
-from qwenvl_lit.types import Conversation, DataError, GroundedObject, Part, Picture, Turn
+from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +197,8 @@ def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Pictur
     A remote picture is not fetched yet.
 
     Raises:
-        DataError: there is no such file, the base64 text is broken, or a picture is remote and there is no cache to keep it in.
+        BadPicture: there is no such file, or the base64 text is broken.
+        DataError: a picture is remote and there is no cache to keep it in, or its address is of another kind.
     """
     address = _mapped(address, reading.path_map)
     if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
@@ -222,7 +222,7 @@ def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Pictur
 def _picture_file(file: str) -> Picture:
     """Remembered with its size once that is known: opening a file takes longer than all the rest of a row."""
     if not os.path.isfile(file):
-        raise DataError(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
+        raise BadPicture(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
     return Picture(Path(file))
 
 
@@ -239,10 +239,10 @@ def _mapped(address: str, path_map: Mapping[str, str]) -> str:
 def _decoded(text: str) -> bytes:
     try:
         content = base64.b64decode(text, validate=True)
-    except binascii.Error as fault:
-        raise DataError(f"picture {text[:40]!r}... is not base64: {fault}") from None
+    except ValueError as fault:
+        raise BadPicture(f"picture {text[:40]!r}... is not base64: {fault}") from None
     if not content:
-        raise DataError("a picture is given as base64, but empty")
+        raise BadPicture("a picture is given as base64, but empty")
     return content
 
 
