@@ -126,7 +126,7 @@ class CocoCaptions(Sequence[Conversation]):
             picture = picture_from(_within(self.images, name), self.reading.root or self.file.parent, self.reading)
             turns = [Turn(role="user", parts=ask(self._prompt, picture=picture))]
         except DataError as fault:
-            raise DataError(f"{self.file}: image {id}: {fault}") from None
+            raise type(fault)(f"{self.file}: image {id}: {fault}") from None
         if captions:
             turns.append(Turn(role="assistant", parts=(captions[answer],)))
         return Conversation(id=id, turns=tuple(turns), references=captions, index=place, where=str(self.file))
