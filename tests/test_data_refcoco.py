@@ -1,12 +1,16 @@
 import json
 import os
 import pickle
+from functools import partial
 
 import pytest
 from PIL import Image
 
+from qwenvl_lit.data.mixture import Source
 from qwenvl_lit.data.refcoco import read_plain_pickle, read_refcoco
 from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
 
 NAME = "COCO_train2014_000000581857.jpg"
@@ -86,6 +90,21 @@ def test_the_question_can_be_asked_otherwise(root):
 def test_a_split_that_does_not_exist_is_an_error_that_names_those_that_do(root):
     with pytest.raises(DataError, match=r"refs\(unc\).p has no split 'test'; it has testA, train"):
         read(root, "refcoco/refs(unc).p:test")
+
+
+def test_lengths_in_the_cache_are_those_of_their_split(root):
+    processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=2, side=8)
+    refs = [REFS[0] | {"sentences": REFS[0]["sentences"][:1]}, REFS[1]]  # a sentence each, of different lengths
+    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+    def length(split):
+        source = Source(read=partial(read_refcoco, images="coco/train2014"), root=root, cache=root, train=f"refcoco/refs(unc).p:{split}")
+        ((one,), *_) = source.measured(source.open_training(), processor, workers=1).lengths
+        return one
+
+    assert length("train") > length("testA") > 0
+    (root / "refcoco/instances.json").write_text(json.dumps(INSTANCES).replace("379.81", "9.81"))  # its box is a digit shorter
+    assert length("testA") == processor.length(read(root, "refcoco/refs(unc).p:testA")[0])[0]
 
 
 def test_a_missing_picture_and_a_bad_box_are_faults_of_their_row(root):
