@@ -155,7 +155,10 @@ def test_messages_hold_text_or_a_list_of_texts_and_pictures(folder, read_row):
         "messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
     }
     assert said(read_row(row)) == [("system", "Brief."), ("user", a, "and ", b, "differ?"), ("assistant", "Yes")]
-    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"text": "What?"}, {"image": "b.png"}]}], "images": ["a.png"]}
+    row = {
+        "messages": [{"role": "user", "content": [{"type": "image", "text": None, "image": None}, {"text": "What?"}, {"image": "b.png"}]}],
+        "images": ["a.png"],
+    }
     assert said(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
 
 

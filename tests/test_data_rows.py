@@ -50,6 +50,13 @@ def test_pictures_are_looked_up_in_root_or_beside_the_file(folder, read_row):
     assert read_row({"query": f"<img>{folder / 'b.png'}</img>"}, root=Path("/nowhere")).pictures == (Picture(folder / "b.png"),)
 
 
+def test_a_picture_is_measured_anew_when_its_file_has_changed(folder, read_row):
+    row = {"query": "<img>a.png</img>Find <bbox>", "objects": [DOG]}
+    assert read_row(row).pictures[0].size == (640, 480)
+    Image.new("RGB", (700, 500)).save(folder / "a.png")
+    assert read_row(row).pictures[0].size == (700, 500)
+
+
 # Grounding
 
 
@@ -266,6 +273,11 @@ def test_wrong_boxes_in_the_text_fare_alike(read_row):
     )
     with pytest.raises(Dropped, match="text: box"):
         read_row(row, on_bad_box="drop")
+
+
+def test_the_choices_for_wrong_boxes_are_four():
+    with pytest.raises(DataError, match="on_bad_box is one of error, keep, repair, drop, got 'mend'"):
+        Reading(on_bad_box="mend")
 
 
 def test_right_boxes_leave_no_notes(read_row):

@@ -110,7 +110,10 @@ def _content(number: int, items: Sequence[Any]) -> str:
     """Texts and pictures of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
     written = ""
     for item in items:
-        match item:
+        given = (
+            {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
+        )  # tables fill up with null
+        match given:
             case str(text) | {"type": "text", "text": str(text)}:
                 written += text
             case {"type": "image_url", "image_url": image}:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 from qwenvl_lit.data.layouts import Draft
 from qwenvl_lit.data.objects import LIMITS, Boxes, OnBadBox
@@ -27,6 +29,10 @@ class Reading:
     cache: Path | None = None  # folder of remote pictures and indexes of files; None: no remote pictures, indexes in memory only
     download: bool = True  # remote pictures may be fetched; false: only what `cache` holds
     seed: int = 0
+
+    def __post_init__(self):
+        if self.on_bad_box not in get_args(OnBadBox):
+            raise DataError(f"on_bad_box is one of {', '.join(get_args(OnBadBox))}, got {self.on_bad_box!r}")
 
 
 DEFAULT = Reading()
@@ -215,14 +221,19 @@ def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Pictur
         address = address[scheme.end() :]
     elif scheme or address.startswith("data:"):
         raise DataError(f"picture {address[:100]!r} is not a file, an http(s) address or base64 data; download it and give its path")
-    return _picture_file(os.path.join(root, address))
+    file = os.path.join(root, address)
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise BadPicture(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
+    return _picture_file(file, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 @lru_cache(maxsize=1 << 16)
-def _picture_file(file: str) -> Picture:
-    """Remembered with its size once that is known: opening a file takes longer than all the rest of a row."""
-    if not os.path.isfile(file):
-        raise BadPicture(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
+def _picture_file(file: str, version: tuple[int, ...]) -> Picture:
+    """Remembered, with its size once that is known: opening a file takes longer than all the rest of a row."""
     return Picture(Path(file))
 
 
