@@ -110,10 +110,9 @@ def _content(number: int, items: Sequence[Any]) -> str:
     """Texts and pictures of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
     written = ""
     for item in items:
-        given = (
-            {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
-        )  # tables fill up with null
-        match given:
+        if isinstance(item, dict):  # a table of such items fills up with null
+            item = {key: value for key, value in item.items() if value is not None}
+        match item:
             case str(text) | {"type": "text", "text": str(text)}:
                 written += text
             case {"type": "image_url", "image_url": image}:
