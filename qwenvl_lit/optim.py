@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+
+CHUNK = 2**24  # elements that a stochastically rounded step works on at a time: 0.4 GiB of float32
 
 
 class AdamW:
@@ -15,40 +20,191 @@ class AdamW:
 
     Args:
         lr: peak rate a step.
+        lr_of: peak rates of parts of the model that have their own, {"vision": 1e-5}; a part inside another one goes with the inner.
         warmup: steps (1 or more), or their share of all steps (below 1).
         schedule: what follows the warm-up; "cosine" and "linear" end at zero.
+        rounding: of trained tensors that are bfloat16. At small rates "nearest" leaves most of them as they are.
+        seed: of stochastic rounding.
     """
 
     def __init__(
         self,
         *,
         lr: float,
+        lr_of: Mapping[str, float] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         warmup: float = 0.05,
         schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine",
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        seed: int = 0,
     ):
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"optim.rounding is stochastic or nearest, got {rounding!r}")
         self.lr = lr
+        self.lr_of = dict(lr_of or {})
         self.betas = (betas[0], betas[1])
         self.eps = eps
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.schedule = schedule
+        self.rounding = rounding
+        self.seed = seed
 
-    def build(self, model: nn.Module, total_steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    def build(self, model: nn.Module, total_steps: int, parts: Mapping[str, str] | None = None) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """Optimizer over the trainable tensors of `model`, and its schedule, to be stepped `total_steps` times.
 
+        Both kinds of optimizer leave everything as it is where their attribute `found_inf` is set, to a tensor () that is 1.
+
+        Args:
+            parts: the family's modules by name, for `lr_of`. Its groups have their name as `part`, the others None.
+
         Raises:
-            ValueError: nothing is trainable.
+            ValueError: nothing is trainable, or nothing of a part that has a rate of its own.
         """
-        trainable = [tensor for tensor in model.parameters() if tensor.requires_grad]
+        trainable = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         if not trainable:
             raise ValueError("nothing is trainable: check the adapter")
-        groups = [
-            {"params": [tensor for tensor in trainable if tensor.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [tensor for tensor in trainable if tensor.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        groups = list(self._groups(trainable, parts or {}))
+        settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        if self.rounding == "stochastic" and any(tensor.dtype == torch.bfloat16 for tensor in trainable.values()):
+            optimizer: torch.optim.Optimizer = StochasticAdamW(groups, **settings, seed=self.seed)
+        else:
+            optimizer = torch.optim.AdamW(groups, **settings, fused=True)
         warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
         return optimizer, get_scheduler(self.schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+
+    def _groups(self, trainable: Mapping[str, nn.Parameter], parts: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        if unknown := sorted(set(self.lr_of) - set(parts)):
+            raise ValueError(f"optim.lr_of: the model has no part {', '.join(unknown)}; its parts are {', '.join(parts)}")
+        part_of = {name: part_of_tensor(name, {part: parts[part] for part in self.lr_of}) for name in trainable}
+        if idle := sorted(set(self.lr_of) - {part for part in part_of.values() if part}):
+            raise ValueError(f"optim.lr_of: the adapter trains nothing of {', '.join(idle)}")
+        for part in (None, *self.lr_of):
+            for decay, of_dimension in ((self.weight_decay, lambda count: count >= 2), (0.0, lambda count: count < 2)):
+                tensors = [tensor for name, tensor in trainable.items() if part_of[name] == part and of_dimension(tensor.ndim)]
+                if tensors:
+                    yield {"params": tensors, "lr": self.lr_of.get(part, self.lr) if part else self.lr, "weight_decay": decay, "part": part}
+
+
+def part_of_tensor(name: str, parts: Mapping[str, str]) -> str | None:
+    """The part, of those in `parts` (name -> module path), that a tensor belongs to; of several, the innermost. Wrappers may add a prefix.
+
+    >>> parts = {"vision": "transformer.visual", "resampler": "transformer.visual.attn_pool"}
+    >>> part_of_tensor("base_model.model.transformer.visual.attn_pool.ln_q.weight", parts)
+    'resampler'
+    """
+    inside = [part for part, path in parts.items() if f".{path}." in f".{name}"]
+    return max(inside, key=lambda part: len(parts[part]), default=None)
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights without a float32 copy: what is computed in float32 is rounded up or down at random, right on average.
+
+    Neighbours of a bfloat16 number are 0.4 to 0.8 % away, and plain rounding loses an update below half of that: a weight of 0.02 ignores
+    steps of 1e-5. States have the type of their weight and are rounded as it is. Tensors may be sharded: a rank updates what it holds.
+    Replicas of a tensor stay equal, since all ranks draw from `seed` and the number of the step.
+
+    Gradients are given back as soon as they are used. Tensors are worked on in chunks, which take their count of steps from their first
+    tensor: a tensor is expected to have a gradient in every step, or in none.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        seed: int = 0,
+    ):
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, "calls": 0}
+        super().__init__(params, {**settings, "capturable": True})  # so that torch loads "step" to the device
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        for number, group in enumerate(self.param_groups):
+            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+            for tensor in tensors:
+                if not self.state[tensor]:
+                    moments = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[tensor] = {"step": torch.zeros((), device=tensor.device), **moments}
+            seed = (group["seed"] * 1_000_003 + group["calls"]) * 1009 + number
+            group["calls"] += 1
+            for alike in _by_kind(tensors):
+                device = alike[0].device
+                generator = torch.Generator(device).manual_seed(seed)
+                keep = 1 - (torch.zeros((), device=device) if found_inf is None else found_inf.to(device))
+                torch._foreach_add_([self.state[tensor]["step"] for tensor in alike], keep)
+                for chunk in self._chunks(alike):
+                    _update(chunk, group, keep, generator)
+        return result
+
+    def _chunks(self, tensors: list[nn.Parameter]) -> Iterator[Chunk]:
+        """Pieces of tensors of `CHUNK` elements together. A gradient goes when its last piece is done."""
+        chunk, size = None, 0
+        for tensor in tensors:
+            state, gradient = self.state[tensor], tensor.grad
+            assert gradient is not None
+            flat = [_own(t).view(-1) for t in (tensor, state["exp_avg"], state["exp_avg_sq"])] + [_own(gradient).reshape(-1)]
+            tensor.grad = gradient = None
+            for start, end in pairwise([0, *range(CHUNK - size, len(flat[0]), CHUNK), len(flat[0])]):
+                chunk = chunk or Chunk(state["step"], [], [], [], [])
+                for pieces, whole in zip(chunk[1:], flat, strict=True):
+                    pieces.append(whole[start:end])
+                size += end - start
+                if size == CHUNK:
+                    yield chunk
+                    chunk, size = None, 0
+        if chunk:
+            yield chunk
+
+
+class Chunk(NamedTuple):
+    """Flat pieces of tensors and of what belongs to them, and the count of steps of the first."""
+
+    step: torch.Tensor
+    weights: list[torch.Tensor]
+    means: list[torch.Tensor]
+    squares: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+
+
+def _update(chunk: Chunk, group: Mapping[str, Any], keep: torch.Tensor, generator: torch.Generator) -> None:
+    """Replace weights, means and squares of `chunk`; `keep` is 1, or 0 if nothing may change."""
+    weights, means, squares, gradients = (torch.cat(pieces).float() for pieces in chunk[1:])
+    (beta1, beta2), rate = group["betas"], group["lr"] * keep
+    step = chunk.step.clamp(min=1)
+    gradients = torch.where(keep > 0, gradients, 0)  # they may not be finite
+    means.lerp_(gradients, (1 - beta1) * keep)
+    squares.lerp_(gradients.square_(), (1 - beta2) * keep)
+    scale = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    weights.mul_(1 - rate * group["weight_decay"]).addcmul_(means.div(scale), -rate / (1 - beta1**step))
+    for pieces, new in ((chunk.weights, weights), (chunk.means, means), (chunk.squares, squares)):
+        rounded = new if pieces[0].dtype == torch.float32 else round_stochastically(new, generator)
+        torch._foreach_copy_(pieces, rounded.split([len(piece) for piece in pieces]))
+
+
+def round_stochastically(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """float32 to bfloat16: to one of the two neighbours, to the nearer one more often, so that the mean is kept. What is bfloat16 stays."""
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = noise.add_(values.view(torch.int32)).bitwise_and_(-1 << 16)  # a bfloat16 is the upper half of a float32
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def _by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    kinds: dict[Any, list[nn.Parameter]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(kinds.values())
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

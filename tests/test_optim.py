@@ -1,8 +1,12 @@
+from copy import deepcopy
+
 import pytest
 import torch
+from small_network import small_network, talk_of_two
 from torch import nn
 
-from qwenvl_lit.optim import AdamW
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.optim import AdamW, StochasticAdamW, round_stochastically
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -38,3 +42,116 @@ def test_frozen_tensors_are_left_out():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="nothing is trainable"):
         AdamW(lr=1.0).build(nn.Linear(2, 2).requires_grad_(False), total_steps=10)
+
+
+def test_parts_have_their_own_rate_and_the_innermost_part_counts():
+    model, parts = small_network(), QwenVL.parts
+    optimizer, _ = AdamW(lr=1.0, lr_of={"vision": 0.1, "resampler": 0.3}, warmup=0).build(model, 10, parts)
+    rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    tower = model.transformer.visual
+    for rate, tensor in ((0.1, tower.conv1.weight), (0.1, tower.proj), (0.3, tower.attn_pool.ln_q.bias), (1.0, model.lm_head.weight)):
+        assert rates[id(tensor)] == rate
+    assert {group["part"] for group in optimizer.param_groups} == {None, "vision", "resampler"}
+
+
+def test_a_rate_for_a_part_that_is_missing_or_frozen_is_an_error():
+    model = small_network()
+    with pytest.raises(ValueError, match=r"no part tower; its parts are vision, "):
+        AdamW(lr=1.0, lr_of={"tower": 0.1}).build(model, 10, QwenVL.parts)
+    model.transformer.visual.requires_grad_(False)
+    with pytest.raises(ValueError, match="trains nothing of vision"):
+        AdamW(lr=1.0, lr_of={"vision": 0.1}).build(model, 10, QwenVL.parts)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_exact(sign):
+    lower, upper = 1.0, 1.0 + 2**-7  # neighbours in bfloat16
+    values = torch.full((100_000,), sign * (lower + 0.25 * (upper - lower)))
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float() * sign
+    assert set(rounded.unique().tolist()) == {lower, upper}
+    assert (rounded == upper).float().mean() == pytest.approx(0.25, abs=0.01)
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(round_stochastically(exact.float()), exact)
+
+
+def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> float:
+    """Mean loss of the last ten of `count` steps on the same two rows, in bfloat16 arithmetic."""
+    batch, losses = talk_of_two(), []
+    for _ in range(count):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, labels=batch["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-10:]).mean())
+
+
+def test_at_small_rates_bfloat16_weights_learn_like_float32_ones_only_with_stochastic_rounding():
+    found = {}
+    for name, dtype, rounding in (
+        ("float32", torch.float32, "nearest"),
+        ("stochastic", torch.bfloat16, "stochastic"),
+        ("nearest", torch.bfloat16, "nearest"),
+    ):
+        model = small_network().bfloat16().to(dtype).train()
+        settings = {"lr": 1e-5, "warmup": 0, "schedule": "constant_with_warmup", "rounding": rounding}
+        found[name] = steps_of(model, AdamW(**settings).build(model, 200)[0], 200)
+    assert found["stochastic"] == pytest.approx(found["float32"], rel=0.02)
+    assert found["nearest"] > 1.2 * found["float32"]
+
+
+def with_gradients(model: nn.Module, value: float | None = None) -> nn.Module:
+    """The same numbers whenever it is asked, or `value`."""
+    torch.manual_seed(1)
+    for tensor in model.parameters():
+        tensor.grad = torch.randn_like(tensor) if value is None else torch.full_like(tensor, value)
+    return model
+
+
+@pytest.mark.parametrize("chunk", [7, 2**24])
+def test_without_rounding_it_is_the_adamw_of_torch(monkeypatch, chunk):
+    monkeypatch.setattr("qwenvl_lit.optim.CHUNK", chunk)  # tensors are cut, and put together
+    ours = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
+    theirs = deepcopy(ours)
+    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizers = StochasticAdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            with_gradients(model)
+            optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    assert all(tensor.grad is None for tensor in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_finite_changes_nothing(dtype):
+    model = nn.Linear(3, 2).to(dtype)
+    optimizer, _ = AdamW(lr=0.1, warmup=0).build(model, 10)
+
+    def everything() -> list[torch.Tensor]:
+        states = [tensor for state in optimizer.state_dict()["state"].values() for tensor in state.values()]
+        return deepcopy([*model.state_dict().values(), *states])
+
+    for value in (1.0, torch.inf, torch.nan):
+        before = everything()
+        optimizer.found_inf = torch.tensor(float(value != 1))
+        with_gradients(model, value)
+        optimizer.step()
+        changed = [not torch.equal(old, new) for old, new in zip(before, everything()[: len(before)], strict=True)]
+        assert all(changed) if value == 1 else not any(changed)
+
+
+def test_stochastic_steps_go_on_from_a_state_as_if_not_interrupted():
+    model = small_network().bfloat16().train()
+    settings = AdamW(lr=1e-3, warmup=0)
+    optimizer, _ = settings.build(model, 10)
+    steps_of(model, optimizer, 2)
+    other = deepcopy(model)
+    resumed, _ = settings.build(other, 10)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    for one, its in ((model, optimizer), (other, resumed)):
+        steps_of(one, its, 2)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
