@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qwenvl_lit.command import config_folder
+from qwenvl_lit.data.coco import read_coco_captions
 from qwenvl_lit.data.mixture import Source
-from qwenvl_lit.types import Box, DataError, GroundedObject
+from qwenvl_lit.data.refcoco import read_refcoco
+from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.vqa import read_vqa
+from qwenvl_lit.types import Box, DataError, GroundedObject, Picture
 
 TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"
 CAPTIONS = "Describe the image in English:"
@@ -166,3 +172,64 @@ def test_training_on_the_mini_set_is_one_command(root, tmp_path):
     done = subprocess.run([sys.executable, "-m", "qwenvl_lit.train", *chosen], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "split.json").read_text())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places_in(content, path=()):
+    """The way to each value in a JSON document."""
+    yield path
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ():
+        yield from places_in(value, (*path, key))
+
+
+def changed(content, path, value):
+    if not path:
+        return value
+    copy = content.copy()
+    copy[path[0]] = changed(content[path[0]], path[1:], value)
+    return copy
+
+
+FILES = {
+    "coco/annotations/captions_val2014.json": captions((42, VAL), (43, VAL)),
+    "vqav2/v2_OpenEnded_mscoco_val2014_questions.json": questions("val2014", 42),
+    "vqav2/v2_mscoco_val2014_annotations.json": answers(7),
+    "refcoco/instances.json": {
+        "images": [{"id": 9, "file_name": TRAIN}],
+        "annotations": [{"id": 5, "image_id": 9, "bbox": [10, 20, 30, 40]}],
+    },
+    "refcoco/refs(unc).p": pickle.loads(referring(line=False)),
+}
+READ = {
+    "coco": lambda folder, reading: read_coco_captions(f"{folder}/coco/annotations/captions_val2014.json", reading, images="coco/val2014"),
+    "vqav2": lambda folder, reading: read_vqa(
+        f"{folder}/vqav2/v2_OpenEnded_mscoco_val2014_questions.json", reading, picture="coco/val2014/" + VAL
+    ),
+    "refcoco": lambda folder, reading: read_refcoco(f"{folder}/refcoco/refs(unc).p:train", reading, images="coco/train2014"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_with_one_wrong_value_is_read_or_refused(root, tmp_path, name, data):
+    content = FILES[name]
+    wrong = changed(content, data.draw(st.sampled_from(list(places_in(content)))), data.draw(JSON))
+    for other in {file for file in FILES if file.split("/")[0] == name.split("/")[0]}:
+        write(tmp_path / other, (root / other).read_bytes())
+    write(tmp_path / name, pickle.dumps(wrong) if name.endswith(".p") else wrong)
+    try:
+        rows = list(READ[name.split("/")[0]](tmp_path, Reading(root=root)))
+    except DataError as fault:
+        told = str(fault)
+    else:
+        told = str(tmp_path / name)
+        assert all(isinstance(part, str | Picture | GroundedObject) for row in rows for turn in row.turns for part in turn.parts)
+        assert all(isinstance(reference, str) for row in rows for reference in row.references)
+    assert str((tmp_path / name).parent) in told

@@ -6,7 +6,7 @@ import fnmatch
 import json
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ class CocoCaptions(Sequence[Conversation]):
             captions: dict[Any, list[str]] = {number: [] for number in names}
             for number, caption in said:
                 captions[number].append(caption)
-        except (KeyError, TypeError, AttributeError) as fault:
+            check_texts(names.values())
+            check_texts(caption for _, caption in said)
+        except (KeyError, TypeError, AttributeError, UnicodeError) as fault:
             raise DataError(
                 f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
             ) from None
@@ -158,3 +160,13 @@ def read_json(file: Path, each: Callable[[dict[str, Any]], Any]) -> Any:
 def only(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """For `read_json`: objects with only these of their keys."""
     return lambda found: {key: found[key] for key in keys if key in found}
+
+
+def check_texts(texts: Iterable[Any]) -> None:
+    r"""
+    Raises:
+        AttributeError: one is no text.
+        UnicodeError: one has half a character, such as \ud800 alone, which no tokenizer takes.
+    """
+    for text in texts:
+        text.encode()

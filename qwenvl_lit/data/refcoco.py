@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenvl_lit.data.coco import only, read_json
+from qwenvl_lit.data.coco import check_texts, only, read_json
 from qwenvl_lit.data.layouts import Draft
 from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
 from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
@@ -57,10 +57,11 @@ class ReferringExpressions(Sequence[Conversation]):
                 for reference in chosen
                 for sentence in reference["sentences"]
             ]
+            check_texts(text for _, sentence, name, _ in self._rows for text in (sentence, name))
             if not self._rows:
                 known = sorted({reference["split"] for reference in references})
                 raise DataError(f"{file} has no split {split!r}; it has {', '.join(known)}")
-        except (KeyError, TypeError, ValueError) as fault:
+        except (KeyError, TypeError, AttributeError, ValueError) as fault:
             if isinstance(fault, DataError):
                 raise
             raise DataError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.data.archives import Archive, provide
-from qwenvl_lit.data.coco import fetch_coco, only, read_json
+from qwenvl_lit.data.coco import check_texts, fetch_coco, only, read_json
 from qwenvl_lit.data.prompts import VQA_PROMPT, ask
 from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
 from qwenvl_lit.data.sources import FileRows, open_source
@@ -73,7 +73,10 @@ class VqaQuestions(Sequence[Conversation]):
         try:
             self._split = str(content.get("data_subtype", "")).replace("-dev", "")
             self._rows = [(row["question_id"], row["image_id"], row["question"]) for row in content["questions"]]
-        except (KeyError, TypeError, AttributeError) as fault:
+            check_texts(question for _, _, question in self._rows)
+            if not all(isinstance(id, int | str) for id, _, _ in self._rows):
+                raise TypeError("a question_id is neither a number nor text")
+        except (KeyError, TypeError, AttributeError, UnicodeError) as fault:
             raise DataError(
                 f"{file} is not in VQA's format: {fault!r}; expected {{questions: [{{question_id, image_id, question}}]}}"
             ) from None
@@ -144,12 +147,11 @@ def read_answers(file: Path) -> dict[Any, tuple[str, tuple[str, ...]]]:
         found = {}
         for each in content["annotations"]:
             texts = tuple(each["answers"])
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"the answers to {each['question_id']} are not all text")
+            check_texts(texts)
             learned = each.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]
             found[each["question_id"]] = (sys.intern(learned), texts)
         return found
-    except (KeyError, TypeError, AttributeError, IndexError) as fault:
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as fault:
         raise DataError(
             f"{file} is not in VQA's format: {fault!r}; expected {{annotations: [{{question_id, answers: [{{answer}}]}}]}}"
         ) from None
