@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import zipfile
 
 import pytest
@@ -41,6 +42,18 @@ def test_an_archive_is_fetched_unpacked_and_removed(server, tmp_path):
     assert files(tmp_path) == {"val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/b.json": "[]"}
     provide([archive], tmp_path, download=False)
     assert len(server.asked) == 1
+
+
+def test_several_processes_bring_it_once(server, tmp_path):
+    archive = Archive(url=server.plan("/val.zip", gives(VAL, pauses=0.2)), size=len(VAL), gives=("val",))
+    processes = [multiprocessing.get_context("fork").Process(target=provide, args=([archive], tmp_path)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert len(server.asked) == 1
+    assert files(tmp_path) == {"val/1.jpg": "one", "val/sub/2.jpg": "two"}
 
 
 def test_what_is_there_stays_and_the_rest_comes(server, tmp_path):
