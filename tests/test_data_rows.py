@@ -220,6 +220,7 @@ def test_addresses_of_another_machine_are_mapped(folder, read_row):
     path_map = {"/data": "/nowhere", "/data/coco/": str(folder), "D:\\coco": f"{folder}/", "https://host/coco": str(folder)}
     for address in ("/data/coco/a.png", "D:\\coco\\a.png", "https://host/coco/a.png"):
         assert read_row({"query": f"<img>{address}</img>"}, path_map=path_map).pictures == (Picture(folder / "a.png"),)
+    assert read_row({"query": "<img>data/a.png</img>"}, path_map={"data": ""}).pictures == (Picture(folder / "a.png"),)
     with pytest.raises(DataError, match=r"/data/coconut/a\.png does not exist"):
         read_row({"query": "<img>/data/coconut/a.png</img>"}, path_map={"/data/coco": str(folder)})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -54,7 +54,7 @@ class Source:
 
     read: Callable[[str, Reading], Rows]
     root: str | Path | None = None
-    path_map: Mapping[str, str] = field(default_factory=dict)
+    path_map: Mapping[str, str] | None = None
     on_bad_box: Literal["error", "keep", "repair", "drop"] = "error"
     prompt: str | None = None
     cache: str | Path | None = None
@@ -75,7 +75,7 @@ class Source:
     def reading(self) -> Reading:
         return Reading(
             root=None if self.root is None else Path(self.root),
-            path_map=dict(self.path_map),
+            path_map=dict(self.path_map or {}),
             on_bad_box=self.on_bad_box,
             prompt=self.prompt,
             cache=None if self.cache is None else Path(self.cache),

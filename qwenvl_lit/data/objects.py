@@ -76,7 +76,9 @@ class Boxes:
                 raise DataError(f"{what}: box {written} {fault}, and nothing of it is within its picture, so it cannot be repaired")
             self.notes.append(f"{what}: box {written} {fault}; repaired to {[list(corner) for corner in _corners(repaired)]}")
             return repaired
-        raise self.fault(f"{what}: box {written} {fault}; correct it, or choose what becomes of such boxes by data.on_bad_box")
+        if self.on_bad_box == "drop":
+            raise Dropped(f"{what}: box {written} {fault}")
+        raise DataError(f"{what}: box {written} {fault}; correct it, or choose what becomes of such boxes by data.on_bad_box")
 
 
 def _is_frame(kind: Any) -> bool:

@@ -243,7 +243,8 @@ def _mapped(address: str, path_map: Mapping[str, str]) -> str:
         stem = prefix.rstrip("/\\")
         rest = address[len(stem) :]
         if address.startswith(stem) and (not rest or rest[0] in "/\\"):
-            return path_map[prefix].rstrip("/") + (rest.replace("\\", "/") if "\\" in prefix else rest)
+            rest = rest.replace("\\", "/") if "\\" in prefix else rest
+            return path_map[prefix].rstrip("/") + rest if path_map[prefix] else rest.lstrip("/")
     return address
 
 
