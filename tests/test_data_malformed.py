@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import random
 import re
 
 import pytest
@@ -81,9 +82,9 @@ def changed(value, path, change):
 class Spoiler:
     """Makes wrong rows of valid ones, with values that hypothesis found; many from one draw, since drawing is what takes the time."""
 
-    def __init__(self, rng, values, texts):
-        self.rng, self.values, self.texts = rng, values, texts
-        self.first = rng.choice(VALID)  # most rows of a file are like it
+    def __init__(self, seed, values, texts):
+        self.rng, self.values, self.texts = random.Random(seed), values, texts
+        self.first = self.rng.choice(VALID)  # most rows of a file are like it
 
     def row(self):
         """A valid row with one to three values replaced, dropped, added or, for text, disturbed."""
@@ -135,9 +136,7 @@ class Spoiler:
         return content
 
 
-SPOILERS = st.builds(
-    Spoiler, st.randoms(use_true_random=False), st.lists(VALUES, min_size=8, max_size=8), st.lists(TEXTS, min_size=8, max_size=8)
-)
+SPOILERS = st.builds(Spoiler, st.integers(0, 2**64), st.lists(VALUES, min_size=8, max_size=8), st.lists(TEXTS, min_size=8, max_size=8))
 
 
 @pytest.fixture(scope="module")
