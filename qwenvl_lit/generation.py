@@ -1,8 +1,8 @@
-"""Answers from prompts: the one place where `generate` is called."""
+"""Answers from prompts: the one place where tokens are decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class Generation:
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams
     repetition_penalty: float = 1.0
+    seed: int | None = None  # of each call; None: torch's own generator goes on
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, inputs: Mapping[str, Any], *, stop_ids: Sequence[int], pad_id: int) -> list[list[int]]:
@@ -42,6 +43,21 @@ class Generation:
             pad_token_id=pad_id,
             **sampling,
         )
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
         prompt_length = inputs["input_ids"].shape[1]
-        rows = model.generate(**inputs, generation_config=settings)[:, prompt_length:].tolist()
+        # each rank decodes alone; transformers would have those with weights that were sharded once wait for each other
+        rows = model.generate(**inputs, generation_config=settings, synced_gpus=False)[:, prompt_length:].tolist()
         return [row[: next((place for place, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
+
+    def stream(self, model: PreTrainedModel, inputs: Mapping[str, Any], *, stop_ids: Sequence[int], pad_id: int) -> Iterator[list[int]]:
+        """The new ids of one prompt, as `__call__` gives them, a few at a time (one, as a rule) while they are decoded.
+
+        The caller may leave the iteration at any point; nothing runs on behind it.
+
+        Raises:
+            ValueError: several rows, or beams, of which nothing is known before the end.
+        """
+        if len(inputs["input_ids"]) != 1 or self.num_beams > 1:
+            raise ValueError("an answer is streamed to one prompt at a time, without beams; set generation.num_beams=1")
+        return ([id] for id in self(model, inputs, stop_ids=stop_ids, pad_id=pad_id)[0])
