@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
@@ -30,8 +31,8 @@ class RunLog(lightning.Callback):
     rank 0); and one for each validation: step, epoch, and everything logged as `val/NAME` under that name. A resumed run goes on in the
     file; lines of steps that it repeats are removed. What is not finite is null.
 
-    `metrics.json` has `fit`: `last`, the last validation line, and `best`, that of the step which `ModelCheckpoint` judged best, with its
-    path; and `test`: every score under its logged name. A verb replaces its own part only.
+    `metrics.json` has `fit`: `last`, the last validation line, and `best`, that of the step which the checkpoint callback judged best,
+    with its path; and `test`: every score under its logged name. A verb replaces its own part only.
 
     Args:
         print_every: where standard output is no terminal, and so without a progress bar, every so many steps are printed.
@@ -157,11 +158,11 @@ def _append(trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
 
 
 def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:
-    """The last validation and, where a `ModelCheckpoint` watches one of its scores, the best one."""
+    """The last validation and, where a checkpoint callback watches one of its scores, the best one."""
     records = [record for record in read_log(Path(trainer.default_root_dir, LOG)) if any(name.startswith("val/") for name in record)]
     summary: dict[str, Any] = {"step": trainer.global_step, "last": records[-1] if records else None}
     for keeper in trainer.checkpoint_callbacks:
-        if isinstance(keeper, ModelCheckpoint) and (name := keeper.monitor):
+        if isinstance(keeper, Checkpoints | ModelCheckpoint) and (name := keeper.monitor):
             judged = [record for record in records if record.get(name) is not None]
             best = (min if keeper.mode == "min" else max)(judged, key=itemgetter(name), default={})
             summary["best"] = {**best, "monitor": name, "checkpoint": keeper.best_model_path or None}

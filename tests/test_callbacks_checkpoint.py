@@ -1,0 +1,269 @@
+"""A run that was killed and goes on ends as one that was not."""
+
+import json
+import os
+import resource
+import signal
+from collections import Counter
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import torch.multiprocessing
+from PIL import Image
+from safetensors.torch import load_file
+from toy_task import trainer
+
+from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.callbacks.checkpoint import STOPPED, Checkpoints
+from qwenvl_lit.callbacks.run_log import RunLog, read_log
+from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.generation import Generation
+from qwenvl_lit.optim import AdamW
+from qwenvl_lit.task import Task
+from qwenvl_lit.types import Conversation, DataError, Picture, Turn
+
+VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
+DROPOUT = LoRA(rank=2, alpha=4, dropout=0.3, targets="all-linear")
+
+
+class Killed(BaseException):
+    """Ends a run where it stands: nothing catches it but pytest."""
+
+
+class At(lightning.Callback):
+    """Does something in the `nth` call of a hook."""
+
+    def __init__(self, hook: str, nth: int, act):
+        calls = Counter()
+
+        def count(*_, **__):
+            calls[hook] += 1
+            if calls[hook] == nth:
+                act()
+
+        setattr(self, hook, count)
+
+
+def kills_at(hook: str, nth: int) -> At:
+    def kill():
+        raise Killed
+
+    return At(hook, nth, kill)
+
+
+def read(source: str, reading) -> list[Conversation]:
+    rows = []
+    for place, letter in enumerate(source):
+        turns = (
+            Turn(role="user", parts=(Picture(Image.new("RGB", (9, 9), (place * 20, 0, 0))), letter)),
+            Turn(role="assistant", parts=(letter * 3,)),
+        )
+        rows.append(Conversation(id=letter, turns=turns, index=place))
+    return rows
+
+
+def run(
+    folder: Path, *callbacks, adapter=DROPOUT, goes_on: bool = False, every: int = 2, keep: int = 0, **options
+) -> dict[str, torch.Tensor]:
+    """What is trained at the end: two epochs of seven batches, two of which are a step, and a validation after every third batch."""
+    torch.manual_seed(3)
+    task = Task(
+        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny"),
+        adapter=adapter,
+        generation=Generation(max_new_tokens=2, do_sample=True),
+        metrics={},
+        optim=AdamW(lr=1e-2),
+        config={"seed": 3},
+    )
+    data = DataModule(
+        processor=task.processor, read=read, train="abcdefghijklmn", validation="opq", batch_size=2, generated_validation_rows=2
+    )
+    defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3, "gradient_clip_val": 1.0}
+    fitted = trainer(
+        folder, RunLog(), *callbacks, Checkpoints(every=every, keep=keep), enable_checkpointing=True, **{**defaults, **options}
+    )
+    fitted.fit(task, data, ckpt_path=folder / "checkpoints/last.ckpt" if goes_on else None, weights_only=True)
+    names = task.trainable_names()
+    return {name: tensor.clone() for name, tensor in task.state_dict().items() if name in names}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)
+
+
+def history(folder: Path) -> list[dict]:
+    return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in read_log(folder / "logging.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("hook", "nth"),
+    [
+        ("on_train_batch_start", 6),  # half of a step is made
+        ("on_before_optimizer_step", 4),
+        ("on_train_batch_end", 6),
+        ("on_validation_batch_start", 8),
+        ("on_validation_end", 3),
+        ("on_train_epoch_end", 1),
+        ("on_train_batch_start", 9),  # in the second epoch
+        ("on_train_batch_end", 14),
+        ("on_train_end", 1),
+    ],
+)
+def test_a_killed_run_that_goes_on_ends_as_one_that_was_not(whole, tmp_path, hook, nth):
+    with pytest.raises(Killed):
+        run(tmp_path, kills_at(hook, nth))
+    assert same(run(tmp_path, goes_on=True), whole[1])
+    assert history(tmp_path) == history(whole[0])
+    best = [torch.load(folder / "checkpoints/best.ckpt", weights_only=True) for folder in (tmp_path, whole[0])]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    assert same(best[0]["state_dict"], best[1]["state_dict"])
+
+
+def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path):
+    whole = run(tmp_path / "whole", val_check_interval=4)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kills_at("on_train_batch_start", 6), val_check_interval=4)
+    assert same(run(tmp_path / "killed", goes_on=True, val_check_interval=4), whole)
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+    steps = [record["step"] for record in history(tmp_path / "whole") if "val/loss" in record]
+    assert steps == [2, 6], "none was left out or made twice"
+
+
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
+    run(tmp_path, max_epochs=1)
+    run(tmp_path, goes_on=True, max_epochs=2)
+    assert [record["step"] for record in history(tmp_path) if "loss" in record] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def kills_itself_while_writing(rank: int, folder: Path, nth: int) -> None:
+    """The `nth` file is written but not named yet."""
+    flushed = Counter()
+    through = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed[True] += os.readlink(f"/proc/self/fd/{handle}").endswith(".part")
+        if flushed[True] == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        through(handle)
+
+    os.fsync = fsync
+    torch.set_num_threads(1)
+    run(folder)
+
+
+def test_a_run_killed_in_the_middle_of_writing_a_checkpoint_has_the_one_before(whole, tmp_path):
+    """Written are the best after step 1, the last after step 2, the best after step 3 and the last after step 4."""
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        torch.multiprocessing.spawn(kills_itself_while_writing, args=(tmp_path, 4))
+    assert (tmp_path / "checkpoints/last.ckpt.part").exists()
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert same(run(tmp_path, goes_on=True), whole[1])
+    assert not list(tmp_path.glob("checkpoints/*.part"))
+
+
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(whole, tmp_path):
+    def fill() -> None:
+        """No file may grow beyond some kilobytes."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(DataError, match=r"last\.ckpt cannot be written: .*hydra\.run\.dir=.*resume=RUN"):
+            run(tmp_path, At("on_train_batch_start", 7, fill), limit_val_batches=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.ckpt*")] == ["last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "checkpoints").write_text("not a folder")
+    with pytest.raises(DataError, match="checkpoints cannot be written"):
+        run(tmp_path)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_its_states_and_is_read_without_code(whole):
+    file = whole[0] / "checkpoints/last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "random", "config"} <= checkpoint.keys()
+    assert checkpoint["config"] == {"seed": 3}
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    numbers = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
+    assert file.stat().st_size < 3 * 4 * numbers + 200_000  # float32 weights and two moments; 50 MB for the 4,194,304 of `lora`
+
+
+def test_older_checkpoints_stay_if_so_wanted(tmp_path):
+    run(tmp_path, keep=2, every=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")) == [
+        "best.ckpt",
+        "last.ckpt",
+        "step_000007.ckpt",
+        "step_000008.ckpt",
+    ]
+    assert torch.load(tmp_path / "checkpoints/step_000007.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_an_adapter_is_also_left_for_peft(whole):
+    from peft import PeftModel
+
+    family = QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny")
+    for name in ("best", "last"):
+        folder = whole[0] / "checkpoints" / f"{name}_adapter"
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in weights
+        loaded = dict(PeftModel.from_pretrained(family.load(), folder).named_parameters())
+        stored = torch.load(whole[0] / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+        assert len(weights) == len(stored)
+        for key, tensor in stored.items():
+            assert torch.equal(loaded[key.removeprefix("model.")], tensor), key
+
+
+def test_full_fine_tuning_goes_on_too_and_leaves_no_adapter(tmp_path):
+    whole = run(tmp_path / "whole", adapter=Full())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kills_at("on_train_batch_start", 10), adapter=Full())
+    assert same(run(tmp_path / "killed", goes_on=True, adapter=Full()), whole)
+    assert not list(tmp_path.rglob("*adapter*"))
+
+
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [("on_train_batch_start", signal.SIGTERM), ("on_train_batch_end", signal.SIGUSR1), ("on_validation_batch_start", signal.SIGTERM)],
+)
+def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(whole, tmp_path, hook, number, capsys):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, At(hook, 6, lambda: os.kill(os.getpid(), number)), every=1000)
+    assert ended.value.code == STOPPED == 143
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == handlers
+    assert f"saved after step 3. Go on:  python -m qwenvl_lit.train resume={tmp_path}" in capsys.readouterr().out
+    assert same(run(tmp_path, goes_on=True, every=1000), whole[1])
+    assert history(tmp_path) == history(whole[0])
+
+
+def test_another_number_of_processes_is_an_error(whole, tmp_path):
+    checkpoint = torch.load(whole[0] / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["random"] *= 2
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
+    with pytest.raises(DataError, match="had 2 processes, this one has 1"):
+        run(tmp_path, goes_on=True)
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"keep": -1}, {"mode": "lowest"}])
+def test_settings_that_make_no_sense_are_named(options):
+    with pytest.raises(ValueError, match=r"callbacks\.checkpoint"):
+        Checkpoints(**options)
