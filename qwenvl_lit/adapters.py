@@ -142,7 +142,9 @@ class Learned:
         tensors = read_learned(self.checkpoint)
         if set(tensors) != trained:
             names = sorted(set(tensors) ^ trained)
-            raise DataError(f"{self.checkpoint} is not of this model and its adapter: they differ in {len(names)} tensors ({names[0]}, ...)")
+            raise DataError(
+                f"{self.checkpoint} is not of this model and its adapter: they differ in {len(names)} tensors ({names[0]}, ...)"
+            )
         adapted.load_state_dict(tensors, strict=False)
         merged = self.adapter.merge(adapted)
         for name, tensor in merged.named_parameters():
@@ -153,7 +155,7 @@ class Learned:
         """Raises a DataError unless the checkpoint is the one that it was."""
         if not self.checkpoint.exists():
             raise DataError(
-                f"{self.checkpoint} is not there: the run started from it and needs it. Put it back, or say where it is: base.checkpoint=PATH"
+                f"{self.checkpoint} is not there, and the run started from it: put it back, or say where it is with base.checkpoint=PATH"
             )
         if fingerprint(self.checkpoint) != self.sha256:
             raise DataError(f"{self.checkpoint} is not the checkpoint that the run started from: its content has changed (sha256)")

@@ -28,6 +28,7 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
         generation=_object(config.generation),
         metrics=_object(config.metrics),
         optim=_object(config.optim) if "optim" in config else None,
+        base=(_object(config.base) or None) if adapted else None,
         config=OmegaConf.to_container(config),
     )
 

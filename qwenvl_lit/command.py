@@ -20,11 +20,15 @@ from hydra.errors import ConfigCompositionException, InstantiationException, Mis
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qwenvl_lit.runs import find_run
+from qwenvl_lit.runs import base_of, find_run
+from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "ckpt", "paths.run", "data.train", "data.test", "data.validation", "data.root", "hydra.run.dir")
-FROM_RUN = ("model", "adapter", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
+FREE_TEXT = ("prompt", "picture", "ckpt", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
+FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
+FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
+STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
+RECIPE = ("adapter", "optim", "trainer", "generation")  # what a model's file chooses, and so a run that training starts from
 
 
 def config_folder() -> Path:
@@ -33,26 +37,34 @@ def config_folder() -> Path:
     return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
 
 
-def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = False) -> None:
+def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = False, starts_from_run: bool = False) -> None:
     """Run `main` with the config that the command line of `verb` composes.
 
     Args:
         verb: name of the primary config, `conf/VERB.yaml`.
         needs_run: the verb starts from `ckpt=`, or from a published model with `model=`; groups that the command line does not choose
             come from the run.
+        starts_from_run: the verb goes on from what the run of `ckpt=` has learned; the run is then the model, with a recipe as a model's
+            file has it.
 
-    Exits with 2 after a mistake on the command line, with 1 after one in the data.
+    Exits with 2 after a mistake on the command line, with 1 after one in the data or in a job of a sweep.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function as they are
     sys.argv[1:] = [quote_free_text(argument) for argument in sys.argv[1:]]
     try:
         if needs_run:
             _offer_run(verb)
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main))()
+        if starts_from_run:
+            _start_from_run()
+        sweep = Sweep(verb)
+        with sweep.reported():
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()
     except (ConfigCompositionException, MissingConfigException, OverrideParseException, OmegaConfBaseException) as error:
         _exit(2, _explain(verb, error))
     except DataError as error:
         _exit(2, str(error))
+    if sweep.failed:
+        sys.exit(1)
 
 
 def quote_free_text(argument: str) -> str:
@@ -67,6 +79,8 @@ def quote_free_text(argument: str) -> str:
     """
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in FREE_TEXT:
+        return argument
+    if key == "hydra.run.dir" and re.fullmatch('".*"', value):  # as Lightning writes it for the other ranks
         return argument
     if value.startswith("[") and value.endswith("]"):
         elements = re.findall(r"\s*('(?:[^'\\]|\\.)*'|[^,]+)", value[1:-1])
@@ -83,10 +97,31 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'".replace("${", "\\${")
 
 
+def _named_run() -> str | None:
+    return next((a.partition("=")[2].strip("'") for a in sys.argv[1:] if a.startswith("ckpt=")), None)
+
+
+def _start_from_run() -> None:
+    """Make what the run that `ckpt=` names has learned available as the base `run`, and its model and recipe as the model `run`, and take
+    both, unless the command line chooses another model."""
+    if (ckpt := _named_run()) is None:
+        return
+    run = find_run(ckpt)
+    taken = [a for a in ("base=run", "model=run") if not any(b.startswith(a.removesuffix("run")) for b in sys.argv)]
+    place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
+    sys.argv[place : place + 1] = [f"ckpt={_quoted(str(run.checkpoint))}", *taken]
+    store = ConfigStore.instance().store
+    store(group="base", name="run", node=base_of(run))
+    for group in RECIPE:
+        store(group=group, name="run", node={key: value for key, value in run.config[group].items() if key not in STRATEGY})
+    recipe = [{f"override /{group}@_global_.{group}": "run"} for group in RECIPE]
+    store(group="model", name="run", node={"defaults": [*recipe, "_self_"], **run.config["model"]})
+
+
 def _offer_run(verb: str) -> None:
     """Make the groups of the run that `ckpt=` names available as the choice `run`, which the verb's defaults list takes."""
     arguments = sys.argv[1:]
-    ckpt = next((a.partition("=")[2].strip("'") for a in arguments if a.startswith("ckpt=")), None)
+    ckpt = _named_run()
     needed = not any(a.startswith(("model=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
     if ckpt is None and needed:
         raise DataError(f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest)")
@@ -94,7 +129,7 @@ def _offer_run(verb: str) -> None:
     if run:  # from here on it is this file, also if `latest` becomes another run meanwhile
         sys.argv[1:] = [f"ckpt={_quoted(str(run.checkpoint))}" if a.startswith("ckpt=") else a for a in arguments]
     for group in FROM_RUN:
-        node = dict(run.config[group]) if run else {}
+        node = dict(run.config.get(group) or {}) if run else {}
         if group == "data" and run and run.folder:
             for source in (node, *dict(node.get("datasets") or {}).values()):
                 if source.get("split_file"):
@@ -139,10 +174,13 @@ def _keep_named_datasets(config: DictConfig) -> None:
         OmegaConf.save(config, Path(job.runtime.output_dir, job.output_subdir, "config.yaml"))  # where `find_run` reads it
 
 
-def _reporting(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """`main`, with a user's mistakes as short messages; a defect keeps its traceback."""
+def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[DictConfig], float | None]:
+    """`main`, or its place in a sweep, with a user's mistakes as short messages; a defect keeps its traceback."""
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> float | None:
+        return sweep.take(config, run) if is_a_sweep(config) else run(config)
+
+    def run(config: DictConfig) -> None:
         try:
             _keep_named_datasets(config)
             main(config)

@@ -44,12 +44,29 @@ def find_run(ckpt: str) -> Run:
         if (folder / ".hydra/config.yaml").exists():
             return Run(config=_composed(folder), checkpoint=path, folder=folder)
         return Run(config=_stored(path), checkpoint=path, folder=None)
+    if (path / "adapter_config.json").exists():
+        raise DataError(f"ckpt={ckpt} is an adapter folder of PEFT, which cannot be taken as ckpt; give the run that it comes from")
+    if (path / "config.json").exists():
+        raise DataError(f"ckpt={ckpt} is a whole model: give it as model.path={ckpt}, with model=qwen_vl_chat or model=qwen_vl")
     if not (path / ".hydra/config.yaml").exists():
         raise DataError(f"ckpt={ckpt} is no run folder (it has no .hydra/config.yaml); {_known_runs()}")
     for name in ("best.ckpt", "last.ckpt"):
         if (path / "checkpoints" / name).exists():
             return Run(config=_composed(path), checkpoint=path / "checkpoints" / name, folder=path)
     raise DataError(f"ckpt={ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one")
+
+
+def base_of(run: Run) -> dict[str, Any]:
+    """What a run learned as plain data, for the config of a run that starts from it; with the runs that it had started from."""
+    from qwenvl_lit.adapters import Learned, fingerprint
+
+    return {
+        "_target_": f"{Learned.__module__}.{Learned.__name__}",
+        "checkpoint": str(run.checkpoint.resolve()),
+        "sha256": fingerprint(run.checkpoint),
+        "adapter": run.config["adapter"],
+        "base": run.config.get("base") or {},
+    }
 
 
 def latest_run() -> Path | None:

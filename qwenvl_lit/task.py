@@ -18,7 +18,7 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from qwenvl_lit.adapters import Adapter
+    from qwenvl_lit.adapters import Adapter, Learned
     from qwenvl_lit.families.protocols import Family
     from qwenvl_lit.generation import Generation
     from qwenvl_lit.optim import AdamW
@@ -30,6 +30,7 @@ class Task(lightning.LightningModule):
 
     Args:
         adapter: what is trained; None for a model that is used as it was published.
+        base: what an earlier run learned, which this one starts from.
         metrics: scores of predictions by name; each set of rows gets copies of its own.
         config: plain data that is stored in every checkpoint, from which the run can be built again.
 
@@ -45,11 +46,13 @@ class Task(lightning.LightningModule):
         generation: Generation,
         metrics: Mapping[str, Metric],
         optim: AdamW | None = None,
+        base: Learned | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.family = family
         self.adapter = adapter
+        self.base = base
         self.generation = generation
         self.optim = optim
         self.config = config
@@ -77,7 +80,7 @@ class Task(lightning.LightningModule):
             DataError: a checkpoint that is not this network's, or not this adapter's.
         """
         if self.model is None:
-            model = self.family.load(self.home)
+            model = self._load_base()
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
         if self.trained is not None:
             checkpoint, self.trained = self.trained, None
@@ -88,6 +91,14 @@ class Task(lightning.LightningModule):
 
     def trainable_names(self) -> set[str]:
         """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""
+    def _load_base(self) -> nn.Module:
+        quantization = self.adapter.quantization if self.adapter else None
+        if self.base is None:
+            return self.family.load(self.home, quantization=quantization)
+        # folded at full precision: on the host, where the few bits are all that the device has room for
+        model = self.base.fold_into(self.family.load("cpu" if quantization else self.home), self.family.parts)
+        return self.family.quantized(model, self.home, quantization) if quantization else model
+
         return {name for name, tensor in self.named_parameters() if tensor.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,4 +24,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    command("train", main)
+    command("train", main, starts_from_run=True)

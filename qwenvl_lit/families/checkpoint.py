@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from qwenvl_lit.types import DataError
 
@@ -146,6 +148,24 @@ class StoredTensor:
         if self.name not in tensors:
             raise DataError(f"{self.file} lacks {self.name}, which the index promises there; fetch the file again")
         return tensors[self.name]
+
+
+def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[str]) -> BitsAndBytesConfig:
+    """How transformers holds linear layers in few bits, all `but` the named ones, and computes in `dtype`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or does not know a setting.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("adapter.quantization needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'") from error
+    known = inspect.signature(BitsAndBytesConfig).parameters
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(
+            f"adapter.quantization has no key {', '.join(unknown)}; its keys are those of BitsAndBytesConfig: {', '.join(known)}"
+        )
+    return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings})
 
 
 @lru_cache(maxsize=2)  # neighbouring tensors share a shard; more open ones would count as memory in use

@@ -52,8 +52,16 @@ class Family(Protocol):
 
     def processor(self) -> Processor: ...
 
-    def load(self, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The network with its base weights, in evaluation mode on `device`."""
+    def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """The network with its base weights, in evaluation mode on `device`.
+
+        Args:
+            quantization: settings of `BitsAndBytesConfig` for its linear layers; None: as they are.
+        """
+        ...
+
+    def quantized(self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]) -> PreTrainedModel:
+        """What `load` would give, had it found the weights that `model` has."""
         ...
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
-from qwenvl_lit.families.checkpoint import VOCABULARY, find_checkpoint, open_shard, stored_tensors
+from qwenvl_lit.families.checkpoint import VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
@@ -374,8 +374,9 @@ class QwenVL:
         side = self.config.visual["image_size"]
         return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting)
 
-    def load(self, device: torch.device | str = "cpu") -> QwenVLForCausalLM:
-        """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor.
+    def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> QwenVLForCausalLM:
+        """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor, and those of linear
+        layers but the head become what `quantization` says, settings of `BitsAndBytesConfig`, on their way.
 
         Random weights depend on `seed` alone up to 1 B parameters; larger networks are drawn on `device`, by its own generator.
 
@@ -384,15 +385,15 @@ class QwenVL:
         """
         dtype = getattr(torch, self.dtype)
         if self.random:
-            return self._drawn(torch.device(device), dtype)
+            model = self._drawn(torch.device(device), dtype)
+            return self.quantized(model, device, quantization) if quantization else model
         assert self.folder is not None
         with torch.device("meta"):
             shapes = file_shapes(QwenVLForCausalLM(self.config))
         try:
             tensors = stored_tensors(self.folder, shapes)
             if self.device_map is None:
-                places = {"config": self.config, "state_dict": tensors, "device_map": {"": device}}
-                model = QwenVLForCausalLM.from_pretrained(None, dtype=dtype, **places)
+                model = self._placed(tensors, device, quantization)
             else:
                 offloaded = TemporaryDirectory()  # what fits neither cards nor memory
                 places = {"device_map": self.device_map, "max_memory": self.max_memory, "offload_folder": offloaded.name}
@@ -416,6 +417,7 @@ class QwenVL:
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.
+                places["quantization_config"] = self._few_bits(quantization)
 
         The former get no mask: causal attention never sees what follows a token, and runs faster without.
         """
@@ -423,6 +425,19 @@ class QwenVL:
         if generate:
             inputs |= {"attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
+    def quantized(self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]) -> QwenVLForCausalLM:
+        """The network with the weights of `model`, which may be elsewhere, as `load` gives it."""
+        placed = self._placed(model.state_dict(), device, quantization)
+        placed.generation_config = model.generation_config
+        return placed.eval()
+
+    def _placed(self, tensors: Mapping[str, Any], device: torch.device | str, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
+        options = {"config": self.config, "dtype": getattr(torch, self.dtype), "quantization_config": self._few_bits(quantization)}
+        return QwenVLForCausalLM.from_pretrained(None, state_dict=tensors, device_map={"": device}, **options)
+
+    def _few_bits(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
+        return few_bits(quantization, dtype=getattr(torch, self.dtype), but=[self.parts["head"]]) if quantization else None
+
             inputs |= {"pixel_values": batch.vision["pixel_values"], "vision_positions": batch.vision_positions}
         if len(batch.target_positions) and not generate:
             inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
