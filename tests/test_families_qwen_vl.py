@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
-from qwenvl_lit.families.qwen_vl import QwenVL, QwenVLProcessor, preprocess
+from qwenvl_lit.families.qwen_vl import QwenVL, QwenVLProcessor, normalised, preprocess
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, Dropped, GroundedObject, Picture, Turn
 
@@ -88,7 +88,7 @@ def test_a_picture_is_introduced_and_has_its_span():
         f"<|im_start|>user\nPicture 1: {span}\nWhat?<|im_end|>\n<|im_start|>assistant\na car<|im_end|>"
     ).replace("<imgpad>", "")
     assert learned(sample) == "a car<|im_end|>"
-    assert sample.vision["pixel_values"].shape == (1, 3, SIDE, SIDE)
+    assert sample.vision["pixel_values"].shape == (1, SIDE, SIDE, 3)
     assert (sample.input_ids == TOKENIZER.img_pad_id).nonzero().flatten().tolist() == sample.vision_positions.tolist()
     assert len(sample.vision_positions) == SPAN
 
@@ -108,7 +108,7 @@ def test_pictures_are_counted_over_the_conversation():
 
 def test_without_a_picture_vision_is_empty():
     sample = processor().encode(talk("one", "two"))
-    assert sample.vision["pixel_values"].shape == (0, 3, SIDE, SIDE)
+    assert sample.vision["pixel_values"].shape == (0, SIDE, SIDE, 3)
     assert sample.vision_positions.tolist() == []
 
 
@@ -166,7 +166,7 @@ def test_a_long_history_leaves_a_prompt_but_its_pictures_keep_their_numbers():
         written(prompt)
         == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nPicture 2: <img></img>\nsecond<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert torch.equal(prompt.vision["pixel_values"][0], preprocess(BLUE.open(), SIDE))
+    assert torch.equal(normalised(prompt.vision["pixel_values"])[0], preprocess(BLUE.open(), SIDE))
     assert len(prompt.vision_positions) == SPAN
 
 
@@ -360,6 +360,7 @@ def test_inputs_hold_what_the_model_needs_and_no_more():
     seen, text = talk((RED, "What?"), "a car"), talk("How many?", "2")
     mixed, only_text = pad([encode(seen), encode(text)]), pad([encode(text)])
     learning = {"labels", "target_positions"}
+    assert torch.equal(made.inputs(mixed)["pixel_values"], preprocess(RED.open(), SIDE)[None])
     assert set(made.inputs(mixed)) == {"input_ids", "pixel_values", "vision_positions", *learning}
     assert set(made.inputs(only_text)) == {"input_ids", *learning}
     assert set(made.inputs(mixed, generate=True)) == {"input_ids", "attention_mask", "pixel_values", "vision_positions"}

@@ -13,7 +13,7 @@ from golden.conversations import conversation, golden_sample, opened, parts, sam
 from golden.network import before_stop, load
 from golden.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.families.qwen_vl import QwenVLProcessor, normalised
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.types import Conversation, Picture, Turn
 
@@ -118,7 +118,7 @@ def chat(path: Path) -> Iterator[Result]:
         stops = [*processor.stop_ids, *extra]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
-            inputs |= {"pixel_values": batch.vision["pixel_values"], "vision_positions": batch.vision_positions}
+            inputs |= {"pixel_values": normalised(batch.vision["pixel_values"]), "vision_positions": batch.vision_positions}
         generate = Generation(max_new_tokens=case["max_new_tokens"])
         ids = generate(model, inputs, stop_ids=stops, pad_id=processor.pad_id)[0]
 
