@@ -28,7 +28,7 @@ def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
         read_rows("*.csv", Reading(root=folder))
     with pytest.raises(DataError, match="check the path"):
         read_rows(str(folder / "none.jsonl"))
-    with pytest.raises(DataError, match=r"cannot be read: .* check the path"):
+    with pytest.raises(DataError, match=r"cannot be read or unpacked: .* check the path"):
         read_rows(str(folder))
 
 

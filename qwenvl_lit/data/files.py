@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from qwenvl_lit.types import DataError
 _VERSION = 1  # of an index on disk
 _BLOCK = 1 << 22
 _BLANK = re.compile(r"[ \t\r\n]*")
+csv.field_size_limit(1 << 30)  # the default is less than a picture in base64
 _MARK = b"\xef\xbb\xbf"  # which some Windows editors write in front
 
 
@@ -46,25 +48,11 @@ class RowFile(Sequence[dict[str, Any]]):
         kept = None if cache is None else cache / "indexes"
         with _readable(file):
             self._plain = _unpacked(file, kept) if file.suffix == ".gz" else file
-            self._open()
+            self._version = _version(self._plain)
             self._kind, find = self._look()
             self._index = _index(self._plain, find, kept)
         if not len(self):
             raise DataError(f"{file} has no rows; expected a JSON array of rows, a row a line, or a header line of a csv file and rows")
-
-    def _open(self) -> None:
-        self._stream: BinaryIO = self._plain.open("rb", buffering=0)
-        self._version = _version(self._plain)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_stream"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        with _readable(self.file):
-            self._open()
-        if self._version != state["_version"]:
-            raise DataError(f"{self.file} has changed since it was opened; start again")
 
     def _look(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
         """What kind of file it is, and the function that finds its rows."""
@@ -100,8 +88,10 @@ class RowFile(Sequence[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         start, end, _ = map(int, self._index[:, place])
+        with _readable(self.file):
+            content = os.pread(_stream(self._plain, self._version).fileno(), end - start, start)
         try:
-            text = os.pread(self._stream.fileno(), end - start, start).decode()
+            text = content.decode()
         except UnicodeDecodeError as fault:
             raise DataError(f"{self.where(place)}: not UTF-8: {fault}; save it as UTF-8") from None
         if self._kind == "csv":
@@ -146,6 +136,15 @@ _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _BOUNDS = json.JSONDecoder(parse_int=len, parse_float=len)  # numbers are not looked at when only ends are sought
 
 
+@lru_cache(maxsize=64)
+def _stream(file: Path, version: tuple[int, int]) -> BinaryIO:
+    """Kept open in each process, a few of perhaps thousands; reads go by position, so that forked processes may share it."""
+    stream = file.open("rb", buffering=0)
+    if _version(file) != version:
+        raise DataError(f"{file} has changed since it was opened; start again")
+    return stream
+
+
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
     try:
@@ -153,7 +152,7 @@ def _readable(file: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
         raise DataError(f"{file} is not a complete gzip file: {fault}") from None
     except OSError as fault:
-        raise DataError(f"{fault.filename or file} cannot be read: {fault.strerror or fault}; check the path") from None
+        raise DataError(f"{fault.filename or file} cannot be read or unpacked: {fault.strerror or fault}; check the path") from None
 
 
 def _version(file: Path) -> tuple[int, int]:
@@ -246,7 +245,6 @@ def _lines(stream: BinaryIO) -> np.ndarray:
 
 def _records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], tuple[int, int, int]]]:
     """Cells and place of each record of a csv file, the header first; blank lines are passed over."""
-    csv.field_size_limit(1 << 30)  # the default is less than a picture in base64
     end = len(_MARK) if stream.read(len(_MARK)) == _MARK else 0
     stream.seek(end)
     number = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ def conversation_from(
     _check_placeholders("\n".join(texts), len(objects), boxes)
     _check_characters([id, *texts, *draft.images, *draft.references, *columns.values(), *(thing.label or "" for thing in objects)])
     pictures = [picture_from(address, root, reading) for address in _addresses(texts, draft.images)]
-    objects = [boxes.settled(f"object {number} ({thing.label!r})", thing, pictures) for number, thing in enumerate(objects, 1)]
+    objects = [boxes.settled(f"object {number} ({reprlib.repr(thing.label)})", thing, pictures) for number, thing in enumerate(objects, 1)]
     reader = _TextReader(pictures, objects, boxes)
     turns = tuple(Turn(role=role, parts=reader.parts(text)) for (role, _), text in zip(draft.turns, texts, strict=True))
     return Conversation(
