@@ -82,6 +82,8 @@ class Task(lightning.LightningModule):
         if self.model is None:
             model = self._load_base()
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
+            if self.adapter and self.family.checkpointing:  # after the adapter: peft would have the embeddings' output ask for a gradient
+                recompute_blocks(self.model)
         if self.trained is not None:
             checkpoint, self.trained = self.trained, None
             try:
@@ -89,8 +91,6 @@ class Task(lightning.LightningModule):
             except (ValueError, RuntimeError) as error:
                 raise DataError(f"{checkpoint}: {error}") from error
 
-    def trainable_names(self) -> set[str]:
-        """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""
     def _load_base(self) -> nn.Module:
         quantization = self.adapter.quantization if self.adapter else None
         if self.base is None:
@@ -99,6 +99,8 @@ class Task(lightning.LightningModule):
         model = self.base.fold_into(self.family.load("cpu" if quantization else self.home), self.family.parts)
         return self.family.quantized(model, self.home, quantization) if quantization else model
 
+    def trainable_names(self) -> set[str]:
+        """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""
         return {name for name, tensor in self.named_parameters() if tensor.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -120,7 +122,7 @@ class Task(lightning.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def configure_optimizers(self):
-        optimizer, schedule = self.optim.build(self.model, int(self.trainer.estimated_stepping_batches))
+        optimizer, schedule = self.optim.build(self.model, int(self.trainer.estimated_stepping_batches), self.family.parts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -241,3 +243,9 @@ class Task(lightning.LightningModule):
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Let the blocks of a transformers model, or of one inside adapters, run again for their gradients; the tower's too, where it trains."""
+    name = "activation_checkpointing_enable"  # since transformers 5.2x; "gradient_checkpointing_enable" before
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
 from qwenvl_lit.families.checkpoint import VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
@@ -273,6 +273,7 @@ class QwenVL:
             to chat only. None: all of it on one device.
         dtype: of the weights, by torch's name.
         seed: of random weights.
+        checkpointing: to train, keep what goes into a block and compute the rest again for the gradients: less memory, a third more work.
         window: as for `QwenVLProcessor`; None: that of the checkpoint's `generation_config.json`, else the published 6144.
 
     The others are those of `QwenVLProcessor`.
@@ -305,6 +306,7 @@ class QwenVL:
         window: int | None = None,
         dtype: str = "float32",
         seed: int = 0,
+        checkpointing: bool = False,
     ):
         if (path is None) == (config is None):
             raise ValueError("a model has either a `path`, or a `config` for random weights")
@@ -333,6 +335,7 @@ class QwenVL:
         self.window = window
         self.dtype = dtype
         self.seed = seed
+        self.checkpointing = checkpointing
 
     @cached_property
     def folder(self) -> Path | None:
@@ -414,12 +417,26 @@ class QwenVL:
             else:
                 offloaded = TemporaryDirectory()  # what fits neither cards nor memory
                 places = {"device_map": self.device_map, "max_memory": self.max_memory, "offload_folder": offloaded.name}
+                places["quantization_config"] = self._few_bits(quantization)
                 model = QwenVLForCausalLM.from_pretrained(self.folder, dtype=dtype, **places)
                 model.offloaded = offloaded  # removed with the model
         finally:
             open_shard.cache_clear()  # which keeps the last files mapped
         model.generation_config = self.generation
         return model.eval()
+
+    def quantized(self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]) -> QwenVLForCausalLM:
+        """The network with the weights of `model`, which may be elsewhere, as `load` gives it."""
+        placed = self._placed(model.state_dict(), device, quantization)
+        placed.generation_config = model.generation_config
+        return placed.eval()
+
+    def _placed(self, tensors: Mapping[str, Any], device: torch.device | str, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
+        options = {"config": self.config, "dtype": getattr(torch, self.dtype), "quantization_config": self._few_bits(quantization)}
+        return QwenVLForCausalLM.from_pretrained(None, state_dict=tensors, device_map={"": device}, **options)
+
+    def _few_bits(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
+        return few_bits(quantization, dtype=getattr(torch, self.dtype), but=[self.parts["head"]]) if quantization else None
 
     def _drawn(self, device: torch.device, dtype: torch.dtype) -> QwenVLForCausalLM:
         with torch.device("meta"):
@@ -434,7 +451,6 @@ class QwenVL:
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.
-                places["quantization_config"] = self._few_bits(quantization)
 
         The former get no mask: causal attention never sees what follows a token, and runs faster without.
         """
@@ -442,19 +458,6 @@ class QwenVL:
         if generate:
             inputs |= {"attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
-    def quantized(self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]) -> QwenVLForCausalLM:
-        """The network with the weights of `model`, which may be elsewhere, as `load` gives it."""
-        placed = self._placed(model.state_dict(), device, quantization)
-        placed.generation_config = model.generation_config
-        return placed.eval()
-
-    def _placed(self, tensors: Mapping[str, Any], device: torch.device | str, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
-        options = {"config": self.config, "dtype": getattr(torch, self.dtype), "quantization_config": self._few_bits(quantization)}
-        return QwenVLForCausalLM.from_pretrained(None, state_dict=tensors, device_map={"": device}, **options)
-
-    def _few_bits(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
-        return few_bits(quantization, dtype=getattr(torch, self.dtype), but=[self.parts["head"]]) if quantization else None
-
             pixels = batch.vision["pixel_values"]
             pixels = normalised(pixels) if pixels.dtype == torch.uint8 else pixels
             inputs |= {"pixel_values": pixels, "vision_positions": batch.vision_positions}
