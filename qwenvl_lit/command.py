@@ -20,11 +20,12 @@ from hydra.errors import ConfigCompositionException, InstantiationException, Mis
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.resume import resume_arguments, resumed
 from qwenvl_lit.runs import base_of, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "ckpt", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
+FREE_TEXT = ("prompt", "picture", "ckpt", "resume", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
@@ -45,7 +46,7 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         needs_run: the verb starts from `ckpt=`, or from a published model with `model=`; groups that the command line does not choose
             come from the run.
         starts_from_run: the verb goes on from what the run of `ckpt=` has learned; the run is then the model, with a recipe as a model's
-            file has it.
+            file has it. With `resume=` it goes on with a run itself.
 
     Exits with 2 after a mistake on the command line, with 1 after one in the data or in a job of a sweep.
     """
@@ -56,6 +57,7 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
             _offer_run(verb)
         if starts_from_run:
             _start_from_run()
+            sys.argv[1:] = [quote_free_text(argument) for argument in resume_arguments(sys.argv[1:])]
         sweep = Sweep(verb)
         with sweep.reported():
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()
@@ -183,7 +185,7 @@ def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[Di
     def run(config: DictConfig) -> None:
         try:
             _keep_named_datasets(config)
-            main(config)
+            main(resumed(config) if "resume" in config else config)
         except DataError as error:
             # an error from a data worker carries that worker's traceback; its last line is the message
             _exit(1, str(error).rsplit("DataError: ", 1)[-1].strip())

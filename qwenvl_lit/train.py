@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> None:
     from qwenvl_lit import build
+    from qwenvl_lit.resume import checkpoint_of
 
     build.start(config)
     task = build.task(config)
     data = build.data(config, task.processor)
     trainer = build.trainer(config)
     build.save_config(config)
-    trainer.fit(task, data)
+    trainer.fit(task, data, ckpt_path=checkpoint_of(config), weights_only=True)
     if trainer.is_global_zero:
         print(f"\nTrained. Score it:  python -m qwenvl_lit.test ckpt={build.shown(config.paths.run)}")
 

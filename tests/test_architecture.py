@@ -13,18 +13,29 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
     {"task", "callbacks", "runs", "strategies", "data_report", "sweep_report"},
-    {"build", "data_page", "sweep"},
+    {"build", "data_page", "resume", "sweep"},
     {"command"},
     {"train", "test", "predict", "check"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
-    "hydra": {"build", "command", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "command", "runs", "sweep", "train", "test", "predict", "check"},
+    "hydra": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict"},
+    "omegaconf": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict", "check"},
     "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "train", "test", "predict"},
     "peft": {"adapters"},
     "tiktoken": {"models"},
 }
-STARTS_FAST = {"command", "runs", "sweep", "sweep_report", "types", "train", "test", "predict", "check"}  # at import time, nothing heavy
+STARTS_FAST = {
+    "command",
+    "resume",
+    "runs",
+    "sweep",
+    "sweep_report",
+    "types",
+    "train",
+    "test",
+    "predict",
+    "check",
+}  # at import time, nothing heavy
 
 
 def modules() -> dict[str, Path]:

@@ -15,12 +15,14 @@ CONF = config_folder()
 VERBS = ("train", "test", "predict", "check")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 KEYS = {
-    "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger"},
+    "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
     "test": {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "ckpt", "baseline"},
 }
+KEYS["train"] |= {"resume"}
 KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt"}
-KEYS["check"] = KEYS["train"] - {"callbacks", "logger"} | {"workers", "examples"}
-GROUPS = {verb: {group for group, _ in CHOICES} - ({"callbacks", "logger", "strategy"} if verb == "check" else set()) for verb in VERBS}
+KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume"} | {"workers", "examples"}
+NOT_OF = {"train": set(), "test": {"sweep"}, "predict": {"sweep"}, "check": {"callbacks", "logger", "strategy", "sweep"}}
+GROUPS = {verb: {group for group, _ in CHOICES} - NOT_OF[verb] for verb in VERBS}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,78 @@
+"""`resume=RUN` and `resume=auto`: the command line and the config of a run that goes on in its own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from qwenvl_lit.runs import find_run
+from qwenvl_lit.types import DataError
+
+MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # of a run that goes on
+LAST = "checkpoints/last.ckpt"
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line of the run that `resume=` names, to be run in its folder; without `resume=` the arguments as they are.
+
+    `resume=RUN` takes a run folder, or `latest`. `resume=auto` takes the folder that `hydra.run.dir=` names, if there is a checkpoint in
+    it, and else begins there: the same command starts a run and goes on with it. Arguments may repeat what the run was started with, and
+    change `MAY_CHANGE`.
+
+    Raises:
+        DataError: there is no such run, it has no checkpoint, or an argument says something else than the run.
+    """
+    values = {key: value.strip("'\"") for key, equals, value in (argument.partition("=") for argument in arguments) if equals}
+    resume, folder = values.get("resume", "null"), values.get("hydra.run.dir")
+    if resume == "null":
+        return list(arguments)
+    if resume == "auto":
+        if {"-m", "--multirun"} & set(arguments):  # each job of a sweep has a folder, and this argument again
+            return list(arguments)
+        if folder is None:
+            raise DataError("resume=auto needs the folder of the run, the same one each time: hydra.run.dir=runs/mine")
+        if not Path(folder, LAST).exists():
+            return list(arguments)
+        run = Path(folder)
+    else:
+        found = find_run(resume).folder
+        if found is None or not (found / LAST).exists():
+            raise DataError(f"resume={resume}: no {LAST} is there; resume= takes the folder of a run that saved one, or latest")
+        if folder is not None and Path(folder).resolve() != found.resolve():
+            raise DataError(f"resume={resume} goes on in {found}; leave out hydra.run.dir={folder}")
+        run = found
+    started_with = OmegaConf.to_container(OmegaConf.load(run / ".hydra/overrides.yaml"))
+    kept = []
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key in MAY_CHANGE or argument.startswith(("-", "hydra.")):
+            kept.append(argument)
+        elif key != "resume" and argument not in started_with:
+            raise DataError(
+                f"resume={resume}: {argument} contradicts the run, which goes on with its own settings ({run / 'config.yaml'}); only "
+                f"{', '.join(MAY_CHANGE)} may change. To start another run from what this one has learned: ckpt={run}"
+            )
+    own = [argument for argument in kept if not argument.startswith(("hydra.run.dir=", "hydra.output_subdir="))]
+    return [*own, f"resume={run}", f"hydra.run.dir={run}", "hydra.output_subdir=null"]  # null: what it was started with stays written
+
+
+def resumed(config: DictConfig) -> DictConfig:
+    """The config of the run itself where `config` goes on with one, with what the command line changed of it; else `config`."""
+    if config.resume in (None, "auto"):
+        return config
+    stored = OmegaConf.load(Path(config.paths.run, ".hydra/config.yaml"))
+    assert isinstance(stored, DictConfig)
+    given = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    for key in given & set(MAY_CHANGE):
+        OmegaConf.update(stored, key, OmegaConf.select(config, key))
+    OmegaConf.update(stored, "resume", config.resume)
+    OmegaConf.set_struct(stored, True)
+    return stored
+
+
+def checkpoint_of(config: DictConfig) -> Path | None:
+    """What a run goes on from; None if it begins."""
+    return None if config.resume in (None, "auto") else Path(config.paths.run, LAST)
