@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -229,6 +230,7 @@ class DataModule(lightning.LightningDataModule):
             dataset=dataset,
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_signals,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -284,6 +286,12 @@ class DataModule(lightning.LightningDataModule):
 
 def _joint(dataset: str, name: str) -> str:
     return f"{dataset}_{name}" if dataset else name
+
+
+def outlive_signals(worker: int) -> None:
+    """A cluster that stops a run signals its workers too, and the run needs them to end its step; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader(DataLoader):
