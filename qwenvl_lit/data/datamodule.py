@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
@@ -289,9 +290,16 @@ def _joint(dataset: str, name: str) -> str:
 
 
 def outlive_signals(worker: int) -> None:
-    """A cluster that stops a run signals its workers too, and the run needs them to end its step; they end with it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """A cluster that stops a run signals its workers too, and the run needs them to end its step: only the run itself may end them."""
+    stops = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+
+    def heed_the_run() -> None:
+        while signal.sigwaitinfo(stops).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=heed_the_run, daemon=True).start()
 
 
 class Loader(DataLoader):
