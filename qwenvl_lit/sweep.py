@@ -158,8 +158,10 @@ def job_command(verb: str, hydra: DictConfig, overrides: Sequence[str], folder: 
     """
     own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     flags = [f"--config-name={hydra.job.config_name}", *(f"--config-dir={path}" for path in own)]
+    # goes on from the checkpoint that an interrupted job left
+    resume = [] if any(override.startswith("resume=") for override in overrides) else ["resume=auto"]
     placed = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]  # the last word on both
-    return (sys.executable, "-m", f"qwenvl_lit.{verb}", *flags, *hydra.overrides.hydra, *overrides, *placed)
+    return (sys.executable, "-m", f"qwenvl_lit.{verb}", *flags, *hydra.overrides.hydra, *overrides, *resume, *placed)
 
 
 def job_slots(parallel: int, *, accelerator: str, devices: int | str | list[int]) -> list[dict[str, str]]:
