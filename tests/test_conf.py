@@ -18,10 +18,12 @@ KEYS = {
     "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
     "test": {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "ckpt", "baseline"},
 }
-KEYS["train"] |= {"resume"}
+KEYS["train"] |= {"resume", "base", "ckpt"}
+KEYS["test"] |= {"base"}
 KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt"}
-KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume"} | {"workers", "examples"}
-NOT_OF = {"train": set(), "test": {"sweep"}, "predict": {"sweep"}, "check": {"callbacks", "logger", "strategy", "sweep"}}
+KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt"} | {"workers", "examples"}
+ONLY_TRAIN = {"sweep", "base", "experiment"}
+NOT_OF = {"train": set(), "test": ONLY_TRAIN, "predict": ONLY_TRAIN, "check": {"callbacks", "logger", "strategy", *ONLY_TRAIN}}
 GROUPS = {verb: {group for group, _ in CHOICES} - NOT_OF[verb] for verb in VERBS}
 
 
@@ -61,8 +63,8 @@ def test_a_verb_has_the_known_keys_and_no_others(verb):
 def test_every_choice_composes_and_names_things_that_exist(verb, group, choice):
     config = composed(verb, f"{group}={choice}")
     assert set(config) - {"optim"} == KEYS[verb] - {"optim"}
-    node = plain(config, "trainer" if group == "strategy" else group)
-    for target in targets(node):
+    placed = {"strategy": ["trainer"], "experiment": sorted(set(config) & GROUPS[verb])}.get(group, [group])
+    for target in set().union(*(targets(plain(config, key)) for key in placed)):
         assert callable(get_object(target)), target
 
 
