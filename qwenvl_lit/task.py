@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,7 @@ class Task(lightning.LightningModule):
         self.val_loss.reset()
         if len(self.trainer.num_val_batches) > 1:
             self._log_scores(["val"])
+            self.generation.release(self.model)  # training has other uses for the memory
 
     def on_test_epoch_start(self) -> None:
         self._start_scoring(len(self.trainer.datamodule.test_names))
@@ -215,10 +217,20 @@ class Task(lightning.LightningModule):
         """The model's answer to each row of a batch of prompts."""
         if not batch.conversations:
             return []
+        inputs = self.family.inputs(batch, generate=True)
+        pictures = [picture for conversation in batch.conversations for picture in conversation.prompt().pictures]
+        whole = len(pictures) == len(inputs.get("pixel_values", ()))  # old turns of a long conversation are left out with their pictures
         rows = self.generation(
-            self.model, self.family.inputs(batch, generate=True), stop_ids=self.processor.stop_ids, pad_id=self.processor.pad_id
+            self.model,
+            inputs,
+            stop_ids=self.processor.stop_ids,
+            pad_id=self.processor.pad_id,
+            picture_keys=[picture.key for picture in pictures] if whole else None,
         )
-        return [self.processor.decode(ids, conversation) for ids, conversation in zip(rows, batch.conversations, strict=True)]
+        return [
+            replace(self.processor.decode(ids, conversation), tokens=len(ids))
+            for ids, conversation in zip(rows, batch.conversations, strict=True)
+        ]
 
     def _answer(self, batch: Batch, scored_set: int) -> list[Prediction]:
         predictions = self.predict(batch)
@@ -228,6 +240,7 @@ class Task(lightning.LightningModule):
         return predictions
 
     def _start_scoring(self, sets: int) -> None:
+        self.generation.release(self.model)  # the weights may be others than those that pictures were encoded with
         self.set_metrics = nn.ModuleList(
             nn.ModuleDict({name: metric.clone() for name, metric in self.metrics.items()}) for _ in range(sets)
         ).to(self.device)
@@ -246,6 +259,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Let the blocks of a transformers model, or of one inside adapters, run again for their gradients; the tower's too, where it trains."""
+    """Let the blocks of a transformers model, or of one inside adapters, run again for their gradients; the tower's too, if it trains."""
     name = "activation_checkpointing_enable"  # since transformers 5.2x; "gradient_checkpointing_enable" before
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
