@@ -46,6 +46,10 @@ class Announced(Callback):
         Announced.config = config
 
 
+class JobError(Exception):
+    """A job on a cluster has failed; its folder says how."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """One run of a sweep, to be started."""
@@ -81,54 +85,59 @@ class Sweep:
         hydra = HydraConfig.get()
         overrides = tuple(item for item in hydra.overrides.task if not item.startswith("sweep."))
         folder = Path(hydra.runtime.output_dir)
+        before = _result(folder)
+        if before and before["overrides"] != list(overrides):
+            raise DataError(f"{folder} holds a job with other values ({' '.join(before['overrides'])}); choose another hydra.sweep.dir")
         if _on_a_cluster(hydra):
-            return self._run_here(config, main, folder, overrides)
+            if before is None or before["error"]:
+                self._run_here(config, main, folder, overrides)
+            return read_scores(folder).get(config.sweep.metric)
         if not hydra.launcher._target_.endswith(".BasicLauncher"):
             raise DataError(f"hydra/launcher={hydra.runtime.choices['hydra/launcher']}: on one machine use sweep.parallel=N instead")
         job = Job(folder=folder, overrides=overrides, command=job_command(self.verb, hydra, overrides, folder))
-        if (before := _result(job)) and before["overrides"] != list(overrides):
-            raise DataError(f"{folder} holds a job with other values ({' '.join(before['overrides'])}); choose another hydra.sweep.dir")
         self.jobs.append(job)
-        if hydra.sweeper._target_.endswith(".BasicSweeper"):
+        if _is_collected(hydra):
             return None
         if config.sweep.parallel > 1:
             raise DataError(
                 f"sweep.parallel={config.sweep.parallel}: this hydra/sweeper runs one job after the other; use sweep.parallel=1"
             )
-        run_jobs([job], [{}], metric=config.sweep.metric)
+        self._run_unfinished([job], [{}], config.sweep.metric)
         return read_scores(folder).get(config.sweep.metric)
 
-    def _run_here(self, config: DictConfig, main: Callable, folder: Path, overrides: Sequence[str]) -> float | None:
+    def _run_here(self, config: DictConfig, main: Callable, folder: Path, overrides: Sequence[str]) -> None:
         start, error = time.perf_counter(), None
         try:
             main(config)
         except (Exception, SystemExit) as stop:
             error = f"{type(stop).__name__}: {stop}"
-            raise RuntimeError(error) from stop  # SystemExit would end the launcher's worker before it has answered
+            raise JobError(error) from stop  # SystemExit would end the launcher's worker before it has answered
         finally:
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 save_result(folder, overrides, seconds=time.perf_counter() - start, error=error)
-        return read_scores(folder).get(config.sweep.metric)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
         """Run the jobs that Hydra gives inside; in the end, also that of an interrupted sweep, table and plot say what it found."""
         try:
             yield
-            self._run()
+            config = Announced.config
+            if config is not None and self.jobs and _is_collected(config.hydra):
+                trainer = config.trainer
+                slots = job_slots(config.sweep.parallel, accelerator=trainer.accelerator, devices=trainer.devices)
+                self._run_unfinished(self.jobs, slots, config.sweep.metric)
+        except JobError:
+            self.failed = True  # Hydra raises the first failure when all jobs have ended; the table has them all
         finally:
             config = Announced.config
-            if config is not None and (any(map(_result, self.jobs)) or _on_a_cluster(config.hydra)):
+            if config is not None and (any(_result(job.folder) for job in self.jobs) or _on_a_cluster(config.hydra)):
                 self._report(config)
 
-    def _run(self) -> None:
-        todo = [job for job in self.jobs if (result := _result(job)) is None or result["error"]]
-        if todo and (config := Announced.config) is not None and config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            if done := len(self.jobs) - len(todo):
-                print(f"{done} of {len(self.jobs)} jobs are finished already")
-            trainer = config.trainer
-            slots = job_slots(config.sweep.parallel, accelerator=trainer.accelerator, devices=trainer.devices)
-            run_jobs(todo, slots, metric=config.sweep.metric)
+    def _run_unfinished(self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], metric: str) -> None:
+        todo = [job for job in jobs if (result := _result(job.folder)) is None or result["error"]]
+        if done := len(jobs) - len(todo):
+            print(f"{done} of {len(jobs)} jobs are finished already")
+        run_jobs(todo, slots, metric=metric, keys=varied([job.values for job in self.jobs]))
 
     def _report(self, config: DictConfig) -> None:
         from rich.console import Console
@@ -194,14 +203,13 @@ def visible_cards() -> list[str]:
     return [str(card) for card in range(torch.cuda.device_count())]
 
 
-def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], *, metric: str) -> None:
-    """Run jobs, as many at a time as there are slots, and say in a line when each begins and how it ended.
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], *, metric: str, keys: Sequence[str] = ()) -> None:
+    """Run jobs, as many at a time as there are slots, and say in a line when each, named by the values of `keys`, begins and how it ended.
 
     A job that fails leaves its error in its folder, and the others go on. An interrupt, or SIGTERM, stops those that run.
     """
     waiting, free = list(jobs), list(slots)
     running: list[tuple[Job, subprocess.Popen, Mapping[str, str], float]] = []
-    keys = varied([job.values for job in jobs])
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting or running:
@@ -259,9 +267,14 @@ def _outcome(job: Job, error: str | None, metric: str) -> str:
     return "no score" if score is None else f"{metric} {score:.4g}"
 
 
-def _result(job: Job) -> dict[str, Any] | None:
-    file = job.folder / JOB
+def _result(folder: Path) -> dict[str, Any] | None:
+    file = folder / JOB
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _is_collected(hydra: DictConfig) -> bool:
+    """Whether all jobs are known before the first one runs."""
+    return hydra.sweeper._target_.endswith(".BasicSweeper")
 
 
 def _on_a_cluster(hydra: DictConfig) -> bool:
