@@ -260,3 +260,4 @@ class Prediction:
     text: str  # the answer in the family's markup, without end marks
     parts: tuple[Part, ...]  # `text` parsed back: str, and GroundedObject in pixels
     reference: str | None = None  # the expected answer in the same markup
+    tokens: int | None = None  # that were decoded, without the end mark

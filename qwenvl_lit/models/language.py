@@ -30,6 +30,16 @@ class LanguageBlock(GradientCheckpointingLayer):
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), **kwargs)[0]
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
+    def before(self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block up to its attention, for a decoder with a cache of its own: queries (B, H, T, K), keys with values (2, B, H, T, K)."""
+        q_BHTK, k_BHTK, v_BHTK = self.attn.heads(self.ln_1(x_BTD), rotary)
+        return q_BHTK, torch.stack((k_BHTK, v_BHTK))
+
+    def after(self, x_BTD: torch.Tensor, attended_BHTK: torch.Tensor) -> torch.Tensor:
+        """The block from its attention on, for the same `x_BTD` that `before` had."""
+        x_BTD = x_BTD + self.attn.c_proj(attended_BHTK.transpose(1, 2).flatten(2))
+        return x_BTD + self.mlp(self.ln_2(x_BTD))
+
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; the kernel is transformers' `attn_implementation`."""
@@ -58,14 +68,18 @@ class Attention(nn.Module):
         Returns:
             (B, T, D), and the weights (B, H, T, slots) where the kernel has them, else `None`.
         """
-        qkv_BT3HK = self.c_attn(x_BTD).unflatten(-1, (3, -1, self.head_dim))
-        q_BTHK, k_BTHK = rotate(qkv_BT3HK[:, :, :2], *rotary).unbind(2)
-        q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, qkv_BT3HK[:, :, 2]))
+        q_BHTK, k_BHTK, v_BHTK = self.heads(x_BTD, rotary)
         if past_key_values is not None:
             k_BHTK, v_BHTK = past_key_values.update(k_BHTK, v_BHTK, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
         attended_BTHK, weights = attend(self, q_BHTK, k_BHTK, v_BHTK, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.c_proj(attended_BTHK.flatten(2)), weights
+
+    def heads(self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, turned, and values, each (B, H, T, K)."""
+        qkv_BT3HK = self.c_attn(x_BTD).unflatten(-1, (3, -1, self.head_dim))
+        q_BTHK, k_BTHK = rotate(qkv_BT3HK[:, :, :2], *rotary).unbind(2)
+        return q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), qkv_BT3HK[:, :, 2].transpose(1, 2)
 
 
 def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, **kwargs):
@@ -108,12 +122,21 @@ def rotary_tables(
     """Cosines and sines for `rotate`, float32 (B, T, 1, 1, K / 2), at the positions `slots` (B, T).
 
     Args:
-        alpha: stretches the slow channels by about this much and the fastest not at all, see `ntk_alpha`.
+        alpha: see `rotary_frequencies`.
         logn_above: if given, the tables are (B, T, 2, 1, K / 2) and those of the queries are scaled by ln(slot + 1) / ln(logn_above)
             where that is above 1 (log-n attention). Turning and scaling commute, so it costs nothing per layer.
     """
+    return rotary_tables_at(slots, rotary_frequencies(head_dim, base, alpha, device=slots.device), logn_above=logn_above)
+
+
+def rotary_frequencies(head_dim: int, base: float, alpha: int = 1, device: torch.device | None = None) -> torch.Tensor:
+    """Radians per slot, float32 (K / 2,). `alpha` stretches the slow channels by about this much, the fastest not at all: `ntk_alpha`."""
     base = base * alpha ** (head_dim / (head_dim - 2))
-    frequencies = 1 / base ** (torch.arange(0, head_dim, 2, device=slots.device, dtype=torch.float32) / head_dim)
+    return 1 / base ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
+def rotary_tables_at(slots: torch.Tensor, frequencies: torch.Tensor, *, logn_above: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `rotary_tables`, with given frequencies: (K / 2,), or (B, 1, 1, 1, K / 2) where each row has its own."""
     angles = slots[:, :, None, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     if logn_above is None:

@@ -288,6 +288,13 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def embed(
+        self, input_ids: torch.Tensor, *, vision_features: torch.Tensor | None = None, vision_positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ids (B, T) as what the first block reads, (B, T, D); pictures (N, Q, D) from `get_image_features` in their places."""
+        x_BTD = self.transformer.wte(input_ids)
+        return self.transformer._write_pictures(x_BTD, input_ids, None, None, vision_positions, vision_features)
+
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, S, S) -> what `forward` takes as `vision_features`, (N, Q, D)."""
         return self.transformer.visual(pixel_values)
