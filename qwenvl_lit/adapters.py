@@ -106,9 +106,7 @@ class LoRA:
         return get_peft_model(model, LoraConfig(**sizes, **self.options))
 
     def merge(self, model: nn.Module) -> nn.Module:
-        merged = model.merge_and_unload()
-        del merged.peft_config  # a mark that peft leaves, and that makes it warn of the next adapter
-        return merged
+        return model.merge_and_unload()
 
 
 class Learned:
@@ -142,10 +140,11 @@ class Learned:
         tensors = read_learned(self.checkpoint)
         if set(tensors) != trained:
             names = sorted(set(tensors) ^ trained)
-            raise DataError(
-                f"{self.checkpoint} is not of this model and its adapter: they differ in {len(names)} tensors ({names[0]}, ...)"
-            )
-        adapted.load_state_dict(tensors, strict=False)
+            raise DataError(f"{self.checkpoint} is of another model or adapter: they differ in {len(names)} tensors ({names[0]}, ...)")
+        try:
+            adapted.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:  # tensors of other shapes
+            raise DataError(f"{self.checkpoint} is of another model or adapter: {error}") from error
         merged = self.adapter.merge(adapted)
         for name, tensor in merged.named_parameters():
             tensor.requires_grad_(learns[name])
@@ -162,13 +161,9 @@ class Learned:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """sha256 of a checkpoint's content, of its files in order where it is a folder."""
-    files = sorted(file for file in checkpoint.rglob("*") if file.is_file()) if checkpoint.is_dir() else [checkpoint]
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    """sha256 of a checkpoint's content."""
+    with checkpoint.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_learned(checkpoint: Path) -> dict[str, torch.Tensor]:
