@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.data.datamodule import DataModule
@@ -73,10 +74,12 @@ def start(config: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view.*")  # nothing of ours changes it in place
 
 
+@rank_zero_only
 def save_config(config: DictConfig) -> None:
-    """Write the resolved config into the run folder, for people to read."""
+    """Write the resolved config into the run folder, for people to read; one process does."""
     OmegaConf.save(config, Path(config.paths.run) / "config.yaml", resolve=True)
 
 

@@ -82,8 +82,35 @@ def test_the_model_chooses_its_recipe_and_the_command_line_wins():
     assert (chat.adapter.rank, chat.adapter.alpha, chat.adapter.dropout) == (8, 32, 0.05)
     assert (chat.optim.lr, chat.optim.betas, chat.optim.weight_decay, chat.optim.warmup) == (1e-4, [0.9, 0.95], 0.1, 0.05)
     assert (chat.trainer.accumulate_grad_batches, chat.trainer.gradient_clip_val, chat.trainer.precision) == (16, 1.0, "bf16-mixed")
-    own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=1e-5")
-    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.adapters.Full", 1e-5)
+    own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=2e-5")
+    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.adapters.Full", 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "rate"),
+    [
+        (["model=qwen_vl_chat"], 1e-4),
+        (["model=qwen_vl_chat", "strategy=fsdp"], 1e-4),
+        (["model=qwen_vl_chat", "adapter=full", "strategy=fsdp"], 1e-5),
+        (["model=qwen_vl_chat", "adapter=full", "optim=adamw"], 1e-4),
+        (["adapter=full"], 2e-3),
+    ],
+)
+def test_what_is_trained_chooses_its_rate_unless_the_model_or_the_command_line_does(choices, rate):
+    optim = composed("train", *choices).optim
+    assert optim.lr == rate
+    assert optim.get("rounding", "stochastic") == "stochastic"
+
+
+def test_processes_that_others_start_are_counted_by_the_environment(monkeypatch):
+    def trainer(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        node = plain(composed("train", "strategy=multi_node_fsdp"), "trainer")
+        return node["devices"], node["num_nodes"]
+
+    assert trainer(SLURM_NTASKS_PER_NODE="4", SLURM_NNODES="2") == (4, 2)
+    assert trainer(LOCAL_WORLD_SIZE="8", GROUP_WORLD_SIZE="3") == (8, 3)
 
 
 def test_the_data_chooses_its_metrics_and_the_command_line_wins():
