@@ -175,7 +175,7 @@ def test_a_base_that_has_moved_or_changed_or_is_of_another_model_is_named(tmp_pa
     wider = Learned(
         checkpoint=str(learned.checkpoint), sha256=learned.sha256, adapter=LoRA(rank=3, alpha=4, dropout=0.0, targets="all-linear")
     )
-    with pytest.raises(DataError, match=r"0\.ckpt is of another model or adapter: .*size mismatch"):
+    with pytest.raises(DataError, match=r"0\.ckpt is of another model or adapter: .*\n.*size mismatch"):
         wider.fold_into(small_network(), QwenVL.parts)
     learned.checkpoint.write_bytes(learned.checkpoint.read_bytes() + b"x")
     with pytest.raises(DataError, match=r"0\.ckpt is not the checkpoint that the run started from"):
