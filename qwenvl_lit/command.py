@@ -25,11 +25,13 @@ from qwenvl_lit.runs import base_of, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "ckpt", "resume", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
+FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 RECIPE = ("adapter", "optim", "trainer", "generation")  # what a model's file chooses, and so a run that training starts from
+
+EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}  # choices that other packages bring
 
 
 def config_folder() -> Path:
@@ -209,7 +211,10 @@ def _is_a_mistake(error: BaseException) -> bool:
 def _explain(verb: str, error: Exception) -> str:
     """A composition error in a line or two: what is wrong, and the nearest key or the choices."""
     if isinstance(error, MissingConfigException):
-        return str(error).split("\nConfig search path")[0].strip()
+        extra = next((extra for choice, extra in EXTRAS.items() if choice in str(error)), None)
+        hint = f"\nIt comes with an extra of this package: pip install 'qwenvl_lit[{extra}]'" if extra else ""
+        choices = str(error).split("\nConfig search path")[0].strip()
+        return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ") + hint
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"override '([^']+)'", str(error))):
         key = found[1]
         near = difflib.get_close_matches(key, _known_keys(verb), n=3, cutoff=0.75)

@@ -1,0 +1,62 @@
+"""Every command that the README shows composes: its verb, its choices and its keys exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+NOT_HERE = ("hydra/launcher=slurm", "hydra/sweeper=optuna")  # choices of packages that are extras
+
+
+def commands(text: str) -> list[str]:
+    """Commands of this package in fenced blocks, continuation lines joined and comments cut off, and in the cells of tables."""
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    lines = [re.split(r"\s+#", line)[0].strip() for line in fenced.splitlines()]
+    cells = re.findall(r"^\|.*?`(python -m [^`]+)` *\|$", text, re.MULTILINE)
+    return list(dict.fromkeys(line for line in [*lines, *cells] if "python -m qwenvl_lit." in line))
+
+
+def test_commands_are_found_in_blocks_and_tables():
+    text = "```\npython -m qwenvl_lit.train a=1 \\\n   b=x#2   # why\nmake\n```\n| `swift` | `python -m qwenvl_lit.test c=1` |\n"
+    assert commands(text) == ["python -m qwenvl_lit.train a=1     b=x#2", "python -m qwenvl_lit.test c=1"]
+    assert len(commands(README)) > 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_run():
+    """The configs, and what `ckpt=` offers: the groups of a composed training run."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        trained = compose("train")
+        for group in FROM_RUN:
+            ConfigStore.instance().store(group=group, name="run", node=OmegaConf.to_container(trained[group]))
+        yield
+
+
+def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
+    """The overrides of each run that a command line stands for: one, or those of a sweep."""
+    parser = OverridesParser.create()
+    fixed = [text for text in arguments if not parser.parse_override(text).is_sweep_override()]
+    config = compose(verb, fixed, return_hydra_config=True)
+    swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
+    return BasicSweeper.split_arguments(parser.parse_overrides([*swept, *arguments]), None)[0]
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_a_command_of_the_readme_composes(command):
+    words = shlex.split(command[command.index("python -m ") :])
+    verb = words[2].removeprefix("qwenvl_lit.")
+    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith("-") and word not in NOT_HERE]
+    assert (config_folder().parent / f"qwenvl_lit/{verb}.py").exists()
+    for overrides in jobs(verb, arguments):
+        config = compose(verb, overrides)
+        if config.data.get("datasets"):
+            name_datasets(config)
