@@ -225,6 +225,13 @@ def test_batches_are_packed_or_kept_within_a_budget():
         assert sorted(tuple(batch.input_ids.shape) for batch in data.train_dataloader()) == expected
 
 
+def test_a_row_over_the_budget_of_tokens_is_named_with_what_to_do():
+    data = module(train="abc", max_tokens=1)
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"row 'a' has 2 tokens, more than data\.max_tokens=1; raise it, or leave .* model\.max_length=1"):
+        data.train_dataloader()
+
+
 @pytest.mark.parametrize("option", [{"order": "random"}, {"on_bad_picture": "ignore"}])
 def test_a_misspelt_choice_is_an_error(option):
     with pytest.raises(ValueError, match=rf"data\.{next(iter(option))} is .* or "):

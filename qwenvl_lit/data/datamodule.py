@@ -180,6 +180,12 @@ class DataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = Joined(self.train)
+        if self.max_tokens is not None and self._lengths.max() > self.max_tokens:
+            longest = rows[int(self._lengths.argmax())]
+            raise DataError(
+                f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, more than data.max_tokens="
+                f"{self.max_tokens}; raise it, or leave such rows out with model.max_length={self.max_tokens} model.too_long=drop"
+            )
         batches = Batches(
             [len(stage) for stage in self.train] if self.order == "staged" else [len(rows)],
             batch_size=self.batch_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.split import Chosen, Joined, Rows, hold_out, places, take
+from qwenvl_lit.data.split import Chosen, Joined, Rows, counted, hold_out, places, take
 from qwenvl_lit.data.survey import Finding, measure, stamp
 from qwenvl_lit.types import DataError
 
@@ -93,7 +92,7 @@ class Source:
         Raises:
             DataError: files cannot be read, nothing is left to learn from, or held-out rows are others now.
         """
-        named = [_counted(files) for files in _several(self.train)]
+        named = [counted(files) for files in _several(self.train)]
         opened = [self.read(files, self.reading) for files, _ in named]
         counts = [len(rows) if count is None else count for rows, (_, count) in zip(opened, named, strict=True)]
         distinct = [rows if count >= len(rows) else take(rows, count, self.seed) for rows, count in zip(opened, counts, strict=True)]
@@ -172,12 +171,3 @@ class Source:
 
 def _several(files: Files | None) -> list[str]:
     return [files] if isinstance(files, str) else list(files or ())
-
-
-def _counted(files: str) -> tuple[str, int | None]:
-    """
-    >>> _counted("rows.jsonl#2000")
-    ('rows.jsonl', 2000)
-    """
-    named, count = re.fullmatch(r"(.*?)(?:#(\d+))?", files, re.DOTALL).groups()
-    return named, None if count is None else int(count)

@@ -10,8 +10,6 @@ from itertools import cycle, islice
 import numpy as np
 from torch.utils.data import Sampler
 
-from qwenvl_lit.types import DataError
-
 WINDOW = 64  # batches a rank of which the rows are sorted by length, or packed, together
 Position = tuple[int, int]  # epoch, and how many of its batches are done
 
@@ -34,8 +32,7 @@ class Batches(Sampler[list[int]]):
         position: asked whenever an epoch is begun; by default the start of the epoch that `set_epoch` gave.
 
     Raises:
-        DataError: a row has more than `max_tokens`.
-        ValueError: options that do not go together.
+        ValueError: options that do not go together, or a row has more than `max_tokens`.
     """
 
     def __init__(
@@ -68,10 +65,7 @@ class Batches(Sampler[list[int]]):
         self.epoch = 0
         self.position = position or (lambda: (self.epoch, 0))
         if max_tokens is not None and lengths is not None and len(lengths) and lengths.max() > max_tokens:
-            raise DataError(
-                f"row {lengths.argmax()} has {lengths.max()} tokens, more than data.max_tokens={max_tokens}; raise it, or see to longer "
-                f"rows with model.max_length={max_tokens} and model.too_long"
-            )
+            raise ValueError(f"row {lengths.argmax()} has {lengths.max()} tokens, more than max_tokens={max_tokens}")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

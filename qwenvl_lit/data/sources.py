@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import random
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwenvl_lit.data.files import RowFile
 from qwenvl_lit.data.layouts import id_of, layout_of
 from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
-from qwenvl_lit.data.split import Chosen, Joined
+from qwenvl_lit.data.split import Joined, counted, take
 from qwenvl_lit.types import Conversation, DataError
 
 
@@ -28,30 +26,20 @@ def read_rows(source: str, reading: Reading = DEFAULT) -> Sequence[Conversation]
     return open_source(source, reading, lambda file: FileRows(file, reading))
 
 
-def take(rows: Sequence[Conversation], count: int, seed: int = 0) -> Sequence[Conversation]:
-    """`count` rows: as many whole passes as fit in, then a random rest without repetition.
-
-    >>> "".join(take("abc", 6))
-    'abcabc'
-    """
-    passes, rest = divmod(count, len(rows))
-    return Chosen(rows, [*range(len(rows))] * passes + random.Random(seed).sample(range(len(rows)), rest))
-
-
 def open_source(source: str, reading: Reading, read: Callable[[Path], Sequence[Conversation]]) -> Sequence[Conversation]:
     """The rows that `read` finds in the file or files that `source` names, or as many of them as it asks for.
 
     Raises:
         DataError: there is no such file.
     """
-    pattern, count = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
+    pattern, count = counted(source)
     places = [pattern] if reading.root is None else [str(reading.root / pattern), pattern]
     found = next(filter(None, map(_files, places)), [])
     if not found:
         raise DataError(f"no file {' or '.join(places)}, seen from {Path.cwd()}; check the path and `data.root`")
     parts = [read(Path(file)) for file in found]
     rows = parts[0] if len(parts) == 1 else Joined(parts)
-    return rows if count is None else take(rows, int(count), reading.seed)
+    return rows if count is None else take(rows, count, reading.seed)
 
 
 def _files(pattern: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -46,6 +47,16 @@ class Joined(Sequence[Conversation]):
                 return rows[place]
             place -= len(rows)
         raise IndexError(place)
+
+
+def counted(source: str) -> tuple[str, int | None]:
+    """The files that a source names, and how many of their rows; None for all.
+
+    >>> counted("rows.jsonl#2000")
+    ('rows.jsonl', 2000)
+    """
+    files, count = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
+    return files, None if count is None else int(count)
 
 
 def take(rows: Rows, count: int, seed: int = 0) -> Rows:
