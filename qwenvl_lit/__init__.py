@@ -1,3 +1,20 @@
 """Fine-tune, run and score Qwen-VL on today's stack: a native network, a Lightning task, Hydra configs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwenvl_lit.api import QwenVL
+
 __version__ = "0.1.0"
+__all__ = ["QwenVL", "__version__"]
+
+
+def __getattr__(name: str) -> type[QwenVL]:
+    """`from qwenvl_lit import QwenVL` brings in torch and transformers; importing the package alone does not."""
+    if name == "QwenVL":
+        from qwenvl_lit.api import QwenVL
+
+        return QwenVL
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

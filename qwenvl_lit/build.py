@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
+from qwenvl_lit.runs import Run
 from qwenvl_lit.strategies import AsPlaced
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import DataError
@@ -32,6 +33,12 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
         base=(_object(config.base) or None) if adapted else None,
         config=OmegaConf.to_container(config),
     )
+
+
+def trained(run: Run, changes: Mapping[str, Any]) -> Task:
+    """The task of a run, to use what it has learned (`run.checkpoint`); `changes` are fields of its model."""
+    config = {name: value for name, value in run.config.items() if name != "optim"}
+    return task(OmegaConf.create({"base": None, **config, "model": {**config["model"], **changes}, "metrics": {}}))
 
 
 def processor(config: DictConfig) -> Processor:

@@ -21,9 +21,10 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.data.datamodule import DataModule
-    from qwenvl_lit.grounding import objects_from_tags
+    from qwenvl_lit.data.rows import Reading
+    from qwenvl_lit.dialogue import conversation
     from qwenvl_lit.runs import find_run
-    from qwenvl_lit.types import Conversation, DataError, Picture, Turn
+    from qwenvl_lit.types import DataError
 
     asked = config.picture is not None or config.prompt is not None
     if asked and config.prompt is None:
@@ -33,8 +34,8 @@ def main(config: DictConfig) -> None:
     task = build.task(config, adapted=config.ckpt is not None)
     if asked:
         files = [config.picture] if isinstance(config.picture, str) else list(config.picture or ())
-        parts = (*(Picture(Path(file)) for file in files), *objects_from_tags(config.prompt, picture=max(len(files) - 1, 0)))
-        question = Conversation(id="question", turns=(Turn(role="user", parts=parts),))
+        reading = Reading(cache=Path(config.paths.cache))
+        question = conversation([*({"image": file} for file in files), config.prompt], reading=reading)
         data = DataModule(processor=task.processor, read=lambda source, reading: [question], test={"question": ""})
     else:
         data = build.data(config, task.processor)

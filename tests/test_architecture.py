@@ -12,14 +12,14 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"types"},
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
-    {"task", "callbacks", "runs", "strategies", "data_report", "sweep_report"},
+    {"task", "callbacks", "dialogue", "runs", "strategies", "data_report", "sweep_report"},
     {"build", "data_page", "resume", "sweep"},
-    {"command"},
-    {"train", "test", "predict", "check"},
+    {"command", "api"},
+    {"train", "test", "predict", "chat", "check"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
     "hydra": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict", "check"},
+    "omegaconf": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check"},
     "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "train", "test", "predict"},
     "peft": {"adapters"},
     "tiktoken": {"models"},
@@ -34,6 +34,7 @@ STARTS_FAST = {
     "train",
     "test",
     "predict",
+    "chat",
     "check",
 }  # at import time, nothing heavy
 

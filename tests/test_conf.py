@@ -12,7 +12,7 @@ from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()
-VERBS = ("train", "test", "predict", "check")
+VERBS = ("train", "test", "predict", "chat", "check")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 KEYS = {
     "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
@@ -21,9 +21,11 @@ KEYS = {
 KEYS["train"] |= {"resume", "base", "ckpt"}
 KEYS["test"] |= {"base"}
 KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt"}
+KEYS["chat"] = KEYS["test"] - {"baseline", "data", "callbacks", "logger"} | {"device", "system", "multiline"}
 KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt"} | {"workers", "examples"}
 ONLY_TRAIN = {"sweep", "base", "experiment"}
 NOT_OF = {"train": set(), "test": ONLY_TRAIN, "predict": ONLY_TRAIN, "check": {"callbacks", "logger", "strategy", *ONLY_TRAIN}}
+NOT_OF["chat"] = NOT_OF["check"] | {"data"}
 GROUPS = {verb: {group for group, _ in CHOICES} - NOT_OF[verb] for verb in VERBS}
 
 

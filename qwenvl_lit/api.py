@@ -1,0 +1,255 @@
+"""Qwen-VL from Python: `from qwenvl_lit import QwenVL`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import nn
+
+from qwenvl_lit import build
+from qwenvl_lit.data.collate import Pad
+from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
+from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.dialogue import Answer, History, PictureSource, Query, conversation, picture_of
+from qwenvl_lit.families.checkpoint import find_checkpoint
+from qwenvl_lit.families.qwen_vl import QwenVL as Family
+from qwenvl_lit.generation import Generation
+from qwenvl_lit.grounding import to_frame
+from qwenvl_lit.runs import Run, find_run
+from qwenvl_lit.task import Task
+from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
+
+FIND_PROMPT = "{picture}Find {question}"  # as training rows for chat ask for a box
+
+
+class QwenVL:
+    """A model to talk to.
+
+    A question is text, in which `<img>path-or-address</img>` is a picture and `<ref>`, `<box>` and `<quad>` are read; or a list of such
+    texts and of pictures: paths, encoded bytes, PIL images, `{"image": path-or-address}`. A history is a list of [question, answer] pairs;
+    none is changed, each call returns a longer one. `settings` are fields of `Generation`, as `max_new_tokens`, `do_sample` or `seed`.
+
+    The base model (`base`) continues a text as it stands: without chat markup, system message and history.
+
+    All of them raise a `DataError` for a picture that cannot be read and for a prompt that is too long.
+    """
+
+    def __init__(self, *, family: Family, model: nn.Module, generation: Generation, reading: Reading):
+        self.family = family
+        self.model = model
+        self.generation = generation
+        self.reading = reading
+        self.processor = family.processor()
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, str] | None = None,
+        quantization: Mapping[str, Any] | None = None,
+        download: bool = True,
+        cache: str | Path | None = None,
+        **settings: Any,
+    ) -> QwenVL:
+        """A checkpoint or a run, in evaluation mode.
+
+        Args:
+            source: a checkpoint's folder or its name on the hub; or a run folder, a checkpoint file of a run, or "latest".
+            device: None: the first GPU if there is one.
+            dtype: of the weights; None: that of the run, bfloat16 for a checkpoint.
+            device_map, max_memory: as transformers has them; instead of `device`.
+            quantization: fields of transformers' `BitsAndBytesConfig`, as {"load_in_4bit": True}, for a checkpoint; a run has its own.
+            download: whether checkpoints and remote pictures may be fetched.
+            cache: folder of remote pictures; None: the one that the commands use.
+            settings: how answers are decoded, unless a call says otherwise. Greedy, up to 512 tokens, or as the run says.
+
+        Raises:
+            DataError: there is nothing there, or it is incomplete or something else.
+        """
+        changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
+        if dtype is not None:
+            changes["dtype"] = str(dtype).removeprefix("torch.")
+        changes = {name: value for name, value in changes.items() if value is not None}
+        reading = Reading(cache=Path(cache) if cache else default_cache(), download=download)
+        if run := _run(source):
+            if quantization:
+                raise ValueError("quantization is for checkpoints; a run has that of its adapter")
+            model = cls.from_task(build.trained(run, changes), checkpoint=run.checkpoint, device=device, reading=reading)
+        else:
+            folder = find_checkpoint(str(source), download=download)
+            family = Family(path=str(folder), template=_template(folder), **{"dtype": "bfloat16", **changes})
+            network = family.load(device or default_device(), quantization=quantization)
+            model = cls(family=family, model=network, generation=Generation(), reading=reading)
+        model.generation = replace(model.generation, **settings)
+        return model
+
+    @classmethod
+    def from_task(cls, task: Task, *, checkpoint: Path | None, device: torch.device | str | None = None, reading: Reading) -> QwenVL:
+        """The model of a task whose weights are not loaded yet; with the tensors of `checkpoint`, if there is one."""
+        task.home = torch.device(device or default_device())
+        task.trained = checkpoint
+        task.configure_model()
+        return cls(family=task.family, model=task.model.eval(), generation=task.generation, reading=reading)
+
+    @property
+    def base(self) -> bool:
+        """Whether it is the base model, which continues texts instead of answering."""
+        return self.processor.template == "raw"
+
+    def chat(self, query: Query, history: History = (), *, system: str | None = None, **settings: Any) -> tuple[Answer, History]:
+        """The answer to a question, and the history with both.
+
+        Args:
+            system: the system message; None: the model's own.
+        """
+        *_, last = self.stream(query, history, system=system, **settings)
+        return last
+
+    def stream(self, query: Query, history: History = (), *, system: str | None = None, **settings: Any) -> Iterator[tuple[str, History]]:
+        """The answer so far, never with half a character, and the history with it, while it is being decoded.
+
+        Each text begins with the one before; the last is the `Answer`. The iteration may be left at any point.
+        """
+        began = perf_counter()
+        history = [list(pair) for pair in history]
+        [sample] = self._samples([query], history, system)
+        generation, first = replace(self.generation, **settings), began
+        generation = self._limited(generation, len(sample.input_ids))
+        new: list[int] = []
+
+        def arriving() -> Iterator[int]:
+            nonlocal first
+            for id in chain.from_iterable(self._ids(generation, [sample], whole=generation.num_beams > 1)):
+                first = first if new else perf_counter()
+                new.append(id)
+                yield id
+
+        text = ""
+        tokenizer = self.processor.tokenizer
+        for piece in tokenizer.stream(arriving(), skip_special=True, keep=tokenizer.tag_ids):
+            text += piece
+            yield text.strip(), [*history, [query, text.strip()]]  # an answer begins and ends without blanks
+        prediction = self.processor.decode(new, sample.conversation)
+        answer = Answer(prediction, len(sample.input_ids), len(new), perf_counter() - began, first - began)
+        yield answer, [*history, [query, str(answer)]]
+
+    def generate(
+        self, prompts: Sequence[Query | Conversation], *, system: str | None = None, batch_size: int = 8, **settings: Any
+    ) -> list[Answer]:
+        """The answers to many questions, each on its own, in order.
+
+        Args:
+            prompts: questions; or conversations, whose last turn is answered if it is the user's, else answered anew.
+            batch_size: questions that are answered together.
+        """
+        samples = list(self._samples(prompts, (), system))
+        generation = self._limited(replace(self.generation, **settings), max((len(sample.input_ids) for sample in samples), default=0))
+        longest_first = sorted(range(len(samples)), key=lambda place: -len(samples[place].input_ids))
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(samples), batch_size):
+            places = longest_first[start : start + batch_size]
+            some, began = [samples[place] for place in places], perf_counter()
+            rows = list(self._ids(generation, some, whole=True))
+            seconds = perf_counter() - began
+            for place, sample, ids in zip(places, some, rows, strict=True):
+                prediction = self.processor.decode(ids, sample.conversation)
+                answers[place] = Answer(prediction, len(sample.input_ids), len(ids), seconds)
+        return [answers[place] for place in range(len(samples))]
+
+    def ground(self, picture: PictureSource, label: str, *, prompt: str | None = None, **settings: Any) -> list[GroundedObject]:
+        """Where in a picture something is: objects with boxes in its pixels; none, if the answer has no box.
+
+        Args:
+            prompt: how it is asked, with `{picture}` and `{question}`, which is `<ref>label</ref>`; None: as the model has learned it.
+        """
+        wanted = GroundedObject(label=label)
+        parts = ask(prompt or (REFERRING_PROMPT if self.base else FIND_PROMPT), picture=picture_of(picture, self.reading), question=wanted)
+        [answer] = self.generate([Conversation(id="question", turns=(Turn(role="user", parts=parts),))], **settings)
+        return [thing if thing.label else replace(thing, label=label) for thing in answer.objects if thing.boxes]
+
+    def draw(self, picture: PictureSource, objects: Iterable[GroundedObject], path: str | Path | None = None) -> Image.Image:
+        """A copy of a picture with the boxes and labels of `objects` on it; also written to `path`, if given."""
+        from qwenvl_lit.callbacks.drawing import draw_objects
+
+        image = picture_of(picture, self.reading).open()
+        placed = [replace(thing, boxes=tuple(to_frame(box, "pixel", size=image.size) for box in thing.boxes)) for thing in objects]
+        drawn = draw_objects(image, placed)
+        if path is not None:
+            drawn.save(path)
+        return drawn
+
+    def _samples(self, queries: Iterable[Query | Conversation], history: History, system: str | None) -> Iterator[Sample]:
+        if self.base and system is not None:
+            raise ValueError("the base model has no system message; write what it should know into the text")
+        for query in queries:
+            asked = query
+            if not isinstance(asked, Conversation):  # the published base model reads the question alone
+                asked = conversation(query, () if self.base else history, system=system, reading=self.reading)
+            sample = self.processor.encode(asked, prompt=True)
+            if not len(sample.input_ids):
+                raise DataError("there is nothing to continue: the text is empty")
+            yield sample
+
+    def _limited(self, generation: Generation, prompt_tokens: int) -> Generation:
+        """Answers end where the model's positions do."""
+        limit = self.family.config.max_position_embeddings
+        if prompt_tokens >= limit:
+            raise DataError(
+                f"the prompt has {prompt_tokens} tokens, and {limit} are the most that the model reads; shorten it, or give fewer pictures"
+            )
+        most = min(generation.max_new_tokens, limit - prompt_tokens)
+        return replace(generation, max_new_tokens=most, min_new_tokens=min(generation.min_new_tokens, most))
+
+    def _ids(self, generation: Generation, samples: Sequence[Sample], *, whole: bool) -> Iterator[list[int]]:
+        """New ids of each sample; not `whole`, those of the only one, a few at a time."""
+        batch = Pad(pad_id=self.processor.pad_id, side="left")(samples).to(next(self.model.parameters()).device)
+        decode = generation if whole else generation.stream
+        keys = [key for sample in samples for key in _picture_keys(sample)]
+        yield from decode(
+            self.model,
+            self.family.inputs(batch, generate=True),
+            stop_ids=self.processor.stop_ids,
+            pad_id=self.processor.pad_id,
+            picture_keys=keys,
+        )
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_cache() -> Path:
+    """What conf/verb.yaml has as `paths.cache`."""
+    return Path(os.environ.get("QWENVL_LIT_CACHE") or Path.home() / ".cache/qwenvl_lit")
+
+
+def _run(source: str | Path) -> Run | None:
+    """The run that `source` names, if it is none of a checkpoint's names."""
+    path = Path(source).expanduser()
+    is_run = source == "latest" or path.is_file() or (path.is_dir() and not (path / "config.json").exists())
+    return find_run(str(source)) if is_run else None
+
+
+def _template(folder: Path) -> Literal["chatml", "raw"]:
+    """What a checkpoint's generation_config.json says; the base model is published with "raw"."""
+    settings = Family(path=str(folder)).generation
+    return "raw" if getattr(settings, "chat_format", "chatml") == "raw" else "chatml"
+
+
+def _picture_keys(sample: Sample) -> list[str]:
+    """Of the pictures that are in the prompt: the last ones, since a window leaves out the oldest turns."""
+    count = len(sample.vision["pixel_values"])
+    pictures = sample.conversation.prompt().pictures
+    return [picture.key for picture in pictures[len(pictures) - count :]]

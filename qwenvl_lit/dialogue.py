@@ -1,0 +1,131 @@
+"""What a person says to a model and what it says back: questions of text and pictures, histories, answers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from qwenvl_lit.data.rows import Reading, picture_from
+from qwenvl_lit.grounding import objects_from_tags
+from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Turn
+
+PictureSource = str | Path | bytes | Image.Image | Picture
+Piece = PictureSource | GroundedObject | Mapping[str, PictureSource]  # a str is text; {"image": ...} and {"text": ...} say which it is
+Query = Piece | Sequence[Piece]
+History = Sequence[Sequence[Query]]  # [query, response] pairs, the oldest first
+
+_PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
+
+
+class Answer(str):
+    """The text of an answer, in the family's markup, with what else is known of it.
+
+    Args:
+        prediction: the answer with its conversation; boxes are in pixels of the conversation's pictures.
+        prompt_tokens: pictures included.
+        new_tokens: without the end mark.
+        seconds: from the question to the whole answer; in a batch, to those of all its rows.
+        first_seconds: to the first token; None in a batch.
+    """
+
+    def __new__(cls, prediction: Prediction, *measured: float | None) -> Answer:
+        return super().__new__(cls, prediction.text)
+
+    def __init__(self, prediction: Prediction, prompt_tokens: int, new_tokens: int, seconds: float, first_seconds: float | None = None):
+        self.prediction = prediction
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = new_tokens
+        self.seconds = seconds
+        self.first_seconds = first_seconds
+
+    def __getnewargs__(self):  # of copies and pickles
+        return self.prediction, self.prompt_tokens, self.new_tokens, self.seconds, self.first_seconds
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The answer as text and objects, in order."""
+        return self.prediction.parts
+
+    @property
+    def objects(self) -> list[GroundedObject]:
+        """What the answer names or places; boxes in pixels, or on the grid of 0..999 where there is no picture."""
+        return [part for part in self.parts if isinstance(part, GroundedObject)]
+
+
+def conversation(query: Query, history: History = (), *, system: str | None = None, reading: Reading) -> Conversation:
+    """A question after earlier ones and their answers.
+
+    Text may hold `<img>path-or-address</img>`, and `<ref>`, `<box>` and `<quad>` markup, which is in the last picture before it; whatever
+    else it holds is text. Paths are relative to the current folder.
+
+    Raises:
+        DataError: a picture does not exist, or the history is not made of pairs.
+    """
+    turns = [] if system is None else [Turn(role="system", parts=(system,))]
+    pictures = 0
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise DataError(f"a history is a list of [query, response] pairs, got {pair!r:.200} in it")
+        turns.append(Turn(role="user", parts=parts_of(pair[0], pictures, reading)))
+        pictures += _count(turns[-1])
+        turns.append(Turn(role="assistant", parts=objects_from_tags(pair[1], picture=max(pictures - 1, 0))))
+    turns.append(Turn(role="user", parts=parts_of(query, pictures, reading)))
+    return Conversation(id="question", turns=tuple(turns))
+
+
+def parts_of(query: Query, pictures_before: int, reading: Reading) -> tuple[Part, ...]:
+    """A question taken apart, as `conversation` says."""
+    parts: list[Part] = []
+    pictures = pictures_before
+
+    def add_text(text: str) -> None:
+        parts.extend(objects_from_tags(text, picture=max(pictures - 1, 0)))
+
+    for piece in query if isinstance(query, list | tuple) else [query]:
+        match piece:
+            case GroundedObject():
+                parts.append(piece)
+            case str(text) | {"text": str(text)}:
+                before, *pairs = _PICTURE.split(text)
+                add_text(before)
+                for source, after in zip(pairs[::2], pairs[1::2], strict=True):
+                    parts.append(picture_of(source, reading))
+                    pictures += 1
+                    add_text(after)
+            case {"image": source} | source:
+                parts.append(picture_of(source, reading))
+                pictures += 1
+    return tuple(parts)
+
+
+def picture_of(source: PictureSource, reading: Reading) -> Picture:
+    """The picture at a path or an address, of encoded bytes, or of Pillow's; a remote one is not fetched yet.
+
+    Raises:
+        BadPicture: there is no such file.
+        DataError: `source` is something else.
+    """
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, bytes | Image.Image):
+        return Picture(source)
+    if not isinstance(source, str | Path):
+        raise DataError(
+            f'a question is made of text (str, {{"text": ...}}) and pictures (Path, bytes, PIL image, {{"image": path or address}}), '
+            f"got {type(source).__name__}"
+        )
+    address = os.path.expanduser(str(source).strip())
+    if os.path.isfile(address):
+        return Picture(Path(address))
+    if isinstance(source, Path) or not _ADDRESS.match(address):
+        raise BadPicture(f"picture {address[:200]!r} does not exist, seen from {Path.cwd()}; check the path")
+    return picture_from(address, Path(), reading)
+
+
+def _count(turn: Turn) -> int:
+    return sum(isinstance(part, Picture) for part in turn.parts)
