@@ -5,7 +5,8 @@ outputs/train/2026-11-23_09-00-00/
     config.yaml                 resolved, to read
     checkpoints/best.ckpt       trainable tensors, optimizer, and the config once more
     checkpoints/last.ckpt
-    split.json                  rows held out for validation, if they were drawn
+    split.json                  rows held out for validation, if they were drawn (split_NAME.json: those of a dataset of a mixture)
+    findings.jsonl              rows that were left out or repaired, if there are any
 """
 
 from __future__ import annotations
