@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qwenvl_lit.generation.pictures import TOGETHER, Pictures
 from qwenvl_lit.models.language import LanguageBlock, ntk_alpha, rotary_frequencies, rotary_tables_at
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM
+from qwenvl_lit.models.vision import VisionBlock
 
 PROMPT_TOKENS = 16384  # that go through the network at a time: more take memory and are no faster
 COMPILE_AFTER = 60  # seconds of answers
@@ -77,6 +79,7 @@ class Decoder:
         self.compilable = True
         self.before: Callable = LanguageBlock.before
         self.after: Callable = LanguageBlock.after
+        self.look: Callable = VisionBlock.forward
 
     @property
     def network(self) -> QwenVLForCausalLM:
@@ -145,12 +148,12 @@ class Decoder:
             return self.network.get_image_features(pixel_values)
         blocks = self.network.transformer.visual.transformer["resblocks"]
         for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)  # all are compiled as one
+            block.forward = partial(self.look, block)
         try:
             return self.network.get_image_features(pixel_values)
         finally:
             for block in blocks:
-                block._compiled_call_impl = None  # training compiles them, or not, in its own way
+                del block.forward  # back to that of its class: training compiles it, or not, in its own way
 
     # -- the network ----------------------------------------------------------------------------------------------------------------
 
@@ -245,6 +248,7 @@ class Decoder:
         if wanted:
             # By block, not as a whole: one compilation serves them all. Prompts come in all shapes, steps in the few that graphs have.
             self.before, self.after = Compiled(LanguageBlock.before), Compiled(LanguageBlock.after)
+            self.look = torch.compile(VisionBlock.forward, fullgraph=True, dynamic=False)
 
     def _give_up_compiling(self, error: RuntimeError) -> None:
         log.warning("decoding goes on without compilation: %s", _first_line(error))

@@ -27,8 +27,10 @@ class Pictures:
             return _in_parts(pixel_values, encode)
         if len(keys) != len(pixel_values):
             raise ValueError(f"{len(keys)} keys for {len(pixel_values)} pictures")
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
-        new = sorted(place for key, place in first.items() if key not in self.known)
+        first: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
+        new = [place for key, place in first.items() if key not in self.known]
         if new:
             chosen = pixel_values if len(new) == len(pixel_values) else pixel_values[new]
             for place, features in zip(new, _in_parts(chosen, encode), strict=True):
