@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-NOT_HERE = ("hydra/launcher=slurm", "hydra/sweeper=optuna")  # choices of packages that are extras
+OF_EXTRAS = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")  # choices of packages that need not be there
 
 
 def commands(text: str) -> list[str]:
@@ -42,9 +42,11 @@ def a_run():
 
 
 def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
-    """The overrides of each run that a command line stands for: one, or those of a sweep."""
+    """The overrides of each run that a command line stands for: one, or those of a sweep; an interval stands for its lower end."""
     parser = OverridesParser.create()
-    fixed = [text for text in arguments if not parser.parse_override(text).is_sweep_override()]
+    parsed = [parser.parse_override(text) for text in arguments]
+    arguments = [f"{one.key_or_group}={one.value().start}" if one.is_interval_sweep() else one.input_line for one in parsed]
+    fixed = [one.input_line for one in parsed if not one.is_sweep_override()]
     config = compose(verb, fixed, return_hydra_config=True)
     swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     return BasicSweeper.split_arguments(parser.parse_overrides([*swept, *arguments]), None)[0]
@@ -54,7 +56,7 @@ def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
 def test_a_command_of_the_readme_composes(command):
     words = shlex.split(command[command.index("python -m ") :])
     verb = words[2].removeprefix("qwenvl_lit.")
-    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith("-") and word not in NOT_HERE]
+    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith(("-", *OF_EXTRAS))]
     assert (config_folder().parent / f"qwenvl_lit/{verb}.py").exists()
     for overrides in jobs(verb, arguments):
         config = compose(verb, overrides)
