@@ -7,92 +7,15 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
 import torch.multiprocessing
-from PIL import Image
 from safetensors.torch import load_file
-from toy_task import trainer
+from small_run import At, Killed, family, history, kills_at, run, same
 
-from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.adapters import Full
 from qwenvl_lit.callbacks.checkpoint import STOPPED, Checkpoints
-from qwenvl_lit.callbacks.run_log import RunLog, read_log
-from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.generation import Generation
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.task import Task
-from qwenvl_lit.types import Conversation, DataError, Picture, Turn
-
-VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
-DROPOUT = LoRA(rank=2, alpha=4, dropout=0.3, targets="all-linear")
-
-
-class Killed(BaseException):
-    """Ends a run where it stands: nothing catches it but pytest."""
-
-
-class At(lightning.Callback):
-    """Does something in the `nth` call of a hook."""
-
-    def __init__(self, hook: str, nth: int, act):
-        calls = Counter()
-
-        def count(*_, **__):
-            calls[hook] += 1
-            if calls[hook] == nth:
-                act()
-
-        setattr(self, hook, count)
-
-
-def kills_at(hook: str, nth: int) -> At:
-    def kill():
-        raise Killed
-
-    return At(hook, nth, kill)
-
-
-def read(source: str, reading) -> list[Conversation]:
-    rows = []
-    for place, letter in enumerate(source):
-        turns = (
-            Turn(role="user", parts=(Picture(Image.new("RGB", (9, 9), (place * 20, 0, 0))), letter)),
-            Turn(role="assistant", parts=(letter * 3,)),
-        )
-        rows.append(Conversation(id=letter, turns=turns, index=place))
-    return rows
-
-
-def run(
-    folder: Path, *callbacks, adapter=DROPOUT, goes_on: bool = False, every: int = 2, keep: int = 0, **options
-) -> dict[str, torch.Tensor]:
-    """What is trained at the end: two epochs of seven batches, two of which are a step, and a validation after every third batch."""
-    torch.manual_seed(3)
-    task = Task(
-        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny"),
-        adapter=adapter,
-        generation=Generation(max_new_tokens=2, do_sample=True),
-        metrics={},
-        optim=AdamW(lr=1e-2),
-        config={"seed": 3},
-    )
-    data = DataModule(
-        processor=task.processor, read=read, train="abcdefghijklmn", validation="opq", batch_size=2, generated_validation_rows=2
-    )
-    defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 3, "gradient_clip_val": 1.0}
-    fitted = trainer(
-        folder, RunLog(), *callbacks, Checkpoints(every=every, keep=keep), enable_checkpointing=True, **{**defaults, **options}
-    )
-    fitted.fit(task, data, ckpt_path=folder / "checkpoints/last.ckpt" if goes_on else None, weights_only=True)
-    names = task.trainable_names()
-    return {name: tensor.clone() for name, tensor in task.state_dict().items() if name in names}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from qwenvl_lit.types import DataError
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +23,6 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder)
-
-
-def history(folder: Path) -> list[dict]:
-    return [{name: value for name, value in record.items() if not name.endswith("_s")} for record in read_log(folder / "logging.jsonl")]
 
 
 @pytest.mark.parametrize(
@@ -218,13 +137,12 @@ def test_older_checkpoints_stay_if_so_wanted(tmp_path):
 def test_an_adapter_is_also_left_for_peft(whole):
     from peft import PeftModel
 
-    family = QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny")
     for name in ("best", "last"):
         folder = whole[0] / "checkpoints" / f"{name}_adapter"
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
         weights = load_file(folder / "adapter_model.safetensors")
         assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in weights
-        loaded = dict(PeftModel.from_pretrained(family.load(), folder).named_parameters())
+        loaded = dict(PeftModel.from_pretrained(family().load(), folder).named_parameters())
         stored = torch.load(whole[0] / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
         assert len(weights) == len(stored)
         for key, tensor in stored.items():
