@@ -128,6 +128,8 @@ class Sweep:
                 self._run_unfinished(self.jobs, slots, config.sweep.metric)
         except JobError:
             self.failed = True  # Hydra raises the first failure when all jobs have ended; the table has them all
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         finally:
             config = Announced.config
             if config is not None and (any(_result(job.folder) for job in self.jobs) or _on_a_cluster(config.hydra)):
@@ -152,6 +154,8 @@ class Sweep:
         print(f"Also in {folder / 'sweep.csv'}{plot}")
         if ranked[0].scores.get(config.sweep.metric) is not None:
             print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
+        if left := sum(_result(job.folder) is None for job in self.jobs):
+            print(f"{left} of {len(self.jobs)} jobs have not ended; to go on, the same command with hydra.sweep.dir={folder}")
 
 
 def is_a_sweep(config: DictConfig) -> bool:

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from qwenvl_lit.command import config_folder
-from qwenvl_lit.sweep import Job, JobError, Sweep, job_slots, run_jobs
+from qwenvl_lit.sweep import Announced, Job, JobError, Sweep, job_slots, run_jobs
 from qwenvl_lit.types import DataError
 
 
@@ -28,6 +28,9 @@ def job(folder: Path, number: int, program: str) -> Job:
 
 def ended(folder: Path, number: int) -> dict:
     return json.loads((folder / str(number) / "job.json").read_text())
+
+
+SLEEP = "import os, time; open('{started}', 'w').write(str(os.getpid())); time.sleep(60)"
 
 
 def test_a_failed_job_leaves_its_error_and_does_not_lose_the_others(tmp_path, capsys):
@@ -75,17 +78,10 @@ assert len(list(Path(HERE).glob("with_*"))) == WAIT
 
 def test_a_stopped_sweep_stops_its_jobs_and_counts_them_as_unfinished(tmp_path):
     started = tmp_path / "started"
-    program = f"import time; open({str(started)!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
-
-    def stop():
-        while not (started.exists() and started.read_text()):
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
+    send(signal.SIGTERM, once=started)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        run_jobs([job(tmp_path, 0, program), job(tmp_path, 1, "")], [{}], metric="val/loss")
+        run_jobs([job(tmp_path, 0, SLEEP.format(started=started)), job(tmp_path, 1, "")], [{}], metric="val/loss")
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ProcessLookupError):
@@ -111,6 +107,17 @@ def test_jobs_on_the_cpu_share_its_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert job_slots(2, accelerator="auto", devices=1) == [{"OMP_NUM_THREADS": "1"}] * 2
+
+
+def send(number: signal.Signals, *, once: Path) -> None:
+    """Send this process a signal as soon as a file has text."""
+
+    def wait():
+        while not (once.exists() and once.read_text()):
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.fixture
@@ -143,6 +150,21 @@ def test_a_job_is_the_command_line_of_a_run_that_knows_nothing_of_the_sweep(comp
         *(sys.executable, "-m", "qwenvl_lit.train", "--config-name=train", "--config-dir=/mine", "hydra.verbose=true"),
         *("optim.lr=0.001", "data.train=['a.jsonl#20']", "resume=auto", "hydra.mode=RUN", f"hydra.run.dir={tmp_path / '0'}"),
     )
+
+
+def test_an_interrupted_sweep_shows_what_it_has_and_how_to_go_on(composed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Announced, "config", composed(hydra=(f"hydra.sweep.dir={tmp_path}",)))
+    send(signal.SIGINT, once=tmp_path / "started")
+    scores = json.dumps({"fit": {"last": {"val/loss": 1.25}}})
+    sweep = Sweep("train")
+    sweep.jobs.append(job(tmp_path, 0, f"open({str(tmp_path / '0/metrics.json')!r}, 'w').write({scores!r})"))
+    sweep.jobs.append(job(tmp_path, 1, SLEEP.format(started=tmp_path / "started")))
+    with pytest.raises(SystemExit) as stopped, sweep.reported():
+        pass  # Hydra would have collected the jobs here
+    assert stopped.value.code == 130
+    printed = capsys.readouterr().out
+    assert f"Score the best:  python -m qwenvl_lit.test ckpt={tmp_path}/0" in printed
+    assert f"1 of 2 jobs have not ended; to go on, the same command with hydra.sweep.dir={tmp_path}" in printed
 
 
 def test_a_folder_with_other_jobs_is_not_continued(composed, tmp_path):
