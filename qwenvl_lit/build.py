@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
-from qwenvl_lit.runs import Run
+from qwenvl_lit.runs import Run, save_versions
 from qwenvl_lit.strategies import AsPlaced
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import DataError
@@ -86,8 +86,9 @@ def start(config: DictConfig) -> None:
 
 @rank_zero_only
 def save_config(config: DictConfig) -> None:
-    """Write the resolved config into the run folder, for people to read; one process does."""
+    """Write the resolved config, and versions, into the run folder, for people to read; one process does."""
     OmegaConf.save(config, Path(config.paths.run) / "config.yaml", resolve=True)
+    save_versions(Path(config.paths.run))
 
 
 def shown(path: str) -> str:

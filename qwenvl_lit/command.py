@@ -6,6 +6,7 @@ Nothing here imports torch, so that `--help` and a misspelt key answer at once.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -25,13 +26,14 @@ from qwenvl_lit.runs import base_of, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
+FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 RECIPE = ("adapter", "optim", "trainer", "generation")  # what a model's file chooses, and so a run that training starts from
 
 EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}  # choices that other packages bring
+DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)  # full, or not ours to write
 
 
 def config_folder() -> Path:
@@ -67,6 +69,11 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         _exit(2, _explain(verb, error))
     except DataError as error:
         _exit(2, str(error))
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        place = error.filename or "the run folder"
+        _exit(1, f"{place} cannot be written: {error.strerror}. Make room there, or choose another folder with hydra.run.dir=...")
     if sweep.failed:
         sys.exit(1)
 

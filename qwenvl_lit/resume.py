@@ -8,7 +8,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.runs import find_run
+from qwenvl_lit.runs import latest_run
 from qwenvl_lit.types import DataError
 
 MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # of a run that goes on
@@ -38,9 +38,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             return list(arguments)
         run = Path(folder)
     else:
-        found = find_run(resume).folder
+        found = latest_run() if resume == "latest" else Path(resume).expanduser()
         if found is None or not (found / LAST).exists():
-            raise DataError(f"resume={resume}: no {LAST} is there; resume= takes the folder of a run that saved one, or latest")
+            raise DataError(f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has saved one, or latest")
         if folder is not None and Path(folder).resolve() != found.resolve():
             raise DataError(f"resume={resume} goes on in {found}; leave out hydra.run.dir={folder}")
         run = found

@@ -39,6 +39,12 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
     assert len(result.stderr.splitlines()) < 15
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    result = run("train", "hydra.run.dir=/dev/null/run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: /dev/null/run cannot be written: Not a directory.")
+
+
 @pytest.mark.parametrize("verb", ["train", "test", "predict"])
 def test_help_lists_groups_and_choices_within_three_seconds(verb, tmp_path):
     start = time.perf_counter()

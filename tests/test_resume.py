@@ -68,7 +68,7 @@ def test_without_a_checkpoint_a_run_begins(run, arguments):
         (["resume=auto", "hydra.run.dir=outputs/train/mine", "model=qwen_vl"], "model=qwen_vl contradicts"),
         (["resume=outputs/train/mine", "hydra.run.dir=elsewhere"], r"leave out hydra\.run\.dir=elsewhere"),
         (["resume=auto"], r"resume=auto needs the folder of the run.*hydra\.run\.dir="),
-        (["resume=nowhere"], "nowhere does not exist"),
+        (["resume=nowhere"], r"resume=nowhere: there is no checkpoints/last\.ckpt"),
     ],
 )
 def test_what_cannot_go_on_is_named(run, arguments, says):
@@ -78,7 +78,7 @@ def test_what_cannot_go_on_is_named(run, arguments, says):
 
 def test_a_run_without_its_last_checkpoint_is_named(run):
     (run / "checkpoints/last.ckpt").rename(run / "checkpoints/best.ckpt")
-    with pytest.raises(DataError, match=r"no checkpoints/last\.ckpt is there"):
+    with pytest.raises(DataError, match=r"there is no checkpoints/last\.ckpt"):
         resume_arguments(["resume=outputs/train/mine"])
 
 

@@ -1,9 +1,11 @@
+import json
 import os
+import re
 
 import pytest
 import torch
 
-from qwenvl_lit.runs import find_run
+from qwenvl_lit.runs import contents, find_run, save_versions
 from qwenvl_lit.types import DataError
 
 
@@ -73,3 +75,23 @@ def test_what_is_no_run_is_named(tmp_path, make, says):
 def test_latest_without_runs_says_what_to_do():
     with pytest.raises(DataError, match="train first"):
         find_run("latest")
+
+
+def test_versions_say_what_a_result_depends_on_and_whether_it_changed(tmp_path, caplog):
+    save_versions(tmp_path)
+    written = json.loads((tmp_path / "versions.json").read_text())
+    assert written["torch"] == torch.__version__
+    assert {"qwenvl_lit", "git", "python", "lightning", "transformers", "peft", "device", "command"} <= written.keys()
+    assert re.fullmatch(r"[0-9a-f]{40}\+?", written["git"] or "0" * 40)
+    assert not caplog.records
+    (tmp_path / "versions.json").write_text(json.dumps({**written, "torch": "1.0", "command": "another"}))
+    save_versions(tmp_path)
+    [warning] = caplog.records
+    assert f"torch 1.0 -> {torch.__version__}" in warning.getMessage()
+    assert "command" not in warning.getMessage()
+
+
+def test_contents_are_those_that_are_there(tmp_path):
+    write_run(tmp_path / "run", "last.ckpt")
+    (tmp_path / "run/curves").mkdir()
+    assert [line.split()[0] for line in contents(tmp_path / "run").splitlines()] == ["checkpoints/last.ckpt", "curves"]
