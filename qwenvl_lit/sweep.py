@@ -74,6 +74,7 @@ class Sweep:
     def __init__(self, verb: str):
         self.verb = verb
         self.jobs: list[Job] = []
+        self.started = False
         self.failed = False
 
     def take(self, config: DictConfig, main: Callable[[DictConfig], None]) -> float | None:
@@ -132,10 +133,11 @@ class Sweep:
             sys.exit(128 + signal.SIGINT)
         finally:
             config = Announced.config
-            if config is not None and (any(_result(job.folder) for job in self.jobs) or _on_a_cluster(config.hydra)):
+            if config is not None and (self.started or _on_a_cluster(config.hydra)):
                 self._report(config)
 
     def _run_unfinished(self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], metric: str) -> None:
+        self.started = True
         todo = [job for job in jobs if (result := _result(job.folder)) is None or result["error"]]
         if done := len(jobs) - len(todo):
             print(f"{done} of {len(jobs)} jobs are finished already")
@@ -146,14 +148,13 @@ class Sweep:
 
         folder = Path(config.hydra.sweep.dir)
         ranked = report(folder, metric=config.sweep.metric, mode=config.sweep.mode)
-        if not ranked:
-            return
         self.failed = any(result.error for result in ranked)
-        Console().print(result_table(ranked, config.sweep.metric))
-        plot = f" and {folder / 'sweep.png'}" if (folder / "sweep.png").exists() else ""
-        print(f"Also in {folder / 'sweep.csv'}{plot}")
-        if ranked[0].scores.get(config.sweep.metric) is not None:
-            print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
+        if ranked:
+            Console().print(result_table(ranked, config.sweep.metric))
+            plot = f" and {folder / 'sweep.png'}" if (folder / "sweep.png").exists() else ""
+            print(f"Also in {folder / 'sweep.csv'}{plot}")
+            if ranked[0].scores.get(config.sweep.metric) is not None:
+                print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
         if left := sum(_result(job.folder) is None for job in self.jobs):
             print(f"{left} of {len(self.jobs)} jobs have not ended; to go on, the same command with hydra.sweep.dir={folder}")
 
