@@ -11,17 +11,24 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
+    from pathlib import Path
+
     from qwenvl_lit import build
+    from qwenvl_lit.capacity import check_memory
     from qwenvl_lit.resume import checkpoint_of
+    from qwenvl_lit.runs import contents
 
     build.start(config)
     task = build.task(config)
     data = build.data(config, task.processor)
     trainer = build.trainer(config)
+    check_memory(config, task, data, trainer)
     build.save_config(config)
     trainer.fit(task, data, ckpt_path=checkpoint_of(config), weights_only=True)
     if trainer.is_global_zero:
-        print(f"\nTrained. Score it:  python -m qwenvl_lit.test ckpt={build.shown(config.paths.run)}")
+        run = build.shown(config.paths.run)
+        print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
+        print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"types"},
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
-    {"task", "callbacks", "dialogue", "runs", "strategies", "data_report", "sweep_report"},
-    {"build", "data_page", "resume", "sweep"},
+    {"task", "callbacks", "dialogue", "runs", "strategies", "memory", "data_report", "sweep_report"},
+    {"build", "capacity", "data_page", "resume", "sweep"},
     {"command", "api"},
     {"train", "test", "predict", "chat", "check"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
-    "hydra": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check"},
-    "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "train", "test", "predict"},
+    "hydra": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict"},
+    "omegaconf": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check"},
+    "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "capacity", "train", "test", "predict"},
     "peft": {"adapters"},
     "tiktoken": {"models"},
 }

@@ -18,11 +18,11 @@ KEYS = {
     "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
     "test": {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "ckpt", "baseline"},
 }
-KEYS["train"] |= {"resume", "base", "ckpt"}
+KEYS["train"] |= {"resume", "base", "ckpt", "memory"}
 KEYS["test"] |= {"base"}
-KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt"}
+KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt", "answered"}
 KEYS["chat"] = KEYS["test"] - {"baseline", "data", "callbacks", "logger"} | {"device", "system", "multiline"}
-KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt"} | {"workers", "examples"}
+KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt", "memory"} | {"workers", "examples"}
 ONLY_TRAIN = {"sweep", "base", "experiment"}
 NOT_OF = {"train": set(), "test": ONLY_TRAIN, "predict": ONLY_TRAIN, "check": {"callbacks", "logger", "strategy", *ONLY_TRAIN}}
 NOT_OF["chat"] = NOT_OF["check"] | {"data"}

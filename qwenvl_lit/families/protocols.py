@@ -53,6 +53,10 @@ class Family(Protocol):
 
     def processor(self) -> Processor: ...
 
+    def outline(self) -> PreTrainedModel:
+        """The network on the meta device: names, shapes and types, without weights."""
+        ...
+
     def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """The network with its base weights, in evaluation mode on `device`.
 

@@ -6,56 +6,28 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
 from qwenvl_lit.families.checkpoint import VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
+from qwenvl_lit.families.pixels import normalised, resized
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, GroundedObject, Part, Picture, Prediction, Sample, Turn
 
-# CLIP's, as floats of the channels R, G, B
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
 NAMED_PICTURE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 
 Template = Literal["chatml", "raw"]
 TooLong = Literal["error", "drop", "truncate_left"]
-
-
-def preprocess(image: Image.Image, size: int) -> torch.Tensor:
-    """The picture as (3, size, size) float32: alpha dropped, proportions not kept, no EXIF rotation, CLIP's normalisation."""
-    return normalised(resized(image, size)[None])[0]
-
-
-def resized(image: Image.Image, size: int) -> torch.Tensor:
-    """The picture before its normalisation, (size, size, 3) uint8: a quarter of the bytes to bring from a worker to the model."""
-    return torch.from_numpy(np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
-
-
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, size, size, 3) uint8 as (N, 3, size, size) float32, to the same bits on any device."""
-    values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    for apply, constant in zip((values.div_, values.sub_, values.div_), _constants(pixels.device), strict=True):
-        apply(constant)
-    return values
-
-
-@lru_cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """As tensors: CUDA divides by a number by multiplying with its inverse, which is not the same."""
-    return torch.tensor(255.0, device=device), MEAN.to(device), STD.to(device)
 
 
 @contextmanager
@@ -394,6 +366,11 @@ class QwenVL:
         side = self.config.visual["image_size"]
         return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting)
 
+    def outline(self) -> QwenVLForCausalLM:
+        """The network on the meta device: names, shapes and types, without weights."""
+        with torch.device("meta"):
+            return QwenVLForCausalLM(self.config).to(getattr(torch, self.dtype))
+
     def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> QwenVLForCausalLM:
         """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor, and those of linear
         layers but the head become what `quantization` says, settings of `BitsAndBytesConfig`, on their way.
@@ -408,8 +385,7 @@ class QwenVL:
             model = self._drawn(torch.device(device), dtype)
             return self.quantized(model, device, quantization) if quantization else model
         assert self.folder is not None
-        with torch.device("meta"):
-            shapes = file_shapes(QwenVLForCausalLM(self.config))
+        shapes = file_shapes(self.outline())
         try:
             tensors = stored_tensors(self.folder, shapes)
             if self.device_map is None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import DynamicCache
 
 from golden.result import Result, UnreadableError, distance, read, same, tensors_of, worst
-from qwenvl_lit.families.qwen_vl import preprocess
+from qwenvl_lit.families.pixels import preprocess
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 from qwenvl_lit.models.language import ntk_alpha, rotary_tables
 from qwenvl_lit.models.vision import resize_positions, sine_cosine_positions

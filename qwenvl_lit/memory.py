@@ -1,0 +1,183 @@
+"""What a run needs on each card, found out on the meta device before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qwenvl_lit.optim import CHUNK, part_of_tensor
+
+GIB = 2**30
+FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384
+Spread = Literal["one", "replicated", "sharded"]  # over the cards: a single one, DDP, FSDP
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """Bytes on each card, at the moment when most are in use."""
+
+    weights: Mapping[str, float]  # part -> bytes
+    gradients: float
+    states: float  # of the optimizer
+    activations: float
+    workspace: float  # buffers of the step or of the exchange between cards, whichever is larger
+
+    @property
+    def total(self) -> float:
+        return sum(self.weights.values()) + self.gradients + self.states + self.activations + self.workspace
+
+
+def need(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    parts: Mapping[str, str],
+    *,
+    four_bits: bool = False,
+    checkpointing: bool = False,
+    spread: Spread = "one",
+    cards: int = 1,
+) -> Need:
+    """What it takes to train `model`, on the meta device with its adapter, with `inputs` on each card.
+
+    Args:
+        parts: of the family, name -> module path.
+        four_bits: linear layers but the head are held in 4 bits.
+        checkpointing: blocks run again for their gradients.
+    """
+    share = cards if spread == "sharded" else 1
+    narrow = _narrow(model, parts) if four_bits else set()
+    weights: dict[str, float] = defaultdict(float)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        size = tensor.numel() * (FOUR_BITS if id(tensor) in narrow else tensor.dtype.itemsize)
+        weights[part_of_tensor(name, parts) or "other"] += size / share
+    trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    gradients = sum(map(_bytes, trained)) / share
+    activations = activation_bytes(model, inputs, checkpointing=checkpointing)
+    workspace = _workspace(model, trained, gradients, spread) + max((_bytes(t) for t in model.parameters() if id(t) in narrow), default=0)
+    if spread == "sharded":  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
+        at_rest = 0 if any(tensor.dtype == torch.bfloat16 for tensor in trained) else gradients
+        workspace = max(workspace, sum(weights.values()) * (cards - 1) + at_rest - gradients - activations)
+    return Need(
+        weights={part: weights[part] for part in (*parts, "other") if part in weights},
+        gradients=gradients,
+        states=2 * gradients,  # of the type of the weights, as AdamW keeps them
+        activations=activations,
+        workspace=workspace,
+    )
+
+
+def _workspace(model: nn.Module, trained: list[nn.Parameter], gradients: float, spread: Spread) -> float:
+    rounding = 6 * 4 * CHUNK if any(tensor.dtype == torch.bfloat16 for tensor in trained) else 0
+    if spread == "replicated":
+        return max(rounding, gradients)  # DDP's buckets
+    if spread == "sharded":  # the largest unit and the next one, gathered; its gradients, and their sum in float32
+        largest = max(_units(model), key=lambda unit: unit[0])
+        return max(rounding, 2 * largest[0] + (largest[0] + 4 * largest[1] if trained else 0))
+    return rounding
+
+
+def _units(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Bytes and elements of what FSDP gathers at once: blocks, and the large tables beside them."""
+    for module in model.modules():
+        if isinstance(module, (GradientCheckpointingLayer, nn.Embedding)) or module is model:
+            tensors = list(module.parameters(recurse=module is not model))
+            yield sum(map(_bytes, tensors)), sum(tensor.numel() for tensor in tensors)
+
+
+def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, checkpointing: bool = False) -> float:
+    """The most that one forward and backward pass holds besides weights and their gradients.
+
+    A forward pass on the meta device tells what autograd keeps for each block. With `checkpointing` a block keeps its input, and one
+    block at a time the rest.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets its address
+    bytes_of: dict[nn.Module | None, int] = defaultdict(int)
+    inside: list[nn.Module | None] = [None]
+    entered: dict[nn.Module, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = storage
+            bytes_of[inside[-1]] += storage.nbytes()
+        return tensor
+
+    def enter(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inside.append(block)
+        entered[block] = _bytes(args[0])
+
+    def leave(block: nn.Module, args: Any, output: Any) -> None:
+        inside.pop()
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = [hook for block in blocks for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
+            output = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    outside = bytes_of.pop(None, 0)
+    backward = 2 * max(_bytes(output.logits) * 4 // output.logits.dtype.itemsize, max(entered.values(), default=0))
+    if not checkpointing:
+        return outside + sum(bytes_of.values()) + backward
+    return outside + sum(entered[block] for block in bytes_of) + max(bytes_of.values(), default=0) + backward
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps what fused kernels keep; on the meta device torch itself would keep all weights of all heads."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.scaled_dot_product_attention:
+            return _Attended.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(context, query, key, value):
+        attended = torch.empty_like(query)
+        context.save_for_backward(query, key, value, attended)
+        return attended
+
+    @staticmethod
+    def backward(context, gradient):
+        raise NotImplementedError("nothing is computed here: only what would be kept is counted")
+
+
+def need_table(found: Need, room: float | None, what: str) -> Table:
+    """For people, in GiB. `room` is the memory of a card."""
+    table = Table(title=f"Memory on each card, estimated for {what}")
+    table.add_column("what")
+    table.add_column("GiB", justify="right")
+    for part, size in found.weights.items():
+        table.add_row(f"weights: {part}", f"{size / GIB:.2f}")
+    for name in ("gradients", "states", "activations", "workspace"):
+        title = {"states": "optimizer states"}.get(name, name)
+        table.add_row(title, f"{getattr(found, name) / GIB:.2f}")
+    table.add_section()
+    table.add_row("all" if room is None else f"all, of {room / GIB:.1f}", f"{found.total / GIB:.2f}")
+    return table
+
+
+def _narrow(model: nn.Module, parts: Mapping[str, str]) -> set[int]:
+    """Ids of the weights that `few_bits` packs: those of linear layers, but the head and adapters."""
+    return {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and part_of_tensor(f"{name}.weight", parts) != "head"
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.dtype.itemsize

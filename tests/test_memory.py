@@ -1,0 +1,91 @@
+"""The estimate against literals and measured figures; nothing here has weights."""
+
+import pytest
+import torch
+from small_network import small_config
+from torch import nn
+
+from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.memory import GIB, activation_bytes, need
+from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+
+SWIFT = LoRA(rank=8, alpha=32, dropout=0.05, targets=r"transformer\.h\.\d+\.attn\.c_attn")
+META = torch.device("meta")
+
+
+def network(adapter, config: QwenVLConfig | None = None, dtype=torch.bfloat16) -> nn.Module:
+    with META:
+        model = QwenVLForCausalLM(config or QwenVLConfig()).to(dtype)
+    return adapter.apply(model, QwenVL.parts).train()
+
+
+def rows(count: int, *, tokens: int = 320, targets: int = 16, side: int = 448, queries: int = 256) -> dict[str, torch.Tensor]:
+    """Rows of the benchmarks: one picture each."""
+    with META:
+        ids = torch.zeros(count, tokens, dtype=torch.int64)
+        positions, learned = (torch.zeros(count * many, dtype=torch.int64) for many in (queries, targets))
+        pixels = torch.zeros(count, 3, side, side)
+    return {"input_ids": ids, "labels": ids, "pixel_values": pixels, "vision_positions": positions, "target_positions": learned}
+
+
+def small(adapter, spread="one", cards=1, **options):
+    inputs = rows(2, tokens=9, targets=3, side=16, queries=4)
+    return need(network(adapter, small_config(), **options), inputs, QwenVL.parts, spread=spread, cards=cards)
+
+
+def test_weights_gradients_and_states_are_counted():
+    """All of a float32 network train but the resampler's table of positions, 4 x 32 numbers."""
+    parameters = 4 * sum(tensor.numel() for tensor in network(Full(), small_config()).parameters())
+    found = small(Full(), dtype=torch.float32)
+    assert found.weights["embeddings"] == found.weights["head"] == 64 * 32 * 4
+    assert found.weights["other"] == 32 * 4  # the last norm
+    assert sum(found.weights.values()) == parameters + 4 * 4 * 32
+    assert (found.gradients, found.states) == (parameters, 2 * parameters)
+    halves = small(Full(), dtype=torch.float32, spread="sharded", cards=2)
+    assert 2 * (sum(halves.weights.values()) + halves.gradients + halves.states) == sum(found.weights.values()) + 3 * parameters
+
+
+def test_adapters_are_float32_and_what_is_frozen_has_neither_gradients_nor_states():
+    adapters = 2 * 4 * (8 * 32 + 96 * 8)  # two layers, A and B of each
+    found = small(SWIFT)
+    assert (found.gradients, found.states) == (adapters, 2 * adapters)
+
+
+def test_activations_are_those_that_autograd_keeps():
+    """Two linear layers keep their inputs, (5, 4) and (5, 8); the logits of (5, 3) and their gradient count twice in float32."""
+
+    class Two(nn.Sequential):
+        def forward(self, x):
+            return type("Output", (), {"logits": super().forward(x)})()
+
+    model = Two(nn.Linear(4, 8), nn.Linear(8, 3)).to(META)
+    model.register_forward_pre_hook(lambda module, args, kwargs: ((kwargs.pop("x").clone().requires_grad_(),), kwargs), with_kwargs=True)
+    assert activation_bytes(model, {"x": torch.zeros(5, 4, device=META)}) == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
+
+
+def test_checkpointing_and_short_rows_need_less():
+    model = network(SWIFT, small_config(num_hidden_layers=8))
+    large, small = (rows(count, tokens=30, targets=3, side=16, queries=4) for count in (8, 1))
+    assert activation_bytes(model, large, checkpointing=True) < activation_bytes(model, large) / 3
+    assert activation_bytes(model, large) == pytest.approx(8 * activation_bytes(model, small), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "count", "options", "measured"),
+    [
+        (SWIFT, 1, {"checkpointing": True}, 18.6),  # of the original code on an H100, as the next two
+        (SWIFT, 1, {}, 20.7),
+        (SWIFT, 8, {}, 36.9),
+        (Full(), 1, {"checkpointing": True, "spread": "sharded", "cards": 2}, 42),
+    ],
+    ids=["lora", "lora without checkpointing", "lora, batch 8", "full on two cards"],
+)
+def test_a_full_size_run_needs_about_what_was_measured(adapter, count, options, measured):
+    found = need(network(adapter), rows(count), QwenVL.parts, **options)
+    assert found.total / GIB == pytest.approx(measured, rel=0.15)
+
+
+def test_four_bits_hold_the_linear_layers():
+    whole, packed = (need(network(SWIFT), rows(1), QwenVL.parts, checkpointing=True, four_bits=few).total / GIB for few in (False, True))
+    assert packed < 9.5 < whole
