@@ -20,6 +20,7 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.callbacks import LambdaCallback
 
     from qwenvl_lit import build
+    from qwenvl_lit.callbacks.predictions import earlier_answers
     from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.data.rows import Reading
     from qwenvl_lit.dialogue import conversation
@@ -29,6 +30,8 @@ def main(config: DictConfig) -> None:
     asked = config.picture is not None or config.prompt is not None
     if asked and config.prompt is None:
         raise DataError('prompt is missing: predict ckpt=... picture=FILE prompt="What is in the picture?"')
+    if asked and config.answered is not None:
+        raise DataError("answered goes with the rows of a dataset, not with a question: leave out picture and prompt, or answered")
 
     build.start(config)
     task = build.task(config, adapted=config.ckpt is not None)
@@ -39,6 +42,9 @@ def main(config: DictConfig) -> None:
         data = DataModule(processor=task.processor, read=lambda source, reading: [question], test={"question": ""})
     else:
         data = build.data(config, task.processor)
+    if config.answered is not None:
+        earlier = earlier_answers(Path(config.answered))
+        data.answered = {name: {index: row["id"] for index, row in rows.items()} for name, rows in earlier.items()}
     task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
     trainer = build.trainer(config)
     if asked:

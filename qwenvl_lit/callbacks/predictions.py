@@ -10,7 +10,9 @@ from typing import Any
 
 import lightning
 
-from qwenvl_lit.types import Batch, Box, Conversation, GroundedObject, Part, Picture, Prediction
+from qwenvl_lit.types import Batch, Box, Conversation, DataError, GroundedObject, Part, Picture, Prediction
+
+FILENAME = "predictions.jsonl"
 
 
 def set_name(trainer: lightning.Trainer, dataloader_idx: int) -> str:
@@ -97,14 +99,36 @@ def merge_parts(parts: Sequence[Path], target: Path) -> int:
     return len(rows)
 
 
+def earlier_answers(folder: Path, filename: str = FILENAME) -> dict[str, dict[int, dict[str, Any]]]:
+    """The rows that a run in `folder` has answered, by set and index, whether it came to its end or was interrupted by whatever means.
+
+    Raises:
+        DataError: there is no file of predictions.
+    """
+    name = Path(filename)
+    files = [file for file in (folder / name, *sorted(folder.glob(f"{name.stem}.rank*{name.suffix}"))) if file.exists()]
+    if not files:
+        raise DataError(f"answered={folder}: there is no {filename} and no {name.stem}.rank0{name.suffix}; give the folder of a prediction")
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may have been cut off; it is empty otherwise
+            row = json.loads(line)
+            found.setdefault(row["set"], {})[row["index"]] = row
+    return found
+
+
 class PredictionWriter(lightning.Callback):
     """Writes what `test_step` and `predict_step` return, a list of `Prediction`, to a file of the run folder.
 
     Each rank writes `NAME.rank0.jsonl`, ... batch by batch, which is what an interrupted run leaves; at the end they become one file.
+
+    Args:
+        answered: the folder of an earlier prediction, whose rows are taken over.
     """
 
-    def __init__(self, filename: str = "predictions.jsonl"):
+    def __init__(self, filename: str = FILENAME, answered: str | None = None):
         self.filename = filename
+        self.answered = answered
 
     def _part(self, trainer: lightning.Trainer, rank: int) -> Path:
         target = Path(trainer.default_root_dir, self.filename)
@@ -114,11 +138,13 @@ class PredictionWriter(lightning.Callback):
         part = self._part(trainer, trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("")
+        if self.answered and trainer.is_global_zero:
+            earlier = earlier_answers(Path(self.answered), self.filename)
+            _write(part, (row for rows in earlier.values() for row in rows.values()))
 
     def _append(self, trainer: lightning.Trainer, predictions: Sequence[Prediction], dataloader_idx: int) -> None:
         name = set_name(trainer, dataloader_idx)
-        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(prediction_row(p, name), ensure_ascii=False) + "\n" for p in predictions)
+        _write(self._part(trainer, trainer.global_rank), (prediction_row(prediction, name) for prediction in predictions))
 
     def _finish(self, trainer: lightning.Trainer) -> None:
         trainer.strategy.barrier("predictions are written")
@@ -146,3 +172,8 @@ class PredictionWriter(lightning.Callback):
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
+
+
+def _write(part: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with part.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
@@ -21,7 +21,7 @@ from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.mixture import Opened, Source
 from qwenvl_lit.data.samplers import Batches, Position
 from qwenvl_lit.data.split import Chosen, Joined, Rows, places
-from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Sample
+from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Picture, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Processor
@@ -91,6 +91,7 @@ class DataModule(lightning.LightningDataModule):
         self.train: list[Rows] = []
         self.validation: Rows = ()
         self.test: dict[str, Rows] = {}
+        self.answered: Mapping[str, Mapping[int, str]] = {}  # by set, index and id of rows that are not to be predicted again
         self._lengths: np.ndarray | None = None  # of the rows of `train`, joined
         self._validation_lengths: np.ndarray | None = None
         self._bad: dict[str, set[str]] = {}  # by set, what was said of rows that loaders dropped
@@ -153,7 +154,8 @@ class DataModule(lightning.LightningDataModule):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self._rank:
             self.trainer.strategy.barrier("rows are measured")
-        measured = {name: self.datasets[name].measured(parts, self.processor, workers=cores) for name, parts in opened.items()}
+        options = {"workers": cores, "drop_bad": self.on_bad_picture == "drop"}
+        measured = {name: self.datasets[name].measured(parts, self.processor, **options) for name, parts in opened.items()}
         if self._world_size > 1 and not self._rank:
             self.trainer.strategy.barrier("rows are measured")
         for name, parts in measured.items():
@@ -168,6 +170,11 @@ class DataModule(lightning.LightningDataModule):
                     parts.findings[0].message,
                 )
                 self._list({"set": name or "data", **asdict(one)} for one in parts.findings)
+            if parts.bad > self.max_bad_fraction * parts.distinct:
+                raise DataError(
+                    f"{parts.bad} of {parts.distinct} rows of {name or 'data'} have pictures that cannot be opened, more than "
+                    f"data.max_bad_fraction={self.max_bad_fraction} allows; {FINDINGS} of the run lists them"
+                )
         return measured
 
     @property
@@ -221,12 +228,39 @@ class DataModule(lightning.LightningDataModule):
         return loaders
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self._eval_loader(rows, prompt=True) for rows in self.test.values()]
+        return [self._eval_loader(rows, prompt=True, lengths=self._prompt_sizes(rows)) for rows in self.test.values()]
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> list[DataLoader]:
+        """As `test_dataloader`, without the rows that are `answered`; if all are, the last one is answered anew, so that there is a loop.
 
-    def _eval_loader(self, rows: Rows, *, prompt: bool, lengths: np.ndarray | None = None) -> DataLoader:
-        order = np.arange(len(rows)) if lengths is None else np.argsort(-lengths, kind="stable")  # the longest first: memory shows at once
+        Raises:
+            DataError: the answers are to other rows.
+        """
+        left = {name: self._unanswered(name, rows) for name, rows in self.test.items()}
+        if not any(map(len, left.values())):
+            left[self.test_names[-1]] = np.array([len(self.test[self.test_names[-1]]) - 1])
+        return [
+            self._eval_loader(rows, prompt=True, lengths=self._prompt_sizes(rows), among=left[name]) for name, rows in self.test.items()
+        ]
+
+    def _unanswered(self, name: str, rows: Rows) -> np.ndarray:
+        answered = self.answered.get(name, {})
+        for index, id in answered.items():
+            if index >= len(rows) or rows[index].id != id:
+                here = f"is {rows[index].id!r}" if index < len(rows) else "does not exist"
+                raise DataError(f"answered: its row {index} of {name} is {id!r}, which {here} now; were these answers to other data?")
+        return np.setdiff1d(np.arange(len(rows)), np.fromiter(answered, dtype=np.int64, count=len(answered)))
+
+    def _prompt_sizes(self, rows: Rows) -> np.ndarray | None:
+        """About how long each prompt is, coarsely: rows of like length stay in their order, and questions about one picture together."""
+        if self.eval_batch_size == 1:
+            return None
+        return np.array([_prompt_size(rows, place) // 64 for place in range(len(rows))], dtype=np.int64)
+
+    def _eval_loader(self, rows: Rows, *, prompt: bool, lengths: np.ndarray | None = None, among: np.ndarray | None = None) -> DataLoader:
+        order = np.arange(len(rows)) if among is None else among
+        if lengths is not None:
+            order = order[np.argsort(-lengths[order], kind="stable")]  # the longest first: memory shows at once
         own = order[self._rank :: self._world_size]  # no row repeated, none lost
         pad = Pad(pad_id=self.processor.pad_id, side="left" if prompt else "right")
         return self._loader(rows, pad, prompt=prompt, batch_size=self.eval_batch_size, sampler=own.tolist())
@@ -308,6 +342,15 @@ def outlive_signals(worker: int) -> None:
     Thread(target=heed_the_run, daemon=True).start()
 
 
+def _prompt_size(rows: Rows, place: int) -> int:
+    """In characters; a picture counts as 1024."""
+    try:
+        turns = rows[place].prompt().turns
+    except DataError:
+        return 0  # said when the row is fetched
+    return sum(len(part) if isinstance(part, str) else 1024 if isinstance(part, Picture) else 32 for turn in turns for part in turn.parts)
+
+
 class Loader(DataLoader):
     """A loader that a run goes on with where it stopped: its place is that of the trainer's counters, see `DataModule._position`."""
 
@@ -344,7 +387,6 @@ class Encoded(Dataset):
         return len(self.rows)
 
     def __getitem__(self, place: int) -> Sample | Dropped:
-        conversation: Conversation | None = None
         try:
             conversation = self.rows[place]
             if self.numbered:
@@ -352,15 +394,7 @@ class Encoded(Dataset):
             return self.processor.encode(conversation, prompt=self.prompt)
         except Dropped as decision:
             return decision
-        except DataError as fault:
-            if self.drop_bad and conversation is not None and any(_unreadable(conversation)):
+        except BadPicture as fault:
+            if self.drop_bad:
                 return Dropped(str(fault))
             raise
-
-
-def _unreadable(conversation: Conversation) -> Iterator[bool]:
-    for picture in conversation.pictures:
-        try:
-            picture.open()
-        except DataError:
-            yield True
