@@ -156,15 +156,13 @@ def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[s
     Raises:
         ValueError: bitsandbytes is not installed, or does not know a setting.
     """
+    known = inspect.signature(BitsAndBytesConfig).parameters
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"adapter.quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError("adapter.quantization needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'") from error
-    known = inspect.signature(BitsAndBytesConfig).parameters
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(
-            f"adapter.quantization has no key {', '.join(unknown)}; its keys are those of BitsAndBytesConfig: {', '.join(known)}"
-        )
     return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings})
 
 

@@ -1,0 +1,103 @@
+"""Bases of 4 bits. What needs bitsandbytes and its GPU code is marked so."""
+
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from make_checkpoint import write_checkpoint
+
+from qwenvl_lit.adapters import Full, Learned, fingerprint
+from qwenvl_lit.command import config_folder
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.task import Task
+
+DEVICE = "cuda"
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_channels": 64,
+    "intermediate_size": 256,
+    "visual": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 64,
+        "layers": 1,
+        "heads": 2,
+        "mlp_ratio": 2.0,
+        "output_dim": 128,
+        "n_queries": 4,
+        "resampler_heads": 2,
+    },
+}
+
+
+def qlora(**changes):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        node = compose("train", ["model=qwen_vl_chat", "adapter=qlora", "adapter.dropout=0"]).adapter
+    return instantiate(node, **changes, _convert_="all")
+
+
+def family(**options) -> QwenVL:
+    return QwenVL(config=SIZES, vocabulary="tiny", dtype="bfloat16", **options)
+
+
+def task(base: Learned | None = None, **options) -> Task:
+    made = Task(family=QwenVL(**options), adapter=qlora(targets="all-linear"), base=base, generation=Generation(), metrics={})
+    made.home = torch.device(DEVICE)
+    made.configure_model()
+    return made
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install .*\.\[quant\]"):
+        family().load(quantization=qlora().quantization)
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(ValueError, match=r"BitsAndBytesConfig has no bits, but load_in_8bit"):
+        family().load(quantization={"bits": 4})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_checkpoint(family().load(), TINY_VOCABULARY, tmp_path / "F")
+    return tmp_path / "F"
+
+
+@pytest.mark.gpu
+def test_every_linear_layer_but_the_head_has_four_bits_and_adapters_over_them_learn(folder):
+    made = task(path=str(folder), dtype="bfloat16")
+    base = made.model.get_base_model()
+    kinds = {name: type(module).__name__ for name, module in base.named_modules() if hasattr(module, "in_features") and "lora_" not in name}
+    assert kinds.pop("lm_head") == "Linear"
+    assert set(kinds.values()) == {"Linear4bit"}
+    assert any("visual.attn_pool" in name for name in kinds)
+    assert base.transformer.wte.weight.dtype == base.lm_head.weight.dtype == torch.bfloat16
+    ids = torch.arange(1, 12, device=DEVICE)[None]
+    pixels = torch.randn(1, 3, 16, 16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        made.model(input_ids=ids, labels=ids, pixel_values=pixels, vision_positions=torch.arange(2, 6, device=DEVICE)).loss.backward()
+    for name, tensor in made.model.named_parameters():
+        if tensor.requires_grad:
+            assert tensor.dtype == torch.float32, name
+            assert tensor.grad is not None, name
+
+
+@pytest.mark.gpu
+def test_what_a_run_learned_is_folded_in_before_bits_are_taken(folder, tmp_path):
+    published = QwenVL(path=str(folder), dtype="bfloat16")
+    learned = {name: tensor + 0.1 for name, tensor in published.load().named_parameters()}
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in learned.items()}}, tmp_path / "run.ckpt")
+    base = Learned(checkpoint=str(tmp_path / "run.ckpt"), sha256=fingerprint(tmp_path / "run.ckpt"), adapter=Full())
+    made = task(base, path=str(folder), dtype="bfloat16")
+    whole = base.fold_into(published.load(), published.parts)
+    expected = published.quantized(whole, DEVICE, qlora().quantization)
+    ids = torch.arange(1, 12, device=DEVICE)[None]
+    torch.testing.assert_close(made.model(input_ids=ids).logits, expected.train()(input_ids=ids).logits, atol=0, rtol=0)
+    assert torch.equal(expected.transformer.ln_f.weight.cpu(), learned["transformer.ln_f.weight"])
