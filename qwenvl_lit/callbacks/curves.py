@@ -22,6 +22,8 @@ AXES = {  # what the axis says; other scalars go by their name
     "tokens_per_second": "tokens / s, padding not counted",
     "supervised_tokens_per_second": "supervised tokens / s",
     "padding_share": "share of padding",
+    "waiting_share": "share of the time that data is waited for",
+    "mfu": "share of the device's peak rate",
     "memory_gib": "peak memory (GiB)",
 }
 SMOOTHED = {"loss", "accuracy", "grad_norm"}

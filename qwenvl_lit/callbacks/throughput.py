@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import lightning
 import torch
+from torch import nn
 
+from qwenvl_lit.optim import part_of_tensor
 from qwenvl_lit.types import Batch
+
+PEAKS = (  # dense bfloat16 operations a second, from the makers' data sheets; the first name that fits
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("A100", 312e12),
+)
 
 
 class Mark(NamedTuple):
     """Counts since the window was opened, at one point in time."""
 
     seconds: float
+    waited: float = 0.0  # seconds between two batches
+    operations: torch.Tensor | float = 0.0  # as `tokens`
     samples: int = 0
     supervised_tokens: int = 0
     tokens: torch.Tensor | int = 0  # without padding; stays on the device, so that no step waits for it
@@ -25,9 +39,11 @@ class Mark(NamedTuple):
 class Throughput(lightning.Callback):
     """Logs rates over the last steps of training, and prints the rate of a test or prediction at its end.
 
-    Logged, means over `window` batches, loading and optimizer steps included, validation and the time before the first step not:
-    `train/samples_per_second`, `train/supervised_tokens_per_second`, `train/tokens_per_second` (without padding) and
-    `train/padding_share` (of the slots of `Batch.input_ids`). Rates are for all ranks: those of rank 0 times the number of ranks.
+    Logged, means over `window` batches, loading and optimizer steps included; validation, checkpoints and the time before the first step
+    not: `train/samples_per_second`, `train/supervised_tokens_per_second`, `train/tokens_per_second` (without padding),
+    `train/padding_share` (of the slots of `Batch.input_ids`), `train/waiting_share` (of the time, for data) and `train/mfu`, the share of
+    the device's peak that the family's operations come to (nan where no peak is known). Rates are for all ranks: those of rank 0 times
+    the number of ranks.
 
     Place it before `RunLog`, which writes what has been logged in the step.
     """
@@ -35,16 +51,23 @@ class Throughput(lightning.Callback):
     def __init__(self, window: int = 20):
         self.window = window
         self._marks: deque[Mark] = deque(maxlen=window + 1)
-        self._start = 0.0
-        self._rows = 0
-        self._pictures = 0
+        self._trained: dict[str, float] = {}  # by part, the share that is trained
+        self._peak = math.nan
+        self._began = 0.0  # the batch
+        self._asked = 0.0  # when loading began
+        self._counts: list[tuple[int, int, int]] = []  # rows, pictures and new tokens: none, after the first batch, by now
+        self._times: list[float] = []  # of the same
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._marks.clear()
+        self._peak = peak_flops(trainer.strategy.root_device)
+        if hasattr(pl_module, "family"):
+            self._trained = trained_shares(pl_module.model, pl_module.family.parts)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._began = perf_counter()
         if not self._marks:
-            self._marks.append(Mark(perf_counter()))
+            self._marks.append(Mark(self._began))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -53,6 +76,8 @@ class Throughput(lightning.Callback):
         real = batch.input_ids.numel() if batch.attention_mask is None else batch.attention_mask.sum()
         now = Mark(
             seconds=perf_counter(),
+            waited=last.waited + self._began - last.seconds,
+            operations=last.operations + (pl_module.family.flops(batch, self._trained) if self._trained else math.nan),
             samples=last.samples + len(batch.conversations),
             supervised_tokens=last.supervised_tokens + len(batch.target_positions),
             tokens=last.tokens + real,
@@ -60,43 +85,83 @@ class Throughput(lightning.Callback):
         )
         self._marks.append(now)
         first = self._marks[0]
-        ranks_per_second = trainer.world_size / (now.seconds - first.seconds)
+        seconds = now.seconds - first.seconds
+        ranks_per_second = trainer.world_size / seconds
         size = len(batch.conversations)
         pl_module.log("train/samples_per_second", (now.samples - first.samples) * ranks_per_second, prog_bar=True, batch_size=size)
         rates = {
             "train/supervised_tokens_per_second": (now.supervised_tokens - first.supervised_tokens) * ranks_per_second,
             "train/tokens_per_second": (now.tokens - first.tokens) * ranks_per_second,
             "train/padding_share": 1 - (now.tokens - first.tokens) / (now.slots - first.slots),
+            "train/waiting_share": (now.waited - first.waited) / seconds,
+            "train/mfu": (now.operations - first.operations) / seconds / self._peak,
         }
         pl_module.log_dict(rates, batch_size=size)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._marks.clear()
 
+    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._marks.clear()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if stage in ("test", "predict"):
+            self._asked = perf_counter()
+
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._rows = self._pictures = 0
-        self._start = perf_counter()
+        self._counts = [(0, 0, 0)]
+        self._times = [perf_counter()]
 
     def on_test_batch_end(
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        outputs: Any,
+        outputs: Any,  # Sequence[Prediction]
         batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._rows += len(batch.conversations)
-        self._pictures += sum(len(conversation.pictures) for conversation in batch.conversations)
+        rows, pictures, tokens = self._counts[-1]
+        rows += len(batch.conversations)
+        pictures += sum(len(conversation.pictures) for conversation in batch.conversations)
+        tokens += sum(prediction.tokens or 0 for prediction in outputs)
+        self._counts[1:] = [*self._counts[1:2], (rows, pictures, tokens)]  # after the first batch, and by now
+        self._times[1:] = [*self._times[1:2], perf_counter()]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        counts = torch.tensor([self._rows, self._pictures], device=pl_module.device)
-        rows, pictures = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        seconds = perf_counter() - self._start
-        if trainer.is_global_zero:
-            verb = "predict" if trainer.predicting else "test"
-            print(f"{verb}: {rows} rows in {seconds:.1f} s, {pictures / seconds:.1f} pictures/s")
+        counts = [self._counts[0], self._counts[min(1, len(self._counts) - 1)], self._counts[-1]]
+        _, first, last = trainer.strategy.reduce(torch.tensor(counts, device=pl_module.device), reduce_op="sum").tolist()
+        if not trainer.is_global_zero:
+            return
+        start, end = self._times[0], self._times[-1]
+        print(f"{'predict' if trainer.predicting else 'test'}: {last[0]} rows in {end - start:.1f} s, {_rates(last[1:], end - start)}")
+        beside = f"loading took {start - self._asked:.1f} s before"
+        if len(self._times) > 2:
+            warm = _rates([b - a for a, b in zip(first[1:], last[1:], strict=True)], end - self._times[1])
+            beside = f"without the first batch, of {self._times[1] - start:.1f} s: {warm}; {beside}"
+        print(f"  {beside}")
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
+
+
+def _rates(counts: Sequence[int], seconds: float) -> str:
+    pictures, tokens = (count / max(seconds, 1e-9) for count in counts)
+    return f"{pictures:.1f} pictures/s" + (f", {tokens:.0f} new tokens/s" if tokens else "")
+
+
+def peak_flops(device: torch.device) -> float:
+    """Operations a second that the device could do, in bfloat16; nan where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS if part in name), math.nan)
+
+
+def trained_shares(model: nn.Module, parts: Mapping[str, str]) -> dict[str, float]:
+    """For each part (name -> module path; of several the innermost), the share of its numbers that is trained."""
+    counts = {part: [0, 0] for part in parts}
+    for name, tensor in model.named_parameters():
+        if part := part_of_tensor(name, parts):
+            counts[part][0] += tensor.numel() * tensor.requires_grad
+            counts[part][1] += tensor.numel()
+    return {part: trained / max(1, numbers) for part, (trained, numbers) in counts.items()}

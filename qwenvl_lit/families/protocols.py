@@ -72,3 +72,7 @@ class Family(Protocol):
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Keyword arguments of the model's `forward` for a batch, or of its `generate`."""
         ...
+
+    def flops(self, batch: Batch, trained: Mapping[str, float]) -> torch.Tensor:
+        """Operations of a training step on `batch`, on its device; `trained` is the share of each part's numbers that is trained."""
+        ...

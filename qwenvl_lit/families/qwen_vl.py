@@ -20,6 +20,7 @@ from qwenvl_lit.families.checkpoint import VOCABULARY, few_bits, find_checkpoint
 from qwenvl_lit.families.pixels import normalised, resized
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
+from qwenvl_lit.models.flops import training_flops
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, GroundedObject, Part, Picture, Prediction, Sample, Turn
@@ -440,3 +441,8 @@ class QwenVL:
         if len(batch.target_positions) and not generate:
             inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
         return {name: value for name, value in inputs.items() if value is not None}
+
+    def flops(self, batch: Batch, trained: Mapping[str, float]) -> torch.Tensor:
+        counts = {"pictures": len(batch.vision.get("pixel_values", ())), "targets": len(batch.target_positions)}
+        rows = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+        return training_flops(self.config, **rows, **counts, trained=trained)
