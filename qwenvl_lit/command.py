@@ -189,7 +189,10 @@ def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[Di
     """`main`, or its place in a sweep, with a user's mistakes as short messages; a defect keeps its traceback."""
 
     def job(config: DictConfig) -> float | None:
-        return sweep.take(config, run) if is_a_sweep(config) else run(config)
+        if not is_a_sweep(config):
+            return run(config)
+        _keep_named_datasets(config)  # into what Hydra has written of the job, which a run that goes on reads
+        return sweep.take(config, run)
 
     def run(config: DictConfig) -> None:
         try:
@@ -197,7 +200,7 @@ def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[Di
             main(resumed(config) if "resume" in config else config)
         except DataError as error:
             # an error from a data worker carries that worker's traceback; its last line is the message
-            _exit(1, str(error).rsplit("DataError: ", 1)[-1].strip())
+            _exit(1, re.split(r"(?m)^qwenvl_lit\.types\.\w+: ", str(error))[-1].strip())
         except Exception as error:
             cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
             if not _is_a_mistake(cause):

@@ -3,7 +3,7 @@
 outputs/train/2026-11-23_09-00-00/
     0/ 1/ 2/ ...    run folders, as `runs` describes them, and in each
         output.log      what the job printed
-        job.json        its values, how long it took, and the error if it failed
+        job.json        its values, how long it took, the error if it failed, and its config
     sweep.csv       all jobs, best first
     sweep.png       the score over what was varied
 
@@ -30,7 +30,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qwenvl_lit.sweep_report import JOB, read_scores, report, result_table, save_result, varied
+from qwenvl_lit.sweep_report import COMPOSED, JOB, read_scores, report, result_table, save_result, varied
 from qwenvl_lit.types import DataError
 
 OUTPUT = "output.log"
@@ -87,6 +87,8 @@ class Sweep:
         overrides = tuple(item for item in hydra.overrides.task if not item.startswith("sweep."))
         folder = Path(hydra.runtime.output_dir)
         before = _result(folder)
+        if before and before["config"]:  # Hydra has written its config anew already
+            (folder / COMPOSED).write_text(before["config"], encoding="utf-8")
         if before and before["overrides"] != list(overrides):
             raise DataError(f"{folder} holds a job with other values ({' '.join(before['overrides'])}); choose another hydra.sweep.dir")
         if _on_a_cluster(hydra):

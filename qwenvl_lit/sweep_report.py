@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JOB, TABLE, PLOT = "job.json", "sweep.csv", "sweep.png"
+COMPOSED = ".hydra/config.yaml"
 LINES = 8  # as many lines a plot takes, more combinations are points
 
 
@@ -32,8 +33,10 @@ class Result:
 
 
 def save_result(folder: Path, overrides: Sequence[str], *, seconds: float, error: str | None) -> None:
-    """Write how a job ended into its run folder; until then it counts as unfinished."""
-    record = {"overrides": list(overrides), "seconds": round(seconds, 1), "error": error}
+    """Write how a job ended into its run folder, with the config that it was run with; until then it counts as unfinished."""
+    composed = folder / COMPOSED
+    config = composed.read_text(encoding="utf-8") if composed.exists() else None
+    record = {"overrides": list(overrides), "seconds": round(seconds, 1), "error": error, "config": config}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

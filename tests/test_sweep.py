@@ -167,10 +167,15 @@ def test_an_interrupted_sweep_shows_what_it_has_and_how_to_go_on(composed, tmp_p
     assert f"1 of 2 jobs have not ended; to go on, the same command with hydra.sweep.dir={tmp_path}" in printed
 
 
-def test_a_folder_with_other_jobs_is_not_continued(composed, tmp_path):
+def test_a_folder_with_other_jobs_is_not_continued_and_keeps_their_configs(composed, tmp_path):
+    config = tmp_path / "0/.hydra/config.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("number: 0\n")
     run_jobs([job(tmp_path, 0, "")], [{}], metric="val/loss")
+    config.write_text("seed: 1\n")  # as Hydra does before it calls the program
     with pytest.raises(DataError, match=r"/0 holds a job with other values \(number=0 x=1\); choose another hydra.sweep.dir"):
         Sweep("train").take(composed("seed=1"), pytest.fail)
+    assert config.read_text() == "number: 0\n"
 
 
 def test_jobs_that_would_share_a_process_are_refused(composed):
@@ -192,7 +197,7 @@ def test_on_a_cluster_the_job_runs_where_the_launcher_has_put_it(composed, tmp_p
         (tmp_path / "0/metrics.json").write_text(json.dumps({"fit": {"best": {"val/loss": 0.5 * config.seed}}}))
 
     assert Sweep("train").take(composed("seed=3", launcher=SUBMITIT), train) == 1.5
-    assert ended(tmp_path, 0) == {"overrides": ["seed=3"], "seconds": pytest.approx(0, abs=5), "error": None}
+    assert ended(tmp_path, 0) == {"overrides": ["seed=3"], "seconds": pytest.approx(0, abs=5), "error": None, "config": None}
 
 
 def test_on_a_cluster_a_failed_job_leaves_its_error(composed, tmp_path):
