@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.split import Joined
 from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 
 
@@ -167,6 +169,22 @@ def test_too_many_dropped_rows_stop_the_run(files):
     data.setup("fit")
     with pytest.raises(DataError, match=r"2 of 20 rows of train had to be left out, more than data\.max_bad_fraction=0\.05 allows"):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
+@pytest.mark.parametrize(("gone", "stops"), [(1, False), (2, True)])
+def test_rows_with_missing_pictures_may_be_dropped_before_training(files, gone, stops):
+    options = {"processor": Pictures(), "read": read_rows, "root": files, "train": "rows.jsonl#10", "max_bad_fraction": 0.1}
+    for row in list(DataModule(**options).datasets[""].open_training().stages[0])[:gone]:
+        (files / f"{row.id}.png").unlink()
+    with pytest.raises(DataError, match=rf"{gone} of 10 rows cannot be used"):
+        DataModule(**options).setup("fit")
+    data = DataModule(**options, on_bad_picture="drop")
+    data.trainer = trainer(files / "run")
+    with pytest.raises(DataError, match="2 of 10 rows of data have pictures that cannot be opened") if stops else nullcontext():
+        data.setup("fit")
+    found = [json.loads(line) for line in (files / "run/findings.jsonl").read_text().splitlines()]
+    assert [finding["kind"] for finding in found] == ["dropped"] * gone
+    assert stops or len(Joined(data.train)) == 9
 
 
 def test_only_broken_pictures_are_a_reason_to_drop_a_row(files):

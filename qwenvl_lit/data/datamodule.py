@@ -21,7 +21,7 @@ from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.mixture import Opened, Source
 from qwenvl_lit.data.samplers import Batches, Position
 from qwenvl_lit.data.split import Chosen, Joined, Rows, places
-from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Picture, Sample
+from qwenvl_lit.types import BadPicture, Batch, DataError, Dropped, Picture, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Processor

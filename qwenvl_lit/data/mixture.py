@@ -15,7 +15,7 @@ import numpy as np
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.split import Chosen, Joined, Rows, counted, hold_out, places, take
 from qwenvl_lit.data.survey import Finding, measure, stamp
-from qwenvl_lit.types import DataError
+from qwenvl_lit.types import BadPicture, Conversation, DataError, Dropped
 
 if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Processor
@@ -31,6 +31,8 @@ class Opened:
     validation: Rows = ()
     lengths: tuple[np.ndarray, ...] = ()  # tokens of the rows of each stage, and last those of `validation`; nothing before `measured`
     findings: tuple[Finding, ...] = ()
+    distinct: int = 0  # rows that were measured
+    bad: int = 0  # of these, how many have a picture that cannot be found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,12 @@ class Source:
         parts = [self.read(one, self.reading) for one in _several(files)]
         return parts[0] if len(parts) == 1 else Joined(parts)
 
-    def measured(self, opened: Opened, processor: Processor, *, workers: int) -> Opened:
+    def measured(self, opened: Opened, processor: Processor, *, workers: int, drop_bad: bool = False) -> Opened:
         """`opened` without the rows that are to be left out, and with the lengths of the others; every row is read once, or the lengths are
         in the cache.
+
+        Args:
+            drop_bad: rows whose pictures are missing are left out.
 
         Raises:
             DataError: rows cannot be used.
@@ -144,8 +149,9 @@ class Source:
         known = all(hasattr(rows, "file") for rows in named)
         stamps = stamp([file for rows in named for file in getattr(rows, "files", (rows.file,))]) if known else None
         options = (repr(self.read.args), repr(self.read.keywords)) if isinstance(self.read, partial) else ()
+        rows: Rows = Chosen(Joined(bottoms), distinct)
         found = measure(
-            Chosen(Joined(bottoms), distinct),
+            Forgiving(rows) if drop_bad else rows,
             processor,
             workers=workers,
             cache=self.reading.cache / "lengths" if self.reading.cache and stamps else None,
@@ -155,6 +161,7 @@ class Source:
                 hashlib.sha256(distinct.tobytes()).hexdigest(),
                 asdict(self.reading),
                 options,
+                drop_bad,
             ],
         )
         ends = list(accumulate(map(len, parts)))
@@ -166,7 +173,33 @@ class Source:
             validation=kept[-1],
             lengths=tuple(some[where] for some, where in zip(lengths, used, strict=True)),
             findings=found.findings,
+            distinct=len(rows),
+            bad=sum(finding.kind == "dropped" and _lacks_a_picture(rows, finding.index) for finding in found.findings),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Forgiving(Sequence[Conversation]):
+    """Rows of which those with a missing picture are to be left out."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Conversation:
+        try:
+            return self.rows[place]
+        except BadPicture as fault:
+            raise Dropped(str(fault)) from fault
+
+
+def _lacks_a_picture(rows: Rows, place: int) -> bool:
+    try:
+        rows[place]
+    except DataError as fault:
+        return isinstance(fault, BadPicture)
+    return False
 
 
 def _several(files: Files | None) -> list[str]:
