@@ -60,5 +60,5 @@ def test_a_command_of_the_readme_composes(command):
     assert (config_folder().parent / f"qwenvl_lit/{verb}.py").exists()
     for overrides in jobs(verb, arguments):
         config = compose(verb, overrides)
-        if config.data.get("datasets"):
+        if config.get("data") and config.data.get("datasets"):
             name_datasets(config)
