@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_task import ToyData, ToyTask, conversation, trainer
 
@@ -96,3 +97,24 @@ def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 4/4", "step 4"]
     assert "  loss 0.64  learning_rate 0.05  remaining 0:0" in lines[1]
     assert lines[3] == "step 4  val/loss 0.4448"
+
+
+def test_parts_with_a_rate_of_their_own_have_it_in_the_log(tmp_path):
+    class TwoRates(ToyTask):
+        def __init__(self):
+            super().__init__()
+            self.tower = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.tower.square().sum()
+
+        def configure_optimizers(self):
+            groups = [{"params": [self.weight], "part": None}, {"params": [self.tower], "lr": 0.01, "part": "vision"}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(TwoRates(), DATA)
+    [record] = read_log(tmp_path / "logging.jsonl")
+    assert {name: value for name, value in record.items() if name.startswith("learning_rate")} == {
+        "learning_rate": 0.1,
+        "learning_rate_vision": 0.01,
+    }

@@ -27,9 +27,9 @@ class RunLog(lightning.Callback):
     """Writes `logging.jsonl` and `metrics.json` to the run folder.
 
     `logging.jsonl` has a line for the first step, each `log_every_n_steps`-th and the last: step, total, epoch, everything logged as
-    `train/NAME` under NAME, learning_rate (that the step was made with), elapsed_s, remaining_s and on CUDA memory_gib (the peak of
-    rank 0); and one for each validation: step, epoch, and everything logged as `val/NAME` under that name. A resumed run goes on in the
-    file; lines of steps that it repeats are removed. What is not finite is null.
+    `train/NAME` under NAME, learning_rate (that the step was made with; learning_rate_PART where a part has its own), elapsed_s,
+    remaining_s and on CUDA memory_gib (the peak of rank 0); and one for each validation: step, epoch, and everything logged as `val/NAME`
+    under that name. A resumed run goes on in the file; lines of steps that it repeats are removed. What is not finite is null.
 
     `metrics.json` has `fit`: `last`, the last validation line, and `best`, that of the step which the checkpoint callback judged best,
     with its path; and `test`: every score under its logged name. A verb replaces its own part only.
@@ -45,7 +45,7 @@ class RunLog(lightning.Callback):
         self._last_step = 0
         self._start = 0.0
         self._elapsed_before = 0.0
-        self._learning_rate = 0.0
+        self._learning_rates: dict[str, float] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -63,7 +63,9 @@ class RunLog(lightning.Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._learning_rate = optimizer.param_groups[0]["lr"]  # at the end of the step the schedule has moved on already
+        groups = optimizer.param_groups  # at the end of the step the schedule has moved on already
+        parts = {f"learning_rate_{group['part']}": group["lr"] for group in groups if group.get("part")}
+        self._learning_rates = {"learning_rate": groups[0]["lr"], **parts}
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -88,7 +90,7 @@ class RunLog(lightning.Callback):
         done = trainer.global_step - self._first_step
         record: dict[str, Any] = {"step": trainer.global_step, "total": self._total, "epoch": trainer.current_epoch}
         record |= {name.removeprefix("train/"): value for name, value in _scores(trainer, "train/").items()}
-        record["learning_rate"] = self._learning_rate
+        record |= self._learning_rates
         record["elapsed_s"] = round(self._elapsed_before + elapsed, 1)
         record["remaining_s"] = None if self._total is None else round(elapsed / done * (self._total - trainer.global_step), 1)
         if trainer.strategy.root_device.type == "cuda":
