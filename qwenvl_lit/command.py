@@ -21,6 +21,7 @@ from hydra.errors import ConfigCompositionException, InstantiationException, Mis
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.ranks import rank_arguments
 from qwenvl_lit.resume import resume_arguments, resumed
 from qwenvl_lit.runs import base_of, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
@@ -62,6 +63,7 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         if starts_from_run:
             _start_from_run()
             sys.argv[1:] = [quote_free_text(argument) for argument in resume_arguments(sys.argv[1:])]
+        sys.argv[1:] = rank_arguments(verb, sys.argv[1:])
         sweep = Sweep(verb)
         with sweep.reported():
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()

@@ -13,7 +13,7 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
     {"task", "callbacks", "dialogue", "runs", "strategies", "memory", "data_report", "sweep_report"},
-    {"build", "capacity", "data_page", "resume", "sweep"},
+    {"build", "capacity", "data_page", "ranks", "resume", "sweep"},
     {"command", "api"},
     {"train", "test", "predict", "chat", "check"},
 ]
