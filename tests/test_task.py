@@ -5,8 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from toy_task import trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.callbacks.run_log import RunLog
+from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import nothing
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.qwen_vl import QwenVL
@@ -20,9 +23,9 @@ VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
 
 
-def task(adapter) -> Task:
+def task(adapter, **options) -> Task:
     made = Task(
-        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny"),
+        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny", **options),
         adapter=adapter,
         generation=Generation(max_new_tokens=2),
         metrics={"exact_match": ExactMatch()},
@@ -54,6 +57,16 @@ def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adap
             assert not tensor.grad.any(), name
 
 
+@pytest.mark.parametrize("adapter", [Full(), LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")], ids=["full", "lora"])
+def test_checkpointing_lets_every_block_run_again_and_asks_no_gradient_of_the_embeddings(adapter):
+    for checkpointing in (True, False):
+        model = task(adapter, checkpointing=checkpointing).model
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert [block.gradient_checkpointing for block in blocks] == [checkpointing] * 2  # one of the tower, one of the language model
+        embedded = model.get_input_embeddings()(torch.tensor([[1]]))
+        assert embedded.requires_grad == isinstance(adapter, Full)
+
+
 def test_loops_pass_over_batches_without_rows(tmp_path):
     made = task(Full())
     data = DataModule(
@@ -75,7 +88,7 @@ def test_loops_pass_over_batches_without_rows(tmp_path):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             losses.append(float(outputs["loss"]))
 
-    trainer(tmp_path, Watch(), max_epochs=1).fit(made, data)
+    trainer(tmp_path, Watch(), Throughput(), RunLog(), max_epochs=1).fit(made, data)
     assert sorted(loss > 0 for loss in losses) == [False, False, True, True]
     tested = trainer(tmp_path)
     tested.test(made, data, verbose=False)
