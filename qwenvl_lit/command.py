@@ -31,7 +31,8 @@ FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths
 FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
-RECIPE = ("adapter", "optim", "trainer", "generation")  # what a model's file chooses, and so a run that training starts from
+# What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own
+RECIPE = {"model": ("adapter", "trainer", "generation"), "adapter": ("optim",), "optim": (), "trainer": (), "generation": ()}
 
 EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}  # choices that other packages bring
 DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)  # full, or not ours to write
@@ -125,10 +126,10 @@ def _start_from_run() -> None:
     sys.argv[place : place + 1] = [f"ckpt={_quoted(str(run.checkpoint))}", *taken]
     store = ConfigStore.instance().store
     store(group="base", name="run", node=base_of(run))
-    for group in RECIPE:
-        store(group=group, name="run", node={key: value for key, value in run.config[group].items() if key not in STRATEGY})
-    recipe = [{f"override /{group}@_global_.{group}": "run"} for group in RECIPE]
-    store(group="model", name="run", node={"defaults": [*recipe, "_self_"], **run.config["model"]})
+    for group, others in RECIPE.items():
+        chosen = [{f"override /{other}@_global_.{other}": "run"} for other in others]
+        node = {key: value for key, value in run.config[group].items() if key not in STRATEGY}
+        store(group=group, name="run", node={"defaults": [*chosen, "_self_"], **node} if chosen else node)
 
 
 def _offer_run(verb: str) -> None:

@@ -101,6 +101,8 @@ def test_a_run_is_a_model_with_a_recipe_and_the_command_line_and_presets_win(mon
     config = composed(monkeypatch, ckpt)
     assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == ("F", 1e-4, 16)
     assert (config.trainer.strategy, config.data.train) == ("auto", ["train_single.jsonl#5120", "train.jsonl#17920"])
+    config = composed(monkeypatch, ckpt, "adapter=full")
+    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == ("F", 1e-5, 16), "a rate for what is trained"
     config = composed(monkeypatch, ckpt, "experiment=official_lora", "optim.lr=3e-5", "strategy=ddp_cpu")
     assert (config.adapter.rank, config.optim.lr, config.model.path, config.model.supervise) == (64, 3e-5, "F", "official")
     assert config.base.checkpoint.endswith("checkpoints/last.ckpt")
