@@ -83,7 +83,7 @@ class Task(lightning.LightningModule):
         if self.model is None:
             model = self._load_base()
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
-            if self.adapter and self.family.checkpointing:  # after the adapter: peft would have the embeddings' output ask for a gradient
+            if self.adapter and self.family.checkpointing:  # after the adapter, or peft would do what `recompute_blocks` undoes
                 recompute_blocks(self.model)
         if self.trained is not None:
             checkpoint, self.trained = self.trained, None
@@ -262,3 +262,4 @@ def recompute_blocks(model: nn.Module) -> None:
     """Let the blocks of a transformers model, or of one inside adapters, run again for their gradients; the tower's too, if it trains."""
     name = "activation_checkpointing_enable"  # since transformers 5.2x; "gradient_checkpointing_enable" before
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    model.disable_input_require_grads()  # for the reentrant kind alone; with it the first block's input would get a gradient for nothing

@@ -74,12 +74,13 @@ def test_checkpointing_and_short_rows_need_less():
 @pytest.mark.parametrize(
     ("adapter", "count", "options", "measured"),
     [
-        (SWIFT, 1, {"checkpointing": True}, 18.6),  # of the original code on an H100, as the next two
-        (SWIFT, 1, {}, 20.7),
+        (SWIFT, 1, {"checkpointing": True}, 18.28),  # benchmarks/finetune.json, as the next two
+        (SWIFT, 8, {"checkpointing": True}, 19.25),
+        (LoRA(rank=8, alpha=32, dropout=0.05, targets="all-linear"), 1, {"checkpointing": True}, 19.09),
+        (SWIFT, 1, {}, 20.7),  # of the original code, whose blocks keep a little more
         (SWIFT, 8, {}, 36.9),
-        (Full(), 1, {"checkpointing": True, "spread": "sharded", "cards": 2}, 42),
     ],
-    ids=["lora", "lora without checkpointing", "lora, batch 8", "full on two cards"],
+    ids=["lora", "lora, batch 8", "lora_all", "no checkpointing", "no checkpointing, batch 8"],
 )
 def test_a_full_size_run_needs_about_what_was_measured(adapter, count, options, measured):
     found = need(network(adapter), rows(count), QwenVL.parts, **options)
