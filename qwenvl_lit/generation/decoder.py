@@ -105,9 +105,10 @@ class Decoder:
         self.n, length = ids.shape
         lengths = [length] * self.n if mask is None else mask.sum(1).tolist()  # here the host waits, the device has nothing to do
         self._set_compiled(compile)
-        self.size = self._size(self.n)
+        self.size = self._size(self.n, length + new_tokens)
         self.filled = length
-        cache = self._cache(self.size, length + new_tokens)
+        self._reserve(self.size, length + new_tokens)
+        cache = self._cache(self.size)
         rows = self._rows(self.size)
         rows.slot.fill_(length)
         rows.starts.fill_(length)  # rows that nobody asked for see what they write themselves
@@ -257,13 +258,11 @@ class Decoder:
 
     # -- memory ---------------------------------------------------------------------------------------------------------------------
 
-    def _size(self, n: int) -> int:
+    def _size(self, n: int, slots: int) -> int:
         """B for n rows. A size that comes up for the first time, such as a dataset's last batch, uses the graphs of a larger one."""
         self.asked[n] += 1
-        larger = [size for size in self.rows if size >= n]
-        if n not in self.rows and self.asked[n] == 1 and larger and self._graphs_help():
-            return min(larger)
-        return n
+        larger = [size for size in self.rows if size >= n and self._room(size) >= slots]
+        return min(larger) if n not in self.rows and self.asked[n] == 1 and larger and self._graphs_help() else n
 
     def _rows(self, size: int) -> Rows:
         if size not in self.rows:
@@ -275,25 +274,39 @@ class Decoder:
             )
         return self.rows[size]
 
-    def _cache(self, size: int, slots: int = 0) -> torch.Tensor:
-        """The cache as (layers, 2, B, H, S, K), with room for `slots`. It is made anew where it is too small, and never shrinks."""
+    def _a_slot(self, size: int) -> int:
+        """Numbers that are kept of one token of B rows."""
         config = self.network.config
-        a_slot = config.num_hidden_layers * 2 * size * config.num_attention_heads * config.kv_channels
-        dtype = self.network.transformer.wte.weight.dtype
-        if torch.is_autocast_enabled(self.home.type):
-            dtype = torch.get_autocast_dtype(self.home.type)
-        if self.memory is None or self.memory.dtype != dtype or self.memory.numel() < a_slot * slots:
-            self.memory = None  # the old one makes room first
-            self.graphs.clear()
-            self.memory = torch.zeros(a_slot * self._in_use(size, slots), dtype=dtype, device=self.home)  # zeros: 0 * NaN is NaN
-        shape = (config.num_hidden_layers, 2, size, config.num_attention_heads, self.memory.numel() // a_slot, config.kv_channels)
-        return self.memory[: a_slot * shape[4]].view(shape)
+        return config.num_hidden_layers * 2 * size * config.num_attention_heads * config.kv_channels
+
+    def _room(self, size: int) -> int:
+        """Slots that B rows have, a multiple of 8 as attention kernels like it."""
+        return 0 if self.memory is None else self.memory.numel() // self._a_slot(size) // 8 * 8
 
     def _in_use(self, size: int, slots: int) -> int:
         """Slots that a step looks at when so many are filled: a graph for each count would be too many. Few rows read little cache."""
-        step = 128 if size > 4 else 512
-        room = -(-slots // step) * step
-        return room if self.memory is None else min(room, self._cache(size).shape[4])
+        return min(_rounded(size, slots), self._room(size))
+
+    def _reserve(self, size: int, slots: int) -> None:
+        """Make the cache anew where it is too small; it never shrinks."""
+        dtype = self.network.transformer.wte.weight.dtype
+        if torch.is_autocast_enabled(self.home.type):
+            dtype = torch.get_autocast_dtype(self.home.type)
+        if self._room(size) < slots or self.memory.dtype != dtype:
+            self.memory = None  # the old one makes room first
+            self.graphs.clear()
+            self.memory = torch.zeros(self._a_slot(size) * _rounded(size, slots), dtype=dtype, device=self.home)  # zeros: 0 * NaN is NaN
+
+    def _cache(self, size: int) -> torch.Tensor:
+        """The cache as (layers, 2, B, H, S, K)."""
+        config, room = self.network.config, self._room(size)
+        shape = (config.num_hidden_layers, 2, size, config.num_attention_heads, room, config.kv_channels)
+        return self.memory[: self._a_slot(size) * room].view(shape)
+
+
+def _rounded(size: int, slots: int) -> int:
+    step = 128 if size > 4 else 512
+    return -(-slots // step) * step
 
 
 class Compiled:
@@ -304,7 +317,7 @@ class Compiled:
         self.steps = torch.compile(function, fullgraph=True, dynamic=False)
 
     def __call__(self, block: LanguageBlock, x_BTD: torch.Tensor, other: Any):
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):  # more sizes than anybody asks for
             return (self.steps if x_BTD.shape[1] == 1 else self.prompts)(block, x_BTD, other)
 
 
