@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.dialogue import Answer, History, PictureSource, Query, conversation, picture_of
 from qwenvl_lit.families.checkpoint import find_checkpoint
 from qwenvl_lit.families.qwen_vl import QwenVL as Family
+from qwenvl_lit.families.qwen_vl import Template
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.runs import Run, find_run
@@ -42,9 +43,10 @@ class QwenVL:
     All of them raise a `DataError` for a picture that cannot be read and for a prompt that is too long.
     """
 
-    def __init__(self, *, family: Family, model: nn.Module, generation: Generation, reading: Reading):
+    def __init__(self, *, family: Family, model: nn.Module, device: torch.device, generation: Generation, reading: Reading):
         self.family = family
         self.model = model
+        self.device = device  # where prompts go
         self.generation = generation
         self.reading = reading
         self.processor = family.processor()
@@ -59,6 +61,7 @@ class QwenVL:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, str] | None = None,
         quantization: Mapping[str, Any] | None = None,
+        template: Template | None = None,
         download: bool = True,
         cache: str | Path | None = None,
         **settings: Any,
@@ -69,8 +72,9 @@ class QwenVL:
             source: a checkpoint's folder or its name on the hub; or a run folder, a checkpoint file of a run, or "latest".
             device: None: the first GPU if there is one.
             dtype: of the weights; None: that of the run, bfloat16 for a checkpoint.
-            device_map, max_memory: as transformers has them; instead of `device`.
+            device_map, max_memory: as transformers has them, to spread a model over cards and host memory; then `device` is None.
             quantization: fields of transformers' `BitsAndBytesConfig`, as {"load_in_4bit": True}, for a checkpoint; a run has its own.
+            template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json says.
             download: whether checkpoints and remote pictures may be fetched.
             cache: folder of remote pictures; None: the one that the commands use.
             settings: how answers are decoded, unless a call says otherwise. Greedy, up to 512 tokens, or as the run says.
@@ -78,30 +82,33 @@ class QwenVL:
         Raises:
             DataError: there is nothing there, or it is incomplete or something else.
         """
+        if device is not None and device_map is not None:
+            raise ValueError("give either device or device_map")
+        device = device_named(device)
         changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
         if dtype is not None:
             changes["dtype"] = str(dtype).removeprefix("torch.")
         changes = {name: value for name, value in changes.items() if value is not None}
         reading = Reading(cache=Path(cache) if cache else default_cache(), download=download)
         if run := _run(source):
-            if quantization:
-                raise ValueError("quantization is for checkpoints; a run has that of its adapter")
+            if quantization or template:
+                raise ValueError("quantization and template are for checkpoints; a run has its own")
             model = cls.from_task(build.trained(run, changes), checkpoint=run.checkpoint, device=device, reading=reading)
         else:
             folder = find_checkpoint(str(source), download=download)
-            family = Family(path=str(folder), template=_template(folder), **{"dtype": "bfloat16", **changes})
-            network = family.load(device or default_device(), quantization=quantization)
-            model = cls(family=family, model=network, generation=Generation(), reading=reading)
+            family = Family(path=str(folder), template=template or _template(folder), **{"dtype": "bfloat16", **changes})
+            network = family.load(device, quantization=quantization)
+            model = cls(family=family, model=network, device=device, generation=Generation(), reading=reading)
         model.generation = replace(model.generation, **settings)
         return model
 
     @classmethod
-    def from_task(cls, task: Task, *, checkpoint: Path | None, device: torch.device | str | None = None, reading: Reading) -> QwenVL:
+    def from_task(cls, task: Task, *, checkpoint: Path | None, device: torch.device, reading: Reading) -> QwenVL:
         """The model of a task whose weights are not loaded yet; with the tensors of `checkpoint`, if there is one."""
-        task.home = torch.device(device or default_device())
+        task.home = device
         task.trained = checkpoint
         task.configure_model()
-        return cls(family=task.family, model=task.model.eval(), generation=task.generation, reading=reading)
+        return cls(family=task.family, model=task.model.eval(), device=device, generation=task.generation, reading=reading)
 
     @property
     def base(self) -> bool:
@@ -123,11 +130,11 @@ class QwenVL:
         Each text begins with the one before; the last is the `Answer`. The iteration may be left at any point.
         """
         began = perf_counter()
-        history = [list(pair) for pair in history]
-        [sample] = self._samples([query], history, system)
-        generation, first = replace(self.generation, **settings), began
-        generation = self._limited(generation, len(sample.input_ids))
-        new: list[int] = []
+        sample = self.processor.encode(self._asked(query, history, system), prompt=True)
+        generation = self._limited(replace(self.generation, **settings), len(sample.input_ids))
+        earlier = [list(pair) for pair in history]
+        asked = list(query) if isinstance(query, list | tuple) else query
+        first, new = began, list[int]()
 
         def arriving() -> Iterator[int]:
             nonlocal first
@@ -140,10 +147,10 @@ class QwenVL:
         tokenizer = self.processor.tokenizer
         for piece in tokenizer.stream(arriving(), skip_special=True, keep=tokenizer.tag_ids):
             text += piece
-            yield text.strip(), [*history, [query, text.strip()]]  # an answer begins and ends without blanks
+            yield text.strip(), [*earlier, [asked, text.strip()]]  # an answer begins and ends without blanks
         prediction = self.processor.decode(new, sample.conversation)
         answer = Answer(prediction, len(sample.input_ids), len(new), perf_counter() - began, first - began)
-        yield answer, [*history, [query, str(answer)]]
+        yield answer, [*earlier, [asked, str(answer)]]
 
     def generate(
         self, prompts: Sequence[Query | Conversation], *, system: str | None = None, batch_size: int = 8, **settings: Any
@@ -154,19 +161,19 @@ class QwenVL:
             prompts: questions; or conversations, whose last turn is answered if it is the user's, else answered anew.
             batch_size: questions that are answered together.
         """
-        samples = list(self._samples(prompts, (), system))
-        generation = self._limited(replace(self.generation, **settings), max((len(sample.input_ids) for sample in samples), default=0))
-        longest_first = sorted(range(len(samples)), key=lambda place: -len(samples[place].input_ids))
+        asked = [one if isinstance(one, Conversation) else self._asked(one, (), system) for one in prompts]
+        lengths = [self.processor.length(one, prompt=True)[0] for one in asked]
+        longest_first = sorted(range(len(asked)), key=lambda place: -lengths[place])  # rows of a batch are of a length, about
         answers: dict[int, Answer] = {}
-        for start in range(0, len(samples), batch_size):
-            places = longest_first[start : start + batch_size]
-            some, began = [samples[place] for place in places], perf_counter()
-            rows = list(self._ids(generation, some, whole=True))
+        for start in range(0, len(asked), batch_size):
+            places, began = longest_first[start : start + batch_size], perf_counter()
+            samples = [self.processor.encode(asked[place], prompt=True) for place in places]
+            rows = list(self._ids(self._limited(replace(self.generation, **settings), lengths[places[0]]), samples, whole=True))
             seconds = perf_counter() - began
-            for place, sample, ids in zip(places, some, rows, strict=True):
-                prediction = self.processor.decode(ids, sample.conversation)
-                answers[place] = Answer(prediction, len(sample.input_ids), len(ids), seconds)
-        return [answers[place] for place in range(len(samples))]
+            for place, ids in zip(places, rows, strict=True):
+                prediction = self.processor.decode(ids, asked[place])
+                answers[place] = Answer(prediction, lengths[place], len(ids), seconds)
+        return [answers[place] for place in range(len(asked))]
 
     def ground(self, picture: PictureSource, label: str, *, prompt: str | None = None, **settings: Any) -> list[GroundedObject]:
         """Where in a picture something is: objects with boxes in its pixels; none, if the answer has no box.
@@ -190,21 +197,17 @@ class QwenVL:
             drawn.save(path)
         return drawn
 
-    def _samples(self, queries: Iterable[Query | Conversation], history: History, system: str | None) -> Iterator[Sample]:
+    def _asked(self, query: Query, history: History, system: str | None) -> Conversation:
         if self.base and system is not None:
             raise ValueError("the base model has no system message; write what it should know into the text")
-        for query in queries:
-            asked = query
-            if not isinstance(asked, Conversation):  # the published base model reads the question alone
-                asked = conversation(query, () if self.base else history, system=system, reading=self.reading)
-            sample = self.processor.encode(asked, prompt=True)
-            if not len(sample.input_ids):
-                raise DataError("there is nothing to continue: the text is empty")
-            yield sample
+        history = () if self.base else history  # as published, it reads the question alone
+        return conversation(query, history, system=system, reading=self.reading)
 
     def _limited(self, generation: Generation, prompt_tokens: int) -> Generation:
         """Answers end where the model's positions do."""
         limit = self.family.config.max_position_embeddings
+        if prompt_tokens == 0:
+            raise DataError("there is nothing to continue: the text is empty")
         if prompt_tokens >= limit:
             raise DataError(
                 f"the prompt has {prompt_tokens} tokens, and {limit} are the most that the model reads; shorten it, or give fewer pictures"
@@ -214,7 +217,7 @@ class QwenVL:
 
     def _ids(self, generation: Generation, samples: Sequence[Sample], *, whole: bool) -> Iterator[list[int]]:
         """New ids of each sample; not `whole`, those of the only one, a few at a time."""
-        batch = Pad(pad_id=self.processor.pad_id, side="left")(samples).to(next(self.model.parameters()).device)
+        batch = Pad(pad_id=self.processor.pad_id, side="left")(samples).to(self.device)
         decode = generation if whole else generation.stream
         keys = [key for sample in samples for key in _picture_keys(sample)]
         yield from decode(
@@ -226,8 +229,9 @@ class QwenVL:
         )
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_named(name: torch.device | str | None) -> torch.device:
+    """None: the first GPU if there is one."""
+    return torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
 
 
 def default_cache() -> Path:
@@ -242,7 +246,7 @@ def _run(source: str | Path) -> Run | None:
     return find_run(str(source)) if is_run else None
 
 
-def _template(folder: Path) -> Literal["chatml", "raw"]:
+def _template(folder: Path) -> Template:
     """What a checkpoint's generation_config.json says; the base model is published with "raw"."""
     settings = Family(path=str(folder)).generation
     return "raw" if getattr(settings, "chat_format", "chatml") == "raw" else "chatml"

@@ -119,8 +119,10 @@ class Chat:
         before, shown = self.history, ""
         try:
             for text, history in self.model.stream(query, before, system=self.system):
-                print(self._printable(text[len(shown) :]), end="", flush=True)
-                shown, self.history = text, history
+                new, shown, self.history = text[len(shown) :], text, history  # first: Ctrl-C may come while it is printed
+                print(self._printable(new), end="", flush=True)
+            print(flush=True)
+            files = self._draw(text)
         except KeyboardInterrupt:
             if not self.terminal:
                 raise
@@ -131,8 +133,7 @@ class Chat:
             self.history = before
             self.remark(("\n" if shown else "") + f"error: {str(fault).splitlines()[0]}")
         else:
-            print(flush=True)
-            self._record(query, before, text, **self._measured(text), boxes=self._draw(text))
+            self._record(query, before, text, **self._measured(text), boxes=files)
 
     def _printable(self, text: str) -> str:
         """A terminal would obey control characters."""
@@ -187,7 +188,7 @@ def main(config: DictConfig) -> None:
     from contextlib import nullcontext
 
     from qwenvl_lit import build
-    from qwenvl_lit.api import QwenVL
+    from qwenvl_lit.api import QwenVL, device_named
     from qwenvl_lit.data.rows import Reading
     from qwenvl_lit.runs import find_run
 
@@ -197,7 +198,7 @@ def main(config: DictConfig) -> None:
     model = QwenVL.from_task(
         task,
         checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
-        device=config.device,
+        device=device_named(config.device),
         reading=Reading(cache=cache, download=config.model.get("download", True)),
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

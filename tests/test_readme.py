@@ -1,4 +1,4 @@
-"""Every command that the README shows composes: its verb, its choices and its keys exist."""
+"""What the documents show works: every command composes, its verb, its choices and its keys exist, and Python runs."""
 
 import re
 import shlex
@@ -10,10 +10,18 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from PIL import Image
+from scripted import tiny_checkpoint
 
 from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = {
+    page.name: blocks
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if (blocks := re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+}
 OF_EXTRAS = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")  # choices of packages that need not be there
 
 
@@ -62,3 +70,20 @@ def test_a_command_of_the_readme_composes(command):
         config = compose(verb, overrides)
         if config.get("data") and config.data.get("datasets"):
             name_datasets(config)
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_python_runs_as_it_is_shown(page, tmp_path, monkeypatch, capsys):
+    """Block after block, with pictures of the names that are used, and a tiny checkpoint in a folder that is named as the published one."""
+    tiny_checkpoint(tmp_path / "Qwen/Qwen-VL-Chat")
+    for name in ("road.png", "dog.jpg"):
+        Image.new("RGB", (64, 48), "teal").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in PYTHON[page]:
+        exec(compile(block, page, "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_there_is_python_to_run():
+    assert len(PYTHON["python.md"]) > 4
