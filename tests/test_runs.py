@@ -1,4 +1,5 @@
 import json
+import hashlib
 import os
 import re
 
@@ -16,6 +17,11 @@ def write_run(folder, *checkpoints: str):
     for name in checkpoints:
         torch.save({"config": {"model": {"path": "stored"}}}, folder / "checkpoints" / name)
     return folder
+
+
+def holding(folder, name: str):
+    folder.mkdir()
+    (folder / name).write_text("{}")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,8 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
     [
         (lambda path: None, "does not exist; train one first"),
         (lambda path: path.mkdir(), "is no run folder"),
+        (lambda path: holding(path, "adapter_config.json"), "is an adapter folder of PEFT"),
+        (lambda path: holding(path, "config.json"), "give it as model.path="),
         (lambda path: write_run(path), "stopped before it saved one"),
         (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "holds no config"),
@@ -70,6 +78,20 @@ def test_what_is_no_run_is_named(tmp_path, make, says):
     make(tmp_path / "thing")
     with pytest.raises(DataError, match=says):
         find_run(str(tmp_path / "thing"))
+
+
+def test_what_a_run_learned_is_described_with_the_runs_before_it(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"weights")
+    adapter, base = {"_target_": "x.Full"}, {"checkpoint": "/first.ckpt"}
+    run = Run(config={"adapter": adapter, "base": base}, checkpoint=tmp_path / "model.ckpt", folder=None)
+    described = base_of(run)
+    assert described.pop("sha256") == hashlib.sha256(b"weights").hexdigest()
+    assert described == {
+        "_target_": "qwenvl_lit.adapters.Learned",
+        "checkpoint": str(tmp_path / "model.ckpt"),
+        "adapter": adapter,
+        "base": base,
+    }
 
 
 def test_latest_without_runs_says_what_to_do():
