@@ -1,12 +1,12 @@
-import json
 import hashlib
+import json
 import os
 import re
 
 import pytest
 import torch
 
-from qwenvl_lit.runs import contents, find_run, save_versions
+from qwenvl_lit.runs import Run, base_of, contents, find_run, save_versions
 from qwenvl_lit.types import DataError
 
 
