@@ -3,7 +3,8 @@
     python scripts/bench_generate.py --record benchmarks/generate.json
 
 Random weights of the published sizes; a prompt of 300 tokens with a picture, 64 new tokens. Then `python -m qwenvl_lit.predict` over 1,000
-rows with a JPEG each, which this script makes, and 20 new tokens. `--size small --device cpu` is to try it.
+rows with a JPEG each, which this script makes, and 20 new tokens. `--four-bits` decodes with such weights too (needs bitsandbytes).
+`--size small --device cpu` is to try this script.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qwenvl_lit.generation import Generation
 
 GiB = 2**30
 PROMPT, NEW = 300, 64
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="of the prediction; 0: none")
     parser.add_argument("--batch", type=int, default=128, help="of the prediction")
     parser.add_argument("--workers", type=int, default=8, help="of the prediction")
+    parser.add_argument("--four-bits", action="store_true")
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     on_gpu = arguments.device.startswith("cuda")
@@ -176,7 +179,8 @@ def main() -> None:
         print(json.dumps(result["predict"]), flush=True)
     made = time.perf_counter()
     sizes = {"path": "Qwen/Qwen-VL-Chat", "weights": "random"} if arguments.size == "full" else {"config": SMALL}
-    model = QwenVL(**sizes, vocabulary="tiny", dtype=arguments.dtype).load(arguments.device)
+    family = QwenVL(**sizes, vocabulary="tiny", dtype=arguments.dtype)
+    model = family.load(arguments.device)
     result["model"] = {"parameters": model.num_parameters(), "dtype": arguments.dtype, "drawn_in_s": time.perf_counter() - made}
     print(json.dumps(result["model"]), flush=True)
     decoded = []
@@ -187,9 +191,17 @@ def main() -> None:
     result["decoding"] = decoded
     result["together_and_one_by_one"] = agreement(model, min(8, max(arguments.sizes)), compile=on_gpu)
     print(json.dumps(rounded(result["together_and_one_by_one"])), flush=True)
+    if arguments.four_bits:
+        Generation.release(model)
+        del model
+        model = family.load(arguments.device, quantization=FOUR_BITS)
+        result["decoding_with_four_bits"] = [decoding(model, rows, False, on_gpu) for rows in arguments.sizes if rows <= 32]
+        print(json.dumps(rounded(result["decoding_with_four_bits"])), flush=True)
     if arguments.record:
+        options = ["--size", arguments.size, "--device", arguments.device, "--dtype", arguments.dtype]
+        options += ["--four-bits"] * arguments.four_bits
         record = {
-            "command": f"python scripts/bench_generate.py --size {arguments.size} --device {arguments.device} --dtype {arguments.dtype}",
+            "command": " ".join(["python scripts/bench_generate.py", *options]),
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
             "note": "rates are after warm-up and without loading unless the name says otherwise; medians of three; weights are in peak_gib",
