@@ -12,6 +12,7 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
@@ -68,13 +69,14 @@ def check_memory(config: DictConfig, task: Task, data: DataModule, trainer: ligh
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     room = gpu_room() if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / trainer.num_devices
     console = Console(stderr=True)
-    if trainer.is_global_zero:
+    if rank_zero_only.rank == 0:  # the trainer does not know its rank yet
         console.print(need_table(found, room, f"batches of {rows} x {row['tokens']} tokens"))
     if fits(found, room):
         return
     message = f"this run needs about {found.total / GIB:.1f} GiB on each card, which has {room / GIB:.1f} GiB"
     if not on_gpu or not config.memory.check:
-        console.print(f"warning: {message.replace('card', 'card' if on_gpu else 'process')}")
+        if rank_zero_only.rank == 0:
+            console.print(f"warning: {message if on_gpu else message.replace('card', 'process')}")
         return
     raise DataError(f"{message}. {_advice(plan, task.family, row, room)}. To start it all the same: memory.check=false")
 

@@ -1,5 +1,7 @@
 """A run that cannot fit is refused before anything is loaded, with what would fit."""
 
+import re
+
 import pytest
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -69,6 +71,14 @@ def test_it_may_start_all_the_same(tmp_path, cards, capsys):
     cards(12)
     check(tmp_path, *WIDE, "memory.check=false")
     assert "which has 12.0 GiB" in capsys.readouterr().err
+
+
+def test_of_the_memory_of_the_host_there_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(capacity.os, "sysconf", lambda name: 2**30 if name == "SC_PAGE_SIZE" else 2)
+    check(tmp_path, *WIDE)
+    assert re.search(
+        r"warning: this run needs about 11\.\d GiB on each process, which has 2\.0", capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_cards_that_share_the_weights_are_counted(tmp_path, cards):
