@@ -28,7 +28,7 @@ from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
-FREE_TEXT += ("data.train", "data.test", "data.validation", "data.root")
+FREE_TEXT += ("adapter.targets", "data.train", "data.test", "data.validation", "data.root")
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 # What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own

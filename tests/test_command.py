@@ -83,6 +83,12 @@ def test_free_text_comes_through_as_typed(text):
     assert quote_free_text(quoted) == quoted  # a second process of a run gets the quoted arguments again
 
 
+def test_a_regular_expression_comes_through_as_typed():
+    targets = r"transformer\.h\.[01]\.(attn\.c_attn|mlp\.w1)"
+    [override] = OverridesParser.create().parse_overrides([quote_free_text(f"adapter.targets={targets}")])
+    assert override.value() == targets
+
+
 def test_lists_of_files_come_through_as_typed():
     quoted = quote_free_text("data.train=[one.jsonl#200, it's (two).jsonl,'a,b.jsonl']")
     [override] = OverridesParser.create().parse_overrides([quoted])
