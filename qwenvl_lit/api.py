@@ -75,7 +75,7 @@ class QwenVL:
             device_map, max_memory: as transformers has them, to spread a model over cards and host memory; then `device` is None.
             quantization: fields of transformers' `BitsAndBytesConfig`, as {"load_in_4bit": True}, for a checkpoint; a run has its own.
             template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json says.
-            download: whether checkpoints and remote pictures may be fetched.
+            download: whether a checkpoint may be fetched.
             cache: folder of remote pictures; None: the one that the commands use.
             settings: how answers are decoded, unless a call says otherwise. Greedy, up to 512 tokens, or as the run says.
 
@@ -89,7 +89,7 @@ class QwenVL:
         if dtype is not None:
             changes["dtype"] = str(dtype).removeprefix("torch.")
         changes = {name: value for name, value in changes.items() if value is not None}
-        reading = Reading(cache=Path(cache) if cache else default_cache(), download=download)
+        reading = Reading(cache=Path(cache) if cache else default_cache())
         if run := _run(source):
             if quantization or template:
                 raise ValueError("quantization and template are for checkpoints; a run has its own")
@@ -158,7 +158,8 @@ class QwenVL:
         """The answers to many questions, each on its own, in order.
 
         Args:
-            prompts: questions; or conversations, whose last turn is answered if it is the user's, else answered anew.
+            prompts: questions; or conversations, which are answered after their last question.
+            system: of the questions; conversations have their own.
             batch_size: questions that are answered together.
         """
         asked = [one if isinstance(one, Conversation) else self._asked(one, (), system) for one in prompts]

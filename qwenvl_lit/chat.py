@@ -24,7 +24,8 @@ COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit"
 class Chat:
     """Reads questions line by line, shows answers while they are decoded, and keeps the conversation.
 
-    Each answer is a line of `conversation.jsonl`, a row that `data=jsonl` reads, and its boxes are drawn to `boxes/NUMBER.png`.
+    Each answer is a line of `conversation.jsonl`, a row that `data=jsonl` reads, and its boxes are drawn to
+    `boxes/NUMBER.png`, or `NUMBER_k.png` where they are in picture k > 0 of the conversation.
 
     Args:
         folder: for these files.
@@ -152,7 +153,8 @@ class Chat:
 
         files = []
         for picture in pictures_with_boxes(answer.prediction):
-            file = self.folder / "boxes" / f"{self.answers:06d}.png"
+            further = f"_{picture}" if picture else ""
+            file = self.folder / "boxes" / f"{self.answers:06d}{further}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             draw_prediction(answer.prediction, picture).save(file)
             files.append(str(file.relative_to(self.folder)))
@@ -161,6 +163,7 @@ class Chat:
 
     def _record(self, query: str, history: list[list[str]], response: str, **further: object) -> None:
         row = {"query": query, "response": response, "history": [] if self.model.base else history, "system": self.system, **further}
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "conversation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.answers += 1
@@ -199,7 +202,7 @@ def main(config: DictConfig) -> None:
         task,
         checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
         device=device_named(config.device),
-        reading=Reading(cache=cache, download=config.model.get("download", True)),
+        reading=Reading(cache=cache),
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):

@@ -138,7 +138,10 @@ def _offer_run(verb: str) -> None:
     ckpt = _named_run()
     needed = not any(a.startswith(("model=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
     if ckpt is None and needed:
-        raise DataError(f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest)")
+        raise DataError(
+            f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest), "
+            f"or a model as it was published, model=qwen_vl_chat"
+        )
     run = find_run(ckpt) if ckpt else None
     if run:  # from here on it is this file, also if `latest` becomes another run meanwhile
         sys.argv[1:] = [f"ckpt={_quoted(str(run.checkpoint))}" if a.startswith("ckpt=") else a for a in arguments]

@@ -243,11 +243,11 @@ def test_an_answer_ends_where_the_positions_do(model):
     assert answer.prompt_tokens + answer.new_tokens == 2048
 
 
-def run_file(path, **changes):
-    """A checkpoint of a run whose weights are all 0.25, as a file."""
+def run_file(path, adapter="Full", **options):
+    """A checkpoint of a run whose trained weights are all 0.25, as a file."""
     config = {
-        "model": {"_target_": "qwenvl_lit.families.qwen_vl.QwenVL", "config": CONFIG, "vocabulary": "tiny", "system": "", **changes},
-        "adapter": {"_target_": "qwenvl_lit.adapters.Full"},
+        "model": {"_target_": "qwenvl_lit.families.qwen_vl.QwenVL", "config": CONFIG, "vocabulary": "tiny", "system": ""},
+        "adapter": {"_target_": f"qwenvl_lit.adapters.{adapter}", **options},
         "generation": {"_target_": "qwenvl_lit.generation.Generation", "max_new_tokens": 3},
         "metrics": {},
     }
@@ -274,6 +274,24 @@ def test_a_run_is_loaded_with_its_weights_and_settings(tmp_path, monkeypatch):
     changed = QwenVL.load("latest", dtype=torch.bfloat16, max_new_tokens=7, seed=1)
     assert changed.model.lm_head.weight.dtype == torch.bfloat16
     assert (changed.generation.max_new_tokens, changed.generation.seed) == (7, 1)
+
+
+def test_a_run_with_adapters_answers(tmp_path, picture):
+    run_file(tmp_path / "lora.ckpt", "LoRA", rank=2, alpha=4, dropout=0.1, targets="all-linear")
+    model = QwenVL.load(tmp_path / "lora.ckpt")
+    answer, _ = model.chat([picture, "What?"], min_new_tokens=3)
+    assert (answer.new_tokens, model.generate([[picture, "What?"]], min_new_tokens=3)) == (3, [answer])
+    adapters = [tensor for name, tensor in model.model.named_parameters() if "lora_" in name]
+    assert adapters
+    assert all((tensor == 0.25).all() for tensor in adapters)
+
+
+def test_a_model_may_be_spread_or_held_in_few_bits(folder, model, picture, monkeypatch):
+    spread = QwenVL.load(folder, dtype="float32", device_map="auto", max_memory={"cpu": "1GiB"})
+    assert spread.chat([picture, "What?"], max_new_tokens=5)[0] == model.chat([picture, "What?"], max_new_tokens=5)[0]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # where it is, it needs a GPU
+    with pytest.raises(ValueError, match="needs bitsandbytes"):
+        QwenVL.load(folder, quantization={"load_in_4bit": True})
 
 
 def test_what_cannot_be_loaded_is_named(folder, tmp_path):

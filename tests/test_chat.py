@@ -113,6 +113,8 @@ def test_a_picture_with_its_boxes_is_saved_and_named(talk, picture, tmp_path):
     assert drawn.width >= 320
     assert len(drawn.getcolors(1 << 20)) > 2
     assert [row["boxes"] for row in rows(tmp_path)] == [["boxes/000000.png"], ["boxes/000001.png"], []]
+    talk(f"<img>{picture}</img><img>{picture}</img>Where is the dog?\n", DOG)
+    assert rows(tmp_path)[-1]["boxes"] == ["boxes/000000_1.png"]
 
 
 def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, picture, tmp_path):
