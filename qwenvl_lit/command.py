@@ -29,6 +29,7 @@ from qwenvl_lit.types import DataError
 
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("adapter.targets", "data.train", "data.test", "data.validation", "data.root")
+MAPPINGS = ("data.path_map",)  # their keys are the user's own
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 # What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own
@@ -85,6 +86,7 @@ def quote_free_text(argument: str) -> str:
     """`key=value` with the value quoted, where values are free text that Hydra's grammar cannot parse; safe to repeat.
 
     Text that stands in single quotes already, numbers, null and `{...}` are left as they are; of a list `[a,b]` each element is quoted.
+    To a mapping whose keys are the user's own, keys may be added.
 
     >>> quote_free_text("prompt=Is it a dog, (really)?")
     "prompt='Is it a dog, (really)?'"
@@ -92,6 +94,8 @@ def quote_free_text(argument: str) -> str:
     "data.train=['a.jsonl#200','b.jsonl']"
     """
     key, equals, value = argument.partition("=")
+    if key in MAPPINGS and value.startswith("{"):
+        return f"++{argument}"
     if not equals or key.lstrip("+") not in FREE_TEXT:
         return argument
     if key == "hydra.run.dir" and re.fullmatch('".*"', value):  # as Lightning writes it for the other ranks

@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets
+from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()
@@ -146,6 +146,12 @@ def test_callbacks_are_added_removed_and_replaced(tmp_path):
     assert "boxes" not in composed("test", "~callbacks.boxes").callbacks
     replaced = composed("test", "callbacks.progress._target_=lightning.pytorch.callbacks.TQDMProgressBar", "~callbacks.progress.leave")
     assert replaced.callbacks.progress == {"_target_": "lightning.pytorch.callbacks.TQDMProgressBar"}
+
+
+@pytest.mark.parametrize("data", ["jsonl", "docvqa"])
+def test_paths_of_another_machine_are_mapped_from_the_command_line(data):
+    argument = quote_free_text("data.path_map={/their/pictures: /mine}")
+    assert composed("check", f"data={data}", argument).data.path_map["/their/pictures"] == "/mine"
 
 
 def test_a_mixture_holds_what_the_files_of_its_datasets_say():
