@@ -74,19 +74,22 @@ def test_checkpointing_and_short_rows_need_less():
 @pytest.mark.parametrize(
     ("adapter", "count", "options", "measured"),
     [
-        (SWIFT, 1, {"checkpointing": True}, 18.28),  # benchmarks/finetune.json, as the next two
-        (SWIFT, 8, {"checkpointing": True}, 19.25),
-        (LoRA(rank=8, alpha=32, dropout=0.05, targets="all-linear"), 1, {"checkpointing": True}, 19.09),
-        (SWIFT, 1, {}, 20.7),  # of the original code, whose blocks keep a little more
-        (SWIFT, 8, {}, 36.9),
+        (SWIFT, 1, {}, 18.28),
+        (SWIFT, 8, {}, 19.26),
+        (SWIFT, 8, {"spread": "replicated", "cards": 2}, 19.43),
+        (SWIFT, 1, {"four_bits": True}, 6.78),
+        (LoRA(rank=8, alpha=32, dropout=0.05, targets="all-linear"), 1, {}, 19.09),
+        (Full(), 1, {"spread": "sharded", "cards": 2}, 42.24),
     ],
-    ids=["lora", "lora, batch 8", "lora_all", "no checkpointing", "no checkpointing, batch 8"],
+    ids=["lora", "lora, batch 8", "lora, batch 8, ddp", "qlora", "lora_all", "full, fsdp"],
 )
-def test_a_full_size_run_needs_about_what_was_measured(adapter, count, options, measured):
-    found = need(network(adapter), rows(count), QwenVL.parts, **options)
-    assert found.total / GIB == pytest.approx(measured, rel=0.15)
+def test_a_full_size_run_needs_what_was_measured(adapter, count, options, measured):
+    """`peak_memory_gib` of benchmarks/finetune.json, on H100s with checkpointing."""
+    found = need(network(adapter), rows(count), QwenVL.parts, checkpointing=True, **options)
+    assert found.total / GIB == pytest.approx(measured, rel=0.03)
 
 
-def test_four_bits_hold_the_linear_layers():
-    whole, packed = (need(network(SWIFT), rows(1), QwenVL.parts, checkpointing=True, four_bits=few).total / GIB for few in (False, True))
-    assert packed < 9.5 < whole
+@pytest.mark.parametrize(("count", "measured"), [(1, 20.7), (8, 36.9)])
+def test_without_checkpointing_it_is_near_what_the_original_code_needed(count, measured):
+    """Whose blocks keep a little more."""
+    assert need(network(SWIFT), rows(count), QwenVL.parts).total / GIB == pytest.approx(measured, rel=0.15)
