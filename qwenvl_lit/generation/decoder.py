@@ -305,7 +305,7 @@ class Decoder:
 
 
 def _rounded(size: int, slots: int) -> int:
-    step = 128 if size > 4 else 512
+    step = 64 if size > 32 else 128 if size > 4 else 512
     return -(-slots // step) * step
 
 
