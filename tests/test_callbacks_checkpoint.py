@@ -5,8 +5,10 @@ import os
 import resource
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import torch.multiprocessing
@@ -59,10 +61,44 @@ def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path
     assert steps == [2, 6], "none was left out or made twice"
 
 
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
-    run(tmp_path, max_epochs=1)
-    run(tmp_path, goes_on=True, max_epochs=2)
-    assert [record["step"] for record in history(tmp_path) if "loss" in record] == [1, 2, 3, 4, 5, 6, 7, 8]
+@pytest.mark.parametrize(
+    ("every", "options"),
+    [
+        (1, {"max_epochs": -1, "max_steps": 11}),
+        (4, {"max_epochs": -1, "max_steps": 11, "val_check_interval": 1.0}),
+        (4, {"max_epochs": 3, "limit_val_batches": 0}),
+        (1, {"max_epochs": 3, "limit_train_batches": 4}),  # validations in the middle of a step
+        (4, {"max_epochs": -1, "max_steps": 11, "val_check_interval": 5, "check_val_every_n_epoch": None}),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, every, options):
+    """Checkpoints in the middle and at the end of epochs, whatever says when a run is over."""
+    whole = run(tmp_path / "whole", every=every, **options)
+    for batches in (3, 6, 5, None):
+        deaths = [kills_at("on_train_batch_start", batches)] if batches else []
+        with pytest.raises(Killed) if batches else nullcontext():
+            goes_on = (tmp_path / "killed/checkpoints/last.ckpt").exists()
+            weights = run(tmp_path / "killed", *deaths, every=every, goes_on=goes_on, **options)
+    assert same(weights, whole)
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("shorter", "longer"), [({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 2}, {"max_steps": 7})])
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longer):
+    rows: list[str] = []
+
+    class Rows(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rows.append("".join(conversation.id for conversation in batch.conversations))
+
+    run(tmp_path / "whole", Rows(), **longer)
+    whole, rows[:] = list(rows), []
+    run(tmp_path / "parts", Rows(), **shorter)
+    run(tmp_path / "parts", Rows(), goes_on=True, **longer)
+    assert rows == whole
+    steps = [[record["step"] for record in history(tmp_path / name) if "loss" in record] for name in ("parts", "whole")]
+    assert steps[0] == steps[1]
 
 
 def kills_itself_while_writing(rank: int, folder: Path, nth: int) -> None:

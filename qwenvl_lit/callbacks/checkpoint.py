@@ -56,7 +56,9 @@ class Checkpoints(Checkpoint):
         self._saved_step = 0  # of the last checkpoint
         self._seen_step = 0
         self._due = False
-        self._asked_to_stop = False
+        self._signalled = False  # this rank was
+        self._stopping = False  # all ranks are
+        self._place: dict[str, Any] | None = None  # of the loops, after the last optimizer step
         self._random: dict[str, Any] | None = None  # at the end of the last batch
         self._weights: Mapping[str, torch.Tensor] = {}
 
@@ -74,13 +76,14 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
-        self._due = self._asked_to_stop = False
+        self._due = self._signalled = self._stopping = False
+        self._place = None
         if self._random is not None:  # a run goes on; its data were opened at their start, to count the steps, before it was known where
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()
         if threading.current_thread() is threading.main_thread():  # the trainer puts the old handlers back
             for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, lambda *_: setattr(self, "_asked_to_stop", True))
+                signal.signal(number, lambda *_: setattr(self, "_signalled", True))
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
         if self._random is not None:
@@ -93,8 +96,9 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._seen_step:  # gradients are being accumulated, and not saved
             return
         self._seen_step = trainer.global_step
-        self._due = self._due or self._seen_step % self.every == 0 or self._must_stop(trainer)
-        if self._due and not (trainer.is_last_batch or validation_follows(trainer)):  # else Lightning would pass over the validation
+        self._place = place(trainer)
+        self._due = self._must_stop(trainer) or self._due or self._seen_step % self.every == 0
+        if self._due and not validation_follows(trainer):  # else Lightning would pass over the validation
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -105,11 +109,7 @@ class Checkpoints(Checkpoint):
         if trainer.strategy.broadcast((score if self.mode == "min" else -score) < best):
             self.best_score = score
             self._save(trainer, "best")
-        if self._due or self._must_stop(trainer):
-            self._save_last(trainer)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._due:
+        if self._must_stop(trainer) or self._due:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -122,6 +122,8 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             checkpoint["random"] = [None] * trainer.world_size
             torch.distributed.all_gather_object(checkpoint["random"], own)
+        if self._place is not None:
+            checkpoint["loops"]["fit_loop"] = self._place
         self._weights = checkpoint["state_dict"]
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -140,10 +142,10 @@ class Checkpoints(Checkpoint):
         self.best_score = state_dict["best_score"]
 
     def _must_stop(self, trainer: lightning.Trainer) -> bool:
-        """Whether any rank was asked to."""
-        if trainer.world_size > 1:
-            self._asked_to_stop = trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
-        return self._asked_to_stop
+        """Whether any rank was told to; the signal may come while they ask each other."""
+        told = self._signalled
+        self._stopping = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
+        return self._stopping
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self._due = False
@@ -152,7 +154,7 @@ class Checkpoints(Checkpoint):
         if self.keep and trainer.is_global_zero:
             with _writing(self.folder):
                 self._keep_older(trainer.global_step)
-        if self._asked_to_stop:
+        if self._stopping:
             if trainer.is_global_zero:
                 run = trainer.default_root_dir
                 print(f"\nStopped by a signal; saved after step {trainer.global_step}. Go on:  python -m qwenvl_lit.train resume={run}")
@@ -223,6 +225,25 @@ def save_adapter(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
         for file in unfinished.iterdir():
             os.replace(file, folder / file.name)
         unfinished.rmdir()
+
+
+def place(trainer: lightning.Trainer) -> dict[str, Any]:
+    """Where the training loops stand at the end of a batch, in a form from which they go on right.
+
+    After the last batch of an epoch that is the start of the next one. Lightning's own states of that moment are good for one kind of
+    run only: with `max_steps` the next epoch would go on at the last batch of the old one.
+    """
+    loops = trainer.fit_loop.state_dict()
+    if trainer.is_last_batch:
+        for progress in ("total", "current"):
+            epochs = loops["epoch_progress"][progress]
+            epochs.update(processed=epochs["ready"], completed=epochs["ready"])
+        batches = loops["epoch_loop.batch_progress"]
+        batches["total"]["completed"] = batches["total"]["ready"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # as it will be
+    return loops
 
 
 def validation_follows(trainer: lightning.Trainer) -> bool:

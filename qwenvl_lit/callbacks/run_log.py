@@ -29,7 +29,8 @@ class RunLog(lightning.Callback):
     `logging.jsonl` has a line for the first step, each `log_every_n_steps`-th and the last: step, total, epoch, everything logged as
     `train/NAME` under NAME, learning_rate (that the step was made with; learning_rate_PART where a part has its own), elapsed_s,
     remaining_s and on CUDA memory_gib (the peak of rank 0); and one for each validation: step, epoch, and everything logged as `val/NAME`
-    under that name. A resumed run goes on in the file; lines of steps that it repeats are removed. What is not finite is null.
+    under that name. A resumed run goes on in the file; lines that are younger than its checkpoint are removed. What is not finite is
+    null.
 
     `metrics.json` has `fit`: `last`, the last validation line, and `best`, that of the step which the checkpoint callback judged best,
     with its path; and `test`: every score under its logged name. A verb replaces its own part only.
@@ -46,6 +47,7 @@ class RunLog(lightning.Callback):
         self._start = 0.0
         self._elapsed_before = 0.0
         self._learning_rates: dict[str, float] = {}
+        self._lines = 0  # in the file
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -55,7 +57,8 @@ class RunLog(lightning.Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir, LOG)
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [record for record in read_log(path) if record["step"] <= trainer.global_step] if trainer.global_step else []
+            kept = read_log(path)[: self._lines] if trainer.global_step else []
+            self._lines = len(kept)
             _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._elapsed_before = max((record.get("elapsed_s", 0.0) for record in kept), default=0.0)
         self._start = time.perf_counter()
@@ -81,7 +84,7 @@ class RunLog(lightning.Callback):
             return
         record = self._training_record(trainer)
         if written:
-            _append(trainer, record)
+            self._append(trainer, record)
         if printed:
             print(training_line(record), flush=True)
 
@@ -101,9 +104,20 @@ class RunLog(lightning.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         scores = _scores(trainer, "val/")
-        _append(trainer, {"step": trainer.global_step, "epoch": trainer.current_epoch, **scores})
+        self._append(trainer, {"step": trainer.global_step, "epoch": trainer.current_epoch, **scores})
         if not sys.stdout.isatty():
             print(f"step {trainer.global_step}  " + "  ".join(f"{name} {_short(value)}" for name, value in scores.items()), flush=True)
+
+    def _append(self, trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
+        with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._lines += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._lines = state_dict["lines"]
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -152,11 +166,6 @@ def _short(value: float | None) -> str:
 def _scores(trainer: lightning.Trainer, prefix: str = "") -> dict[str, float | None]:
     scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
     return {name: value if math.isfinite(value) else None for name, value in scores.items()}
-
-
-def _append(trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
-    with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:
