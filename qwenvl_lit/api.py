@@ -40,7 +40,7 @@ class QwenVL:
 
     The base model (`base`) continues a text as it stands: without chat markup, system message and history.
 
-    All of them raise a `DataError` for a picture that cannot be read and for a prompt that is too long.
+    Whatever is asked, a picture that cannot be read and a prompt that is too long are a `DataError`.
     """
 
     def __init__(self, *, family: Family, model: nn.Module, device: torch.device, generation: Generation, reading: Reading):
@@ -84,8 +84,9 @@ class QwenVL:
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
+        Generation(**settings)  # what it does not know is refused before weights are read
         device = device_named(device)
-        changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory}
+        changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory, "download": download}
         if dtype is not None:
             changes["dtype"] = str(dtype).removeprefix("torch.")
         changes = {name: value for name, value in changes.items() if value is not None}
@@ -134,7 +135,8 @@ class QwenVL:
         generation = self._limited(replace(self.generation, **settings), len(sample.input_ids))
         earlier = [list(pair) for pair in history]
         asked = list(query) if isinstance(query, list | tuple) else query
-        first, new = began, list[int]()
+        first = began
+        new: list[int] = []
 
         def arriving() -> Iterator[int]:
             nonlocal first

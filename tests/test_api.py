@@ -305,6 +305,8 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             QwenVL.load(source, download=False)
+    with pytest.raises(TypeError, match="tempreture"):
+        QwenVL.load("outputs/train/nothing", tempreture=1.0)
     with pytest.raises(ValueError, match="either device or device_map"):
         QwenVL.load(folder, device="cpu", device_map="auto")
 
