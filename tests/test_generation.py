@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_network import PICTURE, QUERIES, padded, picture_positions, pictures, small_network, tensor, text
+from small_network import PICTURE, QUERIES, SIDE, padded, picture_positions, pictures, small_config, small_network, tensor, text
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -425,3 +425,22 @@ def test_a_network_that_is_given_up_takes_its_cache_with_it():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_nothing_of_a_step_waits_for_the_device_or_leaves_it(monkeypatch):
+    """On the meta device a value that is asked for, or a tensor of the host beside one of the device, is an error."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
+    with torch.device("meta"):
+        model = QwenVLForCausalLM(small_config()).eval()
+        inputs = {"input_ids": torch.empty(6, 20, dtype=torch.int64), "pixel_values": torch.empty(3, 3, SIDE, SIDE)}
+        inputs["vision_positions"] = torch.empty(3 * QUERIES, dtype=torch.int64)
+    decoder = decoder_of(model)
+    with torch.inference_mode():
+        logits = decoder.start(inputs, new_tokens=8)  # without a mask: how long the rows are is asked once
+        choice = Choice(
+            inputs, logits, STOPS, repetition_penalty=1.2, min_new_tokens=1, do_sample=True, temperature=0.5, top_k=5, top_p=0.9
+        )
+        for _ in range(2):
+            logits = decoder.step(choice(logits))
+    assert logits.device.type == "meta"
+    assert logits.shape == (6, 64)
