@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -64,11 +65,13 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
     chosen = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
         chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
+    built = [_object(node) for node in chosen.values()]
     spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
     return _object(config.trainer)(
         default_root_dir=config.paths.run,
         enable_progress_bar="progress" in chosen,
-        callbacks=[_object(node) for node in chosen.values()],
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),  # else Lightning adds one of its own
+        callbacks=built,
         logger=list(_object(config.logger).values()) if config.get("logger") else False,
         **spread,
     )

@@ -12,11 +12,17 @@ import lightning
 import pytest
 import torch
 import torch.multiprocessing
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
 from small_run import At, Killed, family, history, kills_at, run, same
+from toy_task import ToyData, ToyTask, conversation, trainer
 
 from qwenvl_lit.adapters import Full
 from qwenvl_lit.callbacks.checkpoint import STOPPED, Checkpoints
+from qwenvl_lit.callbacks.run_log import RunLog
+from qwenvl_lit.command import config_folder
 from qwenvl_lit.types import DataError
 
 
@@ -170,6 +176,23 @@ def test_older_checkpoints_stay_if_so_wanted(tmp_path):
     assert torch.load(tmp_path / "checkpoints/step_000007.ckpt", weights_only=True)["global_step"] == 7
 
 
+def test_a_run_that_stops_early_keeps_its_best_and_where_it_stopped(tmp_path):
+    """The loss is best after the first epoch, of four steps, and two worse ones end the run."""
+
+    class Worsens(ToyTask):
+        def on_validation_epoch_end(self):
+            self.log("val/loss", float(self.current_epoch))
+
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        node = compose("train", ["callbacks=[train,early_stopping]", "callbacks.early_stopping.patience=2"]).callbacks.early_stopping
+    stopped = trainer(tmp_path, instantiate(node), RunLog(), Checkpoints(), max_epochs=9, enable_checkpointing=True)
+    stopped.fit(Worsens(), ToyData([conversation(place, says="yes") for place in range(8)]))
+    steps = {name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")}
+    assert steps == {"best": 4, "last": 12}
+    best = json.loads((tmp_path / "metrics.json").read_text())["fit"]["best"]
+    assert (best["step"], best["checkpoint"]) == (4, str(tmp_path / "checkpoints/best.ckpt"))
+
+
 def test_an_adapter_is_also_left_for_peft(whole):
     from peft import PeftModel
 
@@ -206,6 +229,19 @@ def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(whole, tmp_path, hoo
     assert f"saved after step 3. Go on:  python -m qwenvl_lit.train resume={tmp_path}" in capsys.readouterr().out
     assert same(run(tmp_path, goes_on=True, every=1000), whole[1])
     assert history(tmp_path) == history(whole[0])
+
+
+def test_lightning_does_not_queue_the_job_of_a_cluster_again(tmp_path, monkeypatch):
+    """Its handler of SIGUSR1 would save a checkpoint of its own and call `scontrol`."""
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    for name, value in (("NTASKS", "1"), ("JOB_ID", "7"), ("JOB_NAME", "train")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    signalled = At("on_train_batch_start", 6, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit):
+        run(tmp_path, signalled, plugins=[SLURMEnvironment(auto_requeue=True)])
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_another_number_of_processes_is_an_error(whole, tmp_path):
