@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-LOOK_EVERY = 4  # steps between two looks at what has ended; up to twice as many are made in vain, and none waits
+LOOK_EVERY = 2  # steps between two looks at what has ended; up to twice as many are made in vain, and none waits
 
 
 class Choice:
