@@ -55,7 +55,8 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         starts_from_run: the verb goes on from what the run of `ckpt=` has learned; the run is then the model, with a recipe as a model's
             file has it. With `resume=` it goes on with a run itself.
 
-    Exits with 2 after a mistake on the command line, with 1 after one in the data or in a job of a sweep.
+    Exits with 2 after a mistake on the command line, with 1 after one in the data or in a job of a sweep, with 143 where a signal made a
+    run save and stop.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function as they are
     sys.argv[1:] = [quote_free_text(argument) for argument in sys.argv[1:]]

@@ -43,10 +43,18 @@ def test_train_leaves_a_run_folder_a_person_can_read(home):
     log = rows(folder / "logging.jsonl")
     training = [row for row in log if "loss" in row]
     assert [row["step"] for row in training] == [1, 2, 3, 4]
-    assert {"grad_norm", "learning_rate", "samples_per_second", "remaining_s"} <= set(training[0])
+    assert {"grad_norm", "learning_rate", "samples_per_second", "mfu", "waiting_share", "remaining_s"} <= set(training[0])
     assert any("val/loss" in row and "val/caption" in row for row in log)
     assert json.loads((folder / "metrics.json").read_text())["fit"]["best"]["monitor"] == "val/loss"
-    for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "curves/loss.png", "samples/step_000004.png"):
+    for name in (
+        "config.yaml",
+        "versions.json",
+        "csv/version_0/metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "curves/loss.png",
+        "samples/step_000004.png",
+    ):
         assert (folder / name).stat().st_size > 0, name
     assert "${" not in (folder / "config.yaml").read_text()
 
