@@ -274,6 +274,20 @@ def test_steps_that_cannot_be_recorded_are_made_all_the_same(model, replaying, m
     assert record.message.endswith("which is slower: RuntimeError: operation not permitted when stream is capturing")
 
 
+def test_auto_compiles_on_a_gpu_after_a_minute_of_answers(model, replaying, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    rows, seen = prompts()[:2], pictures(3)
+    expected, generation = alone(model, rows, seen), Generation(max_new_tokens=12)
+    clock = iter(range(0, 10_000, 4))  # twelve steps are three quarters of a minute
+    monkeypatch.setattr("qwenvl_lit.generation.decoder.perf_counter", lambda: next(clock))
+    compiled = []
+    for _ in range(4):
+        assert generation(model, together(rows, seen), **ENDS) == expected
+        compiled.append(replaying.compiled)
+    assert compiled == [False, False, True, True]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 def test_graphs_of_a_gpu_answer_as_eager_steps_do(compile):

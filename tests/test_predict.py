@@ -10,6 +10,7 @@ from toy_task import trainer
 
 from qwenvl_lit.callbacks.predictions import PredictionWriter, earlier_answers
 from qwenvl_lit.callbacks.throughput import Throughput
+from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
@@ -135,3 +136,17 @@ def test_rates_are_told_apart_from_the_start(task, tmp_path, capsys):
     assert re.fullmatch(rf"{total}without the first batch, of [\d.]+ s: {rates}; {loading}", capsys.readouterr().out)
     trainer(tmp_path, Throughput()).predict(task, data(task, 7), return_predictions=False)
     assert re.fullmatch(total + loading, capsys.readouterr().out)
+
+
+def test_a_long_conversation_is_answered_without_its_oldest_pictures(task):
+    encoded = []
+    task.model.transformer.visual.register_forward_hook(lambda module, args, out: encoded.append(len(out)))
+    red, blue = (Picture(Image.new("RGB", (9, 9), colour)) for colour in ("red", "blue"))
+    turns = [Turn(role="user", parts=(red, 50 * "long ")), Turn(role="assistant", parts=("yes",)), Turn(role="user", parts=(blue, "?"))]
+    task.processor.window = 60
+    task.eval()
+    sample = task.processor.encode(Conversation(id="a", turns=tuple(turns)), prompt=True)
+    assert len(sample.vision["pixel_values"]) == 1
+    (prediction,) = task.predict(Pad(pad_id=task.processor.pad_id, side="left")([sample]))
+    assert encoded == [1]
+    assert prediction.tokens <= 4
