@@ -141,7 +141,9 @@ class Generation:
 
     @staticmethod
     def release(model: nn.Module) -> None:
-        """Forget what is kept from one answer to the next: cache, graphs, encoded pictures. For the room, and when weights change."""
+        """Forget what is kept from one answer to the next: cache, graphs, encoded pictures. For the room they take; and needed when weights
+        have changed or adapters are switched or merged.
+        """
         release(model)
 
 
