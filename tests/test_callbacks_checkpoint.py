@@ -231,6 +231,19 @@ def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(whole, tmp_path, hoo
     assert history(tmp_path) == history(whole[0])
 
 
+@pytest.mark.parametrize(("accumulated", "steps"), [(2, 1), (4, 0)])
+def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_makes_that_step_again(tmp_path, accumulated, steps):
+    """In the validation after the third batch, whose gradients are lost."""
+    options = {"every": 1000, "accumulate_grad_batches": accumulated}
+    whole = run(tmp_path / "whole", **options)
+    told = At("on_validation_batch_start", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "stopped", told, **options)
+    assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+    assert same(run(tmp_path / "stopped", goes_on=True, **options), whole)
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
 def test_lightning_does_not_queue_the_job_of_a_cluster_again(tmp_path, monkeypatch):
     """Its handler of SIGUSR1 would save a checkpoint of its own and call `scontrol`."""
     for name in ("PROCID", "LOCALID", "NODEID"):

@@ -58,8 +58,8 @@ class Checkpoints(Checkpoint):
         self._due = False
         self._signalled = False  # this rank was
         self._stopping = False  # all ranks are
-        self._place: dict[str, Any] | None = None  # of the loops, after the last optimizer step
         self._random: dict[str, Any] | None = None  # at the end of the last batch
+        self._place: tuple[dict[str, Any], dict[str, Any]] | None = None  # loops and random numbers, at the end of the last step
         self._weights: Mapping[str, torch.Tensor] = {}
 
     @property
@@ -77,17 +77,19 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
         self._due = self._signalled = self._stopping = False
-        self._place = None
-        if self._random is not None:  # a run goes on; its data were opened at their start, to count the steps, before it was known where
+        if self._random is None:
+            self._random = random_state()
+        else:  # a run goes on; its data were opened at their start, to count the steps, before it was known where
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()
+        self._place = trainer.fit_loop.state_dict(), self._random
         if threading.current_thread() is threading.main_thread():  # the trainer puts the old handlers back
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: setattr(self, "_signalled", True))
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
-        if self._random is not None:
-            set_random_state(self._random)
+        assert self._random is not None
+        set_random_state(self._random)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -96,7 +98,7 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._seen_step:  # gradients are being accumulated, and not saved
             return
         self._seen_step = trainer.global_step
-        self._place = place(trainer)
+        self._place = place(trainer), self._random
         self._due = self._must_stop(trainer) or self._due or self._seen_step % self.every == 0
         if self._due and not validation_follows(trainer):  # else Lightning would pass over the validation
             self._save_last(trainer)
@@ -117,13 +119,12 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
-        own = self._random or random_state()
+        assert self._place is not None  # that of the last step: what has been accumulated since is not saved
+        checkpoint["loops"]["fit_loop"], own = self._place
         checkpoint["random"] = [own]
         if trainer.world_size > 1:
             checkpoint["random"] = [None] * trainer.world_size
             torch.distributed.all_gather_object(checkpoint["random"], own)
-        if self._place is not None:
-            checkpoint["loops"]["fit_loop"] = self._place
         self._weights = checkpoint["state_dict"]
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:

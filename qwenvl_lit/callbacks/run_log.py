@@ -48,6 +48,7 @@ class RunLog(lightning.Callback):
         self._elapsed_before = 0.0
         self._learning_rates: dict[str, float] = {}
         self._lines = 0  # in the file
+        self._repeated: dict[str, Any] | None = None  # a validation at its end, which a run that was stopped within a step makes again
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -59,6 +60,7 @@ class RunLog(lightning.Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = read_log(path)[: self._lines] if trainer.global_step else []
             self._lines = len(kept)
+            self._repeated = kept[-1] if kept and "total" not in kept[-1] else None
             _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._elapsed_before = max((record.get("elapsed_s", 0.0) for record in kept), default=0.0)
         self._start = time.perf_counter()
@@ -104,7 +106,9 @@ class RunLog(lightning.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         scores = _scores(trainer, "val/")
-        self._append(trainer, {"step": trainer.global_step, "epoch": trainer.current_epoch, **scores})
+        record = {"step": trainer.global_step, "epoch": trainer.current_epoch, **scores}
+        if record != self._repeated:
+            self._append(trainer, record)
         if not sys.stdout.isatty():
             print(f"step {trainer.global_step}  " + "  ".join(f"{name} {_short(value)}" for name, value in scores.items()), flush=True)
 
