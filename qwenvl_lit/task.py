@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
+from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.types import DataError
 
@@ -218,6 +219,8 @@ class Task(lightning.LightningModule):
         if not batch.conversations:
             return []
         inputs = self.family.inputs(batch, generate=True)
+        if any(conversation.options for conversation in batch.conversations):
+            return self._choose(batch, inputs)
         pictures = [picture for conversation in batch.conversations for picture in conversation.prompt().pictures]
         whole = len(pictures) == len(inputs.get("pixel_values", ()))  # old turns of a long conversation are left out with their pictures
         rows = self.generation(
@@ -230,6 +233,19 @@ class Task(lightning.LightningModule):
         return [
             replace(self.processor.decode(ids, conversation), tokens=len(ids))
             for ids, conversation in zip(rows, batch.conversations, strict=True)
+        ]
+
+    def _choose(self, batch: Batch, inputs: Mapping[str, Any]) -> list[Prediction]:
+        """The option with the lowest mean loss of its tokens."""
+        if without := [conversation for conversation in batch.conversations if not conversation.options]:
+            row = without[0]
+            raise DataError(
+                f"{row.where or 'data'}: row {row.id!r} has no options and others of its set have; keep them in sets of their own"
+            )
+        options = [self.processor.option_ids(conversation) for conversation in batch.conversations]
+        return [
+            self.processor.read(conversation.options[losses.index(min(losses))], conversation)
+            for conversation, losses in zip(batch.conversations, option_losses(self.model, inputs, options), strict=True)
         ]
 
     def _answer(self, batch: Batch, scored_set: int) -> list[Prediction]:

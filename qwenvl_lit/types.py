@@ -190,6 +190,7 @@ class Conversation:
     id: str
     turns: tuple[Turn, ...]
     references: tuple[str, ...] = ()  # further right answers as plain text (captions, VQA's ten answers)
+    options: tuple[str, ...] = ()  # answers to choose from: the likeliest is the prediction, nothing is generated
     columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the row, for selecting and grouping scores
     index: int = 0  # place in its dataset; predictions are written in this order
     where: str = field(default="", compare=False)  # the file and line it was read from, for messages

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from qwenvl_lit.data.files import parse_json
-from qwenvl_lit.data.prompts import REFERRING_PROMPT, VQA_PROMPT, ask
+from qwenvl_lit.data.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, ask
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]
@@ -26,6 +26,7 @@ class Draft:
     images: Sequence[str] = ()  # what the `<image>` tags stand for
     objects: Sequence[Any] = ()  # what `<ref-object>` and `<bbox>` stand for, as written
     references: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,8 @@ def _continued(key: str, row: Row, prompt: str | None) -> Draft:
 
 
 def _vqa(row: Row, prompt: str | None) -> Draft:
+    if row.get("choices") is not None:
+        return _choice(row, prompt)
     given = row.get("answer")
     given = _list(row, "answers") if row.get("answers") is not None else given if isinstance(given, list) else [given]
     answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in given if answer is not None)
@@ -190,6 +193,22 @@ def _vqa(row: Row, prompt: str | None) -> Draft:
     return Draft(turns=turns, references=answers)
 
 
+def _choice(row: Row, prompt: str | None) -> Draft:
+    """A row of the jsonl file that Qwen-VL's evaluation has for ScienceQA: `answer` is the number of the right choice, from 0."""
+    choices = _list(row, "choices")
+    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"`choices` is a list of 2 to {len(LETTERS)} texts, got {_short(choices)}")
+    hint = row.get("hint") or "N/A"
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    asked = {"picture": f"<img>{_place(row['image'])}</img>", "hint": str(hint), "question": _text(row, "question"), "options": options}
+    turns: list[tuple[Role, str]] = [("user", "".join(map(str, ask(prompt or CHOICE_PROMPT, **asked))))]
+    if (right := row.get("answer")) is not None:
+        if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
+            raise DataError(f"`answer` is the number of the right choice, 0 to {len(choices) - 1}, got {_short(right)}")
+        turns.append(("assistant", LETTERS[right]))
+    return Draft(turns=turns, options=tuple(LETTERS[: len(choices)]))
+
+
 def _referring(row: Row, prompt: str | None) -> Draft:
     """A row of the jsonl files that Qwen-VL's evaluation has for RefCOCO: the box is in pixels, its corners x1, y1, x2, y2."""
     question = ask(prompt or REFERRING_PROMPT, picture=f"<img>{_place(row['image'])}</img>", question="<ref-object>")
@@ -197,6 +216,7 @@ def _referring(row: Row, prompt: str | None) -> Draft:
     return Draft(turns=[("user", "".join(map(str, question))), ("assistant", "<bbox>")], objects=[thing])
 
 
+LETTERS = "ABCDEFGH"  # of choices
 _PICTURES = ("images", "image", "objects")
 LAYOUTS = (
     Layout("conversations", ("conversations",), ("system", *_PICTURES), _conversations),
@@ -204,7 +224,7 @@ LAYOUTS = (
     Layout("query", ("query",), ("response", "system", "history", *_PICTURES), _query),
     Layout("instruction", ("instruction",), ("input", "output", "system", "history", *_PICTURES), _instruction),
     Layout("conversation", ("conversation",), ("system", *_PICTURES), _pairs),
-    Layout("vqa", ("image", "question"), ("answer", "answers", "question_id"), _vqa),
+    Layout("vqa", ("image", "question"), ("answer", "answers", "question_id", "choices", "hint"), _vqa),
     Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )
 TEXTS = (  # names that other layouts use, too: they count where no other layout fits

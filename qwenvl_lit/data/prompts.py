@@ -9,6 +9,7 @@ from qwenvl_lit.types import DataError, Part
 CAPTION_PROMPT = "{picture}Describe the image in English:"
 REFERRING_PROMPT = "{picture}{question}"  # `question` is the phrase as a grounded object; the model goes on with its box
 VQA_PROMPT = "{picture}{question} Answer:"
+CHOICE_PROMPT = "{picture}Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
 
 
 def ask(prompt: str, **parts: Part) -> tuple[Part, ...]:

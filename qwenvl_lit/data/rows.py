@@ -78,7 +78,14 @@ def conversation_from(
     reader = _TextReader(pictures, objects, boxes)
     turns = tuple(Turn(role=role, parts=reader.parts(text)) for (role, _), text in zip(draft.turns, texts, strict=True))
     return Conversation(
-        id=id, turns=turns, references=draft.references, columns=columns, index=index, where=where, notes=tuple(boxes.notes)
+        id=id,
+        turns=turns,
+        references=draft.references,
+        options=draft.options,
+        columns=columns,
+        index=index,
+        where=where,
+        notes=tuple(boxes.notes),
     )
 
 

@@ -43,6 +43,14 @@ class Processor(Protocol):
         """Generated ids (without the prompt) to text, boxes in pixels of the conversation's pictures."""
         ...
 
+    def read(self, text: str, conversation: Conversation) -> Prediction:
+        """The answer that `decode` gave with this text."""
+        ...
+
+    def option_ids(self, conversation: Conversation) -> list[list[int]]:
+        """Ids of each of the conversation's options, as they follow its prompt, without an end mark."""
+        ...
+
 
 class Family(Protocol):
     """One kind of model."""

@@ -125,12 +125,18 @@ class QwenVLProcessor:
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
         """The answer up to the first stop id. Boxes are taken to be in the last picture of the prompt."""
         answer = takewhile(lambda id: id not in self.stop_ids, ids)
-        text = self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids).strip()
+        return self.read(self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids).strip(), conversation)
+
+    def read(self, text: str, conversation: Conversation) -> Prediction:
         pictures = conversation.prompt().pictures
         parts: Sequence[Part] = objects_from_tags(text, picture=max(len(pictures) - 1, 0))
         if pictures:
             parts = [object_in_frame(part, "pixel", pictures) if isinstance(part, GroundedObject) else part for part in parts]
         return Prediction(conversation=conversation, text=text, parts=tuple(parts), reference=self._reference(conversation))
+
+    def option_ids(self, conversation: Conversation) -> list[list[int]]:
+        """Ids of each of the conversation's options, as they follow its prompt; after a raw one, which ends in a word, with a space."""
+        return [self.tokenizer.encode(f" {option}" if self.template == "raw" else option) for option in conversation.options]
 
     def _reference(self, conversation: Conversation) -> str | None:
         if conversation.answer is None:
