@@ -27,7 +27,7 @@ from PIL import Image
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
 from qwenvl_lit.families.pixels import normalised, preprocess
-from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
 
 SIDE, SPAN, BATCH = 448, 256, 8

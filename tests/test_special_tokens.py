@@ -9,7 +9,7 @@ from qwenvl_lit.data.coco import read_coco_captions
 from qwenvl_lit.data.layouts import LAYOUTS, TEXTS
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.tokenizer import SPECIALS, TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn

@@ -14,7 +14,7 @@ from golden.network import before_stop, load
 from golden.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.families.pixels import normalised
-from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.types import Conversation, Picture, Turn
 

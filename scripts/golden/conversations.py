@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from golden.result import UnreadableError, read
-from qwenvl_lit.families.qwen_vl import QwenVLProcessor
+from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Part, Picture, Turn
