@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from qwenvl_lit.types import DataError
+
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the weights of peft's folders, the better one first
 
 
 class Adapter(Protocol):
@@ -72,7 +77,7 @@ class LoRA:
 
     Args:
         rank, alpha, dropout: of every adapter; its output is scaled by `alpha / rank`.
-        targets: a regular expression for whole module paths, or "all-linear" for every linear layer but the head.
+        targets: a regular expression for whole module paths, a list of their ends, or "all-linear" for every linear layer but the head.
         options: further settings of peft's `LoraConfig`, as `use_dora` or `use_rslora`.
         quantization: settings of transformers' `BitsAndBytesConfig` for the base; None: it is held as it is loaded.
     """
@@ -83,23 +88,26 @@ class LoRA:
         rank: int,
         alpha: float,
         dropout: float,
-        targets: str,
+        targets: str | Sequence[str],
         options: Mapping[str, Any] | None = None,
         quantization: Mapping[str, Any] | None = None,
     ):
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
-        self.targets = targets
+        self.targets = targets if isinstance(targets, str) else list(targets)
         self.options = dict(options or {})
         self.quantization = dict(quantization) if quantization else None
 
     def apply(self, model: nn.Module, parts: Mapping[str, str]) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        if self.targets != "all-linear" and not any(re.fullmatch(self.targets, name) for name, _ in model.named_modules()):
+        matched = {name: module for name, module in model.named_modules() if self._is_target(name)}
+        if not matched and self.targets != "all-linear":
             linear = sorted({re.sub(r"\d+", "N", name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise ValueError(f"adapter.targets={self.targets!r} matches no module; linear layers are {', '.join(linear)}")
+        if other := [name for name, module in matched.items() if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)]:
+            raise ValueError(f"adapter.targets={self.targets!r} matches {other[0]}, which is no linear layer")
         if unknown := sorted(set(self.options) - set(LoraConfig.__dataclass_fields__)):
             raise ValueError(f"adapter.options has {', '.join(unknown)}, which peft's LoraConfig does not know")
         sizes = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.targets}
@@ -107,6 +115,11 @@ class LoRA:
 
     def merge(self, model: nn.Module) -> nn.Module:
         return model.merge_and_unload()
+
+    def _is_target(self, name: str) -> bool:
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        return any(name == end or name.endswith(f".{end}") for end in self.targets)
 
 
 class Learned:
@@ -136,15 +149,7 @@ class Learned:
         self.check()
         learns = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
         adapted = self.adapter.apply(model, parts)
-        trained = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad}
-        tensors = read_learned(self.checkpoint)
-        if set(tensors) != trained:
-            names = sorted(set(tensors) ^ trained)
-            raise DataError(f"{self.checkpoint} is of another model or adapter: they differ in {len(names)} tensors ({names[0]}, ...)")
-        try:
-            adapted.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:  # tensors of other shapes
-            raise DataError(f"{self.checkpoint} is of another model or adapter: {error}") from error
+        load_learned(adapted, self.checkpoint)
         merged = self.adapter.merge(adapted)
         for name, tensor in merged.named_parameters():
             tensor.requires_grad_(learns[name])
@@ -160,13 +165,124 @@ class Learned:
             raise DataError(f"{self.checkpoint} is not the checkpoint that the run started from: its content has changed (sha256)")
 
 
+class Folded:
+    """The weights of a network with what was learned folded in, one after the other: no more than a layer is in memory at once.
+
+    Args:
+        read: a tensor of the weights before, by its name in the network.
+        outline: the network on the meta device.
+        checkpoint: whose tensors are folded in; a run's, or peft's file.
+        dtype: in which layers with adapters are summed; None: that of the weights before, as `Adapter.merge` does it.
+
+    Raises:
+        DataError: the checkpoint is not this model's.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], torch.Tensor],
+        *,
+        outline: nn.Module,
+        parts: Mapping[str, str],
+        adapter: Adapter,
+        checkpoint: Path,
+        dtype: torch.dtype | None = None,
+    ):
+        self.read = read
+        self.dtype = dtype
+        adapted = adapter.apply(outline, parts)
+        load_learned(adapted, checkpoint, assign=True)
+        self.network = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+        self._merged: tuple[str, dict[str, torch.Tensor]] = ("", {})  # of the last layer with an adapter: its weight and its bias
+
+    def __call__(self, name: str) -> torch.Tensor:
+        path, _, leaf = name.rpartition(".")
+        module = self.network.get_submodule(path)
+        if hasattr(module, "modules_to_save"):  # peft's word for layers that are trained whole
+            return module.modules_to_save["default"].get_parameter(leaf)
+        if not hasattr(module, "base_layer"):
+            own = getattr(module, leaf)
+            return self.read(name) if own.is_meta else own.detach()
+        if self._merged[0] != path:
+            self._merged = (path, self._merge(path, module))
+        return self._merged[1][leaf]
+
+    def _merge(self, path: str, layer: nn.Module) -> dict[str, torch.Tensor]:
+        inner = layer.base_layer
+        before = dict(inner.named_parameters())
+        for leaf, own in before.items():
+            tensor = self.read(f"{path}.{leaf}") if own.is_meta else own.detach()  # biases may be trained beside the adapter
+            setattr(inner, leaf, nn.Parameter(tensor.to(self.dtype or tensor.dtype, copy=True), requires_grad=False))
+        layer.merge()
+        layer.merged_adapters.clear()
+        merged = {leaf: tensor.detach() for leaf, tensor in inner.named_parameters()}
+        for leaf, own in before.items():
+            setattr(inner, leaf, own)
+        return merged
+
+
 def fingerprint(checkpoint: Path) -> str:
     """sha256 of a checkpoint's content."""
     with checkpoint.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_learned(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained tensors of a checkpoint, by their names in the model that `Adapter.apply` returns."""
-    tensors = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+def load_learned(adapted: nn.Module, checkpoint: Path, *, assign: bool = False) -> None:
+    """Put the trained tensors of a checkpoint into a model that `Adapter.apply` returned; `assign` puts them in place of its own.
+
+    Raises:
+        DataError: they are not those that this model trains.
+    """
+    trained = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+    tensors = read_learned(checkpoint, adapted)
+    if set(tensors) != trained:
+        names = sorted(set(tensors) ^ trained)
+        raise DataError(f"{checkpoint} is of another model or adapter: they differ in {len(names)} tensors ({names[0]}, ...)")
+    try:
+        adapted.load_state_dict(tensors, strict=False, assign=assign)
+    except RuntimeError as error:  # tensors of other shapes
+        raise DataError(f"{checkpoint} is of another model or adapter: {error}") from error
+
+
+def read_learned(checkpoint: Path, adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained tensors of a checkpoint, or of peft's file in an adapter folder, by their names in `adapted`, what `Adapter.apply` gave.
+
+    Raises:
+        DataError: peft's file cannot be read, or has a tensor that this model does not.
+    """
+    if checkpoint.name not in PEFT_FILES:
+        tensors = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    tensors, inside = read_peft_file(checkpoint), peft_names(adapted)
+    if unknown := sorted(set(tensors) - set(inside)):
+        raise DataError(
+            f"{checkpoint} has {len(unknown)} tensors for which this model has no place ({', '.join(unknown[:3])}, ...): "
+            f"is it the base that the adapter was made for?"
+        )
+    return {inside[name]: tensor for name, tensor in tensors.items()}
+
+
+def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors that peft wrote, by their names there.
+
+    Raises:
+        DataError: the file is incomplete, or not what its name says.
+    """
+    try:
+        safe = file.suffix == ".safetensors"
+        tensors = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{file} cannot be read: {error}; is it complete?") from error
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}  # scripts of their own keep the adapter's name
+
+
+def peft_names(adapted: nn.Module) -> dict[str, str]:
+    """The names that peft's files have for the tensors of a `PeftModel`, and those that they have in it; none for other models."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(adapted, PeftModel):
+        return {}
+    state = adapted.state_dict()
+    inside = {id(tensor): name for name, tensor in state.items()}
+    written = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    return {name: inside[id(tensor)] for name, tensor in written.items()}

@@ -24,7 +24,7 @@ from qwenvl_lit.families.processor import Template
 from qwenvl_lit.families.qwen_vl import QwenVL as Family
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.grounding import to_frame
-from qwenvl_lit.runs import Run, find_run
+from qwenvl_lit.runs import Run, find_run, stored_settings
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
 
@@ -62,6 +62,7 @@ class QwenVL:
         max_memory: Mapping[int | str, str] | None = None,
         quantization: Mapping[str, Any] | None = None,
         template: Template | None = None,
+        base: str | Path | None = None,
         download: bool = True,
         cache: str | Path | None = None,
         **settings: Any,
@@ -69,12 +70,14 @@ class QwenVL:
         """A checkpoint or a run, in evaluation mode.
 
         Args:
-            source: a checkpoint's folder or its name on the hub; or a run folder, a checkpoint file of a run, or "latest".
+            source: a checkpoint's folder or its name on the hub; or a run folder, a checkpoint file of a run, "latest", or an adapter
+                folder of peft.
             device: None: the first GPU if there is one.
             dtype: of the weights; None: that of the run, bfloat16 for a checkpoint.
             device_map, max_memory: as transformers has them, to spread a model over cards and host memory; then `device` is None.
             quantization: fields of transformers' `BitsAndBytesConfig`, as {"load_in_4bit": True}, for a checkpoint; a run has its own.
             template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json says.
+            base: the checkpoint below an adapter folder; None: the one that the folder names.
             download: whether a checkpoint may be fetched.
             cache: folder of remote pictures; None: the one that the commands use.
             settings: how answers are decoded, unless a call says otherwise. Greedy, up to 512 tokens, or as the run says.
@@ -89,17 +92,24 @@ class QwenVL:
         changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory, "download": download}
         if dtype is not None:
             changes["dtype"] = str(dtype).removeprefix("torch.")
+        if base is not None:
+            changes["path"] = str(base)
         changes = {name: value for name, value in changes.items() if value is not None}
         reading = Reading(cache=Path(cache) if cache else default_cache())
         if run := _run(source):
             if quantization or template:
                 raise ValueError("quantization and template are for checkpoints; a run has its own")
             model = cls.from_task(build.trained(run, changes), checkpoint=run.checkpoint, device=device, reading=reading)
+        elif base is not None:
+            raise ValueError("base is for an adapter folder; a checkpoint stands on its own")
         else:
             folder = find_checkpoint(str(source), download=download)
-            family = Family(path=str(folder), template=template or _template(folder), **{"dtype": "bfloat16", **changes})
+            stored = _stored(folder)
+            prompting = {"dtype": "bfloat16", **stored.get("model", {}), **changes, "path": str(folder)}
+            family = Family(**{**prompting, "template": template or prompting.get("template") or _template(folder)})
             network = family.load(device, quantization=quantization)
-            model = cls(family=family, model=network, device=device, generation=Generation(), reading=reading)
+            own = Generation(**stored.get("generation", {}))
+            model = cls(family=family, model=network, device=device, generation=own, reading=reading)
         model.generation = replace(model.generation, **settings)
         return model
 
@@ -247,6 +257,12 @@ def _run(source: str | Path) -> Run | None:
     path = Path(source).expanduser()
     is_run = source == "latest" or path.is_file() or (path.is_dir() and not (path / "config.json").exists())
     return find_run(str(source)) if is_run else None
+
+
+def _stored(folder: Path) -> dict[str, dict[str, Any]]:
+    """How an exported model is prompted and answers, as arguments."""
+    stored = stored_settings(folder)
+    return {part: {key: value for key, value in node.items() if key != "_target_"} for part, node in stored.items()}
 
 
 def _template(folder: Path) -> Template:

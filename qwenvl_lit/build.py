@@ -14,9 +14,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torchmetrics import Metric
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
+from qwenvl_lit.generation import Generation
 from qwenvl_lit.runs import Run, save_versions
 from qwenvl_lit.strategies import AsPlaced
 from qwenvl_lit.task import Task
@@ -28,8 +30,8 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
     return Task(
         family=_object(config.model),
         adapter=_object(config.adapter) if adapted else None,
-        generation=_object(config.generation),
-        metrics=_object(config.metrics),
+        generation=generation(config),
+        metrics=metrics(config),
         optim=_object(config.optim) if "optim" in config else None,
         base=(_object(config.base) or None) if adapted else None,
         config=OmegaConf.to_container(config),
@@ -39,7 +41,18 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
 def trained(run: Run, changes: Mapping[str, Any]) -> Task:
     """The task of a run, to use what it has learned (`run.checkpoint`); `changes` are fields of its model."""
     config = {name: value for name, value in run.config.items() if name != "optim"}
-    return task(OmegaConf.create({"base": None, **config, "model": {**config["model"], **changes}, "metrics": {}}))
+    whole = {"base": None, **config, "model": {**config["model"], **changes}, "metrics": {}}
+    return task(OmegaConf.create(whole), adapted=run.checkpoint is not None)
+
+
+def metrics(config: DictConfig) -> dict[str, Metric]:
+    """How answers are scored, by name."""
+    return _object(config.metrics) or {}
+
+
+def generation(config: DictConfig) -> Generation:
+    """How answers are decoded."""
+    return _object(config.generation)
 
 
 def processor(config: DictConfig) -> Processor:

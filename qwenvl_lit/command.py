@@ -21,14 +21,15 @@ from hydra.errors import ConfigCompositionException, InstantiationException, Mis
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.answered import config_beside, scored_arguments
 from qwenvl_lit.ranks import rank_arguments
 from qwenvl_lit.resume import resume_arguments, resumed
-from qwenvl_lit.runs import base_of, find_run
+from qwenvl_lit.runs import Run, base_of, config_folder, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
-FREE_TEXT += ("adapter.targets", "data.train", "data.test", "data.validation", "data.root")
+FREE_TEXT += ("predictions", "compare", "benchmarks", "adapter.targets", "data.train", "data.test", "data.validation", "data.root")
 MAPPINGS = ("data.path_map",)  # their keys are the user's own
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
@@ -37,12 +38,6 @@ RECIPE = {"model": ("adapter", "trainer", "generation"), "adapter": ("optim",), 
 
 EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}  # choices that other packages bring
 DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)  # full, or not ours to write
-
-
-def config_folder() -> Path:
-    """`conf/` of a checkout, or the copy inside an installed package."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
 
 
 def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = False, starts_from_run: bool = False) -> None:
@@ -116,21 +111,34 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'".replace("${", "\\${")
 
 
-def _named_run() -> str | None:
-    return next((a.partition("=")[2].strip("'") for a in sys.argv[1:] if a.startswith("ckpt=")), None)
+def _named(key: str) -> str | None:
+    return next((a.partition("=")[2].strip("'") for a in sys.argv[1:] if a.startswith(f"{key}=") and not a.endswith("=null")), None)
+
+
+def _checkpoint_argument(run: Run) -> list[str]:
+    """From here on it is this file, also if `latest` becomes another run meanwhile; a whole model needs none besides `model.path`."""
+    return [f"ckpt={_quoted(str(run.checkpoint))}"] if run.checkpoint else []
+
+
+def _say_what_it_expects(ckpt: str, run: Run) -> None:
+    if run.expects and os.environ.get("LOCAL_RANK", "0") == "0":
+        path = next((a.partition("=")[2] for a in sys.argv if a.startswith("model.path=")), run.config["model"]["path"])
+        print(f"{ckpt} is an adapter for {run.expects}; its base here: model.path={path}", file=sys.stderr)
 
 
 def _start_from_run() -> None:
     """Make what the run that `ckpt=` names has learned available as the base `run`, and its model and recipe as the model `run`, and take
     both, unless the command line chooses another model."""
-    if (ckpt := _named_run()) is None:
+    if (ckpt := _named("ckpt")) is None:
         return
     run = find_run(ckpt)
-    taken = [a for a in ("base=run", "model=run") if not any(b.startswith(a.removesuffix("run")) for b in sys.argv)]
+    _say_what_it_expects(ckpt, run)
+    choices = ("base=run", "model=run") if run.checkpoint else ("model=run",)
+    taken = [a for a in choices if not any(b.startswith(a.removesuffix("run")) for b in sys.argv)]
     place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
-    sys.argv[place : place + 1] = [f"ckpt={_quoted(str(run.checkpoint))}", *taken]
+    sys.argv[place : place + 1] = [*_checkpoint_argument(run), *taken]
     store = ConfigStore.instance().store
-    store(group="base", name="run", node=base_of(run))
+    store(group="base", name="run", node=base_of(run) if run.checkpoint else {})
     for group, others in RECIPE.items():
         chosen = [{f"override /{other}@_global_.{other}": "run"} for other in others]
         node = {key: value for key, value in run.config[group].items() if key not in STRATEGY}
@@ -138,20 +146,26 @@ def _start_from_run() -> None:
 
 
 def _offer_run(verb: str) -> None:
-    """Make the groups of the run that `ckpt=` names available as the choice `run`, which the verb's defaults list takes."""
-    arguments = sys.argv[1:]
-    ckpt = _named_run()
-    needed = not any(a.startswith(("model=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
+    """Make the groups of the run that `ckpt=` names, or of the one whose `predictions=` are scored, available as the choice `run`, which
+    the verb's defaults list takes."""
+    sys.argv[1:] = arguments = scored_arguments(sys.argv[1:]) if verb == "test" else sys.argv[1:]
+    ckpt, predictions = _named("ckpt"), _named("predictions") if verb == "test" else None
+    needed = not any(a.startswith(("model=", "predictions=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
     if ckpt is None and needed:
         raise DataError(
             f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest), "
             f"or a model as it was published, model=qwen_vl_chat"
         )
     run = find_run(ckpt) if ckpt else None
-    if run:  # from here on it is this file, also if `latest` becomes another run meanwhile
-        sys.argv[1:] = [f"ckpt={_quoted(str(run.checkpoint))}" if a.startswith("ckpt=") else a for a in arguments]
+    if run:
+        _say_what_it_expects(ckpt, run)
+        place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
+        sys.argv[place : place + 1] = _checkpoint_argument(run)
+    taken = run.config if run else config_beside(predictions) if predictions else None
+    if any(a.startswith("benchmarks=") for a in arguments) and not any(a.startswith("data=") for a in arguments):
+        sys.argv.append("data=jsonl")  # the keys that benchmarks share, for the command line to change
     for group in FROM_RUN:
-        node = dict(run.config.get(group) or {}) if run else {}
+        node = dict((taken or {}).get(group) or {})
         if group == "data" and run and run.folder:
             for source in (node, *dict(node.get("datasets") or {}).values()):
                 if source.get("split_file"):

@@ -13,6 +13,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +38,8 @@ CONTENTS = {  # of a run folder; a split, and what was left out, only where ther
     "split.json": "rows held out for validation (split_NAME.json: those of a dataset of a mixture)",
     "findings.jsonl": "rows left out or repaired",
 }
+SETTINGS = "qwenvl_lit.json"  # of an exported folder
+PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}  # by the last parts of the names that they have elsewhere
 LIBRARIES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "hydra-core", "numpy", "pillow")
 log = logging.getLogger(__name__)
 
@@ -45,12 +49,20 @@ class Run:
     """A trained model: the config it was made with, and a checkpoint."""
 
     config: dict[str, Any]  # plain data, interpolations kept
-    checkpoint: Path
-    folder: Path | None  # None for a checkpoint outside its run folder
+    checkpoint: Path | None  # None for a whole model: all is in its own weights
+    folder: Path | None  # None for a checkpoint outside its run folder, and for what others trained
+    expects: str | None = None  # the base that an adapter folder names
+
+
+def config_folder() -> Path:
+    """`conf/` of a checkout, or the copy inside an installed package."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
 
 
 def find_run(ckpt: str) -> Run:
-    """The run that `ckpt` names: a run folder (its best checkpoint, else its last), a checkpoint file, or "latest".
+    """The run that `ckpt` names: a run folder (its best checkpoint, else its last), a checkpoint file, or "latest"; or what somebody else
+    trained: an adapter folder of peft, or a whole model in the published layout.
 
     Raises:
         DataError: there is no such run or it has no checkpoint.
@@ -60,15 +72,17 @@ def find_run(ckpt: str) -> Run:
         raise DataError(f"ckpt=latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train")
     if not path.exists():
         raise DataError(f"ckpt={ckpt} does not exist; {_known_runs()}")
+    if path.name.startswith("adapter_model.") and path.is_file():
+        path = path.parent
     if path.is_file():
         folder = path.parent.parent
         if (folder / ".hydra/config.yaml").exists():
             return Run(config=_composed(folder), checkpoint=path, folder=folder)
         return Run(config=_stored(path), checkpoint=path, folder=None)
     if (path / "adapter_config.json").exists():
-        raise DataError(f"ckpt={ckpt} is an adapter folder of PEFT, which cannot be taken as ckpt; give the run that it comes from")
+        return _adapter_folder(path)
     if (path / "config.json").exists():
-        raise DataError(f"ckpt={ckpt} is a whole model: give it as model.path={ckpt}, with model=qwen_vl_chat or model=qwen_vl")
+        return _whole_model(path)
     if not (path / ".hydra/config.yaml").exists():
         raise DataError(f"ckpt={ckpt} is no run folder (it has no .hydra/config.yaml); {_known_runs()}")
     for name in ("best.ckpt", "last.ckpt"):
@@ -81,6 +95,7 @@ def base_of(run: Run) -> dict[str, Any]:
     """What a run learned as plain data, for the config of a run that starts from it; with the runs that it had started from."""
     from qwenvl_lit.adapters import Learned, fingerprint
 
+    assert run.checkpoint is not None  # a whole model is a base by itself
     return {
         "_target_": f"{Learned.__module__}.{Learned.__name__}",
         "checkpoint": str(run.checkpoint.resolve()),
@@ -163,6 +178,61 @@ def _composed(folder: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / ".hydra/config.yaml")))
+
+
+def _adapter_folder(folder: Path) -> Run:
+    from qwenvl_lit.peft_folder import adapter_node, read_config, weights_file
+
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name == "checkpoints" and (run / ".hydra/config.yaml").exists():
+        return Run(config=_composed(run), checkpoint=weights_file(folder), folder=run)
+    expects = read_config(folder).get("base_model_name_or_path") or None
+    stored = stored_settings(folder)
+    base = _base_path(expects)
+    config = _recipe(base, stored or {"model": {"path": base}})
+    return Run(config={**config, "adapter": adapter_node(folder)}, checkpoint=weights_file(folder), folder=None, expects=expects)
+
+
+def _whole_model(folder: Path) -> Run:
+    stored = stored_settings(folder)
+    config = _recipe(str(folder), {**stored, "model": {**stored.get("model", {}), "path": str(folder)}})
+    return Run(config=config, checkpoint=None, folder=None)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """What an exported folder says of how its model is prompted and answers: parts of a config; empty for folders of others."""
+    file = folder / SETTINGS
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _base_path(expects: str | None) -> str:
+    """Where the base of an adapter is looked for: ms-swift names folders of its own cache, of which only the last part says something."""
+    if expects is None:
+        return "???"  # to be given with model.path=
+    published = PUBLISHED.get(Path(expects).name.lower())
+    return expects if published is None or Path(expects).expanduser().is_dir() else published
+
+
+def _recipe(path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that training a published model has, with what is `stored` of another in its place; without data."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    begun = GlobalHydra.instance().is_initialized()  # by a verb that is running
+    with nullcontext() if begun else hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        composed = hydra.compose("train", [f"model={'qwen_vl' if _continues_text(path) else 'qwen_vl_chat'}"])
+    config = cast("dict[str, Any]", OmegaConf.to_container(composed))
+    model = stored["model"] if "_target_" in stored["model"] else {**config["model"], **stored["model"]}
+    return {**config, **stored, "model": model, "base": {}, "data": {}, "metrics": {}}
+
+
+def _continues_text(path: str) -> bool:
+    """Whether it is a base model, which is published with raw prompts."""
+    file = Path(path).expanduser() / "generation_config.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8")).get("chat_format") == "raw"
+    return Path(path).name.lower() == "qwen-vl"
 
 
 def _stored(checkpoint: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
+from qwenvl_lit.adapters import read_learned
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.types import DataError
@@ -89,7 +90,7 @@ class Task(lightning.LightningModule):
         if self.trained is not None:
             checkpoint, self.trained = self.trained, None
             try:
-                self.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+                self.load_state_dict({f"model.{name}": tensor for name, tensor in read_learned(checkpoint, self.model).items()})
             except (ValueError, RuntimeError) as error:
                 raise DataError(f"{checkpoint}: {error}") from error
 

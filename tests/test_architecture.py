@@ -12,16 +12,18 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"types"},
     {"grounding", "chatml", "models", "families.protocols"},
     {"families", "data", "metrics", "adapters", "optim", "guard", "generation"},
+    {"peft_folder"},
     {"task", "callbacks", "dialogue", "runs", "strategies", "memory", "data_report", "sweep_report"},
-    {"build", "capacity", "data_page", "ranks", "resume", "sweep"},
-    {"command", "api"},
-    {"train", "test", "predict", "chat", "check"},
+    {"page", "report"},
+    {"build", "capacity", "data_page", "report_page", "ranks", "resume", "sweep", "model_card"},
+    {"command", "api", "evaluation"},
+    {"train", "test", "predict", "chat", "check", "export"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
     "hydra": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check"},
+    "omegaconf": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check", "export"},
     "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "capacity", "train", "test", "predict"},
-    "peft": {"adapters"},
+    "peft": {"adapters", "peft_folder"},
     "tiktoken": {"models"},
 }
 STARTS_FAST = {
@@ -36,6 +38,7 @@ STARTS_FAST = {
     "predict",
     "chat",
     "check",
+    "export",
 }  # at import time, nothing heavy
 
 

@@ -12,7 +12,7 @@ from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_fre
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()
-VERBS = ("train", "test", "predict", "chat", "check")
+VERBS = ("train", "test", "predict", "chat", "check", "export")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 KEYS = {
     "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
@@ -22,10 +22,12 @@ KEYS["train"] |= {"resume", "base", "ckpt", "memory"}
 KEYS["test"] |= {"base"}
 KEYS["predict"] = KEYS["test"] - {"baseline"} | {"picture", "prompt", "answered"}
 KEYS["chat"] = KEYS["test"] - {"baseline", "data", "callbacks", "logger"} | {"device", "system", "multiline"}
+KEYS["export"] = KEYS["test"] - {"baseline", "callbacks", "logger"} | {"out", "merge", "dtype", "overwrite", "compare", "device"}
 KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt", "memory"} | {"workers", "examples"}
 ONLY_TRAIN = {"sweep", "base", "experiment"}
 NOT_OF = {"train": set(), "test": ONLY_TRAIN, "predict": ONLY_TRAIN, "check": {"callbacks", "logger", "strategy", *ONLY_TRAIN}}
 NOT_OF["chat"] = NOT_OF["check"] | {"data"}
+NOT_OF["export"] = NOT_OF["check"] | {"benchmark"}
 GROUPS = {verb: {group for group, _ in CHOICES} - NOT_OF[verb] for verb in VERBS}
 
 

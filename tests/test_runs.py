@@ -66,8 +66,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
     [
         (lambda path: None, "does not exist; train one first"),
         (lambda path: path.mkdir(), "is no run folder"),
-        (lambda path: holding(path, "adapter_config.json"), "is an adapter folder of PEFT"),
-        (lambda path: holding(path, "config.json"), "give it as model.path="),
+        (lambda path: holding(path, "adapter_config.json"), "only LORA"),
         (lambda path: write_run(path), "stopped before it saved one"),
         (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
         (lambda path: torch.save({"state_dict": {}}, path), "holds no config"),
