@@ -1,0 +1,129 @@
+"""Scores of answers and captions, with the protocol `official` where there are two."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from golden.result import Result, read, same
+from qwenvl_lit.metrics.anls import anls
+from qwenvl_lit.metrics.captions import N, bleu, bleu_counts, cider, rouge_l
+from qwenvl_lit.metrics.exact_match import exact_match
+from qwenvl_lit.metrics.gqa_accuracy import gqa_answer_official
+from qwenvl_lit.metrics.ptb import ptb_words
+from qwenvl_lit.metrics.relaxed_accuracy import relaxed_match_official
+from qwenvl_lit.metrics.vqa_accuracy import reworded_official, vqa_accuracy_official, without_punctuation_official
+
+SCORE = 1e-9
+METRICS = {f"Bleu_{n}": "BLEU" for n in range(1, N + 1)} | {"ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"}
+
+
+def near(case: str, of: str, ours: float, golden: float) -> Result:
+    return Result(case=case, of=of, deviation=abs(ours - golden), allowed=SCORE, ours=ours)
+
+
+def several(annotation: str | list[str]) -> list[str]:
+    return [annotation] if isinstance(annotation, str) else annotation
+
+
+def anls_scores(path: Path) -> Iterator[Result]:
+    data, scores = read(path), []
+    for place, case in enumerate(data["cases"]):
+        scores.append(anls(case["answer"], case["answers"], data["threshold"], protocol="official"))
+        yield near(f"{place}: {case['answer']}", "ANLS", scores[-1], case["score"])
+    yield near("anls", "ANLS", fmean(scores), data["anls"])
+
+
+def relaxed_and_exact(path: Path) -> Iterator[Result]:
+    data, relaxed, exact = read(path), [], []
+    for place, case in enumerate(data["cases"]):
+        name, answers = f"{place}: {case['answer']} for {case['annotation']}", several(case["annotation"])
+        each = [relaxed_match_official(case["answer"], answer) for answer in answers]
+        relaxed.append(any(each))
+        exact.append(float(exact_match(case["answer"], answers, ignore_case=True)))
+        yield same(name, "relaxed", [each, relaxed[-1]], [case["relaxed_per_annotation"], case["relaxed"]])
+        yield same(name, "exact match", exact[-1], case["exact"])
+    yield near("relaxed_accuracy", "share", fmean(relaxed), data["relaxed_accuracy"])
+    yield near("exact_match_accuracy", "share", fmean(exact), data["exact_match_accuracy"])
+
+
+def gqa(path: Path) -> Iterator[Result]:
+    for case in read(path)["cases"]:
+        name, processed = f"{case['answer']} for {case['annotation']}", gqa_answer_official(case["answer"])
+        yield same(name, "clean answer", processed, case["processed"])
+        yield same(name, "right", float(exact_match(processed, [case["annotation"]], ignore_case=True)), case["score"])
+
+
+def vqa_normalisation(path: Path) -> Iterator[Result]:
+    for case in read(path)["cases"]:
+        text = case["text"]
+        yield same(text, "punctuation", without_punctuation_official(text), case["punctuation"])
+        yield same(text, "words", reworded_official(text), case["digit_article"])
+        yield same(text, "both", reworded_official(without_punctuation_official(text)), case["both"])
+
+
+def vqa_accuracy(path: Path) -> Iterator[Result]:
+    """Percentages rounded to two digits, of each question, and over all and of each type."""
+    data = read(path)
+    scores: dict[str, dict[str, list[float]]] = {"perQuestionType": defaultdict(list), "perAnswerType": defaultdict(list)}
+    everything = []
+    for case in data["cases"]:
+        numbered = "answer_id" in case["answers"][0]
+        score = vqa_accuracy_official(case["answer"], [answer["answer"] for answer in case["answers"]], numbered=numbered)
+        everything.append(score)
+        scores["perQuestionType"][case["question_type"]].append(score)
+        scores["perAnswerType"][case["answer_type"]].append(score)
+        yield same(str(case["question_id"]), "accuracy", round(100 * score, 2), case["score"])
+    yield same("overall", "accuracy", round(100 * sum(everything) / len(everything), 2), data["accuracy"]["overall"])
+    for kind, by_name in scores.items():
+        ours = {name: round(100 * sum(each) / len(each), 2) for name, each in by_name.items()}
+        yield same(kind, "accuracy", ours, data["accuracy"][kind])
+
+
+def _each(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Our scores of every caption, and of the corpus."""
+    counts = [bleu_counts(case["caption"], tuple(case["references"])) for case in cases]
+    words = [(ptb_words(case["caption"]), [ptb_words(text) for text in case["references"]]) for case in cases]
+    ciders = cider([caption for caption, _ in words], [others for _, others in words]).tolist()
+    rows = [
+        {f"Bleu_{n}": bleu(count, n) for n in range(1, N + 1)} | {"ROUGE_L": rouge_l(*texts), "CIDEr": score}
+        for count, texts, score in zip(counts, words, ciders, strict=True)
+    ]
+    summed = [sum(column) for column in zip(*counts, strict=True)]
+    corpus = {f"Bleu_{n}": bleu(summed, n) for n in range(1, N + 1)}
+    return rows, corpus | {of: fmean(row[of] for row in rows) for of in ("ROUGE_L", "CIDEr")}
+
+
+def captions(path: Path) -> Iterator[Result]:
+    data = read(path)
+    rows, corpus = _each(data["cases"])
+    for case, ours in zip(data["cases"], rows, strict=True):
+        name = json.dumps([case["id"], case["caption"]], ensure_ascii=False)
+        spoken = [" ".join(ptb_words(text)) for text in (case["caption"], *case["references"])]
+        yield same(name, "tokens", spoken, [case["tokenised_caption"], *case["tokenised_references"]])
+        for of in METRICS:
+            yield near(name, METRICS[of], ours[of], case[of])
+    for of in METRICS:
+        yield near("corpus", METRICS[of], corpus[of], data["corpus"][of])
+
+
+def captions_subset(path: Path) -> Iterator[Result]:
+    data, everything = read(path), read(path.parent / "captions.json")["cases"]
+    _, corpus = _each([case for case in everything if case["id"] in data["ids"]])
+    for of in METRICS:
+        yield near("corpus", METRICS[of], corpus[of], data[of])
+
+
+CHECKS = {
+    "metrics/anls.json": anls_scores,
+    "metrics/relaxed_and_exact.json": relaxed_and_exact,
+    "metrics/gqa.json": gqa,
+    "metrics/vqa_normalisation.json": vqa_normalisation,
+    "metrics/vqa_accuracy.json": vqa_accuracy,
+    "metrics/captions.json": captions,
+    "metrics/captions_subset.json": captions_subset,
+}
