@@ -11,31 +11,75 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
+    from pathlib import Path
+
+    from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
 
     from qwenvl_lit import build
+    from qwenvl_lit.answered import predictions_file
+    from qwenvl_lit.benchmarks import compared, files_learned_from, named_benchmarks, published_model
     from qwenvl_lit.callbacks.run_log import save_scores
-    from qwenvl_lit.callbacks.table import score_table
+    from qwenvl_lit.callbacks.table import plain_table, score_table
+    from qwenvl_lit.evaluation import answer, answered_file, earlier, open_answered, scored, tests
+    from qwenvl_lit.report_page import Report, write_report
     from qwenvl_lit.runs import find_run
+    from qwenvl_lit.types import DataError
 
+    if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
+        raise DataError("predictions= scores answers that are there: leave out ckpt, benchmarks and baseline, or predictions")
     build.start(config)
-    task = build.task(config, adapted=config.ckpt is not None)
-    data = build.data(config, task.processor)
-    baseline = None
-    if config.baseline:
-        before = build.trainer(config, callbacks={})
-        before.test(task, data, verbose=False)
-        baseline = {name: float(value) for name, value in before.callback_metrics.items()}
-    task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
-    source = task.trained or config.model.path
-    trainer = build.trainer(config)
-    trainer.test(task, data, verbose=False)
-    if trainer.is_global_zero:
-        if baseline:
-            save_scores(config.paths.run, "baseline", baseline)
-        print(f"\nScores of {source} on the sets {', '.join(data.test_names)}")
-        Console().print(score_table(trainer.callback_metrics, baseline))
-        print(f"Predictions, pictures and metrics.json: {build.shown(config.paths.run)}")
+    benchmarks = named_benchmarks(config) if config.benchmarks else []
+    processor = build.processor(config)
+    asked = tests(config, processor, benchmarks)
+    run = find_run(config.ckpt) if config.ckpt else None
+    baseline: dict[str, float] = {}
+    results: dict[str, float] = {}
+    sets = []
+    if config.predictions:
+        source = config.predictions
+        [test] = asked
+        file = predictions_file(config.predictions)
+        open_answered(test.data, file)
+        sets = scored(test, file, processor)
+        for one in sets:
+            results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {f"{one.name}/rows": len(one.predictions)}
+    else:
+        task = build.task(config, adapted=run is not None)
+        source = run.checkpoint if run and run.checkpoint else config.model.path
+        if config.baseline:
+            for test in asked:
+                baseline |= {_name(test, name): value for name, value in answer(task, test, baseline=True).items()}
+        task.trained = run.checkpoint if run else None
+        for test in asked:
+            results |= {_name(test, name): value for name, value in answer(task, test).items()}
+    if rank_zero_only.rank:
+        return
+    scores = {name: value for name, value in results.items() if not name.endswith(("/seconds", "/pictures_per_second"))}
+    save_scores(config.paths.run, "test", scores)
+    if baseline:
+        save_scores(config.paths.run, "baseline", baseline)
+    if not config.predictions:
+        sets = [one for test in asked if (file := answered_file(test)) for one in scored(test, file, processor)]
+    rows = compared(benchmarks, results, published_model(config))
+    notes = [note for one in benchmarks for note in one.warnings(files_learned_from(run.config["data"]) if run else [])]
+    if benchmarks and config.model.get("template", "raw") != "raw":
+        notes.append("Questions were asked in chat markup; published scores, Qwen-VL-Chat's too, are without: model.template=raw")
+    report = Report(title=f"Scores of {source}", sets=sets, published=rows, notes=notes, earlier=list(earlier(config, asked, processor)))
+    page = Path(config.paths.run, "report.html")
+    write_report(report, page)
+
+    print(f"\nScores of {source}" + ("" if benchmarks else f" on the sets {', '.join(one.name for one in sets)}"))
+    Console().print(plain_table(rows) if benchmarks else score_table(scores, baseline or None))
+    for note in notes:
+        print(note)
+    print(f"Report: {build.shown(str(page))}   beside it: metrics.json" + ("" if config.predictions else ", predictions and pictures"))
+
+
+def _name(test, logged: str) -> str:
+    """`refcoco/val/acc_at_50` for `val/acc_at_50` of a benchmark."""
+    set, _, metric = logged.rpartition("/")
+    return f"{test.named(set)}/{metric}"
 
 
 if __name__ == "__main__":

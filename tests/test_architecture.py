@@ -15,18 +15,20 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"peft_folder"},
     {"task", "callbacks", "dialogue", "runs", "strategies", "memory", "data_report", "sweep_report"},
     {"page", "report"},
-    {"build", "capacity", "data_page", "report_page", "ranks", "resume", "sweep", "model_card"},
+    {"answered", "benchmarks", "build", "capacity", "data_page", "report_page", "ranks", "resume", "sweep", "model_card"},
     {"command", "api", "evaluation"},
     {"train", "test", "predict", "chat", "check", "export"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
-    "hydra": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict", "chat", "check", "export"},
-    "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "capacity", "train", "test", "predict"},
+    "hydra": {"benchmarks", "build", "capacity", "command", "resume", "runs", "sweep", "train", "test", "predict"},
+    "omegaconf": {"answered", "benchmarks", "build", "capacity", "command", "evaluation", "resume", "runs", "sweep"}
+    | {"train", "test", "predict", "chat", "check", "export"},
+    "lightning": {"data.datamodule", "task", "callbacks", "strategies", "build", "capacity", "evaluation", "train", "test", "predict"},
     "peft": {"adapters", "peft_folder"},
     "tiktoken": {"models"},
 }
 STARTS_FAST = {
+    "answered",
     "command",
     "resume",
     "runs",

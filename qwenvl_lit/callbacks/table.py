@@ -35,6 +35,16 @@ def score_table(scores: Mapping[str, SupportsFloat], baseline: Mapping[str, Supp
     return table
 
 
+def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Rows that all have the columns of the first, of which two are text and the others numbers."""
+    table = Table()
+    for place, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if place < 2 else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def _number(name: str, value: SupportsFloat) -> str:
     return f"{float(value):.0f}" if name.endswith("/rows") else f"{float(value):.3f}"
 

@@ -57,6 +57,7 @@ class Throughput(lightning.Callback):
         self._asked = 0.0  # when loading began
         self._counts: list[tuple[int, int, int]] = []  # rows, pictures and new tokens: none, after the first batch, by now
         self._times: list[float] = []  # of the same
+        self.rates: dict[str, float] = {}  # of the latest test or prediction, of all ranks; known to rank 0 at its end
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._marks.clear()
@@ -134,6 +135,7 @@ class Throughput(lightning.Callback):
         if not trainer.is_global_zero:
             return
         start, end = self._times[0], self._times[-1]
+        self.rates = {"seconds": end - start, "pictures_per_second": last[1] / max(end - start, 1e-9)}
         print(f"{'predict' if trainer.predicting else 'test'}: {last[0]} rows in {end - start:.1f} s, {_rates(last[1:], end - start)}")
         beside = f"loading took {start - self._asked:.1f} s before"
         if len(self._times) > 2:
