@@ -44,12 +44,12 @@ class Scored:
 
     def is_mean(self, metric: str) -> bool:
         """Whether the score is the mean of what each row scores, as of most metrics; BLEU is of all rows together."""
-        return abs(float(np.nanmean(self.scores[metric])) - self.totals[metric]) < 1e-6
+        return bool(np.isclose(np.nanmean(self.scores[metric]), self.totals[metric], rtol=1e-5, atol=1e-7))
 
     def mean(self, metric: str) -> Mean:
         """A metric's score, with its interval where it is a mean."""
-        mean = bootstrap(self.scores[metric])
-        return mean if self.is_mean(metric) else mean._replace(value=self.totals[metric], low=np.nan, high=np.nan)
+        mean = bootstrap(self.scores[metric])._replace(value=self.totals[metric])
+        return mean if self.is_mean(metric) else mean._replace(low=np.nan, high=np.nan)
 
 
 class Difference(NamedTuple):
@@ -135,7 +135,7 @@ def score(name: str, predictions: Sequence[Prediction], metrics: Mapping[str, Sa
         own = metric.clone()
         own.reset()
         own.update(predictions)
-        total = float(own.compute())
+        total = float(own.compute().float())  # as the task logs it, to the last digit
         if np.isfinite(total):
             totals[title] = total
             scores[title] = row_scores(own, predictions)
