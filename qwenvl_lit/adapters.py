@@ -271,7 +271,7 @@ def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
     try:
         safe = file.suffix == ".safetensors"
         tensors = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise DataError(f"{file} cannot be read: {error}; is it complete?") from error
     return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}  # scripts of their own keep the adapter's name
 

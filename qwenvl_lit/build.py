@@ -29,7 +29,7 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
     """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published."""
     return Task(
         family=_object(config.model),
-        adapter=_object(config.adapter) if adapted else None,
+        adapter=(_object(config.adapter) or None) if adapted else None,
         generation=generation(config),
         metrics=metrics(config),
         optim=_object(config.optim) if "optim" in config else None,

@@ -115,9 +115,9 @@ def _named(key: str) -> str | None:
     return next((a.partition("=")[2].strip("'") for a in sys.argv[1:] if a.startswith(f"{key}=") and not a.endswith("=null")), None)
 
 
-def _checkpoint_argument(run: Run) -> list[str]:
-    """From here on it is this file, also if `latest` becomes another run meanwhile; a whole model needs none besides `model.path`."""
-    return [f"ckpt={_quoted(str(run.checkpoint))}"] if run.checkpoint else []
+def _checkpoint_argument(run: Run, ckpt: str) -> str:
+    """From here on it is this file, also if `latest` becomes another run meanwhile."""
+    return f"ckpt={_quoted(str(run.checkpoint or ckpt))}"
 
 
 def _say_what_it_expects(ckpt: str, run: Run) -> None:
@@ -136,7 +136,7 @@ def _start_from_run() -> None:
     choices = ("base=run", "model=run") if run.checkpoint else ("model=run",)
     taken = [a for a in choices if not any(b.startswith(a.removesuffix("run")) for b in sys.argv)]
     place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
-    sys.argv[place : place + 1] = [*_checkpoint_argument(run), *taken]
+    sys.argv[place : place + 1] = [_checkpoint_argument(run, ckpt), *taken]
     store = ConfigStore.instance().store
     store(group="base", name="run", node=base_of(run) if run.checkpoint else {})
     for group, others in RECIPE.items():
@@ -160,8 +160,10 @@ def _offer_run(verb: str) -> None:
     if run:
         _say_what_it_expects(ckpt, run)
         place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
-        sys.argv[place : place + 1] = _checkpoint_argument(run)
+        sys.argv[place] = _checkpoint_argument(run, ckpt)
     taken = run.config if run else config_beside(predictions) if predictions else None
+    if run and run.checkpoint is None:  # a whole model, whose adapter is a recipe for training
+        taken = {**run.config, "adapter": {}}
     if any(a.startswith("benchmarks=") for a in arguments) and not any(a.startswith("data=") for a in arguments):
         sys.argv.append("data=jsonl")  # the keys that benchmarks share, for the command line to change
     for group in FROM_RUN:

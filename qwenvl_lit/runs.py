@@ -15,7 +15,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -215,16 +217,20 @@ def _base_path(expects: str | None) -> str:
 
 def _recipe(path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The config that training a published model has, with what is `stored` of another in its place; without data."""
+    config = deepcopy(_composed_for("qwen_vl" if _continues_text(path) else "qwen_vl_chat"))
+    model = stored["model"] if "_target_" in stored["model"] else {**config["model"], **stored["model"]}
+    return {**config, **stored, "model": model, "base": {}, "data": {}, "metrics": {}}
+
+
+@cache
+def _composed_for(model: str) -> dict[str, Any]:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     begun = GlobalHydra.instance().is_initialized()  # by a verb that is running
     with nullcontext() if begun else hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        composed = hydra.compose("train", [f"model={'qwen_vl' if _continues_text(path) else 'qwen_vl_chat'}"])
-    config = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    model = stored["model"] if "_target_" in stored["model"] else {**config["model"], **stored["model"]}
-    return {**config, **stored, "model": model, "base": {}, "data": {}, "metrics": {}}
+        return cast("dict[str, Any]", OmegaConf.to_container(hydra.compose("train", [f"model={model}"])))
 
 
 def _continues_text(path: str) -> bool:

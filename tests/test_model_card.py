@@ -1,0 +1,38 @@
+import json
+
+from qwenvl_lit.model_card import model_card
+from qwenvl_lit.runs import Run
+
+ADAPTER = {"_target_": "qwenvl_lit.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
+
+
+def card(folder, trained=(), **run):
+    made = Run(config={"adapter": ADAPTER}, checkpoint=folder / "best.ckpt", folder=folder, **run)
+    config = {"model": {"path": "Qwen/Qwen-VL-Chat", "template": "chatml"}}
+    return model_card("mine", run=made, trained=dict(trained), config=config, merged=True, dtype="bfloat16", compared="equal").splitlines()
+
+
+def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
+    best, last = {"step": 50, "val/loss": 1.23456, "val/caption": 0.5, "loss": 9}, {"step": 90, "val/loss": 2.0, "val/caption": None}
+    (tmp_path / "metrics.json").write_text(json.dumps({"fit": {"best": best, "last": last}}))
+    trained = {"data": {"train": "my.jsonl", "test": {}, "num_workers": 3}, "optim": {"lr": 1e-4}, "base": {"checkpoint": "before.ckpt"}}
+    lines = card(tmp_path, trained)
+    assert lines[1] == "base_model: Qwen/Qwen-VL-Chat"
+    for line in (
+        "| trained | LoRA |",
+        "| adapter.rank | `8` |",
+        "| adapter.targets | `a\\|b` |",
+        "| started from | `before.ckpt` |",
+        "| data.train | `my.jsonl` |",
+        "| optim.lr | `0.0001` |",
+        "| compared | equal |",
+        "| | best, step 50 | last, step 90 |",
+        "| loss | 1.235 | 2 |",
+        "| caption | 0.5 | - |",
+    ):
+        assert line in lines, "\n".join(lines)
+    assert not any("num_workers" in line or "quantization" in line for line in lines)
+
+
+def test_without_scores_there_is_no_table_of_them(tmp_path):
+    assert not any("Scores" in line for line in card(tmp_path))

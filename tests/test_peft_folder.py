@@ -1,0 +1,87 @@
+"""Adapter folders of others: what they say, and what cannot be used."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_network import small_network
+
+from qwenvl_lit.adapters import LoRA, read_learned
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.peft_folder import adapter_node, read_config, weights_file
+from qwenvl_lit.types import DataError
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes an adapter folder with other settings, and tensors by their names."""
+
+    def make(tensors=(), **changes):
+        config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        if tensors:
+            save_file({name: torch.zeros(2, 2) for name in tensors}, tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return make
+
+
+def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
+    made = folder(use_rslora=True, bias="none", lora_dtype="fp32", megatron_core="megatron.core", use_qa_lora=False, rank_pattern={"w1": 8})
+    assert adapter_node(made) == {
+        "_target_": "qwenvl_lit.adapters.LoRA",
+        "rank": 4,
+        "alpha": 16,
+        "dropout": 0.0,
+        "targets": ["c_attn"],
+        "options": {"use_rslora": True, "rank_pattern": {"w1": 8}},
+        "quantization": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"peft_type": "IA3"}, "of the kind IA3; only LORA"),
+        ({"peft_type": None}, "of the kind None"),
+        ({"target_modules": None}, "lacks target_modules"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 has changed the base too"),
+        ({"use_magic": True}, "says use_magic=True, which the peft installed here does not know"),
+    ],
+)
+def test_what_cannot_be_used_is_named(folder, changes, says):
+    with pytest.raises(DataError, match=says):
+        adapter_node(folder(**changes))
+
+
+def test_broken_and_missing_files_are_named(folder):
+    made = folder()
+    with pytest.raises(DataError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
+        weights_file(made)
+    (made / "adapter_model.bin").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"adapter_model\.bin cannot be read"):
+        weights_file(made)
+    (made / "adapter_config.json").write_text("{")
+    with pytest.raises(DataError, match="is no JSON"):
+        read_config(made)
+
+
+def test_an_adapter_on_the_resamplers_attention_as_a_whole_is_refused(folder):
+    made = folder(["base_model.model.transformer.visual.attn_pool.attn.lora_A.weight"])
+    with pytest.raises(DataError, match="adapts the resampler's attention as a whole"):
+        weights_file(made)
+
+
+def test_tensors_without_a_place_in_the_model_are_named(folder):
+    adapted = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"]).apply(small_network(), QwenVL.parts)
+    file = weights_file(folder(["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"]))
+    with pytest.raises(DataError, match=r"1 tensors for which this model has no place \(.*h\.7.*is it the base"):
+        read_learned(file, adapted)
+
+
+def test_a_target_that_is_no_linear_layer_is_named():
+    with pytest.raises(ValueError, match=r"matches transformer\.visual.*attn, which is no linear layer"):
+        LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn").apply(small_network(), QwenVL.parts)
