@@ -164,7 +164,6 @@ class Cider(SampleRows):
         return [len(texts), *map(len, texts), *(_word_key(word) for text in texts for word in text)]
 
     def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(rows,) CIDEr-D of each, from what `measure` gave."""
         texts = torch.stack([row[0] for row in rows])
         heads = [(row, 1 + int(row[0])) for row in rows]
         return _cider(torch.cat([row[end:] for row, end in heads]), torch.cat([row[1:end] for row, end in heads]), texts)

@@ -83,6 +83,7 @@ _KINDS = (
     r"[!?]+|\.{3,}|-{2,}|\*+|_+|'+",
     r"\S",
 )  # of tokens; the first that fits
+_SPECIAL = frozenset(f"cannot gonna gotta wanna lemme gimme {_ABBREVIATIONS} {_CASED}".lower().split())
 _TOKEN = re.compile(rf"\s*({'|'.join(_KINDS)})")
 
 
@@ -93,9 +94,16 @@ def ptb_words(caption: str) -> tuple[str, ...]:
     >>> " ".join(ptb_words('A "man" isn\\'t riding (his) horse.'))
     "a man is n't riding -lrb- his -rrb- horse"
     """
+    plain = caption.rstrip().removesuffix(".").lower().split()
+    if plain and len(plain[-1]) > 1 and _letters("".join(plain)) and _SPECIAL.isdisjoint(plain):  # as most are: ten times faster
+        return tuple(plain)
     text = caption.replace("&amp;", "&").translate(_SPELL)
     tokens = (_BRACKETS.get(token, token) for token in _TOKEN.findall(_UNKNOWN.sub("", text)))
     return tuple(_lowered(token) for token in tokens if token not in _DROPPED and not token.startswith(("...", "''")))
+
+
+def _letters(text: str) -> bool:
+    return text.isascii() and text.isalpha()
 
 
 def _lowered(token: str) -> str:

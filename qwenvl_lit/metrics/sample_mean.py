@@ -23,5 +23,8 @@ class SampleMean(SampleRows):
         value = self.score(prediction)
         return None if value is None else (value,)
 
+    def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(rows))
+
     def total(self, rows: Sequence[torch.Tensor]) -> float:
-        return math.fsum(torch.cat(list(rows)).tolist()) / len(rows)
+        return math.fsum(self.row_scores(rows).tolist()) / len(rows)

@@ -95,7 +95,7 @@ class SampleRows(Metric, ABC):
         """The score of a dataset, from what `measure` gave for each of its rows: at least one, on the CPU."""
 
     def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(rows,) what each row scores by itself."""
+        """(rows,) float64: what each row scores by itself, for looking at rows; `total` need not be their mean."""
         return torch.tensor([self.total([row]) for row in rows], dtype=torch.float64)
 
     def selects(self, prediction: Prediction) -> bool:

@@ -1,0 +1,92 @@
+"""Measure how long it takes to score captions, and write it down.
+
+    python scripts/bench_metrics.py [--record benchmarks/metrics.json]
+
+A corpus the size of COCO's val2014: 40,000 captions with five references each, of words as frequent as in a language (Zipf).
+One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torchmetrics
+
+from qwenvl_lit.metrics.captions import Bleu, Cider, RougeL
+from qwenvl_lit.metrics.ptb import ptb_words
+from qwenvl_lit.types import Conversation, Prediction
+
+ROWS, REFERENCES, WORDS, VOCABULARY, BATCH = 40_000, 5, 11, 20_000, 64
+
+
+def corpus(seed: int = 0) -> list[Prediction]:
+    """Captions of 8 to 14 words that start with a capital and end with a full stop, a quarter of them with a comma; those of a row share half
+    of their words."""
+    rng = random.Random(seed)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    vocabulary = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(VOCABULARY)]
+    frequency = [1 / rank for rank in range(1, VOCABULARY + 1)]
+    words = iter(rng.choices(vocabulary, frequency, k=2 * ROWS * (REFERENCES + 1) * (WORDS + 3)))
+
+    def caption(common: list[str]) -> str:
+        said = [word if rng.random() < 0.5 else next(words) for word in common[: WORDS + rng.randint(-3, 3)]]
+        if rng.random() < 0.25:
+            said[3] += ","
+        return " ".join(said).capitalize() + "."
+
+    predictions = []
+    for row in range(ROWS):
+        common = [next(words) for _ in range(WORDS + 3)]
+        conversation = Conversation(id=str(row), turns=(), references=tuple(caption(common) for _ in range(REFERENCES)))
+        predictions.append(Prediction(conversation=conversation, text=caption(common), parts=()))
+    return predictions
+
+
+def seconds_of(metric: torchmetrics.Metric, predictions: list[Prediction]) -> dict[str, float]:
+    """Seconds to take the answers in batches, to words included, and to compute the score."""
+    ptb_words.cache_clear()
+    start = time.perf_counter()
+    for first in range(0, len(predictions), BATCH):
+        metric.update(predictions[first : first + BATCH])
+    updated = time.perf_counter()
+    score = float(metric.compute())
+    return {
+        "update_seconds": round(updated - start, 2),
+        "compute_seconds": round(time.perf_counter() - updated, 2),
+        "seconds": round(time.perf_counter() - start, 2),
+        "state_mb": round(sum(tensor.nbytes for part in (metric.keys, metric.sizes, metric.numbers) for tensor in part) / 1e6, 1),
+        "score": round(score, 6),
+    }
+
+
+def main(written: Path | None) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    predictions = corpus()
+    metrics = {"cider": Cider(), "bleu_4": Bleu(4), "rouge_l": RougeL()}
+    result = {
+        "command": "python scripts/bench_metrics.py",
+        "device": "cpu",
+        "threads": 1,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchmetrics": torchmetrics.__version__},
+        "rows": ROWS,
+        "references": REFERENCES,
+        "metrics": {name: seconds_of(metric, predictions) for name, metric in metrics.items()},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if written:
+        written.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the result down")
+    main(parser.parse_args().record)

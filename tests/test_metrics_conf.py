@@ -1,0 +1,50 @@
+"""What conf/metrics chooses: names say which protocol was computed, and the named datasets are scored as they are published."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from qwenvl_lit.command import config_folder
+from qwenvl_lit.metrics.sample_rows import SampleRows
+
+FILES = sorted((config_folder() / "metrics").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_name_says_official_where_that_is_computed(file):
+    for name, node in OmegaConf.to_container(OmegaConf.load(file)).items():
+        metric = instantiate(node)
+        assert isinstance(metric, SampleRows)
+        assert name.endswith("_official") == (getattr(metric, "protocol", "correct") == "official")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_official_score_stands_behind_the_correct_one(file):
+    names = list(OmegaConf.to_container(OmegaConf.load(file)))
+    for place, name in enumerate(names):
+        if name.endswith("_official"):
+            assert names[place - 1] == name.removesuffix("_official")
+
+
+CAPTION = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
+VQA = ("vqa_accuracy", "vqa_accuracy_official")
+
+
+@pytest.mark.parametrize(
+    ("data", "metrics"),
+    [
+        ("coco_en_mini", CAPTION),
+        ("coco_en", CAPTION),
+        ("flickr30k", CAPTION),
+        ("nocaps", CAPTION),
+        ("vqav2", VQA),
+        ("textvqa", VQA),
+        ("docvqa", ("anls", "anls_official")),
+        ("chartqa", ("relaxed_accuracy", "relaxed_accuracy_official")),
+        ("refcoco", ("acc_at_50", "mean_iou")),
+    ],
+)
+def test_a_dataset_is_scored_as_it_is_published(data, metrics):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        assert tuple(compose("train", [f"data={data}"]).metrics) == metrics

@@ -1,0 +1,169 @@
+"""Answers in words or numbers: ANLS, relaxed accuracy, GQA, choices."""
+
+import pytest
+from toy_task import grounded
+
+from qwenvl_lit.metrics.anls import Anls, anls
+from qwenvl_lit.metrics.choice_accuracy import ChoiceAccuracy, chosen_letter
+from qwenvl_lit.metrics.gqa_accuracy import GqaAccuracy, gqa_answer_official, gqa_match
+from qwenvl_lit.metrics.relaxed_accuracy import RelaxedAccuracy, relaxed_match, relaxed_match_official
+from qwenvl_lit.types import Conversation, Prediction
+
+
+def row(name: str, text: str, *references: str, reference: str | None = None) -> Prediction:
+    return Prediction(conversation=Conversation(id=name, turns=(), references=references), text=text, parts=(), reference=reference)
+
+
+def scored(metric, *rows: Prediction) -> float:
+    metric.update(rows)
+    return metric.compute().item()
+
+
+# -- ANLS -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers", "score"),
+    [
+        ("Hello  World ", ["hello world"], 1),
+        ("helo world", ["goodbye", "hello world"], 1 - 1 / 11),
+        ("abcd", ["abxy"], 0.5),
+        ("abcd", ["axyz"], 0),
+        ("", ["x"], 0),
+        ("", [""], 1),
+        ("你好吗", ["你好"], 2 / 3),
+    ],
+)
+def test_anls_is_one_minus_the_share_of_wrong_characters(answer, answers, score):
+    assert anls(answer, answers) == pytest.approx(score)
+
+
+def test_white_space_makes_no_error_cheaper():
+    """One character of ten is wrong; the published script counts ten spaces as read right."""
+    assert anls("abcdefghix" + " " * 10, ["abcdefghij"]) == pytest.approx(0.9)
+    assert anls("abcdefghix" + " " * 10, ["abcdefghij"], protocol="official") == pytest.approx(0.95)
+
+
+def test_anls_averages_rows_and_knows_its_threshold():
+    rows = (row("a", "abcd", "abcx"), row("b", "abcd", "wxyz"), row("c", "7", reference="7"))
+    assert scored(Anls(), *rows) == pytest.approx((0.75 + 0 + 1) / 3)
+    assert scored(Anls(threshold=0.8), *rows) == pytest.approx(1 / 3)
+
+
+# -- relaxed accuracy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right", "official"),
+    [
+        ("9.5", "10", True, False),  # 5 % of 10, but 5.3 % of 9.5
+        ("10.5", "10", True, True),
+        ("10.52", "10", False, True),  # 5.2 % of 10, but 4.9 % of 10.52
+        ("1.05", "1", True, True),
+        ("0.0", "0", True, False),
+        ("0.01", "0", False, False),
+        ("50%", "0.5", True, True),
+        ("50%", "50", False, False),
+        ("-10", "-10.3", True, True),
+        ("10", "-10", False, False),
+        ("1,000", "1000", False, False),
+        (" Yes ", "yes", True, True),
+        ("yes", " yes ", True, False),
+        ("inf", "inf", True, False),
+        ("nan", "nan", True, False),
+        ("ten", "10", False, False),
+    ],
+)
+def test_numbers_may_be_five_per_cent_of_the_expected_one_off(answer, expected, right, official):
+    assert relaxed_match(answer, expected) == right
+    assert relaxed_match_official(answer, expected) == official
+
+
+def test_one_matching_answer_is_enough():
+    assert scored(RelaxedAccuracy(), row("a", "9.5", "3", "10"), row("b", "x", "y")) == 0.5
+    assert scored(RelaxedAccuracy("official"), row("a", "9.5", "3", "10"), row("b", "x", "y")) == 0
+
+
+# -- GQA --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("dog", "dog", True),
+        ("It is a dog.", "dog", True),
+        ("Yes, it is.", "yes", True),
+        ("They are the students", "students", True),
+        ("an umbrella!", "umbrella", True),
+        ("a piece of cake", "piece", True),
+        ("The panda", "panda", True),
+        ("the panda is black", "black", True),
+        ("left side of the road", "right side of the road", False),
+        ("No.", "No.", True),
+        ("no dog", "dog", False),
+        ("3.5", "3.5", True),
+    ],
+)
+def test_the_core_of_an_answer_is_what_was_expected(answer, expected, right):
+    assert gqa_match(answer, expected) == right
+
+
+def test_the_published_clean_up_cuts_words_in_pieces():
+    assert gqa_answer_official("The panda is black") == "black"
+    assert gqa_answer_official("this is it") == ""
+    assert gqa_answer_official("sea horse") == "horse"
+    assert not gqa_match("sea horse", "horse")
+    rows = (row("a", "sea horse", reference="sea horse"), row("b", "It is a dog.", reference="dog"))
+    assert scored(GqaAccuracy(), *rows) == 1
+    assert scored(GqaAccuracy("official"), *rows) == 0.5
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" b ", "B"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("c) two", "C"),
+        ("D: a dog", "D"),
+        ("A. the dog", "A"),
+        ("Answer: B", "B"),
+        ("The answer is C.", "C"),
+        ("the correct option is (D) because", "D"),
+        ("The answer is D because of the cat", "D"),
+        ("A dog", None),
+        ("a", "A"),
+        ("I think so", None),
+        ("Both", None),
+        ("The answer is a dog", None),
+        ("answered", None),
+        ("U.S. flag", None),
+        ("", None),
+    ],
+)
+def test_the_letter_that_an_answer_chooses(text, letter):
+    assert chosen_letter(text) == letter
+
+
+def test_an_answer_without_a_letter_is_wrong_and_a_row_without_one_left_out():
+    metric = ChoiceAccuracy()
+    metric.update([row("a", "(B)", reference="B"), row("b", "a dog", reference="A"), row("c", "A", "A. a dog"), row("d", "A", "a dog")])
+    with pytest.warns(UserWarning, match="1 of 4 rows left out, they have no expected letter"):
+        assert metric.compute() == pytest.approx(2 / 3)
+
+
+# -- of all -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_not_part_of_the_words():
+    dog = grounded("dog", 0, 0, 1, 1)
+    said = Prediction(
+        conversation=Conversation(id="a", turns=(), references=("a dog",)),
+        text="a <ref>dog</ref><box>(0,0),(15,15)</box>",
+        parts=("a ", dog),
+    )
+    assert scored(Anls(), said) == 1

@@ -1,0 +1,79 @@
+import pytest
+
+from qwenvl_lit.metrics.vqa_accuracy import VqaAccuracy, normalised, vqa_accuracy, vqa_accuracy_official
+from qwenvl_lit.types import Conversation, DataError, Prediction
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Yes.", "yes"),
+        ("3.5", "3.5"),
+        ("2.", "2"),
+        ("a.m.", "am"),
+        ("1,000", "1000"),
+        ("red,white", "red white"),
+        ("x-ray -1", "x ray 1"),
+        ("1,000-foot", "1000 foot"),
+        ("The Dog's", "dog's"),
+        ("12:30", "12:30"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("ten", "10"),
+        ("a cat and the dog", "cat and dog"),
+        ("dont", "don't"),
+        ("Im", "i'm"),
+        ("couldnt've", "couldn't've"),
+        ("somebodyd", "somebody'd"),
+        ("what is this?\n", "what is this"),
+        ("." * 40, ""),
+    ],
+)
+def test_answers_are_compared_in_one_form(text, words):
+    assert normalised(text) == words
+
+
+def test_accuracy_is_averaged_over_leaving_each_person_out():
+    """Of ten, k agree. Leaving one of them out, k - 1 of 3 are left; leaving another out, k."""
+    people = ["cat"] * 10
+    for k, expected in ((0, 0), (1, 9 * (1 / 3) / 10), (2, (2 / 3 * 8 + 1 / 3 * 2) / 10), (3, (7 + 3 * 2 / 3) / 10), (4, 1), (10, 1)):
+        answers = ["dog"] * k + people[k:]
+        assert vqa_accuracy("dog", answers) == pytest.approx(expected)
+        assert vqa_accuracy_official("dog", answers) == pytest.approx(expected)
+
+
+def test_what_the_published_script_takes_for_wrong_is_right():
+    assert vqa_accuracy("yes", ["Yes"] * 10) == 1
+    assert vqa_accuracy_official("yes", ["Yes"] * 10) == 0
+    assert vqa_accuracy("2", ["two"] * 10) == 1
+    assert vqa_accuracy_official("2", ["two"] * 10) == 0
+    assert vqa_accuracy("the table", ["the table"] * 10) == 1
+    assert vqa_accuracy_official("the table", ["the table"] * 10) == 0
+    assert vqa_accuracy("t-shirt", ["t-shirt"] * 10) == 1
+    assert vqa_accuracy_official("t-shirt", ["t-shirt"] * 10) == 0  # all agree, so theirs keep the hyphen
+    assert vqa_accuracy("." * 33, [""] * 10) == 1
+    assert vqa_accuracy_official("." * 33, [""] * 10) == 0
+
+
+def test_without_ids_the_script_leaves_out_all_equal_answers():
+    assert vqa_accuracy_official("yes", ["yes"] * 10, numbered=False) == 0
+    assert vqa_accuracy_official("yes", ["yes"] * 5 + ["no"] * 5, numbered=False) == 0.5
+
+
+def row(name: str, text: str, *people: str) -> Prediction:
+    return Prediction(conversation=Conversation(id=name, turns=(), references=people), text=text, parts=(), reference=people[0])
+
+
+def test_the_metric_takes_the_answers_of_four_people_or_more():
+    metric = VqaAccuracy()
+    metric.update([row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10), row("c", "yes", "yes")])
+    with pytest.warns(UserWarning, match="1 of 3 rows left out, they have no answers of four people or more"):
+        assert metric.compute() == 0.5
+
+
+def test_the_protocol_is_one_of_two():
+    official = VqaAccuracy("official")
+    official.update([row("a", "yes", *["Yes"] * 10)])
+    assert official.compute() == 0
+    with pytest.raises(DataError, match="protocol=offical: expected correct or official"):
+        VqaAccuracy("offical")
