@@ -28,7 +28,7 @@ from qwenvl_lit.runs import Run, base_of, config_folder, find_run
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
+FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "out", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("predictions", "compare", "benchmarks", "adapter.targets", "data.train", "data.test", "data.validation", "data.root")
 MAPPINGS = ("data.path_map",)  # their keys are the user's own
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
@@ -254,7 +254,9 @@ def _explain(verb: str, error: Exception) -> str:
         return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ") + hint
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"override '([^']+)'", str(error))):
         key = found[1]
-        near = difflib.get_close_matches(key, _known_keys(verb), n=3, cutoff=0.75)
+        if key in (known := _known_keys(verb)):  # of the default choices
+            return f"there is no key {key!r} with the choices made here; a key of one dataset of a mixture stands with it in data.datasets"
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
         hint = f"did you mean {' or '.join(near)}?" if near else f"see python -m qwenvl_lit.{verb} --help"
         return f"there is no key {key!r}; {hint}"
     return str(error).strip()

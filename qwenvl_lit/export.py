@@ -32,8 +32,11 @@ def main(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from qwenvl_lit import build
+    from qwenvl_lit.adapters import read_peft_file
     from qwenvl_lit.api import device_named
+    from qwenvl_lit.families.writing import PROJECTION
     from qwenvl_lit.model_card import model_card
+    from qwenvl_lit.peft_folder import weights_file
     from qwenvl_lit.runs import SETTINGS, find_run
 
     out = checked_target(config)
@@ -59,19 +62,20 @@ def main(config: DictConfig) -> None:
         else:
             write_adapter(task, folder)
         write_settings(folder / SETTINGS, settings, whole=config.merge, dtype=dtype)
-        compared = "not compared"
+        found = ["not compared with the run"]
         if batches:
             coarser = "float32" if {dtype, config.model.dtype} == {"float32"} else "bfloat16"
-            compared = compare(task, folder, batches, tolerance=TOLERANCE[coarser], device=device)
+            found = [compare(task, folder, batches, tolerance=TOLERANCE[coarser], device=device)]
         if few_bits:
-            compared += (
-                "; with the adapter over the weights as they were: the run itself has them in 4 or 8 bits, which answers differently"
-            )
+            found.append("the run holds its base in few bits, here it is as it was published: answers may differ from the run's")
+        if not config.merge and any(PROJECTION.search(name) for name in read_peft_file(weights_file(folder))):
+            found.append("the adapters on q_proj, k_proj and v_proj of the resampler load here only, elsewhere these are one tensor")
         trained = resolved(run)
-        card = model_card(out.name, run=run, trained=trained, config=settings, merged=config.merge, dtype=dtype, compared=compared)
+        card = model_card(out.name, run=run, trained=trained, config=settings, merged=config.merge, dtype=dtype, compared="; ".join(found))
         (folder / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"\nWrote {build.shown(str(out))}: {size / 1e9:.3g} GB, {dtype if config.merge else 'an adapter'}\nThe run and it: {compared}")
+    print(f"\nWrote {build.shown(str(out))}: {size / 1e9:.3g} GB, {dtype if config.merge else 'an adapter'}")
+    print("\n".join(found))
     print(f"Try it:  python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
 
 
@@ -116,6 +120,7 @@ def unfinished(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield folder
         old = out.with_name(out.name + ".old")
         if overwrite and out.exists():
+            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         folder.rename(out)
         shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,7 +254,8 @@ def test_the_base_that_an_adapter_expects_is_said_and_taken(home, does, tmp_path
 
 def test_ours_load_in_plain_peft_and_name_nothing_of_this_package(home, trained, does):
     run = trained("lora")
-    does(export, f"ckpt={run}", "out=A1", "merge=false", *ONCE)
+    printed = does(export, f"ckpt={run}", "out=A1", "merge=false", *ONCE)
+    assert "q_proj, k_proj and v_proj of the resampler load here only" in printed
     described = (home / "A1/adapter_config.json").read_text()
     assert json.loads(described)["base_model_name_or_path"] == str(home / "F")
     assert "qwenvl_lit" not in described
@@ -276,6 +278,28 @@ def test_training_goes_on_from_an_adapter_folder_and_from_a_whole_model(home, tr
     model = find_run(again).config["model"]
     assert (model["path"], model["dtype"], find_run(again).config["base"]) == ("M4", "float32", {})
     assert QwenVL.load("M4", device="cpu").processor.system == "Look."
+
+
+def test_what_was_learned_over_few_bits_is_added_to_the_weights_as_they_were(home, trained, does):
+    few_bits = home / "few_bits"
+    shutil.copytree(home / trained("lora"), few_bits)
+    file = few_bits / ".hydra/config.yaml"
+    config = OmegaConf.load(file)
+    config.adapter.quantization = {"load_in_4bit": True}
+    OmegaConf.save(config, file)
+    printed = does(export, "ckpt=few_bits", "out=M5")
+    assert "differ by" in printed
+    assert "the run holds its base in few bits" in printed
+    assert "the run holds its base in few bits" in (home / "M5/README.md").read_text()
+    does(export, "ckpt=lora", "out=M0", *ONCE)
+    whole, again = tensors(home / "M0"), tensors(home / "M5")
+    assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+
+
+def test_a_template_that_was_learned_is_the_one_that_is_written(home, trained, does):
+    does(export, f"ckpt={trained('lora')}", "model.template=raw", "++model.system=null", "out=M6", *ONCE)
+    assert json.loads((home / "M6/generation_config.json").read_text())["chat_format"] == "raw"
+    assert QwenVL.load("M6", device="cpu").base
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

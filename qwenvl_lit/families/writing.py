@@ -115,12 +115,20 @@ def write_companions(folder: Path, config: QwenVLConfig, *, dtype: str, vocabula
     stored = json.loads((base / "config.json").read_text(encoding="utf-8")) if base else {}
     code = runnable(stored.pop("auto_map", {}), folder)
     write_json(folder / "config.json", published_config(config, stored, dtype=dtype) | ({"auto_map": code} if code else {}))
-    if not (folder / "generation_config.json").exists():
-        ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
-        write_json(folder / "generation_config.json", {**PUBLISHED_GENERATION, "chat_format": template, **ids})
+    write_generation(folder / "generation_config.json", config, template)
     if not (folder / "tokenizer_config.json").exists():
         code = runnable(TOKENIZER_CODE, folder)
         write_json(folder / "tokenizer_config.json", PUBLISHED_TOKENIZER | ({"auto_map": code} if code else {}))
+
+
+def write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
+    """The published settings, unless there are others; `template` is what the weights were trained with."""
+    if not file.exists():
+        ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
+        write_json(file, {**PUBLISHED_GENERATION, "chat_format": template, **ids})
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored.get("chat_format") != template:
+        write_json(file, {**stored, "chat_format": template})
 
 
 def published_config(config: QwenVLConfig, stored: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
