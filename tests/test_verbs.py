@@ -72,6 +72,9 @@ def test_test_scores_all_sets_and_writes_predictions_in_order(home):
         assert f"test/{name}" in scores["test"]
         assert name in printed
     assert list(folder.glob("boxes/test/*.png"))
+    page = (folder / "report.html").read_text()
+    assert "Against the model before training" in page
+    assert page.count("data:image/jpeg;base64,") >= 12  # worst and best of two sets
 
 
 def test_predict_answers_a_question_and_draws_its_boxes(home):
@@ -95,7 +98,7 @@ def test_predict_takes_the_validation_rows_of_the_run_and_test_sets_of_other_dat
 
 
 def test_held_out_rows_are_those_of_the_run_and_test_falls_back_to_them(home):
-    mine = ["data=jsonl", "data.num_workers=0", f"data.root={home / 'cache/demo'}", "data.train=train.jsonl"]
+    mine = ["data=jsonl", "metrics=exact", "data.num_workers=0", f"data.root={home / 'cache/demo'}", "data.train=train.jsonl"]
     run(home, "train", "trainer=smoke", *mine, "data.validation=5", "data.seed=3", "data.batch_size=4")
     trained = newest(home, "train")
     held = list(json.loads((trained / "split.json").read_text())["validation"].values())
@@ -103,6 +106,25 @@ def test_held_out_rows_are_those_of_the_run_and_test_falls_back_to_them(home):
     printed = run(home, "test", f"ckpt={trained}")
     assert "validation" in printed
     assert [row["id"] for row in rows(newest(home, "test") / "predictions.jsonl")] == held
+
+
+def test_answers_are_scored_without_a_model_and_as_with_one(home):
+    tested = newest(home, "test")
+    printed = run(home, "test", f"predictions={tested}", f"compare=[{tested}]", "hydra.run.dir=scored")
+    scores = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (tested, home / "scored")]
+    assert scores[0] == scores[1]
+    assert f"Scores of {tested}" in printed
+    assert f"Against {tested}" in (home / "scored/report.html").read_text()
+
+
+def test_a_set_of_ones_own_asks_how_it_is_scored(home):
+    picture = next((home / "cache/demo/images").iterdir())
+    (home / "boxes.jsonl").write_text(json.dumps({"query": f"<img>{picture}</img>Where?", "response": "<box>(1,2),(3,4)</box>"}) + "\n")
+    command = [sys.executable, "-m", "qwenvl_lit.test", "ckpt=latest", "data=jsonl", "data.test=boxes.jsonl"]
+    result = subprocess.run(command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "metrics=grounding  the answers are boxes" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_checkpoint_file_alone_is_enough(home, tmp_path):
@@ -137,6 +159,7 @@ def test_broken_data_is_named_without_traceback(home):
             "qwenvl_lit.test",
             "ckpt=latest",
             "data=jsonl",
+            "metrics=exact",
             "data.test=broken.jsonl",
             f"data.num_workers={workers}",
         ]
