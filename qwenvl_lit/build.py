@@ -97,6 +97,7 @@ def start(config: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero.*")  # no validation was asked for
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated.*")  # peft asks by the name that is old in 5.2x
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # metrics join the ranks themselves
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view.*")  # nothing of ours changes it in place

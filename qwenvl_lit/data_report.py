@@ -29,7 +29,7 @@ HEADINGS: dict[Kind, str] = {
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PLACE = re.compile(rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+: ")
-_OWN = re.compile(rf"{_QUOTED}|(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*|-?\d[\d.]*")
+_OWN = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*|(?<!\w)-?\d[\d.]*")
 
 
 def reason(message: str) -> str:
@@ -37,6 +37,8 @@ def reason(message: str) -> str:
 
     >>> reason("a.jsonl:3: row 'x': picture /data/7.jpg does not exist; check the path and `data.root`")
     'picture … does not exist; check the path and `data.root`'
+    >>> reason("a.jsonl:3: row 'x': is the last turn the assistant's, and is max_length above the answer's length of 7?")
+    "is the last turn the assistant's, and is max_length above the answer's length of …?"
     """
     return _OWN.sub("…", _PLACE.sub("", message))
 
