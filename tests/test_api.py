@@ -299,7 +299,7 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     for source, message in (
-        (tmp_path / "adapter", "adapter folder of PEFT"),
+        (tmp_path / "adapter", "only LORA"),
         (tmp_path / "empty", "is no run folder"),
         ("outputs/train/nothing", "is no folder"),
     ):
