@@ -11,11 +11,11 @@ import lightning
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 
 from qwenvl_lit.adapters import read_learned
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.guard import StepGuard
+from qwenvl_lit.metrics.token_scores import TokenScores
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Task(lightning.LightningModule):
         config: plain data that is stored in every checkpoint, from which the run can be built again.
 
     Logs of each optimizer step `train/loss`, `train/accuracy` (of the next supervised token), `train/grad_norm` (before clipping);
-    `val/loss`, `val/NAME`; and `SET/NAME` for each test set, with `SET/rows`. A metric that found no row it could score is not logged.
+    of all held-out tokens `val/loss`, `val/perplexity`, `val/token_accuracy`; `val/NAME` of answers; and `SET/NAME` for each test set, with
+    `SET/rows`. A metric that found no row it could score is not logged.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Task(lightning.LightningModule):
         self.metrics = nn.ModuleDict(metrics)
         self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set being scored
         self.set_rows: list[int] = []
-        self.val_loss = MeanMetric()
+        self.val_tokens = TokenScores()
         self.guard = StepGuard()
         self.window: list[Batch] = []  # of the optimizer step that is being made
         self.register_buffer("window_sums", torch.zeros(2), persistent=False)  # its losses and right predictions
@@ -187,15 +188,17 @@ class Task(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction] | None:
         if dataloader_idx == 0:  # all rows with their answers; loader 1 has prompts of some
-            loss = self.model(**self.family.inputs(batch)).loss
-            if loss is not None:  # else every row was dropped
-                self.val_loss.update(loss, weight=len(batch.target_positions))
+            output = self.model(**self.family.inputs(batch))
+            if output.loss is not None:  # else every row was dropped
+                targets = batch.labels.flatten()[batch.target_positions + 1]
+                self.val_tokens.update(output.loss * len(targets), len(targets), (output.logits.argmax(-1) == targets).sum())
             return None
         return self._answer(batch, 0)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/loss", self.val_loss.compute(), prog_bar=True)
-        self.val_loss.reset()
+        for name, value in self.val_tokens.compute().items():
+            self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
+        self.val_tokens.reset()
         if len(self.trainer.num_val_batches) > 1:
             self._log_scores(["val"])
             self.generation.release(self.model)  # training has other uses for the memory

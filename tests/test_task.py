@@ -1,5 +1,7 @@
 """What a step does with a batch of which every row was dropped."""
 
+import math
+
 import lightning
 import pytest
 import torch
@@ -88,7 +90,11 @@ def test_loops_pass_over_batches_without_rows(tmp_path):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             losses.append(float(outputs["loss"]))
 
-    trainer(tmp_path, Watch(), Throughput(), RunLog(), max_epochs=1).fit(made, data)
+    trained = trainer(tmp_path, Watch(), Throughput(), RunLog(), max_epochs=1)
+    trained.fit(made, data)
+    held_out = trained.callback_metrics
+    assert held_out["val/perplexity"].item() == pytest.approx(math.exp(held_out["val/loss"]), rel=1e-5)
+    assert 0 <= held_out["val/token_accuracy"] <= 1
     assert sorted(loss > 0 for loss in losses) == [False, False, True, True]
     tested = trainer(tmp_path)
     tested.test(made, data, verbose=False)
