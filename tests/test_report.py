@@ -163,7 +163,8 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
         ([row("a dog on a lawn in the sun", "a brown dog sits on the grass")], "caption"),
         ([row("a long answer with a good many words")], "caption"),
         ([row("12"), row("3.5%"), row("$1,200"), row("no")], "chartqa"),
-        ([row("yes", "yes", "no")], "vqa"),
+        ([row("yes", "yes", "yes", "no", "yes")], "vqa"),
+        ([row("yes", "yes", "no")], "exact"),  # too few people to agree
         ([row("red"), row("a cat")], "exact"),
         ([row("B", options=("A", "B"))], "choice"),
     ],

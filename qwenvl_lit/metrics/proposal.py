@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
+from qwenvl_lit.metrics.vqa_accuracy import PEOPLE
 from qwenvl_lit.types import Conversation, GroundedObject
 
 LOOKED_AT = 500  # rows
@@ -25,15 +26,15 @@ def proposals(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
         return [("grounding", "the answers are boxes")]
     texts = [row.references or ("".join(part for part in row.answer.parts if isinstance(part, str)),) for row in answered]
     words = sum(len(text[0].split()) for text in texts) / len(texts)
-    several = sum(len(text) > 1 for text in texts) > len(texts) / 2
+    people = sum(len(text) >= PEOPLE for text in texts) > len(texts) / 2
     if words > 5:
         return [("caption", f"the answers are sentences, {words:.0f} words on average")]
     if sum(bool(_NUMBER.fullmatch(text[0].strip())) for text in texts) > len(texts) / 2:
         return [("chartqa", "the answers are numbers: right within 5 %"), ("exact", "or to the letter")]
-    if several:
+    if people:
         return [("vqa", "several people answered, shortly"), ("docvqa", "or any of the answers is right, nearly so in part")]
     return [
         ("exact", "the answers are short: right to the letter"),
         ("docvqa", "or nearly right in part, as for text that is read"),
-        ("vqa", "or as the VQA script compares words"),
+        ("gqa", "or said in a sentence"),
     ]

@@ -9,6 +9,7 @@ from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.metrics.sample_rows import Scoring, checked, said
 from qwenvl_lit.types import Prediction
 
+PEOPLE = 4  # at least: with fewer, no answer has three others who agree whoever is left out
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # noqa: SIM905
 _ARTICLES = ("a", "an", "the")
@@ -106,6 +107,6 @@ class VqaAccuracy(SampleMean):
 
     def score(self, prediction: Prediction) -> float | None:
         people = prediction.conversation.references
-        if len(people) < 4:
+        if len(people) < PEOPLE:
             return None
         return (vqa_accuracy if self.protocol == "correct" else vqa_accuracy_official)(said(prediction), people)
