@@ -92,10 +92,19 @@ class LoRA:
         options: Mapping[str, Any] | None = None,
         quantization: Mapping[str, Any] | None = None,
     ):
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"adapter.rank is a whole number, 1 or more, got {rank!r}")
+        for name, value in (("alpha", alpha), ("dropout", dropout)):
+            if not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"adapter.{name} is a number, 0 or more, got {value!r}")
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets if isinstance(targets, str) else list(targets)
+        try:
+            re.compile(self.targets if isinstance(self.targets, str) else "")
+        except re.error as fault:
+            raise ValueError(f"adapter.targets={targets!r} is no regular expression: {fault}") from None
         self.options = dict(options or {})
         self.quantization = dict(quantization) if quantization else None
 
@@ -103,6 +112,8 @@ class LoRA:
         from peft import LoraConfig, get_peft_model
 
         matched = {name: module for name, module in model.named_modules() if self._is_target(name)}
+        if isinstance(self.targets, list) and (idle := [end for end in self.targets if not any(_ends(name, end) for name in matched)]):
+            raise ValueError(f"adapter.targets names {', '.join(idle)}, which no module ends in")
         if not matched and self.targets != "all-linear":
             linear = sorted({re.sub(r"\d+", "N", name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
             raise ValueError(f"adapter.targets={self.targets!r} matches no module; linear layers are {', '.join(linear)}")
@@ -119,7 +130,11 @@ class LoRA:
     def _is_target(self, name: str) -> bool:
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, name) is not None
-        return any(name == end or name.endswith(f".{end}") for end in self.targets)
+        return any(_ends(name, end) for end in self.targets)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 class Learned:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
+from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
@@ -80,7 +81,11 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
         chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
     built = [_object(node) for node in chosen.values()]
     spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
-    return _object(config.trainer)(
+    make = _object(config.trainer)
+    for name in ("max_steps", "max_epochs"):
+        if not isinstance(value := config.trainer[name], int | None):
+            raise DataError(f"trainer.{name} is a whole number, got {value!r}")
+    return make(
         default_root_dir=config.paths.run,
         enable_progress_bar="progress" in chosen,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),  # else Lightning adds one of its own
@@ -93,7 +98,9 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
 def start(config: DictConfig) -> None:
     """Seed every generator, and silence what libraries say that no user can act on."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of weights that are loaded
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -30,7 +30,7 @@ from qwenvl_lit.types import DataError
 
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "out", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("predictions", "compare", "benchmarks", "adapter.targets", "data.train", "data.test", "data.validation", "data.root")
-MAPPINGS = ("data.path_map",)  # their keys are the user's own
+MAPPINGS = ("data.path_map", "optim.lr_of")  # their keys are the user's own
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 # What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own
@@ -253,18 +253,36 @@ def _explain(verb: str, error: Exception) -> str:
         choices = str(error).split("\nConfig search path")[0].strip()
         return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ") + hint
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"override '([^']+)'", str(error))):
-        key = found[1]
-        if key in (known := _known_keys(verb)):  # of the default choices
-            return f"there is no key {key!r} with the choices made here; a key of one dataset of a mixture stands with it in data.datasets"
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"see python -m qwenvl_lit.{verb} --help"
-        return f"there is no key {key!r}; {hint}"
+        return f"there is no key {found[1]!r}{_hint(verb, found[1])}"
     return str(error).strip()
 
 
+def _hint(verb: str, key: str) -> str:
+    """What to write in place of a key that does not exist with the choices of the command line."""
+    group, _, rest = key.partition(".")
+    files = [
+        file for file in sorted((config_folder() / group).glob("*.yaml")) if re.search(rf"^{re.escape(rest)}:", file.read_text(), re.M)
+    ]
+    if rest and files:
+        return (
+            f" with the choices made here; {', '.join(f'{group}={file.stem}' for file in files)} {'has' if len(files) == 1 else 'have'} it"
+        )
+    known = _known_keys(verb)
+    if key in known:
+        return " with the choices made here; a key of one dataset of a mixture stands with it in data.datasets"
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; see python -m qwenvl_lit.{verb} --help"
+
+
 def _known_keys(verb: str) -> list[str]:
+    """Keys of the config with the groups that the command line chooses."""
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    choices = [a for a in sys.argv[1:] if a.partition("=")[0] in groups]
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = hydra.compose(verb)
+        try:
+            config = hydra.compose(verb, choices)
+        except (ConfigCompositionException, MissingConfigException, OverrideParseException):  # the choices are wrong too
+            config = hydra.compose(verb)
     keys, todo = [], [("", config)]
     while todo:
         prefix, node = todo.pop()

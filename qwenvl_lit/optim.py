@@ -42,6 +42,8 @@ class AdamW:
     ):
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"optim.rounding is stochastic or nearest, got {rounding!r}")
+        if not isinstance(lr, int | float) or lr < 0:
+            raise ValueError(f"optim.lr is a number, 0 or more, got {lr!r}")
         self.lr = lr
         self.lr_of = dict(lr_of or {})
         self.betas = (betas[0], betas[1])

@@ -76,3 +76,10 @@ def resumed(config: DictConfig) -> DictConfig:
 def checkpoint_of(config: DictConfig) -> Path | None:
     """What a run goes on from; None if it begins."""
     return None if config.resume in (None, "auto") else Path(config.paths.run, LAST)
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """Optimizer steps that a checkpoint has behind it; none without one."""
+    import torch
+
+    return 0 if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]

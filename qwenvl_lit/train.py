@@ -15,7 +15,7 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.capacity import check_memory
-    from qwenvl_lit.resume import checkpoint_of
+    from qwenvl_lit.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs import contents
 
     build.start(config)
@@ -24,9 +24,12 @@ def main(config: DictConfig) -> None:
     trainer = build.trainer(config)
     check_memory(config, task, data, trainer)
     build.save_config(config)
-    trainer.fit(task, data, ckpt_path=checkpoint_of(config), weights_only=True)
+    before = checkpoint_of(config)
+    trainer.fit(task, data, ckpt_path=before, weights_only=True)
     if trainer.is_global_zero:
         run = build.shown(config.paths.run)
+        if before and trainer.global_step == steps_of(before):
+            print(f"\nNothing was left to train: the run has made its {trainer.global_step} steps; trainer.max_epochs=... goes further.")
         print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
         print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 

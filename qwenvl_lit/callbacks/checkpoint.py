@@ -22,6 +22,7 @@ from torch import nn
 from qwenvl_lit.types import Batch, DataError
 
 STOPPED = 143  # exit status of a run that SIGTERM or SIGUSR1 ended: 128 + 15, as a shell says it
+INTERRUPTED = 130  # the same of Ctrl-C, SIGINT
 
 
 class Checkpoints(Checkpoint):
@@ -32,7 +33,8 @@ class Checkpoints(Checkpoint):
     validation with the best `monitor`. A file is complete when it gets its name, so that a good one is there at any moment.
 
     On SIGTERM or SIGUSR1, as a cluster sends them before it takes a machine away, the run ends its step, or its validation, saves, and
-    exits with status 143. Lightning's own handlers are replaced: nobody else saves, or queues the job again.
+    exits with status 143. Lightning's own handlers are replaced: nobody else saves, or queues the job again. Ctrl-C does the same, with
+    status 130; a second one ends the run at once.
 
     Random numbers that are drawn between two batches, for loaders and by a validation, do not change those of training.
 
@@ -56,7 +58,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = 0  # of the last checkpoint
         self._seen_step = 0
         self._due = False
-        self._signalled = False  # this rank was
+        self._signalled = 0  # the signal that this rank got
         self._stopping = False  # all ranks are
         self._random: dict[str, Any] | None = None  # at the end of the last batch
         self._place: tuple[dict[str, Any], dict[str, Any]] | None = None  # loops and random numbers, at the end of the last step
@@ -76,7 +78,8 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
-        self._due = self._signalled = self._stopping = False
+        self._due = self._stopping = False
+        self._signalled = 0
         if self._random is None:
             self._random = random_state()
         else:  # a run goes on; its data were opened at their start, to count the steps, before it was known where
@@ -84,8 +87,20 @@ class Checkpoints(Checkpoint):
             trainer.fit_loop.setup_data()
         self._place = trainer.fit_loop.state_dict(), self._random
         if threading.current_thread() is threading.main_thread():  # the trainer puts the old handlers back
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, lambda *_: setattr(self, "_signalled", True))
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, *_: Any) -> None:
+        self._signalled = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # for the second one
+            print("\nThe run ends its step and saves; Ctrl-C again ends it at once.", flush=True)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if signal.getsignal(signal.SIGINT) == self._note_signal:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    on_exception = teardown
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
         assert self._random is not None
@@ -144,7 +159,7 @@ class Checkpoints(Checkpoint):
 
     def _must_stop(self, trainer: lightning.Trainer) -> bool:
         """Whether any rank was told to; the signal may come while they ask each other."""
-        told = self._signalled
+        told = bool(self._signalled)
         self._stopping = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
         return self._stopping
 
@@ -159,7 +174,8 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 run = trainer.default_root_dir
                 print(f"\nStopped by a signal; saved after step {trainer.global_step}. Go on:  python -m qwenvl_lit.train resume={run}")
-            raise SystemExit(STOPPED if trainer.is_global_zero else 0)  # Lightning kills rank 0 where another ends with an error
+            status = INTERRUPTED if self._signalled == signal.SIGINT else STOPPED
+            raise SystemExit(status if trainer.is_global_zero else 0)  # Lightning kills rank 0 where another ends with an error
 
     def _keep_older(self, step: int) -> None:
         name = self.folder / f"step_{step:06d}.ckpt"
@@ -284,6 +300,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # it came while torch wrote, which then complains
+            raise error.__context__ from None
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, RuntimeError):
             if "inline_container" not in reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
+log = logging.getLogger(__name__)
 SCORES = "metrics.json"
 
 
@@ -63,7 +65,23 @@ class RunLog(lightning.Callback):
             self._repeated = kept[-1] if kept and "total" not in kept[-1] else None
             _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._elapsed_before = max((record.get("elapsed_s", 0.0) for record in kept), default=0.0)
+            self._warn_of_no_validation(trainer)
         self._start = time.perf_counter()
+
+    def _warn_of_no_validation(self, trainer: lightning.Trainer) -> None:
+        if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
+            return
+        batches = trainer.num_training_batches * (trainer.max_epochs or 1) if (trainer.max_epochs or 1) > 0 else math.inf
+        if self._total is not None:
+            batches = min(batches, self._total * trainer.accumulate_grad_batches)
+        if batches < trainer.val_check_batch:
+            log.warning(
+                "this run has %d batches and validates every %d: it will have no validation and no best checkpoint; set "
+                "trainer.val_check_interval=%d for one at its end",
+                batches,
+                trainer.val_check_batch,
+                min(batches, trainer.num_training_batches),
+            )
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer

@@ -46,7 +46,9 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def _number(name: str, value: SupportsFloat) -> str:
-    return f"{float(value):.0f}" if name.endswith("/rows") else f"{float(value):.3f}"
+    return (
+        f"{float(value):.0f}" if name.endswith("/rows") else f"{round(float(value), 6):.3f}"
+    )  # logged as float32: 0.8325 is a little less
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -72,6 +72,9 @@ class DataModule(lightning.LightningDataModule):
         for name, value, choices in (("order", order, ("mixed", "staged")), ("on_bad_picture", on_bad_picture, ("error", "drop"))):
             if value not in choices:
                 raise ValueError(f"data.{name} is {' or '.join(choices)}, got {value!r}")
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"data.{name} is a whole number, 1 or more, got {value!r}")
         if datasets is not None and source:
             raise ValueError(f"data.{next(iter(source))} belongs to a single dataset; give it to one of data.datasets")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
