@@ -133,6 +133,7 @@ def score(name: str, predictions: Sequence[Prediction], metrics: Mapping[str, Sa
     totals, scores = {}, {}
     for title, metric in metrics.items():
         own = metric.clone()
+        own.distributed_available_fn = lambda: False  # all answers are here; other processes may be there and do not take part
         own.reset()
         own.update(predictions)
         total = float(own.compute().float())  # as the task logs it, to the last digit

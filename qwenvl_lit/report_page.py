@@ -18,6 +18,9 @@ from qwenvl_lit.types import BadPicture, Prediction
 SHOWN = 6  # of the best, of the worst, and of those that changed, of each set
 MOST_PICTURES = 4  # of a row
 MOST_REFERENCES = 10
+LEGEND = (
+    '<p class="faint">Boxes are <span class="predicted">solid</span> as predicted, <span class="expected">dashed</span> as expected.</p>'
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +94,7 @@ def _set(scored: Scored) -> Iterator[str]:
     values = first_scores(scored)
     for heading, places in (("Worst answers", worst), ("Best answers", best)):
         if places:
-            yield f"<h3>{heading}</h3>"
+            yield f"<h3>{heading}</h3>{LEGEND}"
             for place in places:
                 yield _example(scored.predictions[place], f"score {_number(values[place])}")
 
@@ -152,7 +155,7 @@ def _pictures(prediction: Prediction) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.3f}"
+    return "–" if np.isnan(value) else f"{round(value, 6):.3f}"
 
 
 def _range(mean: Mean, *, signed: bool = False) -> str:

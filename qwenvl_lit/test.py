@@ -46,7 +46,7 @@ def main(config: DictConfig) -> None:
             results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {f"{one.name}/rows": len(one.predictions)}
     else:
         task = build.task(config, adapted=run is not None)
-        source = run.checkpoint if run and run.checkpoint else config.model.path
+        source = build.shown(str(run.checkpoint)) if run and run.checkpoint else config.model.path
         if config.baseline:
             for test in asked:
                 baseline |= {_name(test, name): value for name, value in answer(task, test, baseline=True).items()}

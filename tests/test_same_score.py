@@ -93,6 +93,9 @@ def everywhere(folder: Path, file: Path, **options) -> None:
         else:
             getattr(run, name)(made, rows)
             found[name] = kept.scores
+        if name == "test" and run.is_global_zero:  # alone, while the other process is there
+            [answered] = answers(folder / "test/predictions.jsonl", rows.test, made.processor).values()
+            found["file"] = score("validation", answered, metrics()).totals
     if run.is_global_zero:
         (folder / "scores.json").write_text(json.dumps(found))
 
@@ -130,7 +133,7 @@ def test_validation_test_and_a_file_of_answers_give_one_score(runs, processes):
     logged = json.loads((runs[processes] / "scores.json").read_text())
     alone = json.loads((runs["one"] / "scores.json").read_text())["test"]
     assert logged["fit"].keys() == metrics().keys()
-    assert logged["fit"] == logged["test"] == alone
+    assert logged["fit"] == logged["test"] == logged["file"] == alone
     assert 0 < alone["exact"] < alone["anls"] < 1
     assert 0 < alone["cider"] < 10
     rows = {"validation": read_rows(str(runs["rows"]))}
