@@ -23,7 +23,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 suite: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
