@@ -121,7 +121,7 @@ def test_there_are_no_import_cycles():
             del graph[module]
 
 
-@pytest.mark.parametrize("module", STARTS_FAST)
+@pytest.mark.parametrize("module", sorted(STARTS_FAST))
 def test_the_command_line_starts_without_heavy_imports(module):
     heavy = {"torch", "lightning", "transformers", "peft", "torchmetrics", "matplotlib", "numpy"}
     assert not heavy & {name.split(".")[0] for name in imports(modules()[module], at_start_only=True)}

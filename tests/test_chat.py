@@ -269,7 +269,10 @@ def test_a_person_at_a_terminal_edits_recalls_stops_and_leaves(tmp_path):
             terminal.until("[a-z]{3}")  # the answer has begun
             terminal.type("\x03")
             terminal.until(r"\(stopped\)\s+you> ")
-        terminal.type("half a line\x03")
+        terminal.type("half a line")
+        terminal.until("half a line")
+        time.sleep(0.3)  # readline notices a signal only while it waits for a key
+        terminal.type("\x03")
         terminal.until(r"ends the chat\s+you> ")
         terminal.type("\x04")
         terminal.until("The conversation: outputs/chat/")
