@@ -60,7 +60,21 @@ def tests(config: DictConfig, processor: Processor, benchmarks: Sequence[Benchma
     for test in found:
         if not test.metrics:
             _refuse(test.data)
+    for test in found if len(found) > 1 else ():  # what the last one lacks is told before the first is answered
+        test.data.prepare_data()
+        test.data.setup("test")
+    for place in config.compare or ():
+        _files_of(place, found)
     return found
+
+
+def _files_of(place: str, all_tests: Sequence[Test]) -> list[tuple[Test, Path]]:
+    """Where an earlier run has its answers to each test.
+
+    Raises:
+        DataError: it has none.
+    """
+    return [(test, predictions_file(Path(place, test.title) if test.title else place)) for test in all_tests]
 
 
 def _refuse(data: DataModule) -> None:
@@ -133,8 +147,7 @@ def earlier(config: DictConfig, all_tests: Sequence[Test], processor: Processor)
         sets = [one for test in before for one in scored(test, test.folder / BASELINE, processor)]
         yield Earlier(name="the model before training", sets={one.name: one for one in sets})
     for place in config.compare or ():
-        files = [(test, predictions_file(Path(place, test.title) if test.title else place)) for test in all_tests]
-        sets = [one for test, file in files for one in scored(test, file, processor)]
+        sets = [one for test, file in _files_of(place, all_tests) for one in scored(test, file, processor)]
         yield Earlier(name=str(place), sets={one.name: one for one in sets})
 
 

@@ -41,9 +41,10 @@ def main(config: DictConfig) -> None:
 
     out = checked_target(config)
     dtype = config.dtype or config.model.dtype
-    for key, value, choices in (("dtype", dtype, DTYPES), ("compare", config.compare, ("run", "sample", "none"))):
+    flags = [(key, config[key], (True, False)) for key in ("merge", "overwrite")]
+    for key, value, choices in (("dtype", dtype, DTYPES), ("compare", config.compare, ("run", "sample", "none")), *flags):
         if value not in choices:
-            raise DataError(f"{key} is one of {', '.join(choices)}, got {value!r}")
+            raise DataError(f"{key} is one of {', '.join(map(str, choices)).lower()}, got {value!r}")
     build.start(config)
     run = find_run(config.ckpt) if config.ckpt else None
     few_bits = run is not None and bool(config.adapter.get("quantization"))

@@ -70,7 +70,10 @@ def main(config: DictConfig) -> None:
     write_report(report, page)
 
     print(f"\nScores of {source}" + ("" if benchmarks else f" on the sets {', '.join(one.name for one in sets)}"))
-    Console().print(plain_table(rows) if benchmarks else score_table(scores, baseline or None))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has room for whole names
+    console.print(plain_table(rows) if benchmarks else score_table(scores, baseline or None))
     for note in notes:
         print(note)
     print(f"Report: {build.shown(str(page))}   beside it: metrics.json" + ("" if config.predictions else ", predictions and pictures"))

@@ -196,7 +196,7 @@ FOREIGN = {
     "swift": {**OLD, "r": 2, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["c_attn"], "rank_pattern": {}},
 }
 FOREIGN["official"] |= {"auto_mapping": None, "base_model_name_or_path": "F"}
-FOREIGN["swift"] |= {"base_model_name_or_path": "/home/them/.cache/modelscope/hub/qwen/Qwen-VL-Chat", "lora_dtype": None, "lorap_lr_ratio": None}
+FOREIGN["swift"] |= {"base_model_name_or_path": "/home/them/hub/qwen/Qwen-VL-Chat", "lora_dtype": None, "lorap_lr_ratio": None}
 LAYERS = {"attn.c_attn": (32, 96), "attn.c_proj": (32, 32), "mlp.w1": (32, 32), "mlp.w2": (32, 32)}
 
 
@@ -247,7 +247,7 @@ def test_the_base_that_an_adapter_expects_is_said_and_taken(home, does, tmp_path
     capsys.readouterr()
     command._say_what_it_expects("swift", find_run(str(tmp_path / "swift")))
     said = capsys.readouterr().err
-    assert said == "swift is an adapter for /home/them/.cache/modelscope/hub/qwen/Qwen-VL-Chat; its base here: model.path=F\n"
+    assert said == "swift is an adapter for /home/them/hub/qwen/Qwen-VL-Chat; its base here: model.path=F\n"
     with pytest.raises(MissingMandatoryValue, match="path"):
         does(export, f"ckpt={tmp_path / 'nameless'}", "out=M3", *ONCE)
 

@@ -25,14 +25,15 @@ ARCHIVES = (
 )
 
 
-def fetch_vqav2(root: str | Path, download: bool = True) -> None:
-    """See that `root` holds VQAv2's files in `vqav2` and COCO's pictures in `coco`.
+def fetch_vqav2(root: str | Path, download: bool = True, *, splits: Sequence[str] = ("train2014", "val2014")) -> None:
+    """See that `root` holds VQAv2's files of `splits` in `vqav2` and COCO's pictures in `coco`.
 
     Raises:
         DataError: as `provide`.
     """
-    provide(ARCHIVES, Path(root) / "vqav2", download=download)
-    fetch_coco(root, download, files=("train2014", "val2014"), folder="coco")
+    wanted = [archive for archive in ARCHIVES if any(split in archive.gives[0] for split in splits)]
+    provide(wanted, Path(root) / "vqav2", download=download)
+    fetch_coco(root, download, files=splits, folder="coco")
 
 
 def read_vqa(source: str, reading: Reading = DEFAULT, *, picture: str) -> Sequence[Conversation]:

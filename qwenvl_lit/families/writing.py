@@ -93,6 +93,7 @@ def write_weights(
         tensors = {tensor: packed(read, tensor).to(dtype).clone(memory_format=torch.contiguous_format) for tensor in names}
         if kind == "safetensors":
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors lets nobody else read it
         else:
             torch.save(tensors, folder / file)
         del tensors
