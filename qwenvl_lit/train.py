@@ -24,12 +24,13 @@ def main(config: DictConfig) -> None:
     trainer = build.trainer(config)
     check_memory(config, task, data, trainer)
     build.save_config(config)
-    before = checkpoint_of(config)
-    trainer.fit(task, data, ckpt_path=before, weights_only=True)
+    checkpoint = checkpoint_of(config)
+    steps_before = steps_of(checkpoint)  # the run writes another checkpoint under this name
+    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         run = build.shown(config.paths.run)
-        if before and trainer.global_step == steps_of(before):
-            print(f"\nNothing was left to train: the run has made its {trainer.global_step} steps; trainer.max_epochs=... goes further.")
+        if checkpoint and trainer.global_step == steps_before:
+            print(f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.max_epochs=... goes further.")
         print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
         print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 
