@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -167,6 +168,14 @@ class QwenVLModel(QwenVLPreTrainedModel):
             cache.ntk_alpha = ntk_alpha(length, self.config.seq_length)
         return cache.ntk_alpha
 
+    def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pictures (N, 3, S, S) -> (N, Q, D). A tower that does not train computes in its own precision, whatever trains after it, and keeps
+        nothing for gradients: so its features are always the same, and may be stored."""
+        if pixel_values.requires_grad or any(tensor.requires_grad for tensor in self.visual.parameters()):
+            return self.visual(pixel_values)
+        with torch.no_grad(), computed_as_stored(pixel_values.device):
+            return self.visual(pixel_values)
+
     def _write_pictures(
         self,
         x_BTD: torch.Tensor,
@@ -182,7 +191,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         if (pixel_values is not None or features is not None) and cache is not None and cache.get_seq_length() > 0:
             pixel_values = features = None  # they are in the cache
         if pixel_values is not None and len(pixel_values):
-            features = self.visual(pixel_values)
+            features = self.see(pixel_values)
         elif self.training and any(tensor.requires_grad for tensor in self.visual.parameters()):
             # Other ranks may have pictures and wait for this one's gradients. One patch is enough to reach every parameter.
             nothing = x_BTD.new_zeros(1, 3, self.visual.patch_size, self.visual.patch_size)
@@ -297,7 +306,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Pictures (N, 3, S, S) -> what `forward` takes as `vision_features`, (N, Q, D)."""
-        return self.transformer.visual(pixel_values)
+        return self.transformer.see(pixel_values)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, prompt_length=None, **kwargs):
         """Pictures go in with the prompt; after it they are in the cache. Without one they go in each time, and rows get longer."""
@@ -331,6 +340,11 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             rows = positions // length * expand_size + copies  # row r becomes the rows r * expand_size, r * expand_size + 1, ...
             positions = (rows * length + positions % length).flatten()
         return ids, kwargs | dict(zip(PICTURES, (pixel_values, positions, features), strict=True)) | {"prompt_length": length}
+
+
+def computed_as_stored(device: torch.device) -> AbstractContextManager:
+    """No autocast inside."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def find_picture_tokens(input_ids: torch.Tensor | None, pictures: int, config: QwenVLConfig) -> torch.Tensor:
