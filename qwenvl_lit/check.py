@@ -19,8 +19,8 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.data.inspection import inspect, workers_here
-    from qwenvl_lit.data_page import examples, write_page
-    from qwenvl_lit.data_report import print_summary, write_findings
+    from qwenvl_lit.reports.data import print_summary, write_findings
+    from qwenvl_lit.reports.data_page import examples, write_page
 
     build.start(config)
     processor = build.processor(config)

@@ -35,8 +35,8 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.adapters import read_peft_file
     from qwenvl_lit.api import device_named
     from qwenvl_lit.families.writing import PROJECTION
-    from qwenvl_lit.model_card import model_card
     from qwenvl_lit.peft_folder import weights_file
+    from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import SETTINGS, find_run
 
     out = checked_target(config)

@@ -15,8 +15,8 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.capacity import check_memory
-    from qwenvl_lit.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs import contents
+    from qwenvl_lit.runs.resume import checkpoint_of, steps_of
 
     build.start(config)
     task = build.task(config)

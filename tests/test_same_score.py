@@ -24,7 +24,7 @@ from qwenvl_lit.metrics.captions import Bleu, Cider
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.optim import AdamW
-from qwenvl_lit.report import answers, score
+from qwenvl_lit.reports.scores import answers, score
 from qwenvl_lit.task import Task
 
 ROWS = 7

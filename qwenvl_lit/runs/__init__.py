@@ -58,7 +58,7 @@ class Run:
 
 def config_folder() -> Path:
     """`conf/` of a checkout, or the copy inside an installed package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
 
 

@@ -9,7 +9,7 @@ from html import escape
 
 from PIL import Image
 
-from qwenvl_lit.data_report import printable
+from qwenvl_lit.reports.data import printable
 
 PICTURE_SIDE_PX = 480
 

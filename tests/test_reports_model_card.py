@@ -1,6 +1,6 @@
 import json
 
-from qwenvl_lit.model_card import model_card
+from qwenvl_lit.reports.model_card import model_card
 from qwenvl_lit.runs import Run
 
 ADAPTER = {"_target_": "qwenvl_lit.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}

@@ -30,7 +30,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qwenvl_lit.sweep_report import COMPOSED, JOB, read_scores, report, result_table, save_result, varied
+from qwenvl_lit.sweep.results import COMPOSED, JOB, read_scores, report, result_table, save_result, varied
 from qwenvl_lit.types import DataError
 
 OUTPUT = "output.log"

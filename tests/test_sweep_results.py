@@ -5,7 +5,7 @@ from io import StringIO
 
 import pytest
 
-from qwenvl_lit.sweep_report import draw, read_results, read_scores, report, result_table, save_result, varied
+from qwenvl_lit.sweep.results import draw, read_results, read_scores, report, result_table, save_result, varied
 from qwenvl_lit.types import DataError
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from qwenvl_lit.callbacks.drawing import draw_objects, objects_of_picture
 from qwenvl_lit.chatml import runs
 from qwenvl_lit.data.inspection import Inspection, SetFacts
-from qwenvl_lit.data_report import HEADINGS, error_count, histogram, overlap_lines, reasons, set_facts
 from qwenvl_lit.families.protocols import Processor
-from qwenvl_lit.page import PICTURE_SIDE_PX, bars, page, picture, table, text
+from qwenvl_lit.reports.data import HEADINGS, error_count, histogram, overlap_lines, reasons, set_facts
+from qwenvl_lit.reports.page import PICTURE_SIDE_PX, bars, page, picture, table, text
 from qwenvl_lit.types import Conversation
 
 SHOWN_ERRORS = 200

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from qwenvl_lit.data.inspection import File, Inspection, Overlap, SetFacts
 from qwenvl_lit.data.survey import Finding
-from qwenvl_lit.data_report import histogram, percentiles, print_summary, printable, reason, reasons, write_findings
+from qwenvl_lit.reports.data import histogram, percentiles, print_summary, printable, reason, reasons, write_findings
 
 
 def error(index: int, message: str, kind="error") -> Finding:

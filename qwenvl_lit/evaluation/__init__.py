@@ -1,0 +1,1 @@
+"""How `test` measures: which sets, by whose protocol, with which answers."""
