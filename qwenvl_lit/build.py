@@ -34,6 +34,7 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
         generation=generation(config),
         metrics=metrics(config),
         optim=_object(config.optim) if "optim" in config else None,
+        speed=_object(config.speed) if "speed" in config else None,
         base=(_object(config.base) or None) if adapted else None,
         config=OmegaConf.to_container(config),
     )
@@ -41,7 +42,7 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
 
 def trained(run: Run, changes: Mapping[str, Any]) -> Task:
     """The task of a run, to use what it has learned (`run.checkpoint`); `changes` are fields of its model."""
-    config = {name: value for name, value in run.config.items() if name != "optim"}
+    config = {name: value for name, value in run.config.items() if name not in ("optim", "speed")}
     whole = {"base": None, **config, "model": {**config["model"], **changes}, "metrics": {}}
     return task(OmegaConf.create(whole), adapted=run.checkpoint is not None)
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 from rich.table import Table
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.optim import CHUNK, part_of_tensor
+from qwenvl_lit.types import Conversation, Picture, Turn
+
+if TYPE_CHECKING:
+    from qwenvl_lit.families.protocols import Family
 
 GIB = 2**30
 FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384
+SPARE = 1.04  # of what is estimated: memory in pieces too small to be used
+CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card
 Spread = Literal["one", "replicated", "sharded"]  # over the cards: a single one, DDP, FSDP
 
 
@@ -36,13 +45,29 @@ class Need:
         return sum(self.weights.values()) + self.gradients + self.states + self.activations + self.workspace
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """Bytes that one forward and backward pass holds besides weights and their gradients."""
+
+    blocks: Mapping[str, tuple[int, int]]  # module path of each block that keeps anything -> of its input, and of all that it keeps
+    beside: int
+
+    def bytes(self, recomputed: int | None = 0) -> int:
+        """The most at any moment, if so many blocks, the first ones, keep their input and one at a time runs again; None: all."""
+        blocks = list(self.blocks.values())
+        again = blocks[:recomputed]
+        kept = sum(every for _, every in blocks[len(again) :]) + sum(given for given, _ in again)
+        return self.beside + kept + max((every for _, every in again), default=0)
+
+
 def need(
     model: nn.Module,
     inputs: Mapping[str, Any],
     parts: Mapping[str, str],
     *,
     four_bits: bool = False,
-    checkpointing: bool = False,
+    recomputed: int | None = 0,
+    activations: Activations | None = None,
     spread: Spread = "one",
     cards: int = 1,
 ) -> Need:
@@ -51,7 +76,8 @@ def need(
     Args:
         parts: of the family, name -> module path.
         four_bits: linear layers but the head are held in 4 bits.
-        checkpointing: blocks run again for their gradients.
+        recomputed: see `Activations.bytes`.
+        activations: those of `model` and `inputs`, if they are known already.
     """
     share = cards if spread == "sharded" else 1
     narrow = _narrow(model, parts) if four_bits else set()
@@ -61,16 +87,16 @@ def need(
         weights[part_of_tensor(name, parts) or "other"] += size / share
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     gradients = sum(map(_bytes, trained)) / share
-    activations = activation_bytes(model, inputs, checkpointing=checkpointing)
+    held = (activations or activations_of(model, inputs)).bytes(recomputed)
     workspace = _workspace(model, trained, gradients, spread) + max((_bytes(t) for t in model.parameters() if id(t) in narrow), default=0)
     if spread == "sharded":  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
         at_rest = 0 if any(tensor.dtype == torch.bfloat16 for tensor in trained) else gradients
-        workspace = max(workspace, sum(weights.values()) * (cards - 1) + at_rest - gradients - activations)
+        workspace = max(workspace, sum(weights.values()) * (cards - 1) + at_rest - gradients - held)
     return Need(
         weights={part: weights[part] for part in (*parts, "other") if part in weights},
         gradients=gradients,
         states=2 * gradients,  # of the type of the weights, as AdamW keeps them
-        activations=activations,
+        activations=held,
         workspace=workspace,
     )
 
@@ -93,12 +119,8 @@ def _units(model: nn.Module) -> Iterator[tuple[int, int]]:
             yield sum(map(_bytes, tensors)), sum(tensor.numel() for tensor in tensors)
 
 
-def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, checkpointing: bool = False) -> float:
-    """The most that one forward and backward pass holds besides weights and their gradients.
-
-    A forward pass on the meta device tells what autograd keeps for each block. With `checkpointing` a block keeps its input, and one
-    block at a time the rest.
-    """
+def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
+    """A forward pass on the meta device tells what autograd keeps for each block."""
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets its address
     bytes_of: dict[nn.Module | None, int] = defaultdict(int)
@@ -119,19 +141,17 @@ def activation_bytes(model: nn.Module, inputs: Mapping[str, Any], *, checkpointi
     def leave(block: nn.Module, args: Any, output: Any) -> None:
         inside.pop()
 
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    handles = [hook for block in blocks for hook in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))]
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    hooks = [(block.register_forward_pre_hook(enter), block.register_forward_hook(leave)) for block in blocks.values()]
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
             output = model(**inputs)
     finally:
-        for handle in handles:
+        for handle in chain(*hooks):
             handle.remove()
-    outside = bytes_of.pop(None, 0)
     backward = 2 * max(_bytes(output.logits) * 4 // output.logits.dtype.itemsize, max(entered.values(), default=0))
-    if not checkpointing:
-        return outside + sum(bytes_of.values()) + backward
-    return outside + sum(entered[block] for block in bytes_of) + max(bytes_of.values(), default=0) + backward
+    found = {name: (entered[block], bytes_of[block]) for name, block in blocks.items() if bytes_of.get(block)}
+    return Activations(blocks=found, beside=bytes_of[None] + backward)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -153,6 +173,18 @@ class _Attended(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         raise NotImplementedError("nothing is computed here: only what would be kept is counted")
+
+
+def blocks_to_recompute(
+    model: nn.Module, inputs: Mapping[str, Any], parts: Mapping[str, str], room: float, *, four_bits: bool, spread: Spread, cards: int
+) -> list[str]:
+    """Module paths of the fewest blocks that have to run again for their gradients, so that training fits into `room` bytes of a card; all
+    if nothing is enough. The arguments are those of `need`."""
+    activations = activations_of(model, inputs)
+    blocks = list(activations.blocks)
+    options: dict[str, Any] = {"activations": activations, "four_bits": four_bits, "spread": spread, "cards": cards}
+    needs = (need(model, inputs, parts, recomputed=count, **options) for count in range(len(blocks) + 1))
+    return blocks[: next((count for count, found in enumerate(needs) if fits(found, room)), len(blocks))]
 
 
 def need_table(found: Need, room: float | None, what: str) -> Table:
@@ -181,3 +213,29 @@ def _narrow(model: nn.Module, parts: Mapping[str, str]) -> set[int]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
+
+
+def fits(found: Need, room: float) -> bool:
+    return found.total * SPARE + CONTEXT <= room
+
+
+def gpu_room() -> float:
+    """Bytes of the smallest GPU that this process sees."""
+    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+
+
+def training_inputs(family: Family, rows: int, *, tokens: int, pictures: int = 1, targets: int = 64) -> dict[str, Any]:
+    """Arguments of the network for `rows` equal rows, on the meta device: of about so many tokens, so many of them learned."""
+    processor = family.processor()
+    if most := processor.settings.get("max_length"):
+        tokens = min(tokens, most)
+    answer = "1" * max(1, targets - 1)  # a digit is a token in every vocabulary, and an end mark is learned too
+    length = processor.length(_row(pictures, "", answer))[0]
+    sample = processor.encode(_row(pictures, "1" * max(0, tokens - length), answer))
+    inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * rows))
+    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def _row(pictures: int, question: str, answer: str) -> Conversation:
+    parts = (*(Picture(Image.new("RGB", (8, 8))) for _ in range(pictures)), question)
+    return Conversation(id="a row", turns=(Turn(role="user", parts=parts), Turn(role="assistant", parts=(answer,))))

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from qwenvl_lit.memory import Spread
 from qwenvl_lit.types import DataError
 
 
@@ -104,6 +105,12 @@ class FullyShard(ModelParallelStrategy):
 
     def _units(self) -> list[FSDPModule]:
         return [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+
+
+def spread_of(trainer: lightning.Trainer) -> tuple[Spread, int]:
+    """How a trainer's strategy spreads the weights, and over how many cards."""
+    cards = trainer.num_devices * trainer.num_nodes
+    return "sharded" if isinstance(trainer.strategy, FullyShard) else "replicated" if cards > 1 else "one", cards
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

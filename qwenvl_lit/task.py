@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Family
     from qwenvl_lit.generation import Generation
     from qwenvl_lit.optim import AdamW
+    from qwenvl_lit.speed import Speed
     from qwenvl_lit.types import Batch, Prediction
 
 
@@ -33,6 +34,7 @@ class Task(lightning.LightningModule):
 
     Args:
         adapter: what is trained; None for a model that is used as it was published.
+        speed: how the model is made fast to train; a task that only answers has none.
         base: what an earlier run learned, which this one starts from.
         metrics: scores of predictions by name; each set of rows gets copies of its own.
         config: plain data that is stored in every checkpoint, from which the run can be built again.
@@ -50,6 +52,7 @@ class Task(lightning.LightningModule):
         generation: Generation,
         metrics: Mapping[str, Metric],
         optim: AdamW | None = None,
+        speed: Speed | None = None,
         base: Learned | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -59,6 +62,7 @@ class Task(lightning.LightningModule):
         self.base = base
         self.generation = generation
         self.optim = optim
+        self.speed = speed
         self.config = config
         self.processor = family.processor()
         self.model: nn.Module | None = None
@@ -86,8 +90,8 @@ class Task(lightning.LightningModule):
         if self.model is None:
             model = self._load_base()
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
-            if self.adapter and self.family.checkpointing:  # after the adapter, or peft would do what `recompute_blocks` undoes
-                recompute_blocks(self.model)
+            if self.adapter and self.speed:
+                self.speed.apply(self.model, family=self.family, adapter=self.adapter, trainer=self.trainer)
         if self.trained is not None:
             checkpoint, self.trained = self.trained, None
             try:
@@ -147,7 +151,7 @@ class Task(lightning.LightningModule):
             DataError: a trainable tensor got no gradient, or the gradient before this one was not finite.
         """
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
-        tokens = self.window_sums.new_tensor([sum(len(batch.target_positions) for batch in self.window)])
+        tokens = self.window_sums.new_full((1,), sum(len(batch.target_positions) for batch in self.window))  # a copy would be waited for
         loss, correct, tokens = self.trainer.strategy.reduce(torch.cat((self.window_sums, tokens)), reduce_op="sum")
         gradients = self._gradients()
         # Lightning has divided by the number of batches, and the ranks' sums were averaged
@@ -276,10 +280,3 @@ class Task(lightning.LightningModule):
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def recompute_blocks(model: nn.Module) -> None:
-    """Let the blocks of a transformers model, or of one inside adapters, run again for their gradients; the tower's too, if it trains."""
-    name = "activation_checkpointing_enable"  # since transformers 5.2x; "gradient_checkpointing_enable" before
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-    model.disable_input_require_grads()  # for the reentrant kind alone; with it the first block's input would get a gradient for nothing

@@ -53,8 +53,8 @@ def test_the_demo_needs_too_little_to_tell(tmp_path, cards, capsys):
 @pytest.mark.parametrize(
     ("gib", "arguments", "advice"),
     [
-        (16, ["adapter=lora", "data.batch_size=64"], r"What fits: model\.checkpointing=true \("),
-        (5, ["adapter=lora", "data.batch_size=64"], r"What fits: model\.checkpointing=true data\.batch_size=1, with "),
+        (16, ["adapter=lora", "data.batch_size=64", "speed.checkpointing=none"], r"What fits: speed\.checkpointing=auto \("),
+        (5, ["adapter=lora", "data.batch_size=64"], r"What fits: speed\.checkpointing=auto data\.batch_size=1, with "),
         (12, [], r"What fits: strategy=fsdp trainer\.devices=2 .* or adapter=lora "),
         (10, [], r"What fits: strategy=fsdp trainer\.devices=4 .* or adapter=lora "),
         (3, [], r"What fits: adapter=qlora "),

@@ -18,15 +18,15 @@ KEYS = {
     "train": {"seed", "paths", "adapter", "optim", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "sweep"},
     "test": {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data", "callbacks", "logger", "ckpt", "baseline"},
 }
-KEYS["train"] |= {"resume", "base", "ckpt", "memory"}
+KEYS["train"] |= {"resume", "base", "ckpt", "memory", "speed"}
 KEYS["test"] |= {"base"}
 BASIC = KEYS["test"]
 KEYS["test"] = BASIC | {"benchmarks", "predictions", "compare"}
 KEYS["predict"] = BASIC - {"baseline"} | {"picture", "prompt", "answered"}
 KEYS["chat"] = BASIC - {"baseline", "data", "callbacks", "logger"} | {"device", "system", "multiline"}
 KEYS["export"] = BASIC - {"baseline", "callbacks", "logger"} | {"out", "merge", "dtype", "overwrite", "compare", "device"}
-KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt", "memory"} | {"workers", "examples"}
-ONLY_TRAIN = {"sweep", "base", "experiment"}
+KEYS["check"] = KEYS["train"] - {"callbacks", "logger", "sweep", "resume", "base", "ckpt", "memory", "speed"} | {"workers", "examples"}
+ONLY_TRAIN = {"sweep", "base", "experiment", "speed"}
 NOT_OF = {"train": set(), "test": ONLY_TRAIN, "predict": ONLY_TRAIN, "check": {"callbacks", "logger", "strategy", *ONLY_TRAIN}}
 NOT_OF["chat"] = NOT_OF["check"] | {"data"}
 NOT_OF["export"] = NOT_OF["check"]

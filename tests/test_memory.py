@@ -7,7 +7,7 @@ from torch import nn
 
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.memory import GIB, activation_bytes, need
+from qwenvl_lit.memory import CONTEXT, GIB, SPARE, activations_of, blocks_to_recompute, need
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 
 SWIFT = LoRA(rank=8, alpha=32, dropout=0.05, targets=r"transformer\.h\.\d+\.attn\.c_attn")
@@ -61,14 +61,18 @@ def test_activations_are_those_that_autograd_keeps():
 
     model = Two(nn.Linear(4, 8), nn.Linear(8, 3)).to(META)
     model.register_forward_pre_hook(lambda module, args, kwargs: ((kwargs.pop("x").clone().requires_grad_(),), kwargs), with_kwargs=True)
-    assert activation_bytes(model, {"x": torch.zeros(5, 4, device=META)}) == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
+    assert activations_of(model, {"x": torch.zeros(5, 4, device=META)}).bytes() == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
 
 
 def test_checkpointing_and_short_rows_need_less():
     model = network(SWIFT, small_config(num_hidden_layers=8))
     large, small = (rows(count, tokens=30, targets=3, side=16, queries=4) for count in (8, 1))
-    assert activation_bytes(model, large, checkpointing=True) < activation_bytes(model, large) / 3
-    assert activation_bytes(model, large) == pytest.approx(8 * activation_bytes(model, small), rel=0.2)
+    many, few = activations_of(model, large), activations_of(model, small)
+    assert many.bytes(None) < many.bytes() / 3
+    assert many.bytes() == pytest.approx(8 * few.bytes(), rel=0.2)
+    sizes = [many.bytes(count) for count in range(1, 9)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == many.bytes(None)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_checkpointing_and_short_rows_need_less():
 )
 def test_a_full_size_run_needs_what_was_measured(adapter, count, options, measured):
     """`peak_memory_gib` of benchmarks/finetune.json, on H100s with checkpointing."""
-    found = need(network(adapter), rows(count), QwenVL.parts, checkpointing=True, **options)
+    found = need(network(adapter), rows(count), QwenVL.parts, recomputed=None, **options)
     assert found.total / GIB == pytest.approx(measured, rel=0.03)
 
 
@@ -93,3 +97,18 @@ def test_a_full_size_run_needs_what_was_measured(adapter, count, options, measur
 def test_without_checkpointing_it_is_near_what_the_original_code_needed(count, measured):
     """Whose blocks keep a little more."""
     assert need(network(SWIFT), rows(count), QwenVL.parts).total / GIB == pytest.approx(measured, rel=0.15)
+
+
+def test_as_many_blocks_run_again_as_memory_asks():
+    model, inputs = network(SWIFT, small_config(num_hidden_layers=8)), rows(8, tokens=30, targets=3, side=16, queries=4)
+    options = {"four_bits": False, "spread": "one", "cards": 1}
+    most, least = (need(model, inputs, QwenVL.parts, recomputed=count).total * SPARE + CONTEXT for count in (0, None))
+
+    def chosen(room: float) -> list[str]:
+        return blocks_to_recompute(model, inputs, QwenVL.parts, room, **options)
+
+    assert chosen(most) == []
+    some = chosen((most + least) / 2)
+    assert some == [f"base_model.model.transformer.h.{layer}" for layer in range(len(some))]
+    assert 2 < len(some) < 6
+    assert len(chosen(least)) == len(chosen(0)) == 8  # and what else fails, fails with as little as there is

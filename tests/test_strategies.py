@@ -20,6 +20,7 @@ from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.optim import AdamW, StochasticAdamW
+from qwenvl_lit.speed import Speed
 from qwenvl_lit.strategies import FullyShard
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import Conversation, Picture, Turn
@@ -42,11 +43,12 @@ def read(source: str, reading) -> list[Conversation]:
 def task_and_data(adapter: str, dtype: str = "float32") -> tuple[Task, DataModule]:
     """Eight training rows, and three to validate, which two ranks cannot divide evenly."""
     made = Task(
-        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny", dtype=dtype, checkpointing=True),
+        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny", dtype=dtype),
         adapter=ADAPTERS[adapter],
         generation=Generation(max_new_tokens=3),
         metrics={"exact_match": ExactMatch()},
         optim=AdamW(lr=1e-2, warmup=0, schedule="constant_with_warmup"),
+        speed=Speed(checkpointing="full"),
     )
     sizes = {"batch_size": 1, "eval_batch_size": 1, "generated_validation_rows": 3, "num_workers": 0}
     return made, DataModule(processor=made.processor, read=read, train="ABcdEfGH", validation="IJk", test="LMn", order="staged", **sizes)

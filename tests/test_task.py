@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from toy_task import trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.run_log import RunLog
@@ -57,16 +56,6 @@ def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adap
         if tensor.requires_grad:
             assert tensor.grad is not None, name
             assert not tensor.grad.any(), name
-
-
-@pytest.mark.parametrize("adapter", [Full(), LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")], ids=["full", "lora"])
-def test_checkpointing_lets_every_block_run_again_and_asks_no_gradient_of_the_embeddings(adapter):
-    for checkpointing in (True, False):
-        model = task(adapter, checkpointing=checkpointing).model
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        assert [block.gradient_checkpointing for block in blocks] == [checkpointing] * 2  # one of the tower, one of the language model
-        embedded = model.get_input_embeddings()(torch.tensor([[1]]))
-        assert embedded.requires_grad == isinstance(adapter, Full)
 
 
 def test_loops_pass_over_batches_without_rows(tmp_path):

@@ -51,8 +51,6 @@ class Steps(lightning.Callback):
 class GoldenFamily(QwenVL):
     """The network of the recorded values, which has no vocabulary."""
 
-    checkpointing = False
-
     def __init__(self):
         pass
 
@@ -83,6 +81,7 @@ def golden_batch(case: dict) -> Batch:
         labels=tensors["labels"],
         attention_mask=tensors["attention_mask"],
         position_ids=None,
+        lengths=tuple(tensors["attention_mask"].sum(1).tolist()),
         vision_positions=inputs.get("vision_positions", torch.empty(0, dtype=torch.int64)),
         target_positions=target_positions(tensors["labels"]),
         vision={"pixel_values": inputs["pixel_values"]} if inputs else {},

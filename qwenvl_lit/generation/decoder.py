@@ -79,7 +79,7 @@ class Decoder:
         self.compilable = True
         self.before: Callable = LanguageBlock.before
         self.after: Callable = LanguageBlock.after
-        self.look: Callable = VisionBlock.forward
+        self.look: Callable = VisionBlock.compute
 
     @property
     def network(self) -> QwenVLForCausalLM:
@@ -148,13 +148,14 @@ class Decoder:
         if not self.compiled or len(pixel_values) != TOGETHER:  # what is left over is not worth a compilation of its own
             return self.network.get_image_features(pixel_values)
         blocks = self.network.transformer.visual.transformer["resblocks"]
+        before = [block.compute for block in blocks]  # training compiles it, or not, in its own way
         for block in blocks:
-            block.forward = partial(self.look, block)
+            block.compute = partial(self.look, block)
         try:
             return self.network.get_image_features(pixel_values)
         finally:
-            for block in blocks:
-                del block.forward  # back to that of its class: training compiles it, or not, in its own way
+            for block, compute in zip(blocks, before, strict=True):
+                block.compute = compute
 
     # -- the network ----------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class Decoder:
         if wanted:
             # By block, not as a whole: one compilation serves them all. Prompts come in all shapes, steps in the few that graphs have.
             self.before, self.after = Compiled(LanguageBlock.before), Compiled(LanguageBlock.after)
-            self.look = torch.compile(VisionBlock.forward, fullgraph=True, dynamic=False)
+            self.look = torch.compile(VisionBlock.compute, fullgraph=True, dynamic=False)
 
     def _give_up_compiling(self, error: RuntimeError) -> None:
         log.warning("decoding goes on without compilation: %s", _first_line(error))

@@ -79,6 +79,10 @@ class VisionBlock(GradientCheckpointingLayer):
         )
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
+        return self.compute(x_NPC)
+
+    def compute(self, x_NPC: torch.Tensor) -> torch.Tensor:
+        """As `LanguageBlock.compute`."""
         x_NPC = x_NPC + self.attn(self.ln_1(x_NPC))
         return x_NPC + self.mlp(self.ln_2(x_NPC))
 

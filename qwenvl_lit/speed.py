@@ -1,0 +1,132 @@
+"""How a model is made fast to train. What it learns stays the same; `float8` alone changes it a little."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qwenvl_lit.memory import blocks_to_recompute, gpu_room, training_inputs
+from qwenvl_lit.strategies import spread_of
+from qwenvl_lit.types import DataError
+
+if TYPE_CHECKING:
+    import lightning
+
+    from qwenvl_lit.adapters import Adapter
+    from qwenvl_lit.families.protocols import Family
+
+Checkpointing = Literal["auto", "none", "full"]
+PAYS_FROM = (1e9, 300)  # numbers of a model and batches of a run from which compilation, a minute or so, is worth it
+RECOMPILATIONS = 16  # of a kind of block; beyond, what is new runs as it is. Two or three for training, as many to validate
+
+log = logging.getLogger(__name__)
+
+
+class Speed:
+    """What is done to a model before it trains.
+
+    Args:
+        compile: whether its blocks are compiled; "auto": on a GPU, for a model and a run of some size (`PAYS_FROM`).
+        checkpointing: how many blocks keep no more than their input and run again for their gradients, which takes a third more work:
+            "none", "full" for all, "auto" for as many as the memory of a GPU asks with the longest rows of the data; on a CPU none.
+        float8: frozen linear layers compute in 8 bits, see `float8`.
+    """
+
+    def __init__(self, *, compile: Literal["auto"] | bool = "auto", checkpointing: Checkpointing = "auto", float8: bool = False):
+        for name, value, choices in (("compile", compile, ("auto", True, False)), ("float8", float8, (True, False))):
+            if value not in choices:
+                raise ValueError(f"speed.{name} is {', '.join(map(str, choices)).lower()}, got {value!r}")
+        if checkpointing not in get_args(Checkpointing):
+            raise ValueError(f"speed.checkpointing is {', '.join(get_args(Checkpointing))}, got {checkpointing!r}")
+        self.compile = compile
+        self.checkpointing = checkpointing
+        self.float8 = float8
+
+    def apply(self, model: nn.Module, *, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
+        """Change `model`, which has its adapter and is not sharded yet, in place.
+
+        Raises:
+            DataError: the choices do not go with the model, the adapter, the strategy or the device.
+        """
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        if self.float8:
+            from qwenvl_lit.float8 import to_float8
+
+            if spread_of(trainer)[0] == "sharded":
+                raise DataError("speed.float8=true holds frozen layers in 8 bits, which strategy=fsdp cannot share; use strategy=ddp")
+            log.info("%d frozen layers compute in 8 bits", to_float8(model, family.parts))
+        if self.checkpointing == "full":
+            recompute_blocks(model)
+        elif self.checkpointing == "auto" and on_gpu:
+            self._recompute_what_is_needed(model, family, adapter, trainer)
+        numbers = sum(tensor.numel() for tensor in model.parameters())
+        large = on_gpu and numbers >= PAYS_FROM[0] and trainer.estimated_stepping_batches * trainer.accumulate_grad_batches >= PAYS_FROM[1]
+        if self.compile is True or (self.compile == "auto" and large):
+            compile_blocks(model)
+
+    def _recompute_what_is_needed(self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
+        rows, tokens = trainer.datamodule.largest_batch()
+        spread, cards = spread_of(trainer)
+        outline = adapter.apply(family.outline(), family.parts).train()
+        options = {"four_bits": adapter.quantization is not None, "spread": spread, "cards": cards}
+        inputs = training_inputs(family, rows, tokens=tokens)
+        again = blocks_to_recompute(outline, inputs, family.parts, gpu_room(), **options)
+        if again:
+            recompute_blocks(model, again)
+            log.warning(  # it costs time, and fewer or shorter rows would not need it
+                "%d of %d blocks run again for their gradients: batches have up to %d x %d tokens",
+                len(again),
+                len(blocks_of(model)),
+                rows,
+                tokens,
+            )
+
+
+def recompute_blocks(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Let blocks of a transformers model, or of one inside adapters, run again for their gradients: those at these module paths, or all."""
+    name = "activation_checkpointing_enable"  # since transformers 5.2x; "gradient_checkpointing_enable" before
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    model.disable_input_require_grads()  # for the reentrant kind alone; with it the first block's input would get a gradient for nothing
+    if names is not None:
+        for path, block in blocks_of(model).items():
+            block.gradient_checkpointing = path in names
+
+
+def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
+    """The blocks of a transformers model by module path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile `compute` of the blocks of a model. Blocks of a kind are alike, one compilation serves them all; it is done once more for all
+    sizes when sizes change, and a few times for other modes. What sharding and checkpointing do around a block stays outside."""
+    for block in blocks_of(model).values():
+        block.compute = Compiled(block.compute, trains=any(tensor.requires_grad for tensor in block.parameters()))
+
+
+class Compiled:
+    """A block's function of a tensor, compiled; as it was where torch cannot compile it, as happens with layers of other packages."""
+
+    def __init__(self, function: Callable, *, trains: bool):
+        self.eager = function
+        self.compiled: Callable | None = torch.compile(function)
+        self.trains = trains
+
+    def __call__(self, x: torch.Tensor, **kwargs: Any) -> Any:
+        if self.trains and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # the first block's: as those of the others, or it would be compiled for by itself
+        if self.compiled is None:
+            return self.eager(x, **kwargs)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+                return self.compiled(x, **kwargs)
+        except TorchDynamoException as error:
+            self.compiled = None
+            log.warning("a block runs without compilation, which is slower: %s", str(error).splitlines()[0])
+            return self.eager(x, **kwargs)

@@ -1,0 +1,127 @@
+"""What is done to a model before it trains changes neither what it computes nor what is trained."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
+from torch import nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+
+from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks
+
+LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
+EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
+
+
+def adapted(adapter) -> nn.Module:
+    torch.manual_seed(0)
+    model = adapter.apply(small_network(), QwenVL.parts).train()
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(tensor, std=0.1)
+    return model
+
+
+def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([PICTURE + text(length, seed=row) for row in range(rows)])
+    positions = picture_positions(ids.tolist())
+    return {"input_ids": ids, "labels": ids, "pixel_values": pictures(rows), "vision_positions": positions}
+
+
+def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: tensor.grad for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+@pytest.fixture
+def fast_compiler(monkeypatch):
+    """Graphs are captured and differentiated as ever, and run as they are: kernels would take minutes to be written."""
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
+    counters.clear()
+
+
+@pytest.mark.parametrize("adapter", [Full(), LORA, EVERYWHERE], ids=["full", "lora", "lora_all"])
+def test_compiled_blocks_compute_what_they_are(adapter, fast_compiler):
+    model = adapted(adapter)
+    expected = gradients(model, batch(2, 7))
+    compile_blocks(model)
+    found = gradients(model, batch(2, 7))
+    assert counters["stats"]["unique_graphs"] == 2  # the tower's block, and the language model's
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **CLOSE)
+
+
+def test_sizes_that_change_are_compiled_for_once_more(fast_compiler):
+    model = adapted(LORA)
+    compile_blocks(model)
+    for rows, length in ((2, 7), (3, 9), (4, 5), (2, 11), (5, 20), (3, 3)):
+        gradients(model, batch(rows, length))
+    assert counters["stats"]["unique_graphs"] == 4
+    with torch.no_grad():
+        for rows in (2, 3, 4):
+            model(**batch(rows, 6))
+    assert counters["stats"]["unique_graphs"] <= 6
+
+
+def test_compiled_blocks_run_again_for_their_gradients(fast_compiler):
+    model = adapted(LORA)
+    expected = gradients(model, batch(2, 7))
+    recompute_blocks(model)
+    compile_blocks(model)
+    for name, gradient in gradients(model, batch(2, 7)).items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE)
+
+
+def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    def refused(function):
+        def compiled(*args, **kwargs):
+            raise Unsupported("a layer of another package")
+
+        return compiled
+
+    model = adapted(LORA)
+    expected = gradients(model, batch(2, 7))
+    monkeypatch.setattr(torch, "compile", refused)
+    compile_blocks(model)
+    with caplog.at_level(logging.WARNING):
+        found = gradients(model, batch(2, 7))
+    assert "a layer of another package" in caplog.text
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE)
+
+
+@pytest.mark.parametrize("adapter", [Full(), LORA], ids=["full", "lora"])
+def test_every_block_or_some_run_again_and_embeddings_get_no_gradient_for_it(adapter):
+    model = adapted(adapter)
+    runs = Counter()
+    for path, block in blocks_of(model).items():
+        block.ln_1.register_forward_pre_hook(lambda norm, args, path=path: runs.update([path]))
+    recompute_blocks(model, list(blocks_of(model))[:1])
+    gradients(model, batch(1, 5))
+    first, *others = blocks_of(model)
+    assert runs[first] == 2
+    assert {runs[path] for path in others} == {1}
+    recompute_blocks(model)
+    assert all(block.gradient_checkpointing for block in blocks_of(model).values())
+    assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad == isinstance(adapter, Full)
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"compile": "always"}, "speed.compile is auto, true, false, got 'always'"),
+        ({"checkpointing": True}, "speed.checkpointing is auto, none, full, got True"),
+        ({"float8": "yes"}, "speed.float8 is true, false, got 'yes'"),
+    ],
+)
+def test_other_choices_are_refused(choices, says):
+    with pytest.raises(ValueError, match=says):
+        Speed(**choices)
