@@ -224,17 +224,24 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """B padded rows of T tokens, or one packed row. Positions are flat indices into (B * T), so that no step has to search for them."""
+    """B padded rows of T tokens, or one packed row. Positions are flat indices into (B * T), so that no step has to search for them, and
+    what is counted is known without the device.
+
+    A packed row is cut into segments that do not see each other: one for each sample, and those of padding.
+    """
 
     conversations: tuple[Conversation, ...]
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64, not shifted
     attention_mask: torch.Tensor | None  # (B, T) int64; None when packed
-    position_ids: torch.Tensor | None  # (B, T) int64, restarting with each packed sample; None when padded
+    position_ids: torch.Tensor | None  # (B, T) int64, restarting with each packed sample, 0 at padding; None when padded
+    lengths: tuple[int, ...]  # tokens of each sample, padding left out
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
     vision: Mapping[str, torch.Tensor]
     dropped: tuple[str, ...] = ()  # why rows that belong to this batch are not in it
+    segment_bounds: torch.Tensor | None = None  # (n + 1,) int32, cumulative lengths of segments, the last of them empty; when packed
+    longest_segment: int | None = None  # no segment has more tokens; as T and n the same for all batches of a run; when packed
 
     def _map(self, change) -> Batch:
         def visit(value):

@@ -237,7 +237,7 @@ def test_batches_are_packed_or_kept_within_a_budget():
             return dataclasses.replace(sample, input_ids=ids, labels=ids)
 
     options = {"processor": Words(), "read": read, "train": "abcdefgh", "max_tokens": 13}
-    for packing, expected in ((False, [(2, 4), (3, 4), (3, 4)]), (True, [(1, 8), (1, 12), (1, 12)])):
+    for packing, expected in ((False, [(2, 4), (3, 4), (3, 4)]), (True, [(1, 13), (1, 13), (1, 13)])):
         data = DataModule(**options, packing=packing)
         data.setup("fit")
         assert sorted(tuple(batch.input_ids.shape) for batch in data.train_dataloader()) == expected

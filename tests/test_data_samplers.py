@@ -97,6 +97,18 @@ def test_no_batch_is_over_its_budget_and_few_are_far_below():
     assert LENGTHS.sum() / 400 / len(packed) > 0.98
 
 
+@pytest.mark.parametrize("max_tokens", [4096, 8192])
+@pytest.mark.parametrize("rows", [500, 4000])
+def test_packed_rows_of_a_mixed_set_are_real_tokens(rows, max_tokens):
+    """From 32 to 1,500 tokens, with up to four pictures of 258; 0.98 or more."""
+    draw = np.random.default_rng(rows)
+    lengths = (draw.integers(0, 5, rows) * 258 + draw.integers(32, 469, rows)).clip(max=1500)
+    batches = Batches([rows], lengths=lengths, max_tokens=max_tokens, packing=True)
+    packed = list(batches)
+    assert lengths.sum() / (len(packed) * max_tokens) >= 0.95
+    assert batches.max_rows == max(map(len, packed))
+
+
 def test_a_row_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="row 1 has 50 tokens, more than max_tokens=40"):
         Batches([3], lengths=np.array([3, 50, 4]), max_tokens=40)

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from qwenvl_lit.models.config import QwenVLConfig
 from qwenvl_lit.models.flops import forward_flops, training_flops, training_passes
@@ -44,15 +43,12 @@ def test_work_is_counted_once_more_for_gradients_and_once_more_for_weights(train
 
 
 def test_a_sample_of_320_tokens_and_a_picture_is_12_5_teraflop_with_lora():
-    mask = torch.ones(1, 320, dtype=torch.int64)
-    counts = {"position_ids": None, "targets": 20, "trained": {"language": 0.001}}
-    assert training_flops(FULL_SIZE, attention_mask=mask, pictures=1, **counts).item() == pytest.approx(12.5e12, rel=0.001)
-    assert training_flops(FULL_SIZE, attention_mask=mask, pictures=0, **counts).item() == pytest.approx(8.4e12, rel=0.002)
+    counts = {"lengths": [320], "targets": 20, "trained": {"language": 0.001}}
+    assert training_flops(FULL_SIZE, pictures=1, **counts) == pytest.approx(12.5e12, rel=0.001)
+    assert training_flops(FULL_SIZE, pictures=0, **counts) == pytest.approx(8.4e12, rel=0.002)
 
 
-def test_packed_rows_cost_what_padded_ones_do():
-    padded = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
-    counts = {"pictures": 0, "targets": 4, "trained": {"language": 1.0}}
-    one = training_flops(FULL_SIZE, attention_mask=padded, position_ids=None, **counts)
-    assert one == training_flops(FULL_SIZE, attention_mask=None, position_ids=packed, **counts)
+def test_a_step_costs_what_its_samples_cost():
+    counts = {"pictures": 0, "targets": 0, "trained": {"language": 1.0}}
+    alone = [training_flops(FULL_SIZE, lengths=[length], **counts) for length in (3, 5)]
+    assert training_flops(FULL_SIZE, lengths=(3, 5), **counts) == sum(alone) < training_flops(FULL_SIZE, lengths=[8], **counts)

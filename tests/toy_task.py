@@ -31,6 +31,7 @@ def batch_of(rows: Sequence[Conversation]) -> Batch:
         labels=torch.tensor([[-100, 1, -100]] * len(rows)),
         attention_mask=torch.tensor([[1, 1, 0]] * len(rows)),
         position_ids=None,
+        lengths=(2,) * len(rows),
         vision_positions=torch.zeros(0, dtype=torch.int64),
         target_positions=torch.arange(len(rows)) * 3,
         vision={},

@@ -48,6 +48,7 @@ class Pad:
             labels=labels,
             attention_mask=attention_mask,
             position_ids=None,
+            lengths=tuple(len(sample.input_ids) for sample in samples),
             vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels),
             vision=_concatenate(samples),
@@ -57,37 +58,59 @@ class Pad:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """All samples in one row without padding; positions restart with each, and none sees another. Dropped rows are left out.
+    """All samples in one row, padded to `max_tokens`; positions restart with each, and none sees another. Dropped rows are left out; if no
+    row is left, all is padding, so that a step can be made and no rank waits.
 
-    >>> Pack(pad_id=0)([sample_of_2, sample_of_3]).position_ids      # doctest: +SKIP
-    tensor([[0, 1, 0, 1, 2]])
+    Whatever the samples, the row and its bounds have the same shapes: code for them is compiled once.
+
+    >>> batch = Pack(pad_id=0, max_tokens=6, max_rows=2, longest=3)([sample_of_2, sample_of_3])      # doctest: +SKIP
+    >>> batch.position_ids, batch.segment_bounds      # doctest: +SKIP
+    (tensor([[0, 1, 0, 1, 2, 0]]), tensor([0, 2, 5, 6, 6, 6]))
+
+    Args:
+        max_rows: no batch has more samples.
+        longest: no sample has more tokens; segments of padding have no more either.
+
+    Raises:
+        ValueError: samples that are more or longer.
     """
 
     pad_id: int
+    max_tokens: int
+    max_rows: int
+    longest: int
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
         samples, dropped = _parted(rows)
-        if not samples:
-            return nothing(self.pad_id, dropped)
         lengths = [len(sample.input_ids) for sample in samples]
+        if sum(lengths) > self.max_tokens or len(lengths) > self.max_rows or max(lengths, default=0) > self.longest:
+            raise ValueError(f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {max(lengths)}, do not fit into {self}")
         starts = [sum(lengths[:place]) for place in range(len(lengths))]
-        labels = torch.cat([sample.labels for sample in samples])
+        places = [sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)]
+        rest = self.max_tokens - sum(lengths)
+        segments = [*lengths, *[self.longest] * (rest // self.longest), rest % self.longest]
+        empty = self.max_rows + self.max_tokens // self.longest + 1 - len(segments)
+        bounds = torch.tensor([0, *segments, *[0] * empty]).cumsum(0, dtype=torch.int32)
+        labels = torch.cat([*(sample.labels for sample in samples), torch.full((rest,), IGNORED)])
         labels[starts] = IGNORED  # else the sample before would learn to predict them
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
-            input_ids=torch.cat([sample.input_ids for sample in samples])[None],
+            input_ids=torch.cat([*(sample.input_ids for sample in samples), torch.full((rest,), self.pad_id)])[None],
             labels=labels[None],
             attention_mask=None,
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            vision_positions=torch.cat([sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)]),
+            position_ids=torch.cat([*map(torch.arange, lengths), torch.zeros(rest, dtype=torch.int64)])[None],
+            lengths=tuple(lengths),
+            vision_positions=torch.cat(places) if places else torch.empty(0, dtype=torch.int64),
             target_positions=target_positions(labels[None]),
-            vision=_concatenate(samples),
+            vision=_concatenate(samples) if samples else {},
             dropped=dropped,
+            segment_bounds=bounds,
+            longest_segment=self.longest,
         )
 
 
 def nothing(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
-    """What a batch is of which no row is left: two pad tokens and nothing to learn, so that a step can be made and no rank waits."""
+    """What a padded batch is of which no row is left: nothing to learn, and yet a step can be made, so that no rank waits."""
     input_ids = torch.full((1, 2), pad_id)
     empty = torch.empty(0, dtype=torch.int64)
     return Batch(
@@ -96,6 +119,7 @@ def nothing(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
         labels=torch.full_like(input_ids, IGNORED),
         attention_mask=torch.ones_like(input_ids),
         position_ids=None,
+        lengths=(),
         vision_positions=empty,
         target_positions=empty,
         vision={},

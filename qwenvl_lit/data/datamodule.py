@@ -43,7 +43,7 @@ class DataModule(lightning.LightningDataModule):
         batch_size, eval_batch_size: rows a process and step, in training and otherwise.
         max_tokens: in place of `batch_size` as many rows as have no more tokens than this together, padding included.
         group_by_length: rows of a batch are alike in length, those of validation too, the longest first.
-        packing: the rows of a batch form a single one of up to `max_tokens`, without padding; none sees another.
+        packing: the rows of a batch form a single one, padded to `max_tokens`; none sees another.
         on_bad_picture: "error", or "drop": rows whose pictures cannot be opened are left out.
         max_bad_fraction: more than this share of an epoch's rows dropped for their pictures is an error.
         generated_validation_rows: validation answers to generate and score during training; the loss takes all rows.
@@ -208,7 +208,10 @@ class DataModule(lightning.LightningDataModule):
             world_size=self._world_size,
             position=self._position if self.trainer else None,
         )
-        collate = (Pack if self.packing else Pad)(pad_id=self.processor.pad_id)
+        collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
+        if self.packing:
+            limits = {"max_tokens": self.max_tokens, "max_rows": batches.max_rows, "longest": int(self._lengths.max())}
+            collate = Pack(pad_id=self.processor.pad_id, **limits)
         return self._loader(rows, collate, batch_sampler=batches)
 
     def _position(self) -> Position:

@@ -75,6 +75,11 @@ class Batches(Sampler[list[int]]):
         each = (-(-rows // self.batch_size) for rows in self.stages) if self.max_tokens is None else map(len, self._fixed)
         return -(-sum(each) // self.world_size)
 
+    @property
+    def max_rows(self) -> int:
+        """No batch has more rows."""
+        return self.batch_size if self.max_tokens is None else max((len(batch) for stage in self._fixed for batch in stage), default=0)
+
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = self.position()
         batches = self._of_all_ranks(epoch)

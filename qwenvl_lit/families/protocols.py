@@ -81,6 +81,11 @@ class Family(Protocol):
         """Keyword arguments of the model's `forward` for a batch, or of its `generate`."""
         ...
 
-    def flops(self, batch: Batch, trained: Mapping[str, float]) -> torch.Tensor:
-        """Operations of a training step on `batch`, on its device; `trained` is the share of each part's numbers that is trained."""
+    def picture_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Features (N, Q, D) of N pictures from `Processor.pixels`: all that the "vision" and "resampler" of `model`, which may be inside
+        adapters, tell the rest of it. `Processor.features` gives them to batches, and then `inputs` needs no pixels."""
+        ...
+
+    def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
+        """Operations of a training step on `batch`, padding left out; `trained` is the share of each part's numbers that is trained."""
         ...

@@ -218,20 +218,31 @@ class QwenVL:
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.
 
-        The former get no mask: causal attention never sees what follows a token, and runs faster without.
+        The former get no mask: causal attention never sees what follows a token, and runs faster without. Packed rows have the bounds of
+        their segments under the names that transformers' kernels know.
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if generate:
             inputs |= {"attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
-            pixels = batch.vision["pixel_values"]
-            pixels = normalised(pixels) if pixels.dtype == torch.uint8 else pixels
-            inputs |= {"pixel_values": pixels, "vision_positions": batch.vision_positions}
+            seen = dict(batch.vision)
+            if (pixels := seen.get("pixel_values")) is not None and pixels.dtype == torch.uint8:
+                seen["pixel_values"] = normalised(pixels)
+            inputs |= {**seen, "vision_positions": batch.vision_positions}
+        if batch.segment_bounds is not None:
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.segment_bounds)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_segment)
+        elif not generate:
+            inputs |= {"logits_to_keep": 1}  # of a row of padding, all would fill the memory
         if len(batch.target_positions) and not generate:
             inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
         return {name: value for name, value in inputs.items() if value is not None}
 
-    def flops(self, batch: Batch, trained: Mapping[str, float]) -> torch.Tensor:
+    def picture_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, side, side, 3) uint8 -> (N, Q, D)."""
+        network = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return network.get_image_features(normalised(pixels))
+
+    def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
         counts = {"pictures": len(batch.vision.get("pixel_values", ())), "targets": len(batch.target_positions)}
-        rows = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-        return training_flops(self.config, **rows, **counts, trained=trained)
+        return training_flops(self.config, lengths=batch.lengths, **counts, trained=trained)

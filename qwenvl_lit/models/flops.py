@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
-
-import torch
+from collections.abc import Iterable, Mapping
 
 from qwenvl_lit.models.config import QwenVLConfig
 
-Count = TypeVar("Count", float, torch.Tensor)  # tensors where they are counted on a device
 
-
-def training_flops(
-    config: QwenVLConfig,
-    *,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    pictures: int,
-    targets: int,
-    trained: Mapping[str, float],
-) -> torch.Tensor:
-    """Operations of a training step, () float64 on the device of the rows.
+def training_flops(config: QwenVLConfig, *, lengths: Iterable[int], pictures: int, targets: int, trained: Mapping[str, float]) -> float:
+    """Operations of a training step.
 
     Args:
-        attention_mask: (B, T) of padded rows; None for packed ones, which restarting `position_ids` (1, T) tell apart.
+        lengths: tokens of each sample, however they are padded or packed.
         targets: positions that have logits.
         trained: see `training_passes`.
     """
-    if attention_mask is None:
-        assert position_ids is not None
-        lengths = (2 * position_ids + 1).double()  # 1 + 3 + 5 + ... is the square of their number
-        tokens, squares = lengths.new_tensor(float(lengths.numel())), lengths.sum()
-    else:
-        lengths = attention_mask.sum(1).double()
-        tokens, squares = lengths.sum(), lengths.square().sum()
-    work = forward_flops(config, tokens=tokens, squares=squares, pictures=pictures, targets=targets)
+    lengths = tuple(lengths)
+    squares = sum(length**2 for length in lengths)
+    work = forward_flops(config, tokens=sum(lengths), squares=squares, pictures=pictures, targets=targets)
     passes = training_passes(trained)
-    return sum((work[part] * passes[part] for part in work), start=torch.zeros_like(tokens))
+    return sum(work[part] * passes[part] for part in work)
 
 
-def forward_flops(config: QwenVLConfig, *, tokens: Count, squares: Count, pictures: int, targets: int) -> dict[str, Count | float]:
+def forward_flops(config: QwenVLConfig, *, tokens: int, squares: int, pictures: int, targets: int) -> dict[str, float]:
     """Operations of a forward pass, by part.
 
     Args:
