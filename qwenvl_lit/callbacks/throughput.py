@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
 from qwenvl_lit.optim import part_of_tensor
@@ -25,15 +26,32 @@ PEAKS = (  # dense bfloat16 operations a second, from the makers' data sheets; t
 
 
 class Mark(NamedTuple):
-    """Counts since the window was opened, at one point in time."""
+    """Counts at one point in time; the window is what two of them differ by."""
 
     seconds: float
-    waited: float = 0.0  # seconds between two batches
-    operations: torch.Tensor | float = 0.0  # as `tokens`
+    waited: float  # seconds, for data
+    operations: float = 0.0
     samples: int = 0
     supervised_tokens: int = 0
-    tokens: torch.Tensor | int = 0  # without padding; stays on the device, so that no step waits for it
+    tokens: int = 0  # without padding
     slots: int = 0  # with padding
+
+
+class Waiting(PassThroughProfiler):
+    """Seconds in which the training loop asked for a batch and had none yet: Lightning tells them to a profiler alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def start(self, action_name: str) -> None:
+        if action_name.endswith(".train_dataloader_next"):
+            self._since = perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith(".train_dataloader_next"):
+            self.seconds += perf_counter() - self._since
 
 
 class Throughput(lightning.Callback):
@@ -41,11 +59,12 @@ class Throughput(lightning.Callback):
 
     Logged, means over `window` batches, loading and optimizer steps included; validation, checkpoints and the time before the first step
     not: `train/samples_per_second`, `train/supervised_tokens_per_second`, `train/tokens_per_second` (without padding),
-    `train/padding_share` (of the slots of `Batch.input_ids`), `train/waiting_share` (of the time, for data) and `train/mfu`, the share of
-    the device's peak that the family's operations come to (nan where no peak is known). Rates are for all ranks: those of rank 0 times
-    the number of ranks.
+    `train/padding_share` (of the slots of `Batch.input_ids`), `train/waiting_share` (of the time, for data; nan beside another profiler),
+    `train/tflop_per_second`, the family's operations on one device, in 1e12, and `train/mfu`, their share of the device's peak (nan where
+    no peak is known). The other rates are for all ranks: those of rank 0 times the number of ranks. And `train/compilations`, the graphs
+    that torch.compile has made since training began: a number that keeps growing tells of shapes that keep changing.
 
-    Place it before `RunLog`, which writes what has been logged in the step.
+    All is counted on the host: nothing waits for the device. Place it before `RunLog`, which writes what has been logged in the step.
     """
 
     def __init__(self, window: int = 20):
@@ -53,7 +72,8 @@ class Throughput(lightning.Callback):
         self._marks: deque[Mark] = deque(maxlen=window + 1)
         self._trained: dict[str, float] = {}  # by part, the share that is trained
         self._peak = math.nan
-        self._began = 0.0  # the batch
+        self._waiting = Waiting()
+        self._graphs_before = 0
         self._asked = 0.0  # when loading began
         self._counts: list[tuple[int, int, int]] = []  # rows, pictures and new tokens: none, after the first batch, by now
         self._times: list[float] = []  # of the same
@@ -64,40 +84,47 @@ class Throughput(lightning.Callback):
         self._peak = peak_flops(trainer.strategy.root_device)
         if hasattr(pl_module, "family"):
             self._trained = trained_shares(pl_module.model, pl_module.family.parts)
+        if isinstance(trainer.profiler, PassThroughProfiler):
+            trainer.profiler = self._waiting
+        else:
+            self._waiting.seconds = math.nan
+        self._graphs_before = compiled_graphs()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._began = perf_counter()
         if not self._marks:
-            self._marks.append(Mark(self._began))
+            self._marks.append(Mark(perf_counter(), self._waiting.seconds))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         last = self._marks[-1]
-        real = batch.input_ids.numel() if batch.attention_mask is None else batch.attention_mask.sum()
         now = Mark(
             seconds=perf_counter(),
-            waited=last.waited + self._began - last.seconds,
+            waited=self._waiting.seconds,
             operations=last.operations + (pl_module.family.flops(batch, self._trained) if self._trained else math.nan),
             samples=last.samples + len(batch.conversations),
             supervised_tokens=last.supervised_tokens + len(batch.target_positions),
-            tokens=last.tokens + real,
+            tokens=last.tokens + sum(batch.lengths),
             slots=last.slots + batch.input_ids.numel(),
         )
         self._marks.append(now)
         first = self._marks[0]
         seconds = now.seconds - first.seconds
         ranks_per_second = trainer.world_size / seconds
-        size = len(batch.conversations)
-        pl_module.log("train/samples_per_second", (now.samples - first.samples) * ranks_per_second, prog_bar=True, batch_size=size)
+        operations_per_second = (now.operations - first.operations) / seconds
         rates = {
-            "train/supervised_tokens_per_second": (now.supervised_tokens - first.supervised_tokens) * ranks_per_second,
-            "train/tokens_per_second": (now.tokens - first.tokens) * ranks_per_second,
-            "train/padding_share": 1 - (now.tokens - first.tokens) / (now.slots - first.slots),
-            "train/waiting_share": (now.waited - first.waited) / seconds,
-            "train/mfu": (now.operations - first.operations) / seconds / self._peak,
+            "samples_per_second": (now.samples - first.samples) * ranks_per_second,
+            "supervised_tokens_per_second": (now.supervised_tokens - first.supervised_tokens) * ranks_per_second,
+            "tokens_per_second": (now.tokens - first.tokens) * ranks_per_second,
+            "padding_share": 1 - (now.tokens - first.tokens) / (now.slots - first.slots),
+            "waiting_share": (now.waited - first.waited) / seconds,
+            "tflop_per_second": operations_per_second / 1e12,
+            "mfu": operations_per_second / self._peak,
+            "compilations": compiled_graphs() - self._graphs_before,
         }
-        pl_module.log_dict(rates, batch_size=size)
+        for name, value in rates.items():  # as tensors of the host: Lightning would copy plain numbers to the device, and wait for it
+            on_bar = name == "samples_per_second"
+            pl_module.log(f"train/{name}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=len(batch.conversations))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._marks.clear()
@@ -151,6 +178,13 @@ class Throughput(lightning.Callback):
 def _rates(counts: Sequence[int], seconds: float) -> str:
     pictures, tokens = (count / max(seconds, 1e-9) for count in counts)
     return f"{pictures:.1f} pictures/s" + (f", {tokens:.0f} new tokens/s" if tokens else "")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process: one for each function and each set of shapes that it is made for."""
+    from torch._dynamo.utils import counters  # a second to import; there is no public way to ask
+
+    return counters["stats"]["unique_graphs"]
 
 
 def peak_flops(device: torch.device) -> float:
