@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -77,6 +77,7 @@ class QwenVLProcessor:
         self.too_long = too_long
         self.window = window
         self.chatml = ChatML(tokenizer.encode, start=tokenizer.im_start_id, end=tokenizer.im_end_id, supervise=supervise)
+        self.features: Callable[[Sequence[Picture]], torch.Tensor] | None = None  # set while a vision cache has all pictures
         self.pad_id = tokenizer.pad_id
         self.stop_ids = (tokenizer.pad_id,) if template == "raw" else (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
 
@@ -109,6 +110,14 @@ class QwenVLProcessor:
         vocabulary = hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest()
         names = ("span", "side", "template", "system", "supervise", "max_length", "too_long", "window")
         return {"processor": type(self).__name__, "vocabulary": vocabulary, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def picture_settings(self) -> dict[str, Any]:
+        return {"side": self.side}
+
+    def pixels(self, picture: Picture) -> torch.Tensor:
+        """(side, side, 3) uint8."""
+        return resized(picture.open(), self.side)
 
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text, special tokens by their names; a picture's span shows nothing between its tags."""
@@ -215,11 +224,11 @@ class QwenVLProcessor:
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
-        pixels: list[torch.Tensor] = []
+        pictures: list[Picture] = []
         for piece in pieces:
             if piece.picture is not None:
                 positions += range(len(ids) + 1, len(ids) + 1 + self.span)
-                pixels.append(resized(conversation.pictures[piece.picture].open(), self.side))
+                pictures.append(conversation.pictures[piece.picture])
             ids += piece.ids
             labels += piece.ids if piece.learned else [-100] * len(piece.ids)
         return Sample(
@@ -227,5 +236,11 @@ class QwenVLProcessor:
             input_ids=torch.tensor(ids, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             vision_positions=torch.tensor(positions, dtype=torch.int64),
-            vision={"pixel_values": torch.stack(pixels) if pixels else torch.empty(0, self.side, self.side, 3, dtype=torch.uint8)},
+            vision=self._seen(pictures),
         )
+
+    def _seen(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        if self.features is not None:
+            return {"vision_features": self.features(pictures)}
+        pixels = [self.pixels(picture) for picture in pictures]
+        return {"pixel_values": torch.stack(pixels) if pixels else torch.empty(0, self.side, self.side, 3, dtype=torch.uint8)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qwenvl_lit.types import Batch, Conversation, Prediction, Sample
+    from qwenvl_lit.types import Batch, Conversation, Picture, Prediction, Sample
 
 
 class Processor(Protocol):
@@ -17,6 +17,16 @@ class Processor(Protocol):
 
     pad_id: int
     stop_ids: tuple[int, ...]  # an answer ends before the first of these
+    features: Callable[[Sequence[Picture]], torch.Tensor] | None  # (N, Q, D) of pictures, which `encode` then gives in place of pixels
+
+    @property
+    def picture_settings(self) -> Mapping[str, Any]:
+        """What decides `pixels`, as plain data."""
+        ...
+
+    def pixels(self, picture: Picture) -> torch.Tensor:
+        """A picture as `Family.picture_features` takes it, of the same shape for all; raises BadPicture if it cannot be decoded."""
+        ...
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -1,0 +1,313 @@
+"""Pictures go through a frozen tower once, before the first step; training and validation then read what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset
+
+from qwenvl_lit.data.features import SHARD, FeatureStore
+from qwenvl_lit.data.inspection import workers_here
+from qwenvl_lit.data.split import Chosen, Joined, Rows, places
+from qwenvl_lit.data.survey import Finding, survey
+from qwenvl_lit.optim import part_of_tensor
+from qwenvl_lit.types import BadPicture, Conversation, DataError, Picture
+
+if TYPE_CHECKING:
+    from qwenvl_lit.families.protocols import Family, Processor
+
+FORMAT = 1  # of what is stored: one more when pictures are read or encoded in another way
+FROZEN = ("vision", "resampler")  # parts of a family that make features
+TOGETHER = 16  # pictures that go through the tower at a time
+
+Places = dict[str, tuple[int, int]]  # by a picture's key, a row that has it and which of the row's pictures it is
+log = logging.getLogger(__name__)
+
+
+class VisionCache(lightning.Callback):
+    """Encodes the pictures of training and validation rows before the first step, those that no earlier run has encoded with the same
+    tower, and lets the data module's processor give their features in place of pixels. Losses are those of a run without.
+
+    Ranks of a node share the work and `folder`. A pass that was interrupted goes on where it stopped.
+
+    Args:
+        folder: where features are kept, see `FeatureStore`; they stay after the run.
+        limit_gb: more than this for the pictures of one run is an error.
+    """
+
+    def __init__(self, folder: str | Path, limit_gb: float = 100.0):
+        if not isinstance(limit_gb, int | float) or limit_gb <= 0:
+            raise ValueError(f"speed.vision_cache_gb is a number above 0, got {limit_gb!r}")
+        self.folder = Path(folder).expanduser()
+        self.limit_gb = limit_gb
+        self._processor: Processor | None = None  # while it gives features
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """
+        Raises:
+            DataError: the tower or the resampler trains, the features are too many, or a picture cannot be opened.
+        """
+        family, data = pl_module.family, trainer.datamodule
+        refuse_trained(pl_module.model.named_parameters(), family.parts)
+        rows, times = _rows(data.train, data.validation)
+        wanted, uses = _wanted(trainer, rows, times)
+        if not wanted:
+            return
+        tensors = tensors_of(pl_module.model, family.parts)
+        model = _whole(pl_module.model, family, tensors)
+
+        @torch.no_grad()
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return family.picture_features(model, pixels.to(trainer.strategy.root_device)).cpu()
+
+        one = encode(data.processor.pixels(Picture(Image.new("RGB", (8, 8))))[None])[0]
+        settings = {"format": FORMAT, "weights": fingerprint(tensors), **data.processor.picture_settings}
+        store = FeatureStore(self.folder, settings=settings, shape=one.shape, dtype=one.dtype)
+        missing = store.missing(wanted)
+        self._check(store, len(wanted), len(missing))
+        if trainer.is_global_zero:
+            whole = _size(len(wanted) * store.picture_bytes)
+            print(f"Vision cache: {len(wanted):,} pictures, {whole}, in {store.folder}; {len(missing):,} of them are to be encoded")
+            _warn(trainer, uses, len(missing))
+        trainer.strategy.barrier("pictures are counted")  # none writes before all have looked
+        _fill(trainer, store, encode, rows, {key: wanted[key] for key in missing[trainer.local_rank :: trainer.num_devices]})
+        trainer.strategy.barrier("pictures are encoded")
+        store.refresh()
+        self._processor = data.processor
+        self._processor.features = store.of
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if self._processor is not None:
+            self._processor.features = None  # other rows may have other pictures
+            self._processor = None
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def _check(self, store: FeatureStore, wanted: int, missing: int) -> None:
+        pictures = f"{wanted:,} pictures of {_size(store.picture_bytes)}"
+        need, free = missing * store.picture_bytes, shutil.disk_usage(store.folder).free
+        if wanted * store.picture_bytes > self.limit_gb * 1e9:
+            raise DataError(
+                f"the vision cache needs {_size(wanted * store.picture_bytes)} for {pictures}, more than "
+                f"speed.vision_cache_gb={self.limit_gb:g} allows: raise it, or train with speed.vision_cache=false"
+            )
+        if need > free:
+            raise DataError(
+                f"the vision cache needs {_size(need)} more for {pictures}, and the disk of {store.folder} has {_size(free)} left: "
+                f"make room, choose another disk with paths.cache=FOLDER, or train with speed.vision_cache=false"
+            )
+
+
+def refuse_trained(parameters: Iterable[tuple[str, torch.Tensor]], parts: Mapping[str, str]) -> None:
+    """Raises a DataError if a tensor of the tower or the resampler is trained."""
+    trained = [name for name, tensor in parameters if tensor.requires_grad and part_of_tensor(name, parts) in FROZEN]
+    if trained:
+        raise DataError(
+            f"the vision cache holds what pictures became before training, and {len(trained)} tensors that encode them train "
+            f"({trained[0]}, ...): choose an adapter that leaves the vision tower and the resampler as they are, as adapter=lora, "
+            f"or train with speed.vision_cache=false"
+        )
+
+
+def tensors_of(model: nn.Module, parts: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Weights and buffers of the tower and the resampler by their names in the family's network; whole, where ranks share them."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if (part := part_of_tensor(name, parts)) in FROZEN and isinstance(tensor, torch.Tensor):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[name[name.index(parts[part]) :]] = whole.detach()
+    return found
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types and two checksums of the bits of each tensor, which are computed where the tensor is."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    names, sums = [], []
+    for name, tensor in sorted(tensors.items()):
+        bits = tensor.reshape(-1).view(integers[tensor.element_size()]).long()
+        names.append([name, str(tensor.dtype), list(tensor.shape)])
+        sums.append(torch.stack([bits.sum(), (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()]))  # may wrap around
+    return hashlib.sha256(json.dumps([names, torch.stack(sums).tolist()]).encode()).hexdigest()
+
+
+def _whole(model: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """`model`; where its weights are divided among ranks, a network that has those of the tower and the resampler, and no others."""
+    if not any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+        return model
+    outline = family.outline().requires_grad_(False)
+    assert not outline.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    return outline
+
+
+def _rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:
+    """Each row of training and validation once, and how often an epoch trains on it."""
+    bottoms, place = places(Joined([*train, validation]))
+    distinct, which = np.unique(place, return_inverse=True)
+    return Chosen(Joined(bottoms), distinct), np.bincount(which[: sum(map(len, train))], minlength=len(distinct))
+
+
+def _wanted(trainer: lightning.Trainer, rows: Rows, times: np.ndarray) -> tuple[Places, int]:
+    """The distinct pictures of all rows, in their order, and how often an epoch looks at a picture. Ranks share the reading.
+
+    Raises:
+        DataError: a picture cannot be read, and rows with such pictures are not dropped.
+    """
+    own = range(trainer.global_rank, len(rows), trainer.world_size)
+    found: Places = {}
+    faults, uses = [], 0
+    workers = max(1, workers_here() // trainer.num_devices)
+    with _progress("pictures looked up", len(own), show=trainer.is_global_zero) as tell:
+        for row, keys in zip(own, survey(Chosen(rows, own), _keys, workers=workers, progress=tell), strict=True):
+            if isinstance(keys, Finding):
+                faults.append(keys.message)
+                continue
+            uses += int(times[row]) * len(keys)
+            for place, key in enumerate(keys):
+                found.setdefault(key, (row, place))
+    shares = _gathered((found, uses, faults), trainer.world_size)
+    faults = [fault for _, _, some in shares for fault in some]
+    if faults and trainer.datamodule.on_bad_picture != "drop":
+        raise DataError(f"{faults[0]}; {len(faults)} rows like it are in the way of the vision cache")
+    merged: Places = {}
+    for places_of_rank, _, _ in shares:
+        for key, place in places_of_rank.items():
+            merged[key] = min(place, merged.get(key, place))
+    return dict(sorted(merged.items(), key=lambda item: item[1])), sum(uses for _, uses, _ in shares)
+
+
+def _keys(conversation: Conversation) -> tuple[str, ...]:
+    try:
+        return tuple(picture.key for picture in conversation.pictures)
+    except BadPicture as fault:
+        raise _named(conversation, fault) from fault
+
+
+def _named(conversation: Conversation, fault: BadPicture) -> BadPicture:
+    return BadPicture(f"{conversation.where}: sample {conversation.id!r}: {fault}".removeprefix(": "))
+
+
+def _gathered(value: Any, world_size: int) -> list[Any]:
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _warn(trainer: lightning.Trainer, uses: int, missing: int) -> None:
+    steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    seen = uses * steps / max(1, trainer.num_training_batches)
+    if seen < 1.5 * missing:
+        log.warning(
+            "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at one %d "
+            "times. It pays from the second epoch, and for later runs with these pictures; speed.vision_cache=false does without",
+            missing,
+            seen,
+        )
+
+
+def _fill(
+    trainer: lightning.Trainer, store: FeatureStore, encode: Callable[[torch.Tensor], torch.Tensor], rows: Rows, wanted: Places
+) -> None:
+    """Encode pictures and add them; what is done stays, whatever ends it.
+
+    Raises:
+        BadPicture: a picture cannot be decoded, and rows with such pictures are not dropped.
+    """
+    data = trainer.datamodule
+    loader = DataLoader(
+        _Pictures(rows, wanted, data.processor),
+        batch_size=TOGETHER,
+        num_workers=data.num_workers,
+        collate_fn=_together,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # torch's own would go on, and training would draw other numbers than without the cache
+    )
+    fresh: dict[str, torch.Tensor] = {}
+    done = 0
+    try:
+        with _progress("pictures encoded", len(wanted), show=trainer.is_global_zero) as tell:
+            for keys, pixels, faults in loader:
+                if faults and data.on_bad_picture != "drop":
+                    raise BadPicture(faults[0])
+                if keys:
+                    fresh |= zip(keys, encode(pixels), strict=True)
+                if len(fresh) > SHARD - TOGETHER:
+                    fresh = _added(store, fresh)
+                done += len(keys) + len(faults)
+                tell(done)
+    finally:
+        _added(store, fresh)
+
+
+def _added(store: FeatureStore, fresh: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    store.add(fresh)
+    return {}
+
+
+class _Pictures(Dataset):
+    """Pictures as pixels, or why one cannot be decoded."""
+
+    def __init__(self, rows: Rows, wanted: Places, processor: Processor):
+        self.rows = rows
+        self.wanted = list(wanted.items())
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, place: int) -> tuple[str, torch.Tensor | str]:
+        key, (row, picture) = self.wanted[place]
+        conversation = self.rows[row]
+        try:
+            return key, self.processor.pixels(conversation.pictures[picture])
+        except BadPicture as fault:
+            return key, str(_named(conversation, fault))
+
+
+def _together(items: Sequence[tuple[str, torch.Tensor | str]]) -> tuple[list[str], torch.Tensor, list[str]]:
+    pixels = {key: value for key, value in items if isinstance(value, torch.Tensor)}
+    return list(pixels), torch.stack([*pixels.values()]) if pixels else torch.empty(0), [v for _, v in items if isinstance(v, str)]
+
+
+@contextmanager
+def _progress(what: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, else a line a minute."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    terminal, said = sys.stdout.isatty(), time.monotonic()
+    with Progress(*columns, transient=True, disable=not (show and terminal)) as bars:
+        bar = bars.add_task(what, total=total)
+
+        def tell(done: int) -> None:
+            nonlocal said
+            bars.update(bar, completed=done)
+            if show and not terminal and time.monotonic() - said > 60:
+                said = time.monotonic()
+                print(f"{what}: {done:,} of {total:,}", flush=True)
+
+        yield tell
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
