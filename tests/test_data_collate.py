@@ -194,3 +194,10 @@ def test_a_row_of_padding_makes_a_step_with_gradients_of_zero():
     assert output.logits.shape[1] == 1
     (output.logits.sum() * 0).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in model.parameters())
+
+
+def test_packed_rows_have_their_bounds_under_the_names_of_transformers_kernels():
+    inputs = QwenVL(config=SIZES, vocabulary="tiny").inputs(PACK([SHORT, SHORT]))
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 2, 4, 8, 12, 12, 12, 12]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 4
+    assert "attention_mask" not in inputs

@@ -1,10 +1,14 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from small_network import small_network
+from torch._dynamo.utils import counters
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from qwenvl_lit.models.language import MLP, RMSNorm, attend_eagerly, ntk_alpha, rotary_tables, rotate
+from qwenvl_lit.models.language import MLP, LanguageBlock, RMSNorm, attend_eagerly, has_segments_kernel, ntk_alpha, rotary_tables, rotate
 
 
 @pytest.mark.parametrize(("length", "alpha"), [(1, 1), (2047, 1), (2048, 1), (2049, 3), (4096, 3), (4097, 7), (8192, 7), (8193, 15)])
@@ -72,3 +76,78 @@ def test_eager_attention_is_the_fused_one():
     expected = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)  # float32, another order of summation
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 6))
+
+
+# -- packed rows --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varlen_on_cpu():
+    """Torch's variable-length attention has kernels for GPUs alone. These are for the CPU: slow, and with the same arguments."""
+    varlen._varlen_attn.register_kernel("cpu", _forward)
+    varlen._varlen_attn_backward.register_kernel("cpu", _backward)
+
+
+def _forward(query, key, value, bounds, _, longest, __, is_causal, scale, *more):
+    out = torch.empty_like(query)
+    for segment, _q, _k, v, weights in _segments(query, key, value, bounds, longest, is_causal, scale):
+        out[segment] = (weights @ v).transpose(0, 1)
+    return out, query.new_zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64)
+
+
+def _backward(grad, query, key, value, out, lse, bounds, _, longest, __, is_causal, rng, scale, *more):
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for segment, q, k, v, weights in _segments(query, key, value, bounds, longest, is_causal, scale):
+        g = grad[segment].transpose(0, 1)
+        of_weights = g @ v.mT
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+        for whole, part in zip(grads, (of_scores @ k, of_scores.mT @ q, weights.mT @ g), strict=True):
+            whole[segment] = part.transpose(0, 1)
+    return grads
+
+
+def _segments(query, key, value, bounds, longest, is_causal, scale) -> Iterator[tuple]:
+    """Each segment with its queries, keys and values, (H, T, K), and its weights (H, T, T)."""
+    assert is_causal
+    assert bounds.dtype == torch.int32
+    assert bounds.diff().max() <= longest
+    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+        yield slice(start, stop), q, k, v, (q @ k.mT * scale).masked_fill(future, -math.inf).softmax(-1)
+
+
+def packed_row(lengths: list[int]) -> tuple[dict, dict]:
+    """Arguments of a block for segments of these lengths, with a mask and with bounds."""
+    rotary = rotary_tables(torch.cat([torch.arange(length) for length in lengths])[None], head_dim=8, base=10000)
+    number = torch.tensor([place for place, length in enumerate(lengths) for _ in range(length)])
+    mask = (number[:, None] == number) & torch.ones(len(number), len(number), dtype=torch.bool).tril()
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return {"rotary": rotary, "attention_mask": mask[None, None]}, {"rotary": rotary, "segments": (bounds, 9)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_in_segments_is_attention_with_their_mask(varlen_on_cpu, compiled):
+    """Output and gradients; compiled in one graph, for all bounds of one shape."""
+    block = small_network().transformer.h[0]
+    compute = torch.compile(block.compute, backend="aot_eager", fullgraph=True) if compiled else block.compute
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ([9, 1, 5, 5, 0], [4, 9, 7, 0, 0], [2, 3, 4, 5, 6]):
+        x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+        found, expected = ([*_outcome(compute, block, x, arguments)] for arguments in reversed(packed_row(lengths)))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == (2 if compiled else 0)  # with bounds, and with a mask
+
+
+def _outcome(compute, block: LanguageBlock, x: torch.Tensor, arguments: dict) -> Iterator[torch.Tensor]:
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    out = compute(x, **arguments)
+    out.square().mean().backward()
+    yield from (out.detach(), x.grad, *(parameter.grad.clone() for parameter in block.parameters()))
+
+
+def test_segments_have_a_kernel_on_gpus_alone():
+    assert not has_segments_kernel(torch.zeros(1, dtype=torch.bfloat16))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_network import CLOSE, LOSS, PICTURE, small_network, talk_of_two, tensor, text
+from small_network import CLOSE, LOSS, PICTURE, picture_positions, pictures, small_network, talk_of_two, tensor, text
 from torch import nn
 
 # Float32 sums in another order. Entries whose true gradient is zero (key biases: softmax does not see them) are noise of 1e-8.
@@ -111,6 +111,35 @@ def test_packed_samples_have_the_loss_and_gradients_of_a_padded_batch():
     packed = {"pixel_values": pixels, "labels": labels.view(1, -1), "input_ids": padded.view(1, -1), "position_ids": positions}
     for name, gradient in _gradients_of(model, packed).items():
         torch.testing.assert_close(gradient, expected[name], **GRADIENT)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_packed_samples_need_no_mask_and_nothing_waits_for_them():
+    """Bounds of samples and their mask are two ways to the same loss and gradients: bfloat16 products in another order."""
+    model = small_network().bfloat16().cuda().train()
+    rows = [PICTURE + text(9), text(31, seed=1), PICTURE + text(2, seed=2)]
+    lengths = [*map(len, rows), 8]  # and padding
+    ids = tensor([id for row in rows for id in row] + [0] * 8)
+    packed = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "pixel_values": pictures(2).bfloat16(),
+        "vision_positions": picture_positions(ids.tolist()),
+        "target_positions": torch.tensor([7, 8, 20, 21, 22, 50, 51]),
+    }
+    packed = {name: value.cuda() for name, value in packed.items()}
+    expected = {name: gradient.clone() for name, gradient in _gradients_of(model, packed).items()}
+    bounds = torch.tensor([0, *lengths, 0, 0], device="cuda").cumsum(0, dtype=torch.int32)
+    kernel = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds) | dict.fromkeys(("max_length_q", "max_length_k"), 40)
+    _gradients_of(model, packed | kernel)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = _gradients_of(model, packed | kernel)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 0.05 * expected[name].norm(), name
 
 
 def _gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -233,10 +233,10 @@ class QwenVL:
         if batch.segment_bounds is not None:
             inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.segment_bounds)
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_segment)
-        elif not generate:
-            inputs |= {"logits_to_keep": 1}  # of a row of padding, all would fill the memory
         if len(batch.target_positions) and not generate:
             inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
+        elif not generate:
+            inputs |= {"logits_to_keep": 1}  # of a row of padding, all would fill the memory
         return {name: value for name, value in inputs.items() if value is not None}
 
     def picture_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

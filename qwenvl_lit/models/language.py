@@ -27,6 +27,10 @@ class LanguageBlock(GradientCheckpointingLayer):
 
     def forward(self, x_BTD: torch.Tensor, **kwargs) -> torch.Tensor:
         """The keyword arguments are those of `Attention`."""
+        return self.compute(x_BTD, **kwargs)
+
+    def compute(self, x_BTD: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What may be compiled: transformers wraps `forward` in other things that are done around a block."""
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), **kwargs)[0]
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
@@ -56,19 +60,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows: q | k | v
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, segments=None, **kwargs):
         """Tokens attend to themselves, to those before them, and to what is in the cache.
 
         Args:
             rotary: what `rotary_tables` returns.
             attention_mask: what transformers made for the kernel in use; `None` is plain causal.
             past_key_values: a cache, to which the rotated keys and the values are added.
+            segments: bounds and longest of the segments of packed rows, as `attend_in_segments` takes them; in place of a mask and a cache.
             kwargs: handed on to the kernel.
 
         Returns:
             (B, T, D), and the weights (B, H, T, slots) where the kernel has them, else `None`.
         """
         q_BHTK, k_BHTK, v_BHTK = self.heads(x_BTD, rotary)
+        if segments is not None:
+            return self.c_proj(attend_in_segments(q_BHTK, k_BHTK, v_BHTK, *segments, scaling=self.scaling).flatten(2)), None
         if past_key_values is not None:
             k_BHTK, v_BHTK = past_key_values.update(k_BHTK, v_BHTK, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
@@ -89,6 +96,31 @@ def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, *
         scores_BHTS = scores_BHTS + attention_mask
     weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTK.dtype)
     return (weights_BHTS @ v_BHSK).transpose(1, 2), weights_BHTS
+
+
+def attend_in_segments(
+    q_BHTK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, bounds: torch.Tensor, longest: int, *, scaling: float
+) -> torch.Tensor:
+    """Causal attention within each segment of packed rows, (B, T, H, K), where `has_segments_kernel`. It costs what the segments cost, and
+    neither makes a mask nor waits for the device.
+
+    Args:
+        bounds: (n + 1,) int32, cumulative lengths of the segments over all B * T tokens; segments may be empty.
+        longest: no segment has more tokens.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # brings the compiler with it, which takes seconds
+
+    rows_BTHK = [x_BHTK.transpose(1, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]
+    flat = [x_BTHK.flatten(0, 1) for x_BTHK in rows_BTHK]
+    causal = (-1, 0)  # all tokens before, none after
+    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=causal).view(rows_BTHK[0].shape)
+
+
+def has_segments_kernel(x: torch.Tensor) -> bool:
+    """Whether `attend_in_segments` runs on the device of `x`, in the precision in which its products are computed."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.is_cuda and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 class MLP(nn.Module):

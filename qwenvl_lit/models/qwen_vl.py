@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl_lit.models.config import QwenVLConfig
-from qwenvl_lit.models.language import MLP, Attention, LanguageBlock, RMSNorm, ntk_alpha, rotary_tables
+from qwenvl_lit.models.language import MLP, Attention, LanguageBlock, RMSNorm, has_segments_kernel, ntk_alpha, rotary_tables
 from qwenvl_lit.models.vision import CrossAttention, Resampler, VisionBlock, VisionTower, sine_cosine_positions
 
 PICTURES = ("pixel_values", "vision_positions", "vision_features")  # arguments of `forward`
@@ -121,13 +121,17 @@ class QwenVLModel(QwenVLPreTrainedModel):
             position_ids = None
         # Before the pictures: making a mask may wait for the device, which has nothing to do yet.
         rotary = self._rotary(x_BTD, position_ids, past_key_values)
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        segments = None
+        if packed and "cu_seq_lens_q" in kwargs and self.config._attn_implementation == "sdpa" and has_segments_kernel(x_BTD):
+            segments = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        else:
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x_BTD,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         x_BTD = self._write_pictures(x_BTD, input_ids, past_key_values, pixel_values, vision_positions, vision_features)
         for block in self.h:
             x_BTD = block(
@@ -136,6 +140,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,  # FlashAttention finds packed samples by them
                 past_key_values=past_key_values,
+                segments=segments,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x_BTD), past_key_values=past_key_values)
@@ -258,6 +263,8 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             use_cache: fill a cache and return it. Left out, this is done in evaluation without labels if the config says so; packed
                 rows never have one.
             logits_to_keep: compute the logits of the last so many tokens (0: all) or at these indices.
+            kwargs: beside `position_ids`, the bounds (n + 1,) of packed samples as `cu_seq_lens_q` and `cu_seq_lens_k`, and the longest as
+                `max_length_q` and `max_length_k`, for kernels that need no mask then. They change nothing but the time.
 
         Raises:
             ValueError: pictures, spans and positions that disagree; no target at all.
