@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qwenvl_lit.evaluation.answered import config_beside, scored_arguments
 from qwenvl_lit.runs import Run, base_of, config_folder, find_run
 from qwenvl_lit.runs.ranks import rank_arguments
-from qwenvl_lit.runs.resume import resume_arguments, resumed
+from qwenvl_lit.runs.resume import refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
@@ -62,6 +62,7 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
             _start_from_run()
             sys.argv[1:] = [quote_free_text(argument) for argument in resume_arguments(sys.argv[1:])]
         sys.argv[1:] = rank_arguments(verb, sys.argv[1:])
+        refuse_used_folder(sys.argv[1:])
         sweep = Sweep(verb)
         with sweep.reported():
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()

@@ -45,6 +45,16 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert result.stderr.startswith("error: /dev/null/run cannot be written: Not a directory.")
 
 
+def test_a_run_is_not_overwritten_by_any_verb(tmp_path):
+    (tmp_path / "mine/checkpoints").mkdir(parents=True)
+    (tmp_path / "mine/checkpoints/last.ckpt").write_text("weeks")
+    for verb, *arguments in (["train"], ["predict", "model=qwen_vl_tiny"]):
+        result = run(verb, *arguments, "hydra.run.dir=mine", cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "checkpoints", "last.ckpt"]
+
+
 @pytest.mark.parametrize("verb", ["train", "test", "predict"])
 def test_help_lists_groups_and_choices_within_three_seconds(verb, tmp_path):
     start = time.perf_counter()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenvl_lit.runs.resume import resume_arguments
+from qwenvl_lit.runs.resume import refuse_used_folder, resume_arguments
 from qwenvl_lit.types import DataError
 
 STARTED = ["model=qwen_vl_chat", "optim.lr=1e-5", "data.train='a b.jsonl'", "resume='auto'"]
@@ -80,6 +80,27 @@ def test_a_run_without_its_last_checkpoint_is_named(run):
     (run / "checkpoints/last.ckpt").rename(run / "checkpoints/best.ckpt")
     with pytest.raises(DataError, match=r"there is no checkpoints/last\.ckpt"):
         resume_arguments(["resume=outputs/train/mine"])
+
+
+@pytest.mark.parametrize("result", ["checkpoints/best.ckpt", "metrics.json", "predictions.rank0.jsonl", "refcoco/val/predictions.jsonl"])
+def test_a_folder_that_holds_results_is_not_written_again(tmp_path, result):
+    file = tmp_path / "it's used" / result
+    file.parent.mkdir(parents=True)
+    for name in ("train.log", ".hydra"):
+        (tmp_path / "it's used" / name).touch()
+    argument = f"hydra.run.dir='{tmp_path}/it\\'s used'"
+    refuse_used_folder([argument])
+    file.touch()
+    with pytest.raises(DataError, match=rf"it's used holds an earlier run \({result}\): choose another folder, or remove this one$"):
+        refuse_used_folder([argument])
+
+
+def test_a_run_says_how_it_goes_on_and_goes_on(run):
+    with pytest.raises(DataError, match=r"to go on with its training: python -m qwenvl_lit\.train resume=outputs/train/mine$"):
+        refuse_used_folder(["hydra.run.dir='outputs/train/mine'"])
+    refuse_used_folder(resume_arguments(["resume=outputs/train/mine"]))
+    refuse_used_folder(["hydra.run.dir='outputs/train/mine'", "--cfg=job"])
+    refuse_used_folder(["hydra.run.dir='outputs/train/mine'", "hydra.output_subdir=null", "hydra.job.name=train_rank_1"])
 
 
 SMALL = ["trainer=smoke", "trainer.max_epochs=-1", "trainer.max_steps=40", "trainer.val_check_interval=16"]

@@ -1,4 +1,4 @@
-"""`resume=RUN` and `resume=auto`: the command line and the config of a run that goes on in its own folder."""
+"""`resume=RUN` and `resume=auto`: the command line and the config of a run that goes on in its folder; others need an unused one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.runs import latest_run
@@ -13,6 +14,8 @@ from qwenvl_lit.types import DataError
 
 MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # of a run that goes on
 LAST = "checkpoints/last.ckpt"
+RESULTS = ("checkpoints/*.ckpt", "metrics.json", "predictions*.jsonl", "*/*/predictions*.jsonl")  # the last: of benchmarks, FILE/SET
+LOOKS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -57,6 +60,25 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
             )
     own = [argument for argument in kept if not argument.startswith(("hydra.run.dir=", "hydra.output_subdir="))]
     return [*own, f"resume={run}", f"hydra.run.dir={run}", "hydra.output_subdir=null"]  # null: what it was started with stays written
+
+
+def refuse_used_folder(arguments: Sequence[str]) -> None:
+    """Nothing that an earlier command of any verb has found is overwritten: `hydra.run.dir=` names a folder without `RESULTS`, or that of a
+    run that goes on. Other ranks than the first write no config of their own, which is how they are told apart.
+
+    Raises:
+        DataError: the folder holds results.
+    """
+    keys = {argument.partition("=")[0] for argument in arguments}
+    goes_on = any(argument.startswith("resume=") and argument != "resume=null" for argument in arguments)
+    if "hydra.run.dir" not in keys or goes_on or "hydra.output_subdir=null" in arguments or LOOKS_ONLY & keys:
+        return
+    place = next(argument for argument in arguments if argument.startswith("hydra.run.dir="))
+    folder = Path(str(OverridesParser.create().parse_override(place).value()))
+    found = next((file.relative_to(folder) for pattern in RESULTS for file in sorted(folder.glob(pattern))), None)
+    if found is not None:
+        going_on = f"; to go on with its training: python -m qwenvl_lit.train resume={folder}" if (folder / LAST).exists() else ""
+        raise DataError(f"hydra.run.dir={folder} holds an earlier run ({found}): choose another folder, or remove this one{going_on}")
 
 
 def resumed(config: DictConfig) -> DictConfig:
