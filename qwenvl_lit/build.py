@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
+from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.protocols import Processor
 from qwenvl_lit.generation import Generation
@@ -81,6 +82,8 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
     if not sys.stdout.isatty():
         chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
     built = [_object(node) for node in chosen.values()]
+    if config.get("speed") and config.speed.vision_cache:
+        built.append(VisionCache(Path(config.paths.cache, "vision"), limit_gb=config.speed.vision_cache_gb))
     spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
     make = _object(config.trainer)
     for name in ("max_steps", "max_epochs"):

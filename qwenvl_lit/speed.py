@@ -36,10 +36,21 @@ class Speed:
         checkpointing: how many blocks keep no more than their input and run again for their gradients, which takes a third more work:
             "none", "full" for all, "auto" for as many as the memory of a GPU asks with the longest rows of the data; on a CPU none.
         float8: frozen linear layers compute in 8 bits, see `float8`.
+        vision_cache: what pictures become in a frozen tower is computed before the first step and kept on disk: a callback, `VisionCache`.
+        vision_cache_gb: the most that it may take there.
     """
 
-    def __init__(self, *, compile: Literal["auto"] | bool = "auto", checkpointing: Checkpointing = "auto", float8: bool = False):
-        for name, value, choices in (("compile", compile, ("auto", True, False)), ("float8", float8, (True, False))):
+    def __init__(
+        self,
+        *,
+        compile: Literal["auto"] | bool = "auto",
+        checkpointing: Checkpointing = "auto",
+        float8: bool = False,
+        vision_cache: bool = False,
+        vision_cache_gb: float = 100.0,
+    ):
+        flags = (("float8", float8, (True, False)), ("vision_cache", vision_cache, (True, False)))
+        for name, value, choices in (("compile", compile, ("auto", True, False)), *flags):
             if value not in choices:
                 raise ValueError(f"speed.{name} is {', '.join(map(str, choices)).lower()}, got {value!r}")
         if checkpointing not in get_args(Checkpointing):
@@ -47,6 +58,8 @@ class Speed:
         self.compile = compile
         self.checkpointing = checkpointing
         self.float8 = float8
+        self.vision_cache = vision_cache
+        self.vision_cache_gb = vision_cache_gb
 
     def apply(self, model: nn.Module, *, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
         """Change `model`, which has its adapter and is not sharded yet, in place.

@@ -3,16 +3,25 @@
 import logging
 from collections import Counter
 
+import lightning
 import pytest
 import torch
 from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
+from small_run import family, read
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from toy_task import trainer
 
 from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.callbacks.run_log import RunLog
+from qwenvl_lit.callbacks.throughput import Throughput
+from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.generation import Generation
+from qwenvl_lit.optim import AdamW
 from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks
+from qwenvl_lit.task import Task
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
 EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
@@ -125,3 +134,32 @@ def test_every_block_or_some_run_again_and_embeddings_get_no_gradient_for_it(ada
 def test_other_choices_are_refused(choices, says):
     with pytest.raises(ValueError, match=says):
         Speed(**choices)
+
+
+class Watch(lightning.Callback):
+    """Makes every wait of the host for the device an error, from the fifth batch to the end of the twelfth, loading included."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode({3: "error", 11: "default"}.get(batch_idx, torch.cuda.get_sync_debug_mode()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_step_waits_for_the_device(tmp_path, packing):
+    task = Task(
+        family=family(),
+        adapter=LoRA(rank=2, alpha=4, dropout=0.1, targets="all-linear"),
+        generation=Generation(),
+        metrics={},
+        optim=AdamW(lr=1e-2),
+        speed=Speed(checkpointing="full"),
+    )
+    sizes = {"max_tokens": 128, "packing": True} if packing else {"batch_size": 2}
+    data = DataModule(processor=task.processor, read=read, train="abcdefghijklmnopqrstuvwxyz" * 2, num_workers=1, **sizes)
+    options = {"accelerator": "gpu", "precision": "bf16-mixed", "log_every_n_steps": 1000, "max_steps": 8}
+    made = trainer(tmp_path, Throughput(), RunLog(), Watch(), accumulate_grad_batches=2, gradient_clip_val=1.0, max_epochs=-1, **options)
+    try:
+        made.fit(task, data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert made.global_step == 8
