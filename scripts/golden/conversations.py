@@ -104,16 +104,21 @@ def golden_sample(case: dict[str, Any], tokenizer: QwenTokenizer) -> dict[str, A
     return found
 
 
-def spans_closed(ids: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str]:
-    """`ids` with how many there are between the tags of each picture in place of them, whatever they are."""
+def _spans_replaced(ids: Sequence[int], tokenizer: QwenTokenizer, written: Callable[[list[int]], str]) -> list[int | str]:
+    """`ids` with what is `written` of the ids between the tags of each picture in place of them and their tags."""
     out: list[int | str] = []
     rest = list(ids)
     while rest:
         out.append(rest.pop(0))
         if out[-1] == tokenizer.img_start_id and tokenizer.img_end_id in rest:
             end = rest.index(tokenizer.img_end_id)
-            out[-1], rest = f"picture of {end} tokens", rest[end + 1 :]
+            out[-1], rest = written(rest[:end]), rest[end + 1 :]
     return out
+
+
+def spans_closed(ids: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str]:
+    """`ids` with how many there are between the tags of each picture in place of them, whatever they are."""
+    return _spans_replaced(ids, tokenizer, lambda span: f"picture of {len(span)} tokens")
 
 
 def labels_closed(ids: Sequence[int], labels: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str | None]:
@@ -129,16 +134,12 @@ def labels_closed(ids: Sequence[int], labels: Sequence[int], tokenizer: QwenToke
 
 def paths_read(ids: Sequence[int], tokenizer: QwenTokenizer, *, in_bytes: bool) -> list[int | str]:
     """`ids` with the text of each picture's span in place of its ids; `in_bytes`: as the original writes a path there."""
-    out: list[int | str] = []
-    rest = list(ids)
-    while rest:
-        out.append(rest.pop(0))
-        if out[-1] == tokenizer.img_start_id and tokenizer.img_end_id in rest:
-            end = rest.index(tokenizer.img_end_id)
-            span = [id for id in rest[:end] if id != tokenizer.img_pad_id]
-            out[-1] = f"<img>{bytes(span).decode() if in_bytes else tokenizer.decode(span)}</img>"
-            rest = rest[end + 1 :]
-    return out
+
+    def written(span: list[int]) -> str:
+        path = [id for id in span if id != tokenizer.img_pad_id]
+        return f"<img>{bytes(path).decode() if in_bytes else tokenizer.decode(path)}</img>"
+
+    return _spans_replaced(ids, tokenizer, written)
 
 
 def swift_sample(processor: QwenVLProcessor, case: dict[str, Any], sizes: dict[str, list[int]]) -> dict[str, Any]:
