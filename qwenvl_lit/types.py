@@ -153,7 +153,7 @@ class Picture:
             BadPicture: its file cannot be read.
         """
         if isinstance(self.source, Image.Image):
-            content = repr((self.source.mode, self.source.size)).encode() + self.source.tobytes()
+            content = repr((self.source.mode, self.source.size, self.source.getpalette())).encode() + self.source.tobytes()
         else:
             file = self._file()
             try:

@@ -37,6 +37,9 @@ def test_equal_pictures_have_equal_keys(picture_file, tmp_path):
     assert Picture(copy).key == Picture(picture_file).key == Picture(copy.read_bytes()).key
     assert Picture(Image.new("L", (5, 3), 7)).key == Picture(Image.new("L", (5, 3), 7)).key
     assert Picture(Image.new("L", (5, 3), 7)).key != Picture(Image.new("L", (3, 5), 7)).key
+    red, blue = (Image.new("RGB", (5, 3), colour).quantize(2) for colour in ("red", "blue"))
+    assert red.tobytes() == blue.tobytes()  # of an image with a palette, the numbers alone do not tell
+    assert Picture(red).key != Picture(blue).key
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"not a picture"])
