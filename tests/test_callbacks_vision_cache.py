@@ -235,10 +235,10 @@ def test_what_does_not_fit_the_disk_is_refused(tmp_path, monkeypatch):
 
 
 def test_one_epoch_is_warned_about_unless_its_pictures_are_there(tmp_path, caplog):
-    def warnings(epochs: int, cache: str, train: str = "abcdef") -> list[str]:
+    def warnings(epochs: int, cache: str, train: str = "abcdef", **options) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger=vision_cache.__name__):
-            run(tmp_path / "run", VisionCache(tmp_path / cache), data={"train": train, "validation": None}, max_epochs=epochs)
+            run(tmp_path / "run", VisionCache(tmp_path / cache), data={"train": train, "validation": None}, max_epochs=epochs, **options)
         return [record.getMessage() for record in caplog.records if "pointless" in record.getMessage()]
 
     (said,) = warnings(1, "one")
@@ -246,6 +246,7 @@ def test_one_epoch_is_warned_about_unless_its_pictures_are_there(tmp_path, caplo
     assert not warnings(1, "one")
     assert not warnings(2, "two")
     assert not warnings(1, "three", train="aaabbb")  # each picture three times
+    assert warnings(2, "four", limit_train_batches=1)
 
 
 @pytest.mark.parametrize(

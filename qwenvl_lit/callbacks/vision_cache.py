@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,9 @@ def refuse_trained(parameters: Iterable[tuple[str, torch.Tensor]], parts: Mappin
 
 
 def tensors_of(model: nn.Module, parts: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Weights and buffers of the tower and the resampler by their names in the family's network; whole, where ranks share them."""
+    """All that the tower and the resampler compute with, whole where ranks share it, by its names in the family's network."""
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in {**dict(model.named_buffers()), **model.state_dict()}.items():  # buffers need not be in the state
         if (part := part_of_tensor(name, parts)) in FROZEN and isinstance(tensor, torch.Tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             found[name[name.index(parts[part]) :]] = whole.detach()
@@ -152,7 +153,8 @@ def _whole(model: nn.Module, family: Family, tensors: dict[str, torch.Tensor]) -
     if not any(isinstance(tensor, DTensor) for tensor in model.parameters()):
         return model
     outline = family.outline().requires_grad_(False)
-    assert not outline.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    unexpected = outline.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    assert not unexpected, unexpected
     return outline
 
 
@@ -213,7 +215,7 @@ def _gathered(value: Any, world_size: int) -> list[Any]:
 
 def _warn(trainer: lightning.Trainer, uses: int, missing: int) -> None:
     steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    seen = uses * steps / max(1, trainer.num_training_batches)
+    seen = uses * steps / max(1, len(trainer.train_dataloader))
     if seen < 1.5 * missing:
         log.warning(
             "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at one %d "
@@ -242,24 +244,26 @@ def _fill(
     )
     fresh: dict[str, torch.Tensor] = {}
     done = 0
-    try:
-        with _progress("pictures encoded", len(wanted), show=trainer.is_global_zero) as tell:
+    with ThreadPoolExecutor(1) as writer, _progress("pictures encoded", len(wanted), show=trainer.is_global_zero) as tell:
+        writing: list[Future] = []
+        try:
             for keys, pixels, faults in loader:
                 if faults and data.on_bad_picture != "drop":
                     raise BadPicture(faults[0])
                 if keys:
                     fresh |= zip(keys, encode(pixels), strict=True)
                 if len(fresh) > SHARD - TOGETHER:
-                    fresh = _added(store, fresh)
+                    _end(writing)  # two files at a time would take twice the memory
+                    writing, fresh = [writer.submit(store.add, fresh)], {}
                 done += len(keys) + len(faults)
                 tell(done)
-    finally:
-        _added(store, fresh)
+        finally:
+            _end([*writing, writer.submit(store.add, fresh)])
 
 
-def _added(store: FeatureStore, fresh: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    store.add(fresh)
-    return {}
+def _end(writing: Iterable[Future]) -> None:
+    for one in writing:
+        one.result()
 
 
 class _Pictures(Dataset):
