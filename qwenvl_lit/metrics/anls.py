@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torchmetrics.functional.text import edit_distance
 
-from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import Scoring, checked, right_answers, said
+from qwenvl_lit.metrics.sample_mean import PublishedMean, Scoring
+from qwenvl_lit.metrics.sample_rows import right_answers, said
 from qwenvl_lit.types import Prediction
 
 
@@ -32,15 +32,14 @@ def _similarity(a: str, b: str, *, raw: bool) -> float:
     return 1 - float(edit_distance([short_a], [short_b], reduction="sum")) / longer
 
 
-class Anls(SampleMean):
+class Anls(PublishedMean):
     """Average normalised Levenshtein similarity: the measure of DocVQA and InfographicVQA (Biten et al., ICCV 2019)."""
 
     needs = "expected answer"
 
     def __init__(self, threshold: float = 0.5, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
-        super().__init__(where=where)
+        super().__init__(protocol, where=where)
         self.threshold = threshold
-        self.protocol = checked(protocol)
 
     def score(self, prediction: Prediction) -> float | None:
         answers = right_answers(prediction)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 
 from qwenvl_lit.metrics.exact_match import exact_match
-from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import Scoring, checked, right_answers, said
+from qwenvl_lit.metrics.sample_mean import PublishedMean
+from qwenvl_lit.metrics.sample_rows import right_answers, said
 from qwenvl_lit.types import Prediction
 
 
@@ -48,14 +47,10 @@ def gqa_match(answer: str, expected: str) -> bool:
     return first_clause(expected) in (first_clause(answer), core_of(answer))
 
 
-class GqaAccuracy(SampleMean):
+class GqaAccuracy(PublishedMean):
     """Share of answers that say the expected one."""
 
     needs = "expected answer"
-
-    def __init__(self, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
-        super().__init__(where=where)
-        self.protocol = checked(protocol)
 
     def score(self, prediction: Prediction) -> float | None:
         answers = right_answers(prediction)

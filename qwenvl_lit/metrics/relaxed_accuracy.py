@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import Scoring, checked, right_answers, said
+from qwenvl_lit.metrics.sample_mean import PublishedMean
+from qwenvl_lit.metrics.sample_rows import right_answers, said
 from qwenvl_lit.types import Prediction
 
 
@@ -40,14 +39,10 @@ def _number(text: str) -> float | None:
         return None
 
 
-class RelaxedAccuracy(SampleMean):
+class RelaxedAccuracy(PublishedMean):
     """Share of answers that match an expected one within 5 %: the measure of ChartQA, where both test sets are averaged."""
 
     needs = "expected answer"
-
-    def __init__(self, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
-        super().__init__(where=where)
-        self.protocol = checked(protocol)
 
     def score(self, prediction: Prediction) -> float | None:
         answers = right_answers(prediction)

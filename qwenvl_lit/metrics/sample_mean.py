@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from qwenvl_lit.metrics.sample_rows import SampleRows
-from qwenvl_lit.types import Prediction
+from qwenvl_lit.types import DataError, Prediction
+
+Scoring = Literal["correct", "official"]
 
 
 class SampleMean(SampleRows):
@@ -28,3 +31,20 @@ class SampleMean(SampleRows):
 
     def total(self, rows: Sequence[torch.Tensor]) -> float:
         return math.fsum(self.row_scores(rows).tolist()) / len(rows)
+
+
+class PublishedMean(SampleMean):
+    """Such a mean, where the script that published scores come from has faults.
+
+    Args:
+        protocol: `correct`: what the score is defined as; `official`: what the published script computes, faults included.
+
+    Raises:
+        DataError: `protocol` is neither.
+    """
+
+    def __init__(self, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
+        super().__init__(where=where)
+        if protocol not in ("correct", "official"):
+            raise DataError(f"protocol={protocol}: expected correct or official")
+        self.protocol = protocol

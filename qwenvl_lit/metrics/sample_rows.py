@@ -6,26 +6,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
-from qwenvl_lit.types import DataError, GroundedObject, Part, Prediction
-
-Scoring = Literal["correct", "official"]
-
-
-def checked(protocol: Scoring) -> Scoring:
-    """`correct`: what the score is defined as; `official`: what the published script computes, faults included.
-
-    Raises:
-        DataError: it is neither.
-    """
-    if protocol not in ("correct", "official"):
-        raise DataError(f"protocol={protocol}: expected correct or official")
-    return protocol
+from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 
 def sample_key(sample_id: str) -> int:

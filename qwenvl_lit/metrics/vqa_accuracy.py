@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import Scoring, checked, said
+from qwenvl_lit.metrics.sample_mean import PublishedMean
+from qwenvl_lit.metrics.sample_rows import said
 from qwenvl_lit.types import Prediction
 
 PEOPLE = 4  # at least: with fewer, no answer has three others who agree whoever is left out
@@ -93,17 +93,13 @@ def _leaving_one_out(agree: Sequence[bool]) -> float:
     return sum(min((sum(agree) - own) / 3, 1) for own in agree) / len(agree)
 
 
-class VqaAccuracy(SampleMean):
+class VqaAccuracy(PublishedMean):
     """Mean VQA accuracy against the answers of several people: the references of a row, ten in VQAv2, OK-VQA, TextVQA and VizWiz.
 
     Four at least, or no answer can be wholly right; rows with fewer are left out. Of one expected answer, ask for the exact match.
     """
 
     needs = "answers of four people or more"
-
-    def __init__(self, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
-        super().__init__(where=where)
-        self.protocol = checked(protocol)
 
     def score(self, prediction: Prediction) -> float | None:
         people = prediction.conversation.references
