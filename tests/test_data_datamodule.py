@@ -240,7 +240,11 @@ def test_batches_are_packed_or_kept_within_a_budget():
     for packing, expected in ((False, [(2, 4), (3, 4), (3, 4)]), (True, [(1, 13), (1, 13), (1, 13)])):
         data = DataModule(**options, packing=packing)
         data.setup("fit")
-        assert sorted(tuple(batch.input_ids.shape) for batch in data.train_dataloader()) == expected
+        batches = list(data.train_dataloader())
+        assert sorted(tuple(batch.input_ids.shape) for batch in batches) == expected
+    assert sorted(batch.lengths for batch in batches) == [(4, 4), (4, 4, 4), (4, 4, 4)]
+    assert [batch.segment_bounds.tolist() for batch in batches if len(batch.lengths) == 2] == [[0, 4, 8, 12, 13, 13, 13, 13]]
+    assert {(len(batch.segment_bounds), batch.longest_segment) for batch in batches} == {(8, 4)}
 
 
 def test_a_row_over_the_budget_of_tokens_is_named_with_what_to_do():
