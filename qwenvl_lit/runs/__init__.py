@@ -39,6 +39,8 @@ CONTENTS = {  # of a run folder; a split, and what was left out, only where ther
     "versions.json": "libraries, git commit, machine and command",
     "split.json": "rows held out for validation (split_NAME.json: those of a dataset of a mixture)",
     "findings.jsonl": "rows left out or repaired",
+    "csv": "the logged numbers as a table",
+    "train.log": "warnings",
 }
 SETTINGS = "qwenvl_lit.json"  # of an exported folder
 PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}  # by the last parts of the names that they have elsewhere
