@@ -242,11 +242,13 @@ def test_one_epoch_is_warned_about_unless_its_pictures_are_there(tmp_path, caplo
         return [record.getMessage() for record in caplog.records if "pointless" in record.getMessage()]
 
     (said,) = warnings(1, "one")
-    assert "6 pictures are encoded before the first step, and training looks at one 6 times" in said
+    assert "6 pictures are encoded before the first step, and training looks at pictures 6 times" in said
     assert not warnings(1, "one")
     assert not warnings(2, "two")
     assert not warnings(1, "three", train="aaabbb")  # each picture three times
     assert warnings(2, "four", limit_train_batches=1)
+    assert warnings(-1, "five", max_steps=3)
+    assert not warnings(-1, "six", max_steps=6)
 
 
 @pytest.mark.parametrize(

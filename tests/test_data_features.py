@@ -88,9 +88,18 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    made.refresh()
+    made.add({picture(9).key: torch.zeros(SHAPE)})
     assert (old.exists(), new.exists()) == (False, True)
-    assert len(made) == 5
+    assert len(store(tmp_path)) == 6
+
+
+def test_all_files_may_be_read_by_the_same_people(tmp_path):
+    before = os.umask(0o027)
+    try:
+        made = filled(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in made.folder.iterdir()} == {0o640}
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -75,7 +75,8 @@ class VisionCache(lightning.Callback):
 
         @torch.no_grad()
         def encode(pixels: torch.Tensor) -> torch.Tensor:
-            return family.picture_features(model, pixels.to(trainer.strategy.root_device)).cpu()
+            full = torch.cat([pixels, pixels[-1:].expand(TOGETHER - len(pixels), *pixels.shape[1:])])  # to be compiled for once, if at all
+            return family.picture_features(model, full.to(trainer.strategy.root_device))[: len(pixels)].cpu()
 
         one = encode(data.processor.pixels(Picture(Image.new("RGB", (8, 8))))[None])[0]
         settings = {"format": FORMAT, "weights": fingerprint(tensors), **data.processor.picture_settings}
@@ -214,12 +215,13 @@ def _gathered(value: Any, world_size: int) -> list[Any]:
 
 
 def _warn(trainer: lightning.Trainer, uses: int, missing: int) -> None:
+    trainer.fit_loop.setup_data()  # which `max_steps` alone did not need so far
     steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
     seen = uses * steps / max(1, len(trainer.train_dataloader))
     if seen < 1.5 * missing:
         log.warning(
-            "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at one %d "
-            "times. It pays from the second epoch, and for later runs with these pictures; speed.vision_cache=false does without",
+            "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at "
+            "pictures %d times. It pays from the second epoch, and for later runs with these pictures; speed.vision_cache=false does without",
             missing,
             seen,
         )

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class FeatureStore:
         content = json.dumps({**settings, "shape": self.shape, "dtype": str(dtype)}, sort_keys=True, indent=2)
         self.folder = Path(folder, hashlib.sha256(content.encode()).hexdigest()[:16])
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / SETTINGS, lambda file: file.write_text(content + "\n"))
+        if not (self.folder / SETTINGS).exists():
+            _write(self.folder / SETTINGS, lambda file: file.write_text(content + "\n"))
         self._files: dict[str, str] = {}  # by key, the name of the file that has it
         self._opened: dict[str, safe_open] = {}
         self.refresh()
@@ -62,9 +63,6 @@ class FeatureStore:
         Raises:
             DataError: a file cannot be read.
         """
-        for file in self.folder.glob("*.unfinished"):
-            if time.time() - file.stat().st_mtime > 3600:  # of a process that was killed: writing takes seconds
-                file.unlink(missing_ok=True)
         names = [file.name for file in sorted(self.folder.glob("*.safetensors"))]
         self._files = {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 - no dict
 
@@ -83,8 +81,16 @@ class FeatureStore:
         for key, tensor in features.items():
             assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype), key
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+
+        def save(unfinished: Path) -> None:
+            save_file({key: tensor.contiguous() for key, tensor in features.items()}, unfinished)
+            unfinished.chmod((self.folder / SETTINGS).stat().st_mode)  # others may read it where they may read that
+
         try:
-            _write(file, lambda unfinished: save_file({key: tensor.contiguous() for key, tensor in features.items()}, unfinished))
+            for left in self.folder.glob("*.unfinished"):
+                if time.time() - left.stat().st_mtime > 3600:  # by a process that was killed: writing takes seconds
+                    left.unlink(missing_ok=True)
+            _write(file, save)
         except (OSError, SafetensorError) as fault:
             raise DataError(f"{file} cannot be written: {fault}; make room, or train with speed.vision_cache=false") from fault
         self._files |= dict.fromkeys(features, file.name)
@@ -117,7 +123,7 @@ class FeatureStore:
         return self._opened[name]
 
 
-def _write(file: Path, write) -> None:
+def _write(file: Path, write: Callable[[Path], object]) -> None:
     """`write(path)`, under another name until all of it is on the disk."""
     unfinished = file.with_name(f"{uuid.uuid4().hex}.unfinished")
     try:
