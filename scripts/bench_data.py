@@ -23,6 +23,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+from training_rows import write_pictures
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
@@ -37,15 +38,12 @@ SYSTEM = "system\nYou are a helpful assistant."
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """`rows.jsonl` and its pictures: soft shapes and grain, as large on disk as a camera's at quality 90 (about 110 kB)."""
+    """`rows.jsonl` and its pictures."""
     draw = np.random.default_rng(0)
     with (folder / "rows.jsonl").open("w") as file:
-        for number in range(count):
-            soft = Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
-            grainy = np.asarray(soft) + draw.normal(0, 8, (480, 640, 1))
-            Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        for name in write_pictures(folder, count):
             answer = " ".join(draw.choice(WORDS, 12))
-            query = f"Picture 1:<img>{number}.jpg</img>\nplease describe the image."
+            query = f"Picture 1:<img>{name}</img>\nplease describe the image."
             file.write(json.dumps({"query": query, "response": answer}) + "\n")
 
 

@@ -88,7 +88,7 @@ def test_checkpointing_and_short_rows_need_less():
     ids=["lora", "lora, batch 8", "lora, batch 8, ddp", "qlora", "lora_all", "full, fsdp"],
 )
 def test_a_full_size_run_needs_what_was_measured(adapter, count, options, measured):
-    """`peak_memory_gib` of benchmarks/finetune.json, on H100s with checkpointing."""
+    """`peak_memory_gib` of benchmarks/train.json, on H100s with checkpointing."""
     found = need(network(adapter), rows(count), QwenVL.parts, recomputed=None, **options)
     assert found.total / GIB == pytest.approx(measured, rel=0.03)
 
