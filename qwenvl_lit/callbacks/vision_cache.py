@@ -221,7 +221,7 @@ def _warn(trainer: lightning.Trainer, uses: int, missing: int) -> None:
     if seen < 1.5 * missing:
         log.warning(
             "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at "
-            "pictures %d times. It pays from the second epoch, and for later runs with these pictures; speed.vision_cache=false does without",
+            "pictures %d times. It pays from the second epoch, and for later runs with the same; speed.vision_cache=false does without",
             missing,
             seen,
         )
