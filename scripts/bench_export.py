@@ -3,7 +3,8 @@
     python scripts/bench_export.py --folder /tmp/random-qwen-vl --record benchmarks/export.json
 
 Writes random weights in the published layout (19.3 GB) and an adapter of noise to FOLDER if they are not there, and the merged model
-(19.3 GB), which is removed again. A fresh process each merges without and with the comparison, from the disk.
+(19.3 GB), which is removed again. A fresh process each merges without and with the comparison, from the disk. The
+record is written after each row.
 """
 
 from __future__ import annotations
@@ -62,6 +63,29 @@ def export(arguments: list[str]) -> dict[str, float | str]:
     return measured
 
 
+def said(printed: str) -> str:
+    """What an export found out about what it wrote: the line below the one that says where that is."""
+    lines = printed.splitlines()
+    return lines[next(number for number, line in enumerate(lines, 1) if line.startswith("Wrote "))]
+
+
+def write_record(arguments: argparse.Namespace, results: list[dict[str, float | str]]) -> None:
+    import torch
+    import transformers
+
+    options = {name: getattr(arguments, name) for name in ("size", "device", "format")}
+    on_gpu = arguments.device.startswith("cuda")
+    record = {
+        "command": " ".join(["python scripts/bench_export.py", *(f"--{name} {value}" for name, value in options.items())]),
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "note": f"an adapter of rank {arguments.rank} on {arguments.targets}; one process a row, imports apart",
+        "results": results,
+    }
+    arguments.record.parent.mkdir(exist_ok=True)
+    arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where base, adapter and the merged model are, or are written to")
@@ -70,15 +94,13 @@ def main() -> None:
     parser.add_argument("--format", default="bin", choices=("bin", "safetensors"), help="of the base")
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--compare", nargs="+", default=("none", "sample"), choices=("none", "sample"), help="a row each")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # a process that measures an export with these arguments
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(export(arguments.one)))
         return
-
-    import torch
-    import transformers
 
     base, adapter, merged = (arguments.folder.resolve() / name for name in (arguments.format, "adapter", "merged"))
     if not base.exists():
@@ -89,28 +111,18 @@ def main() -> None:
         write_noise(adapter, base, arguments.targets, arguments.rank)
     largest = max(file.stat().st_size for file in base.iterdir())
     results = []
-    for compare in ("none", "sample"):
+    for compare in arguments.compare:
         forget(base)
         overrides = [f"ckpt={adapter}", f"out={merged}", f"compare={compare}", f"device={arguments.device}", "hydra.run.dir=."]
         command = [sys.executable, __file__, "--folder", arguments.folder, "--one", *overrides, "hydra.output_subdir=null"]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         row = {"compare": compare, "checkpoint_gib": sum(file.stat().st_size for file in base.iterdir()) / GiB}
-        row |= {"largest_shard_gib": largest / GiB, **json.loads(printed.splitlines()[-1])}
-        row |= {"said": next(line for line in printed.splitlines() if line.startswith("The run and it:"))}
+        row |= {"largest_shard_gib": largest / GiB, **json.loads(printed.splitlines()[-1]), "said": said(printed)}
         results.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
         print(json.dumps(results[-1]), flush=True)
         shutil.rmtree(merged)
-    if arguments.record:
-        on_gpu = arguments.device.startswith("cuda")
-        record = {
-            "command": f"python scripts/bench_export.py --size {arguments.size} --device {arguments.device} --format {arguments.format}",
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-            "note": f"an adapter of rank {arguments.rank} on {arguments.targets}; one process a row, imports apart",
-            "results": results,
-        }
-        arguments.record.parent.mkdir(exist_ok=True)
-        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+        if arguments.record:
+            write_record(arguments, results)
 
 
 if __name__ == "__main__":
