@@ -142,12 +142,12 @@ class Learned:
 
     Args:
         checkpoint: of that run.
-        sha256: `fingerprint` of the checkpoint when the later run began.
+        sha256: `fingerprint` of the checkpoint when the later run began; None: whatever it is now.
         adapter: what that run trained.
         base: the run that it had started from in its turn.
     """
 
-    def __init__(self, *, checkpoint: str, sha256: str, adapter: Adapter, base: Learned | None = None):
+    def __init__(self, *, checkpoint: str, sha256: str | None, adapter: Adapter, base: Learned | None = None):
         self.checkpoint = Path(checkpoint)
         self.sha256 = sha256
         self.adapter = adapter
@@ -176,7 +176,7 @@ class Learned:
             raise DataError(
                 f"{self.checkpoint} is not there, and the run started from it: put it back, or say where it is with base.checkpoint=PATH"
             )
-        if fingerprint(self.checkpoint) != self.sha256:
+        if self.sha256 is not None and fingerprint(self.checkpoint) != self.sha256:
             raise DataError(f"{self.checkpoint} is not the checkpoint that the run started from: its content has changed (sha256)")
 
 

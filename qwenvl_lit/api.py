@@ -60,7 +60,7 @@ class QwenVL:
         dtype: torch.dtype | str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, str] | None = None,
-        quantization: Mapping[str, Any] | None = None,
+        load_in_4bit: bool = False,
         template: Template | None = None,
         base: str | Path | None = None,
         download: bool = True,
@@ -75,7 +75,8 @@ class QwenVL:
             device: None: the first GPU if there is one.
             dtype: of the weights; None: that of the run, bfloat16 for a checkpoint.
             device_map, max_memory: as transformers has them, to spread a model over cards and host memory; then `device` is None.
-            quantization: fields of transformers' `BitsAndBytesConfig`, as {"load_in_4bit": True}, for a checkpoint; a run has its own.
+            load_in_4bit: hold linear layers but the head in 4 bits: a third of the memory. Needs bitsandbytes. A run whose adapter was
+                trained over 4 bits is always held so.
             template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json says.
             base: the checkpoint below an adapter folder; None: the one that the folder names.
             download: whether a checkpoint may be fetched.
@@ -90,6 +91,7 @@ class QwenVL:
         Generation(**settings)  # what it does not know is refused before weights are read
         device = device_named(device)
         changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory, "download": download}
+        changes["load_in_4bit"] = load_in_4bit or None
         if dtype is not None:
             changes["dtype"] = str(dtype).removeprefix("torch.")
         if base is not None:
@@ -97,8 +99,8 @@ class QwenVL:
         changes = {name: value for name, value in changes.items() if value is not None}
         reading = Reading(cache=Path(cache) if cache else default_cache())
         if run := _run(source):
-            if quantization or template:
-                raise ValueError("quantization and template are for checkpoints; a run has its own")
+            if template:
+                raise ValueError("template is for a checkpoint; a run has its own")
             model = cls.from_task(build.trained(run, changes), checkpoint=run.checkpoint, device=device, reading=reading)
         elif base is not None:
             raise ValueError("base is for an adapter folder; a checkpoint stands on its own")
@@ -107,7 +109,7 @@ class QwenVL:
             stored = _stored(folder)
             prompting = {"dtype": "bfloat16", **stored.get("model", {}), **changes, "path": str(folder)}
             family = Family(**{**prompting, "template": template or prompting.get("template") or _template(folder)})
-            network = family.load(device, quantization=quantization)
+            network = family.load(device, quantization=family.quantization)
             own = Generation(**stored.get("generation", {}))
             model = cls(family=family, model=network, device=device, generation=own, reading=reading)
         model.generation = replace(model.generation, **settings)

@@ -28,7 +28,13 @@ from qwenvl_lit.types import DataError
 
 
 def task(config: DictConfig, *, adapted: bool = True) -> Task:
-    """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published."""
+    """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published.
+
+    Raises:
+        DataError: it is to train, and its model is for answers only.
+    """
+    if "speed" in config and config.model.get("load_in_4bit"):
+        raise DataError("model.load_in_4bit holds a model in 4 bits to answer; to train adapters over 4 bits: adapter=qlora")
     return Task(
         family=_object(config.model),
         adapter=(_object(config.adapter) or None) if adapted else None,

@@ -31,6 +31,7 @@ from qwenvl_lit.types import DataError
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "out", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
 FREE_TEXT += ("predictions", "compare", "benchmarks", "adapter.targets", "data.train", "data.test", "data.validation", "data.root")
 MAPPINGS = ("data.path_map", "optim.lr_of")  # their keys are the user's own
+TO_ANSWER = ("model.load_in_4bit", "model.device_map", "model.max_memory")  # the model of a run need not have them
 FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
 STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
 # What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own
@@ -83,7 +84,7 @@ def quote_free_text(argument: str) -> str:
     """`key=value` with the value quoted, where values are free text that Hydra's grammar cannot parse; safe to repeat.
 
     Text that stands in single quotes already, numbers, null and `{...}` are left as they are; of a list `[a,b]` each element is quoted.
-    To a mapping whose keys are the user's own, keys may be added.
+    To a mapping whose keys are the user's own, keys may be added, and to the model of a run how it is held.
 
     >>> quote_free_text("prompt=Is it a dog, (really)?")
     "prompt='Is it a dog, (really)?'"
@@ -91,7 +92,7 @@ def quote_free_text(argument: str) -> str:
     "data.train=['a.jsonl#200','b.jsonl']"
     """
     key, equals, value = argument.partition("=")
-    if key in MAPPINGS and value.startswith("{"):
+    if key in TO_ANSWER or (key in MAPPINGS and value.startswith("{")):
         return f"++{argument}"
     if not equals or key.lstrip("+") not in FREE_TEXT:
         return argument

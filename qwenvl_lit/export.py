@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 3  # that are compared
 # How far logits may be from the run's, as a share of the largest one: float32 sums in another order, and weights rounded once more
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
-OF_A_PLACE = ("device_map", "max_memory", "download")  # settings of a model that say nothing about it
+OF_A_PLACE = ("device_map", "max_memory", "download", "load_in_4bit")  # settings of a model that say nothing about it
 
 
 def main(config: DictConfig) -> None:
@@ -45,6 +45,8 @@ def main(config: DictConfig) -> None:
     for key, value, choices in (("dtype", dtype, DTYPES), ("compare", config.compare, ("run", "sample", "none")), *flags):
         if value not in choices:
             raise DataError(f"{key} is one of {', '.join(map(str, choices)).lower()}, got {value!r}")
+    if config.model.get("load_in_4bit"):
+        raise DataError("model.load_in_4bit: 4 bits are taken when a model is loaded to answer, not written; leave it out")
     build.start(config)
     run = find_run(config.ckpt) if config.ckpt else None
     few_bits = run is not None and bool(config.adapter.get("quantization"))

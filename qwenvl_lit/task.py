@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.adapters import read_learned
+from qwenvl_lit.adapters import Full, Learned, read_learned
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.metrics.token_scores import TokenScores
@@ -21,7 +21,7 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from qwenvl_lit.adapters import Adapter, Learned
+    from qwenvl_lit.adapters import Adapter
     from qwenvl_lit.families.protocols import Family
     from qwenvl_lit.generation import Generation
     from qwenvl_lit.optim import AdamW
@@ -87,6 +87,10 @@ class Task(lightning.LightningModule):
         Raises:
             DataError: a checkpoint that is not this network's, or not this adapter's.
         """
+        if self.trained is not None and self.family.quantization and isinstance(self.adapter, Full):
+            # no other weights can be put in place of those of few bits: what was learned comes before
+            self.base = Learned(checkpoint=str(self.trained), sha256=None, adapter=self.adapter, base=self.base)
+            self.adapter = self.trained = self.model = None
         if self.model is None:
             model = self._load_base()
             self.model = (self.adapter.apply(model, self.family.parts) if self.adapter else model).train()
@@ -100,7 +104,7 @@ class Task(lightning.LightningModule):
                 raise DataError(f"{checkpoint}: {error}") from error
 
     def _load_base(self) -> nn.Module:
-        quantization = self.adapter.quantization if self.adapter else None
+        quantization = (self.adapter and self.adapter.quantization) or self.family.quantization
         if self.base is None:
             return self.family.load(self.home, quantization=quantization)
         # folded at full precision: on the host, where the few bits are all that the device has room for

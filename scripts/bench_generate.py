@@ -25,12 +25,12 @@ import torch
 import transformers
 from PIL import Image
 
+from qwenvl_lit.families.checkpoint import FOUR_BITS
 from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
 
 GiB = 2**30
 PROMPT, NEW = 300, 64
-FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -291,7 +291,7 @@ def test_a_model_may_be_spread_or_held_in_few_bits(folder, model, picture, monke
     assert spread.chat([picture, "What?"], max_new_tokens=5)[0] == model.chat([picture, "What?"], max_new_tokens=5)[0]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # where it is, it needs a GPU
     with pytest.raises(ValueError, match="needs bitsandbytes"):
-        QwenVL.load(folder, quantization={"load_in_4bit": True})
+        QwenVL.load(folder, load_in_4bit=True)
 
 
 def test_what_cannot_be_loaded_is_named(folder, tmp_path):

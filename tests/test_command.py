@@ -106,6 +106,11 @@ def test_lists_of_files_come_through_as_typed():
     assert quote_free_text(quoted) == quoted
 
 
+def test_how_a_model_is_held_can_be_said_of_runs_that_do_not_say_it():
+    quoted = quote_free_text("model.load_in_4bit=true")
+    assert quoted == quote_free_text(quoted) == "++model.load_in_4bit=true"
+
+
 def test_other_keys_are_left_to_hydra():
     for argument in (
         "optim.lr=1e-4,5e-5",

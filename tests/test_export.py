@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_export
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripted import CONFIG
 
-from qwenvl_lit import QwenVL, command, export, test, train
+from qwenvl_lit import QwenVL, command, export, predict, test, train
 from qwenvl_lit.command import config_folder, quote_free_text
 from qwenvl_lit.families.qwen_vl import QwenVL as Family
 from qwenvl_lit.families.writing import runnable
@@ -108,7 +109,7 @@ def base_tensors(home: Path) -> dict[str, torch.Tensor]:
 def test_a_merged_layer_is_base_plus_scaled_b_times_a(home, trained, does):
     run = trained("lora")
     printed = does(export, f"ckpt={run}", "out=merged")
-    assert "differ by" in printed
+    assert "differ by" in bench_export.said(printed)
     learned = torch.load(find_run(run).checkpoint, weights_only=True)["state_dict"]
     base, merged = base_tensors(home), tensors(home / "merged")
     assert merged.keys() == base.keys()
@@ -294,6 +295,16 @@ def test_what_was_learned_over_few_bits_is_added_to_the_weights_as_they_were(hom
     does(export, "ckpt=lora", "out=M0", *ONCE)
     whole, again = tensors(home / "M0"), tensors(home / "M5")
     assert all(torch.equal(tensor, again[key]) for key, tensor in whole.items())
+
+
+def test_what_a_run_or_an_export_holds_may_answer_in_4_bits_and_is_not_written_so(home, trained, does, monkeypatch):
+    does(export, f"ckpt={trained('lora')}", "out=M0", *ONCE)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # where it is, it needs a GPU
+    for ckpt in ("lora", "M0"):
+        with pytest.raises(ValueError, match="needs bitsandbytes"):
+            does(predict, f"ckpt={ckpt}", "prompt=What?", "model.load_in_4bit=true", "strategy=cpu")
+    with pytest.raises(DataError, match="taken when a model is loaded to answer, not written"):
+        does(export, "ckpt=lora", "out=M7", "model.load_in_4bit=true")
 
 
 def test_a_template_that_was_learned_is_the_one_that_is_written(home, trained, does):

@@ -277,7 +277,7 @@ def test_a_hub_name_is_fetched_once_and_then_read_from_the_cache(hub, model, cap
 
 
 def test_without_downloads_a_hub_name_says_what_to_fetch(hub):
-    with pytest.raises(DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and model.download=false") as caught:
+    with pytest.raises(DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched") as caught:
         find_checkpoint("someone/small", download=False)
     assert "19.3 GB; fetch with:  hf download someone/small" in str(caught.value)
     assert hub.asked == ()

@@ -8,12 +8,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from make_checkpoint import write_checkpoint
 
-from qwenvl_lit.adapters import Full, Learned, fingerprint
+from qwenvl_lit import build
+from qwenvl_lit.adapters import Full, Learned, LoRA, fingerprint
 from qwenvl_lit.command import config_folder
+from qwenvl_lit.families.checkpoint import FOUR_BITS
 from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.task import Task
+from qwenvl_lit.types import DataError
 
 DEVICE = "cuda"
 SIZES = {
@@ -64,6 +67,18 @@ def test_an_unknown_setting_is_named():
         family().load(quantization={"bits": 4})
 
 
+def test_four_bits_to_answer_are_those_to_train_over():
+    assert qlora().quantization == FOUR_BITS == family(load_in_4bit=True).quantization
+    assert family().quantization is None
+
+
+def test_a_model_that_is_held_in_4_bits_to_answer_is_not_trained():
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", ["model=qwen_vl_chat", "model.load_in_4bit=true"])
+    with pytest.raises(DataError, match="to train adapters over 4 bits: adapter=qlora"):
+        build.task(config)
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_checkpoint(family().load(), TINY_VOCABULARY, tmp_path / "F")
@@ -101,3 +116,43 @@ def test_what_a_run_learned_is_folded_in_before_bits_are_taken(folder, tmp_path)
     ids = torch.arange(1, 12, device=DEVICE)[None]
     torch.testing.assert_close(made.model(input_ids=ids).logits, expected.train()(input_ids=ids).logits, atol=0, rtol=0)
     assert torch.equal(expected.transformer.ln_f.weight.cpu(), learned["transformer.ln_f.weight"])
+
+
+def answering(folder, adapter=None) -> Task:
+    made = Task(family=QwenVL(path=str(folder), dtype="bfloat16", load_in_4bit=True), adapter=adapter, generation=Generation(), metrics={})
+    made.home = torch.device(DEVICE)
+    return made
+
+
+@pytest.mark.gpu
+def test_what_whole_weights_learned_is_there_before_4_bits_are_taken(folder, tmp_path):
+    """Also if the model as it was has answered before."""
+    published = QwenVL(path=str(folder), dtype="bfloat16")
+    whole = published.load()
+    made, ids = answering(folder, Full()), torch.arange(1, 12, device=DEVICE)[None]
+    for shift in (0.0, 0.1):
+        whole.load_state_dict({name: tensor + shift for name, tensor in whole.state_dict().items()})
+        if shift:
+            learned = {f"model.{name}": tensor for name, tensor in whole.named_parameters() if tensor.requires_grad}
+            torch.save({"state_dict": learned}, tmp_path / "run.ckpt")
+            made.trained = tmp_path / "run.ckpt"
+        made.configure_model()
+        expected = published.quantized(whole, DEVICE, FOUR_BITS)
+        assert type(made.model.transformer.h[0].mlp.w1).__name__ == "Linear4bit"
+        torch.testing.assert_close(made.model.eval()(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0)
+
+
+@pytest.mark.gpu
+def test_an_adapter_of_a_run_answers_over_4_bits(folder, tmp_path):
+    lora = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
+    ids = torch.arange(1, 12, device=DEVICE)[None]
+    made = answering(folder, lora)
+    made.configure_model()
+    untrained = made.model.eval()(input_ids=ids).logits
+    torch.save({"state_dict": {name: made.state_dict()[name] + 0.1 for name in made.trainable_names()}}, tmp_path / "run.ckpt")
+    made.trained = tmp_path / "run.ckpt"
+    made.configure_model()
+    base = made.model.get_base_model()
+    assert type(base.transformer.h[0].mlp.w1.base_layer).__name__ == "Linear4bit"
+    assert all(tensor.dtype == torch.float32 for name, tensor in base.named_parameters() if "lora_" in name)
+    assert not torch.allclose(made.model(input_ids=ids).logits, untrained)

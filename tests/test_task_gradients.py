@@ -51,6 +51,8 @@ class Steps(lightning.Callback):
 class GoldenFamily(QwenVL):
     """The network of the recorded values, which has no vocabulary."""
 
+    quantization = None
+
     def __init__(self):
         pass
 

@@ -47,21 +47,21 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
     if folder.is_dir():
         if missing := missing_files(folder):
             raise DataError(
-                f"model.path={path}: the folder lacks {', '.join(missing)}; expected config.json, {VOCABULARY}, and weights as "
+                f"the folder {path} lacks {', '.join(missing)}; expected config.json, {VOCABULARY}, and weights as "
                 f"{' or '.join(WEIGHTS)}, or as shards with an index"
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise DataError(f"model.path={path} is no folder, seen from {Path.cwd()}, and no hub name such as Qwen/Qwen-VL-Chat")
+        raise DataError(f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as Qwen/Qwen-VL-Chat")
     cached = _cached(path)
     missing = missing_files(cached) if cached else ["config.json", VOCABULARY, "the weights"]
     if cached and not missing:
         return cached
     if not download or constants.is_offline_mode():
-        why = "model.download=false" if not download else "offline mode is on (HF_HUB_OFFLINE)"
+        why = "is not to be fetched (download=false)" if not download else "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
         raise DataError(
             f"{path} is not complete in {constants.HF_HUB_CACHE}: it lacks {', '.join(missing)}, and {why}. The published checkpoints are "
-            f"{PUBLISHED_GB} GB; fetch with:  hf download {path}   (or give model.path=FOLDER)"
+            f"{PUBLISHED_GB} GB; fetch with:  hf download {path}   (or name a folder that has it)"
         )
     return _downloaded(path)
 
@@ -150,6 +150,9 @@ class StoredTensor:
         return tensors[self.name]
 
 
+FOUR_BITS: Mapping[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
 def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[str]) -> BitsAndBytesConfig:
     """How transformers holds linear layers in few bits, all `but` the named ones, and computes in `dtype`.
 
@@ -158,11 +161,11 @@ def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[s
     """
     known = inspect.signature(BitsAndBytesConfig).parameters
     if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"adapter.quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}")
+        raise ValueError(f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError("adapter.quantization needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'") from error
+        raise ValueError("holding weights in few bits needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'") from error
     return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings})
 
 

@@ -66,7 +66,7 @@ class Family(Protocol):
     """One kind of model."""
 
     parts: Mapping[str, str]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
-    checkpointing: bool  # to train, are blocks computed again for their gradients, to save memory?
+    quantization: Mapping[str, Any] | None  # what `load` is to be given, unless an adapter has been learned over other bits
     packable: bool  # may several samples share a row, told apart by restarting positions?
 
     def processor(self) -> Processor: ...

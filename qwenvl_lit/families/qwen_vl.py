@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from qwenvl_lit.chatml import Supervise
-from qwenvl_lit.families.checkpoint import VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
+from qwenvl_lit.families.checkpoint import FOUR_BITS, VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
 from qwenvl_lit.families.pixels import normalised
 from qwenvl_lit.families.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
@@ -35,8 +35,8 @@ class QwenVL:
         device_map, max_memory: how transformers spreads the network over cards and host memory, say "auto" and {0: "10GiB"}; to predict and
             to chat only. None: all of it on one device.
         dtype: of the weights, by torch's name.
+        load_in_4bit: to answer, hold linear layers but the head in 4 bits, the tower's too; to train over 4 bits, an adapter says so.
         seed: of random weights.
-        checkpointing: to train, keep what goes into a block and compute the rest again for the gradients: less memory, a third more work.
         window: as for `QwenVLProcessor`; None: that of the checkpoint's `generation_config.json`, else the published 6144.
 
     The others are those of `QwenVLProcessor`.
@@ -68,8 +68,8 @@ class QwenVL:
         too_long: TooLong = "error",
         window: int | None = None,
         dtype: str = "float32",
+        load_in_4bit: bool = False,
         seed: int = 0,
-        checkpointing: bool = False,
     ):
         if (path is None) == (config is None):
             raise ValueError("a model has either a `path`, or a `config` for random weights")
@@ -97,8 +97,8 @@ class QwenVL:
         }
         self.window = window
         self.dtype = dtype
+        self.quantization = FOUR_BITS if load_in_4bit else None
         self.seed = seed
-        self.checkpointing = checkpointing
 
     @cached_property
     def folder(self) -> Path | None:
