@@ -308,14 +308,11 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     add = vision_cache.FeatureStore.add
     vision_cache.FeatureStore.add = lambda self, features: added.append(len(features)) or add(self, features)
     gloo = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # not to wait for ever
-    for kind, strategy, adapter in (("ddp", DDPStrategy, LANGUAGE), ("fsdp", FullyShard, FROZEN_TOWER)):
+    data = {"train": TRAIN.strip("2")}  # each rank has pictures in each step
+    kinds = ("ddp", DDPStrategy, LANGUAGE, {"max_epochs": -1, "max_steps": 4}), ("fsdp", FullyShard, FROZEN_TOWER, {})
+    for kind, strategy, adapter, ends in kinds:
         for name, callbacks in (("usual", []), ("cached", [VisionCache(folder / f"{kind}_cache")])):
-            options = {
-                "devices": 2,
-                "strategy": strategy(**gloo),
-                "data": {"train": TRAIN.strip("2")},
-            }  # each rank has pictures in each step
-            run(folder / f"{kind}_{name}", *callbacks, adapter=adapter, **options)
+            run(folder / f"{kind}_{name}", *callbacks, adapter=adapter, data=data, devices=2, strategy=strategy(**gloo), **ends)
     (folder / f"added{rank}").write_text(str(added))
 
 

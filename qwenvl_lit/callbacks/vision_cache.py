@@ -83,10 +83,17 @@ class VisionCache(lightning.Callback):
         store = FeatureStore(self.folder, settings=settings, shape=one.shape, dtype=one.dtype)
         missing = store.missing(wanted)
         self._check(store, len(wanted), len(missing))
+        seen = uses * _epochs(trainer)
         if trainer.is_global_zero:
             whole = _size(len(wanted) * store.picture_bytes)
             print(f"Vision cache: {len(wanted):,} pictures, {whole}, in {store.folder}; {len(missing):,} of them are to be encoded")
-            _warn(trainer, uses, len(missing))
+            if seen < 1.5 * len(missing):
+                log.warning(
+                    "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks "
+                    "at pictures %d times. It pays from the second epoch, and for later runs; speed.vision_cache=false does without",
+                    len(missing),
+                    seen,
+                )
         trainer.strategy.barrier("pictures are counted")  # none writes before all have looked
         _fill(trainer, store, encode, rows, {key: wanted[key] for key in missing[trainer.local_rank :: trainer.num_devices]})
         trainer.strategy.barrier("pictures are encoded")
@@ -214,17 +221,10 @@ def _gathered(value: Any, world_size: int) -> list[Any]:
     return values
 
 
-def _warn(trainer: lightning.Trainer, uses: int, missing: int) -> None:
+def _epochs(trainer: lightning.Trainer) -> float:
+    """How often the run goes through its rows. For all ranks to call: each loader is asked for its length."""
     trainer.fit_loop.setup_data()  # which `max_steps` alone did not need so far
-    steps = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    seen = uses * steps / max(1, len(trainer.train_dataloader))
-    if seen < 1.5 * missing:
-        log.warning(
-            "the vision cache is pointless for this run alone: %d pictures are encoded before the first step, and training looks at "
-            "pictures %d times. It pays from the second epoch, and for later runs with the same; speed.vision_cache=false does without",
-            missing,
-            seen,
-        )
+    return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / max(1, len(trainer.train_dataloader))
 
 
 def _fill(
