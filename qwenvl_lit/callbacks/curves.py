@@ -23,7 +23,9 @@ AXES = {  # what the axis says; other scalars go by their name
     "supervised_tokens_per_second": "supervised tokens / s",
     "padding_share": "share of padding",
     "waiting_share": "share of the time that data is waited for",
+    "tflop_per_second": "operations of a device (1e12 / s)",
     "mfu": "share of the device's peak rate",
+    "compilations": "graphs that were compiled",
     "memory_gib": "peak memory (GiB)",
 }
 SMOOTHED = {"loss", "accuracy", "grad_norm"}
