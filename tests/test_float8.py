@@ -1,0 +1,151 @@
+"""Products of 8 bits, which torch has on the CPU too: what they are, how near they come, and who gets them."""
+
+import pytest
+import torch
+from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
+from torch import nn
+
+from qwenvl_lit.adapters import Full, LoRA
+from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.float8 import FORMAT, Float8Linear, check_device, rounded, to_float8
+from qwenvl_lit.types import DataError
+
+NEAR = 0.05  # of the norm: three bits of mantissa in both factors
+SIZES = {"hidden_size": 64, "kv_channels": 16, "intermediate_size": 192, "visual": {"width": 32, "output_dim": 64}}
+LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
+
+
+def layer(bias: bool = True, dtype=torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(64, 96, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def rows(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+def test_rounding_keeps_the_largest_and_gives_the_scale_back():
+    x = torch.tensor([[0.75, -3.0], [0.0, 1.5]])
+    packed, scale = rounded(x)
+    assert packed.dtype == FORMAT
+    torch.testing.assert_close(packed.float() * scale, x)  # powers of two apart
+    zeros, scale = rounded(torch.zeros(2, 2))
+    assert not zeros.float().any()
+    assert scale > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_multiplies_what_was_rounded_in_both_directions(dtype, bias):
+    plain = layer(bias, dtype)
+    packed = Float8Linear(plain)
+    weight = packed.weight.float() * packed.scale
+    x = rows(2, 5, 64, dtype=dtype).requires_grad_()
+    out = packed(x)
+    gradient = rows(2, 5, 96, dtype=dtype)
+    out.backward(gradient)
+    x8, scale = rounded(x.detach())
+    g8, gradient_scale = rounded(gradient)
+    expected = x8.float() * scale @ weight.t() + (plain.bias.float() if bias else 0)
+    precision = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(out.float(), expected, **precision)
+    torch.testing.assert_close(x.grad.float(), g8.float() * gradient_scale @ weight, **precision)
+    assert out.dtype == x.grad.dtype == dtype
+
+
+def test_it_comes_near_the_layer():
+    plain, x = layer(), rows(7, 64).requires_grad_()
+    expected = plain(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    found = Float8Linear(plain)(x)
+    assert off(found, expected) < NEAR
+    assert off(torch.autograd.grad(found.square().sum(), x)[0], gradient) < 2 * NEAR  # of a product of two
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (0, 64), (3, 0, 64), (2, 3, 4, 64)])
+def test_rows_of_any_shape(shape):
+    x = torch.zeros(shape).requires_grad_()
+    out = Float8Linear(layer(bias=False))(x)
+    assert out.shape == (*shape[:-1], 96)
+    out.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_the_output_has_the_type_that_autocast_asks():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Float8Linear(layer())(rows(3, 64)).dtype == torch.bfloat16
+
+
+def test_it_compiles_in_one_graph():
+    torch._dynamo.reset()
+    packed, x = Float8Linear(layer()), rows(3, 64).requires_grad_()
+    expected = packed(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    found = torch.compile(packed, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], gradient)
+
+
+def network(adapter) -> nn.Module:
+    torch.manual_seed(0)
+    return adapter.apply(small_network(**SIZES), QwenVL.parts).train()
+
+
+def test_frozen_layers_are_replaced_and_adapters_learn_on_them():
+    model = network(LORA)
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    ids = torch.tensor([PICTURE + text(9)])
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": pictures(1), "vision_positions": picture_positions(ids.tolist())}
+    expected = model(**inputs).loss
+    count = to_float8(model, QwenVL.parts)
+    packed = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
+    assert count == len(packed) == 4 * 2 + 5 * 2 + 5  # of two blocks of the tower, two of the language model, and of the resampler
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == trained
+    loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+    loss.backward()
+    given = {name for name, tensor in model.named_parameters() if tensor.grad is not None}
+    assert given == trained
+
+
+def test_layers_whose_sizes_do_not_fit_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(64, 20), nn.Linear(20, 64), nn.Linear(64, 32)).requires_grad_(False)
+    expected = nn.Sequential(*model[:2])(rows(2, 64))
+    assert to_float8(model, {}) == 1
+    torch.testing.assert_close(nn.Sequential(*model[:2])(rows(2, 64)), expected, **CLOSE)
+
+
+def test_where_nothing_is_frozen_it_is_refused():
+    with pytest.raises(DataError, match="there are none: not with adapter=full"):
+        to_float8(network(Full()), QwenVL.parts)
+
+
+def test_a_card_without_such_products_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    with pytest.raises(DataError, match="an A100 does not have"):
+        check_device(torch.device("cuda"))
+    check_device(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_same_and_waits_for_nothing():
+    plain = layer(dtype=torch.bfloat16).cuda()
+    packed, x = Float8Linear(plain), rows(48, 64, dtype=torch.bfloat16).cuda().requires_grad_()
+    weight = packed.weight.float() * packed.scale
+    packed(x).sum().backward()  # libraries set themselves up
+    x.grad = None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = packed(x)
+        out.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    x8, scale = rounded(x.detach())
+    assert off(out.float(), x8.float() * scale @ weight.t() + plain.bias) < 0.01
+    assert off(x.grad.float(), torch.ones(48, 96, device="cuda") @ weight) < 0.01
