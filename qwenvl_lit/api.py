@@ -176,6 +176,10 @@ class QwenVL:
             system: of the questions; conversations have their own.
             batch_size: questions that are answered together.
         """
+        if isinstance(prompts, str):
+            raise ValueError("generate answers a list of questions; of a single one: generate([question])")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         asked = [one if isinstance(one, Conversation) else self._asked(one, (), system) for one in prompts]
         lengths = [self.processor.length(one, prompt=True)[0] for one in asked]
         longest_first = sorted(range(len(asked)), key=lambda place: -lengths[place])  # rows of a batch are of a length, about
@@ -196,6 +200,8 @@ class QwenVL:
         Args:
             prompt: how it is asked, with `{picture}` and `{question}`, which is `<ref>label</ref>`; None: as the model has learned it.
         """
+        if not label.strip():
+            raise ValueError("label is empty: say what is to be found")
         wanted = GroundedObject(label=label)
         parts = ask(prompt or (REFERRING_PROMPT if self.base else FIND_PROMPT), picture=picture_of(picture, self.reading), question=wanted)
         [answer] = self.generate([Conversation(id="question", turns=(Turn(role="user", parts=parts),))], **settings)

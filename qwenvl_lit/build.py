@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
@@ -134,4 +135,9 @@ def shown(path: str) -> str:
 
 
 def _object(node: DictConfig) -> Any:
-    return instantiate(node, _convert_="all")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        raise error.__cause__ from None  # a refused value, in the words of what refused it

@@ -269,6 +269,9 @@ def _hint(verb: str, key: str) -> str:
         return (
             f" with the choices made here; {', '.join(f'{group}={file.stem}' for file in files)} {'has' if len(files) == 1 else 'have'} it"
         )
+    verbs = sorted(config_folder().glob("*.yaml"))
+    if having := [file.stem for file in verbs if re.search(rf"^{re.escape(key)}:", file.read_text(), re.M)]:
+        return f"; it is one of {', '.join(having)}"
     known = _known_keys(verb)
     if key in known:
         return " with the choices made here; a key of one dataset of a mixture stands with it in data.datasets"

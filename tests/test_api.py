@@ -237,6 +237,15 @@ def test_a_broken_picture_is_named(model, tmp_path):
         model.chat(f"<img>{tmp_path / 'broken.png'}</img>What?")
 
 
+def test_what_asks_for_nothing_is_refused(model, picture):
+    with pytest.raises(ValueError, match="a list of questions"):
+        model.generate("Hello")
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        model.generate(["Hello"], batch_size=0)
+    with pytest.raises(ValueError, match="label is empty"):
+        model.ground(picture, " ")
+
+
 def test_an_answer_ends_where_the_positions_do(model):
     with says(model, "yes", ends=False):
         answer, _ = model.chat("1" * 2000, max_new_tokens=100, min_new_tokens=90)
@@ -274,6 +283,12 @@ def test_a_run_is_loaded_with_its_weights_and_settings(tmp_path, monkeypatch):
     changed = QwenVL.load("latest", dtype=torch.bfloat16, max_new_tokens=7, seed=1)
     assert changed.model.lm_head.weight.dtype == torch.bfloat16
     assert (changed.generation.max_new_tokens, changed.generation.seed) == (7, 1)
+
+
+def test_a_refused_value_of_a_run_is_told_as_it_was_refused(tmp_path):
+    run_file(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"^dtype is a name of torch's, .* got 'bf16'$"):
+        QwenVL.load(tmp_path / "run.ckpt", dtype="bf16")
 
 
 def test_a_run_with_adapters_answers(tmp_path, picture):

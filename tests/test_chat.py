@@ -190,6 +190,12 @@ def test_a_terminal_sees_prompts_remarks_and_no_control_characters(talk):
     assert err == ""
 
 
+def test_a_picture_that_does_not_end_is_remarked(talk):
+    printed, remarks, [prompt] = talk("<img>dog.png What?\n")
+    assert (printed, "(an <img> without </img> is text)" in remarks) == ("yes\n", True)
+    assert "<img>dog.png What?" in prompt
+
+
 def test_the_base_model_says_what_it_is(talk, folder, capsys):
     base = QwenVL.load(folder, dtype="float32", template="raw")
     capsys.readouterr()  # what loading says

@@ -19,6 +19,7 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
     ("arguments", "says"),
     [
         (["train", "trainer.max_setps=3"], "did you mean trainer.max_steps"),
+        (["test", "model=qwen_vl_chat", "answered=mine"], "no key 'answered'; it is one of predict"),
         (["train", "modle=qwen_vl_chat"], "did you mean model?"),
         (["train", "model=qwen_vl_cat"], "qwen_vl_chat"),
         (["train", "data=cocco"], "Available options in 'data': chartqa, coco_en, "),
@@ -27,7 +28,7 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "pip install 'qwenvl_lit[cluster]'"),
         (["test"], "ckpt is missing"),
         (["predict"], "ckpt is missing"),
-        (["test", "ckpt=nowhere"], "ckpt=nowhere does not exist"),
+        (["test", "ckpt=nowhere"], "nowhere does not exist"),
         (["test", "ckpt=latest"], "train first"),
     ],
 )

@@ -57,7 +57,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
         folder = write_run(tmp_path / "outputs/train" / name, *checkpoints)
         os.utime(folder, (1e9 - age, 1e9 - age))
     assert find_run("latest").folder.name == "new"
-    with pytest.raises(DataError, match="the newest run here is ckpt=outputs/train/new"):
+    with pytest.raises(DataError, match="the newest run here is outputs/train/new"):
         find_run("nowhere")
 
 

@@ -73,9 +73,9 @@ def find_run(ckpt: str) -> Run:
     """
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
-        raise DataError(f"ckpt=latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train")
+        raise DataError(f"latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train")
     if not path.exists():
-        raise DataError(f"ckpt={ckpt} does not exist; {_known_runs()}")
+        raise DataError(f"{ckpt} does not exist; {_known_runs()}")
     if path.name.startswith("adapter_model.") and path.is_file():
         path = path.parent
     if path.is_file():
@@ -88,11 +88,11 @@ def find_run(ckpt: str) -> Run:
     if (path / "config.json").exists():
         return _whole_model(path)
     if not (path / ".hydra/config.yaml").exists():
-        raise DataError(f"ckpt={ckpt} is no run folder (it has no .hydra/config.yaml); {_known_runs()}")
+        raise DataError(f"{ckpt} is no run folder (it has no .hydra/config.yaml); {_known_runs()}")
     for name in ("best.ckpt", "last.ckpt"):
         if (path / "checkpoints" / name).exists():
             return Run(config=_composed(path), checkpoint=path / "checkpoints" / name, folder=path)
-    raise DataError(f"ckpt={ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one")
+    raise DataError(f"{ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one")
 
 
 def base_of(run: Run) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _commit() -> str | None:
 
 def _known_runs() -> str:
     newest = latest_run()
-    return f"the newest run here is ckpt={newest}" if newest else "train one first: python -m qwenvl_lit.train"
+    return f"the newest run here is {newest}" if newest else "train one first: python -m qwenvl_lit.train"
 
 
 def _composed(folder: Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
     try:
         config = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("config")
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise DataError(f"ckpt={checkpoint} cannot be read as a checkpoint of this package: {error}") from error
+        raise DataError(f"{checkpoint} cannot be read as a checkpoint of this package: {error}") from error
     if config is None:
-        raise DataError(f"ckpt={checkpoint} holds no config: it was not written by this package")
+        raise DataError(f"{checkpoint} holds no config: it was not written by this package")
     return config
