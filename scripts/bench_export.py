@@ -113,7 +113,13 @@ def main() -> None:
     results = []
     for compare in arguments.compare:
         forget(base)
-        overrides = [f"ckpt={adapter}", f"out={merged}", f"compare={compare}", f"device={arguments.device}", "hydra.run.dir=."]
+        overrides = [
+            f"ckpt={adapter}",
+            f"out={merged}",
+            f"compare={compare}",
+            f"device={arguments.device}",
+            f"hydra.run.dir={arguments.folder.resolve()}",
+        ]
         command = [sys.executable, __file__, "--folder", arguments.folder, "--one", *overrides, "hydra.output_subdir=null"]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         row = {"compare": compare, "checkpoint_gib": sum(file.stat().st_size for file in base.iterdir()) / GiB}
