@@ -28,12 +28,21 @@ class Float8Linear(nn.Module):
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        packed, scale = rounded(layer.weight.detach())
-        # Parameters, since DDP would send buffers around in every step
-        self.weight = nn.Parameter(packed, requires_grad=False)  # (N, K)
-        self.transposed = nn.Parameter(packed.t().contiguous(), requires_grad=False)  # (K, N): products take their second factor by columns
-        self.scale = nn.Parameter(scale, requires_grad=False)  # () float32
+        weight, self.scale = rounded(layer.weight.detach())  # the scale: () float32
+        # Bytes, since gloo sends no numbers of 8 bits and a change of precision would cast them; no buffer, DDP sends those in every step
+        self.packed = nn.Parameter(weight.view(torch.uint8), requires_grad=False)
         self.bias = layer.bias
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self.weight = self.packed.detach().view(FORMAT)  # (N, K), the same memory
+        self.transposed = self.weight.t().contiguous()  # (K, N): products on a GPU take their second factor by columns only
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)  # to another device, as all of a model
+        self.scale = self.scale.to(self.packed.device)
+        self._lay_out()
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
@@ -78,7 +87,7 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
-    """Replace the frozen linear layers of a model that has its adapter, but not its head; returns how many.
+    """Replace the frozen linear layers of a model that has its adapter, one by one, but not its head; returns how many.
 
     Args:
         parts: of the family, name -> module path.
@@ -86,23 +95,25 @@ def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
     Raises:
         DataError: there are none, or the device has no products of 8 bits.
     """
-    frozen = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear  # subclasses hold their weights in other ways
-        and not module.weight.requires_grad
-        and part_of_tensor(f"{name}.weight", parts) != "head"
-        and module.in_features % ALIGNED == module.out_features % ALIGNED == 0
-    ]
-    if not frozen:
-        raise DataError(
-            "speed.float8=true holds frozen linear layers in 8 bits, and there are none: not with adapter=full or adapter=qlora"
-        )
-    check_device(frozen[0][1].weight.device)
-    for name, layer in frozen:
+    modules = dict(model.named_modules())
+    # Variants of peft's adapters, as DoRA, look at the weight of their layer themselves
+    looked_at = {f"{name}.base_layer" for name, module in modules.items() if getattr(module, "lora_variant", None)}
+    names = [name for name, module in modules.items() if _fits(module) and part_of_tensor(f"{name}.weight", parts) != "head"]
+    names = [name for name in names if name not in looked_at]
+    if not names:
+        raise DataError("speed.float8=true is for frozen linear layers, and there are none: not with adapter=full or adapter=qlora")
+    check_device(modules[names[0]].weight.device)
+    del modules  # each layer goes when its successor is there
+    for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Float8Linear(layer))
-    return len(frozen)
+        setattr(model.get_submodule(parent), child, Float8Linear(model.get_submodule(name)))
+    return len(names)
+
+
+def _fits(module: nn.Module) -> bool:
+    """Whether it is a frozen linear layer of sizes that can be computed in 8 bits; subclasses hold their weights in other ways."""
+    frozen = type(module) is nn.Linear and not module.weight.requires_grad
+    return frozen and module.in_features % ALIGNED == module.out_features % ALIGNED == 0
 
 
 def check_device(device: torch.device) -> None:

@@ -1,9 +1,13 @@
 """Products of 8 bits, which torch has on the CPU too: what they are, how near they come, and who gets them."""
 
+import weakref
+
 import pytest
 import torch
+import torch.distributed as dist
 from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.families.qwen_vl import QwenVL
@@ -15,8 +19,8 @@ SIZES = {"hidden_size": 64, "kv_channels": 16, "intermediate_size": 192, "visual
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
 
 
-def layer(bias: bool = True, dtype=torch.float32) -> nn.Linear:
-    torch.manual_seed(0)
+def layer(bias: bool = True, dtype=torch.float32, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
     return nn.Linear(64, 96, bias=bias, dtype=dtype).requires_grad_(False)
 
 
@@ -80,14 +84,34 @@ def test_the_output_has_the_type_that_autocast_asks():
         assert Float8Linear(layer())(rows(3, 64)).dtype == torch.bfloat16
 
 
-def test_it_compiles_in_one_graph():
+def test_it_compiles_in_one_graph_for_layers_alike():
     torch._dynamo.reset()
-    packed, x = Float8Linear(layer()), rows(3, 64).requires_grad_()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compute = torch.compile(lambda packed, x: packed(x), backend=graphs, fullgraph=True)
+    for seed in (1, 2):
+        packed, x = Float8Linear(layer(seed=seed)), rows(3, 64).requires_grad_()
+        expected = packed(x)
+        found = compute(packed, x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
+    assert graphs.frame_count == 1
+
+
+def test_casts_and_moves_leave_it_as_it_is():
+    packed, x = Float8Linear(layer(bias=False)), rows(3, 64)
     expected = packed(x)
-    (gradient,) = torch.autograd.grad(expected.sum(), x)
-    found = torch.compile(packed, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], gradient)
+    packed.to(torch.bfloat16).to("cpu")
+    assert torch.equal(packed(x), expected)
+    assert packed.weight.untyped_storage().data_ptr() == packed.packed.untyped_storage().data_ptr()  # no third copy
+
+
+def test_processes_can_share_it():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), Float8Linear(layer())))  # sends all weights around
+        model(rows(3, 64)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def network(adapter) -> nn.Module:
@@ -98,6 +122,7 @@ def network(adapter) -> nn.Module:
 def test_frozen_layers_are_replaced_and_adapters_learn_on_them():
     model = network(LORA)
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    numbers = sum(tensor.numel() for tensor in model.parameters())
     ids = torch.tensor([PICTURE + text(9)])
     inputs = {"input_ids": ids, "labels": ids, "pixel_values": pictures(1), "vision_positions": picture_positions(ids.tolist())}
     expected = model(**inputs).loss
@@ -106,11 +131,29 @@ def test_frozen_layers_are_replaced_and_adapters_learn_on_them():
     assert count == len(packed) == 4 * 2 + 5 * 2 + 5  # of two blocks of the tower, two of the language model, and of the resampler
     assert type(model.get_output_embeddings()) is nn.Linear
     assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == trained
+    assert sum(tensor.numel() for tensor in model.parameters()) == numbers
     loss = model(**inputs).loss
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
     loss.backward()
     given = {name for name, tensor in model.named_parameters() if tensor.grad is not None}
     assert given == trained
+
+
+def test_before_a_layer_goes_the_next_one_is_not_made(monkeypatch):
+    model = nn.Sequential(*(layer() for _ in range(3)))
+    before = [weakref.ref(module.weight) for module in model]
+    alive = []
+    made = Float8Linear.__init__
+    monkeypatch.setattr(Float8Linear, "__init__", lambda *args: (alive.append(sum(ref() is not None for ref in before)), made(*args))[1])
+    assert to_float8(model, {}) == 3
+    assert alive == [3, 2, 1]
+
+
+def test_layers_that_an_adapter_looks_at_stay_as_they_are():
+    model = network(LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"], options={"use_dora": True}))
+    to_float8(model, QwenVL.parts)
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
+    assert (kinds["base_layer"], kinds["w1"]) == (nn.Linear, Float8Linear)
 
 
 def test_layers_whose_sizes_do_not_fit_stay_as_they_are():
@@ -135,17 +178,20 @@ def test_a_card_without_such_products_is_named(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same_and_waits_for_nothing():
-    plain = layer(dtype=torch.bfloat16).cuda()
-    packed, x = Float8Linear(plain), rows(48, 64, dtype=torch.bfloat16).cuda().requires_grad_()
+    torch.manual_seed(0)
+    plain = nn.Linear(4096, 512, dtype=torch.bfloat16).requires_grad_(False).cuda()  # long sums, which a GPU adds up in few bits
+    packed, x = Float8Linear(plain), rows(48, 4096, dtype=torch.bfloat16).cuda().requires_grad_()
     weight = packed.weight.float() * packed.scale
-    packed(x).sum().backward()  # libraries set themselves up
+    gradient = rows(48, 512, dtype=torch.bfloat16).cuda()
+    packed(x).backward(gradient)  # libraries set themselves up
     x.grad = None
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = packed(x)
-        out.sum().backward()
+        out.backward(gradient)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     x8, scale = rounded(x.detach())
+    g8, gradient_scale = rounded(gradient)
     assert off(out.float(), x8.float() * scale @ weight.t() + plain.bias) < 0.01
-    assert off(x.grad.float(), torch.ones(48, 96, device="cuda") @ weight) < 0.01
+    assert off(x.grad.float(), g8.float() * gradient_scale @ weight) < 0.01
