@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwenvl_lit.float8 import to_float8
 from qwenvl_lit.memory import blocks_to_recompute, gpu_room, training_inputs
 from qwenvl_lit.strategies import spread_of
 from qwenvl_lit.types import DataError
@@ -69,8 +70,6 @@ class Speed:
         """
         on_gpu = trainer.strategy.root_device.type == "cuda"
         if self.float8:
-            from qwenvl_lit.float8 import to_float8
-
             if spread_of(trainer)[0] == "sharded":
                 raise DataError("speed.float8=true holds frozen layers in 8 bits, which strategy=fsdp cannot share; use strategy=ddp")
             log.info("%d frozen layers compute in 8 bits", to_float8(model, family.parts))
@@ -78,10 +77,12 @@ class Speed:
             recompute_blocks(model)
         elif self.checkpointing == "auto" and on_gpu:
             self._recompute_what_is_needed(model, family, adapter, trainer)
-        numbers = sum(tensor.numel() for tensor in model.parameters())
-        large = on_gpu and numbers >= PAYS_FROM[0] and trainer.estimated_stepping_batches * trainer.accumulate_grad_batches >= PAYS_FROM[1]
-        if self.compile is True or (self.compile == "auto" and large):
+        if self.compile is True or (self.compile == "auto" and on_gpu and self._pays(model, trainer)):
             compile_blocks(model)
+
+    def _pays(self, model: nn.Module, trainer: lightning.Trainer) -> bool:
+        numbers = sum(tensor.numel() for tensor in model.parameters())
+        return numbers >= PAYS_FROM[0] and trainer.datamodule.batches_of_run() >= PAYS_FROM[1]
 
     def _recompute_what_is_needed(self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
         rows, tokens = trainer.datamodule.largest_batch()

@@ -166,7 +166,7 @@ class Task(lightning.LightningModule):
         finite = self.gradient_norm.isfinite()
         optimizer.found_inf = (~finite).float()  # torch's own sign to leave a step out, which is obeyed on the device
         self.guard.note(finite, step=self.trainer.global_step + 1, batches=self.window)
-        self.log("train/loss", loss / tokens.clamp(min=1), prog_bar=True)
+        self.log("train/loss", loss / tokens.clamp(min=1))
         self.log("train/accuracy", correct / tokens.clamp(min=1))
         self.log("train/grad_norm", self.gradient_norm)
         self.window, self.window_sums = [], torch.zeros_like(self.window_sums)
@@ -205,7 +205,7 @@ class Task(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_tokens.compute().items():
-            self.log(f"val/{name}", value.float(), prog_bar=name == "loss")
+            self.log(f"val/{name}", value.float())
         self.val_tokens.reset()
         if len(self.trainer.num_val_batches) > 1:
             self._log_scores(["val"])

@@ -1,4 +1,4 @@
-"""Products of 8 bits, which torch has on the CPU too: what they are, how near they come, and who gets them."""
+"""Products of 8 bits: what they are, how near they come, and who gets them."""
 
 import weakref
 

@@ -138,8 +138,9 @@ def test_on_a_gpu_packed_samples_need_no_mask_and_nothing_waits_for_them():
         found = _gradients_of(model, packed | kernel)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    largest = max(gradient.norm() for gradient in expected.values())  # beside it, gradients that are zero but for rounding count nothing
     for name, gradient in found.items():
-        assert (gradient - expected[name]).norm() <= 0.05 * expected[name].norm(), name
+        assert (gradient - expected[name]).norm() <= 0.05 * expected[name].norm() + 1e-3 * largest, name
 
 
 def _gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

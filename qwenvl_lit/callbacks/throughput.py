@@ -123,8 +123,7 @@ class Throughput(lightning.Callback):
             "compilations": compiled_graphs() - self._graphs_before,
         }
         for name, value in rates.items():  # as tensors of the host: Lightning would copy plain numbers to the device, and wait for it
-            on_bar = name == "samples_per_second"
-            pl_module.log(f"train/{name}", torch.tensor(float(value)), prog_bar=on_bar, batch_size=len(batch.conversations))
+            pl_module.log(f"train/{name}", torch.tensor(float(value)), batch_size=len(batch.conversations))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._marks.clear()

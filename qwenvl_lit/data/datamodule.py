@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -196,8 +197,16 @@ class DataModule(lightning.LightningDataModule):
                 f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, more than data.max_tokens="
                 f"{self.max_tokens}; raise it, or leave such rows out with model.max_length={self.max_tokens} model.too_long=drop"
             )
-        batches = Batches(
-            [len(stage) for stage in self.train] if self.order == "staged" else [len(rows)],
+        batches = self._batches()
+        collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
+        if self.packing:
+            limits = {"max_tokens": self.max_tokens, "max_rows": batches.max_rows, "longest": int(self._lengths.max())}
+            collate = Pack(pad_id=self.processor.pad_id, **limits)
+        return self._loader(rows, collate, batch_sampler=batches)
+
+    def _batches(self) -> Batches:
+        return Batches(
+            [*map(len, self.train)] if self.order == "staged" else [sum(map(len, self.train))],
             batch_size=self.batch_size,
             lengths=self._lengths,
             group_by_length=self.group_by_length,
@@ -208,11 +217,18 @@ class DataModule(lightning.LightningDataModule):
             world_size=self._world_size,
             position=self._position if self.trainer else None,
         )
-        collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
-        if self.packing:
-            limits = {"max_tokens": self.max_tokens, "max_rows": batches.max_rows, "longest": int(self._lengths.max())}
-            collate = Pack(pad_id=self.processor.pad_id, **limits)
-        return self._loader(rows, collate, batch_sampler=batches)
+
+    def batches_of_run(self) -> float:
+        """Batches that the trainer makes on each rank, at most, once `setup` has looked at the rows."""
+        trainer = self.trainer
+        steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+        return min(steps, epochs * len(self._batches()))
+
+    def largest_batch(self) -> tuple[int, int]:
+        """Rows and tokens of each that a batch to train on has at most, once `setup` has looked at the rows."""
+        longest = int(self._lengths.max())
+        return (self.batch_size if self.max_tokens is None else -(-self.max_tokens // longest)), longest
 
     def _position(self) -> Position:
         """Where Lightning's own counters stand, which it restores from a checkpoint; `processed` counts batches whose step was made."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl_lit.models.config import QwenVLConfig
 from qwenvl_lit.models.language import MLP, Attention, LanguageBlock, RMSNorm, has_segments_kernel, ntk_alpha, rotary_tables
-from qwenvl_lit.models.vision import CrossAttention, Resampler, VisionBlock, VisionTower, sine_cosine_positions
+from qwenvl_lit.models.vision import CrossAttention, Resampler, VisionBlock, VisionTower, computed_as_stored, sine_cosine_positions
 
 PICTURES = ("pixel_values", "vision_positions", "vision_features")  # arguments of `forward`
 
@@ -174,8 +173,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         return cache.ntk_alpha
 
     def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, 3, S, S) -> (N, Q, D). A tower that does not train computes in its own precision, whatever trains after it, and keeps
-        nothing for gradients: so its features are always the same, and may be stored."""
+        """Pictures (N, 3, S, S) -> (N, Q, D). A tower that does not train keeps nothing for gradients and computes in its own precision,
+        whatever trains after it: so its features are always the same, and may be stored."""
         if pixel_values.requires_grad or any(tensor.requires_grad for tensor in self.visual.parameters()):
             return self.visual(pixel_values)
         with torch.no_grad(), computed_as_stored(pixel_values.device):
@@ -347,11 +346,6 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             rows = positions // length * expand_size + copies  # row r becomes the rows r * expand_size, r * expand_size + 1, ...
             positions = (rows * length + positions % length).flatten()
         return ids, kwargs | dict(zip(PICTURES, (pixel_values, positions, features), strict=True)) | {"prompt_length": length}
-
-
-def computed_as_stored(device: torch.device) -> AbstractContextManager:
-    """No autocast inside."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def find_picture_tokens(input_ids: torch.Tensor | None, pictures: int, config: QwenVLConfig) -> torch.Tensor:

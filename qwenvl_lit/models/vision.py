@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -152,12 +154,26 @@ class CrossAttention(nn.Module):
 
 def resize_positions(table: torch.Tensor, patches: int) -> torch.Tensor:
     """A square grid of positions, one per row (G * G, C), interpolated bicubically to the square grid of patches (P, C)."""
-    grid, side = math.isqrt(len(table)), math.isqrt(patches)
-    if grid == side:
+    if len(table) == patches:
         return table
-    picture = table.float().unflatten(0, (grid, grid)).permute(2, 0, 1)[None]  # (1, C, G, G)
-    picture = interpolate(picture, size=(side, side), mode="bicubic", align_corners=False)
-    return picture[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+    with computed_as_stored(table.device):
+        return (_interpolation(len(table), patches, table.device) @ table.float()).to(table.dtype)
+
+
+@lru_cache
+def _interpolation(positions: int, patches: int, device: torch.device) -> torch.Tensor:
+    """What each of the patches takes from each of the positions, (P, G * G): torch's own kernel takes 14 ms for a table on an H100, and the
+    product 0.05."""
+    grid, side = math.isqrt(positions), math.isqrt(patches)
+    with torch.inference_mode(False):  # it may be kept for a gradient later
+        each = torch.eye(positions).unflatten(0, (grid, grid)).permute(2, 0, 1)[None]  # (1, G * G, G, G)
+        share = interpolate(each, size=(side, side), mode="bicubic", align_corners=False)
+        return share[0].flatten(1).t().contiguous().to(device)
+
+
+def computed_as_stored(device: torch.device) -> AbstractContextManager:
+    """No autocast inside."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def sine_cosine_positions(positions: int, dim: int) -> torch.Tensor:
