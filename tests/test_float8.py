@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.float8 import FORMAT, Float8Linear, check_device, rounded, to_float8
+from qwenvl_lit.float8 import FORMAT, Float8Linear, check_device, plain_product, rounded, scaled_product, to_float8
 from qwenvl_lit.types import DataError
 
 NEAR = 0.05  # of the norm: three bits of mantissa in both factors
@@ -59,6 +59,12 @@ def test_it_multiplies_what_was_rounded_in_both_directions(dtype, bias):
     torch.testing.assert_close(out.float(), expected, **precision)
     torch.testing.assert_close(x.grad.float(), g8.float() * gradient_scale @ weight, **precision)
     assert out.dtype == x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_computes_what_a_gpu_does(dtype):
+    factors = (*rounded(rows(5, 64)), *rounded(layer().weight.detach()))
+    torch.testing.assert_close(plain_product(*factors, dtype), scaled_product(*factors, dtype))  # which torch has on both
 
 
 def test_it_comes_near_the_layer():
