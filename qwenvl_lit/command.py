@@ -168,6 +168,8 @@ def _offer_run(verb: str) -> None:
         taken = {**run.config, "adapter": {}}
     if any(a.startswith("benchmarks=") for a in arguments) and not any(a.startswith("data=") for a in arguments):
         sys.argv.append("data=jsonl")  # the keys that benchmarks share, for the command line to change
+    if verb == "predict" and any(a.startswith("data.test=") and not a.endswith("=null") for a in arguments):
+        sys.argv.append("data.validation=null")  # a file that is named is answered, not the validation rows of the run
     for group in FROM_RUN:
         node = dict((taken or {}).get(group) or {})
         if group == "data" and run and run.folder:

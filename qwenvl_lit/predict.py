@@ -51,7 +51,8 @@ def main(config: DictConfig) -> None:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))
     trainer.predict(task, data, return_predictions=False)
     if trainer.is_global_zero:
-        print(f"Answers to the sets {', '.join(data.test_names)}, and pictures with boxes: {build.shown(config.paths.run)}")
+        answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
+        print(f"Answers to {answered}, and pictures with boxes: {build.shown(config.paths.run)}")
 
 
 def print_answers(trainer: Trainer, task: Task, predictions: list[Prediction], *place: object) -> None:

@@ -87,10 +87,11 @@ def test_changed_weights_see_pictures_anew(task, tmp_path):
     assert sum(encoded) == 2
 
 
-def test_an_interrupted_prediction_goes_on_where_it_stopped(task, tmp_path):
+def test_an_interrupted_prediction_goes_on_where_it_stopped(task, tmp_path, capsys):
     trainer(tmp_path / "whole", PredictionWriter()).predict(task, data(task), return_predictions=False)
     with pytest.raises(RuntimeError, match="the power went"):
         trainer(tmp_path / "first", PredictionWriter(), Asked(2)).predict(task, data(task), return_predictions=False)
+    assert f"answered={tmp_path / 'first'} answers the other rows" in capsys.readouterr().err
     part = tmp_path / "first" / "predictions.rank0.jsonl"
     with part.open("a") as file:
         file.write('{"set": "test", "index": 0, "id": "a", "predic')  # it was being written

@@ -95,6 +95,8 @@ def test_predict_takes_the_validation_rows_of_the_run_and_test_sets_of_other_dat
     (home / "mine.jsonl").write_text('{"query": "How many objects?", "response": "2"}\n')
     run(home, "predict", "ckpt=latest", "data=jsonl", "data.num_workers=0", "data.test=mine.jsonl")
     assert [row["id"] for row in rows(newest(home, "predict") / "predictions.jsonl")] == ["mine.jsonl:1"]
+    run(home, "predict", "ckpt=latest", f"data.test={home / 'mine.jsonl'}")
+    assert [row["id"] for row in rows(newest(home, "predict") / "predictions.jsonl")] == ["mine.jsonl:1"]
 
 
 def test_held_out_rows_are_those_of_the_run_and_test_falls_back_to_them(home):

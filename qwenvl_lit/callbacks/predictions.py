@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,12 @@ class PredictionWriter(lightning.Callback):
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        """Says how a prediction goes on, after Ctrl-C too, of which Lightning says nothing."""
+        part = self._part(trainer, 0)
+        if trainer.predicting and trainer.is_global_zero and part.exists() and part.stat().st_size:
+            print(f"\nStopped; the same command with answered={part.parent} answers the other rows.", file=sys.stderr)
 
 
 def _write(part: Path, rows: Iterable[dict[str, Any]]) -> None:
