@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ class Chat:
             try:
                 said = self._read("you> ")
             except EOFError:
+                if self.terminal:
+                    self.remark("")  # Ctrl-D leaves the cursor behind the prompt
                 return
             except KeyboardInterrupt:
                 if not self.terminal:
@@ -164,11 +167,22 @@ class Chat:
         return files
 
     def _record(self, query: str, history: list[list[str]], response: str, **further: object) -> None:
-        row = {"query": query, "response": response, "history": [] if self.model.base else history, "system": self.system, **further}
+        earlier = [] if self.model.base else [[pictures_in_full(asked), said] for asked, said in history]
+        row = {"query": pictures_in_full(query), "response": response, "history": earlier, "system": self.system, **further}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "conversation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.answers += 1
+
+
+def pictures_in_full(query: str) -> str:
+    """A question whose paths of pictures hold in every folder; addresses are left as they are."""
+
+    def tag(found: re.Match[str]) -> str:
+        file = Path(found[1].strip()).expanduser()
+        return f"<img>{file.absolute()}</img>" if file.is_file() else found[0]
+
+    return re.sub(r"<img>(.*?)</img>", tag, query, flags=re.DOTALL)
 
 
 @contextmanager

@@ -129,6 +129,13 @@ def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, picture, 
     assert read[1].turns[-1].parts == ("是",)
 
 
+def test_pictures_of_the_conversation_are_found_from_anywhere(talk, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(picture.parent)
+    talk(f"<img>{picture.name}</img>What?\nWhy?\n")
+    assert [row["query"] for row in rows(tmp_path)] == [f"<img>{picture}</img>What?", "Why?"]
+    assert rows(tmp_path)[1]["history"] == [[f"<img>{picture}</img>What?", "yes"]]
+
+
 def test_a_mistake_is_one_line_and_the_chat_goes_on_without_it(talk, picture, tmp_path):
     (tmp_path / "broken.png").write_text("nothing")
     typed = f"Hello\n<img>nowhere.png</img>What?\n{'1' * 3000}\n<img>{tmp_path / 'broken.png'}</img>What?\nBye\n"
