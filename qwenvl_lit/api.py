@@ -251,8 +251,18 @@ class QwenVL:
 
 
 def device_named(name: torch.device | str | None) -> torch.device:
-    """None: the first GPU if there is one."""
-    return torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    """None: the first GPU if there is one.
+
+    Raises:
+        ValueError: it is no name of torch's, or names a GPU that is not here.
+    """
+    try:
+        device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is a name of torch's, as cpu or cuda:0, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={name}: torch {torch.__version__} sees {count} GPUs here; leave device out to take what there is")
+    return device
 
 
 def default_cache() -> Path:

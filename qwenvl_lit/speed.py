@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Checkpointing = Literal["auto", "none", "full"]
 PAYS_FROM = (1e9, 300)  # numbers of a model and batches of a run from which compilation, a minute or so, is worth it
+FEW = 4  # pictures, for which a tower's kernels are shorter than it takes to launch them
 RECOMPILATIONS = 16  # of a kind of block; beyond, what is new runs as it is. Two or three for training, as many to validate
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,13 @@ class Speed:
             self._recompute_what_is_needed(model, family, adapter, trainer)
         if self.compile is True or (self.compile == "auto" and on_gpu and self._pays(model, trainer)):
             compile_blocks(model)
+            tower = model.get_submodule(path) if (path := _path_of(model, family.parts["vision"])) else None
+            if on_gpu and tower is not None and spread_of(trainer)[0] != "sharded" and not any(t.requires_grad for t in tower.parameters()):
+                replay_tower(tower)
 
     def _pays(self, model: nn.Module, trainer: lightning.Trainer) -> bool:
         numbers = sum(tensor.numel() for tensor in model.parameters())
-        return numbers >= PAYS_FROM[0] and trainer.datamodule.batches_of_run() >= PAYS_FROM[1]
+        return numbers >= PAYS_FROM[0] and trainer.datamodule.steps_of_run() * trainer.accumulate_grad_batches >= PAYS_FROM[1]
 
     def _recompute_what_is_needed(self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
         rows, tokens = trainer.datamodule.largest_batch()
@@ -120,6 +124,7 @@ def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
 def compile_blocks(model: nn.Module) -> None:
     """Compile `compute` of the blocks of a model. Blocks of a kind are alike, one compilation serves them all; it is done once more for all
     sizes when sizes change, and a few times for other modes. What sharding and checkpointing do around a block stays outside."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
     for block in blocks_of(model).values():
         block.compute = Compiled(block.compute, trains=any(tensor.requires_grad for tensor in block.parameters()))
 
@@ -132,15 +137,63 @@ class Compiled:
         self.compiled: Callable | None = torch.compile(function)
         self.trains = trains
 
-    def __call__(self, x: torch.Tensor, **kwargs: Any) -> Any:
+    def __call__(self, x: torch.Tensor, *, kept: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if self.trains and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()  # the first block's: as those of the others, or it would be compiled for by itself
+        if kept is not None:
+            torch._dynamo.maybe_mark_dynamic(kept, 0)  # as many as a batch has targets
+            kwargs["kept"] = kept
         if self.compiled is None:
             return self.eager(x, **kwargs)
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
-                return self.compiled(x, **kwargs)
+            return self.compiled(x, **kwargs)
         except TorchDynamoException as error:
             self.compiled = None
             log.warning("a block runs without compilation, which is slower: %s", str(error).splitlines()[0])
             return self.eager(x, **kwargs)
+
+
+def _path_of(model: nn.Module, part: str) -> str | None:
+    """Where a part of a family's network is in `model`, which adapters may wrap."""
+    return next((path for path, _ in model.named_modules() if path == part or path.endswith(f".{part}")), None)
+
+
+def replay_tower(tower: nn.Module) -> None:
+    """Record a frozen vision tower on a GPU, for each small number of pictures, and replay that: launched one by one, its kernels keep the
+    GPU waiting for the host."""
+    tower.forward = Replayed(tower.forward)
+
+
+class Replayed:
+    """A function of pictures (N, ...) without gradients, recorded as a CUDA graph for each N up to `FEW` at its second call."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        self.function = function
+        self.seen: set[tuple[Any, ...]] = set()
+        self.recorded: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        kind = (tuple(pictures.shape), pictures.dtype)
+        if torch.is_grad_enabled() or len(pictures) > FEW or torch.cuda.is_current_stream_capturing():
+            return self.function(pictures)
+        if kind not in self.seen:  # what is compiled and chosen by libraries at first may not be recorded
+            self.seen.add(kind)
+            return self.function(pictures)
+        if kind not in self.recorded:
+            self.recorded[kind] = self._record(pictures)
+        graph, given, found = self.recorded[kind]
+        given.copy_(pictures)
+        graph.replay()
+        return found.clone()
+
+    def _record(self, pictures: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.inference_mode(False), torch.no_grad():  # training and validation use the same tensors
+            given = pictures.clone()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function(given)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads pin batches meanwhile
+                found = self.function(given)
+        return graph, given, found

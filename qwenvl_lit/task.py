@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -134,8 +135,15 @@ class Task(lightning.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def configure_optimizers(self):
-        optimizer, schedule = self.optim.build(self.model, int(self.trainer.estimated_stepping_batches), self.family.parts)
+        optimizer, schedule = self.optim.build(self.model, self._steps(), self.family.parts)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps(self) -> int:
+        data = self.trainer.datamodule
+        steps = data.steps_of_run() if data else self.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise DataError("a rate that falls needs an end: give trainer.max_epochs or trainer.max_steps")
+        return int(steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """The sum of the losses of a batch: the mean over all supervised tokens of the step is known at its end only."""

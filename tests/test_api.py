@@ -322,6 +322,11 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
             QwenVL.load(source, download=False)
     with pytest.raises(TypeError, match="tempreture"):
         QwenVL.load("outputs/train/nothing", tempreture=1.0)
+    for name, message in (("gpu", "is a name of torch's"), ("cuda:99", "GPUs here; leave device out")):
+        with pytest.raises(ValueError, match=message):
+            QwenVL.load(folder, device=name)
+    with pytest.raises(ValueError, match=r"as float32 or bfloat16, got 'int8'"):
+        QwenVL.load(folder, dtype="int8")
     with pytest.raises(ValueError, match="either device or device_map"):
         QwenVL.load(folder, device="cpu", device_map="auto")
 

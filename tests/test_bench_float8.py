@@ -19,7 +19,7 @@ def test_smoothing_is_the_mean_of_a_window_of_losses():
 def test_deviations_are_absolute_and_relative_to_the_expected_curve():
     assert deviation([2.0, 3.0, 0.5], [2.0, 4.0, 0.25]) == {
         "largest": 1.0,
-        "largest_at": 1,
+        "largest_at": 2,
         "mean": 1.25 / 3,
         "largest_relative": 1.0,
         "mean_relative": 1.25 / 3,

@@ -138,6 +138,13 @@ def test_training_from_features_is_training_from_pixels(tmp_path, adapter, data)
         torch.testing.assert_close(one, same, atol=1e-5, rtol=0)  # AdamW's steps go by signs where gradients are small
 
 
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 7}], ids=["epochs", "steps"])
+def test_workers_are_started_once_there_are_features(tmp_path, length):
+    watch = Watch()
+    run(tmp_path, VisionCache(tmp_path / "cache"), watch, data={"num_workers": 1}, **length)
+    assert (watch.vision, watch.pictures) == ({"vision_features"}, 0)
+
+
 def test_a_later_run_decodes_and_encodes_nothing(tmp_path, decoded, capsys):
     _, data = run(tmp_path / "first", VisionCache(tmp_path / "cache"))
     assert data.processor.features is None  # the run is over

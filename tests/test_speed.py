@@ -20,7 +20,7 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.optim import AdamW
-from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks
+from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks, replay_tower
 from qwenvl_lit.task import Task
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
@@ -163,3 +163,18 @@ def test_no_step_waits_for_the_device(tmp_path, packing):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert made.global_step == 8
+
+
+@pytest.mark.gpu
+def test_a_recorded_tower_sees_what_the_tower_sees():
+    tower = small_network().cuda().transformer.visual
+    alone = tower.forward
+    replay_tower(tower)
+    for number, count in enumerate((1, 2, 1, 2, 1, 2, 7, 1)):
+        given = pictures(count, seed=number).cuda()
+        with torch.inference_mode() if number == 4 else torch.no_grad():
+            torch.testing.assert_close(tower(given), alone(given), **CLOSE)
+    assert {kind[0][0] for kind in tower.forward.recorded} == {1, 2}
+    given = pictures(1).cuda().requires_grad_()
+    tower(given).sum().backward()
+    assert given.grad.any()

@@ -83,7 +83,7 @@ class VisionCache(lightning.Callback):
         store = FeatureStore(self.folder, settings=settings, shape=one.shape, dtype=one.dtype)
         missing = store.missing(wanted)
         self._check(store, len(wanted), len(missing))
-        seen = uses * _epochs(trainer)
+        seen = uses * data.epochs_of_run()
         if trainer.is_global_zero:
             whole = _size(len(wanted) * store.picture_bytes)
             print(f"Vision cache: {len(wanted):,} pictures, {whole}, in {store.folder}; {len(missing):,} of them are to be encoded")
@@ -219,12 +219,6 @@ def _gathered(value: Any, world_size: int) -> list[Any]:
     values = [None] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def _epochs(trainer: lightning.Trainer) -> float:
-    """How often the run goes through its rows. For all ranks to call: each loader is asked for its length."""
-    trainer.fit_loop.setup_data()  # which `max_steps` alone did not need so far
-    return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches / max(1, len(trainer.train_dataloader))
 
 
 def _fill(

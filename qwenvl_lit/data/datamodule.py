@@ -218,12 +218,22 @@ class DataModule(lightning.LightningDataModule):
             position=self._position if self.trainer else None,
         )
 
-    def batches_of_run(self) -> float:
-        """Batches that the trainer makes on each rank, at most, once `setup` has looked at the rows."""
+    def steps_of_run(self) -> float:
+        """Optimizer steps that the trainer makes, once `setup` has looked at the rows; inf if only time ends it.
+
+        Lightning's own `estimated_stepping_batches` starts the workers for it, which then know nothing of what is set up later.
+        """
         trainer = self.trainer
-        steps = trainer.max_steps * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
-        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
-        return min(steps, epochs * len(self._batches()))
+        batches, limit = len(self._batches()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return steps
+        return min(steps, math.ceil(batches / trainer.accumulate_grad_batches) * max(1, trainer.max_epochs))
+
+    def epochs_of_run(self) -> float:
+        """How often the trainer goes through the rows, as `steps_of_run`."""
+        return self.steps_of_run() * self.trainer.accumulate_grad_batches / max(1, len(self._batches()))
 
     def largest_batch(self) -> tuple[int, int]:
         """Rows and tokens of each that a batch to train on has at most, once `setup` has looked at the rows."""

@@ -80,7 +80,7 @@ class QwenVL:
             raise ValueError("random weights are drawn on one device; device_map is for checkpoints")
         if path is None and vocabulary is None:
             raise ValueError('random weights need a `vocabulary`: a file, or "tiny"')
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        if not (isinstance(named := getattr(torch, dtype, None), torch.dtype) and named.is_floating_point):
             raise ValueError(f"dtype is a name of torch's, as float32 or bfloat16, got {dtype!r}")
         self.path = path
         self.sizes = dict(config or {})

@@ -29,9 +29,14 @@ class LanguageBlock(GradientCheckpointingLayer):
         """The keyword arguments are those of `Attention`."""
         return self.compute(x_BTD, **kwargs)
 
-    def compute(self, x_BTD: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What may be compiled: transformers wraps `forward` in other things that are done around a block."""
+    def compute(self, x_BTD: torch.Tensor, kept: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """What may be compiled: transformers wraps `forward` in other things that are done around a block.
+
+        With `kept` (S,), flat indices into B * T, these tokens alone come out, (S, D).
+        """
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), **kwargs)[0]
+        if kept is not None:
+            x_BTD = x_BTD.flatten(0, 1).index_select(0, kept)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
     def before(self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,10 +105,12 @@ class QwenVLModel(QwenVLPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         vision_positions: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
         use_cache: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """The arguments are those of `QwenVLForCausalLM.forward`; returns hidden states (B, T, D) after the last norm."""
+        """The arguments are those of `QwenVLForCausalLM.forward`; returns hidden states (B, T, D) after the last norm, with
+        `target_positions` those of these tokens, (count, D): nothing looks at the others once the last block has attended to them."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -133,6 +135,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
             )
         x_BTD = self._write_pictures(x_BTD, input_ids, past_key_values, pixel_values, vision_positions, vision_features)
         for block in self.h:
+            last = {"kept": target_positions} if target_positions is not None and block is self.h[-1] else {}
             x_BTD = block(
                 x_BTD,
                 rotary=rotary,
@@ -140,6 +143,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 position_ids=position_ids,  # FlashAttention finds packed samples by them
                 past_key_values=past_key_values,
                 segments=segments,
+                **last,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x_BTD), past_key_values=past_key_values)
@@ -270,6 +274,9 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        targeted = labels is not None and target_positions is not None
+        if targeted and not len(target_positions):
+            raise ValueError("target_positions is empty: no token of this batch is supervised")
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -279,15 +286,14 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             vision_positions=vision_positions,
             vision_features=vision_features,
+            target_positions=target_positions if targeted else None,
             use_cache=use_cache,
             **kwargs,
         )
-        x_BTD = outputs.last_hidden_state
+        x_BTD = outputs.last_hidden_state  # (count, D) if targeted
         loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-        if labels is not None and target_positions is not None:
-            if not len(target_positions):
-                raise ValueError("target_positions is empty: no token of this batch is supervised")
-            logits = self.lm_head(x_BTD.flatten(0, 1).index_select(0, target_positions))
+        if targeted:
+            logits = self.lm_head(x_BTD)
             targets = labels.flatten().index_select(0, target_positions + 1)
             loss = self.loss_function(logits, labels=None, shift_labels=targets, **sizes, **kwargs)
         else:
