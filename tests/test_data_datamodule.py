@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from toy_task import trainer
 
@@ -95,7 +96,8 @@ def test_test_prefers_test_sets_and_predict_the_validation_rows():
 
 
 @pytest.mark.parametrize(
-    ("stage", "says"), [("fit", "nothing to train on"), ("test", "no rows to test"), ("predict", "no rows to predict")]
+    ("stage", "says"),
+    [("fit", "nothing to train on"), (TrainerFn.TESTING, "no rows to score"), (TrainerFn.PREDICTING, "no rows to answer")],
 )
 def test_a_missing_source_is_an_error_that_says_what_to_give(stage, says):
     with pytest.raises(DataError, match=f"{says}.*data\\."):

@@ -119,7 +119,8 @@ class DataModule(lightning.LightningDataModule):
         else:
             self._open_training()
         if stage in ("test", "predict") and not any(map(len, self.test.values())):
-            raise DataError(f"the dataset has no rows to {stage}: give data.test=FILE or data.validation=FILE")
+            asked = "score" if stage == "test" else "answer"  # Lightning's own name of a stage prints as TrainerFn.TESTING
+            raise DataError(f"the dataset has no rows to {asked}: give data.test=FILE or data.validation=FILE")
 
     def sets(self) -> tuple[dict[str, Rows], dict[str, Rows]]:
         """What is learned from and held out, `train` (each row once) and `validation`, and the test sets; by name, without empty ones.
