@@ -1,6 +1,6 @@
 """What `speed.float8=true` changes in training: loss curves with it and without, and how far two seeds are apart.
 
-python scripts/bench_float8.py outputs/train/demo --record benchmarks/float8.json     # two CPU cores: a quarter of an hour
+python scripts/bench_float8.py outputs/train/demo --record benchmarks/float8.json     # two CPU cores: some twenty minutes
 
 A trained demo learns the rows of `data=new_classes` with adapters, its base frozen, three times: plain, with frozen layers in 8 bits, and
 plain with adapters drawn from another seed, on the same rows in the same order. A CPU rounds to the same 8 bits as a GPU and adds up in
@@ -47,13 +47,13 @@ def smoothed(losses: Sequence[float], window: int = WINDOW) -> list[float]:
 def deviation(found: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
     """How far two curves are apart: absolute, and relative to `expected` at the same place.
 
-    `bias` is the mean of found - expected with its sign; `largest_at` is the index of `largest`.
+    `bias` is the mean of found - expected with its sign; `largest_at` the step of `largest`, from 1 on, or the first of its window.
     """
     apart = [abs(one - other) for one, other in zip(found, expected, strict=True)]
     relative = [difference / other for difference, other in zip(apart, expected, strict=True)]
     return {
         "largest": max(apart),
-        "largest_at": apart.index(max(apart)),
+        "largest_at": apart.index(max(apart)) + 1,
         "mean": statistics.fmean(apart),
         "largest_relative": max(relative),
         "mean_relative": statistics.fmean(relative),
@@ -88,7 +88,7 @@ def trained(demo: Path, arguments: Sequence[str], run: Path) -> dict[str, Any]:
         "command": " ".join(["python -m qwenvl_lit.train ckpt=DEMO", *arguments]),
         "validation": json.loads((run / SCORES).read_text())["fit"]["last"],
         "test": json.loads((scored / SCORES).read_text())["test"],
-        "loss": [float(f"{loss:.5g}") for loss in curve(read_log(run / LOG))],
+        "loss": curve(read_log(run / LOG)),
     }
 
 
@@ -147,9 +147,9 @@ def write(file: Path, adapters: Mapping[str, Mapping[str, Any]]) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
         | {"qwenvl_lit": __version__},
-        "note": f"deviations from the plain run's loss, step by step (raw) and of means over {WINDOW} steps (smoothed); other_seed draws "
+        "note": f"deviations from the plain run's loss, step by step (raw) and of means over {WINDOW} steps (smoothed); plain is float32; other_seed draws "
         "other adapters and sees the same rows in the same order; 8 bits are for training, test scores are computed in float32",
-        "adapters": adapters,
+        "adapters": json.loads(json.dumps(adapters), parse_float=lambda digits: float(f"{float(digits):.5g}")),
     }
     lines = json.dumps(content, indent=1)
     file.write_text(re.sub(r"\[[\d\s.,e-]+\]", lambda numbers: " ".join(numbers[0].split()), lines) + "\n")  # a curve is one line

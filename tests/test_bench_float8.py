@@ -46,12 +46,15 @@ def test_a_curve_has_every_step_and_no_validation():
 def test_the_record_keeps_a_curve_in_a_line_and_the_table_a_run(tmp_path):
     plain, packed = [2.0] * 20, [2.5] * 20
     keys = ("new_classes/caption", "new_classes/grounded_caption", "old_classes/grounded_caption")
-    scores = {"validation": {"val/loss": 0.125}, "test": dict.fromkeys(keys, 0.5)}
+    scores = {"validation": {"val/loss": 0.12500001}, "test": dict.fromkeys(keys, 0.5)}
     runs = {"plain": {**scores, "loss": plain}, "float8": {**scores, "loss": packed}}
     adapters = {"lora": {"steps": 20, "from_plain": {"float8": compared(packed, plain)}, "runs": runs}}
     write(tmp_path / "float8.json", adapters)
     text = (tmp_path / "float8.json").read_text()
-    assert json.loads(text)["adapters"] == adapters
+    found = json.loads(text)["adapters"]
+    assert found["lora"]["runs"]["plain"]["validation"] == {"val/loss": 0.125}  # five digits
+    assert found["lora"]["from_plain"] == adapters["lora"]["from_plain"]
+    assert [run["loss"] for run in found["lora"]["runs"].values()] == [plain, packed]
     assert sum("2.5, 2.5" in line for line in text.splitlines()) == 1
     _, _, first, second = table(adapters).splitlines()
     assert first == "| lora | plain | 2.0000 |  |  | 0.1250 | 0.500 | 0.500 | 0.500 |"
@@ -79,5 +82,5 @@ def test_runs_that_are_there_are_read_and_not_made_again(tmp_path):
         "command": "python -m qwenvl_lit.train ckpt=DEMO adapter=lora",
         "validation": {"val/loss": 0.5},
         "test": {"new_classes/caption": 1.0},
-        "loss": [1.2346],
+        "loss": [1.23456789],
     }
