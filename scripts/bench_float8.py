@@ -148,7 +148,8 @@ def write(file: Path, adapters: Mapping[str, Mapping[str, Any]]) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
         | {"qwenvl_lit": __version__},
         "note": f"deviations from the plain run's loss, step by step (raw) and of means over {WINDOW} steps (smoothed); plain is "
-        "float32; other_seed draws other adapters and sees the same rows in the same order; 8 bits are for training, test scores are computed in float32",
+        "float32; other_seed draws other adapters and sees the same rows in the same order; 8 bits are for training, "
+        "test scores are computed in float32",
         "adapters": json.loads(json.dumps(adapters), parse_float=lambda digits: float(f"{float(digits):.5g}")),
     }
     lines = json.dumps(content, indent=1)
