@@ -35,9 +35,16 @@ def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
         "prediction": "<ref>dog</ref>...",
         "reference": "x",
         "references": ["a dog", "the dog"],
-        "objects": [{"label": "dog", "boxes": [[1, 2, 3.33, 4]], "picture": 0}],
+        "objects": [{"label": "dog", "boxes": [[1, 2, 3.33, 4]], "picture": 0, "frame": "pixel"}],
         "columns": {"task": "find"},
     }
+
+
+def test_a_box_without_a_picture_is_on_the_grid_and_names_none():
+    row = Conversation(id="a", turns=(Turn(role="user", parts=("Where?",)),))
+    dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2, x1=3, y1=4, frame="grid"),))
+    written = prediction_row(Prediction(conversation=row, text="", parts=(dog,)), "val")
+    assert written["objects"] == [{"label": "dog", "boxes": [[1, 2, 3, 4]], "picture": None, "frame": "grid"}]
 
 
 def test_the_prompt_of_several_turns_names_the_speakers():

@@ -164,7 +164,10 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(pa
         ({"query": "<box>(9,2),(3,4)</box>"}, "corners in the wrong order"),
         ({"query": "<box>(1,2),(3,1000)</box>"}, "not within its picture"),
         ({"query": "<quad>(1,1),(9,1),(9,9),(1,1999)</quad>"}, "not within its picture"),
-        ({"query": "<box>(1,2),(3,4)</box>", "images": []}, "a box but no picture"),
+        (
+            {"query": "<box>(1,2),(3,4)</box>", "images": []},
+            "as they are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop",
+        ),
         ({"query": "<image><image>"}, "2 <image> tags for 1 `images`"),
         ({"query": "<image>", "images": None}, "1 <image> tags for 0 `images`"),
         ({"query": "<img>c.png</img>"}, "c.png does not exist; check the path, `data.root` and `data.path_map`"),

@@ -55,8 +55,13 @@ def prompt_text(conversation: Conversation) -> str:
 
 
 def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
-    """A prediction as plain data, one line of `predictions.jsonl`; boxes in pixels of the picture that the object names."""
+    """A prediction as plain data, one line of `predictions.jsonl`.
+
+    Boxes are in pixels of the picture that the object names, counted from 0; `picture` is null where the conversation has none, and boxes
+    are then on the grid of 0..999. `frame` says which.
+    """
     conversation = prediction.conversation
+    placed = {"frame": "pixel"} if conversation.pictures else {"frame": "grid", "picture": None}
     return {
         "set": set_name,
         "index": conversation.index,
@@ -67,7 +72,7 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
         "reference": prediction.reference,
         "references": list(conversation.references),
         "objects": [
-            {"label": part.label, "boxes": box_numbers(part), "picture": part.picture}
+            {"label": part.label, "boxes": box_numbers(part), "picture": part.picture, **placed}
             for part in prediction.parts
             if isinstance(part, GroundedObject)
         ],

@@ -199,7 +199,10 @@ class _TextReader:
     def _settled(self, thing: GroundedObject) -> GroundedObject:
         if thing.boxes and not self._pictures:
             if self._boxes.on_bad_box != "keep":
-                raise self._boxes.fault("there is a box but no picture; write <img>path</img> into the question or give `images`")
+                raise self._boxes.fault(
+                    "there is a box but no picture; write <img>path</img> into the question or give `images`; or take such boxes as they "
+                    "are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop"
+                )
             self._boxes.notes.append("text: there is a box but no picture; kept as it is")
         boxes = tuple(self._boxes.settled_box("text", box, LIMITS["grid"]) for box in thing.boxes)
         return GroundedObject(label=thing.label, boxes=boxes, picture=thing.picture)
