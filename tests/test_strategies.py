@@ -29,6 +29,7 @@ VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
 GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # not to wait for ever
 ADAPTERS = {"full": Full(), "lora": LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")}
+ADAPTERS["language"] = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"])  # nothing of the tower trains
 
 
 def read(source: str, reading) -> list[Conversation]:
@@ -90,6 +91,8 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         ("fsdp_full", FullyShard, "full", {}),
         ("ddp_lora", DDPStrategy, "lora", {}),
         ("fsdp_lora", FullyShard, "lora", {}),
+        ("ddp_language", DDPStrategy, "language", {}),
+        ("fsdp_language", FullyShard, "language", {}),
         ("fsdp_bfloat16", FullyShard, "full", {"dtype": "bfloat16"}),
         ("resumed", FullyShard, "full", {"dtype": "bfloat16", "resume": folder / "fsdp_bfloat16/checkpoints/step_000001.ckpt"}),
     ):
@@ -115,7 +118,7 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sharded_and_replicated_weights_learn_alike(runs, adapter):
     """Losses, gradient norms, validation losses and answers, with text on one rank and a picture on the other."""
     ddp, fsdp = (runs[1][f"{strategy}_{adapter}"]["log"] for strategy in ("ddp", "fsdp"))

@@ -225,7 +225,7 @@ class QwenVL:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if generate:
             inputs |= {"attention_mask": batch.attention_mask}
-        if len(batch.vision_positions):
+        if len(batch.vision_positions) or "vision_features" in batch.vision:  # even of no pictures: they say that no tower is needed
             seen = dict(batch.vision)
             if (pixels := seen.get("pixel_values")) is not None and pixels.dtype == torch.uint8:
                 seen["pixel_values"] = normalised(pixels)

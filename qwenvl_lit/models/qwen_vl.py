@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -184,6 +185,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
         with torch.no_grad(), computed_as_stored(pixel_values.device):
             return self.visual(pixel_values)
 
+    def _others_wait_for_the_tower(self) -> bool:
+        """For this rank's part of its gradients; or, where ranks share the weights, of its weights."""
+        return any(tensor.requires_grad or isinstance(tensor, DTensor) for tensor in self.visual.parameters())
+
     def _write_pictures(
         self,
         x_BTD: torch.Tensor,
@@ -200,10 +205,10 @@ class QwenVLModel(QwenVLPreTrainedModel):
             pixel_values = features = None  # they are in the cache
         if pixel_values is not None and len(pixel_values):
             features = self.see(pixel_values)
-        elif self.training and any(tensor.requires_grad for tensor in self.visual.parameters()):
-            # Other ranks may have pictures and wait for this one's gradients. One patch is enough to reach every parameter.
+        elif features is None and self.training and self._others_wait_for_the_tower():
+            # Other ranks may have pictures. One patch is enough to reach every parameter.
             nothing = x_BTD.new_zeros(1, 3, self.visual.patch_size, self.visual.patch_size)
-            x_BTD = x_BTD + 0 * self.visual(nothing).mean()
+            x_BTD = x_BTD + 0 * self.see(nothing).mean()
         if features is None or not len(features):
             return x_BTD
         if positions is None:
