@@ -37,12 +37,12 @@ def task(config: DictConfig, *, adapted: bool = True) -> Task:
     if "speed" in config and config.model.get("load_in_4bit"):
         raise DataError("model.load_in_4bit holds a model in 4 bits to answer; to train adapters over 4 bits: adapter=qlora")
     return Task(
+        speed=_object(config.speed) if "speed" in config else None,  # first what is refused at once
+        generation=generation(config),
         family=_object(config.model),
         adapter=(_object(config.adapter) or None) if adapted else None,
-        generation=generation(config),
         metrics=metrics(config),
         optim=_object(config.optim) if "optim" in config else None,
-        speed=_object(config.speed) if "speed" in config else None,
         base=(_object(config.base) or None) if adapted else None,
         config=OmegaConf.to_container(config),
     )

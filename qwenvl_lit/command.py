@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -152,6 +152,8 @@ def _offer_run(verb: str) -> None:
     the verb's defaults list takes."""
     sys.argv[1:] = arguments = scored_arguments(sys.argv[1:]) if verb == "test" else sys.argv[1:]
     ckpt, predictions = _named("ckpt"), _named("predictions") if verb == "test" else None
+    if verb == "predict":
+        _refuse_rows_beside_a_question(arguments)
     needed = not any(a.startswith(("model=", "predictions=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
     if ckpt is None and needed:
         raise DataError(
@@ -177,6 +179,13 @@ def _offer_run(verb: str) -> None:
                 if source.get("split_file"):
                     source["split_file"] = str(run.folder / Path(source["split_file"]).name)
         ConfigStore.instance().store(group=group, name="run", node=node)
+
+
+def _refuse_rows_beside_a_question(arguments: Sequence[str]) -> None:
+    of_rows = next((a for a in arguments if a.startswith(("data=", "data.", "answered=")) and not a.endswith("=null")), None)
+    if of_rows and _named("prompt") is not None:
+        asked = "picture= with prompt=" if _named("picture") is not None else "prompt="
+        raise DataError(f"{asked} asks one question, and {of_rows} is for the rows of a dataset: give one or the other")
 
 
 def name_datasets(config: DictConfig) -> None:

@@ -29,6 +29,15 @@ OF_A_PLACE = ("device_map", "max_memory", "download", "load_in_4bit")  # setting
 
 
 def main(config: DictConfig) -> None:
+    out = checked_target(config)
+    dtype = config.dtype or config.model.dtype
+    flags = [(key, config[key], (True, False)) for key in ("merge", "overwrite")]
+    for key, value, choices in (("dtype", dtype, DTYPES), ("compare", config.compare, ("run", "sample", "none")), *flags):
+        if value not in choices:
+            raise DataError(f"{key} is one of {', '.join(map(str, choices)).lower()}, got {value!r}")
+    if config.model.get("load_in_4bit"):
+        raise DataError("model.load_in_4bit: 4 bits are taken when a model is loaded to answer, not written; leave it out")
+
     from omegaconf import OmegaConf
 
     from qwenvl_lit import build
@@ -39,14 +48,6 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import SETTINGS, find_run
 
-    out = checked_target(config)
-    dtype = config.dtype or config.model.dtype
-    flags = [(key, config[key], (True, False)) for key in ("merge", "overwrite")]
-    for key, value, choices in (("dtype", dtype, DTYPES), ("compare", config.compare, ("run", "sample", "none")), *flags):
-        if value not in choices:
-            raise DataError(f"{key} is one of {', '.join(map(str, choices)).lower()}, got {value!r}")
-    if config.model.get("load_in_4bit"):
-        raise DataError("model.load_in_4bit: 4 bits are taken when a model is loaded to answer, not written; leave it out")
     build.start(config)
     run = find_run(config.ckpt) if config.ckpt else None
     few_bits = run is not None and bool(config.adapter.get("quantization"))
@@ -101,7 +102,7 @@ def checked_target(config: DictConfig) -> Path:
     from qwenvl_lit.runs import SETTINGS
 
     if config.out is None:
-        raise DataError(f"out is missing: python -m qwenvl_lit.export ckpt={config.ckpt} out=FOLDER")
+        raise DataError(f"out is missing: python -m qwenvl_lit.export ckpt={config.ckpt or 'RUN'} out=FOLDER")
     out = Path(config.out).expanduser().resolve()
     sources = [path for path in (config.model.path, config.ckpt) if path]
     if any(Path(path).expanduser().resolve().is_relative_to(out) for path in sources):

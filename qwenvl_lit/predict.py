@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.command import command
+from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 
 def main(config: DictConfig) -> None:
+    asked = asks(config)
+
     from pathlib import Path
 
     from lightning.pytorch.callbacks import LambdaCallback
@@ -25,13 +28,6 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.data.rows import Reading
     from qwenvl_lit.dialogue import conversation
     from qwenvl_lit.runs import find_run
-    from qwenvl_lit.types import DataError
-
-    asked = config.picture is not None or config.prompt is not None
-    if asked and config.prompt is None:
-        raise DataError('prompt is missing: predict ckpt=... picture=FILE prompt="What is in the picture?"')
-    if asked and config.answered is not None:
-        raise DataError("answered goes with the rows of a dataset, not with a question: leave out picture and prompt, or answered")
 
     build.start(config)
     task = build.task(config, adapted=config.ckpt is not None)
@@ -53,6 +49,19 @@ def main(config: DictConfig) -> None:
     if trainer.is_global_zero:
         answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
         print(f"Answers to {answered}, and pictures with boxes: {build.shown(config.paths.run)}")
+
+
+def asks(config: DictConfig) -> bool:
+    """Whether it is a question of the command line that is to be answered, and not the rows of a dataset.
+
+    Raises:
+        DataError: it is half a question.
+    """
+    if config.picture is None and config.prompt is None:
+        return False
+    if config.prompt is None:
+        raise DataError('prompt is missing: predict ckpt=... picture=FILE prompt="What is in the picture?"')
+    return True
 
 
 def print_answers(trainer: Trainer, task: Task, predictions: list[Prediction], *place: object) -> None:
