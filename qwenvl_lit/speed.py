@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.float8 import to_float8
@@ -123,19 +124,25 @@ def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile `compute` of the blocks of a model. Blocks of a kind are alike, one compilation serves them all; it is done once more for all
-    sizes when sizes change, and a few times for other modes. What sharding and checkpointing do around a block stays outside."""
+    sizes when sizes change, and a few times for other modes. What sharding does around a block stays outside."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
     for block in blocks_of(model).values():
-        block.compute = Compiled(block.compute, trains=any(tensor.requires_grad for tensor in block.parameters()))
+        block.compute = Compiled(block, again=block.gradient_checkpointing)
+        block.gradient_checkpointing = False  # it is compiled in: outside it would take as long again to launch what it launches
 
 
 class Compiled:
-    """A block's function of a tensor, compiled; as it was where torch cannot compile it, as happens with layers of other packages."""
+    """`compute` of a block, compiled; as it was where torch cannot compile it, as happens with layers of other packages.
 
-    def __init__(self, function: Callable, *, trains: bool):
-        self.eager = function
-        self.compiled: Callable | None = torch.compile(function)
-        self.trains = trains
+    Args:
+        again: it runs again for its gradients.
+    """
+
+    def __init__(self, block: GradientCheckpointingLayer, *, again: bool):
+        self.block = block
+        self.again = again
+        self.trains = any(tensor.requires_grad for tensor in block.parameters())
+        self.compiled: tuple[Callable, Callable] | None = (torch.compile(computed), torch.compile(computed_again))
 
     def __call__(self, x: torch.Tensor, *, kept: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if self.trains and torch.is_grad_enabled() and not x.requires_grad:
@@ -143,14 +150,22 @@ class Compiled:
         if kept is not None:
             torch._dynamo.maybe_mark_dynamic(kept, 0)  # as many as a batch has targets
             kwargs["kept"] = kept
-        if self.compiled is None:
-            return self.eager(x, **kwargs)
-        try:
-            return self.compiled(x, **kwargs)
-        except TorchDynamoException as error:
-            self.compiled = None
-            log.warning("a block runs without compilation, which is slower: %s", str(error).splitlines()[0])
-            return self.eager(x, **kwargs)
+        again = self.again and torch.is_grad_enabled()
+        if self.compiled is not None:
+            try:
+                return self.compiled[again](self.block, x, **kwargs)
+            except TorchDynamoException as error:
+                self.compiled = None
+                log.warning("a block runs without compilation, which is slower: %s", str(error).splitlines()[0])
+        return (computed_again if again else computed)(self.block, x, **kwargs)
+
+
+def computed(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
+    return type(block).compute(block, x, **kwargs)
+
+
+def computed_again(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
+    return checkpoint(type(block).compute, block, x, use_reentrant=False, **kwargs)
 
 
 def _path_of(model: nn.Module, part: str) -> str | None:

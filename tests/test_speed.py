@@ -89,6 +89,44 @@ def test_compiled_blocks_run_again_for_their_gradients(fast_compiler):
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout(device):
+    """Gradients against differences of the loss, with kernels that the compiler writes."""
+    torch._dynamo.reset()
+    model = adapted(LoRA(rank=2, alpha=4, dropout=0.5, targets=LORA.targets)).to(device)
+    inputs = {name: tensor.to(device) for name, tensor in batch(2, 7).items()}
+    weight = next(tensor for name, tensor in model.named_parameters() if "lora_B" in name)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def loss(step: float) -> torch.Tensor:
+        with torch.no_grad():
+            weight.add_(direction, alpha=step)
+        torch.manual_seed(7)
+        found = model(**inputs).loss
+        with torch.no_grad():
+            weight.sub_(direction, alpha=step)
+        return found
+
+    def kept() -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.nbytes), tensor)[1], lambda tensor: tensor):
+            loss(0.0)
+        return sum(sizes)
+
+    torch.manual_seed(7)
+    compile_blocks(model)
+    usual = kept()
+    for block in blocks_of(model).values():
+        del block.compute
+    recompute_blocks(model)
+    compile_blocks(model)
+    assert kept() < 0.8 * usual  # weights are counted, too
+    torch.manual_seed(7)
+    model(**inputs).loss.backward()
+    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=0.02, atol=1e-3)
+
+
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
     def refused(function):
         def compiled(*args, **kwargs):
