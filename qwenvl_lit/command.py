@@ -9,6 +9,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,13 +19,14 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.evaluation.answered import config_beside, scored_arguments
 from qwenvl_lit.runs import Run, base_of, config_folder, find_run
 from qwenvl_lit.runs.ranks import rank_arguments
-from qwenvl_lit.runs.resume import refuse_used_folder, resume_arguments, resumed
+from qwenvl_lit.runs.resume import LOOKS_ONLY, refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
@@ -55,6 +57,7 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
     run save and stop.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function as they are
+    OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
     sys.argv[1:] = [quote_free_text(argument) for argument in sys.argv[1:]]
     try:
         if needs_run:
@@ -67,10 +70,16 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         sweep = Sweep(verb)
         with sweep.reported():
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()
+        sys.stdout.flush()
     except (ConfigCompositionException, MissingConfigException, OverrideParseException, OmegaConfBaseException) as error:
         _exit(2, _explain(verb, error))
     except DataError as error:
         _exit(2, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        if LOOKS_ONLY & set(sys.argv):
+            sys.exit(1)
+        _exit(1, "what reads the output of this command has ended, and the command with it")
     except OSError as error:
         if error.errno not in DISK:
             raise
@@ -111,6 +120,12 @@ def _quoted(text: str) -> str:
     if escaped.endswith("\\"):
         escaped += escaped[len(escaped.rstrip("\\")) :]
     return f"'{escaped}'".replace("${", "\\${")
+
+
+def keys_of(verb: str) -> str:
+    """The keys of a verb's own, as conf/VERB.yaml has them with their comments: `--help` shows them."""
+    text = (config_folder() / f"{verb}.yaml").read_text(encoding="utf-8")
+    return text.partition("\n  - _self_\n")[2].partition("\nhydra:\n")[0].strip().replace("$", "$$")  # for string.Template
 
 
 def _named(key: str) -> str | None:
@@ -239,16 +254,28 @@ def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[Di
             _keep_named_datasets(config)
             main(resumed(config) if "resume" in config else config)
         except DataError as error:
+            _leave_no_empty_folder()
             # an error from a data worker carries that worker's traceback; its last line is the message
             _exit(1, re.split(r"(?m)^qwenvl_lit\.types\.\w+: ", str(error))[-1].strip())
         except Exception as error:
             cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
             if not _is_a_mistake(cause):
                 raise
+            _leave_no_empty_folder()
             _exit(2, str(cause))
 
     job.__module__, job.__qualname__ = main.__module__, main.__qualname__
     return job
+
+
+def _leave_no_empty_folder() -> None:
+    """Remove the run folder of a command that was refused before it wrote anything; jobs of a sweep, and runs that go on, keep theirs."""
+    job = HydraConfig.get()
+    folder, own = Path(job.runtime.output_dir), job.output_subdir
+    if own is None or job.mode != RunMode.RUN or folder.resolve() == Path.cwd():
+        return
+    if all(file.name == own or (file.suffix == ".log" and not file.stat().st_size) for file in folder.iterdir()):
+        shutil.rmtree(folder)
 
 
 def _is_a_mistake(error: BaseException) -> bool:

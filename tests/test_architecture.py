@@ -19,11 +19,12 @@ LAYERS = [  # a module may import from the rows above its own, and from its own 
     {"reports", "build", "capacity"},
     {"evaluation"},
     {"command", "api"},
-    {"train", "test", "predict", "chat", "check", "export"},
+    {"train", "test", "predict", "chat", "check", "export", "__main__"},
 ]
 ALLOWED_IN = {  # third-party package -> where it may be imported
     "hydra": {"build", "capacity", "command", "evaluation.benchmarks", "runs", "sweep", "train", "test", "predict"},
-    "omegaconf": {"build", "capacity", "command", "evaluation", "runs", "sweep"} | {"train", "test", "predict", "chat", "check", "export"},
+    "omegaconf": {"build", "capacity", "command", "evaluation", "runs", "sweep"}
+    | {"train", "test", "predict", "chat", "check", "export", "__main__"},
     "lightning": {"data.datamodule", "speed", "task", "callbacks", "strategies", "build", "capacity", "evaluation.sets"}
     | {"train", "test", "predict"},
     "peft": {"adapters", "peft_folder"},
@@ -44,6 +45,7 @@ STARTS_FAST = {
     "chat",
     "check",
     "export",
+    "__main__",
 }  # at import time, nothing heavy
 
 

@@ -28,23 +28,44 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "pip install 'qwenvl_lit[cluster]'"),
         (["test"], "ckpt is missing"),
         (["predict"], "ckpt is missing"),
-        (["predict", "model=qwen_vl_tiny", "picture=a.png"], "prompt is missing"),
         (
             ["predict", "model=qwen_vl_tiny", "data=demo", "picture=a.png", "prompt=Hi"],
             "picture= with prompt= asks one question, and data=demo",
         ),
         (["predict", "model=qwen_vl_tiny", "answered=mine", "prompt=Hi"], "prompt= asks one question, and answered='mine' is for the rows"),
-        (["export", "model=qwen_vl_tiny"], "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER"),
         (["test", "ckpt=nowhere"], "nowhere does not exist"),
         (["test", "ckpt=latest"], "train first"),
     ],
 )
 def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_path):
     result = run(*arguments, cwd=tmp_path)
-    assert result.returncode in (1, 2)
+    assert result.returncode == 2
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) < 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["predict", "model=qwen_vl_tiny", "picture=a.png"], "prompt is missing"),
+        (["export", "model=qwen_vl_tiny"], "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER"),
+        (["train", "speed.checkpointing=some"], "speed.checkpointing is auto, none, full, got 'some'"),
+    ],
+)
+def test_a_command_that_is_refused_leaves_no_run_folder(arguments, says, tmp_path):
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "outputs").glob("*/*")) == []
+
+
+def test_a_refused_command_leaves_what_is_not_its_own(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    run("predict", "model=qwen_vl_tiny", "picture=a.png", "hydra.run.dir=mine", cwd=tmp_path)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -61,6 +82,30 @@ def test_a_run_is_not_overwritten_by_any_verb(tmp_path):
         assert result.returncode == 2
         assert result.stderr.startswith("error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)")
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "checkpoints", "last.ckpt"]
+
+
+def test_a_reader_that_has_enough_ends_the_help_quietly(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "qwenvl_lit.train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_the_package_says_which_commands_there_are(tmp_path):
+    command = [sys.executable, "-m", "qwenvl_lit"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n")
+    result = subprocess.run([*command, "train"], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "error: there is no command 'train' here; write it behind a dot, as above\n")
+
+
+def test_help_begins_with_the_keys_of_the_verb_and_what_they_mean(tmp_path):
+    for verb, key in (("chat", "multiline: false  # true: a question"), ("export", "out: null  # the folder to write")):
+        text = run(verb, "--help", cwd=tmp_path).stdout
+        assert text.index(key) < text.index("Groups and their choices"), verb
 
 
 @pytest.mark.parametrize("verb", ["train", "test", "predict"])
