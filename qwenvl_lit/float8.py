@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,7 @@ FORMAT = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
 LARGEST = torch.finfo(FORMAT).max
 ALIGNED = 16  # what the sizes of a layer have to divide by
 CAPABLE = (8, 9)  # CUDA devices from here on have such products
+log = logging.getLogger(__name__)
 
 # M rows, K numbers of an input, N of an output
 
@@ -110,7 +112,10 @@ def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
     names = [name for name, module in modules.items() if _fits(module) and part_of_tensor(f"{name}.weight", parts) != "head"]
     names = [name for name in names if name not in looked_at]
     if not names:
-        raise DataError("speed.float8=true is for frozen linear layers, and there are none: not with adapter=full or adapter=qlora")
+        raise DataError(
+            "speed.float8=true is for frozen linear layers, and there are none: not with adapter=full or adapter=qlora; adapter=lora leaves "
+            "its base frozen"
+        )
     check_device(modules[names[0]].weight.device)
     del modules  # each layer goes when its successor is there
     for name in names:
@@ -126,6 +131,10 @@ def _fits(module: nn.Module) -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises a DataError if it is a GPU without products of 8 bits. A CPU does without them, to try what they change; nothing is faster."""
+    """Raises a DataError if it is a GPU without products of 8 bits. A CPU does without them, to try what they change; a warning says so."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABLE:
         raise DataError(f"speed.float8=true needs products of 8 bits, which {torch.cuda.get_device_name(device)} does not have")
+    if device.type == "cpu":
+        log.warning(
+            "a CPU only imitates the numbers of 8 bits, and is slower than without them: speed=fp8 is for GPUs that have such products"
+        )

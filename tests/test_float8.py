@@ -170,7 +170,7 @@ def test_layers_whose_sizes_do_not_fit_stay_as_they_are():
 
 
 def test_where_nothing_is_frozen_it_is_refused():
-    with pytest.raises(DataError, match="there are none: not with adapter=full"):
+    with pytest.raises(DataError, match=r"there are none: not with adapter=full .*; adapter=lora leaves its base frozen"):
         to_float8(network(Full()), QwenVL.parts)
 
 
@@ -179,7 +179,12 @@ def test_a_card_without_such_products_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
     with pytest.raises(DataError, match="an A100 does not have"):
         check_device(torch.device("cuda"))
+
+
+def test_a_cpu_says_that_it_is_for_a_try_only(caplog):
     check_device(torch.device("cpu"))
+    [said] = caplog.messages
+    assert said.startswith("a CPU only imitates the numbers of 8 bits")
 
 
 @pytest.mark.gpu
