@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
@@ -88,7 +89,8 @@ class QwenVL:
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
-        Generation(**settings)  # what it does not know is refused before weights are read
+        own = ("device", "dtype", "device_map", "max_memory", "load_in_4bit", "template", "base", "download", "cache")
+        with_settings(Generation(), settings, *own)  # what is unknown is refused before weights are read
         device = device_named(device)
         changes: dict[str, Any] = {"device_map": device_map, "max_memory": max_memory, "download": download}
         changes["load_in_4bit"] = load_in_4bit or None
@@ -110,8 +112,8 @@ class QwenVL:
             prompting = {"dtype": "bfloat16", **stored.get("model", {}), **changes, "path": str(folder)}
             family = Family(**{**prompting, "template": template or prompting.get("template") or _template(folder)})
             network = family.load(device, quantization=family.quantization)
-            own = Generation(**stored.get("generation", {}))
-            model = cls(family=family, model=network, device=device, generation=own, reading=reading)
+            answering = Generation(**stored.get("generation", {}))
+            model = cls(family=family, model=network, device=device, generation=answering, reading=reading)
         model.generation = replace(model.generation, **settings)
         return model
 
@@ -143,8 +145,9 @@ class QwenVL:
         Each text begins with the one before; the last is the `Answer`. The iteration may be left at any point.
         """
         began = perf_counter()
+        generation = with_settings(self.generation, settings, "system")
         sample = self.processor.encode(self._asked(query, history, system), prompt=True)
-        generation = self._limited(replace(self.generation, **settings), len(sample.input_ids))
+        generation = self._limited(generation, len(sample.input_ids))
         earlier = [list(pair) for pair in history]
         asked = list(query) if isinstance(query, list | tuple) else query
         first = began
@@ -180,6 +183,7 @@ class QwenVL:
             raise ValueError("generate answers a list of questions; of a single one: generate([question])")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
+        generation = with_settings(self.generation, settings, "system", "batch_size")
         asked = [one if isinstance(one, Conversation) else self._asked(one, (), system) for one in prompts]
         lengths = [self.processor.length(one, prompt=True)[0] for one in asked]
         longest_first = sorted(range(len(asked)), key=lambda place: -lengths[place])  # rows of a batch are of a length, about
@@ -187,7 +191,7 @@ class QwenVL:
         for start in range(0, len(asked), batch_size):
             places, began = longest_first[start : start + batch_size], perf_counter()
             samples = [self.processor.encode(asked[place], prompt=True) for place in places]
-            rows = list(self._ids(self._limited(replace(self.generation, **settings), lengths[places[0]]), samples, whole=True))
+            rows = list(self._ids(self._limited(generation, lengths[places[0]]), samples, whole=True))
             seconds = perf_counter() - began
             for place, ids in zip(places, rows, strict=True):
                 prediction = self.processor.decode(ids, asked[place])
@@ -202,15 +206,22 @@ class QwenVL:
         """
         if not label.strip():
             raise ValueError("label is empty: say what is to be found")
+        with_settings(self.generation, settings, "prompt")
         wanted = GroundedObject(label=label)
         parts = ask(prompt or (REFERRING_PROMPT if self.base else FIND_PROMPT), picture=picture_of(picture, self.reading), question=wanted)
         [answer] = self.generate([Conversation(id="question", turns=(Turn(role="user", parts=parts),))], **settings)
         return [thing if thing.label else replace(thing, label=label) for thing in answer.objects if thing.boxes]
 
     def draw(self, picture: PictureSource, objects: Iterable[GroundedObject], path: str | Path | None = None) -> Image.Image:
-        """A copy of a picture with the boxes and labels of `objects` on it; also written to `path`, if given."""
+        """A copy of a picture with the boxes and labels of `objects` on it; also written to `path`, if given.
+
+        Raises:
+            ValueError: `path` is in a folder that is not there, or no picture by its name.
+        """
         from qwenvl_lit.callbacks.drawing import draw_objects
 
+        if path is not None:
+            check_picture_name(Path(path))
         image = picture_of(picture, self.reading).open()
         placed = [replace(thing, boxes=tuple(to_frame(box, "pixel", size=image.size) for box in thing.boxes)) for thing in objects]
         drawn = draw_objects(image, placed)
@@ -248,6 +259,33 @@ class QwenVL:
             pad_id=self.processor.pad_id,
             picture_keys=keys,
         )
+
+
+def with_settings(generation: Generation, settings: Mapping[str, Any], *own: str) -> Generation:
+    """`generation` with other `settings`.
+
+    Args:
+        own: arguments of the call that it does not know, which one may have meant as well.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    known = [field.name for field in fields(generation)]
+    for name in settings:
+        if name not in known:
+            [nearest, *_] = [*get_close_matches(name, [*known, *own], n=1), None]
+            hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join([*own, *known])}"
+            raise TypeError(f"there is no setting {name!r}; {hint}")
+    return replace(generation, **settings)
+
+
+def check_picture_name(path: Path) -> None:
+    """Raises a ValueError if no picture can be written to `path`."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"path={str(path)!r}: its end says which kind of picture it is to be, as .png or .jpg, got {path.suffix!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: there is no folder {path.parent}; make it first")
 
 
 def device_named(name: torch.device | str | None) -> torch.device:

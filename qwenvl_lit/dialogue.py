@@ -64,7 +64,7 @@ def conversation(query: Query, history: History = (), *, system: str | None = No
     else it holds is text. Paths are relative to the current folder.
 
     Raises:
-        DataError: a picture does not exist, or the history is not made of pairs.
+        DataError: a picture does not exist, the history is not made of pairs, or the question is empty.
     """
     turns = [] if system is None else [Turn(role="system", parts=(system,))]
     pictures = 0
@@ -75,6 +75,8 @@ def conversation(query: Query, history: History = (), *, system: str | None = No
         pictures += _count(turns[-1])
         turns.append(Turn(role="assistant", parts=objects_from_tags(pair[1], picture=max(pictures - 1, 0))))
     turns.append(Turn(role="user", parts=parts_of(query, pictures, reading)))
+    if not turns[-1].parts:
+        raise DataError("the question is empty: the text is empty, or the list is; give text, or a list of texts and pictures")
     return Conversation(id="question", turns=tuple(turns))
 
 

@@ -169,8 +169,13 @@ def test_settings_are_arguments(model):
     one, same, other = (model.chat("What?", seed=seed, **options)[0] for seed in (1, 1, 2))
     assert one == same != other
     assert model.chat("What?", max_new_tokens=3, min_new_tokens=3)[0].new_tokens == 3
-    with pytest.raises(TypeError, match="tempreture"):
-        model.chat("What?", tempreture=1.0)
+    for call, name, meant in ((model.chat, "tempreture", "temperature"), (model.chat, "sistem", "system")):
+        with pytest.raises(TypeError, match=f"no setting '{name}'; did you mean {meant}"):
+            call("What?", **{name: 1.0})
+    with pytest.raises(TypeError, match="no setting 'bach_size'; did you mean batch_size"):
+        model.generate([], bach_size=2)
+    with pytest.raises(TypeError, match="no setting 'wisdom'; there are system, max_new_tokens, "):
+        model.chat("What?", wisdom=1)
 
 
 def test_batches_answer_as_one_by_one_in_order(model, picture):
@@ -223,6 +228,8 @@ def test_the_base_model_continues_the_text_alone(base, picture):
         (["What?", 3], (), "made of text .* and pictures .*, got int"),
         ("What?", ["Hello"], r"list of \[query, response\] pairs, got 'Hello'"),
         ("What?", [["Hello", None]], r"pairs, got \['Hello', None\]"),
+        ("", (), "the question is empty: .*; give text, or a list of texts and pictures"),
+        ([], [["Hello", "Hi!"]], "the question is empty"),
         ("1" * 3000, (), r"prompt has 30\d\d tokens, and 2048 are the most"),
     ],
 )
@@ -244,6 +251,16 @@ def test_what_asks_for_nothing_is_refused(model, picture):
         model.generate(["Hello"], batch_size=0)
     with pytest.raises(ValueError, match="label is empty"):
         model.ground(picture, " ")
+
+
+def test_a_drawing_that_cannot_be_written_is_refused(model, picture, tmp_path):
+    for name, message in (
+        ("x.unknown", r"as \.png or \.jpg, got '\.unknown'"),
+        ("x", r"as \.png or \.jpg, got ''"),
+        ("no/x.png", "there is no folder .*no; make it first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.draw(picture, [], tmp_path / name)
 
 
 def test_an_answer_ends_where_the_positions_do(model):
@@ -320,8 +337,8 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             QwenVL.load(source, download=False)
-    with pytest.raises(TypeError, match="tempreture"):
-        QwenVL.load("outputs/train/nothing", tempreture=1.0)
+    with pytest.raises(TypeError, match="no setting 'devise'; did you mean device"):
+        QwenVL.load("outputs/train/nothing", devise="cpu")
     for name, message in (("gpu", "is a name of torch's"), ("cuda:99", "GPUs here; leave device out")):
         with pytest.raises(ValueError, match=message):
             QwenVL.load(folder, device=name)
