@@ -102,7 +102,7 @@ def need(
 
 
 def _workspace(model: nn.Module, trained: list[nn.Parameter], gradients: float, spread: Spread) -> float:
-    rounding = 6 * 4 * CHUNK if any(tensor.dtype == torch.bfloat16 for tensor in trained) else 0
+    rounding = 10 * 4 * CHUNK if any(tensor.dtype == torch.bfloat16 for tensor in trained) else 0
     if spread == "replicated":
         return max(rounding, gradients)  # DDP's buckets
     if spread == "sharded":  # the largest unit and the next one, gathered; its gradients, and their sum in float32

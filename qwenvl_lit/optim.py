@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-CHUNK = 2**24  # elements that a stochastically rounded step works on at a time: 0.4 GiB of float32
+CHUNK = 2**24  # elements that a stochastically rounded step works on at a time: 0.6 GiB of float32
 
 
 class AdamW:
@@ -54,13 +54,16 @@ class AdamW:
         self.rounding = rounding
         self.seed = seed
 
-    def build(self, model: nn.Module, total_steps: int, parts: Mapping[str, str] | None = None) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    def build(
+        self, model: nn.Module, total_steps: int, parts: Mapping[str, str] | None = None, *, compile: bool = False
+    ) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """Optimizer over the trainable tensors of `model`, and its schedule, to be stepped `total_steps` times.
 
         Both kinds of optimizer leave everything as it is where their attribute `found_inf` is set, to a tensor () that is 1.
 
         Args:
             parts: the family's modules by name, for `lr_of`. Its groups have their name as `part`, the others None.
+            compile: whether what torch has no fused kernel for is compiled.
 
         Raises:
             ValueError: nothing is trainable, or nothing of a part that has a rate of its own.
@@ -71,7 +74,7 @@ class AdamW:
         groups = list(self._groups(trainable, parts or {}))
         settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
         if self.rounding == "stochastic" and any(tensor.dtype == torch.bfloat16 for tensor in trainable.values()):
-            optimizer: torch.optim.Optimizer = StochasticAdamW(groups, **settings, seed=self.seed)
+            optimizer: torch.optim.Optimizer = StochasticAdamW(groups, **settings, seed=self.seed, compile=compile)
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=True)
         warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
@@ -110,6 +113,9 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Gradients are given back as soon as they are used. Tensors are worked on in chunks, which take their count of steps from their first
     tensor: a tensor is expected to have a gradient in every step, or in none.
+
+    Args:
+        compile: the arithmetic of a chunk becomes one kernel: a fifth of the traffic of memory, which is what a step waits for.
     """
 
     def __init__(
@@ -121,7 +127,9 @@ class StochasticAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         seed: int = 0,
+        compile: bool = False,
     ):
+        self._stepped = torch.compile(stepped) if compile else stepped
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, "calls": 0}
         super().__init__(params, {**settings, "capturable": True})  # so that torch loads "step" to the device
 
@@ -142,12 +150,20 @@ class StochasticAdamW(torch.optim.Optimizer):
             group["calls"] += 1
             for alike in _by_kind(tensors):
                 device = alike[0].device
-                generator = torch.Generator(device).manual_seed(seed)
                 keep = 1 - (torch.zeros((), device=device) if found_inf is None else found_inf.to(device))
                 torch._foreach_add_([self.state[tensor]["step"] for tensor in alike], keep)
-                for chunk in self._chunks(alike):
-                    _update(chunk, group, keep, generator)
+                for place, chunk in enumerate(self._chunks(alike)):
+                    self._update(chunk, group, keep, seed * 10_007 + place)
         return result
+
+    def _update(self, chunk: Chunk, group: Mapping[str, Any], keep: torch.Tensor, seed: int) -> None:
+        """Replace weights, means and squares of `chunk`; `keep` is 1, or 0 if nothing may change."""
+        flat = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in chunk[1:]]
+        drawn = torch.full((), seed % 2**31, dtype=torch.int32, device=keep.device)  # as a tensor, or each would be compiled for
+        rate = group["lr"] * keep
+        new = self._stepped(*flat, chunk.step, keep, rate, drawn, group["betas"], group["eps"], group["weight_decay"])
+        for pieces, values in zip(chunk[1:4], new, strict=True):
+            torch._foreach_copy_(pieces, values.split([len(piece) for piece in pieces]))
 
     def _chunks(self, tensors: list[nn.Parameter]) -> Iterator[Chunk]:
         """Pieces of tensors of `CHUNK` elements together. A gradient goes when its last piece is done."""
@@ -179,26 +195,44 @@ class Chunk(NamedTuple):
     gradients: list[torch.Tensor]
 
 
-def _update(chunk: Chunk, group: Mapping[str, Any], keep: torch.Tensor, generator: torch.Generator) -> None:
-    """Replace weights, means and squares of `chunk`; `keep` is 1, or 0 if nothing may change."""
-    weights, means, squares, gradients = (torch.cat(pieces).float() for pieces in chunk[1:])
-    (beta1, beta2), rate = group["betas"], group["lr"] * keep
-    step = chunk.step.clamp(min=1)
+def stepped(weights, means, squares, gradients, step, keep, rate, seed, betas, eps, weight_decay) -> tuple[torch.Tensor, ...]:
+    """Weights, means and squares (n,) after a step, of the type that they have. All that changes from step to step is a tensor ()."""
+    kinds = [values.dtype for values in (weights, means, squares)]
+    weights, means, squares, gradients = (values.float() for values in (weights, means, squares, gradients))
+    step = step.clamp(min=1)
     gradients = torch.where(keep > 0, gradients, 0)  # they may not be finite
-    means.lerp_(gradients, (1 - beta1) * keep)
-    squares.lerp_(gradients.square_(), (1 - beta2) * keep)
-    scale = (squares / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    weights.mul_(1 - rate * group["weight_decay"]).addcmul_(means.div(scale), -rate / (1 - beta1**step))
-    for pieces, new in ((chunk.weights, weights), (chunk.means, means), (chunk.squares, squares)):
-        rounded = new if pieces[0].dtype == torch.float32 else round_stochastically(new, generator)
-        torch._foreach_copy_(pieces, rounded.split([len(piece) for piece in pieces]))
+    means = means.lerp(gradients, (1 - betas[0]) * keep)
+    squares = squares.lerp(gradients.square(), (1 - betas[1]) * keep)
+    scale = (squares / (1 - betas[1] ** step)).sqrt() + eps
+    weights = weights * (1 - rate * weight_decay) - means / scale * (rate / (1 - betas[0] ** step))
+    made = zip((weights, means, squares), kinds, strict=True)
+    return tuple(new if kind == torch.float32 else round_stochastically(new, seed + place) for place, (new, kind) in enumerate(made))
 
 
-def round_stochastically(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """float32 to bfloat16: to one of the two neighbours, to the nearer one more often, so that the mean is kept. What is bfloat16 stays."""
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    bits = noise.add_(values.view(torch.int32)).bitwise_and_(-1 << 16)  # a bfloat16 is the upper half of a float32
+def round_stochastically(values: torch.Tensor, seed: torch.Tensor | int = 0) -> torch.Tensor:
+    """float32 to bfloat16: to one of the two neighbours, to the nearer one more often, so that the mean is kept. What is bfloat16 stays.
+
+    Args:
+        seed: () int32; the same one rounds the same way, on any device.
+    """
+    bits = (values.view(torch.int32) + noise(values, seed)) & (-1 << 16)  # a bfloat16 is the upper half of a float32
     return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def noise(like: torch.Tensor, seed: torch.Tensor | int) -> torch.Tensor:
+    """int32 from 0 to 65535 in the shape of `like`, a hash of each place and the seed: a generator could not be compiled.
+
+    The hash is lowbias32, by C. Wellons (https://nullprogram.com/blog/2018/07/31/).
+    """
+    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device) + _scattered(torch.as_tensor(seed, device=like.device))
+    return (_scattered(bits) & 0xFFFF).view(like.shape)
+
+
+def _scattered(bits: torch.Tensor) -> torch.Tensor:
+    bits = bits.to(torch.int32)
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D  # the sign is shifted in, and masked away
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return bits ^ ((bits >> 16) & 0xFFFF)
 
 
 def _by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

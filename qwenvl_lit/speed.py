@@ -63,6 +63,7 @@ class Speed:
         self.float8 = float8
         self.vision_cache = vision_cache
         self.vision_cache_gb = vision_cache_gb
+        self.compiled = False  # whether `apply` has found that it pays
 
     def apply(self, model: nn.Module, *, family: Family, adapter: Adapter, trainer: lightning.Trainer) -> None:
         """Change `model`, which has its adapter and is not sharded yet, in place.
@@ -80,6 +81,7 @@ class Speed:
         elif self.checkpointing == "auto" and on_gpu:
             self._recompute_what_is_needed(model, family, adapter, trainer)
         if self.compile is True or (self.compile == "auto" and on_gpu and self._pays(model, trainer)):
+            self.compiled = True
             compile_blocks(model)
             tower = model.get_submodule(path) if (path := _path_of(model, family.parts["vision"])) else None
             if on_gpu and tower is not None and spread_of(trainer)[0] != "sharded" and not any(t.requires_grad for t in tower.parameters()):

@@ -135,7 +135,9 @@ class Task(lightning.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def configure_optimizers(self):
-        optimizer, schedule = self.optim.build(self.model, self._steps(), self.family.parts)
+        optimizer, schedule = self.optim.build(
+            self.model, self._steps(), self.family.parts, compile=self.speed is not None and self.speed.compiled
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _steps(self) -> int:

@@ -6,7 +6,7 @@ from small_network import small_network, talk_of_two
 from torch import nn
 
 from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.optim import AdamW, StochasticAdamW, round_stochastically
+from qwenvl_lit.optim import AdamW, StochasticAdamW, noise, round_stochastically
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -68,11 +68,37 @@ def test_a_rate_for_a_part_that_is_missing_or_frozen_is_an_error():
 def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_exact(sign):
     lower, upper = 1.0, 1.0 + 2**-7  # neighbours in bfloat16
     values = torch.full((100_000,), sign * (lower + 0.25 * (upper - lower)))
-    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).float() * sign
+    rounded = round_stochastically(values, 5).float() * sign
     assert set(rounded.unique().tolist()) == {lower, upper}
     assert (rounded == upper).float().mean() == pytest.approx(0.25, abs=0.01)
     exact = torch.randn(1000).bfloat16()
     assert torch.equal(round_stochastically(exact.float()), exact)
+
+
+def test_noise_is_uniform_and_neither_places_nor_seeds_go_together():
+    like = torch.empty(1 << 18)
+    one, other = (noise(like, seed).double() / 65536 for seed in (5, 6))
+    assert one.min() >= 0
+    assert one.max() < 1
+    shares = torch.histc(one, bins=16, min=0, max=1) / len(one)
+    assert shares.tolist() == pytest.approx([1 / 16] * 16, rel=0.03)
+    centred, moved = one - 0.5, other - 0.5
+    for shift in (1, 2, 64):  # of a product of two that are independent, the mean is 0 and the deviation 1/12 over the root of their number
+        assert abs((centred[shift:] * centred[:-shift]).mean()) < 5 / 12 / len(one) ** 0.5
+    assert abs((centred * moved).mean()) < 5 / 12 / len(one) ** 0.5
+    assert torch.equal(noise(like, torch.tensor(5, dtype=torch.int32)), noise(like, 5))
+
+
+def test_a_compiled_step_is_the_step(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        model = small_network().bfloat16().train()
+        optimizer, _ = AdamW(lr=1e-3, warmup=0).build(model, 10, compile=compiled)
+        steps_of(model, optimizer, 3)
+        found.append(model)
+    assert all(map(torch.equal, found[0].parameters(), found[1].parameters()))
 
 
 def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> float:
