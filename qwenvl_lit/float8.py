@@ -113,8 +113,8 @@ def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
     names = [name for name in names if name not in looked_at]
     if not names:
         raise DataError(
-            "speed.float8=true is for frozen linear layers, and there are none: not with adapter=full or adapter=qlora; adapter=lora leaves "
-            "its base frozen"
+            "speed.float8=true is for frozen linear layers, and there are none: not with adapter=full or adapter=qlora; adapter=lora "
+            "leaves its base frozen"
         )
     check_device(modules[names[0]].weight.device)
     del modules  # each layer goes when its successor is there
