@@ -155,6 +155,9 @@ class Chat:
         from qwenvl_lit.build import shown
         from qwenvl_lit.callbacks.boxes import pictures_with_boxes
         from qwenvl_lit.callbacks.drawing import draw_prediction
+        from qwenvl_lit.callbacks.predictions import box_numbers
+        from qwenvl_lit.grounding import GRID, objects_from_tags
+        from qwenvl_lit.types import GroundedObject
 
         files = []
         for picture in pictures_with_boxes(answer.prediction):
@@ -164,6 +167,10 @@ class Chat:
             draw_prediction(answer.prediction, picture).save(file)
             files.append(str(file.relative_to(self.folder)))
             self.remark(f"boxes: {shown(str(file))}")
+        placed = [part for part in objects_from_tags(answer) if isinstance(part, GroundedObject)]
+        numbers = [number for thing in placed for box in box_numbers(thing) for number in box]
+        if files and not all(0 <= number <= GRID for number in numbers):
+            self.remark(f"(a box of the answer reaches beyond 0..{GRID}, and so its picture: it is drawn up to the edge)")
         return files
 
     def _record(self, query: str, history: list[list[str]], response: str, **further: object) -> None:

@@ -64,6 +64,14 @@ def test_whatever_a_model_answers_can_be_drawn(wild):
     assert draw_objects(image, [wild], [wild]).size == (400, 300)
 
 
+def test_what_is_outside_is_drawn_at_the_edge():
+    drawn = pixels(draw_objects(Image.new("RGB", (400, 300)), [grounded("", -50, 100, 500, 200)]), PREDICTED)
+    assert drawn[150, 0]
+    assert drawn[150, 399]
+    assert drawn[100].all()
+    assert not drawn[150, 5:395].any()
+
+
 def test_labels_of_equal_boxes_do_not_cover_each_other():
     box = grounded("dog", 100, 100, 300, 200)
     drawn = draw_objects(Image.new("RGB", (400, 300)), [box], [box])

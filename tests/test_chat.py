@@ -117,6 +117,12 @@ def test_a_picture_with_its_boxes_is_saved_and_named(talk, picture, tmp_path):
     assert rows(tmp_path)[-1]["boxes"] == ["boxes/000000_1.png"]
 
 
+def test_a_box_that_reaches_beyond_its_picture_is_remarked_once(talk, picture):
+    _, err, _ = talk(f"<img>{picture}</img>Where?\n", DOG.replace("999", "1500") + DOG.replace("250", "-3"))
+    assert err.count("reaches beyond 0..999") == 1
+    assert "reaches beyond" not in talk(f"<img>{picture}</img>Where?\n", DOG)[1]
+
+
 def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, picture, tmp_path):
     talk(f"<img>{picture}</img>Was ist das?\nIs it “big”?\n", f"Ein Hund: {DOG}", "是", system="Be brief.")
     first, second = rows(tmp_path)

@@ -46,8 +46,9 @@ def draw_objects(
 ) -> Image.Image:
     """A copy of the picture, in RGB, with predicted boxes solid and expected ones dashed, each with its label.
 
-    Boxes are in pixels of `image` and drawn as they are, inverted or partly outside. A picture whose longer side is below 320 px is
-    enlarged by a whole number without smoothing, so that labels stay readable; `largest_side_px` shrinks a larger one before drawing.
+    Boxes are in pixels of `image` and drawn as they are, inverted too; what is outside is drawn at the edge. A picture whose longer side is
+    below 320 px is enlarged by a whole number without smoothing, so that labels stay readable; `largest_side_px` shrinks a larger one
+    before drawing.
     """
     longer = max(image.size)
     scale: float = max(1, -(-SMALLEST_SIDE_PX // longer))
@@ -57,8 +58,13 @@ def draw_objects(
     canvas = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], smoothing)
     draw = ImageDraw.Draw(canvas)
     width = max(3, round(max(canvas.size) / 250))
+    right, bottom = (side - 1 for side in canvas.size)
+
+    def within(x: float, y: float) -> Point:  # a model may put a corner far outside
+        return min(max(x, 0), right), min(max(y, 0), bottom)
+
     marks = [
-        (obj.label, [(x * scale, y * scale) for x, y in _corners(region)], colour, dashed)
+        (obj.label, [within(x * scale, y * scale) for x, y in _corners(region)], colour, dashed)
         for objects, colour, dashed in ((expected, EXPECTED, True), (predicted, PREDICTED, False))
         for obj in objects
         for region in obj.boxes
@@ -108,7 +114,7 @@ def _outline(draw: ImageDraw.ImageDraw, corners: Sequence[Point], colour: str, w
 def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Point]]:
     """Every other piece of about `length` of a line, beginning and ending with a drawn one."""
     (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
-    pieces = min(2 * round(max(abs(dx), abs(dy)) / length / 2) + 1, 999)  # a model may put a corner far outside
+    pieces = 2 * round(max(abs(dx), abs(dy)) / length / 2) + 1
     for piece in range(0, pieces, 2):
         a, b = piece / pieces, (piece + 1) / pieces
         yield (x + a * dx, y + a * dy), (x + b * dx, y + b * dy)
