@@ -6,10 +6,12 @@ from qwenvl_lit.runs import Run
 ADAPTER = {"_target_": "qwenvl_lit.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
 
 
-def card(folder, trained=(), **run):
+def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
     made = Run(config={"adapter": ADAPTER}, checkpoint=folder / "best.ckpt", folder=folder, **run)
-    config = {"model": {"path": "Qwen/Qwen-VL-Chat", "template": "chatml"}}
-    return model_card("mine", run=made, trained=dict(trained), config=config, merged=True, dtype="bfloat16", compared="equal").splitlines()
+    config = {"model": {"path": path, "template": "chatml"}}
+    return model_card(
+        "mine", run=made, trained=dict(trained), config=config, merged=merged, dtype="bfloat16", compared="equal"
+    ).splitlines()
 
 
 def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
@@ -32,6 +34,16 @@ def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
     ):
         assert line in lines, "\n".join(lines)
     assert not any("num_workers" in line or "quantization" in line for line in lines)
+
+
+def test_a_base_in_a_folder_is_named_without_its_place_and_has_to_be_given(tmp_path):
+    (tmp_path / "Qwen-VL-Chat").mkdir()
+    lines = card(tmp_path, path=str(tmp_path / "Qwen-VL-Chat"), merged=False)
+    assert lines[1] == "base_model: Qwen-VL-Chat"
+    assert "| base | Qwen-VL-Chat |" in lines
+    assert "python -m qwenvl_lit.chat ckpt=mine model.path=FOLDER-OF-Qwen-VL-Chat" in lines
+    assert str(tmp_path) not in "\n".join(lines)
+    assert "python -m qwenvl_lit.chat ckpt=mine" in card(tmp_path, merged=False)
 
 
 def test_without_scores_there_is_no_table_of_them(tmp_path):

@@ -25,7 +25,9 @@ def model_card(
         config: of the model and how it answers, as plain data.
         compared: what the comparison with the run has found.
     """
-    base = config["model"].get("path")
+    path = config["model"].get("path")
+    here = path is not None and Path(path).expanduser().is_dir()
+    base = Path(path).expanduser().resolve().name if here else path  # where a folder lies says nothing elsewhere
     kind = "Qwen-VL in the published layout" if merged else "An adapter for Qwen-VL in the format of peft"
     lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {'transformers' if merged else 'peft'}", "---", ""]
     lines += [
@@ -48,7 +50,8 @@ def model_card(
     lines += [*_rows("model", {key: config["model"].get(key) for key in ("template", "system")}), f"| compared | {compared} |", ""]
     if run and run.folder:
         lines += _scores(run.folder)
-    lines += ["## Use", "", "```", f"python -m qwenvl_lit.chat ckpt={name}", "```", ""]
+    elsewhere = f" model.path=FOLDER-OF-{base}" if here and not merged else ""
+    lines += ["## Use", "", "```", f"python -m qwenvl_lit.chat ckpt={name}{elsewhere}", "```", ""]
     return "\n".join([*lines, "The weights of Qwen-VL have their own licence.", ""])
 
 
