@@ -43,6 +43,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.adapters import read_peft_file
     from qwenvl_lit.api import device_named
+    from qwenvl_lit.data.fetch import in_bytes
     from qwenvl_lit.families.writing import PROJECTION
     from qwenvl_lit.peft_folder import weights_file
     from qwenvl_lit.reports.model_card import model_card
@@ -78,7 +79,7 @@ def main(config: DictConfig) -> None:
         card = model_card(out.name, run=run, trained=trained, config=settings, merged=config.merge, dtype=dtype, compared="; ".join(found))
         (folder / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"\nWrote {build.shown(str(out))}: {size / 1e9:.3g} GB, {dtype if config.merge else 'an adapter'}")
+    print(f"\nWrote {build.shown(str(out))}: {in_bytes(size)}, {dtype if config.merge else 'an adapter'}")
     print("\n".join(found))
     print(f"Try it:  python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
 
@@ -153,6 +154,7 @@ def write_model(task: Task, folder: Path, dtype: str) -> None:
     import torch
 
     from qwenvl_lit.adapters import Folded
+    from qwenvl_lit.data.fetch import in_bytes
     from qwenvl_lit.families.checkpoint import open_shard, stored_tensors
     from qwenvl_lit.families.writing import reader, total_bytes, write_companions, write_weights
     from qwenvl_lit.models.qwen_vl import file_shapes
@@ -160,7 +162,7 @@ def write_model(task: Task, folder: Path, dtype: str) -> None:
     family, target = task.family, getattr(torch, dtype)
     shapes = file_shapes(family.outline())
     if (needed := total_bytes(shapes, target)) > (free := shutil.disk_usage(folder).free):
-        raise DataError(f"{folder.parent} has {free / 1e9:.1f} GB left, and the model takes {needed / 1e9:.1f} GB")
+        raise DataError(f"{folder.parent} has {in_bytes(free)} left, and the model takes {in_bytes(needed)}")
     if family.random:
         state = family.load(task.home).state_dict()
         read = lambda name: state[name].cpu()  # noqa: E731 - it is one of two

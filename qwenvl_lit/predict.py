@@ -48,7 +48,8 @@ def main(config: DictConfig) -> None:
     trainer.predict(task, data, return_predictions=False)
     if trainer.is_global_zero:
         answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
-        print(f"Answers to {answered}, and pictures with boxes: {build.shown(config.paths.run)}")
+        drawn = ", and pictures with boxes" if Path(config.paths.run, "boxes").exists() else ""
+        print(f"Answers to {answered}{drawn}: {build.shown(config.paths.run)}")
 
 
 def asks(config: DictConfig) -> bool:

@@ -76,7 +76,9 @@ def main(config: DictConfig) -> None:
     console.print(plain_table(rows) if benchmarks else score_table(scores, baseline or None))
     for note in notes:
         print(note)
-    print(f"Report: {build.shown(str(page))}   beside it: metrics.json" + ("" if config.predictions else ", predictions and pictures"))
+    beside = ["metrics.json", *([] if config.predictions else ["predictions"])]
+    beside += ["pictures with boxes"] if Path(config.paths.run, "boxes").exists() else []
+    print(f"Report: {build.shown(str(page))}   beside it: {', '.join(beside)}")
 
 
 def _name(test, logged: str) -> str:

@@ -150,7 +150,7 @@ def test_a_later_run_decodes_and_encodes_nothing(tmp_path, decoded, capsys):
     assert data.processor.features is None  # the run is over
     assert len(decoded) == 1 + 11  # one to see what features look like; each picture once
     assert stored(tmp_path / "cache") == 11
-    told = f"11 pictures, 5.6 kB, in {next((tmp_path / 'cache').iterdir())}; "
+    told = f"11 pictures, 5.63 kB, in {next((tmp_path / 'cache').iterdir())}; "
     assert f"{told}11 of them are to be encoded" in capsys.readouterr().out
     run(tmp_path / "second", VisionCache(tmp_path / "cache"))
     assert len(decoded) == 1 + 11 + 1
@@ -227,7 +227,7 @@ class Watched(lightning.Callback):
 
 
 def test_a_cache_above_its_limit_is_refused_before_anything_is_encoded(tmp_path):
-    with pytest.raises(DataError, match=r"needs 5\.6 kB for 11 pictures of 512 bytes, more than speed\.vision_cache_gb=5e-06 allows"):
+    with pytest.raises(DataError, match=r"needs 5\.63 kB for 11 pictures of 512 bytes, more than speed\.vision_cache_gb=5e-06 allows"):
         run(tmp_path, VisionCache(tmp_path / "cache", limit_gb=5e-6))
     assert stored(tmp_path / "cache") == 0
     with pytest.raises(ValueError, match=r"speed\.vision_cache_gb is a number above 0, got 0"):
@@ -237,7 +237,7 @@ def test_a_cache_above_its_limit_is_refused_before_anything_is_encoded(tmp_path)
 def test_what_does_not_fit_the_disk_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9000, 5000, 4000))
-    with pytest.raises(DataError, match=r"needs 5\.6 kB more for 11 pictures .* has 4\.0 kB left: make room, .*paths\.cache=FOLDER"):
+    with pytest.raises(DataError, match=r"needs 5\.63 kB more for 11 pictures .* has 4 kB left: make room, .*paths\.cache=FOLDER"):
         run(tmp_path, VisionCache(tmp_path / "cache"))
 
 

@@ -162,7 +162,8 @@ class Throughput(lightning.Callback):
             return
         start, end = self._times[0], self._times[-1]
         self.rates = {"seconds": end - start, "pictures_per_second": last[1] / max(end - start, 1e-9)}
-        print(f"{'predict' if trainer.predicting else 'test'}: {last[0]} rows in {end - start:.1f} s, {_rates(last[1:], end - start)}")
+        answered = f"{last[0]} row" if last[0] == 1 else f"{last[0]} rows"
+        print(f"{'predict' if trainer.predicting else 'test'}: {answered} in {end - start:.1f} s, {_rates(last[1:], end - start)}")
         beside = f"loading took {start - self._asked:.1f} s before"
         if len(self._times) > 2:
             warm = _rates([b - a for a, b in zip(first[1:], last[1:], strict=True)], end - self._times[1])

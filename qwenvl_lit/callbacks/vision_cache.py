@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import SHARD, FeatureStore
+from qwenvl_lit.data.fetch import in_bytes
 from qwenvl_lit.data.inspection import workers_here
 from qwenvl_lit.data.split import Chosen, Joined, Rows, places
 from qwenvl_lit.data.survey import Finding, survey
@@ -85,7 +86,7 @@ class VisionCache(lightning.Callback):
         self._check(store, len(wanted), len(missing))
         seen = uses * data.epochs_of_run()
         if trainer.is_global_zero:
-            whole = _size(len(wanted) * store.picture_bytes)
+            whole = in_bytes(len(wanted) * store.picture_bytes)
             print(f"Vision cache: {len(wanted):,} pictures, {whole}, in {store.folder}; {len(missing):,} of them are to be encoded")
             if seen < 1.5 * len(missing):
                 log.warning(
@@ -110,16 +111,16 @@ class VisionCache(lightning.Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _check(self, store: FeatureStore, wanted: int, missing: int) -> None:
-        pictures = f"{wanted:,} pictures of {_size(store.picture_bytes)}"
+        pictures = f"{wanted:,} pictures of {in_bytes(store.picture_bytes)}"
         need, free = missing * store.picture_bytes, shutil.disk_usage(store.folder).free
         if wanted * store.picture_bytes > self.limit_gb * 1e9:
             raise DataError(
-                f"the vision cache needs {_size(wanted * store.picture_bytes)} for {pictures}, more than "
+                f"the vision cache needs {in_bytes(wanted * store.picture_bytes)} for {pictures}, more than "
                 f"speed.vision_cache_gb={self.limit_gb:g} allows: raise it, or train with speed.vision_cache=false"
             )
         if need > free:
             raise DataError(
-                f"the vision cache needs {_size(need)} more for {pictures}, and the disk of {store.folder} has {_size(free)} left: "
+                f"the vision cache needs {in_bytes(need)} more for {pictures}, and the disk of {store.folder} has {in_bytes(free)} left: "
                 f"make room, choose another disk with paths.cache=FOLDER, or train with speed.vision_cache=false"
             )
 
@@ -303,11 +304,3 @@ def _progress(what: str, total: int, *, show: bool) -> Iterator[Callable[[int], 
                 print(f"{what}: {done:,} of {total:,}", flush=True)
 
         yield tell
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"

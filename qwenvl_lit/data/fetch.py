@@ -339,7 +339,7 @@ def in_bytes(count: float) -> str:
     '6.65 GB'
     """
     for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
         count /= 1000
     return f"{count:.2f} GB"

@@ -125,7 +125,7 @@ def _parts(inspection: Inspection) -> Iterator[RenderableType]:
         yield table
     for facts in inspection.sets:
         for file in facts.files:
-            yield _line(f"{facts.name}: {file.path}: {file.rows:,} rows, layout {file.layout}")
+            yield _line(f"{facts.name}: {file.path}: {file.rows:,} {'row' if file.rows == 1 else 'rows'}, layout {file.layout}")
     for facts in inspection.sets:
         yield _line(f"\nTokens of a row of {facts.name}", "bold")
         yield from map(_line, _bars(histogram(facts.lengths)))
