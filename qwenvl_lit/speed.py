@@ -35,7 +35,8 @@ class Speed:
     """What is done to a model before it trains.
 
     Args:
-        compile: whether its blocks are compiled; "auto": on a GPU, for a model and a run of some size (`PAYS_FROM`).
+        compile: whether its blocks are compiled; "auto": on a GPU, for a model and a run of some size (`PAYS_FROM`), and not over a base in
+            4 bits, whose layers are another package's.
         checkpointing: how many blocks keep no more than their input and run again for their gradients, which takes a third more work:
             "none", "full" for all, "auto" for as many as the memory of a GPU asks with the longest rows of the data; on a CPU none.
         float8: frozen linear layers compute in 8 bits, see `float8`.
@@ -80,7 +81,7 @@ class Speed:
             recompute_blocks(model)
         elif self.checkpointing == "auto" and on_gpu:
             self._recompute_what_is_needed(model, family, adapter, trainer)
-        if self.compile is True or (self.compile == "auto" and on_gpu and self._pays(model, trainer)):
+        if self.compile is True or (self.compile == "auto" and on_gpu and adapter.quantization is None and self._pays(model, trainer)):
             self.compiled = True
             compile_blocks(model)
             tower = model.get_submodule(path) if (path := _path_of(model, family.parts["vision"])) else None
