@@ -129,7 +129,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         seed: int = 0,
         compile: bool = False,
     ):
-        self._stepped = torch.compile(stepped) if compile else stepped
+        self._stepped: Callable[..., tuple[torch.Tensor, ...]] = torch.compile(stepped) if compile else stepped
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed, "calls": 0}
         super().__init__(params, {**settings, "capturable": True})  # so that torch loads "step" to the device
 
