@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.families.protocols import Family
 
 Checkpointing = Literal["auto", "none", "full"]
-PAYS_FROM = (1e9, 300)  # numbers of a model and batches of a run from which compilation, a minute or so, is worth it
+PAYS_FROM = (1e9, 300)  # numbers of a model and batches of a run from which compilation, half a minute or so, is worth it
 FEW = 4  # pictures, for which a tower's kernels are shorter than it takes to launch them
 RECOMPILATIONS = 16  # of a kind of block; beyond, what is new runs as it is. Two or three for training, as many to validate
 
@@ -101,6 +101,7 @@ class Speed:
         again = blocks_to_recompute(outline, inputs, family.parts, gpu_room(), **options)
         if again:
             recompute_blocks(model, again)
+        if again and trainer.is_global_zero:
             log.warning(  # it costs time, and fewer or shorter rows would not need it
                 "%d of %d blocks run again for their gradients: batches have up to %d x %d tokens",
                 len(again),
