@@ -63,8 +63,8 @@ class Processor(Protocol):
 
 
 class Family(Protocol):
-    """One kind of model. The blocks of its network are transformers' `GradientCheckpointingLayer`s, whose `forward` calls `compute`: that is
-    what `speed` compiles."""
+    """One kind of model. The blocks of its network are transformers' `GradientCheckpointingLayer`s, whose `forward` calls `compute`, which
+    `speed` compiles."""
 
     parts: Mapping[str, str]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
     quantization: Mapping[str, Any] | None  # what `load` is to be given, unless an adapter has been learned over other bits
