@@ -118,7 +118,7 @@ def test_six_steps_are_those_of_the_original(name, adapter, tmp_path):
 class Descent:
     """Plain descent, which unlike AdamW shows the size of a gradient."""
 
-    def build(self, model: nn.Module, *_):
+    def build(self, model: nn.Module, *_, **__):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
 
