@@ -191,6 +191,13 @@ class Task(lightning.LightningModule):
 
     def on_train_end(self) -> None:
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
+        if self.home.type == "cuda":
+            self.trainer.strategy.optimizers = []  # what is to be kept is saved by now; see `cpu`
+
+    def cpu(self) -> Task:
+        """Where a GPU has the weights, they stay there. Lightning calls them, and the optimizer's states, to the host when a run ends: tens of
+        gigabytes, which take long and may find no room."""
+        return self if self.home.type == "cuda" else super().cpu()
 
     def _gradients(self) -> list[torch.Tensor]:
         trained = {name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad}

@@ -6,6 +6,7 @@ import lightning
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from toy_task import trainer
 
 from qwenvl_lit.adapters import Full, LoRA
@@ -56,6 +57,16 @@ def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adap
         if tensor.requires_grad:
             assert tensor.grad is not None, name
             assert not tensor.grad.any(), name
+
+
+def test_the_end_of_a_run_on_a_gpu_calls_nothing_to_the_host(monkeypatch):
+    made, moved = task(Full()), []
+    monkeypatch.setattr(nn.Module, "cpu", lambda module: moved.append(module))
+    made.cpu()
+    assert moved == [made]
+    made.home = torch.device("cuda")
+    assert made.cpu() is made
+    assert len(moved) == 1
 
 
 def test_loops_pass_over_batches_without_rows(tmp_path):
