@@ -195,8 +195,8 @@ class Task(lightning.LightningModule):
             self.trainer.strategy.optimizers = []  # what is to be kept is saved by now; see `cpu`
 
     def cpu(self) -> Task:
-        """Where a GPU has the weights, they stay there. Lightning calls them, and the optimizer's states, to the host when a run ends: tens of
-        gigabytes, which take long and may find no room."""
+        """Where a GPU has the weights, they stay there. Lightning calls them, and the optimizer's states, to the host when a run ends: tens
+        of gigabytes, which take long and may find no room."""
         return self if self.home.type == "cuda" else super().cpu()
 
     def _gradients(self) -> list[torch.Tensor]:
