@@ -84,6 +84,8 @@ class Speed:
         if self.compile is True or (self.compile == "auto" and on_gpu and adapter.quantization is None and self._pays(model, trainer)):
             self.compiled = True
             compile_blocks(model)
+            if trainer.is_global_zero:
+                print("Blocks are compiled, which makes the first step long; speed=eager does without", flush=True)
             tower = model.get_submodule(path) if (path := _path_of(model, family.parts["vision"])) else None
             if on_gpu and tower is not None and spread_of(trainer)[0] != "sharded" and not any(t.requires_grad for t in tower.parameters()):
                 replay_tower(tower)
