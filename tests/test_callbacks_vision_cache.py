@@ -186,19 +186,22 @@ def test_the_fingerprint_notices_any_bit_and_any_order_and_no_wrapper():
     assert fingerprint(tensors) == known
 
 
-def test_a_pass_that_ends_early_keeps_what_it_did(tmp_path, monkeypatch, decoded):
+@pytest.mark.parametrize(("end", "status"), [(Killed, None), (KeyboardInterrupt, 130)])
+def test_a_pass_that_ends_early_keeps_what_it_did(tmp_path, monkeypatch, decoded, capsys, end, status):
     monkeypatch.setattr(vision_cache, "TOGETHER", 2)
     monkeypatch.setattr(vision_cache, "SHARD", 4)
     resized = processor.resized
 
     def until_killed(*given):
         if len(decoded) == 8:
-            raise Killed
+            raise end
         return resized(*given)
 
     monkeypatch.setattr(processor, "resized", until_killed)
-    with pytest.raises(Killed):
+    with pytest.raises(SystemExit if status else end) as ended:
         run(tmp_path / "run", VisionCache(tmp_path / "cache"))
+    assert getattr(ended.value, "code", None) == status
+    assert ("goes on from there" in capsys.readouterr().out) == bool(status)
     assert stored(tmp_path / "cache") == 6  # three batches: a file of four and one of two
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     monkeypatch.setattr(processor, "resized", resized)

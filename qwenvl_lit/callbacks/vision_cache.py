@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ class VisionCache(lightning.Callback):
         """
         Raises:
             DataError: the tower or the resampler trains, the features are too many, or a picture cannot be opened.
+            SystemExit: Ctrl-C while pictures are encoded; status 130.
         """
         family, data = pl_module.family, trainer.datamodule
         refuse_trained(pl_module.model.named_parameters(), family.parts)
@@ -96,7 +98,12 @@ class VisionCache(lightning.Callback):
                     seen,
                 )
         trainer.strategy.barrier("pictures are counted")  # none writes before all have looked
-        _fill(trainer, store, encode, rows, {key: wanted[key] for key in missing[trainer.local_rank :: trainer.num_devices]})
+        try:
+            _fill(trainer, store, encode, rows, {key: wanted[key] for key in missing[trainer.local_rank :: trainer.num_devices]})
+        except KeyboardInterrupt:
+            if trainer.is_global_zero:
+                print("\nStopped; the pictures encoded so far are kept: the next run with them goes on from there.", flush=True)
+            raise SystemExit(128 + signal.SIGINT if trainer.is_global_zero else 0) from None  # Lightning kills rank 0 after another's error
         trainer.strategy.barrier("pictures are encoded")
         store.refresh()
         self._processor = data.processor
