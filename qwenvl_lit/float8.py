@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -97,11 +97,12 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
 
-def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
-    """Replace the frozen linear layers of a model that has its adapter, one by one, but not its head; returns how many.
+def to_float8(model: nn.Module, parts: Mapping[str, str], *, but: Collection[str] = ("head",)) -> int:
+    """Replace the frozen linear layers of a model that has its adapter, one by one; returns how many.
 
     Args:
         parts: of the family, name -> module path.
+        but: parts that stay as they are.
 
     Raises:
         DataError: there are none, or the device has no products of 8 bits.
@@ -109,7 +110,7 @@ def to_float8(model: nn.Module, parts: Mapping[str, str]) -> int:
     modules = dict(model.named_modules())
     # Variants of peft's adapters, as DoRA, look at the weight of their layer themselves
     looked_at = {f"{name}.base_layer" for name, module in modules.items() if getattr(module, "lora_variant", None)}
-    names = [name for name, module in modules.items() if _fits(module) and part_of_tensor(f"{name}.weight", parts) != "head"]
+    names = [name for name, module in modules.items() if _fits(module) and part_of_tensor(f"{name}.weight", parts) not in but]
     names = [name for name in names if name not in looked_at]
     if not names:
         raise DataError(

@@ -76,7 +76,8 @@ class Speed:
         if self.float8:
             if spread_of(trainer)[0] == "sharded":
                 raise DataError("speed.float8=true holds frozen layers in 8 bits, which strategy=fsdp cannot share; use strategy=ddp")
-            log.info("%d frozen layers compute in 8 bits", to_float8(model, family.parts))
+            stored = ("vision", "resampler") if self.vision_cache else ()  # used once, and for runs without 8 bits too
+            log.info("%d frozen layers compute in 8 bits", to_float8(model, family.parts, but=("head", *stored)))
         if self.checkpointing == "full":
             recompute_blocks(model)
         elif self.checkpointing == "auto" and on_gpu:

@@ -187,6 +187,14 @@ def test_a_cpu_says_that_it_is_for_a_try_only(caplog):
     assert said.startswith("a CPU only imitates the numbers of 8 bits")
 
 
+def test_parts_may_stay_as_they_are():
+    model = network(LORA)
+    to_float8(model, QwenVL.parts, but=("head", "vision", "resampler"))
+    packed = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
+    assert packed
+    assert all("transformer.h." in name for name in packed)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same_and_waits_for_nothing():
     torch.manual_seed(0)

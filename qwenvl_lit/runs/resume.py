@@ -43,7 +43,10 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     else:
         found = latest_run() if resume == "latest" else Path(resume).expanduser()
         if found is None or not (found / LAST).exists():
-            raise DataError(f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has saved one, or latest")
+            raise DataError(
+                f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has saved one, or latest. A run that stopped "
+                f"before its first is begun again"
+            )
         if folder is not None and Path(folder).resolve() != found.resolve():
             raise DataError(f"resume={resume} goes on in {found}; leave out hydra.run.dir={folder}")
         run = found
