@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qwenvl_lit.models.adapted import network_of
 from qwenvl_lit.types import DataError
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the weights of peft's folders, the better one first
@@ -207,7 +208,7 @@ class Folded:
         self.dtype = dtype
         adapted = adapter.apply(outline, parts)
         load_learned(adapted, checkpoint, assign=True)
-        self.network = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
+        self.network = network_of(adapted)
         self._merged: tuple[str, dict[str, torch.Tensor]] = ("", {})  # of the last layer with an adapter: its weight and its bias
 
     def __call__(self, name: str) -> torch.Tensor:

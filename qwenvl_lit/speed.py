@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.float8 import to_float8
 from qwenvl_lit.memory import blocks_to_recompute, gpu_room, training_inputs
+from qwenvl_lit.models.adapted import network_of
 from qwenvl_lit.strategies import spread_of
 from qwenvl_lit.types import DataError
 
@@ -87,8 +88,8 @@ class Speed:
             compile_blocks(model)
             if trainer.is_global_zero:
                 print("Blocks are compiled, which makes the first step long; speed=eager does without", flush=True)
-            tower = model.get_submodule(path) if (path := _path_of(model, family.parts["vision"])) else None
-            if on_gpu and tower is not None and spread_of(trainer)[0] != "sharded" and not any(t.requires_grad for t in tower.parameters()):
+            tower = network_of(model).get_submodule(family.parts["vision"])
+            if on_gpu and spread_of(trainer)[0] != "sharded" and not any(tensor.requires_grad for tensor in tower.parameters()):
                 replay_tower(tower)
 
     def _pays(self, model: nn.Module, trainer: lightning.Trainer) -> bool:
@@ -173,11 +174,6 @@ def computed(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) 
 
 def computed_again(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
     return checkpoint(type(block).compute, block, x, use_reentrant=False, **kwargs)
-
-
-def _path_of(model: nn.Module, part: str) -> str | None:
-    """Where a part of a family's network is in `model`, which adapters may wrap."""
-    return next((path for path, _ in model.named_modules() if path == part or path.endswith(f".{part}")), None)
 
 
 def replay_tower(tower: nn.Module) -> None:

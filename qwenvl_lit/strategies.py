@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import PreTrainedModel
 
 from qwenvl_lit.memory import Spread
+from qwenvl_lit.models.adapted import network_of
 from qwenvl_lit.types import DataError
 
 
@@ -119,7 +119,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     Weights are gathered in their own type, gradients summed in float32. What is passed between modules keeps its type: rotary
     tables are float32.
     """
-    network = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    network = network_of(model)
     if isinstance(network, FSDPModule):
         return
     blocks = set(network._no_split_modules)

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -151,6 +152,7 @@ class DataModule(lightning.LightningDataModule):
         self._validation_lengths = np.concatenate([parts.lengths[-1] for parts in opened.values()])
         self.train = [rows for parts in opened.values() for rows in parts.stages]
         self.validation = Joined([parts.validation for parts in opened.values()])
+        self.__dict__.pop("_batches", None)  # of rows before
         if not any(map(len, self.train)):
             raise DataError(f"no row is left to train on; {FINDINGS} of the run says why")
 
@@ -198,14 +200,16 @@ class DataModule(lightning.LightningDataModule):
                 f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, more than data.max_tokens="
                 f"{self.max_tokens}; raise it, or leave such rows out with model.max_length={self.max_tokens} model.too_long=drop"
             )
-        batches = self._batches()
+        batches = self._batches
         collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
         if self.packing:
             limits = {"max_tokens": self.max_tokens, "max_rows": batches.max_rows, "longest": int(self._lengths.max())}
             collate = Pack(pad_id=self.processor.pad_id, **limits)
         return self._loader(rows, collate, batch_sampler=batches)
 
+    @cached_property
     def _batches(self) -> Batches:
+        """Of training; packing takes a while, and is done once for all who ask."""
         return Batches(
             [*map(len, self.train)] if self.order == "staged" else [sum(map(len, self.train))],
             batch_size=self.batch_size,
@@ -225,7 +229,7 @@ class DataModule(lightning.LightningDataModule):
         Lightning's own `estimated_stepping_batches` starts the workers for it, which then know nothing of what is set up later.
         """
         trainer = self.trainer
-        batches, limit = len(self._batches()), trainer.limit_train_batches
+        batches, limit = len(self._batches), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
         if trainer.max_epochs is None or trainer.max_epochs < 0:
@@ -234,7 +238,7 @@ class DataModule(lightning.LightningDataModule):
 
     def epochs_of_run(self) -> float:
         """How often the trainer goes through the rows, as `steps_of_run`."""
-        return self.steps_of_run() * self.trainer.accumulate_grad_batches / max(1, len(self._batches()))
+        return self.steps_of_run() * self.trainer.accumulate_grad_batches / max(1, len(self._batches))
 
     def largest_batch(self) -> tuple[int, int]:
         """Rows and tokens of each that a batch to train on has at most, once `setup` has looked at the rows."""

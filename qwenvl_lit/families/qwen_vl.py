@@ -16,6 +16,7 @@ from qwenvl_lit.chatml import Supervise
 from qwenvl_lit.families.checkpoint import FOUR_BITS, VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
 from qwenvl_lit.families.pixels import normalised
 from qwenvl_lit.families.processor import QwenVLProcessor, Template, TooLong
+from qwenvl_lit.models.adapted import network_of
 from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.flops import training_flops
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
@@ -241,8 +242,7 @@ class QwenVL:
 
     def picture_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """(N, side, side, 3) uint8 -> (N, Q, D)."""
-        network = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return network.get_image_features(normalised(pixels))
+        return network_of(model).get_image_features(normalised(pixels))
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
         counts = {"pictures": len(batch.vision.get("pixel_values", ())), "targets": len(batch.target_positions)}

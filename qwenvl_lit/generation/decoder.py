@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qwenvl_lit.generation.pictures import TOGETHER, Pictures
+from qwenvl_lit.models.adapted import network_of
 from qwenvl_lit.models.language import LanguageBlock, ntk_alpha, rotary_frequencies, rotary_tables_at
 from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM
 from qwenvl_lit.models.vision import VisionBlock
@@ -34,7 +35,7 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictio
 
 def decoder_of(model: nn.Module) -> Decoder | None:
     """The decoder of a Qwen-VL network, inside adapters or not; None where it cannot be: spread over devices, sharded, another family's."""
-    network = model.get_base_model() if hasattr(model, "get_base_model") else model
+    network = network_of(model)
     if not isinstance(network, QwenVLForCausalLM) or len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1:
         return None
     if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
@@ -45,7 +46,7 @@ def decoder_of(model: nn.Module) -> Decoder | None:
 
 
 def release(model: nn.Module) -> None:
-    _decoders.pop(model.get_base_model() if hasattr(model, "get_base_model") else model, None)
+    _decoders.pop(network_of(model), None)
 
 
 @dataclass(slots=True)
