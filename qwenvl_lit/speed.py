@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.float8 import to_float8
@@ -173,7 +174,19 @@ def computed(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) 
 
 
 def computed_again(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
-    return checkpoint(type(block).compute, block, x, use_reentrant=False, **kwargs)
+    return checkpoint(type(block).compute, block, x, use_reentrant=False, context_fn=attention_is_kept, **kwargs)
+
+
+def attention_is_kept() -> tuple[Any, Any]:
+    """For `checkpoint`: what attention found, as much as a block's input, is kept. Torch takes its kernels for random ones, since they could
+    drop out, and would set the state of the random numbers around each, which takes the host half a millisecond."""
+    return create_selective_checkpoint_contexts(attention_kernels())
+
+
+@cache
+def attention_kernels() -> list[Any]:
+    names = ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
+    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
 
 
 def replay_tower(tower: nn.Module) -> None:
