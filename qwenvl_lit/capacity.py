@@ -30,6 +30,7 @@ class Plan:
     adapter: Adapter
     rows: int  # of a batch, on each card
     recompute: bool  # all blocks, for their gradients
+    compiled: bool  # perhaps
     spread: Spread
     cards: int
 
@@ -40,6 +41,7 @@ class Plan:
             family.parts,
             four_bits=self.adapter.quantization is not None,
             recomputed=None if self.recompute else 0,
+            compiled=self.compiled,
             spread=self.spread,
             cards=self.cards,
         )
@@ -56,7 +58,8 @@ def check_memory(config: DictConfig, task: Task, data: DataModule, trainer: ligh
     row = {name: config.memory[name] for name in ("tokens", "pictures", "targets")}
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     room = gpu_room() if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / trainer.num_devices
-    plan = Plan(adapter=task.adapter, rows=rows, recompute=task.speed.checkpointing == "full", spread=spread, cards=cards)
+    speed = {"recompute": task.speed.checkpointing == "full", "compiled": on_gpu and task.speed.compile is not False}
+    plan = Plan(adapter=task.adapter, rows=rows, **speed, spread=spread, cards=cards)
     found = plan.need(task.family, row)
     if on_gpu and task.speed.checkpointing == "auto" and not fits(found, room):
         plan = replace(plan, recompute=True)

@@ -52,11 +52,12 @@ class Activations:
     blocks: Mapping[str, tuple[int, int]]  # module path of each block that keeps anything -> of its input, and of all that it keeps
     beside: int
 
-    def bytes(self, recomputed: int | None = 0) -> int:
-        """The most at any moment, if so many blocks, the first ones, keep their input and one at a time runs again; None: all."""
+    def bytes(self, recomputed: int | None = 0, *, compiled: bool = False) -> int:
+        """The most at any moment, if so many blocks, the first ones, keep their input and one at a time runs again; None: all. Compiled
+        ones keep what attention found too, which is as large: `speed.attention_is_kept`."""
         blocks = list(self.blocks.values())
         again = blocks[:recomputed]
-        kept = sum(every for _, every in blocks[len(again) :]) + sum(given for given, _ in again)
+        kept = sum(every for _, every in blocks[len(again) :]) + sum(given for given, _ in again) * (2 if compiled else 1)
         return self.beside + kept + max((every for _, every in again), default=0)
 
 
@@ -67,6 +68,7 @@ def need(
     *,
     four_bits: bool = False,
     recomputed: int | None = 0,
+    compiled: bool = False,
     activations: Activations | None = None,
     spread: Spread = "one",
     cards: int = 1,
@@ -76,7 +78,7 @@ def need(
     Args:
         parts: of the family, name -> module path.
         four_bits: linear layers but the head are held in 4 bits.
-        recomputed: see `Activations.bytes`.
+        recomputed: see `Activations.bytes`, as for `compiled`.
         activations: those of `model` and `inputs`, if they are known already.
     """
     share = cards if spread == "sharded" else 1
@@ -87,7 +89,7 @@ def need(
         weights[part_of_tensor(name, parts) or "other"] += size / share
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     gradients = sum(map(_bytes, trained)) / share
-    held = (activations or activations_of(model, inputs)).bytes(recomputed)
+    held = (activations or activations_of(model, inputs)).bytes(recomputed, compiled=compiled)
     workspace = _workspace(model, trained, gradients, spread) + max((_bytes(t) for t in model.parameters() if id(t) in narrow), default=0)
     if spread == "sharded":  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
         at_rest = 0 if any(tensor.dtype == torch.bfloat16 for tensor in trained) else gradients
@@ -175,15 +177,12 @@ class _Attended(torch.autograd.Function):
         raise NotImplementedError("nothing is computed here: only what would be kept is counted")
 
 
-def blocks_to_recompute(
-    model: nn.Module, inputs: Mapping[str, Any], parts: Mapping[str, str], room: float, *, four_bits: bool, spread: Spread, cards: int
-) -> list[str]:
+def blocks_to_recompute(model: nn.Module, inputs: Mapping[str, Any], parts: Mapping[str, str], room: float, **options: Any) -> list[str]:
     """Module paths of the fewest blocks that have to run again for their gradients, so that training fits into `room` bytes of a card; all
-    if nothing is enough. The arguments are those of `need`."""
+    if nothing is enough. `options` are those of `need`."""
     activations = activations_of(model, inputs)
     blocks = list(activations.blocks)
-    options: dict[str, Any] = {"activations": activations, "four_bits": four_bits, "spread": spread, "cards": cards}
-    needs = (need(model, inputs, parts, recomputed=count, **options) for count in range(len(blocks) + 1))
+    needs = (need(model, inputs, parts, recomputed=count, activations=activations, **options) for count in range(len(blocks) + 1))
     return blocks[: next((count for count, found in enumerate(needs) if fits(found, room)), len(blocks))]
 
 

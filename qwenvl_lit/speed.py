@@ -80,12 +80,14 @@ class Speed:
                 raise DataError("speed.float8=true holds frozen layers in 8 bits, which strategy=fsdp cannot share; use strategy=ddp")
             stored = ("vision", "resampler") if self.vision_cache else ()  # used once, and for runs without 8 bits too
             log.info("%d frozen layers compute in 8 bits", to_float8(model, family.parts, but=("head", *stored)))
+        self.compiled = self.compile is True or (
+            self.compile == "auto" and on_gpu and adapter.quantization is None and self._pays(model, trainer)
+        )
         if self.checkpointing == "full":
             recompute_blocks(model)
         elif self.checkpointing == "auto" and on_gpu:
             self._recompute_what_is_needed(model, family, adapter, trainer)
-        if self.compile is True or (self.compile == "auto" and on_gpu and adapter.quantization is None and self._pays(model, trainer)):
-            self.compiled = True
+        if self.compiled:
             compile_blocks(model)
             if trainer.is_global_zero:
                 print("Blocks are compiled, which makes the first step long; speed=eager does without", flush=True)
@@ -101,7 +103,7 @@ class Speed:
         rows, tokens = trainer.datamodule.largest_batch()
         spread, cards = spread_of(trainer)
         outline = adapter.apply(family.outline(), family.parts).train()
-        options = {"four_bits": adapter.quantization is not None, "spread": spread, "cards": cards}
+        options = {"four_bits": adapter.quantization is not None, "compiled": self.compiled, "spread": spread, "cards": cards}
         inputs = training_inputs(family, rows, tokens=tokens)
         again = blocks_to_recompute(outline, inputs, family.parts, gpu_room(), **options)
         if again:
@@ -178,8 +180,8 @@ def computed_again(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs:
 
 
 def attention_is_kept() -> tuple[Any, Any]:
-    """For `checkpoint`: what attention found, as much as a block's input, is kept. Torch takes its kernels for random ones, since they could
-    drop out, and would set the state of the random numbers around each, which takes the host half a millisecond."""
+    """For `checkpoint`: what attention found, as much as a block's input, is kept. Torch takes its kernels for random ones, since they
+    could drop out, and would set the state of the random numbers around each, which takes the host half a millisecond."""
     return create_selective_checkpoint_contexts(attention_kernels())
 
 

@@ -73,6 +73,7 @@ def test_checkpointing_and_short_rows_need_less():
     sizes = [many.bytes(count) for count in range(1, 9)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == many.bytes(None)
+    assert many.bytes(None, compiled=True) - many.bytes(None) == 8 * (8 * 30 * 32 * 2)  # blocks of (8, 30, 32) in bfloat16
 
 
 @pytest.mark.parametrize(
