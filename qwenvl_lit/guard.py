@@ -1,4 +1,5 @@
-"""Steps whose gradient is not finite: the optimizer leaves them out, and the run stops one step later."""
+"""What the host learns of a step one step later, so that it never waits for the device; and steps whose gradient is not finite, which the
+optimizer leaves out before the run stops."""
 
 from __future__ import annotations
 
@@ -10,20 +11,32 @@ import torch
 from qwenvl_lit.types import Batch, DataError
 
 
-class StepGuard:
-    """Remembers whether the last gradient was finite. The answer is read one step later, so that nothing waits for the device."""
+class Later:
+    """Whether a tensor (), on the device, is not zero: sent to the host at once, read when what was queued before has long been done."""
 
-    def __init__(self) -> None:
-        self._finite: torch.Tensor | None = None
-
-    def note(self, finite: torch.Tensor, *, step: int, batches: Sequence[Batch]) -> None:
-        """`finite` (on the device) is the verdict on the gradient of `batches`, which would have made `step`."""
-        on_gpu = finite.is_cuda
-        self._finite = torch.empty((), dtype=torch.bool, pin_memory=on_gpu)
-        self._finite.copy_(finite, non_blocking=on_gpu)
+    def __init__(self, value: torch.Tensor):
+        on_gpu = value.is_cuda
+        self._value = torch.empty((), dtype=value.dtype, pin_memory=on_gpu)
+        self._value.copy_(value, non_blocking=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None
         if self._arrived is not None:
             self._arrived.record()
+
+    def read(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
+
+
+class StepGuard:
+    """Remembers whether the last gradient was finite."""
+
+    def __init__(self) -> None:
+        self._finite: Later | None = None
+
+    def note(self, finite: torch.Tensor, *, step: int, batches: Sequence[Batch]) -> None:
+        """`finite` (on the device) is the verdict on the gradient of `batches`, which would have made `step`."""
+        self._finite = Later(finite)
         self._step, self._batches = step, batches
 
     def check(self, folder: Path, rank: int) -> None:
@@ -32,12 +45,8 @@ class StepGuard:
         Raises:
             DataError: that gradient was not finite; its batches are saved in `folder`.
         """
-        if self._finite is None:
-            return
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        finite, self._finite = bool(self._finite), None
-        if finite:
+        noted, self._finite = self._finite, None
+        if noted is None or noted.read():
             return
         rows = [conversation.where or conversation.id for batch in self._batches for conversation in batch.conversations]
         file = folder / f"not_finite_step_{self._step}.rank{rank}.pt"

@@ -113,6 +113,13 @@ def spread_of(trainer: lightning.Trainer) -> tuple[Spread, int]:
     return "sharded" if isinstance(trainer.strategy, FullyShard) else "replicated" if cards > 1 else "one", cards
 
 
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which becomes the sum of those of all ranks. Lightning's `reduce` has each host wait for its device first."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the network in `model`, a PreTrainedModel or one inside adapters, among the ranks of `mesh`, block by block; once.
 

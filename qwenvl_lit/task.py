@@ -17,6 +17,7 @@ from qwenvl_lit.adapters import Full, Learned, read_learned
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.metrics.token_scores import TokenScores
+from qwenvl_lit.strategies import summed
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Task(lightning.LightningModule):
         """
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
         tokens = self.window_sums.new_full((1,), sum(len(batch.target_positions) for batch in self.window))  # a copy would be waited for
-        loss, correct, tokens = self.trainer.strategy.reduce(torch.cat((self.window_sums, tokens)), reduce_op="sum")
+        loss, correct, tokens = summed(torch.cat((self.window_sums, tokens)))
         gradients = self._gradients()
         # Lightning has divided by the number of batches, and the ranks' sums were averaged
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Two processes: a run goes on bit by bit, is stopped as a whole, and tells a full disk on all ranks."""
+"""Two processes: a run goes on bit by bit, waits for no device, is stopped as a whole, and tells a full disk on all ranks."""
 
 import os
 import resource
@@ -13,10 +13,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_run import DROPOUT, At, Killed, kills_at, run, same
 
 from qwenvl_lit.adapters import Full
+from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.strategies import FullyShard
 from qwenvl_lit.types import DataError
 
 GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # not to wait for ever
+
+
+def fault_of_barrier(*_, **__):
+    raise AssertionError("a step of training has a barrier")
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
@@ -33,6 +38,12 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         with pytest.raises(Killed):
             fit(f"{kind}_killed", kills_at("on_train_batch_start", 10), **options)
         fit(f"{kind}_killed", goes_on=True, **options)
+
+    barrier = torch.distributed.barrier  # has the host wait for its device
+    forbid = At("on_train_batch_start", 5, lambda: setattr(torch.distributed, "barrier", fault_of_barrier))
+    allow = At("on_train_batch_end", 8, lambda: setattr(torch.distributed, "barrier", barrier))
+    for strategy, adapter in ((DDPStrategy, DROPOUT), (FullyShard, Full())):
+        fit(f"waits_{strategy.__name__}", forbid, allow, Throughput(), strategy=strategy, adapter=adapter, every=1000, limit_val_batches=0)
 
     told = At("on_train_batch_start", 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
@@ -72,6 +83,12 @@ def test_a_sharded_run_leaves_a_file_of_whole_tensors(runs):
     weights = last(runs / "fsdp_whole")["state_dict"]
     assert tuple(weights["model.transformer.wte.weight"].shape)[1] == 32
     assert all(type(tensor) is torch.Tensor for tensor in weights.values())
+
+
+@pytest.mark.parametrize("strategy", ["DDPStrategy", "FullyShard"])
+def test_no_step_has_a_barrier(runs, strategy):
+    """One would have ended the run, in the steps of its second epoch."""
+    assert last(runs / f"waits_{strategy}")["global_step"] == 8
 
 
 def test_all_ranks_stop_together_and_only_the_first_says_with_what_status(runs):

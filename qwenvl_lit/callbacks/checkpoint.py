@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from qwenvl_lit.guard import Later
+from qwenvl_lit.strategies import summed
 from qwenvl_lit.types import Batch, DataError
 
 STOPPED = 143  # exit status of a run that SIGTERM or SIGUSR1 ended: 128 + 15, as a shell says it
@@ -33,8 +35,8 @@ class Checkpoints(Checkpoint):
     validation with the best `monitor`. A file is complete when it gets its name, so that a good one is there at any moment.
 
     On SIGTERM or SIGUSR1, as a cluster sends them before it takes a machine away, the run ends its step, or its validation, saves, and
-    exits with status 143. Lightning's own handlers are replaced: nobody else saves, or queues the job again. Ctrl-C does the same, with
-    status 130; a second one ends the run at once.
+    exits with status 143; where there are several processes they learn of it at the end of the next step. Lightning's own handlers are
+    replaced: nobody else saves, or queues the job again. Ctrl-C does the same, with status 130; a second one ends the run at once.
 
     Random numbers that are drawn between two batches, for loaders and by a validation, do not change those of training.
 
@@ -60,6 +62,7 @@ class Checkpoints(Checkpoint):
         self._due = False
         self._signalled = 0  # the signal that this rank got
         self._stopping = False  # all ranks are
+        self._asked: Later | None = None  # whether any rank had got a signal at the end of the step before
         self._random: dict[str, Any] | None = None  # at the end of the last batch
         self._place: tuple[dict[str, Any], dict[str, Any]] | None = None  # loops and random numbers, at the end of the last step
         self._weights: Mapping[str, torch.Tensor] = {}
@@ -79,7 +82,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
         self._due = self._stopping = False
-        self._signalled = 0
+        self._signalled, self._asked = 0, None
         if self._random is None:
             self._random = random_state()
         else:  # a run goes on; its data were opened at their start, to count the steps, before it was known where
@@ -114,7 +117,8 @@ class Checkpoints(Checkpoint):
             return
         self._seen_step = trainer.global_step
         self._place = place(trainer), self._random
-        self._due = self._must_stop(trainer) or self._due or self._seen_step % self.every == 0
+        self._stopping = self._told_by_now(trainer)
+        self._due = self._stopping or self._due or self._seen_step % self.every == 0
         if self._due and not validation_follows(trainer):  # else Lightning would pass over the validation
             self._save_last(trainer)
 
@@ -126,7 +130,8 @@ class Checkpoints(Checkpoint):
         if trainer.strategy.broadcast((score if self.mode == "min" else -score) < best):
             self.best_score = score
             self._save(trainer, "best")
-        if self._must_stop(trainer) or self._due:
+        self._stopping = trainer.strategy.reduce_boolean_decision(bool(self._signalled), all=False)
+        if self._stopping or self._due:
             self._save_last(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -157,11 +162,13 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score = state_dict["best_score"]
 
-    def _must_stop(self, trainer: lightning.Trainer) -> bool:
-        """Whether any rank was told to; the signal may come while they ask each other."""
-        told = bool(self._signalled)
-        self._stopping = trainer.strategy.reduce_boolean_decision(told, all=False) if trainer.world_size > 1 else told
-        return self._stopping
+    def _told_by_now(self, trainer: lightning.Trainer) -> bool:
+        """Whether this process was told to stop; of several, whether any was at the end of the step before, which all learn at once."""
+        if trainer.world_size == 1:
+            return bool(self._signalled)
+        told = torch.full((), float(bool(self._signalled)), device=trainer.strategy.root_device)
+        asked, self._asked = self._asked, Later(summed(told))
+        return asked is not None and asked.read()
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self._due = False
