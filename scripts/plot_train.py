@@ -24,9 +24,11 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     measured = [one for one in record["results"] if one.get("samples_per_second")]
     on_gpu = any(one["device"] != "cpu" for one in measured)
     rates: Bars = [(name, value, GREY) for name, value in BASELINES.items() if on_gpu]
-    rates += [(one["what"], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
+    several = len({one["device"] for one in measured}) > 1
+    named = {one["case"]: f"{one['what']} ({one['device']})" if several else one["what"] for one in measured}
+    rates += [(named[one["case"]], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
     rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
-    shares: Bars = [(one["what"], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
+    shares: Bars = [(named[one["case"]], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
     panels = [(bars, label) for bars, label in ((rates, "samples / s"), (shares, SHARE)) if bars]
     figure = Figure(figsize=(9, 2.5 + 0.28 * (len(rates) + len(shares))), layout="constrained")
     heights = [len(bars) for bars, _ in panels]
