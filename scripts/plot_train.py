@@ -25,7 +25,9 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     on_gpu = any(one["device"] != "cpu" for one in measured)
     rates: Bars = [(name, value, GREY) for name, value in BASELINES.items() if on_gpu]
     several = len({one["device"] for one in measured}) > 1
-    named = {one["case"]: f"{one['what']} ({one['device']})" if several else one["what"] for one in measured}
+    named = {
+        one["case"]: f"{one['what']} ({one['device'].removeprefix('NVIDIA ').split()[0]})" if several else one["what"] for one in measured
+    }
     rates += [(named[one["case"]], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
     rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
     shares: Bars = [(named[one["case"]], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
