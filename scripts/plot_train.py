@@ -24,10 +24,8 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     measured = [one for one in record["results"] if one.get("samples_per_second")]
     on_gpu = any(one["device"] != "cpu" for one in measured)
     rates: Bars = [(name, value, GREY) for name, value in BASELINES.items() if on_gpu]
-    several = len({one["device"] for one in measured}) > 1
-    named = {
-        one["case"]: f"{one['what']} ({one['device'].removeprefix('NVIDIA ').split()[0]})" if several else one["what"] for one in measured
-    }
+    devices = {one["device"]: one["device"].removeprefix("NVIDIA ").split()[0] for one in measured}
+    named = {one["case"]: one["what"] + (f" ({devices[one['device']]})" if len(devices) > 1 else "") for one in measured}
     rates += [(named[one["case"]], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
     rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
     shares: Bars = [(named[one["case"]], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
