@@ -124,7 +124,7 @@ def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout
     torch.manual_seed(7)
     model(**inputs).loss.backward()
     slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
-    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=0.05, atol=1e-3)  # another dropout is off by far more
+    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=0.05, atol=1e-3)  # 0.022 off on an H100
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
