@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
@@ -92,6 +93,8 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
     if config.get("speed") and config.speed.vision_cache:
         built.append(VisionCache(Path(config.paths.cache, "vision"), limit_gb=config.speed.vision_cache_gb))
     spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
+    if config.trainer.accelerator == "gpu" and not torch.accelerator.is_available():
+        raise DataError("there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu and fsdp_cpu try distributed code without")
     make = _object(config.trainer)
     for name in ("max_steps", "max_epochs"):
         if not isinstance(value := config.trainer[name], int | None):

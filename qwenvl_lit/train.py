@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
     if trainer.is_global_zero:
         run = build.shown(config.paths.run)
         if checkpoint and trainer.global_step == steps_before:
-            print(f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.max_epochs=... goes further.")
+            limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
+            print(f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.{limit}=... goes further.")
         print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
         print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 

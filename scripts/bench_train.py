@@ -255,15 +255,17 @@ class Record:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        ready = "python scripts/bench_train.py --record benchmarks/train.json --cases"
+        small = f" --size small --device {self.bench.device}" if self.bench.size == "small" else ""
+        command = f"python scripts/bench_train.py --record {self.file or 'benchmarks/train.json'}{small}"
         known = judged(self.results)
         lacking = {"not_measured": "not yet"}
         results = [known.get(name) or {**described(name, self.bench), **lacking} for name in CASES]
-        results = [one if "samples_per_second" in one else {**one, "measure_with": f"{ready} {one['case']}"} for one in results]
+        results = [one if "samples_per_second" in one else {**one, "measure_with": f"{command} --cases {one['case']}"} for one in results]
         lengths = self.bench.lengths
         mixed = f"mixed: {lengths.mixed[0]} to {lengths.mixed[1]} tokens, 0 to {lengths.most_pictures} pictures"
         return {
-            "command": "python scripts/bench_train.py --record benchmarks/train.json",
+            "command": command,
+            "model": "Qwen-VL of 9.66 B parameters, bfloat16" if self.bench.size == "full" else "the demo's network, float32",
             "rows": f"JPEGs of 640 x 480; {lengths.even} tokens a row with a picture, {lengths.learned} learned; {mixed}",
             "note": "medians over windows of steps; tflop_per_second, mfu and peak_memory_gib are of a card, the other rates of all; "
             "first_step_s has compilation in it, which torch keeps on disk for the cases that follow; share_of_matmul is of bfloat16",

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from training_cases import BASELINES, CASES, TFLOP_OF_A_SAMPLE
 
 GREY, BLUE, SAND = "#999999", "#1f77b4", "#e0c9a6"
-SHARE = "operations / s of a card, as a share of its bfloat16 matrix product"
+RATE = "samples / s, of rows of one length"
+SHARE = "operations / s of a device, as a share of its matrix product (not of FP8)"
 Bars = list[tuple[str, float, str]]  # label, value, colour
 
 
@@ -29,8 +30,9 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     rates += [(named[one["case"]], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
     rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
     shares: Bars = [(named[one["case"]], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
-    panels = [(bars, label) for bars, label in ((rates, "samples / s"), (shares, SHARE)) if bars]
+    panels = [(bars, label) for bars, label in ((rates, RATE), (shares, SHARE)) if bars]
     figure = Figure(figsize=(9, 2.5 + 0.28 * (len(rates) + len(shares))), layout="constrained")
+    figure.suptitle(f"Training: {record['model']}")
     heights = [len(bars) for bars, _ in panels]
     for axes, (bars, label) in zip(figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False).flat, panels, strict=True):
         _bars(axes, bars, label)
@@ -49,8 +51,8 @@ def limits(ceilings: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _bars(axes, bars: Bars, label: str) -> None:
-    names = [f"{place}. {name}" for place, (name, _, _) in enumerate(bars, start=1)]  # a name that comes twice would share a bar
-    drawn = axes.barh(names, [value for _, value, _ in bars], color=[colour for _, _, colour in bars])
+    names, values, colours = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), values, color=colours, tick_label=names)
     axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -50,6 +50,7 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
     [
         (["predict", "model=qwen_vl_tiny", "picture=a.png"], "prompt is missing"),
         (["export", "model=qwen_vl_tiny"], "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER"),
+        (["train", "data.packing=true"], "say data.max_tokens=8192"),
         (["train", "speed.checkpointing=some"], "speed.checkpointing is auto, none, full, got 'some'"),
     ],
 )

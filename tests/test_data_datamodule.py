@@ -252,11 +252,17 @@ def test_batches_are_packed_or_kept_within_a_budget():
 def test_a_row_over_the_budget_of_tokens_is_named_with_what_to_do():
     data = module(train="abc", max_tokens=1)
     data.setup("fit")
-    with pytest.raises(DataError, match=r"row 'a' has 2 tokens, more than data\.max_tokens=1; raise it, or leave .* model\.max_length=1"):
-        data.train_dataloader()
+    data.trainer = trainer(None)
+    for asks in (data.train_dataloader, data.steps_of_run):
+        with pytest.raises(
+            DataError, match=r"row 'a' has 2 tokens, more than data\.max_tokens=1; raise it, or leave .* model\.max_length=1"
+        ):
+            asks()
 
 
-@pytest.mark.parametrize("option", [{"order": "random"}, {"on_bad_picture": "ignore"}])
+@pytest.mark.parametrize(
+    "option", [{"order": "random"}, {"on_bad_picture": "ignore"}, {"packing": "maybe"}, {"max_tokens": "many"}, {"max_tokens": 0}]
+)
 def test_a_misspelt_choice_is_an_error(option):
     with pytest.raises(ValueError, match=rf"data\.{next(iter(option))} is .* or "):
         module(**option)

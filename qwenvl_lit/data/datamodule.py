@@ -77,6 +77,13 @@ class DataModule(lightning.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"data.{name} is a whole number, 1 or more, got {value!r}")
+        if not isinstance(max_tokens, int | None) or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"data.max_tokens is a whole number, 1 or more, or null, got {max_tokens!r}")
+        for name, value in (("packing", packing), ("group_by_length", group_by_length)):
+            if not isinstance(value, bool):
+                raise ValueError(f"data.{name} is true or false, got {value!r}")
+        if packing and max_tokens is None:
+            raise ValueError("data.packing=true needs to know how many tokens a packed row has at most, say data.max_tokens=8192")
         if datasets is not None and source:
             raise ValueError(f"data.{next(iter(source))} belongs to a single dataset; give it to one of data.datasets")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no row of a small test set
@@ -193,23 +200,22 @@ class DataModule(lightning.LightningDataModule):
         return list(self.test)
 
     def train_dataloader(self) -> DataLoader:
-        rows = Joined(self.train)
-        if self.max_tokens is not None and self._lengths.max() > self.max_tokens:
-            longest = rows[int(self._lengths.argmax())]
-            raise DataError(
-                f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, more than data.max_tokens="
-                f"{self.max_tokens}; raise it, or leave such rows out with model.max_length={self.max_tokens} model.too_long=drop"
-            )
         batches = self._batches
         collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
         if self.packing:
             limits = {"max_tokens": self.max_tokens, "max_rows": batches.max_rows, "longest": int(self._lengths.max())}
             collate = Pack(pad_id=self.processor.pad_id, **limits)
-        return self._loader(rows, collate, batch_sampler=batches)
+        return self._loader(Joined(self.train), collate, batch_sampler=batches)
 
     @cached_property
     def _batches(self) -> Batches:
         """Of training; packing takes a while, and is done once for all who ask."""
+        if self.max_tokens is not None and self._lengths.max() > self.max_tokens:
+            longest = Joined(self.train)[int(self._lengths.argmax())]
+            raise DataError(
+                f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, more than data.max_tokens="
+                f"{self.max_tokens}; raise it, or leave such rows out with model.max_length={self.max_tokens} model.too_long=drop"
+            )
         return Batches(
             [*map(len, self.train)] if self.order == "staged" else [sum(map(len, self.train))],
             batch_size=self.batch_size,
