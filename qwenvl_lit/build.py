@@ -116,6 +116,7 @@ def start(config: DictConfig) -> None:
         disable_progress_bar()  # of weights that are loaded
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # blocks should change nothing in place: ours do not
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero.*")  # no validation was asked for

@@ -136,7 +136,6 @@ def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
 def compile_blocks(model: nn.Module) -> None:
     """Compile `compute` of the blocks of a model. Blocks of a kind are alike, one compilation serves them all; it is done once more for all
     sizes when sizes change, and a few times for other modes. What sharding does around a block stays outside."""
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it asks that blocks change nothing in place: ours do not
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
     for block in blocks_of(model).values():
         block.compute = Compiled(block, again=block.gradient_checkpointing)

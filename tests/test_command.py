@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from qwenvl_lit.command import quote_free_text
@@ -51,6 +52,11 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
         (["predict", "model=qwen_vl_tiny", "picture=a.png"], "prompt is missing"),
         (["export", "model=qwen_vl_tiny"], "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER"),
         (["train", "data.packing=true"], "say data.max_tokens=8192"),
+        pytest.param(
+            ["train", "strategy=ddp"],
+            "there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+        ),
         (["train", "speed.checkpointing=some"], "speed.checkpointing is auto, none, full, got 'some'"),
     ],
 )

@@ -124,7 +124,8 @@ def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout
     torch.manual_seed(7)
     model(**inputs).loss.backward()
     slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
-    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=0.05, atol=1e-3)  # 0.022 off on an H100
+    rtol = 0.02 if device == "cpu" else 0.05  # 0.022 off on an H100; gradients of another dropout are 0.6 off and more
+    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=rtol, atol=1e-3)
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
