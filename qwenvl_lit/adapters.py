@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from qwenvl_lit.models.adapted import network_of
+from qwenvl_lit.models.parts import network_of
 from qwenvl_lit.types import DataError
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the weights of peft's folders, the better one first

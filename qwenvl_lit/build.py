@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.families.protocols import Processor
 from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.runs import Run, save_versions
 from qwenvl_lit.strategies import AsPlaced
 from qwenvl_lit.task import Task

@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.adapters import read_peft_file
     from qwenvl_lit.api import device_named
     from qwenvl_lit.data.fetch import in_bytes
-    from qwenvl_lit.families.writing import PROJECTION
+    from qwenvl_lit.models.qwen_vl.export import PROJECTION
     from qwenvl_lit.peft_folder import weights_file
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import SETTINGS, find_run
@@ -155,9 +155,9 @@ def write_model(task: Task, folder: Path, dtype: str) -> None:
 
     from qwenvl_lit.adapters import Folded
     from qwenvl_lit.data.fetch import in_bytes
-    from qwenvl_lit.families.checkpoint import open_shard, stored_tensors
-    from qwenvl_lit.families.writing import reader, total_bytes, write_companions, write_weights
-    from qwenvl_lit.models.qwen_vl import file_shapes
+    from qwenvl_lit.models.qwen_vl.checkpoint import open_shard, stored_tensors
+    from qwenvl_lit.models.qwen_vl.export import reader, total_bytes, write_companions, write_weights
+    from qwenvl_lit.models.qwen_vl.network import file_shapes
 
     family, target = task.family, getattr(torch, dtype)
     shapes = file_shapes(family.outline())
@@ -208,7 +208,7 @@ def write_adapter(task: Task, folder: Path) -> None:
 
 def write_settings(file: Path, settings: dict[str, Any], *, whole: bool, dtype: str) -> None:
     """How the model is prompted and answers, which the published layout has no place for."""
-    from qwenvl_lit.families.writing import write_json
+    from qwenvl_lit.models.qwen_vl.export import write_json
 
     model = settings["model"]
     if whole:

@@ -21,7 +21,7 @@ from qwenvl_lit.optim import CHUNK, part_of_tensor
 from qwenvl_lit.types import Conversation, Picture, Turn
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Family
+    from qwenvl_lit.models.protocols import Family
 
 GIB = 2**30
 FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from qwenvl_lit.memory import Spread
-from qwenvl_lit.models.adapted import network_of
+from qwenvl_lit.models.parts import network_of
 from qwenvl_lit.types import DataError
 
 

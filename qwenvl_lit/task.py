@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from qwenvl_lit.adapters import Adapter
-    from qwenvl_lit.families.protocols import Family
     from qwenvl_lit.generation import Generation
+    from qwenvl_lit.models.protocols import Family
     from qwenvl_lit.optim import AdamW
     from qwenvl_lit.speed import Speed
     from qwenvl_lit.types import Batch, Prediction

@@ -27,9 +27,9 @@ from training_rows import write_pictures
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.families.pixels import normalised, preprocess
-from qwenvl_lit.families.processor import QwenVLProcessor
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 
 SIDE, SPAN, BATCH = 448, 256, 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

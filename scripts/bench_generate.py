@@ -25,9 +25,9 @@ import torch
 import transformers
 from PIL import Image
 
-from qwenvl_lit.families.checkpoint import FOUR_BITS
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 
 GiB = 2**30
 PROMPT, NEW = 300, 64

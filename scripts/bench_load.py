@@ -26,8 +26,8 @@ def load(folder: Path, device: str, dtype: str, steps: int) -> dict[str, float |
     """What one process measures."""
     import torch
 
-    from qwenvl_lit.families.qwen_vl import QwenVL
     from qwenvl_lit.generation import Generation
+    from qwenvl_lit.models.qwen_vl.family import QwenVL
 
     on_gpu = device.startswith("cuda")
     torch.ones(1, device=device)  # the device's context is not part of a checkpoint

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from training_rows import write_pictures
 
-from qwenvl_lit.families.pixels import resized
+from qwenvl_lit.models.qwen_vl.image_processing import resized
 
 ROUNDS = 5
 

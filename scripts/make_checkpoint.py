@@ -13,11 +13,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from qwenvl_lit.command import config_folder
-from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.families.writing import PUBLISHED_CONFIG, write_companions, write_json, write_weights
 from qwenvl_lit.models import QwenVLForCausalLM
-from qwenvl_lit.models.qwen_vl import file_shapes
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.export import PUBLISHED_CONFIG, write_companions, write_json, write_weights
+from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.network import file_shapes
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 
 def write_checkpoint(model: QwenVLForCausalLM, vocabulary: Path, folder: Path, *, kind: str = "bin", shard_bytes: int = 2 * 10**9) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_lit.families.protocols import Processor
+from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.types import Conversation, Part, Picture, Turn
 
 

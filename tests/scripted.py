@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from make_checkpoint import write_checkpoint
 
-from qwenvl_lit.families.qwen_vl import QwenVL as Family
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 TAGS = ("<ref>", "</ref>", "<box>", "</box>")
 SIZES = {

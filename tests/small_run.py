@@ -12,8 +12,8 @@ from qwenvl_lit.adapters import LoRA
 from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.optim import AdamW
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import Conversation, Picture, Turn

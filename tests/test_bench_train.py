@@ -12,7 +12,7 @@ from training_cases import CASES, GROUPS
 
 from qwenvl_lit.command import config_folder
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "matmul_tflops": 800.0, "fp8_matmul_tflops": None}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qwenvl_lit.chatml import DEFAULT_SYSTEM, ChatML, Message, Piece, cut_left, show, with_system
+from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, ChatML, Message, Piece, cut_left, show, with_system
 from qwenvl_lit.types import DataError, Turn
 
 START, END = 1000, 1001

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pack, Pad, target_positions
-from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.types import Conversation, Dropped, Picture, Sample, Turn
 
 SIZES = {

@@ -8,8 +8,8 @@ from qwenvl_lit.data.inspection import File, Inspection, Overlap, files_of, insp
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.sources import read_rows
 from qwenvl_lit.data.split import Chosen, Joined
-from qwenvl_lit.families.processor import QwenVLProcessor
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Conversation, Picture, Turn
 
 PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=4, side=32)

@@ -9,8 +9,8 @@ from PIL import Image
 from qwenvl_lit.data.mixture import Source
 from qwenvl_lit.data.refcoco import read_plain_pickle, read_refcoco
 from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.families.processor import QwenVLProcessor
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
 
 NAME = "COCO_train2014_000000581857.jpg"

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from qwenvl_lit import build
 from qwenvl_lit.command import config_folder
 from qwenvl_lit.data.synthetic import write_demo
-from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 PRESETS = sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))
 VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}

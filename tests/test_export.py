@@ -20,9 +20,9 @@ from scripted import CONFIG
 
 from qwenvl_lit import QwenVL, command, export, predict, test, train
 from qwenvl_lit.command import config_folder, quote_free_text
-from qwenvl_lit.families.qwen_vl import QwenVL as Family
-from qwenvl_lit.families.writing import runnable
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.export import runnable
+from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs import find_run
 from qwenvl_lit.types import DataError
 

@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
-from qwenvl_lit.families.pixels import normalised, preprocess
-from qwenvl_lit.families.processor import QwenVLProcessor
-from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, Dropped, GroundedObject, Picture, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)

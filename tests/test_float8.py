@@ -10,8 +10,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwenvl_lit.adapters import Full, LoRA
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.float8 import FORMAT, Float8Linear, check_device, plain_product, rounded, scaled_product, to_float8
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.types import DataError
 
 NEAR = 0.05  # of the norm: three bits of mantissa in both factors

@@ -13,10 +13,10 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from qwenvl_lit.generation import Generation
-from qwenvl_lit.generation.decoder import decoder_of
-from qwenvl_lit.generation.pictures import REMEMBERED, TOGETHER, Pictures
 from qwenvl_lit.generation.sampling import Choice, Stops
 from qwenvl_lit.models import QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.decoder import decoder_of
+from qwenvl_lit.models.qwen_vl.image_cache import REMEMBERED, TOGETHER, Pictures
 
 STOPS = (7, 9)
 ENDS = {"stop_ids": STOPS, "pad_id": 0}
@@ -101,7 +101,7 @@ def test_rows_that_fill_up_a_larger_graph_change_nothing(model, monkeypatch):
 
 
 def test_a_prompt_goes_in_by_parts_that_fit(model, monkeypatch):
-    monkeypatch.setattr("qwenvl_lit.generation.decoder.PROMPT_TOKENS", 300)  # two rows of 140
+    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.PROMPT_TOKENS", 300)  # two rows of 140
     rows, seen = prompts(), pictures(4)
     assert Generation(max_new_tokens=12)(model, together(rows, seen), **ENDS) == alone(model, rows, seen)
 
@@ -280,7 +280,7 @@ def test_auto_compiles_on_a_gpu_after_a_minute_of_answers(model, replaying, monk
     rows, seen = prompts()[:2], pictures(3)
     expected, generation = alone(model, rows, seen), Generation(max_new_tokens=12)
     clock = iter(range(0, 10_000, 4))  # twelve steps are three quarters of a minute
-    monkeypatch.setattr("qwenvl_lit.generation.decoder.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.perf_counter", lambda: next(clock))
     compiled = []
     for _ in range(4):
         assert generation(model, together(rows, seen), **ENDS) == expected

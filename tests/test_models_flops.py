@@ -1,7 +1,7 @@
 import pytest
 
-from qwenvl_lit.models.config import QwenVLConfig
-from qwenvl_lit.models.flops import forward_flops, training_flops, training_passes
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.flops import forward_flops, training_flops, training_passes
 
 FULL_SIZE = QwenVLConfig()
 PARTS = ("vision", "resampler", "embeddings", "language", "head")

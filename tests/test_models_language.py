@@ -8,7 +8,16 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from qwenvl_lit.models.language import MLP, LanguageBlock, RMSNorm, attend_eagerly, has_segments_kernel, ntk_alpha, rotary_tables, rotate
+from qwenvl_lit.models.qwen_vl.language import (
+    MLP,
+    LanguageBlock,
+    RMSNorm,
+    attend_eagerly,
+    has_segments_kernel,
+    ntk_alpha,
+    rotary_tables,
+    rotate,
+)
 
 
 @pytest.mark.parametrize(("length", "alpha"), [(1, 1), (2047, 1), (2048, 1), (2049, 3), (4096, 3), (4097, 7), (8192, 7), (8193, 15)])

@@ -4,7 +4,7 @@ from small_network import small_config, small_network
 from torch import nn
 
 from qwenvl_lit.models import QwenVLForCausalLM
-from qwenvl_lit.models.vision import CrossAttention, VisionAttention, resize_positions, sine_cosine_positions
+from qwenvl_lit.models.qwen_vl.vision import CrossAttention, VisionAttention, resize_positions, sine_cosine_positions
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from small_network import small_network, talk_of_two
 from torch import nn
 
-from qwenvl_lit.families.qwen_vl import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.optim import AdamW, StochasticAdamW, noise, round_stochastically
 
 

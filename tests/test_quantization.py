@@ -11,10 +11,10 @@ from make_checkpoint import write_checkpoint
 from qwenvl_lit import build
 from qwenvl_lit.adapters import Full, Learned, LoRA, fingerprint
 from qwenvl_lit.command import config_folder
-from qwenvl_lit.families.checkpoint import FOUR_BITS
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
+from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import DataError
 

@@ -9,9 +9,9 @@ from qwenvl_lit.data.coco import read_coco_captions
 from qwenvl_lit.data.layouts import LAYOUTS, TEXTS
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import objects_from_tags
-from qwenvl_lit.models.tokenizer import SPECIALS, TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)

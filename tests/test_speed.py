@@ -17,8 +17,8 @@ from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.optim import AdamW
 from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks, replay_tower
 from qwenvl_lit.task import Task

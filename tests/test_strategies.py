@@ -16,9 +16,9 @@ from toy_task import trainer
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.optim import AdamW, StochasticAdamW
 from qwenvl_lit.speed import Speed
 from qwenvl_lit.strategies import FullyShard

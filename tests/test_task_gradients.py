@@ -19,8 +19,8 @@ from toy_task import trainer
 
 from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.data.collate import Pad, target_positions
-from qwenvl_lit.families.qwen_vl import QwenVL
 from qwenvl_lit.generation import Generation
+from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.optim import AdamW
 from qwenvl_lit.task import Task
 from qwenvl_lit.types import Batch, Conversation, DataError, Turn

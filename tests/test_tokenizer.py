@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl_lit.data import synthetic
-from qwenvl_lit.models.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
+from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_tiny_vocabulary.py"

@@ -15,8 +15,8 @@ from PIL import Image
 
 from qwenvl_lit import build, command
 from qwenvl_lit.command import config_folder
-from qwenvl_lit.families.qwen_vl import QwenVL
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 
 def small_checkpoint(folder: Path) -> Path:

@@ -33,7 +33,7 @@ from qwenvl_lit.optim import part_of_tensor
 from qwenvl_lit.types import BadPicture, Conversation, DataError, Picture
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Family, Processor
+    from qwenvl_lit.models.protocols import Family, Processor
 
 FORMAT = 1  # of what is stored: one more when pictures are read or encoded in another way
 FROZEN = ("vision", "resampler")  # parts of a family that make features

@@ -26,7 +26,7 @@ from qwenvl_lit.data.split import Chosen, Joined, Rows, places
 from qwenvl_lit.types import BadPicture, Batch, DataError, Dropped, Picture, Sample
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Processor
+    from qwenvl_lit.models.protocols import Processor
 
 FINDINGS = "findings.jsonl"  # in the run folder: rows that were left out, repaired or kept with a fault
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from qwenvl_lit.data.survey import Finding, Kind, survey
 from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, Picture, Turn
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Processor
+    from qwenvl_lit.models.protocols import Processor
 
 Rows = Sequence[Conversation]
 Progress = Callable[[str, int, int], object]  # what is read, how much of it is done, how much there is

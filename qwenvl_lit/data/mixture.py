@@ -18,7 +18,7 @@ from qwenvl_lit.data.survey import Finding, measure, stamp
 from qwenvl_lit.types import BadPicture, Conversation, DataError, Dropped
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Processor
+    from qwenvl_lit.models.protocols import Processor
 
 Files = str | Sequence[str]
 

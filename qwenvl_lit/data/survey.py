@@ -22,7 +22,7 @@ import numpy as np
 from qwenvl_lit.types import Conversation, DataError, Dropped
 
 if TYPE_CHECKING:
-    from qwenvl_lit.families.protocols import Processor
+    from qwenvl_lit.models.protocols import Processor
 
 T = TypeVar("T")
 Kind = Literal[

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qwenvl_lit.generation.decoder import decoder_of, release
 from qwenvl_lit.generation.sampling import Choice, Stops
+from qwenvl_lit.models.qwen_vl.decoder import decoder_of, release
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from golden.conversations import FRAMES, blank, golden_sample, opened, swift_sample
 from golden.result import Result, read, same
-from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import iou, object_in_frame, objects_from_tags, to_frame
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Box, GroundedObject, Picture
 
 IOU = 1e-6  # recorded in float32

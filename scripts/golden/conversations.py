@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from golden.result import UnreadableError, read
-from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import objects_from_tags
-from qwenvl_lit.models.tokenizer import QwenTokenizer
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Part, Picture, Turn
 
 FRAMES = {"real": "pixel", "norm_1000": "grid", "norm_1": "unit"}

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from transformers import DynamicCache
 
 from golden.result import Result, UnreadableError, distance, read, same, tensors_of, worst
-from qwenvl_lit.families.pixels import preprocess
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
-from qwenvl_lit.models.language import ntk_alpha, rotary_tables
-from qwenvl_lit.models.vision import resize_positions, sine_cosine_positions
+from qwenvl_lit.models.qwen_vl.image_processing import preprocess
+from qwenvl_lit.models.qwen_vl.language import ntk_alpha, rotary_tables
+from qwenvl_lit.models.qwen_vl.vision import resize_positions, sine_cosine_positions
 
 # In float32 the original's own results move by 2e-7 with the number of threads and by 1.3e-5 with fused attention (logits go up to 9);
 # a tanh GELU already shows as 1.4e-3, another interpolation as more than 1.

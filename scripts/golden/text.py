@@ -13,9 +13,9 @@ import torch
 from golden.conversations import blank, opened, parts, paths_read
 from golden.result import Result, same
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.families.processor import QwenVLProcessor
 from qwenvl_lit.grounding import tags_from_object
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Picture, Sample, Turn
 
 

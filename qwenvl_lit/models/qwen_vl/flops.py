@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from qwenvl_lit.models.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 
 def training_flops(config: QwenVLConfig, *, lengths: Iterable[int], pictures: int, targets: int, trained: Mapping[str, float]) -> float:

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from qwenvl_lit.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
-from qwenvl_lit.families.pixels import resized
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
-from qwenvl_lit.models.tokenizer import QwenTokenizer
+from qwenvl_lit.models.chatml import ChatML, Message, Piece, Supervise, cut_left, with_system
+from qwenvl_lit.models.qwen_vl.image_processing import resized
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, Part, Picture, Prediction, Sample, Turn
 
 NAMED_PICTURE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")

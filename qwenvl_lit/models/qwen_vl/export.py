@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from qwenvl_lit.families.checkpoint import COMPANIONS, INDEX, VOCABULARY, WEIGHTS, StoredTensor, open_shard
-from qwenvl_lit.models.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.checkpoint import COMPANIONS, INDEX, VOCABULARY, WEIGHTS, StoredTensor, open_shard
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 Read = Callable[[str], torch.Tensor]  # a tensor of the network by its name there, on the CPU
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from qwenvl_lit.chatml import Supervise
-from qwenvl_lit.families.checkpoint import FOUR_BITS, VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
-from qwenvl_lit.families.pixels import normalised
-from qwenvl_lit.families.processor import QwenVLProcessor, Template, TooLong
-from qwenvl_lit.models.adapted import network_of
-from qwenvl_lit.models.config import QWEN_VL_VISUAL, QwenVLConfig
-from qwenvl_lit.models.flops import training_flops
-from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM, file_shapes
-from qwenvl_lit.models.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.chatml import Supervise
+from qwenvl_lit.models.parts import network_of
+from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS, VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
+from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
+from qwenvl_lit.models.qwen_vl.flops import training_flops
+from qwenvl_lit.models.qwen_vl.image_processing import normalised
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch
 
 

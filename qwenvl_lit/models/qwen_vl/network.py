@@ -21,9 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from qwenvl_lit.models.config import QwenVLConfig
-from qwenvl_lit.models.language import MLP, Attention, LanguageBlock, RMSNorm, has_segments_kernel, ntk_alpha, rotary_tables
-from qwenvl_lit.models.vision import CrossAttention, Resampler, VisionBlock, VisionTower, computed_as_stored, sine_cosine_positions
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.language import MLP, Attention, LanguageBlock, RMSNorm, has_segments_kernel, ntk_alpha, rotary_tables
+from qwenvl_lit.models.qwen_vl.vision import CrossAttention, Resampler, VisionBlock, VisionTower, computed_as_stored, sine_cosine_positions
 
 PICTURES = ("pixel_values", "vision_positions", "vision_features")  # arguments of `forward`
 

@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm, silu
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qwenvl_lit.models.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 
 class LanguageBlock(GradientCheckpointingLayer):

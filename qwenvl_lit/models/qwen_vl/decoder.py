@@ -20,11 +20,11 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwenvl_lit.generation.pictures import TOGETHER, Pictures
-from qwenvl_lit.models.adapted import network_of
-from qwenvl_lit.models.language import LanguageBlock, ntk_alpha, rotary_frequencies, rotary_tables_at
-from qwenvl_lit.models.qwen_vl import QwenVLForCausalLM
-from qwenvl_lit.models.vision import VisionBlock
+from qwenvl_lit.models.parts import network_of
+from qwenvl_lit.models.qwen_vl.image_cache import TOGETHER, Pictures
+from qwenvl_lit.models.qwen_vl.language import LanguageBlock, ntk_alpha, rotary_frequencies, rotary_tables_at
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.vision import VisionBlock
 
 PROMPT_TOKENS = 16384  # that go through the network at a time: more take memory and are no faster
 COMPILE_AFTER = 60  # seconds of answers

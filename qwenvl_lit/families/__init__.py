@@ -1,1 +1,0 @@
-"""Model families: what turns conversations into tensors and tensors back into text and boxes."""
