@@ -26,7 +26,7 @@ from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
 from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
 from qwenvl_lit.models.qwen_vl.processor import Template
 from qwenvl_lit.runs import Run, find_run, stored_settings
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
 
 FIND_PROMPT = "{picture}Find {question}"  # as training rows for chat ask for a box

@@ -24,8 +24,8 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.runs import Run, save_versions
-from qwenvl_lit.strategies import AsPlaced
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.strategies import AsPlaced
 from qwenvl_lit.types import DataError
 
 

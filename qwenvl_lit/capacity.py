@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
-from qwenvl_lit.adapters import Adapter
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.memory import GIB, Need, Spread, fits, gpu_room, need, need_table, training_inputs
 from qwenvl_lit.models.protocols import Family
-from qwenvl_lit.strategies import spread_of
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Adapter
+from qwenvl_lit.training.memory import GIB, Need, Spread, fits, gpu_room, need, need_table, training_inputs
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.strategies import spread_of
 from qwenvl_lit.types import DataError
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-    from qwenvl_lit.adapters import Adapter
     from qwenvl_lit.runs import Run
-    from qwenvl_lit.task import Task
+    from qwenvl_lit.training.adapters import Adapter
+    from qwenvl_lit.training.module import Task
     from qwenvl_lit.types import Batch
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,13 +41,13 @@ def main(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from qwenvl_lit import build
-    from qwenvl_lit.adapters import read_peft_file
     from qwenvl_lit.api import device_named
     from qwenvl_lit.data.fetch import in_bytes
     from qwenvl_lit.models.qwen_vl.export import PROJECTION
     from qwenvl_lit.peft_folder import weights_file
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import SETTINGS, find_run
+    from qwenvl_lit.training.adapters import read_peft_file
 
     build.start(config)
     run = find_run(config.ckpt) if config.ckpt else None
@@ -153,11 +153,11 @@ def write_model(task: Task, folder: Path, dtype: str) -> None:
     """
     import torch
 
-    from qwenvl_lit.adapters import Folded
     from qwenvl_lit.data.fetch import in_bytes
     from qwenvl_lit.models.qwen_vl.checkpoint import open_shard, stored_tensors
     from qwenvl_lit.models.qwen_vl.export import reader, total_bytes, write_companions, write_weights
     from qwenvl_lit.models.qwen_vl.network import file_shapes
+    from qwenvl_lit.training.adapters import Folded
 
     family, target = task.family, getattr(torch, dtype)
     shapes = file_shapes(family.outline())
@@ -187,8 +187,8 @@ def write_adapter(task: Task, folder: Path) -> None:
     Raises:
         DataError: there is none, or it is for weights that another run has changed.
     """
-    from qwenvl_lit.adapters import load_learned
     from qwenvl_lit.callbacks.checkpoint import save_adapter
+    from qwenvl_lit.training.adapters import load_learned
 
     if task.base:
         raise DataError(

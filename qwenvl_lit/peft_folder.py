@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.adapters import PEFT_FILES, LoRA, read_peft_file
+from qwenvl_lit.training.adapters import PEFT_FILES, LoRA, read_peft_file
 from qwenvl_lit.types import DataError
 
 CONFIG = "adapter_config.json"

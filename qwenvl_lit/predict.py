@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
     from omegaconf import DictConfig
 
-    from qwenvl_lit.task import Task
+    from qwenvl_lit.training.module import Task
     from qwenvl_lit.types import Prediction
 
 

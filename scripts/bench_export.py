@@ -26,8 +26,8 @@ def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
     """An adapter folder whose adapter changes what it is merged into."""
     import torch
 
-    from qwenvl_lit.adapters import LoRA
     from qwenvl_lit.models.qwen_vl.family import QwenVL
+    from qwenvl_lit.training.adapters import LoRA
 
     family = QwenVL(path=str(base), dtype="bfloat16")
     adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(family.outline(), family.parts)

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from toy_task import trainer
 
-from qwenvl_lit.adapters import LoRA
 from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import LoRA
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Conversation, Picture, Turn
 
 VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}

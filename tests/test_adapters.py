@@ -3,11 +3,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from qwenvl_lit.adapters import Full, Learned, LoRA, fingerprint
 from qwenvl_lit.command import config_folder
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
+from qwenvl_lit.training.adapters import Full, Learned, LoRA, fingerprint
+from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import DataError
 from tests.small_network import QUERIES, pictures, small_network, tensor, text
 

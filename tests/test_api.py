@@ -273,7 +273,7 @@ def run_file(path, adapter="Full", **options):
     """A checkpoint of a run whose trained weights are all 0.25, as a file."""
     config = {
         "model": {"_target_": "qwenvl_lit.models.qwen_vl.family.QwenVL", "config": CONFIG, "vocabulary": "tiny", "system": ""},
-        "adapter": {"_target_": f"qwenvl_lit.adapters.{adapter}", **options},
+        "adapter": {"_target_": f"qwenvl_lit.training.adapters.{adapter}", **options},
         "generation": {"_target_": "qwenvl_lit.generation.Generation", "max_new_tokens": 3},
         "metrics": {},
     }

@@ -12,9 +12,9 @@ import torch.multiprocessing
 from lightning.pytorch.strategies import DDPStrategy
 from small_run import DROPOUT, At, Killed, kills_at, run, same
 
-from qwenvl_lit.adapters import Full
 from qwenvl_lit.callbacks.throughput import Throughput
-from qwenvl_lit.strategies import FullyShard
+from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.strategies import FullyShard
 from qwenvl_lit.types import DataError
 
 GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # not to wait for ever

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import torch
 
-from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.trainable import Trainable, Trained, trainable_table, what_is_trained
 from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.training.adapters import Full, LoRA
 from tests.small_network import small_network
 
 

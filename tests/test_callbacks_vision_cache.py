@@ -17,7 +17,6 @@ from safetensors import safe_open
 from small_run import SIZES, VISUAL, Killed, kills_at
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks import vision_cache
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.callbacks.vision_cache import VisionCache, fingerprint, tensors_of
@@ -25,9 +24,10 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl import processor
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.strategies import FullyShard
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
+from qwenvl_lit.training.strategies import FullyShard
 from qwenvl_lit.types import BadPicture, Conversation, DataError, Picture, Turn
 
 LANGUAGE = LoRA(rank=2, alpha=4, dropout=0.3, targets=["c_attn"])

@@ -9,7 +9,7 @@ from toy_task import trainer
 
 from qwenvl_lit import build, capacity
 from qwenvl_lit.command import config_folder
-from qwenvl_lit.strategies import FullyShard
+from qwenvl_lit.training.strategies import FullyShard
 from qwenvl_lit.types import DataError
 
 GIB = 2**30

@@ -84,12 +84,12 @@ def test_a_file_says_when_to_pick_it_and_its_package_stands_first(path: Path):
 
 def test_the_model_chooses_its_recipe_and_the_command_line_wins():
     tiny, chat = composed("train"), composed("train", "model=qwen_vl_chat")
-    assert (tiny.adapter._target_, tiny.optim.lr, tiny.trainer.accumulate_grad_batches) == ("qwenvl_lit.adapters.Full", 2e-3, 1)
+    assert (tiny.adapter._target_, tiny.optim.lr, tiny.trainer.accumulate_grad_batches) == ("qwenvl_lit.training.adapters.Full", 2e-3, 1)
     assert (chat.adapter.rank, chat.adapter.alpha, chat.adapter.dropout) == (8, 32, 0.05)
     assert (chat.optim.lr, chat.optim.betas, chat.optim.weight_decay, chat.optim.warmup) == (1e-4, [0.9, 0.95], 0.1, 0.05)
     assert (chat.trainer.accumulate_grad_batches, chat.trainer.gradient_clip_val, chat.trainer.precision) == (16, 1.0, "bf16-mixed")
     own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=2e-5")
-    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.adapters.Full", 2e-5)
+    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.training.adapters.Full", 2e-5)
 
 
 @pytest.mark.parametrize(

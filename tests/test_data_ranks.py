@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from test_task import read, task
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.training.adapters import Full
 
 
 class Watch(lightning.Callback):

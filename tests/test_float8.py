@@ -9,9 +9,9 @@ from small_network import CLOSE, PICTURE, picture_positions, pictures, small_net
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qwenvl_lit.adapters import Full, LoRA
-from qwenvl_lit.float8 import FORMAT, Float8Linear, check_device, plain_product, rounded, scaled_product, to_float8
 from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.float8 import FORMAT, Float8Linear, check_device, plain_product, rounded, scaled_product, to_float8
 from qwenvl_lit.types import DataError
 
 NEAR = 0.05  # of the norm: three bits of mantissa in both factors

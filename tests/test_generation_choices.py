@@ -14,7 +14,7 @@ from qwenvl_lit.data.sources import read_rows
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.metrics.exact_match import ExactMatch
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, Turn
 
 OPTIONS = [[[5], [6, 8], [11, 12, 13]], [[21, 22], [23]], [[5], [6]]]

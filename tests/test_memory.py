@@ -5,10 +5,10 @@ import torch
 from small_network import small_config
 from torch import nn
 
-from qwenvl_lit.adapters import Full, LoRA
-from qwenvl_lit.memory import CONTEXT, GIB, SPARE, activations_of, blocks_to_recompute, need
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.memory import CONTEXT, GIB, SPARE, activations_of, blocks_to_recompute, need
 
 SWIFT = LoRA(rank=8, alpha=32, dropout=0.05, targets=r"transformer\.h\.\d+\.attn\.c_attn")
 META = torch.device("meta")

@@ -6,7 +6,7 @@ from small_network import small_network, talk_of_two
 from torch import nn
 
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW, StochasticAdamW, noise, round_stochastically
+from qwenvl_lit.training.optim import AdamW, StochasticAdamW, noise, round_stochastically
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -138,7 +138,7 @@ def with_gradients(model: nn.Module, value: float | None = None) -> nn.Module:
 
 @pytest.mark.parametrize("chunk", [7, 2**24])
 def test_without_rounding_it_is_the_adamw_of_torch(monkeypatch, chunk):
-    monkeypatch.setattr("qwenvl_lit.optim.CHUNK", chunk)  # tensors are cut, and put together
+    monkeypatch.setattr("qwenvl_lit.training.optim.CHUNK", chunk)  # tensors are cut, and put together
     ours = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
     theirs = deepcopy(ours)
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from small_network import small_network
 
-from qwenvl_lit.adapters import LoRA, read_learned
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.peft_folder import adapter_node, read_config, weights_file
+from qwenvl_lit.training.adapters import LoRA, read_learned
 from qwenvl_lit.types import DataError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
@@ -32,7 +32,7 @@ def folder(tmp_path):
 def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
     made = folder(use_rslora=True, bias="none", lora_dtype="fp32", megatron_core="megatron.core", use_qa_lora=False, rank_pattern={"w1": 8})
     assert adapter_node(made) == {
-        "_target_": "qwenvl_lit.adapters.LoRA",
+        "_target_": "qwenvl_lit.training.adapters.LoRA",
         "rank": 4,
         "alpha": 16,
         "dropout": 0.0,

@@ -14,7 +14,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, Picture, Turn
 
 VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}

@@ -9,13 +9,13 @@ from hydra.utils import instantiate
 from make_checkpoint import write_checkpoint
 
 from qwenvl_lit import build
-from qwenvl_lit.adapters import Full, Learned, LoRA, fingerprint
 from qwenvl_lit.command import config_folder
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full, Learned, LoRA, fingerprint
+from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import DataError
 
 DEVICE = "cuda"

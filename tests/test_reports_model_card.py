@@ -3,7 +3,7 @@ import json
 from qwenvl_lit.reports.model_card import model_card
 from qwenvl_lit.runs import Run
 
-ADAPTER = {"_target_": "qwenvl_lit.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
+ADAPTER = {"_target_": "qwenvl_lit.training.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
 
 
 def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_run import family
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full
 from qwenvl_lit.callbacks.predictions import PredictionWriter
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
@@ -23,9 +22,10 @@ from qwenvl_lit.metrics.anls import Anls
 from qwenvl_lit.metrics.captions import Bleu, Cider
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.optim import AdamW
 from qwenvl_lit.reports.scores import answers, score
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
 
 ROWS = 7
 

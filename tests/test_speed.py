@@ -13,15 +13,15 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.speed import Speed, blocks_of, compile_blocks, recompute_blocks, replay_tower
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
+from qwenvl_lit.training.speed import Speed, blocks_of, compile_blocks, recompute_blocks, replay_tower
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
 EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")

@@ -243,7 +243,7 @@ def test_lora_rank_is_swept_from_the_command_line(tmp_path):
     folder = tmp_path / "ranks (2)"
     for number, rank in enumerate((2, 4)):
         config = OmegaConf.load(folder / str(number) / "config.yaml")
-        assert (config.adapter._target_, config.adapter.rank) == ("qwenvl_lit.adapters.LoRA", rank)
+        assert (config.adapter._target_, config.adapter.rank) == ("qwenvl_lit.training.adapters.LoRA", rank)
         assert (folder / str(number) / "checkpoints/best.ckpt").exists()
     assert "adapter.rank" in swept.stdout
     assert (folder / "sweep.csv").read_text().startswith("job,adapter.rank,val/loss,")

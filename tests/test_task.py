@@ -9,7 +9,6 @@ from PIL import Image
 from torch import nn
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import nothing
@@ -17,8 +16,9 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Conversation, Picture, Turn
 
 VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}

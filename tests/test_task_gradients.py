@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from toy_task import trainer
 
-from qwenvl_lit.adapters import Full, LoRA
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.optim import AdamW
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Batch, Conversation, DataError, Turn
 
 GOLDEN = Path(__file__).parent / "golden" / "model"

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from qwenvl_lit.guard import Later
-from qwenvl_lit.strategies import summed
+from qwenvl_lit.training.non_finite import Later
+from qwenvl_lit.training.strategies import summed
 from qwenvl_lit.types import Batch, DataError
 
 STOPPED = 143  # exit status of a run that SIGTERM or SIGUSR1 ended: 128 + 15, as a shell says it

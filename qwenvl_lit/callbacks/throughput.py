@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
-from qwenvl_lit.optim import part_of_tensor
+from qwenvl_lit.training.optim import part_of_tensor
 from qwenvl_lit.types import Batch
 
 PEAKS = (  # dense bfloat16 operations a second, from the makers' data sheets; the first name that fits

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qwenvl_lit.optim import part_of_tensor
+from qwenvl_lit.training.optim import part_of_tensor
 
 FILE = "trainable.json"
 OTHER = "other"  # tensors of no part, as the last norm of the language model

@@ -29,7 +29,7 @@ from qwenvl_lit.data.fetch import in_bytes
 from qwenvl_lit.data.inspection import workers_here
 from qwenvl_lit.data.split import Chosen, Joined, Rows, places
 from qwenvl_lit.data.survey import Finding, survey
-from qwenvl_lit.optim import part_of_tensor
+from qwenvl_lit.training.optim import part_of_tensor
 from qwenvl_lit.types import BadPicture, Conversation, DataError, Picture
 
 if TYPE_CHECKING:

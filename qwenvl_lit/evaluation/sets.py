@@ -20,7 +20,7 @@ from qwenvl_lit.metrics.proposal import proposals
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.reports.scores import Scored, answers, read_predictions, score
 from qwenvl_lit.reports.scores_page import Earlier
-from qwenvl_lit.task import Task
+from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import DataError
 
 BASELINE = "baseline.jsonl"  # what the model answered before training

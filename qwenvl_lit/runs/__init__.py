@@ -97,7 +97,7 @@ def find_run(ckpt: str) -> Run:
 
 def base_of(run: Run) -> dict[str, Any]:
     """What a run learned as plain data, for the config of a run that starts from it; with the runs that it had started from."""
-    from qwenvl_lit.adapters import Learned, fingerprint
+    from qwenvl_lit.training.adapters import Learned, fingerprint
 
     assert run.checkpoint is not None  # a whole model is a base by itself
     return {

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.optim import CHUNK, part_of_tensor
+from qwenvl_lit.training.optim import CHUNK, part_of_tensor
 from qwenvl_lit.types import Conversation, Picture, Turn
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from qwenvl_lit.optim import part_of_tensor
+from qwenvl_lit.training.optim import part_of_tensor
 from qwenvl_lit.types import DataError
 
 FORMAT = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa

@@ -13,17 +13,17 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwenvl_lit.float8 import to_float8
-from qwenvl_lit.memory import blocks_to_recompute, gpu_room, training_inputs
 from qwenvl_lit.models.parts import network_of
-from qwenvl_lit.strategies import spread_of
+from qwenvl_lit.training.float8 import to_float8
+from qwenvl_lit.training.memory import blocks_to_recompute, gpu_room, training_inputs
+from qwenvl_lit.training.strategies import spread_of
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     import lightning
 
-    from qwenvl_lit.adapters import Adapter
     from qwenvl_lit.models.protocols import Family
+    from qwenvl_lit.training.adapters import Adapter
 
 Checkpointing = Literal["auto", "none", "full"]
 PAYS_FROM = (1e9, 300)  # numbers of a model and batches of a run from which compilation, half a minute or so, is worth it

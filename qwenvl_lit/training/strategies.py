@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from qwenvl_lit.memory import Spread
 from qwenvl_lit.models.parts import network_of
+from qwenvl_lit.training.memory import Spread
 from qwenvl_lit.types import DataError
 
 

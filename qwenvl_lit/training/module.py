@@ -13,21 +13,21 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.adapters import Full, Learned, read_learned
 from qwenvl_lit.generation.choices import option_losses
-from qwenvl_lit.guard import StepGuard
 from qwenvl_lit.metrics.token_scores import TokenScores
-from qwenvl_lit.strategies import summed
+from qwenvl_lit.training.adapters import Full, Learned, read_learned
+from qwenvl_lit.training.non_finite import StepGuard
+from qwenvl_lit.training.strategies import summed
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from qwenvl_lit.adapters import Adapter
     from qwenvl_lit.generation import Generation
     from qwenvl_lit.models.protocols import Family
-    from qwenvl_lit.optim import AdamW
-    from qwenvl_lit.speed import Speed
+    from qwenvl_lit.training.adapters import Adapter
+    from qwenvl_lit.training.optim import AdamW
+    from qwenvl_lit.training.speed import Speed
     from qwenvl_lit.types import Batch, Prediction
 
 
