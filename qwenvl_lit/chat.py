@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_lit.command import command
+from qwenvl_lit.cli.command import command
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:

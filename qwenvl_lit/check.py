@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_lit.command import command
+from qwenvl_lit.cli.command import command
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenvl_lit.command import command
+from qwenvl_lit.cli.command import command
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:

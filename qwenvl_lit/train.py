@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenvl_lit.command import command
+from qwenvl_lit.cli.command import command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,9 +14,9 @@ def main(config: DictConfig) -> None:
     from pathlib import Path
 
     from qwenvl_lit import build
-    from qwenvl_lit.capacity import check_memory
+    from qwenvl_lit.cli.memory_check import check_memory
+    from qwenvl_lit.cli.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs import contents
-    from qwenvl_lit.runs.resume import checkpoint_of, steps_of
 
     build.start(config)
     task = build.task(config)

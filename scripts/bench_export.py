@@ -44,7 +44,7 @@ def export(arguments: list[str]) -> dict[str, float | str]:
     import torch
 
     from qwenvl_lit import export as verb
-    from qwenvl_lit.command import command
+    from qwenvl_lit.cli.command import command
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sys.argv[1:] = arguments

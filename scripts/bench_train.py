@@ -97,7 +97,7 @@ class Bench:
         from hydra import compose, initialize_config_dir
 
         from qwenvl_lit.build import processor as built
-        from qwenvl_lit.command import config_folder
+        from qwenvl_lit.cli.command import config_folder
 
         with initialize_config_dir(str(config_folder()), version_base=None):
             processor = built(compose("train", self.model()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.models import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.export import PUBLISHED_CONFIG, write_companions, write_json, write_weights
 from qwenvl_lit.models.qwen_vl.family import QwenVL

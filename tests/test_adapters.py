@@ -3,7 +3,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, Learned, LoRA, fingerprint

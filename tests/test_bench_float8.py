@@ -6,7 +6,7 @@ import pytest
 from bench_float8 import RUNS, choices, compared, curve, deviation, smoothed, table, trained, write
 from hydra import compose, initialize_config_dir
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 
 
 def test_smoothing_is_the_mean_of_a_window_of_losses():

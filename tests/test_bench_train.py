@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from plot_train import draw, limits
 from training_cases import CASES, GROUPS
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.data.sources import read_rows
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 

@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.accelerators import CPUAccelerator
 from toy_task import trainer
 
-from qwenvl_lit import build, capacity
-from qwenvl_lit.command import config_folder
+from qwenvl_lit import build
+from qwenvl_lit.cli import memory_check as capacity
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.training.strategies import FullyShard
 from qwenvl_lit.types import DataError
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from qwenvl_lit import build, check
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.types import DataError
 
 SMALL = ["+data.prepare.train=12", "+data.prepare.single=8", "+data.prepare.validation=4", "+data.prepare.test=4"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from qwenvl_lit.command import quote_free_text
+from qwenvl_lit.cli.command import quote_free_text
 
 
 def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:

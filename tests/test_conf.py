@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
+from qwenvl_lit.cli.command import FROM_RUN, config_folder, name_datasets, quote_free_text
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.data.coco import read_coco_captions
 from qwenvl_lit.data.mixture import Source
 from qwenvl_lit.data.refcoco import read_refcoco

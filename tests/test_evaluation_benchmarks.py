@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.data.mixture import Source
 from qwenvl_lit.data.synthetic import write_demo
 from qwenvl_lit.evaluation.benchmarks import Benchmark, compared, files_learned_from, named_benchmarks, published_model

@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripted import CONFIG
 
-from qwenvl_lit import QwenVL, command, export, predict, test, train
-from qwenvl_lit.command import config_folder, quote_free_text
+from qwenvl_lit import QwenVL, export, predict, test, train
+from qwenvl_lit.cli import command
+from qwenvl_lit.cli.command import config_folder, quote_free_text
 from qwenvl_lit.models.qwen_vl.export import runnable
 from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY

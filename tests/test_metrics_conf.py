@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from qwenvl_lit.command import config_folder
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.metrics.sample_rows import SampleRows
 
 FILES = sorted((config_folder() / "metrics").glob("*.yaml"))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scripted import tiny_checkpoint
 
-from qwenvl_lit.command import FROM_RUN, config_folder, name_datasets, quote_free_text
+from qwenvl_lit.cli.command import FROM_RUN, config_folder, name_datasets, quote_free_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qwenvl_lit.runs.ranks import rank_arguments
+from qwenvl_lit.cli.ranks import rank_arguments
 
 SMALL = ["+data.prepare.train=8", "+data.prepare.single=8", "+data.prepare.validation=3", "+data.prepare.test=4"]
 SMALL += ["+data.prepare.unseen_pairs=2", "+data.prepare.new_classes=8", "data.batch_size=2", "data.num_workers=0"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenvl_lit.runs.resume import refuse_used_folder, resume_arguments
+from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments
 from qwenvl_lit.types import DataError
 
 STARTED = ["model=qwen_vl_chat", "optim.lr=1e-5", "data.train='a b.jsonl'", "resume='auto'"]

@@ -13,8 +13,9 @@ from make_checkpoint import write_checkpoint
 from omegaconf import OmegaConf
 from PIL import Image
 
-from qwenvl_lit import build, command
-from qwenvl_lit.command import config_folder
+from qwenvl_lit import build
+from qwenvl_lit.cli import command
+from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
