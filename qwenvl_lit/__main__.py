@@ -6,7 +6,7 @@ import sys
 
 from omegaconf import OmegaConf
 
-from qwenvl_lit.runs import config_folder
+from qwenvl_lit.runs.run import config_folder
 
 VERBS = ("train", "test", "predict", "chat", "check", "export")
 

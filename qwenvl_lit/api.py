@@ -20,12 +20,12 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
 from qwenvl_lit.data.rows import Reading
 from qwenvl_lit.dialogue import Answer, History, PictureSource, Query, conversation, picture_of
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
 from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
 from qwenvl_lit.models.qwen_vl.processor import Template
-from qwenvl_lit.runs import Run, find_run, stored_settings
+from qwenvl_lit.runs.run import Run, find_run, stored_settings
 from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
 

@@ -21,9 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.runs import Run, save_versions
+from qwenvl_lit.runs.run import Run, save_versions
 from qwenvl_lit.training.module import Task
 from qwenvl_lit.training.strategies import AsPlaced
 from qwenvl_lit.types import DataError

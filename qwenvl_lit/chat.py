@@ -216,7 +216,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
     from qwenvl_lit.data.rows import Reading
-    from qwenvl_lit.runs import find_run
+    from qwenvl_lit.runs.run import find_run
 
     build.start(config)
     task = build.task(config, adapted=config.ckpt is not None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
 
-    from qwenvl_lit.runs import Run
+    from qwenvl_lit.runs.run import Run
     from qwenvl_lit.training.adapters import Adapter
     from qwenvl_lit.training.module import Task
     from qwenvl_lit.types import Batch
@@ -44,9 +44,9 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.api import device_named
     from qwenvl_lit.data.fetch import in_bytes
     from qwenvl_lit.models.qwen_vl.export import PROJECTION
-    from qwenvl_lit.peft_folder import weights_file
     from qwenvl_lit.reports.model_card import model_card
-    from qwenvl_lit.runs import SETTINGS, find_run
+    from qwenvl_lit.runs.peft_folder import weights_file
+    from qwenvl_lit.runs.run import SETTINGS, find_run
     from qwenvl_lit.training.adapters import read_peft_file
 
     build.start(config)
@@ -100,7 +100,7 @@ def checked_target(config: DictConfig) -> Path:
     Raises:
         DataError: it is not named, there already, not one that an export wrote, or the one to read.
     """
-    from qwenvl_lit.runs import SETTINGS
+    from qwenvl_lit.runs.run import SETTINGS
 
     if config.out is None:
         raise DataError(f"out is missing: python -m qwenvl_lit.export ckpt={config.ckpt or 'RUN'} out=FOLDER")
@@ -259,7 +259,7 @@ def compare(task: Task, folder: Path, batches: Sequence[Batch], *, tolerance: fl
     import torch
 
     from qwenvl_lit import build
-    from qwenvl_lit.runs import find_run
+    from qwenvl_lit.runs.run import find_run
 
     written = find_run(str(folder))
     before = logits(task, batches)

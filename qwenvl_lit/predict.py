@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.data.rows import Reading
     from qwenvl_lit.dialogue import conversation
-    from qwenvl_lit.runs import find_run
+    from qwenvl_lit.runs.run import find_run
 
     build.start(config)
     task = build.task(config, adapted=config.ckpt is not None)

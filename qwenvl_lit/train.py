@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.cli.memory_check import check_memory
     from qwenvl_lit.cli.resume import checkpoint_of, steps_of
-    from qwenvl_lit.runs import contents
+    from qwenvl_lit.runs.run import contents
 
     build.start(config)
     task = build.task(config)

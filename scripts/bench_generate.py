@@ -25,7 +25,7 @@ import torch
 import transformers
 from PIL import Image
 
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 

@@ -26,7 +26,7 @@ def load(folder: Path, device: str, dtype: str, steps: int) -> dict[str, float |
     """What one process measures."""
     import torch
 
-    from qwenvl_lit.generation import Generation
+    from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.models.qwen_vl.family import QwenVL
 
     on_gpu = device.startswith("cuda")

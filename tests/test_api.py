@@ -274,7 +274,7 @@ def run_file(path, adapter="Full", **options):
     config = {
         "model": {"_target_": "qwenvl_lit.models.qwen_vl.family.QwenVL", "config": CONFIG, "vocabulary": "tiny", "system": ""},
         "adapter": {"_target_": f"qwenvl_lit.training.adapters.{adapter}", **options},
-        "generation": {"_target_": "qwenvl_lit.generation.Generation", "max_new_tokens": 3},
+        "generation": {"_target_": "qwenvl_lit.generation.generation.Generation", "max_new_tokens": 3},
         "metrics": {},
     }
     task = build.task(OmegaConf.create({**config, "base": {}}))

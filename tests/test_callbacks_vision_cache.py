@@ -21,7 +21,7 @@ from qwenvl_lit.callbacks import vision_cache
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.callbacks.vision_cache import VisionCache, fingerprint, tensors_of
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl import processor
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, LoRA

@@ -24,7 +24,7 @@ from qwenvl_lit.cli.command import config_folder, quote_free_text
 from qwenvl_lit.models.qwen_vl.export import runnable
 from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
-from qwenvl_lit.runs import find_run
+from qwenvl_lit.runs.run import find_run
 from qwenvl_lit.types import DataError
 
 QUIET = ["logger=none", "strategy=cpu"]

@@ -12,7 +12,7 @@ from small_network import PICTURE, QUERIES, SIDE, padded, picture_positions, pic
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.sampling import Choice, Stops
 from qwenvl_lit.models import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.decoder import decoder_of

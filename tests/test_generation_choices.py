@@ -11,8 +11,8 @@ from toy_task import trainer
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.generation import Generation
 from qwenvl_lit.generation.choices import option_losses
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, Turn

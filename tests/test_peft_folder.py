@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from small_network import small_network
 
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.peft_folder import adapter_node, read_config, weights_file
+from qwenvl_lit.runs.peft_folder import adapter_node, read_config, weights_file
 from qwenvl_lit.training.adapters import LoRA, read_learned
 from qwenvl_lit.types import DataError
 

@@ -12,7 +12,7 @@ from qwenvl_lit.callbacks.predictions import PredictionWriter, earlier_answers
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.module import Task
 from qwenvl_lit.types import Conversation, DataError, Picture, Turn

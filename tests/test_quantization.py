@@ -10,7 +10,7 @@ from make_checkpoint import write_checkpoint
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY

@@ -1,7 +1,7 @@
 import json
 
 from qwenvl_lit.reports.model_card import model_card
-from qwenvl_lit.runs import Run
+from qwenvl_lit.runs.run import Run
 
 ADAPTER = {"_target_": "qwenvl_lit.training.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
 

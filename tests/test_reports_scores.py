@@ -8,13 +8,13 @@ import pytest
 from test_reports_data_page import EVIL, Tags
 from toy_task import conversation, grounded
 
-from qwenvl_lit.evaluation.answered import config_beside, predictions_file, scored_arguments
 from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.proposal import proposals
 from qwenvl_lit.reports.scores import answers, bootstrap, compare, extremes, groups, in_order, ious, read_predictions, score
 from qwenvl_lit.reports.scores_page import Earlier, Report, write_report
+from qwenvl_lit.runs.predictions import config_beside, predictions_file, scored_arguments
 from qwenvl_lit.types import Conversation, DataError, Picture, Prediction, Turn
 
 

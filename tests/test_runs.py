@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from qwenvl_lit.runs import Run, base_of, contents, find_run, save_versions
+from qwenvl_lit.runs.run import Run, base_of, contents, find_run, save_versions
 from qwenvl_lit.types import DataError
 
 

@@ -17,7 +17,7 @@ from qwenvl_lit.callbacks.predictions import PredictionWriter
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.anls import Anls
 from qwenvl_lit.metrics.captions import Bleu, Cider
 from qwenvl_lit.metrics.exact_match import ExactMatch

@@ -16,7 +16,7 @@ from toy_task import trainer
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, LoRA
 from qwenvl_lit.training.module import Task

@@ -15,7 +15,7 @@ from toy_task import trainer
 
 from qwenvl_lit.callbacks.checkpoint import Checkpoints
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, LoRA

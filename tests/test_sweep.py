@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.sweep import Announced, Job, JobError, Sweep, job_slots, run_jobs
+from qwenvl_lit.sweep.sweep import Announced, Job, JobError, Sweep, job_slots, run_jobs
 from qwenvl_lit.types import DataError
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from toy_task import trainer
 
 from qwenvl_lit.data.collate import Pad, target_positions
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, LoRA
 from qwenvl_lit.training.module import Task

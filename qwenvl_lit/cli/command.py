@@ -25,9 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.cli.ranks import rank_arguments
 from qwenvl_lit.cli.resume import LOOKS_ONLY, refuse_used_folder, resume_arguments, resumed
-from qwenvl_lit.evaluation.answered import config_beside, scored_arguments
-from qwenvl_lit.runs import Run, base_of, config_folder, find_run
-from qwenvl_lit.sweep import Sweep, is_a_sweep
+from qwenvl_lit.runs.predictions import config_beside, scored_arguments
+from qwenvl_lit.runs.run import Run, base_of, config_folder, find_run
+from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
 FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "out", "paths.run", "hydra.run.dir", "hydra.sweep.dir")

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.runs import latest_run
+from qwenvl_lit.runs.run import latest_run
 from qwenvl_lit.types import DataError
 
 MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # of a run that goes on

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.runs import Run
+from qwenvl_lit.runs.run import Run
 
 DATA = ("train", "validation", "test", "root", "datasets", "order", "batch_size", "max_tokens", "packing")
 OPTIM = ("lr", "betas", "weight_decay", "warmup", "schedule")

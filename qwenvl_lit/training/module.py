@@ -23,7 +23,7 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from qwenvl_lit.generation import Generation
+    from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.models.protocols import Family
     from qwenvl_lit.training.adapters import Adapter
     from qwenvl_lit.training.optim import AdamW

@@ -13,7 +13,7 @@ from golden.conversations import conversation, golden_sample, opened, parts, sam
 from golden.network import before_stop, load
 from golden.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.generation import Generation
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.image_processing import normalised
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Conversation, Picture, Turn
