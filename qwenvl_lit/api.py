@@ -17,9 +17,9 @@ from torch import nn
 
 from qwenvl_lit import build
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.dialogue import Answer, History, PictureSource, Query, conversation, picture_of
+from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, ask
+from qwenvl_lit.data.readers.question import Answer, History, PictureSource, Query, conversation, picture_of
+from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qwenvl_lit.api import QwenVL
-    from qwenvl_lit.dialogue import Answer
+    from qwenvl_lit.data.readers.question import Answer
 
 COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit")
 
@@ -215,7 +215,7 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
-    from qwenvl_lit.data.rows import Reading
+    from qwenvl_lit.data.readers.rows import Reading
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)

@@ -25,8 +25,8 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.predictions import earlier_answers
     from qwenvl_lit.data.datamodule import DataModule
-    from qwenvl_lit.data.rows import Reading
-    from qwenvl_lit.dialogue import conversation
+    from qwenvl_lit.data.readers.question import conversation
+    from qwenvl_lit.data.readers.rows import Reading
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)

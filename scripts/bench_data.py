@@ -26,7 +26,7 @@ from PIL import Image
 from training_rows import write_pictures
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer

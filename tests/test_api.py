@@ -13,7 +13,7 @@ from scripted import CONFIG, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
-from qwenvl_lit.dialogue import Answer
+from qwenvl_lit.data.readers.question import Answer
 from qwenvl_lit.types import BadPicture, Box, Conversation, DataError, GroundedObject, Picture, Turn
 
 DOG = "<ref>the dog</ref><box>(250,500),(500,999)</box>"

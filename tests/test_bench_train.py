@@ -11,7 +11,7 @@ from plot_train import draw, limits
 from training_cases import CASES, GROUPS
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "matmul_tflops": 800.0, "fp8_matmul_tflops": None}

@@ -18,8 +18,8 @@ from scripted import says, tiny_checkpoint
 
 from qwenvl_lit import QwenVL
 from qwenvl_lit.chat import Chat
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 
 DOG = "<ref>the dog</ref><box>(250,500),(500,999)</box>"
 COMMAND = [sys.executable, "-m", "qwenvl_lit.chat", "model=qwen_vl_tiny"]

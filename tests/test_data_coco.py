@@ -4,8 +4,8 @@ import pickle
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.coco import fetch_coco, only, read_coco_captions, read_json
-from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.readers.coco import fetch_coco, only, read_coco_captions, read_json
+from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.types import Conversation, DataError, Picture, Turn
 
 IMAGES = [{"id": 7, "file_name": "a.png", "license": 1}, {"id": 9, "file_name": "b.png"}]

@@ -11,7 +11,7 @@ from PIL import Image
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.split import Joined
 from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 

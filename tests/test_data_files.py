@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from qwenvl_lit.data import files
-from qwenvl_lit.data.files import RowFile
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers import files
+from qwenvl_lit.data.readers.files import RowFile
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import DataError
 
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.inspection import File, Inspection, Overlap, files_of, inspect
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.split import Chosen, Joined
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer

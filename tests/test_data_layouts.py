@@ -3,8 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
 
 

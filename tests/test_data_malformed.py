@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import FileRows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import FileRows
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import Conversation, DataError, GroundedObject
 

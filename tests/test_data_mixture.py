@@ -7,7 +7,7 @@ import pytest
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.mixture import Source
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.data.coco import read_coco_captions
 from qwenvl_lit.data.mixture import Source
-from qwenvl_lit.data.refcoco import read_refcoco
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.vqa import read_vqa
+from qwenvl_lit.data.readers.coco import read_coco_captions
+from qwenvl_lit.data.readers.refcoco import read_refcoco
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.vqa import read_vqa
 from qwenvl_lit.types import Box, DataError, GroundedObject, Picture
 
 TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.mixture import Source
-from qwenvl_lit.data.refcoco import read_plain_pickle, read_refcoco
-from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.readers.refcoco import read_plain_pickle, read_refcoco
+from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import BadPicture, Box, DataError, Dropped, GroundedObject, Picture, Quad, Turn
 

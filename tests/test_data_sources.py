@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import FileRows, read_rows
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import FileRows, read_rows
 from qwenvl_lit.data.split import take
 from qwenvl_lit.types import DataError
 

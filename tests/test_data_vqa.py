@@ -4,9 +4,9 @@ import pickle
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
-from qwenvl_lit.data.vqa import fetch_vqav2, read_answered, read_vqa
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
+from qwenvl_lit.data.readers.vqa import fetch_vqav2, read_answered, read_vqa
 from qwenvl_lit.types import Conversation, DataError, Picture, Turn
 
 PICTURE = "coco/{split}/COCO_{split}_{image_id:012d}.jpg"

@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.fetch import RemotePicture
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.dialogue import conversation, parts_of, picture_of
+from qwenvl_lit.data.readers.question import conversation, parts_of, picture_of
+from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.types import BadPicture, Box, DataError, GroundedObject, Picture, Turn
 
 BOX = Box(x0=1, y0=2, x1=3, y1=4, frame="grid")

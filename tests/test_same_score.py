@@ -16,7 +16,7 @@ from toy_task import trainer
 from qwenvl_lit.callbacks.predictions import PredictionWriter
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.anls import Anls
 from qwenvl_lit.metrics.captions import Bleu, Cider

@@ -5,10 +5,10 @@ import json
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.coco import read_coco_captions
-from qwenvl_lit.data.layouts import LAYOUTS, TEXTS
-from qwenvl_lit.data.rows import Reading
-from qwenvl_lit.data.sources import read_rows
+from qwenvl_lit.data.readers.coco import read_coco_captions
+from qwenvl_lit.data.readers.layouts import LAYOUTS, TEXTS
+from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, TINY_VOCABULARY, QwenTokenizer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qwenvl_lit.data.rows import Reading
+from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.data.split import Chosen, Joined, Rows, counted, hold_out, places, take
 from qwenvl_lit.data.survey import Finding, measure, stamp
 from qwenvl_lit.types import BadPicture, Conversation, DataError, Dropped

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.data.archives import Archive, provide
-from qwenvl_lit.data.prompts import CAPTION_PROMPT, ask
-from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
-from qwenvl_lit.data.sources import open_source
+from qwenvl_lit.data.readers.prompts import CAPTION_PROMPT, ask
+from qwenvl_lit.data.readers.rows import DEFAULT, Reading, picture_from
+from qwenvl_lit.data.readers.sources import open_source
 from qwenvl_lit.types import Conversation, DataError, Turn
 
 ARCHIVES = (

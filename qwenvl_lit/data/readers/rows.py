@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import get_args
 
-from qwenvl_lit.data.layouts import Draft
-from qwenvl_lit.data.objects import LIMITS, Boxes, OnBadBox
+from qwenvl_lit.data.readers.boxes import LIMITS, Boxes, OnBadBox
+from qwenvl_lit.data.readers.layouts import Draft
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Turn
 

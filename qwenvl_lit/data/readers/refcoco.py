@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwenvl_lit.data.coco import check_texts, only, read_json
-from qwenvl_lit.data.layouts import Draft
-from qwenvl_lit.data.prompts import REFERRING_PROMPT, ask
-from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
-from qwenvl_lit.data.sources import open_source, read_rows
+from qwenvl_lit.data.readers.coco import check_texts, only, read_json
+from qwenvl_lit.data.readers.layouts import Draft
+from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, ask
+from qwenvl_lit.data.readers.rows import DEFAULT, Reading, conversation_from
+from qwenvl_lit.data.readers.sources import open_source, read_rows
 from qwenvl_lit.types import Conversation, DataError
 
 

@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwenvl_lit.data.files import RowFile
-from qwenvl_lit.data.layouts import id_of, layout_of
-from qwenvl_lit.data.rows import DEFAULT, Reading, conversation_from
+from qwenvl_lit.data.readers.files import RowFile
+from qwenvl_lit.data.readers.layouts import id_of, layout_of
+from qwenvl_lit.data.readers.rows import DEFAULT, Reading, conversation_from
 from qwenvl_lit.data.split import Joined, counted, take
 from qwenvl_lit.types import Conversation, DataError
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qwenvl_lit.data.files import parse_json
-from qwenvl_lit.data.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, ask
+from qwenvl_lit.data.readers.files import parse_json
+from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, ask
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.data.archives import Archive, provide
-from qwenvl_lit.data.coco import check_texts, fetch_coco, only, read_json
-from qwenvl_lit.data.prompts import VQA_PROMPT, ask
-from qwenvl_lit.data.rows import DEFAULT, Reading, picture_from
-from qwenvl_lit.data.sources import FileRows, open_source
+from qwenvl_lit.data.readers.coco import check_texts, fetch_coco, only, read_json
+from qwenvl_lit.data.readers.prompts import VQA_PROMPT, ask
+from qwenvl_lit.data.readers.rows import DEFAULT, Reading, picture_from
+from qwenvl_lit.data.readers.sources import FileRows, open_source
 from qwenvl_lit.types import Conversation, DataError, Turn
 
 _VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"

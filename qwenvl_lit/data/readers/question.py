@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenvl_lit.data.rows import Reading, picture_from
+from qwenvl_lit.data.readers.rows import Reading, picture_from
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Turn
 
