@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.api import device_named
-    from qwenvl_lit.data.fetch import in_bytes
+    from qwenvl_lit.data.download.files import in_bytes
     from qwenvl_lit.models.qwen_vl.export import PROJECTION
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs.peft_folder import weights_file
@@ -153,7 +153,7 @@ def write_model(task: Task, folder: Path, dtype: str) -> None:
     """
     import torch
 
-    from qwenvl_lit.data.fetch import in_bytes
+    from qwenvl_lit.data.download.files import in_bytes
     from qwenvl_lit.models.qwen_vl.checkpoint import open_shard, stored_tensors
     from qwenvl_lit.models.qwen_vl.export import reader, total_bytes, write_companions, write_weights
     from qwenvl_lit.models.qwen_vl.network import file_shapes
@@ -228,7 +228,7 @@ def rows(config: DictConfig, task: Task, device: torch.device) -> Iterator[Batch
     """Prompts to compare on, one a batch: of the run's data, or, where no data are named, drawn pictures."""
     from qwenvl_lit import build
     from qwenvl_lit.data.collate import Pad
-    from qwenvl_lit.data.scenes import scenes
+    from qwenvl_lit.data.demo.scenes import scenes
     from qwenvl_lit.types import Conversation, Picture, Turn
 
     if config.compare == "run" and config.data:

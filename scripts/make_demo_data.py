@@ -12,7 +12,7 @@ import inspect
 import time
 from pathlib import Path
 
-from qwenvl_lit.data.synthetic import write_demo
+from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.types import DataError
 
 HELP = {

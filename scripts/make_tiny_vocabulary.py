@@ -14,7 +14,7 @@ from pathlib import Path
 
 import regex
 
-from qwenvl_lit.data import synthetic
+from qwenvl_lit.data.demo import dataset as synthetic
 from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, TINY_VOCABULARY
 
 CHAT = ("system", "user", "assistant", "\n", "Picture 1: ", "You are a helpful assistant.", "(0,0),(9,9)")

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 from web_server import Server, gives
 
-from qwenvl_lit.data.archives import Archive, provide
+from qwenvl_lit.data.download.archives import Archive, provide
 from qwenvl_lit.types import DataError
 
 

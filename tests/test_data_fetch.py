@@ -7,7 +7,7 @@ from PIL import Image
 from web_server import CONTENT, Server, gives, hangs_up, refuses
 
 from qwenvl_lit.data import fetch as module
-from qwenvl_lit.data.fetch import Patience, RemotePicture, fetch
+from qwenvl_lit.data.download.files import Patience, RemotePicture, fetch
 from qwenvl_lit.types import DataError, Picture
 
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()

@@ -4,12 +4,12 @@ import random
 import pytest
 from PIL import Image, ImageChops
 
+from qwenvl_lit.data.demo.dataset import TASKS, ask, chat_row, sentences, tasks_of, write_demo
+from qwenvl_lit.data.demo.scenes import PLACES, Scene, Thing, reserved_corners, scenes, split_of
+from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES, draw_sprite
 from qwenvl_lit.data.readers.coco import read_coco_captions
 from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.data.scenes import PLACES, Scene, Thing, reserved_corners, scenes, split_of
-from qwenvl_lit.data.sprites import CLASSES, NEW_CLASSES, draw_sprite
-from qwenvl_lit.data.synthetic import TASKS, ask, chat_row, sentences, tasks_of, write_demo
 from qwenvl_lit.types import DataError, GroundedObject
 
 CAR, TREE = Thing(0, 16, 24, "car"), Thing(32, 8, 32, "tree")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.fetch import RemotePicture
+from qwenvl_lit.data.download.files import RemotePicture
 from qwenvl_lit.data.readers.question import conversation, parts_of, picture_of
 from qwenvl_lit.data.readers.rows import Reading
 from qwenvl_lit.types import BadPicture, Box, DataError, GroundedObject, Picture, Turn

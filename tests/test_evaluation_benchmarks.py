@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from qwenvl_lit.cli.command import config_folder
+from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.data.mixture import Source
-from qwenvl_lit.data.synthetic import write_demo
 from qwenvl_lit.evaluation.benchmarks import Benchmark, compared, files_learned_from, named_benchmarks, published_model
 from qwenvl_lit.types import DataError
 

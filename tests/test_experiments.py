@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.data.synthetic import write_demo
+from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 

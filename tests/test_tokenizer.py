@@ -8,7 +8,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenvl_lit.data import synthetic
+from qwenvl_lit.data.demo import dataset as synthetic
 from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"

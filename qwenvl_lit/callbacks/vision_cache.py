@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
+from qwenvl_lit.data.download.files import in_bytes
 from qwenvl_lit.data.features import SHARD, FeatureStore
-from qwenvl_lit.data.fetch import in_bytes
 from qwenvl_lit.data.inspection import workers_here
 from qwenvl_lit.data.split import Chosen, Joined, Rows, places
 from qwenvl_lit.data.survey import Finding, survey

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.data.archives import Archive, provide
+from qwenvl_lit.data.download.archives import Archive, provide
 from qwenvl_lit.data.readers.prompts import CAPTION_PROMPT, ask
 from qwenvl_lit.data.readers.rows import DEFAULT, Reading, picture_from
 from qwenvl_lit.data.readers.sources import open_source

@@ -225,7 +225,7 @@ def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Pictur
     if scheme and scheme[1].lower() in ("http", "https"):
         if reading.cache is None:
             raise DataError(f"picture {address[:100]!r} is remote, and there is no folder to keep it in; set data.cache, or give a file")
-        from qwenvl_lit.data.fetch import RemotePicture
+        from qwenvl_lit.data.download.files import RemotePicture
 
         return Picture(RemotePicture(address, reading.cache / "pictures", reading.download))
     if scheme and scheme[1].lower() == "file":

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.data.archives import Archive, provide
+from qwenvl_lit.data.download.archives import Archive, provide
 from qwenvl_lit.data.readers.coco import check_texts, fetch_coco, only, read_json
 from qwenvl_lit.data.readers.prompts import VQA_PROMPT, ask
 from qwenvl_lit.data.readers.rows import DEFAULT, Reading, picture_from

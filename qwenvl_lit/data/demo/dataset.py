@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from qwenvl_lit.data.scenes import PLACES, SIDE_PX, Scene, Thing, scenes
-from qwenvl_lit.data.sprites import CLASSES, NEW_CLASSES
+from qwenvl_lit.data.demo.scenes import PLACES, SIDE_PX, Scene, Thing, scenes
+from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES
 from qwenvl_lit.grounding import tags_from_object, to_frame
 from qwenvl_lit.types import Box, DataError, GroundedObject
 

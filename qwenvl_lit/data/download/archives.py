@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from qwenvl_lit.data.fetch import PATIENT, Patience, check_room, disk_faults, fetch, in_bytes, offline, sized
+from qwenvl_lit.data.download.files import PATIENT, Patience, check_room, disk_faults, fetch, in_bytes, offline, sized
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)

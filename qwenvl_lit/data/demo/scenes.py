@@ -12,7 +12,7 @@ from typing import Literal
 
 from PIL import Image
 
-from qwenvl_lit.data.sprites import CLASSES, draw_sprite
+from qwenvl_lit.data.demo.sprites import CLASSES, draw_sprite
 
 Split = Literal["train", "validation", "test", "unseen_pairs"]
 
