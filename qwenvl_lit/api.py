@@ -218,7 +218,7 @@ class QwenVL:
         Raises:
             ValueError: `path` is in a folder that is not there, or no picture by its name.
         """
-        from qwenvl_lit.callbacks.drawing import draw_objects
+        from qwenvl_lit.rendering.drawing import draw_objects
 
         if path is not None:
             check_picture_name(Path(path))

@@ -154,9 +154,9 @@ class Chat:
         """Names of the files."""
         from qwenvl_lit.build import shown
         from qwenvl_lit.callbacks.boxes import pictures_with_boxes
-        from qwenvl_lit.callbacks.drawing import draw_prediction
         from qwenvl_lit.callbacks.predictions import box_numbers
         from qwenvl_lit.grounding import GRID, objects_from_tags
+        from qwenvl_lit.rendering.drawing import draw_prediction
         from qwenvl_lit.types import GroundedObject
 
         files = []

@@ -18,9 +18,9 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
-    from qwenvl_lit.callbacks.table import plain_table, score_table
     from qwenvl_lit.evaluation.benchmarks import compared, files_learned_from, named_benchmarks, published_model
     from qwenvl_lit.evaluation.sets import answer, answered_file, earlier, open_answered, scored, tests
+    from qwenvl_lit.rendering.table import plain_table, score_table
     from qwenvl_lit.reports.scores_page import Report, write_report
     from qwenvl_lit.runs.predictions import predictions_file
     from qwenvl_lit.runs.run import find_run

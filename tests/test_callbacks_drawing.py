@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageColor
 from toy_task import conversation, grounded
 
-from qwenvl_lit.callbacks.drawing import EXPECTED, PREDICTED, draw_objects, draw_prediction
+from qwenvl_lit.rendering.drawing import EXPECTED, PREDICTED, draw_objects, draw_prediction
 from qwenvl_lit.types import GroundedObject, Prediction, Quad
 
 

@@ -1,7 +1,7 @@
 import torch
 from rich.console import Console
 
-from qwenvl_lit.callbacks.table import score_table
+from qwenvl_lit.rendering.table import score_table
 
 
 def printed(*args) -> list[list[str]]:

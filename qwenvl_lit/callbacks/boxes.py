@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning
 
-from qwenvl_lit.callbacks.drawing import draw_prediction
 from qwenvl_lit.callbacks.predictions import set_name
+from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.types import Batch, GroundedObject, Prediction
 
 

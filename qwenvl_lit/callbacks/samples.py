@@ -11,8 +11,8 @@ import lightning
 from PIL import Image, ImageDraw
 
 from qwenvl_lit.callbacks.boxes import pictures_with_boxes
-from qwenvl_lit.callbacks.drawing import draw_prediction, font, has_han
 from qwenvl_lit.callbacks.predictions import readable
+from qwenvl_lit.rendering.drawing import draw_prediction, font, has_han
 from qwenvl_lit.types import Batch, Picture, Prediction
 
 COLUMNS = 4

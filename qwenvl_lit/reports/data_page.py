@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenvl_lit.callbacks.drawing import draw_objects, objects_of_picture
 from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.models.chatml import runs
 from qwenvl_lit.models.protocols import Processor
+from qwenvl_lit.rendering.drawing import draw_objects, objects_of_picture
 from qwenvl_lit.reports.data import HEADINGS, error_count, histogram, overlap_lines, reasons, set_facts
 from qwenvl_lit.reports.page import PICTURE_SIDE_PX, bars, page, picture, table, text
 from qwenvl_lit.types import Conversation

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_lit.callbacks.boxes import pictures_with_boxes
-from qwenvl_lit.callbacks.drawing import draw_prediction
 from qwenvl_lit.callbacks.predictions import prompt_text
+from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.reports.page import PICTURE_SIDE_PX, bars, page, picture, table, text
 from qwenvl_lit.reports.scores import Changed, Mean, Scored, bootstrap, compare, extremes, first_scores, groups, in_order, ious
 from qwenvl_lit.types import BadPicture, Prediction
