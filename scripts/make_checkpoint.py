@@ -13,10 +13,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.models import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.export import PUBLISHED_CONFIG, write_companions, write_json, write_weights
 from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.models.qwen_vl.network import file_shapes
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 

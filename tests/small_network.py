@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 IMG, IMG_END, IMG_PAD = 60, 61, 62
 QUERIES = 4

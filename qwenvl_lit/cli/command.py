@@ -281,7 +281,7 @@ def _leave_no_empty_folder() -> None:
 def _is_a_mistake(error: BaseException) -> bool:
     """Whether this package refused a value with a ValueError, or Lightning a combination of settings."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).parent)
+    ours = isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).parents[1])
     return ours or type(error).__name__ == "MisconfigurationException"
 
 

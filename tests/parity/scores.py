@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from golden.result import Result, read, same
+from parity.result import Result, read, same
 from qwenvl_lit.metrics.anls import anls
 from qwenvl_lit.metrics.captions import N, bleu, bleu_counts, cider, rouge_l
 from qwenvl_lit.metrics.exact_match import exact_match

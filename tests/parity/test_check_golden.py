@@ -7,9 +7,10 @@ from pathlib import Path
 
 import check_golden
 import pytest
-from golden.result import Result, read, worst
 
-ROOT = Path(__file__).parent.parent
+from parity.result import Result, read, worst
+
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 RECORD = read(ROOT / "benchmarks" / "golden.json")
 DEVIATIONS = read(GOLDEN / "deviations.json")

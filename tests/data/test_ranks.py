@@ -10,7 +10,7 @@ import lightning
 import pytest
 import torch.multiprocessing
 from lightning.pytorch.strategies import DDPStrategy
-from test_task import read, task
+from tiny import read_letters, tiny_task
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
@@ -36,10 +36,10 @@ class Watch(lightning.Callback):
 def run_rank(rank: int, folder: Path, port: int) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    made, watch = task(Full()), Watch()
+    made, watch = tiny_task(Full()), Watch()
     data = DataModule(
         processor=made.processor,
-        read=read,
+        read=read_letters,
         train="abcdefghiJ",
         validation="klmno",
         test="pqr",

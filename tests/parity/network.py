@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import DynamicCache
 
-from golden.result import Result, UnreadableError, distance, read, same, tensors_of, worst
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+from parity.result import Result, UnreadableError, distance, read, same, tensors_of, worst
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.image_processing import preprocess
 from qwenvl_lit.models.qwen_vl.language import ntk_alpha, rotary_tables
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import resize_positions, sine_cosine_positions
 
 # In float32 the original's own results move by 2e-7 with the number of threads and by 1.3e-5 with fused attention (logits go up to 9);

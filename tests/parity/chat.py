@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from golden.conversations import conversation, golden_sample, opened, parts, sample, spans_closed, swift_sample
-from golden.network import before_stop, load
-from golden.result import Result, read, same
+from parity.conversations import conversation, golden_sample, opened, parts, sample, spans_closed, swift_sample
+from parity.network import before_stop, load
+from parity.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.image_processing import normalised

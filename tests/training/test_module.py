@@ -5,7 +5,7 @@ import math
 import lightning
 import pytest
 import torch
-from PIL import Image
+from tiny import read_letters, tiny_task
 from torch import nn
 from toy_task import trainer
 
@@ -13,43 +13,12 @@ from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import nothing
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.metrics.exact_match import ExactMatch
-from qwenvl_lit.models.qwen_vl.family import QwenVL
 from qwenvl_lit.training.adapters import Full, LoRA
-from qwenvl_lit.training.module import Task
-from qwenvl_lit.training.optim import AdamW
-from qwenvl_lit.types import Conversation, Picture, Turn
-
-VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
-
-
-def task(adapter, **options) -> Task:
-    made = Task(
-        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny", **options),
-        adapter=adapter,
-        generation=Generation(max_new_tokens=2),
-        metrics={"exact_match": ExactMatch()},
-        optim=AdamW(lr=1e-3),
-    )
-    made.configure_model()
-    return made
-
-
-def read(source: str, reading) -> list[Conversation]:
-    """A letter is a row with a picture, which cannot be opened where the letter is large."""
-    rows = []
-    for place, letter in enumerate(source):
-        picture = Picture(b"no picture") if letter.isupper() else Picture(Image.new("RGB", (9, 9)))
-        turns = (Turn(role="user", parts=(picture, letter)), Turn(role="assistant", parts=("yes",)))
-        rows.append(Conversation(id=letter, turns=turns, index=place))
-    return rows
 
 
 @pytest.mark.parametrize("adapter", [Full(), LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")], ids=["full", "lora"])
 def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adapter):
-    made = task(adapter)
+    made = tiny_task(adapter)
     loss = made.training_step(nothing(made.processor.pad_id, ("broken",)), 0)
     loss.backward()
     assert loss == 0
@@ -60,7 +29,7 @@ def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adap
 
 
 def test_the_end_of_a_run_on_a_gpu_calls_nothing_to_the_host(monkeypatch):
-    made, moved = task(Full()), []
+    made, moved = tiny_task(Full()), []
     monkeypatch.setattr(nn.Module, "cpu", lambda module: moved.append(module))
     made.cpu()
     assert moved == [made]
@@ -70,10 +39,10 @@ def test_the_end_of_a_run_on_a_gpu_calls_nothing_to_the_host(monkeypatch):
 
 
 def test_loops_pass_over_batches_without_rows(tmp_path):
-    made = task(Full())
+    made = tiny_task(Full())
     data = DataModule(
         processor=made.processor,
-        read=read,
+        read=read_letters,
         train="ABcd",
         validation="EFgh",
         test="IJkl",

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from web_server import CONTENT, Server, gives, hangs_up, refuses
 
-from qwenvl_lit.data import fetch as module
+from qwenvl_lit.data.download import files as module
 from qwenvl_lit.data.download.files import Patience, RemotePicture, fetch
 from qwenvl_lit.types import DataError, Picture
 

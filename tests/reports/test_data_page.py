@@ -1,8 +1,8 @@
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_tags import EVIL, Tags
 from PIL import Image
 
 from qwenvl_lit.data.inspection import inspect
@@ -13,7 +13,6 @@ from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Pictu
 
 PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=16, side=32)
 GREY = Picture(Image.new("RGB", (400, 400), "grey"))
-EVIL = "<script>alert(1)</script> & \"'><img src=x onerror=y>\x1b\ud800"
 
 
 def talk(id: str, *question, answer=("red",)) -> Conversation:
@@ -25,21 +24,6 @@ class Faulty(list):
         if isinstance(place, int) and super().__getitem__(place) is None:
             raise DataError(f"a.jsonl:{place + 1}: {EVIL}")
         return super().__getitem__(place)
-
-
-class Tags(HTMLParser):
-    """The tags of a page, and its text."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def page_of(folder: Path, sets, prompts=(), count=10) -> str:

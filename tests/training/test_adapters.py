@@ -4,8 +4,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.training.adapters import Full, Learned, LoRA, fingerprint
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import DataError

@@ -4,7 +4,7 @@ from small_network import CLOSE, GREEDY, PICTURE, padded, picture_positions, pic
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from qwenvl_lit.models import QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import torch
 from small_network import small_config
 from torch import nn
 
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.training.adapters import Full, LoRA
 from qwenvl_lit.training.memory import CONTEXT, GIB, SPARE, activations_of, blocks_to_recompute, need
 

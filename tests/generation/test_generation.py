@@ -14,9 +14,9 @@ from transformers.generation import logits_process
 
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.sampling import Choice, Stops
-from qwenvl_lit.models import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.decoder import decoder_of
 from qwenvl_lit.models.qwen_vl.image_cache import REMEMBERED, TOGETHER, Pictures
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 STOPS = (7, 9)
 ENDS = {"stop_ids": STOPS, "pad_id": 0}

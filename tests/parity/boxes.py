@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from golden.conversations import FRAMES, blank, golden_sample, opened, swift_sample
-from golden.result import Result, read, same
+from parity.conversations import FRAMES, blank, golden_sample, opened, swift_sample
+from parity.result import Result, read, same
 from qwenvl_lit.grounding import iou, object_in_frame, objects_from_tags, to_frame
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Box, GroundedObject, Picture

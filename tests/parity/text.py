@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from golden.conversations import blank, opened, parts, paths_read
-from golden.result import Result, same
+from parity.conversations import blank, opened, parts, paths_read
+from parity.result import Result, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor

@@ -319,7 +319,7 @@ def test_a_picture_that_is_not_there_or_broken_is_told_from_other_faults(folder,
 
 # ms-swift, whose files these are
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "grounding" / "swift_objects.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "grounding" / "swift_objects.json").read_text())
 REFUSED = {  # written by ms-swift as they come
     "real_outside": "not within its picture",
     "real_inverted": "corners in the wrong order",

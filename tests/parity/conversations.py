@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from golden.result import UnreadableError, read
+from parity.result import UnreadableError, read
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer

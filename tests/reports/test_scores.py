@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_reports_data_page import EVIL, Tags
+from html_tags import EVIL, Tags
 from toy_task import conversation, grounded
 
 from qwenvl_lit.metrics.boxes import MeanIoU

@@ -3,7 +3,7 @@ import torch
 from small_network import small_config, small_network
 from torch import nn
 
-from qwenvl_lit.models import QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import CrossAttention, VisionAttention, resize_positions, sine_cosine_positions
 
 

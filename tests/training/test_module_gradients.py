@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
-from golden.network import as_in_files, load, picture_inputs, read, tensors_of
 from lightning.pytorch.strategies import DDPStrategy
+from parity.network import as_in_files, load, picture_inputs, read, tensors_of
 from torch import nn
 from torch.utils.data import DataLoader
 from toy_task import trainer
@@ -25,7 +25,7 @@ from qwenvl_lit.training.module import Task
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Batch, Conversation, DataError, Turn
 
-GOLDEN = Path(__file__).parent / "golden" / "model"
+GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
 SIZES |= {"visual": {**VISUAL, "resampler_heads": 2}}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from qwenvl_lit.data.demo import dataset as synthetic
 from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
 
-GOLDEN = Path(__file__).parent / "golden" / "tokenizer"
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_tiny_vocabulary.py"
+GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "make_tiny_vocabulary.py"
 TINY = QwenTokenizer(TINY_VOCABULARY)
 
 

@@ -23,7 +23,8 @@ from small_network import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwenvl_lit.models import QwenVLConfig, QwenVLForCausalLM
+from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 
 @pytest.fixture

@@ -1,0 +1,20 @@
+"""What the tests of HTML reports share: hostile text, and the tags and text of a page."""
+
+from html.parser import HTMLParser
+
+EVIL = "<script>alert(1)</script> & \"'><img src=x onerror=y>\x1b\ud800"
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
