@@ -1,4 +1,4 @@
-# make demo   train a small Qwen-VL on embedded pictures, score it, ask it a question   (a few minutes, CPU is enough)
+# make demo   train a small Qwen-VL on embedded images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
 # Both do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
 
@@ -13,7 +13,7 @@ demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
 	$(BIN)/python -m qwenvl_lit.train hydra.run.dir=$(DEMO)
 	$(BIN)/python -m qwenvl_lit.test ckpt=$(DEMO) baseline=true hydra.run.dir=outputs/test/demo
-	$(BIN)/python -m qwenvl_lit.predict ckpt=$(DEMO) picture=docs/car.png prompt="Where is the car?" hydra.run.dir=outputs/predict/demo
+	$(BIN)/python -m qwenvl_lit.predict ckpt=$(DEMO) image=docs/car.png prompt="Where is the car?" hydra.run.dir=outputs/predict/demo
 
 test: lint suite
 

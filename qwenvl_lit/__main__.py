@@ -18,7 +18,9 @@ def main() -> None:
         print(f"python -m qwenvl_lit.{verb:8} {what}")
     print("\nEach says more with --help.")
     if sys.argv[1:]:
-        sys.exit(f"error: there is no command {sys.argv[1]!r} here; write it behind a dot, as above")
+        sys.exit(
+            f"error: there is no command {sys.argv[1]!r} here; write it behind a dot, as above"
+        )
 
 
 if __name__ == "__main__":

@@ -24,36 +24,38 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.runs.run import Run, save_versions
-from qwenvl_lit.training.module import Task
-from qwenvl_lit.training.strategies import AsPlaced
+from qwenvl_lit.training.module import VisionLanguageModule
+from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
 
 
-def task(config: DictConfig, *, adapted: bool = True) -> Task:
+def module(config: DictConfig, *, adapted: bool = True) -> VisionLanguageModule:
     """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published.
 
     Raises:
         DataError: it is to train, and its model is for answers only.
     """
     if "speed" in config and config.model.get("load_in_4bit"):
-        raise DataError("model.load_in_4bit holds a model in 4 bits to answer; to train adapters over 4 bits: adapter=qlora")
-    return Task(
+        raise DataError(
+            "model.load_in_4bit holds a model in 4 bits to answer; to train adapters over 4 bits: adapter=qlora"
+        )
+    return VisionLanguageModule(
         speed=_object(config.speed) if "speed" in config else None,  # first what is refused at once
         generation=generation(config),
         family=_object(config.model),
         adapter=(_object(config.adapter) or None) if adapted else None,
         metrics=metrics(config),
         optim=_object(config.optim) if "optim" in config else None,
-        base=(_object(config.base) or None) if adapted else None,
+        init=(_object(config.init) or None) if adapted else None,
         config=OmegaConf.to_container(config),
     )
 
 
-def trained(run: Run, changes: Mapping[str, Any]) -> Task:
+def trained(run: Run, changes: Mapping[str, Any]) -> VisionLanguageModule:
     """The task of a run, to use what it has learned (`run.checkpoint`); `changes` are fields of its model."""
     config = {name: value for name, value in run.config.items() if name not in ("optim", "speed")}
-    whole = {"base": None, **config, "model": {**config["model"], **changes}, "metrics": {}}
-    return task(OmegaConf.create(whole), adapted=run.checkpoint is not None)
+    whole = {"init": None, **config, "model": {**config["model"], **changes}, "metrics": {}}
+    return module(OmegaConf.create(whole), adapted=run.checkpoint is not None)
 
 
 def metrics(config: DictConfig) -> dict[str, Metric]:
@@ -78,9 +80,13 @@ def data(config: DictConfig, processor: Processor) -> DataModule:
         DataError: there is no run to take the data from, and none was chosen.
     """
     if not config.data:
-        raise DataError("data is missing: choose data=..., for example data=jsonl data.test=my.jsonl")
+        raise DataError(
+            "data is missing: choose data=..., for example data=jsonl data.test=my.jsonl"
+        )
     if "datasets" in config.data and not config.data.datasets:
-        raise DataError("data.datasets is missing: which, and how much of each, for example data.datasets={coco_en_mini:2000,refcoco:0.5}")
+        raise DataError(
+            "data.datasets is missing: which, and how much of each, for example data.datasets={coco_en_mini:2000,refcoco:0.5}"
+        )
     return _object(config.data)(processor=processor)
 
 
@@ -91,10 +97,14 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
         chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
     built = [_object(node) for node in chosen.values()]
     if config.get("speed") and config.speed.vision_cache:
-        built.append(VisionCache(Path(config.paths.cache, "vision"), limit_gb=config.speed.vision_cache_gb))
-    spread = {"strategy": AsPlaced()} if config.model.get("device_map") else {}
+        built.append(
+            VisionCache(Path(config.paths.cache, "vision"), limit_gb=config.speed.vision_cache_gb)
+        )
+    spread = {"strategy": DeviceMapStrategy()} if config.model.get("device_map") else {}
     if config.trainer.accelerator == "gpu" and not torch.accelerator.is_available():
-        raise DataError("there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu and fsdp_cpu try distributed code without")
+        raise DataError(
+            "there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu and fsdp_cpu try distributed code without"
+        )
     make = _object(config.trainer)
     for name in ("max_steps", "max_epochs"):
         if not isinstance(value := config.trainer[name], int | None):
@@ -102,7 +112,9 @@ def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -
     return make(
         default_root_dir=config.paths.run,
         enable_progress_bar="progress" in chosen,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),  # else Lightning adds one of its own
+        enable_checkpointing=any(
+            isinstance(callback, Checkpoint) for callback in built
+        ),  # else Lightning adds one of its own
         callbacks=built,
         logger=list(_object(config.logger).values()) if config.get("logger") else False,
         **spread,
@@ -116,13 +128,23 @@ def start(config: DictConfig) -> None:
         disable_progress_bar()  # of weights that are loaded
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # blocks should change nothing in place: ours do not
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(
+        logging.ERROR
+    )  # blocks should change nothing in place: ours do not
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Total length of .* across ranks is zero.*")  # no validation was asked for
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated.*")  # peft asks by the name that is old in 5.2x
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # metrics join the ranks themselves
-    warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view.*")  # nothing of ours changes it in place
+    warnings.filterwarnings(
+        "ignore", message="Total length of .* across ranks is zero.*"
+    )  # no validation was asked for
+    warnings.filterwarnings(
+        "ignore", message=".*gradient_checkpointing.* is deprecated.*"
+    )  # peft asks by the name that is old in 5.2x
+    warnings.filterwarnings(
+        "ignore", message=".*sync_dist=True.*"
+    )  # metrics join the ranks themselves
+    warnings.filterwarnings(
+        "ignore", message=".*FSDP2-wrapped module .* returned a view.*"
+    )  # nothing of ours changes it in place
 
 
 @rank_zero_only

@@ -26,7 +26,7 @@ class Chat:
     """Reads questions line by line, shows answers while they are decoded, and keeps the conversation.
 
     Each answer is a line of `conversation.jsonl`, a row that `data=jsonl` reads, and its boxes are drawn to
-    `boxes/NUMBER.png`, or `NUMBER_k.png` where they are in picture k > 0 of the conversation.
+    `boxes/NUMBER.png`, or `NUMBER_k.png` where they are in image k > 0 of the conversation.
 
     Args:
         folder: for these files.
@@ -36,7 +36,15 @@ class Chat:
             the rest goes to standard error.
     """
 
-    def __init__(self, model: QwenVL, folder: Path, *, system: str | None = None, multiline: bool = False, terminal: bool = False):
+    def __init__(
+        self,
+        model: QwenVL,
+        folder: Path,
+        *,
+        system: str | None = None,
+        multiline: bool = False,
+        terminal: bool = False,
+    ):
         self.model = model
         self.folder = folder
         self.system = system
@@ -65,7 +73,11 @@ class Chat:
                     return
                 case "multi-line" | "single-line" as mode:
                     self.multiline = mode == "multi-line"
-                    self.remark("a line that ends in # ends a question" if self.multiline else "each line is a question")
+                    self.remark(
+                        "a line that ends in # ends a question"
+                        if self.multiline
+                        else "each line is a question"
+                    )
                 case "clear":
                     self.history = []
                     self.remark("the history is empty")
@@ -82,11 +94,15 @@ class Chat:
 
     def _welcome(self) -> None:
         if self.terminal:
-            self.remark(f"A picture is <img>path or address</img>. Commands: {', '.join(COMMANDS)}. Ctrl-C stops an answer.")
+            self.remark(
+                f"An image is <img>path or address</img>. Commands: {', '.join(COMMANDS)}. Ctrl-C stops an answer."
+            )
             if self.multiline:
                 self.remark("A line that ends in # ends a question.")
-        if self.model.base:
-            self.remark("This is a base model: it continues each text as it stands, without chat markup, system message and history.")
+        if self.model.is_base_model:
+            self.remark(
+                "This is a base model: it continues each text as it stands, without chat markup, system message and history."
+            )
 
     def _read(self, prompt: str) -> str:
         """A line, or several; EOFError where there is none. The end of the input ends several."""
@@ -106,7 +122,7 @@ class Chat:
         return input(prompt if self.terminal else "")
 
     def _reset_system(self) -> None:
-        if self.model.base:
+        if self.model.is_base_model:
             self.remark("a base model has no system message")
             return
         try:
@@ -115,7 +131,9 @@ class Chat:
             self.remark("\nthe system message stays as it was")
             return
         self.system, self.history = said.strip() or None, []
-        self.remark(f"the system message is {'the default' if self.system is None else 'set'}, the history is empty")
+        self.remark(
+            f"the system message is {'the default' if self.system is None else 'set'}, the history is empty"
+        )
 
     def _answer(self, query: str) -> None:
         import torch
@@ -125,7 +143,11 @@ class Chat:
         before, shown = self.history, ""
         try:
             for text, history in self.model.stream(query, before, system=self.system):
-                new, shown, self.history = text[len(shown) :], text, history  # first: Ctrl-C may come while it is printed
+                new, shown, self.history = (
+                    text[len(shown) :],
+                    text,
+                    history,
+                )  # first: Ctrl-C may come while it is printed
                 print(self._printable(new), end="", flush=True)
             print(flush=True)
             files = self._draw(text)
@@ -143,47 +165,68 @@ class Chat:
 
     def _printable(self, text: str) -> str:
         """A terminal would obey control characters."""
-        return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t") if self.terminal else text
+        return (
+            "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+            if self.terminal
+            else text
+        )
 
     @staticmethod
     def _measured(answer: Answer) -> dict[str, float]:
-        seconds = {"seconds": round(answer.seconds, 3), "first_seconds": round(answer.first_seconds or 0.0, 3)}
+        seconds = {
+            "seconds": round(answer.seconds, 3),
+            "first_seconds": round(answer.first_seconds or 0.0, 3),
+        }
         return {"prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens, **seconds}
 
     def _draw(self, answer: Answer) -> list[str]:
         """Names of the files."""
         from qwenvl_lit.build import shown
-        from qwenvl_lit.callbacks.boxes import pictures_with_boxes
+        from qwenvl_lit.callbacks.boxes import images_with_boxes
         from qwenvl_lit.callbacks.predictions import box_numbers
         from qwenvl_lit.grounding import GRID, objects_from_tags
         from qwenvl_lit.rendering.drawing import draw_prediction
         from qwenvl_lit.types import GroundedObject
 
         files = []
-        for picture in pictures_with_boxes(answer.prediction):
-            further = f"_{picture}" if picture else ""
+        for image in images_with_boxes(answer.prediction):
+            further = f"_{image}" if image else ""
             file = self.folder / "boxes" / f"{self.answers:06d}{further}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            draw_prediction(answer.prediction, picture).save(file)
+            draw_prediction(answer.prediction, image).save(file)
             files.append(str(file.relative_to(self.folder)))
             self.remark(f"boxes: {shown(str(file))}")
         placed = [part for part in objects_from_tags(answer) if isinstance(part, GroundedObject)]
         numbers = [number for thing in placed for box in box_numbers(thing) for number in box]
         if files and not all(0 <= number <= GRID for number in numbers):
-            self.remark(f"(a box of the answer reaches beyond 0..{GRID}, and so its picture: it is drawn up to the edge)")
+            self.remark(
+                f"(a box of the answer reaches beyond 0..{GRID}, and so its image: it is drawn up to the edge)"
+            )
         return files
 
-    def _record(self, query: str, history: list[list[str]], response: str, **further: object) -> None:
-        earlier = [] if self.model.base else [[pictures_in_full(asked), said] for asked, said in history]
-        row = {"query": pictures_in_full(query), "response": response, "history": earlier, "system": self.system, **further}
+    def _record(
+        self, query: str, history: list[list[str]], response: str, **further: object
+    ) -> None:
+        earlier = (
+            []
+            if self.model.is_base_model
+            else [[images_in_full(asked), said] for asked, said in history]
+        )
+        row = {
+            "query": images_in_full(query),
+            "response": response,
+            "history": earlier,
+            "system": self.system,
+            **further,
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "conversation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.answers += 1
 
 
-def pictures_in_full(query: str) -> str:
-    """A question whose paths of pictures hold in every folder; addresses are left as they are."""
+def images_in_full(query: str) -> str:
+    """A question whose paths of images hold in every folder; addresses are left as they are."""
 
     def tag(found: re.Match[str]) -> str:
         file = Path(found[1].strip()).expanduser()
@@ -215,21 +258,23 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
-    from qwenvl_lit.data.readers.rows import Reading
+    from qwenvl_lit.data.readers.rows import ReadOptions
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    task = build.task(config, adapted=config.ckpt is not None)
+    task = build.module(config, adapted=config.ckpt is not None)
     cache, folder = Path(config.paths.cache), Path(config.paths.run)
-    model = QwenVL.from_task(
+    model = QwenVL.from_module(
         task,
         checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
         device=device_named(config.device),
-        reading=Reading(cache=cache),
+        read_options=ReadOptions(cache=cache),
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a chat does not end for a character that the terminal cannot show
+        stream.reconfigure(
+            errors="replace"
+        )  # a chat does not end for a character that the terminal cannot show
     chat = Chat(model, folder, system=config.system, multiline=config.multiline, terminal=terminal)
     with line_editing(cache / "chat_history") if terminal else nullcontext():
         try:

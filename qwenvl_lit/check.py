@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from qwenvl_lit import build
     from qwenvl_lit.data.inspection import inspect, workers_here
@@ -29,10 +35,17 @@ def main(config: DictConfig) -> None:
     learned, tests = data.sets()
     sets = {**learned, **tests}
     if not sets:
-        raise DataError("there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE")
-    bad = data.max_bad_fraction if data.on_bad_picture == "drop" else 0.0
+        raise DataError(
+            "there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE"
+        )
+    bad = data.max_bad_fraction if data.on_bad_image == "drop" else 0.0
     workers = config.workers or workers_here()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
         bars = {}
 
@@ -41,13 +54,19 @@ def main(config: DictConfig) -> None:
                 bars[what] = progress.add_task(what, total=total)
             progress.update(bars[what], completed=done)
 
-        inspection = inspect(sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=show)
+        inspection = inspect(
+            sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=show
+        )
     folder = Path(config.paths.run)
     write_findings(inspection, folder / "findings.jsonl")
     shown = examples(inspection, sets, processor, count=config.examples, seed=config.seed)
-    write_page(inspection, shown, folder / "report.html", title=f"Data of {build.shown(config.paths.run)}")
+    write_page(
+        inspection, shown, folder / "report.html", title=f"Data of {build.shown(config.paths.run)}"
+    )
     print_summary(inspection, Console())
-    print(f"\nReport: {build.shown(str(folder / 'report.html'))}   one by one: {build.shown(str(folder / 'findings.jsonl'))}")
+    print(
+        f"\nReport: {build.shown(str(folder / 'report.html'))}   one by one: {build.shown(str(folder / 'findings.jsonl'))}"
+    )
     sys.exit(bool(inspection.errors))
 
 

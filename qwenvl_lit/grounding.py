@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 
-from qwenvl_lit.types import Box, DataError, Frame, GroundedObject, Picture, Quad
+from qwenvl_lit.types import Box, DataError, Frame, GroundedObject, ImageSource, Quad
 
 GRID = 999  # coordinates in text run from 0 to this
 
 
 def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Quad:
-    """The same place in another frame, for a picture of `size` (width, height) in pixels.
+    """The same place in another frame, for an image of `size` (width, height) in pixels.
 
     Grid values become whole numbers by truncation, as ms-swift writes them; nothing is clipped or put in order. A box that is in `frame`
     already comes back as it is: through pixels, 12 % of grid values would lose a step.
@@ -42,21 +42,34 @@ def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Q
 
     width, height = size
     if isinstance(box, Quad):
-        return Quad(points=tuple((convert(x, width), convert(y, height)) for x, y in box.points), frame=frame)
-    return Box(x0=convert(box.x0, width), y0=convert(box.y0, height), x1=convert(box.x1, width), y1=convert(box.y1, height), frame=frame)
+        return Quad(
+            points=tuple((convert(x, width), convert(y, height)) for x, y in box.points),
+            frame=frame,
+        )
+    return Box(
+        x0=convert(box.x0, width),
+        y0=convert(box.y0, height),
+        x1=convert(box.x1, width),
+        y1=convert(box.y1, height),
+        frame=frame,
+    )
 
 
-def object_in_frame(thing: GroundedObject, frame: Frame, pictures: Sequence[Picture]) -> GroundedObject:
-    """`thing` with all its boxes in `frame`. The size of its picture is read only if a box is in another frame.
+def object_in_frame(
+    thing: GroundedObject, frame: Frame, images: Sequence[ImageSource]
+) -> GroundedObject:
+    """`thing` with all its boxes in `frame`. The size of its image is read only if a box is in another frame.
 
     Raises:
-        DataError: that picture does not exist or cannot be read.
+        DataError: that image does not exist or cannot be read.
     """
     if all(box.frame == frame for box in thing.boxes):
         return thing
-    if not 0 <= thing.picture < len(pictures):
-        raise DataError(f"object {thing.label!r} names picture {thing.picture}, counted from 0, of {len(pictures)}; check its `image`")
-    size = pictures[thing.picture].size
+    if not 0 <= thing.image < len(images):
+        raise DataError(
+            f"object {thing.label!r} names image {thing.image}, counted from 0, of {len(images)}; check its `image`"
+        )
+    size = images[thing.image].size
     return replace(thing, boxes=tuple(to_frame(box, frame, size=size) for box in thing.boxes))
 
 
@@ -88,19 +101,23 @@ class Tag(Enum):
     QUAD_END = "</quad>"
 
 
-def tags_from_object(thing: GroundedObject, pictures: Sequence[Picture]) -> Iterator[Tag | str]:
-    """`<ref>label</ref><box>(x0,y0),(x1,y1)</box>...` as tags and text. `pictures`: all of the conversation.
+def tags_from_object(thing: GroundedObject, images: Sequence[ImageSource]) -> Iterator[Tag | str]:
+    """`<ref>label</ref><box>(x0,y0),(x1,y1)</box>...` as tags and text. `images`: all of the conversation.
 
     Raises:
-        DataError: a box in another frame names a picture that does not exist.
+        DataError: a box in another frame names an image that does not exist.
     """
     if thing.label is not None:
         yield from (Tag.REF, thing.label, Tag.REF_END)
-    for box in object_in_frame(thing, "grid", pictures).boxes:
+    for box in object_in_frame(thing, "grid", images).boxes:
         if isinstance(box, Quad):
             yield from (Tag.QUAD, ",".join(map(_point, box.points)), Tag.QUAD_END)
         else:
-            yield from (Tag.BOX, f"{_point((box.x0, box.y0))},{_point((box.x1, box.y1))}", Tag.BOX_END)
+            yield from (
+                Tag.BOX,
+                f"{_point((box.x0, box.y0))},{_point((box.x1, box.y1))}",
+                Tag.BOX_END,
+            )
 
 
 def _point(point: tuple[float, float]) -> str:
@@ -122,8 +139,10 @@ _WHOLE = _patterns(r"[0-9]{1,6}")
 _FRACTIONS = _patterns(r"[0-9]{1,6}(?:\.[0-9]{1,17})?")
 
 
-def objects_from_tags(text: str, *, picture: int = 0, fractions: bool = False) -> tuple[str | GroundedObject, ...]:
-    """`text` parted at its objects, all of them in `picture` and with boxes on the grid.
+def objects_from_tags(
+    text: str, *, image: int = 0, fractions: bool = False
+) -> tuple[str | GroundedObject, ...]:
+    """`text` parted at its objects, all of them in `image` and with boxes on the grid.
 
     A label right before boxes belongs to all of them. Markup that cannot be read stays text, as do boxes with fractions unless `fractions`
     are asked for; inverted boxes stay inverted. Never raises.
@@ -140,14 +159,17 @@ def objects_from_tags(text: str, *, picture: int = 0, fractions: bool = False) -
         end = match.end()
         label, boxes, lone_label = match.groups()
         found = tuple(_box_from_tags(m.group()) for m in one_box.finditer(boxes or ""))
-        parts.append(GroundedObject(label=label if boxes else lone_label, boxes=found, picture=picture))
+        parts.append(GroundedObject(label=label if boxes else lone_label, boxes=found, image=image))
     if rest := text[end:]:
         parts.append(rest)
     return tuple(parts)
 
 
 def _box_from_tags(tags: str) -> Box | Quad:
-    values = [float(value) if "." in value else int(value) for value in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags)]
+    values = [
+        float(value) if "." in value else int(value)
+        for value in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags)
+    ]
     if len(values) == 8:
         return Quad(points=tuple(zip(values[::2], values[1::2], strict=True)), frame="grid")
     return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame="grid")

@@ -1,4 +1,4 @@
-"""`python -m qwenvl_lit.predict ckpt=RUN picture=a.png prompt="Where is the car?"`: answer a question, or the rows of a dataset."""
+"""`python -m qwenvl_lit.predict ckpt=RUN image=a.png prompt="Where is the car?"`: answer a question, or the rows of a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
     from omegaconf import DictConfig
 
-    from qwenvl_lit.training.module import Task
+    from qwenvl_lit.training.module import VisionLanguageModule
     from qwenvl_lit.types import Prediction
 
 
@@ -26,21 +26,30 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.callbacks.predictions import earlier_answers
     from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.data.readers.question import conversation
-    from qwenvl_lit.data.readers.rows import Reading
+    from qwenvl_lit.data.readers.rows import ReadOptions
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    task = build.task(config, adapted=config.ckpt is not None)
+    task = build.module(config, adapted=config.ckpt is not None)
     if asked:
-        files = [config.picture] if isinstance(config.picture, str) else list(config.picture or ())
-        reading = Reading(cache=Path(config.paths.cache))
-        question = conversation([*({"image": file} for file in files), config.prompt], reading=reading)
-        data = DataModule(processor=task.processor, read=lambda source, reading: [question], test={"question": ""})
+        files = [config.image] if isinstance(config.image, str) else list(config.image or ())
+        read_options = ReadOptions(cache=Path(config.paths.cache))
+        question = conversation(
+            [*({"image": file} for file in files), config.prompt], read_options=read_options
+        )
+        data = DataModule(
+            processor=task.processor,
+            read=lambda source, read_options: [question],
+            test={"question": ""},
+        )
     else:
         data = build.data(config, task.processor)
     if config.answered is not None:
         earlier = earlier_answers(Path(config.answered))
-        data.answered = {name: {index: row["id"] for index, row in rows.items()} for name, rows in earlier.items()}
+        data.answered = {
+            name: {index: row["id"] for index, row in rows.items()}
+            for name, rows in earlier.items()
+        }
     task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
     trainer = build.trainer(config)
     if asked:
@@ -48,7 +57,7 @@ def main(config: DictConfig) -> None:
     trainer.predict(task, data, return_predictions=False)
     if trainer.is_global_zero:
         answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
-        drawn = ", and pictures with boxes" if Path(config.paths.run, "boxes").exists() else ""
+        drawn = ", and images with boxes" if Path(config.paths.run, "boxes").exists() else ""
         print(f"Answers to {answered}{drawn}: {build.shown(config.paths.run)}")
 
 
@@ -58,14 +67,18 @@ def asks(config: DictConfig) -> bool:
     Raises:
         DataError: it is half a question.
     """
-    if config.picture is None and config.prompt is None:
+    if config.image is None and config.prompt is None:
         return False
     if config.prompt is None:
-        raise DataError('prompt is missing: predict ckpt=... picture=FILE prompt="What is in the picture?"')
+        raise DataError(
+            'prompt is missing: predict ckpt=... image=FILE prompt="What is in the picture?"'
+        )
     return True
 
 
-def print_answers(trainer: Trainer, task: Task, predictions: list[Prediction], *place: object) -> None:
+def print_answers(
+    trainer: Trainer, task: VisionLanguageModule, predictions: list[Prediction], *place: object
+) -> None:
     for prediction in predictions:
         print(f"\n{prediction.text}\n")
 

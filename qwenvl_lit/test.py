@@ -18,8 +18,20 @@ def main(config: DictConfig) -> None:
 
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
-    from qwenvl_lit.evaluation.benchmarks import compared, files_learned_from, named_benchmarks, published_model
-    from qwenvl_lit.evaluation.sets import answer, answered_file, earlier, open_answered, scored, tests
+    from qwenvl_lit.evaluation.benchmarks import (
+        compared,
+        files_learned_from,
+        named_benchmarks,
+        published_model,
+    )
+    from qwenvl_lit.evaluation.sets import (
+        answer,
+        answered_file,
+        earlier,
+        open_answered,
+        scored,
+        tests,
+    )
     from qwenvl_lit.rendering.table import plain_table, score_table
     from qwenvl_lit.reports.scores_page import Report, write_report
     from qwenvl_lit.runs.predictions import predictions_file
@@ -27,7 +39,9 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.types import DataError
 
     if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
-        raise DataError("predictions= scores answers that are there: leave out ckpt, benchmarks and baseline, or predictions")
+        raise DataError(
+            "predictions= scores answers that are there: leave out ckpt, benchmarks and baseline, or predictions"
+        )
     build.start(config)
     benchmarks = named_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
@@ -43,33 +57,62 @@ def main(config: DictConfig) -> None:
         open_answered(test.data, file)
         sets = scored(test, file, processor)
         for one in sets:
-            results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {f"{one.name}/rows": len(one.predictions)}
+            results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {
+                f"{one.name}/rows": len(one.predictions)
+            }
     else:
-        task = build.task(config, adapted=run is not None)
+        task = build.module(config, adapted=run is not None)
         source = build.shown(str(run.checkpoint)) if run and run.checkpoint else config.model.path
         if config.baseline:
             for test in asked:
-                baseline |= {_name(test, name): value for name, value in answer(task, test, baseline=True).items()}
+                baseline |= {
+                    _name(test, name): value
+                    for name, value in answer(task, test, baseline=True).items()
+                }
         task.trained = run.checkpoint if run else None
         for test in asked:
             results |= {_name(test, name): value for name, value in answer(task, test).items()}
     if rank_zero_only.rank:
         return
-    scores = {name: value for name, value in results.items() if not name.endswith(("/seconds", "/pictures_per_second"))}
+    scores = {
+        name: value
+        for name, value in results.items()
+        if not name.endswith(("/seconds", "/images_per_second"))
+    }
     save_scores(config.paths.run, "test", scores)
     if baseline:
         save_scores(config.paths.run, "baseline", baseline)
     if not config.predictions:
-        sets = [one for test in asked if (file := answered_file(test)) for one in scored(test, file, processor)]
+        sets = [
+            one
+            for test in asked
+            if (file := answered_file(test))
+            for one in scored(test, file, processor)
+        ]
     rows = compared(benchmarks, results, published_model(config))
-    notes = [note for one in benchmarks for note in one.warnings(files_learned_from(run.config["data"]) if run else [])]
+    notes = [
+        note
+        for one in benchmarks
+        for note in one.warnings(files_learned_from(run.config["data"]) if run else [])
+    ]
     if benchmarks and config.model.get("template", "raw") != "raw":
-        notes.append("Questions were asked in chat markup; published scores, Qwen-VL-Chat's too, are without: model.template=raw")
-    report = Report(title=f"Scores of {source}", sets=sets, published=rows, notes=notes, earlier=list(earlier(config, asked, processor)))
+        notes.append(
+            "Questions were asked in chat markup; published scores, Qwen-VL-Chat's too, are without: model.template=raw"
+        )
+    report = Report(
+        title=f"Scores of {source}",
+        sets=sets,
+        published=rows,
+        notes=notes,
+        earlier=list(earlier(config, asked, processor)),
+    )
     page = Path(config.paths.run, "report.html")
     write_report(report, page)
 
-    print(f"\nScores of {source}" + ("" if benchmarks else f" on the sets {', '.join(one.name for one in sets)}"))
+    print(
+        f"\nScores of {source}"
+        + ("" if benchmarks else f" on the sets {', '.join(one.name for one in sets)}")
+    )
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a file has room for whole names
@@ -77,7 +120,7 @@ def main(config: DictConfig) -> None:
     for note in notes:
         print(note)
     beside = ["metrics.json", *([] if config.predictions else ["predictions"])]
-    beside += ["pictures with boxes"] if Path(config.paths.run, "boxes").exists() else []
+    beside += ["images with boxes"] if Path(config.paths.run, "boxes").exists() else []
     print(f"Report: {build.shown(str(page))}   beside it: {', '.join(beside)}")
 
 

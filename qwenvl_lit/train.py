@@ -19,7 +19,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import contents
 
     build.start(config)
-    task = build.task(config)
+    task = build.module(config)
     data = build.data(config, task.processor)
     trainer = build.trainer(config)
     check_memory(config, task, data, trainer)
@@ -31,7 +31,9 @@ def main(config: DictConfig) -> None:
         run = build.shown(config.paths.run)
         if checkpoint and trainer.global_step == steps_before:
             limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
-            print(f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.{limit}=... goes further.")
+            print(
+                f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.{limit}=... goes further."
+            )
         print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
         print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 

@@ -18,18 +18,20 @@ from PIL import Image, UnidentifiedImageError
 if TYPE_CHECKING:
     import torch
 
-Frame = Literal["pixel", "grid", "unit"]  # pixels of the picture | integers 0..999 | 0..1
+Frame = Literal["pixel", "grid", "unit"]  # pixels of the image | integers 0..999 | 0..1
 Role = Literal["system", "user", "assistant"]
 
-MAX_PICTURE_PIXELS = 100_000_000  # 300 MB as RGB: what claims to be larger is broken, or made to fill the memory
+MAX_IMAGE_PIXELS = (
+    100_000_000  # 300 MB as RGB: what claims to be larger is broken, or made to fill the memory
+)
 
 
 class DataError(ValueError):
     """Input that cannot be used; the message names file, line, id, what was expected and what to do."""
 
 
-class BadPicture(DataError):  # noqa: N818 - a kind of it
-    """A picture that is missing, cannot be fetched or cannot be read as one."""
+class BadImage(DataError):  # noqa: N818 - a kind of DataError
+    """An image that is missing, cannot be fetched or cannot be read as one."""
 
 
 class Dropped(DataError):  # noqa: N818 - a decision, not an error
@@ -62,7 +64,9 @@ class Quad:
     frame: Frame = "pixel"
 
     def __post_init__(self):
-        if len(self.points) != 4 or not all(math.isfinite(v) for point in self.points for v in point):
+        if len(self.points) != 4 or not all(
+            math.isfinite(v) for point in self.points for v in point
+        ):
             raise DataError(f"quad needs four points of finite numbers, got {self}")
 
 
@@ -72,11 +76,11 @@ class GroundedObject:
 
     label: str | None = None
     boxes: tuple[Box | Quad, ...] = ()
-    picture: int = 0  # index among the pictures of the conversation
+    image: int = 0  # index among the images of the conversation
 
 
 class Stored(Protocol):
-    """A picture that has to be brought before it can be opened."""
+    """An image that has to be brought before it can be opened."""
 
     @property
     def name(self) -> str:
@@ -87,17 +91,19 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture by file, encoded bytes, PIL image or address. It is fetched and decoded late, in the worker that needs it."""
+class ImageSource:
+    """An image by file, encoded bytes, PIL image or address. It is fetched and decoded late, in the worker that needs it."""
 
     source: Path | bytes | Image.Image | Stored
-    _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)  # read once, a header costs a file access
+    _size: tuple[int, int] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )  # read once, a header costs a file access
 
     def open(self) -> Image.Image:
-        """The decoded picture as stored (mode kept, no EXIF rotation: the original model does none).
+        """The decoded image as stored (mode kept, no EXIF rotation: the original model does none).
 
         Raises:
-            BadPicture: the file is missing, broken, no picture, or has more than `MAX_PICTURE_PIXELS`.
+            BadImage: the file is missing, broken, no image, or has more than `MAX_IMAGE_PIXELS`.
         """
         with self._opened() as image:
             image.load()
@@ -108,7 +114,7 @@ class Picture:
         """(width, height) in pixels, from the header alone.
 
         Raises:
-            BadPicture: as `open`.
+            BadImage: as `open`.
         """
         if self._size is not None:
             return self._size
@@ -124,17 +130,21 @@ class Picture:
         file = self._file()
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                if image.width * image.height > MAX_PICTURE_PIXELS:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError(
-                        f"{image.width} x {image.height} pixels, more than {MAX_PICTURE_PIXELS}; scale it down"
+                        f"{image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
                     )
                 yield image
         except FileNotFoundError:
-            raise BadPicture(f"picture {self.name} does not exist; check the path and `data.root`") from None
+            raise BadImage(
+                f"image {self.name} does not exist; check the path and `data.root`"
+            ) from None
         except UnidentifiedImageError:
-            raise BadPicture(f"picture {self.name} cannot be read as an image: its format is unknown") from None
+            raise BadImage(
+                f"image {self.name} cannot be read as an image: its format is unknown"
+            ) from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
-            raise BadPicture(f"picture {self.name} cannot be read as an image: {error}") from error
+            raise BadImage(f"image {self.name} cannot be read as an image: {error}") from error
 
     def _file(self) -> Path | bytes:
         assert not isinstance(self.source, Image.Image)
@@ -143,36 +153,53 @@ class Picture:
         try:
             return self.source.path()
         except DataError as fault:
-            raise BadPicture(str(fault)) from fault
+            raise BadImage(str(fault)) from fault
 
     @property
     def key(self) -> str:
-        """SHA-256 of the content: equal pictures have equal keys, wherever they are stored.
+        """SHA-256 of the content: equal images have equal keys, wherever they are stored.
 
         Raises:
-            BadPicture: its file cannot be read.
+            BadImage: its file cannot be read.
         """
         if isinstance(self.source, Image.Image):
-            content = repr((self.source.mode, self.source.size, self.source.getpalette())).encode() + self.source.tobytes()
+            content = (
+                repr((self.source.mode, self.source.size, self.source.getpalette())).encode()
+                + self.source.tobytes()
+            )
         else:
             file = self._file()
             try:
                 content = file if isinstance(file, bytes) else file.read_bytes()
             except OSError as fault:
-                raise BadPicture(f"picture {self.name} cannot be read: {fault.strerror}; check the path and `data.root`") from None
+                raise BadImage(
+                    f"image {self.name} cannot be read: {fault.strerror}; check the path and `data.root`"
+                ) from None
         return hashlib.sha256(content).hexdigest()
 
     @property
     def name(self) -> str:
-        """For messages and written predictions: the path or address, or what kind of picture it is."""
+        """For messages and written predictions: the path or address, or what kind of image it is."""
         if isinstance(self.source, Path):
             return str(self.source)
-        return f"<{type(self.source).__name__}>" if isinstance(self.source, bytes | Image.Image) else self.source.name
+        return (
+            f"<{type(self.source).__name__}>"
+            if isinstance(self.source, bytes | Image.Image)
+            else self.source.name
+        )
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)  # what Pillow's readers raise for bad files
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+)  # what Pillow's readers raise for bad files
 
-Part = str | Picture | GroundedObject
+Part = str | ImageSource | GroundedObject
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,17 +216,29 @@ class Conversation:
 
     id: str
     turns: tuple[Turn, ...]
-    references: tuple[str, ...] = ()  # further right answers as plain text (captions, VQA's ten answers)
-    options: tuple[str, ...] = ()  # answers to choose from: the likeliest is the prediction, nothing is generated
-    columns: Mapping[str, str] = field(default_factory=dict)  # further columns of the row, for selecting and grouping scores
+    references: tuple[
+        str, ...
+    ] = ()  # further right answers as plain text (captions, VQA's ten answers)
+    options: tuple[
+        str, ...
+    ] = ()  # answers to choose from: the likeliest is the prediction, nothing is generated
+    columns: Mapping[str, str] = field(
+        default_factory=dict
+    )  # further columns of the row, for selecting and grouping scores
     index: int = 0  # place in its dataset; predictions are written in this order
-    where: str = field(default="", compare=False)  # the file and line it was read from, for messages
-    notes: tuple[str, ...] = ()  # what a reader repaired in this row or kept against better knowledge
+    where: str = field(
+        default="", compare=False
+    )  # the file and line it was read from, for messages
+    notes: tuple[
+        str, ...
+    ] = ()  # what a reader repaired in this row or kept against better knowledge
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """All pictures in reading order; `GroundedObject.picture` counts in this tuple."""
-        return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, Picture))
+    def images(self) -> tuple[ImageSource, ...]:
+        """All images in reading order; `GroundedObject.image` counts in this tuple."""
+        return tuple(
+            part for turn in self.turns for part in turn.parts if isinstance(part, ImageSource)
+        )
 
     @property
     def answer(self) -> Turn | None:
@@ -218,7 +257,9 @@ class Sample:
     conversation: Conversation
     input_ids: torch.Tensor  # (T,) int64
     labels: torch.Tensor  # (T,) int64, -100 where nothing is learned; not shifted
-    vision_positions: torch.Tensor  # (M,) int64: tokens that vision features overwrite, in picture order
+    vision_positions: (
+        torch.Tensor
+    )  # (M,) int64: tokens that vision features overwrite, in image order
     vision: Mapping[str, torch.Tensor]  # the family's own tensors; concatenate along dimension 0
 
 
@@ -234,14 +275,20 @@ class Batch:
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64, not shifted
     attention_mask: torch.Tensor | None  # (B, T) int64; None when packed
-    position_ids: torch.Tensor | None  # (B, T) int64, restarting with each packed sample, 0 at padding; None when padded
+    position_ids: (
+        torch.Tensor | None
+    )  # (B, T) int64, restarting with each packed sample, 0 at padding; None when padded
     lengths: tuple[int, ...]  # tokens of each sample, padding left out
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
     vision: Mapping[str, torch.Tensor]
     dropped: tuple[str, ...] = ()  # why rows that belong to this batch are not in it
-    segment_bounds: torch.Tensor | None = None  # (n + 1,) int32, cumulative lengths of segments, the last of them empty; when packed
-    longest_segment: int | None = None  # no segment has more tokens; as T and n the same for all batches of a run; when packed
+    segment_bounds: torch.Tensor | None = (
+        None  # (n + 1,) int32, cumulative lengths of segments, the last of them empty; when packed
+    )
+    longest_segment: int | None = (
+        None  # no segment has more tokens; as T and n the same for all batches of a run; when packed
+    )
 
     def _map(self, change) -> Batch:
         def visit(value):

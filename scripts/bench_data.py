@@ -3,7 +3,7 @@
     python scripts/bench_data.py                        prints the table, and what `--record` would write
     python scripts/bench_data.py --record benchmarks/data.json
 
-Rows are captions of JPEG pictures of 640 x 480, made in a temporary folder; every figure is the median of several rounds, taken in turn.
+Rows are captions of JPEG images of 640 x 480, made in a temporary folder; every figure is the median of several rounds, taken in turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from training_rows import write_pictures
+from training_rows import write_images
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
@@ -33,15 +33,33 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 
 SIDE, SPAN, BATCH = 448, 256, 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-WORDS = ("a", "man", "in", "red", "jacket", "stands", "beside", "two", "dogs", "on", "the", "grass", "near", "an", "old", "stone", "bridge")
+WORDS = (
+    "a",
+    "man",
+    "in",
+    "red",
+    "jacket",
+    "stands",
+    "beside",
+    "two",
+    "dogs",
+    "on",
+    "the",
+    "grass",
+    "near",
+    "an",
+    "old",
+    "stone",
+    "bridge",
+)
 SYSTEM = "system\nYou are a helpful assistant."
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """`rows.jsonl` and its pictures."""
+    """`rows.jsonl` and its images."""
     draw = np.random.default_rng(0)
     with (folder / "rows.jsonl").open("w") as file:
-        for name in write_pictures(folder, count):
+        for name in write_images(folder, count):
             answer = " ".join(draw.choice(WORDS, 12))
             query = f"Picture 1:<img>{name}</img>\nplease describe the image."
             file.write(json.dumps({"query": query, "response": answer}) + "\n")
@@ -56,7 +74,9 @@ def plain_loop(folder: Path, tokenizer: QwenTokenizer) -> int:
         row = json.loads(line)
         before, rest = row["query"].split("<img>")
         name, after = rest.split("</img>")
-        image = Image.open(folder / name).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        image = (
+            Image.open(folder / name).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        )
         pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - mean) / std
         ids = [
             tokenizer.im_start_id,
@@ -64,9 +84,22 @@ def plain_loop(folder: Path, tokenizer: QwenTokenizer) -> int:
             tokenizer.im_end_id,
             *tokenizer.encode("\n"),
         ]
-        ids += [tokenizer.im_start_id, *tokenizer.encode(f"user\n{before}"), tokenizer.special["<img>"]]
-        ids += [tokenizer.special["<imgpad>"]] * SPAN + [tokenizer.special["</img>"], *tokenizer.encode(after), tokenizer.im_end_id]
-        ids += [*tokenizer.encode("\n"), tokenizer.im_start_id, *tokenizer.encode(f"assistant\n{row['response']}"), tokenizer.im_end_id]
+        ids += [
+            tokenizer.im_start_id,
+            *tokenizer.encode(f"user\n{before}"),
+            tokenizer.special["<img>"],
+        ]
+        ids += [tokenizer.special["<imgpad>"]] * SPAN + [
+            tokenizer.special["</img>"],
+            *tokenizer.encode(after),
+            tokenizer.im_end_id,
+        ]
+        ids += [
+            *tokenizer.encode("\n"),
+            tokenizer.im_start_id,
+            *tokenizer.encode(f"assistant\n{row['response']}"),
+            tokenizer.im_end_id,
+        ]
         batch.append((torch.tensor(ids), pixels))
         if len(batch) == BATCH:
             torch.nn.utils.rnn.pad_sequence([ids for ids, _ in batch], batch_first=True)
@@ -88,7 +121,9 @@ def measured(rounds: int, ways: dict[str, Callable[[], int]]) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -100,16 +135,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, arguments.rows)
-        rows = read_rows("rows.jsonl", DataModule(processor=processor, read=read_rows, root=folder).datasets[""].reading)
+        rows = read_rows(
+            "rows.jsonl",
+            DataModule(processor=processor, read=read_rows, root=folder).datasets[""].read_options,
+        )
         parsed = list(rows)
         data = DataModule(
-            processor=processor, read=read_rows, root=folder, train="rows.jsonl", batch_size=BATCH, num_workers=arguments.workers
+            processor=processor,
+            read=read_rows,
+            root=folder,
+            train="rows.jsonl",
+            batch_size=BATCH,
+            num_workers=arguments.workers,
         )
         data.setup("fit")
         loader = data.train_dataloader()
 
         def load() -> int:
-            return sum(len(normalised(batch.vision["pixel_values"])) for batch in loader)  # on a GPU this costs next to nothing
+            return sum(
+                len(normalised(batch.vision["pixel_values"])) for batch in loader
+            )  # on a GPU this costs next to nothing
 
         load()  # workers are started once a run, and files are in the page cache for all alike
         rates = measured(
@@ -118,7 +163,9 @@ def main() -> None:
                 "plain loop, 1 process": lambda: plain_loop(folder, tokenizer),
                 "rows read, 1 core": lambda: sum(1 for _ in rows),
                 "rows tokenised, 1 core": lambda: len([processor.length(row) for row in parsed]),
-                "pictures prepared, 1 core": lambda: len([preprocess(row.pictures[0].open(), SIDE) for row in parsed]),
+                "images prepared, 1 core": lambda: len(
+                    [preprocess(row.images[0].open(), SIDE) for row in parsed]
+                ),
                 f"loader, {arguments.workers} workers": load,
             },
         )
@@ -126,8 +173,12 @@ def main() -> None:
     report = {
         "command": f"python scripts/bench_data.py --rows {arguments.rows} --rounds {arguments.rounds} --workers {arguments.workers}",
         "device": f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pillow": PIL.__version__},
-        "rows": f"{arguments.rows} JPEG pictures of 640 x 480 with a caption, to {SIDE} x {SIDE} pixels and about {SPAN + 60} tokens",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+        },
+        "rows": f"{arguments.rows} JPEG images of 640 x 480 with a caption, to {SIDE} x {SIDE} pixels and about {SPAN + 60} tokens",
         "samples_per_second": rates,
         "loader_to_plain_loop": round(loaded / plain, 2),
     }
@@ -142,7 +193,10 @@ def main() -> None:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

@@ -26,14 +26,18 @@ def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
     """An adapter folder whose adapter changes what it is merged into."""
     import torch
 
-    from qwenvl_lit.models.qwen_vl.family import QwenVL
+    from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
     from qwenvl_lit.training.adapters import LoRA
 
-    family = QwenVL(path=str(base), dtype="bfloat16")
-    adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(family.outline(), family.parts)
+    family = QwenVLFamily(path=str(base), dtype="bfloat16")
+    adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(
+        family.meta_model(), family.components
+    )
     draw = torch.Generator().manual_seed(0)
     learned = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
-    noise = {name: torch.randn(tensor.shape, generator=draw) / 1000 for name, tensor in learned.items()}
+    noise = {
+        name: torch.randn(tensor.shape, generator=draw) / 1000 for name, tensor in learned.items()
+    }
     adapted.load_state_dict(noise, strict=False, assign=True)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(folder, state_dict=noise, save_embedding_layers=False)
@@ -76,9 +80,20 @@ def write_record(arguments: argparse.Namespace, results: list[dict[str, float | 
     options = {name: getattr(arguments, name) for name in ("size", "device", "format")}
     on_gpu = arguments.device.startswith("cuda")
     record = {
-        "command": " ".join(["python scripts/bench_export.py", *(f"--{name} {value}" for name, value in options.items())]),
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "command": " ".join(
+            [
+                "python scripts/bench_export.py",
+                *(f"--{name} {value}" for name, value in options.items()),
+            ]
+        ),
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else platform.processor() or platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "note": f"an adapter of rank {arguments.rank} on {arguments.targets}; one process a row, imports apart",
         "results": results,
     }
@@ -87,25 +102,55 @@ def write_record(arguments: argparse.Namespace, results: list[dict[str, float | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where base, adapter and the merged model are, or are written to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="where base, adapter and the merged model are, or are written to",
+    )
     parser.add_argument("--size", default="full", help="small, to try this script")
-    parser.add_argument("--device", default="cuda:0", help="where random weights are drawn and the models are compared")
-    parser.add_argument("--format", default="bin", choices=("bin", "safetensors"), help="of the base")
+    parser.add_argument(
+        "--device",
+        default="cuda:0",
+        help="where random weights are drawn and the models are compared",
+    )
+    parser.add_argument(
+        "--format", default="bin", choices=("bin", "safetensors"), help="of the base"
+    )
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--compare", nargs="+", default=("none", "sample"), choices=("none", "sample"), help="a row each")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=("none", "sample"),
+        choices=("none", "sample"),
+        help="a row each",
+    )
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # a process that measures an export with these arguments
+    parser.add_argument(
+        "--one", nargs="+", help=argparse.SUPPRESS
+    )  # a process that measures an export with these arguments
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(export(arguments.one)))
         return
 
-    base, adapter, merged = (arguments.folder.resolve() / name for name in (arguments.format, "adapter", "merged"))
+    base, adapter, merged = (
+        arguments.folder.resolve() / name for name in (arguments.format, "adapter", "merged")
+    )
     if not base.exists():
         script = Path(__file__).with_name("make_checkpoint.py")
-        options = ["--size", arguments.size, "--format", arguments.format, "--device", arguments.device.split(":")[0]]
+        options = [
+            "--size",
+            arguments.size,
+            "--format",
+            arguments.format,
+            "--device",
+            arguments.device.split(":")[0],
+        ]
         subprocess.run([sys.executable, script, base, *options], check=True)
     if not adapter.exists():
         write_noise(adapter, base, arguments.targets, arguments.rank)
@@ -120,11 +165,31 @@ def main() -> None:
             f"device={arguments.device}",
             f"hydra.run.dir={arguments.folder.resolve()}",
         ]
-        command = [sys.executable, __file__, "--folder", arguments.folder, "--one", *overrides, "hydra.output_subdir=null"]
+        command = [
+            sys.executable,
+            __file__,
+            "--folder",
+            arguments.folder,
+            "--one",
+            *overrides,
+            "hydra.output_subdir=null",
+        ]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        row = {"compare": compare, "checkpoint_gib": sum(file.stat().st_size for file in base.iterdir()) / GiB}
-        row |= {"largest_shard_gib": largest / GiB, **json.loads(printed.splitlines()[-1]), "said": said(printed)}
-        results.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+        row = {
+            "compare": compare,
+            "checkpoint_gib": sum(file.stat().st_size for file in base.iterdir()) / GiB,
+        }
+        row |= {
+            "largest_shard_gib": largest / GiB,
+            **json.loads(printed.splitlines()[-1]),
+            "said": said(printed),
+        }
+        results.append(
+            {
+                key: round(value, 3) if isinstance(value, float) else value
+                for key, value in row.items()
+            }
+        )
         print(json.dumps(results[-1]), flush=True)
         shutil.rmtree(merged)
         if arguments.record:

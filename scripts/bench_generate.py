@@ -1,8 +1,8 @@
-"""How fast answers are decoded at full size, and a whole prediction from pictures on disk to a file of answers.
+"""How fast answers are decoded at full size, and a whole prediction from images on disk to a file of answers.
 
     python scripts/bench_generate.py --record benchmarks/generate.json
 
-Random weights of the published sizes; a prompt of 300 tokens with a picture, 64 new tokens. Then `python -m qwenvl_lit.predict` over 1,000
+Random weights of the published sizes; a prompt of 300 tokens with an image, 64 new tokens. Then `python -m qwenvl_lit.predict` over 1,000
 rows with a JPEG each, which this script makes, and 20 new tokens. `--four-bits` decodes with such weights too (needs bitsandbytes).
 `--size small --device cpu` is to try this script.
 """
@@ -26,8 +26,8 @@ import transformers
 from PIL import Image
 
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.checkpoint import NF4
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 
 GiB = 2**30
 PROMPT, NEW = 300, 64
@@ -52,7 +52,7 @@ SMALL = {
 
 
 def prompts(model, rows: int, lengths: list[int] | None = None) -> dict[str, torch.Tensor]:
-    """Left-padded rows of random text, each after a picture of noise."""
+    """Left-padded rows of random text, each after an image of noise."""
     device, span, visual = model.device, model.config.n_queries, model.config.visual
     start = visual["image_start_id"]
     draw = torch.Generator().manual_seed(0)
@@ -65,7 +65,12 @@ def prompts(model, rows: int, lengths: list[int] | None = None) -> dict[str, tor
         ids[row, first : first + span + 2] = torch.tensor([start, *[start + 2] * span, start + 1])
     positions = torch.arange(rows)[:, None] * PROMPT + places[:, None] + 1 + torch.arange(span)
     pixels = torch.randn(rows, 3, visual["image_size"], visual["image_size"], generator=draw)
-    inputs = {"input_ids": ids, "attention_mask": mask, "vision_positions": positions.flatten(), "pixel_values": pixels}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "vision_positions": positions.flatten(),
+        "pixel_values": pixels,
+    }
     return {name: value.to(device) for name, value in inputs.items()}
 
 
@@ -88,11 +93,24 @@ def decoding(model, rows: int, compile: bool, on_gpu: bool) -> dict[str, float |
         torch.cuda.reset_peak_memory_stats()
     answer, token = (Generation(max_new_tokens=count, compile=compile) for count in (NEW, 1))
     first = seconds(lambda: answer(model, inputs, **ends), on_gpu)
-    whole = statistics.median(seconds(lambda: answer(model, inputs, **ends), on_gpu) for _ in range(3))
-    prefill = statistics.median(seconds(lambda: token(model, inputs, **ends), on_gpu) for _ in range(3))
+    whole = statistics.median(
+        seconds(lambda: answer(model, inputs, **ends), on_gpu) for _ in range(3)
+    )
+    prefill = statistics.median(
+        seconds(lambda: token(model, inputs, **ends), on_gpu) for _ in range(3)
+    )
     step = (whole - prefill) / (NEW - 1)
-    measured: dict[str, float | int | bool] = {"rows": rows, "compiled": compile, "tokens_per_s": rows / step, "step_ms": 1000 * step}
-    measured |= {"prefill_with_picture_s": prefill, "tokens_per_s_with_prefill": rows * NEW / whole, "first_answer_s": first}
+    measured: dict[str, float | int | bool] = {
+        "rows": rows,
+        "compiled": compile,
+        "tokens_per_s": rows / step,
+        "step_ms": 1000 * step,
+    }
+    measured |= {
+        "prefill_with_image_s": prefill,
+        "tokens_per_s_with_prefill": rows * NEW / whole,
+        "first_answer_s": first,
+    }
     if on_gpu:
         measured["peak_gib"] = torch.cuda.max_memory_allocated() / GiB
     return measured
@@ -107,15 +125,21 @@ def agreement(model, rows: int, compile: bool) -> dict[str, float | int]:
     shared = []
     for row, length in enumerate(lengths):
         ids = inputs["input_ids"][row : row + 1, PROMPT - length :]
-        alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": inputs["pixel_values"][row : row + 1]}
+        alone = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": inputs["pixel_values"][row : row + 1],
+        }
         alone["vision_positions"] = torch.arange(1, span + 1, device=ids.device)
         (answer,) = generation(model, alone, **ends)
         same = [a == b for a, b in zip(answer, together[row], strict=True)]
         shared.append(same.index(False) if False in same else NEW)
     first = sum(count > 0 for count in shared) / rows
-    return {"rows": rows, "same_answer": sum(count == NEW for count in shared) / rows, "same_first_token": first} | {
-        "tokens_before_the_first_difference": statistics.mean(shared)
-    }
+    return {
+        "rows": rows,
+        "same_answer": sum(count == NEW for count in shared) / rows,
+        "same_first_token": first,
+    } | {"tokens_before_the_first_difference": statistics.mean(shared)}
 
 
 def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | str]:
@@ -126,14 +150,45 @@ def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | s
         with (folder / "rows.jsonl").open("w") as file:
             for row in range(arguments.rows):
                 coarse = torch.randint(0, 256, (30, 40, 3), generator=draw, dtype=torch.uint8)
-                Image.fromarray(coarse.numpy()).resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{row}.jpg", quality=90)
-                file.write(json.dumps({"query": f"<img>{folder / f'{row}.jpg'}</img>Where is thing {row}?", "response": ""}) + "\n")
+                Image.fromarray(coarse.numpy()).resize((640, 480), Image.Resampling.BICUBIC).save(
+                    folder / f"{row}.jpg", quality=90
+                )
+                file.write(
+                    json.dumps(
+                        {
+                            "query": f"<img>{folder / f'{row}.jpg'}</img>Where is thing {row}?",
+                            "response": "",
+                        }
+                    )
+                    + "\n"
+                )
         full = arguments.size == "full"
-        model = ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny", f"model.dtype={arguments.dtype}"]
-        command = [sys.executable, "-m", "qwenvl_lit.predict", *(model if full else ["model=qwen_vl_tiny"])]
-        command += ["data=jsonl", f"data.test={folder / 'rows.jsonl'}", f"data.eval_batch_size={arguments.batch}"]
-        command += [f"data.num_workers={arguments.workers}", "generation.max_new_tokens=20", "generation.min_new_tokens=20"]
-        command += [f"generation.compile={str(arguments.device.startswith('cuda')).lower()}", f"hydra.run.dir={folder / 'run'}"]
+        model = [
+            "model=qwen_vl_chat",
+            "model.weights=random",
+            "model.vocabulary=tiny",
+            f"model.dtype={arguments.dtype}",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "qwenvl_lit.predict",
+            *(model if full else ["model=qwen_vl_tiny"]),
+        ]
+        command += [
+            "data=jsonl",
+            f"data.test={folder / 'rows.jsonl'}",
+            f"data.eval_batch_size={arguments.batch}",
+        ]
+        command += [
+            f"data.num_workers={arguments.workers}",
+            "generation.max_new_tokens=20",
+            "generation.min_new_tokens=20",
+        ]
+        command += [
+            f"generation.compile={str(arguments.device.startswith('cuda')).lower()}",
+            f"hydra.run.dir={folder / 'run'}",
+        ]
         command += [] if arguments.device.startswith("cuda") else ["strategy=cpu"]
         start = time.perf_counter()
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -142,7 +197,7 @@ def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | s
             sys.exit(f"predict ended with {run.returncode}: {run.stdout}")
         written = (folder / "run" / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in written] == list(range(arguments.rows))
-    rate = r"([\d.]+) pictures/s, (\d+) new tokens/s"
+    rate = r"([\d.]+) images/s, (\d+) new tokens/s"
     all_rows = re.search(rf"predict: (\d+) rows in ([\d.]+) s, {rate}", run.stdout)
     warm = re.search(rf"first batch, of ([\d.]+) s: {rate}; loading took ([\d.]+) s", run.stdout)
     assert all_rows, run.stdout
@@ -151,9 +206,9 @@ def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | s
         "command": " ".join(["python", *command[1:]]).replace(name, "FOLDER"),
         "rows": int(all_rows[1]),
         "seconds_with_compilation": float(all_rows[2]),
-        "pictures_per_s_with_compilation": float(all_rows[3]),
+        "images_per_s_with_compilation": float(all_rows[3]),
         "first_batch_with_compilation_s": float(warm[1]),
-        "pictures_per_s": float(warm[2]),
+        "images_per_s": float(warm[2]),
         "new_tokens_per_s": int(warm[3]),
         "loading_s": float(warm[4]),
         "process_s": total,
@@ -161,11 +216,21 @@ def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="full", choices=["full", "small"], help="small, to try this script")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", default="full", choices=["full", "small"], help="small, to try this script"
+    )
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 32, 128], help="rows that are decoded together")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32, 128],
+        help="rows that are decoded together",
+    )
     parser.add_argument("--rows", type=int, default=1000, help="of the prediction; 0: none")
     parser.add_argument("--batch", type=int, default=128, help="of the prediction")
     parser.add_argument("--workers", type=int, default=4, help="of the prediction")
@@ -176,10 +241,18 @@ def main() -> None:
 
     result: dict[str, object] = {}
     made = time.perf_counter()
-    sizes = {"path": "Qwen/Qwen-VL-Chat", "weights": "random"} if arguments.size == "full" else {"config": SMALL}
-    family = QwenVL(**sizes, vocabulary="tiny", dtype=arguments.dtype)
+    sizes = (
+        {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
+        if arguments.size == "full"
+        else {"config": SMALL}
+    )
+    family = QwenVLFamily(**sizes, vocabulary="tiny", dtype=arguments.dtype)
     model = family.load(arguments.device)
-    result["model"] = {"parameters": model.num_parameters(), "dtype": arguments.dtype, "drawn_in_s": time.perf_counter() - made}
+    result["model"] = {
+        "parameters": model.num_parameters(),
+        "dtype": arguments.dtype,
+        "drawn_in_s": time.perf_counter() - made,
+    }
     print(json.dumps(result["model"]), flush=True)
     decoded = []
     for compile in [False, True] if on_gpu else [False]:
@@ -187,13 +260,17 @@ def main() -> None:
             decoded.append(decoding(model, rows, compile, on_gpu))
             print(json.dumps(rounded(decoded[-1])), flush=True)
     result["decoding"] = decoded
-    result["together_and_one_by_one"] = agreement(model, min(8, max(arguments.sizes)), compile=on_gpu)
+    result["together_and_one_by_one"] = agreement(
+        model, min(8, max(arguments.sizes)), compile=on_gpu
+    )
     print(json.dumps(rounded(result["together_and_one_by_one"])), flush=True)
     if arguments.four_bits:
         Generation.release(model)
         del model
-        model = family.load(arguments.device, quantization=FOUR_BITS)
-        result["decoding_with_four_bits"] = [decoding(model, rows, False, on_gpu) for rows in arguments.sizes if rows <= 32]
+        model = family.load(arguments.device, quantization=NF4)
+        result["decoding_with_four_bits"] = [
+            decoding(model, rows, False, on_gpu) for rows in arguments.sizes if rows <= 32
+        ]
         print(json.dumps(rounded(result["decoding_with_four_bits"])), flush=True)
     if arguments.rows:  # in a process of its own, which finds the kernels that were compiled above in the cache of torch
         Generation.release(model)
@@ -205,12 +282,25 @@ def main() -> None:
         result["predict"] = whole_prediction(arguments)
         print(json.dumps(result["predict"]), flush=True)
     if arguments.record:
-        options = ["--size", arguments.size, "--device", arguments.device, "--dtype", arguments.dtype]
+        options = [
+            "--size",
+            arguments.size,
+            "--device",
+            arguments.device,
+            "--dtype",
+            arguments.dtype,
+        ]
         options += ["--four-bits"] * arguments.four_bits
         record = {
             "command": " ".join(["python scripts/bench_generate.py", *options]),
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "device": torch.cuda.get_device_name()
+            if on_gpu
+            else platform.processor() or platform.machine(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "note": "rates are after warm-up, without loading, unless the name says so; medians of three; weights are in peak_gib; "
             "first_answer_s has compilation in it, predict finds the kernels compiled",
             **rounded(result),

@@ -3,7 +3,7 @@
     python scripts/bench_load.py --folder /tmp/random-qwen-vl --record benchmarks/load.json
 
 Writes random weights in the published layout to FOLDER if there are none (19.3 GB). Each format is loaded by a fresh process, once from the
-disk and once from the page cache, as `Task.configure_model` does it.
+disk and once from the page cache, as `VisionLanguageModule.configure_model` does it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load(folder: Path, device: str, dtype: str, steps: int) -> dict[str, float |
     import torch
 
     from qwenvl_lit.generation.generation import Generation
-    from qwenvl_lit.models.qwen_vl.family import QwenVL
+    from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 
     on_gpu = device.startswith("cuda")
     torch.ones(1, device=device)  # the device's context is not part of a checkpoint
@@ -35,7 +35,7 @@ def load(folder: Path, device: str, dtype: str, steps: int) -> dict[str, float |
     anonymous = Peak("RssAnon")
     start = time.perf_counter()
     with anonymous:
-        family = QwenVL(path=str(folder), dtype=dtype)
+        family = QwenVLFamily(path=str(folder), dtype=dtype)
         model = family.load(device)
         if on_gpu:
             torch.cuda.synchronize()
@@ -50,11 +50,21 @@ def load(folder: Path, device: str, dtype: str, steps: int) -> dict[str, float |
         measured["gpu_after_load_gib"] = torch.cuda.max_memory_allocated() / GiB
 
     span, visual = model.config.n_queries, model.config.visual
-    ids = [1, 2, 3, visual["image_start_id"], *[visual["image_start_id"] + 2] * span, visual["image_start_id"] + 1, *range(10, 49)]
+    ids = [
+        1,
+        2,
+        3,
+        visual["image_start_id"],
+        *[visual["image_start_id"] + 2] * span,
+        visual["image_start_id"] + 1,
+        *range(10, 49),
+    ]
     inputs = {
         "input_ids": torch.tensor([ids], device=device),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.int64, device=device),
-        "pixel_values": torch.randn(1, 3, visual["image_size"], visual["image_size"], device=device),
+        "pixel_values": torch.randn(
+            1, 3, visual["image_size"], visual["image_size"], device=device
+        ),
         "vision_positions": torch.arange(4, 4 + span, device=device),
     }
     greedy = Generation(max_new_tokens=steps, min_new_tokens=steps)
@@ -106,18 +116,29 @@ def forget(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints are, or are written to: FOLDER/bin, ...")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="where the checkpoints are, or are written to: FOLDER/bin, ...",
+    )
     parser.add_argument("--formats", nargs="+", default=["bin", "safetensors"])
     parser.add_argument("--size", default="full", help="small, to try this script")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--record", type=Path)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process that measures FOLDER
+    parser.add_argument(
+        "--one", action="store_true", help=argparse.SUPPRESS
+    )  # a process that measures FOLDER
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(load(arguments.folder, arguments.device, arguments.dtype, arguments.steps)))
+        print(
+            json.dumps(load(arguments.folder, arguments.device, arguments.dtype, arguments.steps))
+        )
         return
 
     import torch
@@ -128,27 +149,60 @@ def main() -> None:
         folder = arguments.folder / kind
         if not folder.exists():
             script = Path(__file__).with_name("make_checkpoint.py")
-            options = ["--size", arguments.size, "--format", kind, "--device", arguments.device.split(":")[0]]
+            options = [
+                "--size",
+                arguments.size,
+                "--format",
+                kind,
+                "--device",
+                arguments.device.split(":")[0],
+            ]
             subprocess.run([sys.executable, script, folder, *options], check=True)
         largest = max(file.stat().st_size for file in folder.iterdir())
         for source in ("disk", "page cache"):
             if source == "disk":
                 forget(folder)
-            command = [sys.executable, __file__, "--one", "--folder", folder, "--device", arguments.device, "--dtype", arguments.dtype]
+            command = [
+                sys.executable,
+                __file__,
+                "--one",
+                "--folder",
+                folder,
+                "--device",
+                arguments.device,
+                "--dtype",
+                arguments.dtype,
+            ]
             command += ["--steps", str(arguments.steps)]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             size = sum(file.stat().st_size for file in folder.iterdir())
-            row = {"format": kind, "from": source, "checkpoint_gib": size / GiB, "largest_shard_gib": largest / GiB}
+            row = {
+                "format": kind,
+                "from": source,
+                "checkpoint_gib": size / GiB,
+                "largest_shard_gib": largest / GiB,
+            }
             row |= json.loads(printed.splitlines()[-1])
             row["host_peak_above_one_shard_gib"] = row["host_peak_gib"] - row["largest_shard_gib"]
-            results.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+            results.append(
+                {
+                    key: round(value, 3) if isinstance(value, float) else value
+                    for key, value in row.items()
+                }
+            )
             print(json.dumps(results[-1]), flush=True)
     if arguments.record:
         on_gpu = arguments.device.startswith("cuda")
         record = {
             "command": f"python scripts/bench_load.py --size {arguments.size} --device {arguments.device} --dtype {arguments.dtype}",
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "device": torch.cuda.get_device_name()
+            if on_gpu
+            else platform.processor() or platform.machine(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
             "note": "one process a row; load_s has no import and no device context in it; `first_` has warm-up in it",
             "results": results,
         }

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torchmetrics
 
-from qwenvl_lit.metrics.captions import Bleu, Cider, RougeL
+from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.types import Conversation, Prediction
 
@@ -35,7 +35,10 @@ def corpus(seed: int = 0) -> list[Prediction]:
     words = iter(rng.choices(vocabulary, frequency, k=2 * ROWS * (REFERENCES + 1) * (WORDS + 3)))
 
     def caption(common: list[str]) -> str:
-        said = [word if rng.random() < 0.5 else next(words) for word in common[: WORDS + rng.randint(-3, 3)]]
+        said = [
+            word if rng.random() < 0.5 else next(words)
+            for word in common[: WORDS + rng.randint(-3, 3)]
+        ]
         if rng.random() < 0.25:
             said[3] += ","
         return " ".join(said).capitalize() + "."
@@ -43,7 +46,9 @@ def corpus(seed: int = 0) -> list[Prediction]:
     predictions = []
     for row in range(ROWS):
         common = [next(words) for _ in range(WORDS + 3)]
-        conversation = Conversation(id=str(row), turns=(), references=tuple(caption(common) for _ in range(REFERENCES)))
+        conversation = Conversation(
+            id=str(row), turns=(), references=tuple(caption(common) for _ in range(REFERENCES))
+        )
         predictions.append(Prediction(conversation=conversation, text=caption(common), parts=()))
     return predictions
 
@@ -60,7 +65,15 @@ def measured(metric: torchmetrics.Metric, predictions: list[Prediction]) -> dict
         "update_seconds": round(updated - start, 2),
         "compute_seconds": round(time.process_time() - updated, 2),
         "wall_seconds": round(time.perf_counter() - clock, 2),
-        "state_mb": round(sum(tensor.nbytes for part in (metric.keys, metric.sizes, metric.numbers) for tensor in part) / 1e6, 1),
+        "state_mb": round(
+            sum(
+                tensor.nbytes
+                for part in (metric.keys, metric.sizes, metric.numbers)
+                for tensor in part
+            )
+            / 1e6,
+            1,
+        ),
         "score": round(score, 6),
     }
 
@@ -69,12 +82,16 @@ def main(written: Path | None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     predictions = corpus()
-    metrics = {"cider": Cider(), "bleu_4": Bleu(4), "rouge_l": RougeL()}
+    metrics = {"cider": CIDEr(), "bleu_4": Bleu(4), "rouge_l": RougeL()}
     result = {
         "command": "python scripts/bench_metrics.py",
         "device": "cpu",
         "threads": 1,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchmetrics": torchmetrics.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchmetrics": torchmetrics.__version__,
+        },
         "rows": ROWS,
         "references": REFERENCES,
         "metrics": {name: measured(metric, predictions) for name, metric in metrics.items()},
@@ -86,6 +103,8 @@ def main(written: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", type=Path, metavar="FILE", help="write the result down")
     main(parser.parse_args().record)

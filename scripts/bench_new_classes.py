@@ -19,7 +19,12 @@ import torch
 from qwenvl_lit import __version__
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/new_classes.json"
-SHOWN = {"caption": "caption, exact", "counting": "counting", "left_right": "left / right", "grounded_caption": "grounded caption"}
+SHOWN = {
+    "caption": "caption, exact",
+    "counting": "counting",
+    "left_right": "left / right",
+    "grounded_caption": "grounded caption",
+}
 BEFORE = "the demo, before"
 
 
@@ -30,16 +35,33 @@ def verb(name: str, *arguments: str) -> None:
 def taught(demo: Path, adapter: str, folder: Path) -> dict[str, Mapping[str, float]]:
     """Scores of the demo (`baseline`) and of what becomes of it (`test`), by SET/METRIC, and what was trained (`trainable`)."""
     run, scored = folder / adapter, folder / f"{adapter}_scores"
-    verb("train", "experiment=new_classes", f"ckpt={demo}", f"adapter={adapter}", "adapter.dropout=0", f"hydra.run.dir={run}")
+    verb(
+        "train",
+        "experiment=new_classes",
+        f"ckpt={demo}",
+        f"adapter={adapter}",
+        "adapter.dropout=0",
+        f"hydra.run.dir={run}",
+    )
     verb("test", f"ckpt={run}", "baseline=true", "~callbacks.boxes", f"hydra.run.dir={scored}")
     scores = json.loads((scored / "metrics.json").read_text())
     steps = json.loads((run / "metrics.json").read_text())["fit"]["step"]
-    return {**scores, "trainable": {"trained": json.loads((run / "trainable.json").read_text())["trained"], "steps": steps}}
+    return {
+        **scores,
+        "trainable": {
+            "trained": json.loads((run / "trainable.json").read_text())["trained"],
+            "steps": steps,
+        },
+    }
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown: a line for each model, new and old classes side by side."""
-    columns = [(f"{classes}_classes/{key}", f"{title}: {classes}") for key, title in SHOWN.items() for classes in ("new", "old")]
+    columns = [
+        (f"{classes}_classes/{key}", f"{title}: {classes}")
+        for key, title in SHOWN.items()
+        for classes in ("new", "old")
+    ]
     lines = [["adapter", "trained", *(title for _, title in columns)], ["---"] * (2 + len(columns))]
     for name, row in rows.items():
         trained = f"{row['trained']:,}" if "trained" in row else ""
@@ -48,7 +70,9 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("demo", type=Path, help="a run folder of python -m qwenvl_lit.train")
     parser.add_argument("--adapters", nargs="+", default=["lora", "lora_all"])
     arguments = parser.parse_args()
@@ -58,7 +82,11 @@ def main() -> None:
             scores = taught(arguments.demo, adapter, Path(folder))
             found["rows"].setdefault(BEFORE, scores["baseline"])
             found["rows"][adapter] = {**scores["test"], **scores["trainable"]}
-    found["made_with"] = {"qwenvl_lit": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    found["made_with"] = {
+        "qwenvl_lit": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     print(table(found["rows"]))
 

@@ -1,4 +1,4 @@
-"""What the machine can do at most, in about ten seconds: matrix products, copies, and pictures of one data worker. Prints json.
+"""What the machine can do at most, in about ten seconds: matrix products, copies, and images of one data worker. Prints json.
 
 python scripts/ceilings.py --device cuda
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from training_rows import write_pictures
+from training_rows import write_images
 
 from qwenvl_lit.models.qwen_vl.image_processing import resized
 
@@ -68,24 +68,30 @@ def upload_gb_per_second(device: torch.device, megabytes: int) -> float | None:
         return None
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    return source.numel() / seconds_of(lambda: target.copy_(source, non_blocking=True), device, 10) / 1e9
+    return (
+        source.numel()
+        / seconds_of(lambda: target.copy_(source, non_blocking=True), device, 10)
+        / 1e9
+    )
 
 
-def pictures_per_second(side: int) -> float:
+def images_per_second(side: int) -> float:
     """JPEG files of 640 x 480 that one worker reads and brings to `side`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in write_pictures(Path(folder), 32)]
+        files = [Path(folder, name) for name in write_images(Path(folder), 32)]
 
         def read() -> None:
             for file in files:
-                with Image.open(file) as picture:
-                    resized(picture, side)
+                with Image.open(file) as image:
+                    resized(image, side)
 
         return len(files) / seconds_of(read, torch.device("cpu"), 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -98,10 +104,16 @@ def main() -> None:
         "fp8_matmul_tflops": fp8_tflops(device, size),
         "copy_gb_per_second": copy_gb_per_second(device, megabytes),
         "upload_gb_per_second": upload_gb_per_second(device, megabytes),
-        "pictures_per_second_of_a_worker": pictures_per_second(448),
+        "images_per_second_of_a_worker": images_per_second(448),
     }
-    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
-    named = {"device": torch.cuda.get_device_name(device) if on_gpu else "cpu", "torch": torch.__version__}
+    rounded = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+    named = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "torch": torch.__version__,
+    }
     print(json.dumps({**named, **rounded}))
 
 

@@ -30,15 +30,26 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # what compares the values stands in tests/parity
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests")
+)  # what compares the values stands in tests/parity
 
 from parity import boxes, chat, network, scores, text
 from parity.result import Result, UnreadableError, read
 from transformers.utils.logging import disable_progress_bar
 
 OUR_DEVIATIONS = Path(__file__).parent.parent / "tests" / "golden" / "deviations.json"
-CHECKS: dict[str, Callable[[Path], Iterator[Result]]] = network.CHECKS | text.CHECKS | chat.CHECKS | boxes.CHECKS | scores.CHECKS
-READ_BY_OTHERS = ("README.md", "*/README.md", "deviations.json", "model/config.json", "model/images/*", "tokenizer/synthetic.tiktoken")
+CHECKS: dict[str, Callable[[Path], Iterator[Result]]] = (
+    network.CHECKS | text.CHECKS | chat.CHECKS | boxes.CHECKS | scores.CHECKS
+)
+READ_BY_OTHERS = (
+    "README.md",
+    "*/README.md",
+    "deviations.json",
+    "model/config.json",
+    "model/images/*",
+    "tokenizer/synthetic.tiktoken",
+)
 
 Listed = dict[str, dict[str, Any]]  # case -> {"ours": our exact result, "why": ...}
 
@@ -51,7 +62,9 @@ class Report:
     passed: int = 0
     listed: int = 0  # differ as `deviations.json` says
     missed: list[str] = field(default_factory=list)  # what is wrong, case by case
-    largest: dict[str, Result] = field(default_factory=dict)  # kind of value -> the worst of the cases that agree
+    largest: dict[str, Result] = field(
+        default_factory=dict
+    )  # kind of value -> the worst of the cases that agree
     results: list[Result] = field(default_factory=list)
 
     @property
@@ -62,12 +75,18 @@ class Report:
         text = f"{'MISS' if self.missed else 'ok  '} {self.file}: {self.passed} of {self.compared} cases agree"
         if self.listed:
             text += f", {self.listed} differ on purpose"
-        text += "; " * bool(self.largest) + ", ".join(spoken(of, r.deviation, r.allowed) for of, r in self.largest.items())
+        text += "; " * bool(self.largest) + ", ".join(
+            spoken(of, r.deviation, r.allowed) for of, r in self.largest.items()
+        )
         return "".join((text, *(f"\n       {miss}" for miss in self.missed)))
 
 
 def spoken(of: str, deviation: float, allowed: float) -> str:
-    return f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0") if allowed else f"{of} exact"
+    return (
+        f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0")
+        if allowed
+        else f"{of} exact"
+    )
 
 
 def check(path: Path, folder: Path, listed: Listed) -> Report:
@@ -78,7 +97,11 @@ def check(path: Path, folder: Path, listed: Listed) -> Report:
     try:
         report.results = list(compare(path))
         expected = len(read(path).get("cases", ())) if path.suffix == ".json" else 0
-    except (UnreadableError, KeyError, OSError) as fault:  # of its own, or of a picture or weights that it needs
+    except (
+        UnreadableError,
+        KeyError,
+        OSError,
+    ) as fault:  # of its own, or of an image or weights that it needs
         report.missed.append(f"cannot be compared: {type(fault).__name__}: {fault}")
         return report
     seen: set[str] = set()
@@ -87,7 +110,9 @@ def check(path: Path, folder: Path, listed: Listed) -> Report:
             report.missed.append(f"{case}: comes twice")
         seen.add(case)
         _count(report, case, list(group), listed.get(case))
-    report.missed += [f"{case}: is listed as a deviation, but is no case" for case in listed.keys() - seen]
+    report.missed += [
+        f"{case}: is listed as a deviation, but is no case" for case in listed.keys() - seen
+    ]
     if len(seen) < max(expected, 1):
         report.missed.append(f"{len(seen)} cases were compared, but there are {expected}")
     return report
@@ -98,16 +123,26 @@ def _count(report: Report, case: str, results: list[Result], listed: dict[str, A
     if listed is None and not wrong:
         report.passed += 1
     elif listed is None:
-        said = ", ".join(f"{r.of} {r.deviation:.2g} of {r.allowed:.0e}" if r.allowed else f"other {r.of}" for r in wrong)
-        report.missed.append(f"{case}: {said}" + "".join(f"; ours {r.ours}" for r in wrong if r.ours is not None))
+        said = ", ".join(
+            f"{r.of} {r.deviation:.2g} of {r.allowed:.0e}" if r.allowed else f"other {r.of}"
+            for r in wrong
+        )
+        report.missed.append(
+            f"{case}: {said}" + "".join(f"; ours {r.ours}" for r in wrong if r.ours is not None)
+        )
     elif not wrong:
         report.missed.append(f"{case}: is listed as a deviation, but agrees")
     elif [result.ours for result in wrong] != [listed["ours"]]:
-        report.missed.append(f"{case}: differs, but not as listed; ours {[result.ours for result in wrong]}, listed {listed['ours']}")
+        report.missed.append(
+            f"{case}: differs, but not as listed; ours {[result.ours for result in wrong]}, listed {listed['ours']}"
+        )
     else:
         report.listed += 1
     for result in results:
-        if result.passed and (result.of not in report.largest or result.deviation > report.largest[result.of].deviation):
+        if result.passed and (
+            result.of not in report.largest
+            or result.deviation > report.largest[result.of].deviation
+        ):
             report.largest[result.of] = result
 
 
@@ -136,14 +171,21 @@ def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
         "command": f"python scripts/check_golden.py {folder.resolve().name}",
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "files": [
             {
                 "file": report.file,
                 "cases": report.compared,
                 "agree": report.passed,
                 "differ_on_purpose": report.listed,
-                "largest": {of: {"deviation": r.deviation, "allowed": r.allowed} for of, r in report.largest.items()},
+                "largest": {
+                    of: {"deviation": r.deviation, "allowed": r.allowed}
+                    for of, r in report.largest.items()
+                },
             }
             for report in reports
         ],
@@ -151,21 +193,43 @@ def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
 
 
 ROWS = {  # of the README's table -> the files that it sums up
-    "names, shapes and values of all parameters": ("model/param_shapes.json", "model/model.safetensors*"),
-    "pictures of 13 kinds to pixels": ("model/preprocess*",),
-    "the vision tower, stage by stage, at 112, 224 and 448 px": ("model/vision_*", "model/init_pos_embed.safetensors"),
-    "text, one and three pictures": ("model/case_text.*", "model/case_one_image.*", "model/case_three_images.*"),
+    "names, shapes and values of all parameters": (
+        "model/param_shapes.json",
+        "model/model.safetensors*",
+    ),
+    "images of 13 kinds to pixels": ("model/preprocess*",),
+    "the vision tower, stage by stage, at 112, 224 and 448 px": (
+        "model/vision_*",
+        "model/init_pos_embed.safetensors",
+    ),
+    "text, one and three images": (
+        "model/case_text.*",
+        "model/case_one_image.*",
+        "model/case_three_images.*",
+    ),
     "batches padded on the left and on the right": ("model/case_batch_*",),
-    "around `seq_length`: dynamic NTK and log-n, in one pass": ("model/case_long_eval_*", "model/case_long_train*"),
+    "around `seq_length`: dynamic NTK and log-n, in one pass": (
+        "model/case_long_eval_*",
+        "model/case_long_train*",
+    ),
     "the same, token by token with a cache": ("model/case_long_incremental_*",),
     "loss and gradients of every parameter": ("model/case_train_*", "model/case_eval_loss_*"),
     "six AdamW steps, three recipes": ("model/train_steps.json",),
     "bfloat16": ("model/case_bf16_*",),
-    "tables of NTK, log-n and rotary angles": ("model/ntk_alpha.json", "model/rotary.*", "model/logn_*", "model/cases.json"),
+    "tables of NTK, log-n and rotary angles": (
+        "model/ntk_alpha.json",
+        "model/rotary.*",
+        "model/logn_*",
+        "model/cases.json",
+    ),
     "greedy decoding": ("model/generation.json",),
     "`chat()` from end to end": ("model/chat.json",),
     "text to ids and back, two vocabularies": ("tokenizer/*",),
-    "prompts, windows, stop words, answers": ("chat/make_context_*", "chat/decode_tokens_*", "chat/stop_words_*"),
+    "prompts, windows, stop words, answers": (
+        "chat/make_context_*",
+        "chat/decode_tokens_*",
+        "chat/stop_words_*",
+    ),
     "training samples: ids and labels, both supervision modes": ("chat/train_*",),
     "boxes: rows, frames, answers, IoU": ("grounding/*", "metrics/grounding_iou.json"),
     "captions to words; CIDEr, BLEU, ROUGE-L": ("metrics/captions*.json",),
@@ -175,18 +239,34 @@ ROWS = {  # of the README's table -> the files that it sums up
 
 def table(recorded: dict[str, Any]) -> str:
     """The README's table of a record, in markdown."""
-    lines = ["| | cases | agree | differ on purpose | largest deviation of what is allowed; all else exact |", "|---|---|---|---|---|"]
+    lines = [
+        "| | cases | agree | differ on purpose | largest deviation of what is allowed; all else exact |",
+        "|---|---|---|---|---|",
+    ]
     left = {entry["file"]: entry for entry in recorded["files"]}
-    total = [sum(entry[key] for entry in left.values()) for key in ("cases", "agree", "differ_on_purpose")]
+    total = [
+        sum(entry[key] for entry in left.values())
+        for key in ("cases", "agree", "differ_on_purpose")
+    ]
     for row, patterns in ROWS.items():
-        entries = [left.pop(name) for name in sorted(left) if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        counts = [sum(entry[key] for entry in entries) for key in ("cases", "agree", "differ_on_purpose")]
+        entries = [
+            left.pop(name)
+            for name in sorted(left)
+            if any(fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+        counts = [
+            sum(entry[key] for entry in entries) for key in ("cases", "agree", "differ_on_purpose")
+        ]
         worst: dict[str, dict[str, float]] = {}
         for entry in entries:
             for of, found in entry["largest"].items():
                 if of not in worst or found["deviation"] > worst[of]["deviation"]:
                     worst[of] = found
-        said = [spoken(of, found["deviation"], found["allowed"]) for of, found in worst.items() if found["allowed"]]
+        said = [
+            spoken(of, found["deviation"], found["allowed"])
+            for of, found in worst.items()
+            if found["allowed"]
+        ]
         lines.append(f"| {row} | {' | '.join(map(str, counts))} | {', '.join(said) or 'exact'} |")
     if left:
         raise ValueError(f"no row of the table sums up {', '.join(left)}; add them to ROWS")
@@ -200,7 +280,10 @@ def deviations_table(listed: dict[str, Listed]) -> str:
         for entry in cases.values():
             counts[entry["why"]] += 1
             where[entry["why"]][re.sub("_(qwen|synthetic)$", "", Path(file).stem)] = True
-    rows = [f"| {_in_code(why)} | {', '.join(where[why])} | {count} |" for why, count in counts.most_common()]
+    rows = [
+        f"| {_in_code(why)} | {', '.join(where[why])} | {count} |"
+        for why, count in counts.most_common()
+    ]
     return "\n".join(["| what ours does, and why | files | cases |", "|---|---|---|", *rows])
 
 
@@ -220,11 +303,15 @@ def main(folder: Path, *, every_case: bool = False, written: Path | None = None)
         reports.append(report)
         print(report)
         for result in report.results if every_case else ():
-            print(f"       {'ok  ' if result.passed else 'not '} {result.case}: {spoken(result.of, result.deviation, result.allowed)}")
+            print(
+                f"       {'ok  ' if result.passed else 'not '} {result.case}: {spoken(result.of, result.deviation, result.allowed)}"
+            )
     for path in unknown:
         print(f"MISS {path.relative_to(folder).as_posix()}: no comparison knows this file")
     if not compared:
-        print(f"MISS {folder}: there is nothing to compare; expected model/, tokenizer/, chat/, grounding/ or metrics/ in it")
+        print(
+            f"MISS {folder}: there is nothing to compare; expected model/, tokenizer/, chat/, grounding/ or metrics/ in it"
+        )
     wrong = sum(len(report.missed) for report in reports) + len(unknown) + (not compared)
     print(
         f"{len(reports)} files, {sum(report.compared for report in reports)} cases: {sum(report.passed for report in reports)} agree, "
@@ -232,18 +319,29 @@ def main(folder: Path, *, every_case: bool = False, written: Path | None = None)
     )
     if written and not wrong:
         recorded = record(reports, folder)
-        head, entries = ({**recorded, "files": []}, (json.dumps(entry, ensure_ascii=False) for entry in recorded["files"]))
-        lines = json.dumps(head, indent=1, ensure_ascii=False).replace('"files": []', '"files": [\n  ' + ",\n  ".join(entries) + "\n ]")
+        head, entries = (
+            {**recorded, "files": []},
+            (json.dumps(entry, ensure_ascii=False) for entry in recorded["files"]),
+        )
+        lines = json.dumps(head, indent=1, ensure_ascii=False).replace(
+            '"files": []', '"files": [\n  ' + ",\n  ".join(entries) + "\n ]"
+        )
         written.write_text(lines + "\n", encoding="utf-8")
     return wrong
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--cases", action="store_true", help="print every comparison")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the result down, if nothing is wrong")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print a written result as tables")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the result down, if nothing is wrong"
+    )
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print a written result as tables"
+    )
     options = parser.parse_args()
     if (options.folder is None) == (options.table is None):
         parser.error("give a folder, or --table and a written result")

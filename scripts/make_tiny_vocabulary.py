@@ -17,7 +17,15 @@ import regex
 from qwenvl_lit.data.demo import dataset as synthetic
 from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, TINY_VOCABULARY
 
-CHAT = ("system", "user", "assistant", "\n", "Picture 1: ", "You are a helpful assistant.", "(0,0),(9,9)")
+CHAT = (
+    "system",
+    "user",
+    "assistant",
+    "\n",
+    "Picture 1: ",
+    "You are a helpful assistant.",
+    "(0,0),(9,9)",
+)
 
 
 def byte_order() -> list[int]:
@@ -29,8 +37,14 @@ def byte_order() -> list[int]:
 def learn(texts: Iterable[str]) -> list[bytes]:
     """Tokens by rank: all bytes, then merges of the most frequent pair, until every pre-token of `texts` is one token."""
     tokens = [bytes([byte]) for byte in byte_order()]
-    words = Counter(tuple(bytes([byte]) for byte in word.encode()) for text in texts for word in regex.findall(PATTERN, text))
-    while pairs := sum((Counter(dict.fromkeys(pairwise(word), count)) for word, count in words.items()), Counter()):
+    words = Counter(
+        tuple(bytes([byte]) for byte in word.encode())
+        for text in texts
+        for word in regex.findall(PATTERN, text)
+    )
+    while pairs := sum(
+        (Counter(dict.fromkeys(pairwise(word), count)) for word, count in words.items()), Counter()
+    ):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(b"".join(best))
         words = Counter({merged(word, best): count for word, count in words.items()})
@@ -50,10 +64,14 @@ def merged(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, .
 def vocabulary() -> str:
     """The file's text."""
     tokens = learn([*CHAT, *synthetic.sentences()])
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    return "".join(
+        f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=TINY_VOCABULARY)
     parser.parse_args().output.write_text(vocabulary())

@@ -26,15 +26,30 @@ def draw(record: Mapping[str, Any], file: Path) -> None:
     on_gpu = any(one["device"] != "cpu" for one in measured)
     rates: Bars = [(name, value, GREY) for name, value in BASELINES.items() if on_gpu]
     devices = {one["device"]: one["device"].removeprefix("NVIDIA ").split()[0] for one in measured}
-    named = {one["case"]: one["what"] + (f" ({devices[one['device']]})" if len(devices) > 1 else "") for one in measured}
-    rates += [(named[one["case"]], one["samples_per_second"], BLUE) for one in measured if CASES[one["case"]].rows == "even"]
+    named = {
+        one["case"]: one["what"] + (f" ({devices[one['device']]})" if len(devices) > 1 else "")
+        for one in measured
+    }
+    rates += [
+        (named[one["case"]], one["samples_per_second"], BLUE)
+        for one in measured
+        if CASES[one["case"]].rows == "even"
+    ]
     rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
-    shares: Bars = [(named[one["case"]], one["share_of_matmul"], BLUE) for one in measured if one.get("share_of_matmul")]
+    shares: Bars = [
+        (named[one["case"]], one["share_of_matmul"], BLUE)
+        for one in measured
+        if one.get("share_of_matmul")
+    ]
     panels = [(bars, label) for bars, label in ((rates, RATE), (shares, SHARE)) if bars]
     figure = Figure(figsize=(9, 2.5 + 0.28 * (len(rates) + len(shares))), layout="constrained")
     figure.suptitle(f"Training: {record['model']}")
     heights = [len(bars) for bars, _ in panels]
-    for axes, (bars, label) in zip(figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False).flat, panels, strict=True):
+    for axes, (bars, label) in zip(
+        figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False).flat,
+        panels,
+        strict=True,
+    ):
         _bars(axes, bars, label)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
@@ -46,7 +61,10 @@ def limits(ceilings: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for device, found in ceilings.items():
         for kind, key in (("bf16", "matmul_tflops"), ("FP8", "fp8_matmul_tflops")):
             if device != "cpu" and found[key]:
-                made |= {f"limit of {device}: {kind}, {what}": found[key] / work for what, work in TFLOP_OF_A_SAMPLE.items()}
+                made |= {
+                    f"limit of {device}: {kind}, {what}": found[key] / work
+                    for what, work in TFLOP_OF_A_SAMPLE.items()
+                }
     return made
 
 
@@ -62,7 +80,9 @@ def _bars(axes, bars: Bars, label: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("record", type=Path)
     parser.add_argument("file", type=Path, metavar="FILE.png")
     arguments = parser.parse_args()

@@ -47,13 +47,34 @@ def rate(samples_per_second: float) -> dict[str, float]:
 
 SWIFT = {"batch": 1, "accumulate": 16}  # the settings of ms-swift
 ONE_CARD = {  # in the order of what is asked
-    "bf16_16": Case(what="bf16", arguments=MEASURED, targets={**rate(42), "share_of_matmul": 0.67}, seconds=80),
+    "bf16_16": Case(
+        what="bf16", arguments=MEASURED, targets={**rate(42), "share_of_matmul": 0.67}, seconds=80
+    ),
     "fp8_16": Case(what="FP8", arguments=EIGHT_BITS, targets=rate(56), needs="gpu", seconds=75),
-    "fp8_32": Case(what="FP8", arguments=EIGHT_BITS, batch=32, targets=rate(56), needs="gpu", seconds=90),
-    "cached_bf16_16": Case(what="bf16, vision cached", arguments=(*MEASURED, CACHED), targets=rate(64)),
-    "cached_fp8_16": Case(what="FP8, vision cached", arguments=(*EIGHT_BITS, CACHED), targets=rate(88), needs="gpu"),
-    "cached_fp8_32": Case(what="FP8, vision cached", arguments=(*EIGHT_BITS, CACHED), batch=32, targets=rate(88), needs="gpu", seconds=80),
-    "checkpointed_1": Case(what="bf16, checkpointing", arguments=("speed=compiled", FULL), batch=1, targets=rate(8), seconds=60),
+    "fp8_32": Case(
+        what="FP8", arguments=EIGHT_BITS, batch=32, targets=rate(56), needs="gpu", seconds=90
+    ),
+    "cached_bf16_16": Case(
+        what="bf16, vision cached", arguments=(*MEASURED, CACHED), targets=rate(64)
+    ),
+    "cached_fp8_16": Case(
+        what="FP8, vision cached", arguments=(*EIGHT_BITS, CACHED), targets=rate(88), needs="gpu"
+    ),
+    "cached_fp8_32": Case(
+        what="FP8, vision cached",
+        arguments=(*EIGHT_BITS, CACHED),
+        batch=32,
+        targets=rate(88),
+        needs="gpu",
+        seconds=80,
+    ),
+    "checkpointed_1": Case(
+        what="bf16, checkpointing",
+        arguments=("speed=compiled", FULL),
+        batch=1,
+        targets=rate(8),
+        seconds=60,
+    ),
     "mixed_8192": Case(
         what="bf16, mixed lengths, packed",
         arguments=(*MEASURED, "data.packing=true"),
@@ -62,10 +83,18 @@ ONE_CARD = {  # in the order of what is asked
         targets={"real_share": 0.95, "share_of_matmul": 0.6},
         seconds=110,
     ),
-    "cached_bf16_32": Case(what="bf16, vision cached", arguments=(*MEASURED, CACHED), batch=32, targets=rate(64), seconds=80),
+    "cached_bf16_32": Case(
+        what="bf16, vision cached",
+        arguments=(*MEASURED, CACHED),
+        batch=32,
+        targets=rate(64),
+        seconds=80,
+    ),
     "bf16_32": Case(what="bf16", arguments=MEASURED, batch=32, targets=rate(42), seconds=110),
     "bf16_8": Case(what="bf16", arguments=MEASURED, batch=8, targets=rate(42)),
-    "eager_8": Case(what="bf16, nothing compiled", arguments=("speed=eager", NONE), batch=8, seconds=60),
+    "eager_8": Case(
+        what="bf16, nothing compiled", arguments=("speed=eager", NONE), batch=8, seconds=60
+    ),
     "mixed_4096": Case(
         what="bf16, mixed lengths, packed",
         arguments=(*MEASURED, "data.packing=true"),
@@ -75,8 +104,16 @@ ONE_CARD = {  # in the order of what is asked
     ),
 }
 TWO_CARDS = {
-    "pair_1": Case(what="bf16, the twin of pair_2 on one card of its machine", arguments=MEASURED, seconds=110),
-    "pair_2": Case(what="bf16, DDP", arguments=MEASURED, strategy="ddp", targets={"times_one_card": 1.9}, seconds=120),
+    "pair_1": Case(
+        what="bf16, the twin of pair_2 on one card of its machine", arguments=MEASURED, seconds=110
+    ),
+    "pair_2": Case(
+        what="bf16, DDP",
+        arguments=MEASURED,
+        strategy="ddp",
+        targets={"times_one_card": 1.9},
+        seconds=120,
+    ),
     "full_2": Case(
         what="FSDP, everything trains",
         arguments=("adapter=full", "speed=compiled", "speed.checkpointing=auto"),
@@ -88,11 +125,40 @@ TWO_CARDS = {
     ),
 }
 KEPT = {  # lighter settings, as people with less memory choose them
-    "lora": Case(what="LoRA on c_attn, checkpointing", arguments=(FULL,), **SWIFT, steps=12, seconds=95),
-    "qlora": Case(what="QLoRA (4 bit), checkpointing", arguments=("adapter=qlora", FULL), **SWIFT, steps=6, seconds=80, needs="gpu"),
-    "lora_all": Case(what="LoRA on every linear layer, checkpointing", arguments=("adapter=lora_all", FULL), **SWIFT, steps=6, seconds=105),
-    "ddp": Case(what="the twin of ddp_2 on one card, checkpointing", arguments=(FULL,), batch=8, accumulate=2, steps=18),
-    "ddp_2": Case(what="DDP, checkpointing", arguments=(FULL,), batch=8, accumulate=2, strategy="ddp", steps=18, seconds=85),
+    "lora": Case(
+        what="LoRA on c_attn, checkpointing", arguments=(FULL,), **SWIFT, steps=12, seconds=95
+    ),
+    "qlora": Case(
+        what="QLoRA (4 bit), checkpointing",
+        arguments=("adapter=qlora", FULL),
+        **SWIFT,
+        steps=6,
+        seconds=80,
+        needs="gpu",
+    ),
+    "lora_all": Case(
+        what="LoRA on every linear layer, checkpointing",
+        arguments=("adapter=lora_all", FULL),
+        **SWIFT,
+        steps=6,
+        seconds=105,
+    ),
+    "ddp": Case(
+        what="the twin of ddp_2 on one card, checkpointing",
+        arguments=(FULL,),
+        batch=8,
+        accumulate=2,
+        steps=18,
+    ),
+    "ddp_2": Case(
+        what="DDP, checkpointing",
+        arguments=(FULL,),
+        batch=8,
+        accumulate=2,
+        strategy="ddp",
+        steps=18,
+        seconds=85,
+    ),
     "fsdp_2": Case(
         what="FSDP, everything trains, checkpointing",
         arguments=("adapter=full", FULL),
@@ -110,4 +176,7 @@ BASELINES = {  # samples a second on an H100, of the same rows
     "the original by its default (batch 1, checkpointing)": 3.2,
     "the original at its best (batch 8)": 14.3,
 }
-TFLOP_OF_A_SAMPLE = {"vision included": 12.5, "vision cached": 8.4}  # of 320 tokens and a picture, LoRA; models/flops.py counts them
+TFLOP_OF_A_SAMPLE = {
+    "vision included": 12.5,
+    "vision cached": 8.4,
+}  # of 320 tokens and an image, LoRA; models/flops.py counts them

@@ -5,13 +5,13 @@ import json
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """With pictures a.png of 640 x 480 and b.png of 333 x 517 pixels."""
+    """With images a.png of 640 x 480 and b.png of 333 x 517 pixels."""
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     Image.new("RGB", (333, 517)).save(tmp_path / "b.png")
     return tmp_path
@@ -21,17 +21,19 @@ def folder(tmp_path):
 def read_row(folder):
     def read(row, **options):
         (folder / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
-        return read_rows(str(folder / "rows.jsonl"), Reading(**options))[0]
+        return read_rows(str(folder / "rows.jsonl"), ReadOptions(**options))[0]
 
     return read
 
 
 @pytest.fixture
 def parts_of(read_row):
-    """The parts of a question with pictures a.png and b.png and the answer to it."""
+    """The parts of a question with images a.png and b.png and the answer to it."""
 
     def read(query, response="yes", objects=(), images=("a.png", "b.png")):
-        row = read_row({"query": query, "response": response, "images": list(images), "objects": objects})
+        row = read_row(
+            {"query": query, "response": response, "images": list(images), "objects": objects}
+        )
         return tuple(turn.parts for turn in row.turns)
 
     return read

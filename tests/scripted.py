@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from make_checkpoint import write_checkpoint
 
-from qwenvl_lit.models.qwen_vl.family import QwenVL as Family
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 TAGS = ("<ref>", "</ref>", "<box>", "</box>")
@@ -19,12 +19,26 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 2048,
 }
-VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
+VISUAL = {
+    "image_size": 16,
+    "patch_size": 8,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "output_dim": 32,
+    "n_queries": 4,
+}
 CONFIG = {**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}
 
 
 def tiny_checkpoint(folder: Path) -> Path:
-    write_checkpoint(Family(config=CONFIG, vocabulary="tiny").load(), TINY_VOCABULARY, folder, kind="safetensors")
+    write_checkpoint(
+        QwenVLFamily(config=CONFIG, vocabulary="tiny").load(),
+        TINY_VOCABULARY,
+        folder,
+        kind="safetensors",
+    )
     return folder
 
 
@@ -54,7 +68,10 @@ def says(model, *answers: str, ends: bool = True) -> Iterator[list[list[int]]]:
         place += 1
         return torch.full_like(logits, -100).index_fill(-1, torch.tensor([wanted]), 100)
 
-    hooks = network.transformer.wte.register_forward_hook(starts), network.lm_head.register_forward_hook(speaks)
+    hooks = (
+        network.transformer.wte.register_forward_hook(starts),
+        network.lm_head.register_forward_hook(speaks),
+    )
     try:
         yield asked
     finally:

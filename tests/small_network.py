@@ -9,8 +9,8 @@ from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 IMG, IMG_END, IMG_PAD = 60, 61, 62
 QUERIES = 4
-SIDE = 16  # of a picture, in pixels
-PICTURE = [IMG, *[IMG_PAD] * QUERIES, IMG_END]
+SIDE = 16  # of an image, in pixels
+IMAGE = [IMG, *[IMG_PAD] * QUERIES, IMG_END]
 
 # Float32 sums in another order: logits here go up to 6; the largest difference seen is 1.3e-5.
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -63,13 +63,13 @@ def text(length: int, seed: int = 0) -> list[int]:
     return torch.randint(1, IMG, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, seed: int = 0) -> torch.Tensor:
     """Normalised pixels (count, 3, SIDE, SIDE)."""
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def picture_positions(rows: list[list[int]]) -> torch.Tensor:
-    """Flat indices of the tokens between the picture tags of padded rows."""
+def image_positions(rows: list[list[int]]) -> torch.Tensor:
+    """Flat indices of the tokens between the image tags of padded rows."""
     ids = torch.tensor(rows)
     return (ids.flatten() == IMG_PAD).nonzero().squeeze(1)
 
@@ -89,6 +89,13 @@ def padded(rows: list[list[int]], side: str) -> tuple[list[list[int]], torch.Ten
 
 
 def talk_of_two() -> dict[str, torch.Tensor]:
-    """Arguments for two left-padded rows with three pictures."""
-    rows, mask = padded([text(3) + PICTURE + text(5), PICTURE + text(2) + PICTURE + text(4, seed=1)], side="left")
-    return {"input_ids": tensor(*rows), "attention_mask": mask, "pixel_values": pictures(3), "vision_positions": picture_positions(rows)}
+    """Arguments for two left-padded rows with three images."""
+    rows, mask = padded(
+        [text(3) + IMAGE + text(5), IMAGE + text(2) + IMAGE + text(4, seed=1)], side="left"
+    )
+    return {
+        "input_ids": tensor(*rows),
+        "attention_mask": mask,
+        "pixel_values": images(3),
+        "vision_positions": image_positions(rows),
+    }

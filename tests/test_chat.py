@@ -18,7 +18,7 @@ from scripted import says, tiny_checkpoint
 
 from qwenvl_lit import QwenVL
 from qwenvl_lit.chat import Chat
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 
 DOG = "<ref>the dog</ref><box>(250,500),(500,999)</box>"
@@ -36,7 +36,7 @@ def model(folder):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     path = tmp_path / "dog.png"
     Image.new("RGB", (40, 20), "teal").save(path)
     return path
@@ -57,7 +57,10 @@ def talk(model, tmp_path, monkeypatch, capsys):
 
 
 def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "conversation.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "conversation.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def questions(prompt: str) -> list[str]:
@@ -83,8 +86,13 @@ def test_clear_forgets_what_was_said(talk):
 
 
 def test_reset_system_takes_the_next_input_and_clears_the_history(talk):
-    _, _, asked = talk("Hello\nreset-system\nBe brief.\nHow are you?\nreset-system\n\nAnd now?\n", system="Be kind.")
-    assert [prompt.split("<|im_end|>")[0].removeprefix("<|im_start|>system\n") for prompt in asked] == [
+    _, _, asked = talk(
+        "Hello\nreset-system\nBe brief.\nHow are you?\nreset-system\n\nAnd now?\n",
+        system="Be kind.",
+    )
+    assert [
+        prompt.split("<|im_end|>")[0].removeprefix("<|im_start|>system\n") for prompt in asked
+    ] == [
         "Be kind.",
         "Be brief.",
         "You are a helpful assistant.",
@@ -96,7 +104,11 @@ def test_several_lines_are_a_question_until_a_line_that_ends_in_a_hash(talk):
     typed = "multi-line\nOne\n#two # three\n\nfour#\nsingle-line\nfive #\nmulti-line\nsix\nexit\nseven # \nexit\nnever#\n"
     _, err, asked = talk(typed)
     assert questions(asked[-1]) == ["One\n#two # three\n\nfour", "five #", "six\nexit\nseven "]
-    assert err.splitlines() == ["a line that ends in # ends a question", "each line is a question", "a line that ends in # ends a question"]
+    assert err.splitlines() == [
+        "a line that ends in # ends a question",
+        "each line is a question",
+        "a line that ends in # ends a question",
+    ]
 
 
 def test_a_chat_may_begin_with_several_lines_and_the_end_of_input_ends_a_question(talk):
@@ -105,44 +117,67 @@ def test_a_chat_may_begin_with_several_lines_and_the_end_of_input_ends_a_questio
     assert talk("clear#\nexit#\nOne#", multiline=True)[2] == []
 
 
-def test_a_picture_with_its_boxes_is_saved_and_named(talk, picture, tmp_path):
-    out, err, _ = talk(f"<img>{picture}</img>Where is the dog?\nAnd now?\nThanks\n", f"There: {DOG}", DOG, "Bye")
+def test_a_image_with_its_boxes_is_saved_and_named(talk, image, tmp_path):
+    out, err, _ = talk(
+        f"<img>{image}</img>Where is the dog?\nAnd now?\nThanks\n", f"There: {DOG}", DOG, "Bye"
+    )
     assert out == f"There: {DOG}\n{DOG}\nBye\n"
     assert re.findall("boxes: .*(boxes/.*)", err) == ["boxes/000000.png", "boxes/000001.png"]
     drawn = Image.open(tmp_path / "boxes/000000.png")
     assert drawn.width >= 320
     assert len(drawn.getcolors(1 << 20)) > 2
-    assert [row["boxes"] for row in rows(tmp_path)] == [["boxes/000000.png"], ["boxes/000001.png"], []]
-    talk(f"<img>{picture}</img><img>{picture}</img>Where is the dog?\n", DOG)
+    assert [row["boxes"] for row in rows(tmp_path)] == [
+        ["boxes/000000.png"],
+        ["boxes/000001.png"],
+        [],
+    ]
+    talk(f"<img>{image}</img><img>{image}</img>Where is the dog?\n", DOG)
     assert rows(tmp_path)[-1]["boxes"] == ["boxes/000000_1.png"]
 
 
-def test_a_box_that_reaches_beyond_its_picture_is_remarked_once(talk, picture):
-    _, err, _ = talk(f"<img>{picture}</img>Where?\n", DOG.replace("999", "1500") + DOG.replace("250", "-3"))
+def test_a_box_that_reaches_beyond_its_image_is_remarked_once(talk, image):
+    _, err, _ = talk(
+        f"<img>{image}</img>Where?\n", DOG.replace("999", "1500") + DOG.replace("250", "-3")
+    )
     assert err.count("reaches beyond 0..999") == 1
-    assert "reaches beyond" not in talk(f"<img>{picture}</img>Where?\n", DOG)[1]
+    assert "reaches beyond" not in talk(f"<img>{image}</img>Where?\n", DOG)[1]
 
 
-def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, picture, tmp_path):
-    talk(f"<img>{picture}</img>Was ist das?\nIs it “big”?\n", f"Ein Hund: {DOG}", "是", system="Be brief.")
+def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, image, tmp_path):
+    talk(
+        f"<img>{image}</img>Was ist das?\nIs it “big”?\n",
+        f"Ein Hund: {DOG}",
+        "是",
+        system="Be brief.",
+    )
     first, second = rows(tmp_path)
-    assert (first["query"], first["history"], first["system"]) == (f"<img>{picture}</img>Was ist das?", [], "Be brief.")
+    assert (first["query"], first["history"], first["system"]) == (
+        f"<img>{image}</img>Was ist das?",
+        [],
+        "Be brief.",
+    )
     assert second["history"] == [[first["query"], first["response"]]]
     assert second["prompt_tokens"] > first["prompt_tokens"] > 0
     assert second["seconds"] >= second["first_seconds"] > 0
-    read = read_rows(str(tmp_path / "conversation.jsonl"), Reading())
-    assert [turn.role for turn in read[1].turns] == ["system", "user", "assistant", "user", "assistant"]
+    read = read_rows(str(tmp_path / "conversation.jsonl"), ReadOptions())
+    assert [turn.role for turn in read[1].turns] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert read[1].turns[-1].parts == ("是",)
 
 
-def test_pictures_of_the_conversation_are_found_from_anywhere(talk, picture, tmp_path, monkeypatch):
-    monkeypatch.chdir(picture.parent)
-    talk(f"<img>{picture.name}</img>What?\nWhy?\n")
-    assert [row["query"] for row in rows(tmp_path)] == [f"<img>{picture}</img>What?", "Why?"]
-    assert rows(tmp_path)[1]["history"] == [[f"<img>{picture}</img>What?", "yes"]]
+def test_images_of_the_conversation_are_found_from_anywhere(talk, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(image.parent)
+    talk(f"<img>{image.name}</img>What?\nWhy?\n")
+    assert [row["query"] for row in rows(tmp_path)] == [f"<img>{image}</img>What?", "Why?"]
+    assert rows(tmp_path)[1]["history"] == [[f"<img>{image}</img>What?", "yes"]]
 
 
-def test_a_mistake_is_one_line_and_the_chat_goes_on_without_it(talk, picture, tmp_path):
+def test_a_mistake_is_one_line_and_the_chat_goes_on_without_it(talk, image, tmp_path):
     (tmp_path / "broken.png").write_text("nothing")
     typed = f"Hello\n<img>nowhere.png</img>What?\n{'1' * 3000}\n<img>{tmp_path / 'broken.png'}</img>What?\nBye\n"
     out, err, asked = talk(typed)
@@ -168,7 +203,9 @@ def raising(model, error: BaseException, *, after: int):
 
 def test_an_answer_can_be_stopped_at_a_terminal_and_stays_as_far_as_it_came(talk, model, tmp_path):
     hook = raising(model, KeyboardInterrupt(), after=5)
-    out, _, asked = talk("Hello\nBye\n", "one two three four five six seven eight nine ten", "yes", terminal=True)
+    out, _, asked = talk(
+        "Hello\nBye\n", "one two three four five six seven eight nine ten", "yes", terminal=True
+    )
     hook.remove()
     assert "\n(stopped)\n" in out
     first, second = rows(tmp_path)
@@ -181,7 +218,9 @@ def test_an_answer_can_be_stopped_at_a_terminal_and_stays_as_far_as_it_came(talk
 
 def test_nothing_stays_of_an_answer_that_ran_out_of_memory(talk, model, tmp_path):
     hook = raising(model, torch.OutOfMemoryError("no memory is left\ndetails"), after=5)
-    out, err, asked = talk("Hello\nBye\n", "one two three four five six seven eight nine ten", "yes")
+    out, err, asked = talk(
+        "Hello\nBye\n", "one two three four five six seven eight nine ten", "yes"
+    )
     hook.remove()
     assert err == "\nerror: no memory is left\n"
     assert out.endswith("yes\n")
@@ -198,12 +237,12 @@ def test_a_pipe_is_interrupted_as_a_whole(talk, model):
 
 def test_a_terminal_sees_prompts_remarks_and_no_control_characters(talk):
     out, err, _ = talk("Hello\nexit\n", "a\x07b\x1b[2Jc\td", terminal=True)
-    assert out.startswith("A picture is <img>path or address</img>. Commands: multi-line, ")
+    assert out.startswith("An image is <img>path or address</img>. Commands: multi-line, ")
     assert "you> ab[2Jc\td\nyou> " in out
     assert err == ""
 
 
-def test_a_picture_that_does_not_end_is_remarked(talk):
+def test_a_image_that_does_not_end_is_remarked(talk):
     printed, remarks, [prompt] = talk("<img>dog.png What?\n")
     assert (printed, "(an <img> without </img> is text)" in remarks) == ("yes\n", True)
     assert "<img>dog.png What?" in prompt
@@ -222,20 +261,34 @@ def test_the_base_model_says_what_it_is(talk, folder, capsys):
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "QWENVL_LIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUTF8": "1"}
+    return {
+        **os.environ,
+        "QWENVL_LIT_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "TERM": "xterm",
+        "PYTHONUTF8": "1",
+    }
 
 
-def test_lines_through_a_pipe_are_answered(tmp_path, picture):
-    lines = f"<img>{picture}</img>Where's the car?\n<img>nowhere.png</img>What?\n".encode() + b"not UTF-8: \xff\n"
+def test_lines_through_a_pipe_are_answered(tmp_path, image):
+    lines = (
+        f"<img>{image}</img>Where's the car?\n<img>nowhere.png</img>What?\n".encode()
+        + b"not UTF-8: \xff\n"
+    )
     command = [*COMMAND, "generation.max_new_tokens=5", "system=Be brief, (always)!"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), input=lines, capture_output=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), input=lines, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()
     [run] = (tmp_path / "outputs/chat").iterdir()
     said = rows(run)
     assert done.stdout.decode() == "".join(row["response"] + "\n" for row in said)
-    assert [row["query"] for row in said] == [f"<img>{picture}</img>Where's the car?", "not UTF-8: \ufffd"]
+    assert [row["query"] for row in said] == [
+        f"<img>{image}</img>Where's the car?",
+        "not UTF-8: \ufffd",
+    ]
     assert {row["system"] for row in said} == {"Be brief, (always)!"}
-    assert "error: picture 'nowhere.png' does not exist" in done.stderr.decode()
+    assert "error: image 'nowhere.png' does not exist" in done.stderr.decode()
     assert "Traceback" not in done.stderr.decode()
 
 
@@ -245,7 +298,13 @@ class Terminal:
     def __init__(self, command: list[str], **options):
         self.own, other = pty.openpty()
         self.process = subprocess.Popen(
-            command, stdin=other, stdout=other, stderr=other, start_new_session=True, preexec_fn=_take_terminal, **options
+            command,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+            **options,
         )
         os.close(other)
         self.seen = ""
@@ -282,7 +341,10 @@ def test_a_person_at_a_terminal_edits_recalls_stops_and_leaves(tmp_path):
     terminal = Terminal([*COMMAND, *long], cwd=tmp_path, env=environment(tmp_path))
     try:
         terminal.until("you> ")
-        for keys in ("many cat\x7fr?\x01How \r", "\x1b[A\r"):  # backspace, and Ctrl-A to the beginning; then the line before
+        for keys in (
+            "many cat\x7fr?\x01How \r",
+            "\x1b[A\r",
+        ):  # backspace, and Ctrl-A to the beginning; then the line before
             terminal.type(keys)
             terminal.until(r"\n")
             terminal.until("[a-z]{3}")  # the answer has begun

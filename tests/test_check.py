@@ -12,17 +12,27 @@ from qwenvl_lit import build, check
 from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.types import DataError
 
-SMALL = ["+data.prepare.train=12", "+data.prepare.single=8", "+data.prepare.validation=4", "+data.prepare.test=4"]
+SMALL = [
+    "+data.prepare.train=12",
+    "+data.prepare.single=8",
+    "+data.prepare.validation=4",
+    "+data.prepare.test=4",
+]
 SMALL += ["+data.prepare.unseen_pairs=2", "+data.prepare.new_classes=4"]
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Forty good rows, one of a broken picture and one that is no JSON; a test set that repeats the first row."""
+    """Forty good rows, one of a broken image and one that is no JSON; a test set that repeats the first row."""
     Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:60])
-    good = [{"query": f"<img>red.png</img>{n}?", "response": str(n), "id": f"r{n}"} for n in range(40)]
-    lines = [json.dumps(row) for row in [*good, {**good[0], "query": "<img>broken.png</img>What?", "id": "half"}]]
+    good = [
+        {"query": f"<img>red.png</img>{n}?", "response": str(n), "id": f"r{n}"} for n in range(40)
+    ]
+    lines = [
+        json.dumps(row)
+        for row in [*good, {**good[0], "query": "<img>broken.png</img>What?", "id": "half"}]
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join([*lines, "{oops"]))
     (tmp_path / "test.jsonl").write_text(lines[0])
     return tmp_path
@@ -71,16 +81,28 @@ def test_errors_are_listed_and_tell_in_the_exit_status(folder):
     assert len(errors) == 2
     for finding in errors:
         assert f"{finding['set']}: {finding['message']}" in result.stdout
-    assert {"mine.jsonl:41", "mine.jsonl:42"} == {Path(finding["message"].split(": ")[0]).name for finding in errors}
+    assert {"mine.jsonl:41", "mine.jsonl:42"} == {
+        Path(finding["message"].split(": ")[0]).name for finding in errors
+    }
     assert "2 errors" in result.stdout
     assert "2 errors" in (run / "report.html").read_text()
     assert not (run / "split.json").exists()  # what training would draw is its own
 
 
 def test_the_rows_that_training_holds_out_are_the_validation_rows(folder):
-    (folder / "good.jsonl").write_text("\n".join((folder / "mine.jsonl").read_text().splitlines()[:40]))
+    (folder / "good.jsonl").write_text(
+        "\n".join((folder / "mine.jsonl").read_text().splitlines()[:40])
+    )
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("check", ["data=jsonl", f"data.train={folder}/good.jsonl", "data.validation=7", f"paths.run={folder}"])
+        config = compose(
+            "check",
+            [
+                "data=jsonl",
+                f"data.train={folder}/good.jsonl",
+                "data.validation=7",
+                f"paths.run={folder}",
+            ],
+        )
     data = build.data(config, build.processor(config))
     learned, tests = data.sets()
     assert not (folder / "split.json").exists()
@@ -90,13 +112,15 @@ def test_the_rows_that_training_holds_out_are_the_validation_rows(folder):
     assert not tests
 
 
-def test_broken_pictures_that_training_drops_are_no_errors(folder, tmp_path):
+def test_broken_images_that_training_drops_are_no_errors(folder, tmp_path):
     rows = (folder / "mine.jsonl").read_text().splitlines()
     (folder / "some.jsonl").write_text("\n".join([*rows[:3], rows[40]]))
     arguments = ["data=jsonl", f"data.train={folder}/some.jsonl", "data.validation=null"]
     assert status_of(tmp_path, *arguments) == 1
-    assert status_of(tmp_path, *arguments, "data.on_bad_picture=drop") == 1  # one of four is too many
-    assert status_of(tmp_path, *arguments, "data.on_bad_picture=drop", "data.max_bad_fraction=0.25") == 0
+    assert status_of(tmp_path, *arguments, "data.on_bad_image=drop") == 1  # one of four is too many
+    assert (
+        status_of(tmp_path, *arguments, "data.on_bad_image=drop", "data.max_bad_fraction=0.25") == 0
+    )
     assert [finding["kind"] for finding in findings(tmp_path / "run")] == ["dropped"]
 
 

@@ -16,34 +16,54 @@ from PIL import Image
 from qwenvl_lit import build
 from qwenvl_lit.cli import command
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 
 def small_checkpoint(folder: Path) -> Path:
     """Random weights in the published layout."""
-    sizes = OmegaConf.to_container(OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml").config)
-    write_checkpoint(QwenVL(config=sizes, vocabulary="tiny", dtype="bfloat16").load(), TINY_VOCABULARY, folder)
+    sizes = OmegaConf.to_container(
+        OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml").config
+    )
+    write_checkpoint(
+        QwenVLFamily(config=sizes, vocabulary="tiny", dtype="bfloat16").load(),
+        TINY_VOCABULARY,
+        folder,
+    )
     return folder
 
 
-def coco(folder: Path, pictures: int) -> Path:
-    """Pictures of val2014 with a caption each."""
-    names = [f"COCO_val2014_{number:012}.jpg" for number in range(1, pictures + 1)]
+def coco(folder: Path, count: int) -> Path:
+    """Images of val2014 with a caption each."""
+    names = [f"COCO_val2014_{number:012}.jpg" for number in range(1, count + 1)]
     for place in ("val2014", "annotations"):
         (folder / place).mkdir(parents=True)
     for number, name in enumerate(names, 1):
-        Image.new("RGB", (64 + number, 48), (5 * number, 100, 255 - 5 * number)).save(folder / "val2014" / name)
-    images = [{"id": number, "file_name": name, "width": 64 + number, "height": 48} for number, name in enumerate(names, 1)]
-    captions = [{"id": image["id"], "image_id": image["id"], "caption": f"A plain of colour {image['id']}."} for image in images]
-    (folder / "annotations/captions_val2014.json").write_text(json.dumps({"images": images, "annotations": captions}))
+        Image.new("RGB", (64 + number, 48), (5 * number, 100, 255 - 5 * number)).save(
+            folder / "val2014" / name
+        )
+    images = [
+        {"id": number, "file_name": name, "width": 64 + number, "height": 48}
+        for number, name in enumerate(names, 1)
+    ]
+    captions = [
+        {"id": image["id"], "image_id": image["id"], "caption": f"A plain of colour {image['id']}."}
+        for image in images
+    ]
+    (folder / "annotations/captions_val2014.json").write_text(
+        json.dumps({"images": images, "annotations": captions})
+    )
     return folder
 
 
 def run(folder: Path, verb: str, *arguments: str) -> str:
     environment = {**os.environ, "QWENVL_LIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", f"qwenvl_lit.{verb}", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", f"qwenvl_lit.{verb}", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, f"{verb} {arguments}\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -55,11 +75,13 @@ def newest(folder: Path, verb: str) -> Path:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A model in F, pictures in G, and one run."""
+    """A model in F, images in G, and one run."""
     folder = tmp_path_factory.mktemp("home")
     small_checkpoint(folder / "F")
-    coco(folder / "G", pictures=40)
-    printed = run(folder, "train", "model=qwen_vl_chat", "data=coco_en_mini", "model.path=F", "data.root=G")
+    coco(folder / "G", images=40)
+    printed = run(
+        folder, "train", "model=qwen_vl_chat", "data=coco_en_mini", "model.path=F", "data.root=G"
+    )
     assert "What is trained" in printed
     return folder
 
@@ -68,9 +90,16 @@ def test_fine_tuning_scoring_and_asking(home):
     trained = newest(home, "train")
     run(home, "test", f"ckpt={trained}", "generation.max_new_tokens=4")
     held_out = json.loads((trained / "split.json").read_text())["validation"]
-    [scored] = [json.loads(line) for line in (newest(home, "test") / "predictions.jsonl").read_text().splitlines()]
+    [scored] = [
+        json.loads(line)
+        for line in (newest(home, "test") / "predictions.jsonl").read_text().splitlines()
+    ]
     assert [scored["id"]] == list(held_out.values())
-    question = ["picture=G/val2014/COCO_val2014_000000000001.jpg", "prompt=Is it red?", "generation.max_new_tokens=4"]
+    question = [
+        "image=G/val2014/COCO_val2014_000000000001.jpg",
+        "prompt=Is it red?",
+        "generation.max_new_tokens=4",
+    ]
     run(home, "predict", f"ckpt={trained}", *question)
     [answer] = (newest(home, "predict") / "predictions.jsonl").read_text().splitlines()
     assert "Is it red?" in json.loads(answer)["prompt"]
@@ -78,10 +107,18 @@ def test_fine_tuning_scoring_and_asking(home):
 
 def test_a_run_on_top_of_a_run_rebuilds_itself(home):
     first = newest(home, "train")
-    run(home, "train", f"ckpt={first}", "adapter=lora_all", "data=coco_en_mini", "data.root=G", "trainer.max_steps=1")
+    run(
+        home,
+        "train",
+        f"ckpt={first}",
+        "adapter=lora_all",
+        "data=coco_en_mini",
+        "data.root=G",
+        "trainer.max_steps=1",
+    )
     second = newest(home, "train")
     stored = torch.load(second / "checkpoints/last.ckpt", weights_only=True)
-    assert stored["config"]["base"]["checkpoint"] == str(first / "checkpoints/last.ckpt")
+    assert stored["config"]["init"]["checkpoint"] == str(first / "checkpoints/last.ckpt")
     assert stored["config"]["model"]["path"] == "F"
     run(home, "test", f"ckpt={second}", "generation.max_new_tokens=4")
     [scored] = (newest(home, "test") / "predictions.jsonl").read_text().splitlines()
@@ -100,17 +137,35 @@ def test_a_run_is_a_model_with_a_recipe_and_the_command_line_and_presets_win(mon
     ckpt = f"ckpt={newest(home, 'train')}"
     monkeypatch.chdir(home)
     config = composed(monkeypatch, ckpt)
-    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == ("F", 1e-4, 16)
-    assert (config.trainer.strategy, config.data.train) == ("auto", ["train_single.jsonl#5120", "train.jsonl#17920"])
+    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == (
+        "F",
+        1e-4,
+        16,
+    )
+    assert (config.trainer.strategy, config.data.train) == (
+        "auto",
+        ["train_single.jsonl#5120", "train.jsonl#17920"],
+    )
     config = composed(monkeypatch, ckpt, "adapter=full")
-    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == ("F", 1e-5, 16), "a rate for what is trained"
-    config = composed(monkeypatch, ckpt, "experiment=official_lora", "optim.lr=3e-5", "strategy=ddp_cpu")
-    assert (config.adapter.rank, config.optim.lr, config.model.path, config.model.supervise) == (64, 3e-5, "F", "official")
-    assert config.base.checkpoint.endswith("checkpoints/last.ckpt")
+    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == (
+        "F",
+        1e-5,
+        16,
+    ), "a rate for what is trained"
+    config = composed(
+        monkeypatch, ckpt, "experiment=official_lora", "optim.lr=3e-5", "strategy=ddp_cpu"
+    )
+    assert (config.adapter.rank, config.optim.lr, config.model.path, config.model.supervise) == (
+        64,
+        3e-5,
+        "F",
+        "official",
+    )
+    assert config.init.checkpoint.endswith("checkpoints/last.ckpt")
     assert config.trainer.strategy._target_.endswith("DDPStrategy")
 
 
 def test_without_a_run_training_starts_from_the_model(monkeypatch):
     config = composed(monkeypatch, "model=qwen_vl_chat")
-    assert config.base == {}
-    assert build.task(composed(monkeypatch, "generation=short")).base is None
+    assert config.init == {}
+    assert build.module(composed(monkeypatch, "generation=short")).init is None

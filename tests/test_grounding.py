@@ -5,11 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_lit.grounding import GRID, Tag, iou, object_in_frame, objects_from_tags, tags_from_object, to_frame
-from qwenvl_lit.types import Box, DataError, GroundedObject, Picture, Quad
+from qwenvl_lit.grounding import (
+    GRID,
+    Tag,
+    iou,
+    object_in_frame,
+    objects_from_tags,
+    tags_from_object,
+    to_frame,
+)
+from qwenvl_lit.types import Box, DataError, GroundedObject, ImageSource, Quad
 
 SIZE = (640, 427)
-PICTURES = (Picture(Image.new("RGB", SIZE)), Picture(Image.new("RGB", (100, 200))))
+IMAGES = (ImageSource(Image.new("RGB", SIZE)), ImageSource(Image.new("RGB", (100, 200))))
 grid_values = st.integers(0, GRID)
 
 
@@ -18,13 +26,18 @@ def box(x0, y0, x1, y1, frame="pixel") -> Box:
 
 
 def markup(thing: GroundedObject) -> str:
-    return "".join(piece.value if isinstance(piece, Tag) else piece for piece in tags_from_object(thing, PICTURES))
+    return "".join(
+        piece.value if isinstance(piece, Tag) else piece
+        for piece in tags_from_object(thing, IMAGES)
+    )
 
 
 def test_pixels_become_grid_values_by_truncation():
     assert to_frame(box(138, 136, 235, 359), "grid", size=SIZE) == box(215, 318, 366, 839, "grid")
     assert to_frame(box(0, 0, 640, 427), "grid", size=SIZE) == box(0, 0, 999, 999, "grid")
-    assert to_frame(box(-13, -5.5, 740, 530), "grid", size=(640, 480)) == box(-20, -11, 1155, 1103, "grid")  # towards zero, not clipped
+    assert to_frame(box(-13, -5.5, 740, 530), "grid", size=(640, 480)) == box(
+        -20, -11, 1155, 1103, "grid"
+    )  # towards zero, not clipped
 
 
 def test_other_frames_convert_without_rounding():
@@ -32,19 +45,25 @@ def test_other_frames_convert_without_rounding():
     assert to_frame(half, "pixel", size=SIZE) == box(320, 106.75, 640, 427)
     assert to_frame(half, "grid", size=SIZE) == box(499, 249, 999, 999, "grid")
     assert to_frame(box(320, 106.75, 640, 427), "unit", size=SIZE) == half
-    assert to_frame(box(333, 0, 999, 666, "grid"), "pixel", size=(300, 300)) == box(100, 0, 300, 200)
-    assert to_frame(box(333, 0, 999, 666, "grid"), "unit", size=SIZE) == box(1 / 3, 0, 1, 2 / 3, "unit")
+    assert to_frame(box(333, 0, 999, 666, "grid"), "pixel", size=(300, 300)) == box(
+        100, 0, 300, 200
+    )
+    assert to_frame(box(333, 0, 999, 666, "grid"), "unit", size=SIZE) == box(
+        1 / 3, 0, 1, 2 / 3, "unit"
+    )
 
 
 @given(grid_values, grid_values)
 def test_values_on_the_grid_are_untouched(x, y):
-    thing = GroundedObject(boxes=(box(x, y, y, x, "grid"),), picture=0)
+    thing = GroundedObject(boxes=(box(x, y, y, x, "grid"),), image=0)
     assert objects_from_tags(markup(thing)) == (thing,)
 
 
 def test_quads_convert_point_by_point():
     quad = Quad(points=((0, 0), (640, 0), (640, 427), (0, 427)))
-    assert to_frame(quad, "grid", size=SIZE) == Quad(points=((0, 0), (999, 0), (999, 999), (0, 999)), frame="grid")
+    assert to_frame(quad, "grid", size=SIZE) == Quad(
+        points=((0, 0), (999, 0), (999, 999), (0, 999)), frame="grid"
+    )
 
 
 def test_an_unknown_frame_is_named():
@@ -65,31 +84,42 @@ def test_iou():
 
 
 def test_an_object_is_written_with_its_label_and_boxes_in_a_row():
-    people = GroundedObject(label="people", boxes=(box(5, 6, 70, 80, "grid"), box(320, 0, 640, 427)))
+    people = GroundedObject(
+        label="people", boxes=(box(5, 6, 70, 80, "grid"), box(320, 0, 640, 427))
+    )
     assert markup(people) == "<ref>people</ref><box>(5,6),(70,80)</box><box>(499,0),(999,999)</box>"
     assert markup(GroundedObject(label="only a label")) == "<ref>only a label</ref>"
-    assert markup(GroundedObject(boxes=(box(1.0, 2.5, 3, 4, "grid"),))) == "<box>(1,2.5),(3,4)</box>"
+    assert (
+        markup(GroundedObject(boxes=(box(1.0, 2.5, 3, 4, "grid"),))) == "<box>(1,2.5),(3,4)</box>"
+    )
     quad = Quad(points=((1, 2), (3, 4), (5, 6), (7, 8)), frame="grid")
     assert markup(GroundedObject(boxes=(quad,))) == "<quad>(1,2),(3,4),(5,6),(7,8)</quad>"
 
 
-def test_a_box_is_measured_in_its_own_picture():
-    assert markup(GroundedObject(boxes=(box(0, 0, 100, 100),), picture=1)) == "<box>(0,0),(999,499)</box>"
+def test_a_box_is_measured_in_its_own_image():
+    assert (
+        markup(GroundedObject(boxes=(box(0, 0, 100, 100),), image=1))
+        == "<box>(0,0),(999,499)</box>"
+    )
 
 
 def test_a_label_that_spells_a_tag_stays_text():
-    assert list(tags_from_object(GroundedObject(label="</ref><box>"), ())) == [Tag.REF, "</ref><box>", Tag.REF_END]
+    assert list(tags_from_object(GroundedObject(label="</ref><box>"), ())) == [
+        Tag.REF,
+        "</ref><box>",
+        Tag.REF_END,
+    ]
 
 
-def test_a_box_in_a_picture_that_does_not_exist_is_an_error():
-    with pytest.raises(DataError, match=r"object 'a cat' names picture 2, counted from 0, of 2"):
-        markup(GroundedObject(label="a cat", boxes=(box(0, 0, 1, 1),), picture=2))
-    with pytest.raises(DataError, match="names picture -1"):
-        object_in_frame(GroundedObject(boxes=(box(0, 0, 1, 1),), picture=-1), "grid", PICTURES)
+def test_a_box_in_a_image_that_does_not_exist_is_an_error():
+    with pytest.raises(DataError, match=r"object 'a cat' names image 2, counted from 0, of 2"):
+        markup(GroundedObject(label="a cat", boxes=(box(0, 0, 1, 1),), image=2))
+    with pytest.raises(DataError, match="names image -1"):
+        object_in_frame(GroundedObject(boxes=(box(0, 0, 1, 1),), image=-1), "grid", IMAGES)
 
 
-def test_the_size_of_a_picture_is_read_only_when_needed(tmp_path):
-    missing = (Picture(tmp_path / "missing.png"),)
+def test_the_size_of_a_image_is_read_only_when_needed(tmp_path):
+    missing = (ImageSource(tmp_path / "missing.png"),)
     thing = GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),))
     assert object_in_frame(thing, "grid", missing) is thing
     with pytest.raises(DataError, match=r"missing\.png does not exist"):
@@ -97,9 +127,17 @@ def test_the_size_of_a_picture_is_read_only_when_needed(tmp_path):
 
 
 def test_text_is_parted_at_its_objects():
-    cat = GroundedObject(label="a cat", boxes=(box(1, 2, 3, 4, "grid"), box(5, 6, 7, 8, "grid")), picture=3)
+    cat = GroundedObject(
+        label="a cat", boxes=(box(1, 2, 3, 4, "grid"), box(5, 6, 7, 8, "grid")), image=3
+    )
     text = "See <ref>a cat</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>, <ref>one</ref> more."
-    assert objects_from_tags(text, picture=3) == ("See ", cat, ", ", GroundedObject(label="one", picture=3), " more.")
+    assert objects_from_tags(text, image=3) == (
+        "See ",
+        cat,
+        ", ",
+        GroundedObject(label="one", image=3),
+        " more.",
+    )
     assert objects_from_tags("") == ()
     assert objects_from_tags("no boxes") == ("no boxes",)
 
@@ -123,7 +161,9 @@ def test_markup_that_cannot_be_read_stays_text(text):
     assert objects_from_tags(text) == (text,)
 
 
-@pytest.mark.parametrize("text", ["<box>1,2,3,4</box>", "<box>(1,2,3,4)</box>", "<box>( 1 , 2 ),\n( 3 , 4 )</box>"])
+@pytest.mark.parametrize(
+    "text", ["<box>1,2,3,4</box>", "<box>(1,2,3,4)</box>", "<box>( 1 , 2 ),\n( 3 , 4 )</box>"]
+)
 def test_other_ways_to_write_a_box_are_read(text):
     assert objects_from_tags(text) == (GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),)),)
 
@@ -140,7 +180,23 @@ def test_the_nearest_label_belongs_to_a_box():
     )
 
 
-pieces = st.sampled_from(["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "(1,2)", "(3,4)", ",", "a cat", " ", "-7", "\n"])
+pieces = st.sampled_from(
+    [
+        "<ref>",
+        "</ref>",
+        "<box>",
+        "</box>",
+        "<quad>",
+        "</quad>",
+        "(1,2)",
+        "(3,4)",
+        ",",
+        "a cat",
+        " ",
+        "-7",
+        "\n",
+    ]
+)
 
 
 @given(st.lists(pieces, max_size=30).map("".join))
@@ -152,6 +208,11 @@ def test_any_answer_can_be_read_and_written_again(text):
 
 def test_long_answers_are_read_in_linear_time():
     start = time.perf_counter()
-    for text in ("<ref>" * 50_000, "<box>(1,2),(3,4" * 20_000, "<ref>a</ref>" * 20_000 + "<box>(", "<box>" + "(" * 50_000):
+    for text in (
+        "<ref>" * 50_000,
+        "<box>(1,2),(3,4" * 20_000,
+        "<ref>a</ref>" * 20_000 + "<box>(",
+        "<box>" + "(" * 50_000,
+    ):
         objects_from_tags(text)
     assert time.perf_counter() - start < 10  # 0.2 s; quadratic time would be minutes

@@ -22,12 +22,19 @@ PYTHON = {
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if (blocks := re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
 }
-OF_EXTRAS = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")  # choices of packages that need not be there
+OF_EXTRAS = (
+    "hydra/launcher=",
+    "hydra.launcher.",
+    "hydra/sweeper=",
+    "hydra.sweeper.",
+)  # choices of packages that need not be there
 
 
 def commands(text: str) -> list[str]:
     """Commands of this package in fenced blocks, continuation lines joined and comments cut off, and in the cells of tables."""
-    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace(
+        "\\\n", " "
+    )
     lines = [re.split(r"\s+#", line)[0].strip() for line in fenced.splitlines()]
     cells = re.findall(r"^\|.*?`(python -m [^`]+)` *\|$", text, re.MULTILINE)
     return list(dict.fromkeys(line for line in [*lines, *cells] if "python -m qwenvl_lit." in line))
@@ -35,7 +42,10 @@ def commands(text: str) -> list[str]:
 
 def test_commands_are_found_in_blocks_and_tables():
     text = "```\npython -m qwenvl_lit.train a=1 \\\n   b=x#2   # why\nmake\n```\n| `swift` | `python -m qwenvl_lit.test c=1` |\n"
-    assert commands(text) == ["python -m qwenvl_lit.train a=1     b=x#2", "python -m qwenvl_lit.test c=1"]
+    assert commands(text) == [
+        "python -m qwenvl_lit.train a=1     b=x#2",
+        "python -m qwenvl_lit.test c=1",
+    ]
     assert len(commands(README)) > 10
 
 
@@ -45,7 +55,9 @@ def a_run():
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         trained = compose("train")
         for group in FROM_RUN:
-            ConfigStore.instance().store(group=group, name="run", node=OmegaConf.to_container(trained[group]))
+            ConfigStore.instance().store(
+                group=group, name="run", node=OmegaConf.to_container(trained[group])
+            )
         yield
 
 
@@ -53,7 +65,10 @@ def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
     """The overrides of each run that a command line stands for: one, or those of a sweep; an interval stands for its lower end."""
     parser = OverridesParser.create()
     parsed = [parser.parse_override(text) for text in arguments]
-    arguments = [f"{one.key_or_group}={one.value().start}" if one.is_interval_sweep() else one.input_line for one in parsed]
+    arguments = [
+        f"{one.key_or_group}={one.value().start}" if one.is_interval_sweep() else one.input_line
+        for one in parsed
+    ]
     fixed = [one.input_line for one in parsed if not one.is_sweep_override()]
     config = compose(verb, fixed, return_hydra_config=True)
     swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
@@ -64,7 +79,9 @@ def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
 def test_a_command_of_the_readme_composes(command):
     words = shlex.split(command[command.index("python -m ") :])
     verb = words[2].removeprefix("qwenvl_lit.")
-    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith(("-", *OF_EXTRAS))]
+    arguments = [
+        quote_free_text(word) for word in words[3:] if not word.startswith(("-", *OF_EXTRAS))
+    ]
     assert (config_folder().parent / f"qwenvl_lit/{verb}.py").exists()
     for overrides in jobs(verb, arguments):
         config = compose(verb, overrides)
@@ -74,7 +91,7 @@ def test_a_command_of_the_readme_composes(command):
 
 @pytest.mark.parametrize("page", PYTHON)
 def test_python_runs_as_it_is_shown(page, tmp_path, monkeypatch, capsys):
-    """Block after block, with pictures of the names that are used, and a tiny checkpoint in a folder that is named as the published one."""
+    """Block after block, with images of the names that are used, and a tiny checkpoint in a folder that is named as the published one."""
     tiny_checkpoint(tmp_path / "Qwen/Qwen-VL-Chat")
     for name in ("road.png", "dog.jpg"):
         Image.new("RGB", (64, 48), "teal").save(tmp_path / name)

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit import types
-from qwenvl_lit.types import BadPicture, Box, Conversation, DataError, Picture, Quad, Turn
+from qwenvl_lit.types import BadImage, Box, Conversation, DataError, ImageSource, Quad, Turn
 
 
 @pytest.fixture
-def picture_file(tmp_path):
+def image_file(tmp_path):
     file = tmp_path / "a.png"
     Image.new("L", (5, 3), 7).save(file)
     return file
@@ -22,47 +22,51 @@ def test_boxes_need_finite_numbers():
         Quad(points=((0, 0), (1, 1)))
 
 
-def test_a_picture_is_one_from_file_bytes_or_memory(picture_file):
-    content = picture_file.read_bytes()
-    for source in (picture_file, content, Image.open(io.BytesIO(content))):
-        picture = Picture(source)
-        assert picture.size == (5, 3)
-        assert picture.open().mode == "L"
-        assert picture.open().getpixel((0, 0)) == 7
+def test_a_image_is_one_from_file_bytes_or_memory(image_file):
+    content = image_file.read_bytes()
+    for source in (image_file, content, Image.open(io.BytesIO(content))):
+        image = ImageSource(source)
+        assert image.size == (5, 3)
+        assert image.open().mode == "L"
+        assert image.open().getpixel((0, 0)) == 7
 
 
-def test_equal_pictures_have_equal_keys(picture_file, tmp_path):
+def test_equal_images_have_equal_keys(image_file, tmp_path):
     copy = tmp_path / "b.png"
-    copy.write_bytes(picture_file.read_bytes())
-    assert Picture(copy).key == Picture(picture_file).key == Picture(copy.read_bytes()).key
-    assert Picture(Image.new("L", (5, 3), 7)).key == Picture(Image.new("L", (5, 3), 7)).key
-    assert Picture(Image.new("L", (5, 3), 7)).key != Picture(Image.new("L", (3, 5), 7)).key
+    copy.write_bytes(image_file.read_bytes())
+    assert (
+        ImageSource(copy).key == ImageSource(image_file).key == ImageSource(copy.read_bytes()).key
+    )
+    assert ImageSource(Image.new("L", (5, 3), 7)).key == ImageSource(Image.new("L", (5, 3), 7)).key
+    assert ImageSource(Image.new("L", (5, 3), 7)).key != ImageSource(Image.new("L", (3, 5), 7)).key
     red, blue = (Image.new("RGB", (5, 3), colour).quantize(2) for colour in ("red", "blue"))
-    assert red.tobytes() == blue.tobytes()  # of an image with a palette, the numbers alone do not tell
-    assert Picture(red).key != Picture(blue).key
+    assert (
+        red.tobytes() == blue.tobytes()
+    )  # of an image with a palette, the numbers alone do not tell
+    assert ImageSource(red).key != ImageSource(blue).key
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"not a picture"])
-def test_a_broken_picture_is_named(content, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"not an image"])
+def test_a_broken_image_is_named(content, tmp_path):
     file = tmp_path / "broken.png"
     file.write_bytes(content)
-    for use in (lambda: Picture(file).open(), lambda: Picture(file).size):
+    for use in (lambda: ImageSource(file).open(), lambda: ImageSource(file).size):
         with pytest.raises(DataError, match=r"broken\.png cannot be read"):
             use()
 
 
-def test_half_a_picture_is_not_shown(picture_file):
-    Image.effect_noise((64, 64), 50).save(picture_file)
-    picture_file.write_bytes(picture_file.read_bytes()[:1000])
-    with pytest.raises(BadPicture, match="cannot be read"):
-        Picture(picture_file).open()
+def test_half_a_image_is_not_shown(image_file):
+    Image.effect_noise((64, 64), 50).save(image_file)
+    image_file.write_bytes(image_file.read_bytes()[:1000])
+    with pytest.raises(BadImage, match="cannot be read"):
+        ImageSource(image_file).open()
 
 
-def test_a_missing_picture_is_named(tmp_path):
-    with pytest.raises(BadPicture, match=r"none\.png does not exist"):
-        Picture(tmp_path / "none.png").open()
-    with pytest.raises(BadPicture, match=r"none\.png cannot be read: .*check the path"):
-        _ = Picture(tmp_path / "none.png").key
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(BadImage, match=r"none\.png does not exist"):
+        ImageSource(tmp_path / "none.png").open()
+    with pytest.raises(BadImage, match=r"none\.png cannot be read: .*check the path"):
+        _ = ImageSource(tmp_path / "none.png").key
 
 
 def test_the_prompt_is_everything_before_the_answer():
@@ -74,30 +78,32 @@ def test_the_prompt_is_everything_before_the_answer():
     assert conversation.prompt().prompt() == conversation.prompt()
 
 
-def test_a_picture_may_be_brought_when_it_is_first_opened(picture_file):
+def test_a_image_may_be_brought_when_it_is_first_opened(image_file):
     class Lent:
         name = "lent"
 
         def path(self):
-            return picture_file
+            return image_file
 
-    assert Picture(Lent()).size == (5, 3)
-    assert Picture(Lent()).key == Picture(picture_file).key
-    assert Picture(Lent()).name == "lent"
+    assert ImageSource(Lent()).size == (5, 3)
+    assert ImageSource(Lent()).key == ImageSource(image_file).key
+    assert ImageSource(Lent()).name == "lent"
 
 
-def test_a_picture_that_cannot_be_brought_is_a_bad_one():
+def test_a_image_that_cannot_be_brought_is_a_bad_one():
     class Lost:
         name = "lost"
 
         def path(self):
             raise DataError("nobody has it")
 
-    with pytest.raises(BadPicture, match="nobody has it"):
-        _ = Picture(Lost()).size
+    with pytest.raises(BadImage, match="nobody has it"):
+        _ = ImageSource(Lost()).size
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(picture_file, monkeypatch):
-    monkeypatch.setattr(types, "MAX_PICTURE_PIXELS", 14)
-    with pytest.raises(DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"):
-        Picture(picture_file).open()
+def test_a_image_of_too_many_pixels_is_refused_before_it_is_decoded(image_file, monkeypatch):
+    monkeypatch.setattr(types, "MAX_IMAGE_PIXELS", 14)
+    with pytest.raises(
+        DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"
+    ):
+        ImageSource(image_file).open()

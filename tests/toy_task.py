@@ -8,17 +8,35 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qwenvl_lit.metrics.exact_match import ExactMatch
-from qwenvl_lit.types import Batch, Box, Conversation, GroundedObject, Part, Picture, Prediction, Turn
+from qwenvl_lit.types import (
+    Batch,
+    Box,
+    Conversation,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Prediction,
+    Turn,
+)
 
 
 def grounded(label: str, x0: float, y0: float, x1: float, y1: float, **options) -> GroundedObject:
     return GroundedObject(label=label, boxes=(Box(x0=x0, y0=y0, x1=x1, y1=y1, **options),))
 
 
-def conversation(index: int, *, says: str = "", question: Sequence[Part] = ("What?",), answer: Sequence[Part] = ("yes",)) -> Conversation:
-    """Asked about a 64 x 64 picture; `says` is what the toy task answers."""
-    picture = Picture(Image.new("RGB", (64, 64), (40, 60 + index, 80)))
-    turns = (Turn(role="user", parts=(picture, *question)), Turn(role="assistant", parts=tuple(answer)))
+def conversation(
+    index: int,
+    *,
+    says: str = "",
+    question: Sequence[Part] = ("What?",),
+    answer: Sequence[Part] = ("yes",),
+) -> Conversation:
+    """Asked about a 64 x 64 image; `says` is what the toy task answers."""
+    image = ImageSource(Image.new("RGB", (64, 64), (40, 60 + index, 80)))
+    turns = (
+        Turn(role="user", parts=(image, *question)),
+        Turn(role="assistant", parts=tuple(answer)),
+    )
     return Conversation(id=f"row {index}", index=index, turns=turns, columns={"says": says})
 
 
@@ -41,18 +59,28 @@ def batch_of(rows: Sequence[Conversation]) -> Batch:
 class ToyData(lightning.LightningDataModule):
     """Batches of two; each rank has every other row of each set."""
 
-    def __init__(self, rows: Sequence[Conversation] = (), test: Mapping[str, Sequence[Conversation]] | None = None):
+    def __init__(
+        self,
+        rows: Sequence[Conversation] = (),
+        test: Mapping[str, Sequence[Conversation]] | None = None,
+    ):
         super().__init__()
         self.rows = rows
         self.test = dict(test or {})
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # Lightning refuses a rank without rows otherwise
+        self.allow_zero_length_dataloader_with_multiple_devices = (
+            True  # Lightning refuses a rank without rows otherwise
+        )
 
     @property
     def test_names(self) -> list[str]:
         return list(self.test)
 
     def _loader(self, rows: Sequence[Conversation]) -> DataLoader:
-        return DataLoader(rows[self.trainer.global_rank :: self.trainer.world_size], batch_size=2, collate_fn=batch_of)
+        return DataLoader(
+            rows[self.trainer.global_rank :: self.trainer.world_size],
+            batch_size=2,
+            collate_fn=batch_of,
+        )
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.rows)
@@ -84,14 +112,18 @@ class ToyTask(lightning.LightningModule):
         self.log("train/loss", loss, batch_size=2)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction] | None:
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[Prediction] | None:
         return answers(batch) if dataloader_idx == 1 else None
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.weight.detach().square().sum())
 
     def on_test_epoch_start(self) -> None:
-        self.scores = torch.nn.ModuleDict({name: ExactMatch() for name in self.trainer.datamodule.test_names})
+        self.scores = torch.nn.ModuleDict(
+            {name: ExactMatch() for name in self.trainer.datamodule.test_names}
+        )
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
         predictions = answers(batch)
@@ -103,7 +135,9 @@ class ToyTask(lightning.LightningModule):
             self.log(f"{name}/exact_match", metric.compute())
             self.log(f"{name}/rows", float(metric.count))
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
+    def predict_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[Prediction]:
         return answers(batch)
 
 
@@ -121,6 +155,19 @@ def answers(batch: Batch) -> list[Prediction]:
 
 
 def trainer(folder, *callbacks: lightning.Callback, **options) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    defaults = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False, "log_every_n_steps": 1}
-    return lightning.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **defaults, **options})
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+    }
+    return lightning.Trainer(
+        default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **defaults, **options}
+    )

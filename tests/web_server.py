@@ -26,7 +26,9 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def plan(self, path, *answers):
         self.planned[path] = list(answers)
@@ -43,11 +45,25 @@ class Server:
         self.close()
 
 
-def gives(content=CONTENT, *, stops_after=None, pauses=0.0, ranges=True, shift=0, tag='"1"', length=True, kind="application/zip"):
+def gives(
+    content=CONTENT,
+    *,
+    stops_after=None,
+    pauses=0.0,
+    ranges=True,
+    shift=0,
+    tag='"1"',
+    length=True,
+    kind="application/zip",
+):
     """An answer with `content`, or the part that is asked for; perhaps only the first bytes of that, and then the line is cut."""
 
     def answer(handler):
-        asked = handler.headers["Range"] if ranges and handler.headers["If-Range"] in (None, tag) else None
+        asked = (
+            handler.headers["Range"]
+            if ranges and handler.headers["If-Range"] in (None, tag)
+            else None
+        )
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         if asked and start >= len(content):
             handler.send_error(416)

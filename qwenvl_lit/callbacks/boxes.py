@@ -1,4 +1,4 @@
-"""Pictures with their boxes, as files to look at."""
+"""Images with their boxes, as files to look at."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from qwenvl_lit.types import Batch, GroundedObject, Prediction
 class BoxDrawer(lightning.Callback):
     """Draws what `test_step` and `predict_step` return to `boxes/SET/INDEX.png` of the run folder.
 
-    Predicted boxes are solid, expected ones dashed; pictures with neither are skipped. In a conversation with several pictures the file of
-    picture k > 0 is `INDEX_k.png`. Rank 0 draws its share of the rows.
+    Predicted boxes are solid, expected ones dashed; images with neither are skipped. In a conversation with several images the file of
+    image k > 0 is `INDEX_k.png`. Rank 0 draws its share of the rows.
 
     Args:
-        limit: pictures of each set, the first ones.
+        limit: images of each set, the first ones.
     """
 
     def __init__(self, limit: int = 16):
         self.limit = limit
         self._drawn: Counter[str] = Counter()
 
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._drawn.clear()
 
     def on_test_batch_end(
@@ -44,20 +46,22 @@ class BoxDrawer(lightning.Callback):
         name = set_name(trainer, dataloader_idx)
         folder = Path(trainer.default_root_dir, "boxes", name)
         for prediction in outputs:
-            for picture in pictures_with_boxes(prediction):
+            for image in images_with_boxes(prediction):
                 if self._drawn[name] < self.limit:
                     folder.mkdir(parents=True, exist_ok=True)
-                    further = f"_{picture}" if picture else ""
-                    draw_prediction(prediction, picture).save(folder / f"{prediction.conversation.index:06d}{further}.png")
+                    further = f"_{image}" if image else ""
+                    draw_prediction(prediction, image).save(
+                        folder / f"{prediction.conversation.index:06d}{further}.png"
+                    )
                     self._drawn[name] += 1
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
 
 
-def pictures_with_boxes(prediction: Prediction) -> list[int]:
-    """Indices of the conversation's pictures that the answer or the expected answer has boxes in."""
+def images_with_boxes(prediction: Prediction) -> list[int]:
+    """Indices of the conversation's images that the answer or the expected answer has boxes in."""
     answer = prediction.conversation.answer
     parts = (*prediction.parts, *(answer.parts if answer else ()))
-    boxed = {part.picture for part in parts if isinstance(part, GroundedObject) and part.boxes}
-    return [picture for picture in range(len(prediction.conversation.pictures)) if picture in boxed]
+    boxed = {part.image for part in parts if isinstance(part, GroundedObject) and part.boxes}
+    return [image for image in range(len(prediction.conversation.images)) if image in boxed]

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from qwenvl_lit.training.non_finite import Later
+from qwenvl_lit.training.non_finite import HostCopy
 from qwenvl_lit.training.strategies import summed
 from qwenvl_lit.types import Batch, DataError
 
@@ -27,7 +27,7 @@ STOPPED = 143  # exit status of a run that SIGTERM or SIGUSR1 ended: 128 + 15, a
 INTERRUPTED = 130  # the same of Ctrl-C, SIGINT
 
 
-class Checkpoints(Checkpoint):
+class RunCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` and `best.ckpt` in the run folder: what is trained, optimizer, schedule, place in the data, random
     numbers of every rank, and the config. Where an adapter is trained, `last_adapter/` and `best_adapter/` have it in peft's format.
 
@@ -48,9 +48,17 @@ class Checkpoints(Checkpoint):
         DataError: a checkpoint cannot be written; the one before it stays.
     """
 
-    def __init__(self, every: int = 50, keep: int = 0, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"):
+    def __init__(
+        self,
+        every: int = 50,
+        keep: int = 0,
+        monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
+    ):
         if every < 1 or keep < 0 or mode not in ("min", "max"):
-            raise ValueError(f"callbacks.checkpoint: every={every} must be 1 or more, keep={keep} 0 or more, mode={mode!r} min or max")
+            raise ValueError(
+                f"callbacks.checkpoint: every={every} must be 1 or more, keep={keep} 0 or more, mode={mode!r} min or max"
+            )
         self.every = every
         self.keep = keep
         self.monitor = monitor
@@ -62,9 +70,13 @@ class Checkpoints(Checkpoint):
         self._due = False
         self._signalled = 0  # the signal that this rank got
         self._stopping = False  # all ranks are
-        self._asked: Later | None = None  # whether any rank had got a signal at the end of the step before
+        self._asked: HostCopy | None = (
+            None  # whether any rank had got a signal at the end of the step before
+        )
         self._random: dict[str, Any] | None = None  # at the end of the last batch
-        self._place: tuple[dict[str, Any], dict[str, Any]] | None = None  # loops and random numbers, at the end of the last step
+        self._place: tuple[dict[str, Any], dict[str, Any]] | None = (
+            None  # loops and random numbers, at the end of the last step
+        )
         self._weights: Mapping[str, torch.Tensor] = {}
 
     @property
@@ -72,14 +84,18 @@ class Checkpoints(Checkpoint):
         """Empty as long as there is none."""
         return "" if self.best_score is None else str(self.folder / "best.ckpt")
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
         self.folder = Path(trainer.default_root_dir, "checkpoints")
         if stage == "fit":
-            trainer.strategy.checkpoint_io = WholeFiles()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
             with _writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._saved_step = self._seen_step = trainer.global_step
         self._due = self._stopping = False
         self._signalled, self._asked = 0, None
@@ -89,7 +105,9 @@ class Checkpoints(Checkpoint):
             trainer.fit_loop._combined_loader = None
             trainer.fit_loop.setup_data()
         self._place = trainer.fit_loop.state_dict(), self._random
-        if threading.current_thread() is threading.main_thread():  # the trainer puts the old handlers back
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # the trainer puts the old handlers back
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(number, self._note_signal)
 
@@ -105,12 +123,23 @@ class Checkpoints(Checkpoint):
 
     on_exception = teardown
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
         assert self._random is not None
         set_random_state(self._random)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         self._random = random_state()
         if trainer.global_step == self._seen_step:  # gradients are being accumulated, and not saved
@@ -119,14 +148,24 @@ class Checkpoints(Checkpoint):
         self._place = place(trainer), self._random
         self._stopping = self._told_by_now(trainer)
         self._due = self._stopping or self._due or self._seen_step % self.every == 0
-        if self._due and not validation_follows(trainer):  # else Lightning would pass over the validation
+        if self._due and not validation_follows(
+            trainer
+        ):  # else Lightning would pass over the validation
             self._save_last(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
-        best = math.inf if self.best_score is None else self.best_score if self.mode == "min" else -self.best_score
+        best = (
+            math.inf
+            if self.best_score is None
+            else self.best_score
+            if self.mode == "min"
+            else -self.best_score
+        )
         if trainer.strategy.broadcast((score if self.mode == "min" else -score) < best):
             self.best_score = score
             self._save(trainer, "best")
@@ -134,12 +173,21 @@ class Checkpoints(Checkpoint):
         if self._stopping or self._due:
             self._save_last(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if self._saved_step != trainer.global_step:
             self._save_last(trainer)
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert self._place is not None  # that of the last step: what has been accumulated since is not saved
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        assert (
+            self._place is not None
+        )  # that of the last step: what has been accumulated since is not saved
         checkpoint["loops"]["fit_loop"], own = self._place
         checkpoint["random"] = [own]
         if trainer.world_size > 1:
@@ -147,13 +195,20 @@ class Checkpoints(Checkpoint):
             torch.distributed.all_gather_object(checkpoint["random"], own)
         self._weights = checkpoint["state_dict"]
 
-    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         """
         Raises:
             DataError: the run that stopped had another number of processes.
         """
         if (before := len(checkpoint["random"])) != trainer.world_size:
-            raise DataError(f"the run that stopped had {before} processes, this one has {trainer.world_size}; go on with as many")
+            raise DataError(
+                f"the run that stopped had {before} processes, this one has {trainer.world_size}; go on with as many"
+            )
         self._random = checkpoint["random"][trainer.global_rank]
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +222,7 @@ class Checkpoints(Checkpoint):
         if trainer.world_size == 1:
             return bool(self._signalled)
         told = torch.full((), float(bool(self._signalled)), device=trainer.strategy.root_device)
-        asked, self._asked = self._asked, Later(summed(told))
+        asked, self._asked = self._asked, HostCopy(summed(told))
         return asked is not None and asked.read()
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
@@ -180,9 +235,13 @@ class Checkpoints(Checkpoint):
         if self._stopping:
             if trainer.is_global_zero:
                 run = trainer.default_root_dir
-                print(f"\nStopped by a signal; saved after step {trainer.global_step}. Go on:  python -m qwenvl_lit.train resume={run}")
+                print(
+                    f"\nStopped by a signal; saved after step {trainer.global_step}. Go on:  python -m qwenvl_lit.train resume={run}"
+                )
             status = INTERRUPTED if self._signalled == signal.SIGINT else STOPPED
-            raise SystemExit(status if trainer.is_global_zero else 0)  # Lightning kills rank 0 where another ends with an error
+            raise SystemExit(
+                status if trainer.is_global_zero else 0
+            )  # Lightning kills rank 0 where another ends with an error
 
     def _keep_older(self, step: int) -> None:
         name = self.folder / f"step_{step:06d}.ckpt"
@@ -209,10 +268,12 @@ class Checkpoints(Checkpoint):
             raise DataError(fault)
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoint files that are there whole or not at all."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         """
         Raises:
             DataError: the file cannot be written; what was there under its name still is.
@@ -277,7 +338,9 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
         return False
     if every_epochs is None:
         return (trainer.fit_loop.total_batch_idx + 1) % every_batches == 0
-    return (trainer.current_epoch + 1) % every_epochs == 0 and (trainer.fit_loop.batch_idx + 1) % every_batches == 0
+    return (trainer.current_epoch + 1) % every_epochs == 0 and (
+        trainer.fit_loop.batch_idx + 1
+    ) % every_batches == 0
 
 
 def random_state() -> dict[str, Any]:
@@ -307,7 +370,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # it came while torch wrote, which then complains
+        if isinstance(
+            error.__context__, KeyboardInterrupt
+        ):  # it came while torch wrote, which then complains
             raise error.__context__ from None
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, RuntimeError):

@@ -1,4 +1,4 @@
-"""Curves of a run, one picture a scalar, from its `logging.jsonl`."""
+"""Curves of a run, one image a scalar, from its `logging.jsonl`."""
 
 from __future__ import annotations
 
@@ -40,20 +40,30 @@ class Curves(lightning.Callback):
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._draw(trainer)
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
         self._draw(trainer)
 
     def _draw(self, trainer: lightning.Trainer) -> None:
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            draw_curves(read_log(Path(trainer.default_root_dir, LOG)), Path(trainer.default_root_dir, "curves"))
+            draw_curves(
+                read_log(Path(trainer.default_root_dir, LOG)),
+                Path(trainer.default_root_dir, "curves"),
+            )
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Write `NAME.png` for each scalar of the records, training and validation (`val/NAME`) in one picture; returns the files.
+    """Write `NAME.png` for each scalar of the records, training and validation (`val/NAME`) in one image; returns the files.
 
     Noisy scalars are shown twice, raw in a light colour and smoothed; validation as points. Missing and null values are left out.
     """
-    names = dict.fromkeys(name.removeprefix("val/") for record in records for name in record if name not in NO_CURVE)
+    names = dict.fromkeys(
+        name.removeprefix("val/") for record in records for name in record if name not in NO_CURVE
+    )
     files = []
     for name in names:
         training, validation = _points(records, name), _points(records, f"val/{name}")
@@ -88,11 +98,19 @@ def _draw_curve(name: str, training: Points, validation: Points) -> Figure:
     steps, values = training
     if steps and name in SMOOTHED:
         axes.plot(steps, values, color="#1f77b4", alpha=0.3, linewidth=1, label="training")
-        axes.plot(steps, smooth(values, SMOOTHING), color="#1f77b4", linewidth=2, label=f"training, smoothed ({SMOOTHING})")
+        axes.plot(
+            steps,
+            smooth(values, SMOOTHING),
+            color="#1f77b4",
+            linewidth=2,
+            label=f"training, smoothed ({SMOOTHING})",
+        )
     elif steps:
         axes.plot(steps, values, color="#1f77b4", linewidth=1.5, label="training")
     if validation[0]:
-        axes.plot(*validation, color="#d95f02", marker="o", markersize=5, linewidth=1, label="validation")
+        axes.plot(
+            *validation, color="#d95f02", marker="o", markersize=5, linewidth=1, label="validation"
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(AXES.get(name, name))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -11,7 +11,16 @@ from typing import Any
 
 import lightning
 
-from qwenvl_lit.types import Batch, Box, Conversation, DataError, GroundedObject, Part, Picture, Prediction
+from qwenvl_lit.types import (
+    Batch,
+    Box,
+    Conversation,
+    DataError,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Prediction,
+)
 
 FILENAME = "predictions.jsonl"
 
@@ -23,17 +32,19 @@ def set_name(trainer: lightning.Trainer, dataloader_idx: int) -> str:
 
 
 def readable(parts: Iterable[Part]) -> str:
-    """Text with `<img>name</img>` for a picture, and an object as its label and its boxes.
+    """Text with `<img>name</img>` for an image, and an object as its label and its boxes.
 
     >>> readable(["Where is ", GroundedObject(label="the dog", boxes=(Box(x0=1, y0=2, x1=3.5, y1=4),)), "?"])
     'Where is the dog (1, 2, 3.5, 4)?'
     """
     pieces = []
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, ImageSource):
             pieces.append(f"<img>{part.name}</img>")
         elif isinstance(part, GroundedObject):
-            boxes = [f"({', '.join(f'{value:g}' for value in numbers)})" for numbers in box_numbers(part)]
+            boxes = [
+                f"({', '.join(f'{value:g}' for value in numbers)})" for numbers in box_numbers(part)
+            ]
             pieces.append(" ".join(([part.label] if part.label else []) + boxes))
         else:
             pieces.append(part)
@@ -42,7 +53,10 @@ def readable(parts: Iterable[Part]) -> str:
 
 def box_numbers(obj: GroundedObject) -> list[list[float]]:
     """Each box as [x0, y0, x1, y1], each quad as its four x, y in turn, in their own frame, to a hundredth."""
-    regions = [(b.x0, b.y0, b.x1, b.y1) if isinstance(b, Box) else [v for point in b.points for v in point] for b in obj.boxes]
+    regions = [
+        (b.x0, b.y0, b.x1, b.y1) if isinstance(b, Box) else [v for point in b.points for v in point]
+        for b in obj.boxes
+    ]
     return [[round(value, 2) for value in numbers] for numbers in regions]
 
 
@@ -57,22 +71,22 @@ def prompt_text(conversation: Conversation) -> str:
 def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
     """A prediction as plain data, one line of `predictions.jsonl`.
 
-    Boxes are in pixels of the picture that the object names, counted from 0; `picture` is null where the conversation has none, and boxes
+    Boxes are in pixels of the image that the object names, counted from 0; `image` is null where the conversation has none, and boxes
     are then on the grid of 0..999. `frame` says which.
     """
     conversation = prediction.conversation
-    placed = {"frame": "pixel"} if conversation.pictures else {"frame": "grid", "picture": None}
+    placed = {"frame": "pixel"} if conversation.images else {"frame": "grid", "image": None}
     return {
         "set": set_name,
         "index": conversation.index,
         "id": conversation.id,
         "prompt": prompt_text(conversation),
-        "pictures": [picture.name for picture in conversation.pictures],
+        "images": [image.name for image in conversation.images],
         "prediction": prediction.text,
         "reference": prediction.reference,
         "references": list(conversation.references),
         "objects": [
-            {"label": part.label, "boxes": box_numbers(part), "picture": part.picture, **placed}
+            {"label": part.label, "boxes": box_numbers(part), "image": part.image, **placed}
             for part in prediction.parts
             if isinstance(part, GroundedObject)
         ],
@@ -112,12 +126,20 @@ def earlier_answers(folder: Path, filename: str = FILENAME) -> dict[str, dict[in
         DataError: there is no file of predictions.
     """
     name = Path(filename)
-    files = [file for file in (folder / name, *sorted(folder.glob(f"{name.stem}.rank*{name.suffix}"))) if file.exists()]
+    files = [
+        file
+        for file in (folder / name, *sorted(folder.glob(f"{name.stem}.rank*{name.suffix}")))
+        if file.exists()
+    ]
     if not files:
-        raise DataError(f"answered={folder}: there is no {filename} and no {name.stem}.rank0{name.suffix}; give the folder of a prediction")
+        raise DataError(
+            f"answered={folder}: there is no {filename} and no {name.stem}.rank0{name.suffix}; give the folder of a prediction"
+        )
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for file in files:
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # the last one may have been cut off; it is empty otherwise
+        for line in file.read_text(encoding="utf-8").split("\n")[
+            :-1
+        ]:  # the last one may have been cut off; it is empty otherwise
             row = json.loads(line)
             found.setdefault(row["set"], {})[row["index"]] = row
     return found
@@ -148,9 +170,14 @@ class PredictionWriter(lightning.Callback):
             earlier = earlier_answers(Path(self.answered), self.filename)
             _write(part, (row for rows in earlier.values() for row in rows.values()))
 
-    def _append(self, trainer: lightning.Trainer, predictions: Sequence[Prediction], dataloader_idx: int) -> None:
+    def _append(
+        self, trainer: lightning.Trainer, predictions: Sequence[Prediction], dataloader_idx: int
+    ) -> None:
         name = set_name(trainer, dataloader_idx)
-        _write(self._part(trainer, trainer.global_rank), (prediction_row(prediction, name) for prediction in predictions))
+        _write(
+            self._part(trainer, trainer.global_rank),
+            (prediction_row(prediction, name) for prediction in predictions),
+        )
 
     def _finish(self, trainer: lightning.Trainer) -> None:
         trainer.strategy.barrier("predictions are written")
@@ -158,7 +185,9 @@ class PredictionWriter(lightning.Callback):
             parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
             merge_parts(parts, Path(trainer.default_root_dir, self.filename))
 
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._start(trainer)
 
     def on_test_batch_end(
@@ -179,11 +208,19 @@ class PredictionWriter(lightning.Callback):
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
         """Says how a prediction goes on, after Ctrl-C too, of which Lightning says nothing."""
         part = self._part(trainer, 0)
         if trainer.predicting and trainer.is_global_zero and part.exists() and part.stat().st_size:
-            print(f"\nStopped; the same command with answered={part.parent} answers the other rows.", file=sys.stderr)
+            print(
+                f"\nStopped; the same command with answered={part.parent} answers the other rows.",
+                file=sys.stderr,
+            )
 
 
 def _write(part: Path, rows: Iterable[dict[str, Any]]) -> None:

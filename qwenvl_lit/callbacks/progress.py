@@ -8,7 +8,11 @@ from time import perf_counter
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
 
-SHOWN = {"train/loss": "loss", "train/samples_per_second": "samples/s", "val/loss": "val loss"}  # by the name that it is logged under
+SHOWN = {
+    "train/loss": "loss",
+    "train/samples_per_second": "samples/s",
+    "val/loss": "val loss",
+}  # by the name that it is logged under
 EVERY = 1.0  # seconds: to read a number is to wait for the device
 
 
@@ -24,11 +28,17 @@ class ProgressBar(RichProgressBar):
         self._looked = -math.inf
         self._numbers: dict[str, float] = {}
 
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, float]:
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, float]:
         if perf_counter() - self._looked > EVERY:
             self._looked = perf_counter()
             logged = trainer.callback_metrics
-            self._numbers = {short: round(float(logged[name]), 3) for name, short in SHOWN.items() if name in logged}
+            self._numbers = {
+                short: round(float(logged[name]), 3)
+                for name, short in SHOWN.items()
+                if name in logged
+            }
         return self._numbers
 
     @property
@@ -37,9 +47,13 @@ class ProgressBar(RichProgressBar):
         if self.trainer.max_steps == -1 or not math.isfinite(batches):
             return batches
         accumulated = self.trainer.accumulate_grad_batches
-        before = self.trainer.current_epoch * math.ceil(batches / accumulated)  # steps; the last one of an epoch may be of fewer batches
+        before = self.trainer.current_epoch * math.ceil(
+            batches / accumulated
+        )  # steps; the last one of an epoch may be of fewer batches
         return min(batches, (self.trainer.max_steps - before) * accumulated)
 
     def _get_train_description(self, current_epoch: int) -> str:
         described = super()._get_train_description(current_epoch)
-        return described.replace("/-2", "") if self.trainer.max_epochs == -1 else described  # no last epoch to name
+        return (
+            described.replace("/-2", "") if self.trainer.max_epochs == -1 else described
+        )  # no last epoch to name

@@ -17,7 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from qwenvl_lit.callbacks.checkpoint import Checkpoints
+from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
@@ -50,9 +50,13 @@ class RunLog(lightning.Callback):
         self._elapsed_before = 0.0
         self._learning_rates: dict[str, float] = {}
         self._lines = 0  # in the file
-        self._repeated: dict[str, Any] | None = None  # a validation at its end, which a run that was stopped within a step makes again
+        self._repeated: dict[str, Any] | None = (
+            None  # a validation at its end, which a run that was stopped within a step makes again
+        )
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         total = trainer.estimated_stepping_batches
         self._total = int(total) if math.isfinite(total) else None
         self._first_step = self._last_step = trainer.global_step
@@ -64,14 +68,20 @@ class RunLog(lightning.Callback):
             self._lines = len(kept)
             self._repeated = kept[-1] if kept and "total" not in kept[-1] else None
             _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
-            self._elapsed_before = max((record.get("elapsed_s", 0.0) for record in kept), default=0.0)
+            self._elapsed_before = max(
+                (record.get("elapsed_s", 0.0) for record in kept), default=0.0
+            )
             self._warn_of_no_validation(trainer)
         self._start = time.perf_counter()
 
     def _warn_of_no_validation(self, trainer: lightning.Trainer) -> None:
         if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
             return
-        batches = trainer.num_training_batches * (trainer.max_epochs or 1) if (trainer.max_epochs or 1) > 0 else math.inf
+        batches = (
+            trainer.num_training_batches * (trainer.max_epochs or 1)
+            if (trainer.max_epochs or 1) > 0
+            else math.inf
+        )
         if self._total is not None:
             batches = min(batches, self._total * trainer.accumulate_grad_batches)
         if batches < trainer.val_check_batch:
@@ -84,14 +94,24 @@ class RunLog(lightning.Callback):
             )
 
     def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         groups = optimizer.param_groups  # at the end of the step the schedule has moved on already
-        parts = {f"learning_rate_{group['part']}": group["lr"] for group in groups if group.get("part")}
+        parts = {
+            f"learning_rate_{group['part']}": group["lr"] for group in groups if group.get("part")
+        }
         self._learning_rates = {"learning_rate": groups[0]["lr"], **parts}
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         if step == self._last_step:  # gradients are being accumulated
@@ -111,16 +131,30 @@ class RunLog(lightning.Callback):
     def _training_record(self, trainer: lightning.Trainer) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._start
         done = trainer.global_step - self._first_step
-        record: dict[str, Any] = {"step": trainer.global_step, "total": self._total, "epoch": trainer.current_epoch}
-        record |= {name.removeprefix("train/"): value for name, value in _scores(trainer, "train/").items()}
+        record: dict[str, Any] = {
+            "step": trainer.global_step,
+            "total": self._total,
+            "epoch": trainer.current_epoch,
+        }
+        record |= {
+            name.removeprefix("train/"): value for name, value in _scores(trainer, "train/").items()
+        }
         record |= self._learning_rates
         record["elapsed_s"] = round(self._elapsed_before + elapsed, 1)
-        record["remaining_s"] = None if self._total is None else round(elapsed / done * (self._total - trainer.global_step), 1)
+        record["remaining_s"] = (
+            None
+            if self._total is None
+            else round(elapsed / done * (self._total - trainer.global_step), 1)
+        )
         if trainer.strategy.root_device.type == "cuda":
-            record["memory_gib"] = round(torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30, 2)
+            record["memory_gib"] = round(
+                torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30, 2
+            )
         return record
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         scores = _scores(trainer, "val/")
@@ -128,7 +162,11 @@ class RunLog(lightning.Callback):
         if record != self._repeated:
             self._append(trainer, record)
         if not sys.stdout.isatty():
-            print(f"step {trainer.global_step}  " + "  ".join(f"{name} {_short(value)}" for name, value in scores.items()), flush=True)
+            print(
+                f"step {trainer.global_step}  "
+                + "  ".join(f"{name} {_short(value)}" for name, value in scores.items()),
+                flush=True,
+            )
 
     def _append(self, trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
         with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
@@ -186,19 +224,34 @@ def _short(value: float | None) -> str:
 
 
 def _scores(trainer: lightning.Trainer, prefix: str = "") -> dict[str, float | None]:
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+    scores = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(prefix)
+    }
     return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:
     """The last validation and, where a checkpoint callback watches one of its scores, the best one."""
-    records = [record for record in read_log(Path(trainer.default_root_dir, LOG)) if any(name.startswith("val/") for name in record)]
-    summary: dict[str, Any] = {"step": trainer.global_step, "last": records[-1] if records else None}
+    records = [
+        record
+        for record in read_log(Path(trainer.default_root_dir, LOG))
+        if any(name.startswith("val/") for name in record)
+    ]
+    summary: dict[str, Any] = {
+        "step": trainer.global_step,
+        "last": records[-1] if records else None,
+    }
     for keeper in trainer.checkpoint_callbacks:
-        if isinstance(keeper, Checkpoints | ModelCheckpoint) and (name := keeper.monitor):
+        if isinstance(keeper, RunCheckpoint | ModelCheckpoint) and (name := keeper.monitor):
             judged = [record for record in records if record.get(name) is not None]
             best = (min if keeper.mode == "min" else max)(judged, key=itemgetter(name), default={})
-            summary["best"] = {**best, "monitor": name, "checkpoint": keeper.best_model_path or None}
+            summary["best"] = {
+                **best,
+                "monitor": name,
+                "checkpoint": keeper.best_model_path or None,
+            }
     return summary
 
 

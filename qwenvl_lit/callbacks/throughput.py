@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
-from qwenvl_lit.training.optim import part_of_tensor
+from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.types import Batch
 
 PEAKS = (  # dense bfloat16 operations a second, from the makers' data sheets; the first name that fits
@@ -75,33 +75,51 @@ class Throughput(lightning.Callback):
         self._waiting = Waiting()
         self._graphs_before = 0
         self._asked = 0.0  # when loading began
-        self._counts: list[tuple[int, int, int]] = []  # rows, pictures and new tokens: none, after the first batch, by now
+        self._counts: list[
+            tuple[int, int, int]
+        ] = []  # rows, images and new tokens: none, after the first batch, by now
         self._times: list[float] = []  # of the same
-        self.rates: dict[str, float] = {}  # of the latest test or prediction, of all ranks; known to rank 0 at its end
+        self.rates: dict[
+            str, float
+        ] = {}  # of the latest test or prediction, of all ranks; known to rank 0 at its end
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._marks.clear()
         self._peak = peak_flops(trainer.strategy.root_device)
         if hasattr(pl_module, "family"):
-            self._trained = trained_shares(pl_module.model, pl_module.family.parts)
+            self._trained = trained_shares(pl_module.model, pl_module.family.components)
         if isinstance(trainer.profiler, PassThroughProfiler):
             trainer.profiler = self._waiting
         else:
             self._waiting.seconds = math.nan
         self._graphs_before = compiled_graphs()
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
         if not self._marks:
             self._marks.append(Mark(perf_counter(), self._waiting.seconds))
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         last = self._marks[-1]
         now = Mark(
             seconds=perf_counter(),
             waited=self._waiting.seconds,
-            operations=last.operations + (pl_module.family.flops(batch, self._trained) if self._trained else math.nan),
+            operations=last.operations
+            + (pl_module.family.flops(batch, self._trained) if self._trained else math.nan),
             samples=last.samples + len(batch.conversations),
             supervised_tokens=last.supervised_tokens + len(batch.target_positions),
             tokens=last.tokens + sum(batch.lengths),
@@ -114,7 +132,8 @@ class Throughput(lightning.Callback):
         operations_per_second = (now.operations - first.operations) / seconds
         rates = {
             "samples_per_second": (now.samples - first.samples) * ranks_per_second,
-            "supervised_tokens_per_second": (now.supervised_tokens - first.supervised_tokens) * ranks_per_second,
+            "supervised_tokens_per_second": (now.supervised_tokens - first.supervised_tokens)
+            * ranks_per_second,
             "tokens_per_second": (now.tokens - first.tokens) * ranks_per_second,
             "padding_share": 1 - (now.tokens - first.tokens) / (now.slots - first.slots),
             "waiting_share": (now.waited - first.waited) / seconds,
@@ -122,20 +141,36 @@ class Throughput(lightning.Callback):
             "mfu": operations_per_second / self._peak,
             "compilations": compiled_graphs() - self._graphs_before,
         }
-        for name, value in rates.items():  # as tensors of the host: Lightning would copy plain numbers to the device, and wait for it
-            pl_module.log(f"train/{name}", torch.tensor(float(value)), batch_size=len(batch.conversations))
+        for (
+            name,
+            value,
+        ) in rates.items():  # as tensors of the host: Lightning would copy plain numbers to the device, and wait for it
+            pl_module.log(
+                f"train/{name}", torch.tensor(float(value)), batch_size=len(batch.conversations)
+            )
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._marks.clear()
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         self._marks.clear()
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
         if stage in ("test", "predict"):
             self._asked = perf_counter()
 
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_test_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self._counts = [(0, 0, 0)]
         self._times = [perf_counter()]
 
@@ -148,25 +183,34 @@ class Throughput(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        rows, pictures, tokens = self._counts[-1]
+        rows, images, tokens = self._counts[-1]
         rows += len(batch.conversations)
-        pictures += sum(len(conversation.pictures) for conversation in batch.conversations)
+        images += sum(len(conversation.images) for conversation in batch.conversations)
         tokens += sum(prediction.tokens or 0 for prediction in outputs)
-        self._counts[1:] = [*self._counts[1:2], (rows, pictures, tokens)]  # after the first batch, and by now
+        self._counts[1:] = [
+            *self._counts[1:2],
+            (rows, images, tokens),
+        ]  # after the first batch, and by now
         self._times[1:] = [*self._times[1:2], perf_counter()]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         counts = [self._counts[0], self._counts[min(1, len(self._counts) - 1)], self._counts[-1]]
-        _, first, last = trainer.strategy.reduce(torch.tensor(counts, device=pl_module.device), reduce_op="sum").tolist()
+        _, first, last = trainer.strategy.reduce(
+            torch.tensor(counts, device=pl_module.device), reduce_op="sum"
+        ).tolist()
         if not trainer.is_global_zero:
             return
         start, end = self._times[0], self._times[-1]
-        self.rates = {"seconds": end - start, "pictures_per_second": last[1] / max(end - start, 1e-9)}
+        self.rates = {"seconds": end - start, "images_per_second": last[1] / max(end - start, 1e-9)}
         answered = f"{last[0]} row" if last[0] == 1 else f"{last[0]} rows"
-        print(f"{'predict' if trainer.predicting else 'test'}: {answered} in {end - start:.1f} s, {_rates(last[1:], end - start)}")
+        print(
+            f"{'predict' if trainer.predicting else 'test'}: {answered} in {end - start:.1f} s, {_rates(last[1:], end - start)}"
+        )
         beside = f"loading took {start - self._asked:.1f} s before"
         if len(self._times) > 2:
-            warm = _rates([b - a for a, b in zip(first[1:], last[1:], strict=True)], end - self._times[1])
+            warm = _rates(
+                [b - a for a, b in zip(first[1:], last[1:], strict=True)], end - self._times[1]
+            )
             beside = f"without the first batch, of {self._times[1] - start:.1f} s: {warm}; {beside}"
         print(f"  {beside}")
 
@@ -176,8 +220,8 @@ class Throughput(lightning.Callback):
 
 
 def _rates(counts: Sequence[int], seconds: float) -> str:
-    pictures, tokens = (count / max(seconds, 1e-9) for count in counts)
-    return f"{pictures:.1f} pictures/s" + (f", {tokens:.0f} new tokens/s" if tokens else "")
+    images, tokens = (count / max(seconds, 1e-9) for count in counts)
+    return f"{images:.1f} images/s" + (f", {tokens:.0f} new tokens/s" if tokens else "")
 
 
 def compiled_graphs() -> int:
@@ -193,11 +237,11 @@ def peak_flops(device: torch.device) -> float:
     return next((peak for part, peak in PEAKS if part in name), math.nan)
 
 
-def trained_shares(model: nn.Module, parts: Mapping[str, str]) -> dict[str, float]:
+def trained_shares(model: nn.Module, components: Mapping[str, str]) -> dict[str, float]:
     """For each part (name -> module path; of several the innermost), the share of its numbers that is trained."""
-    counts = {part: [0, 0] for part in parts}
+    counts = {part: [0, 0] for part in components}
     for name, tensor in model.named_parameters():
-        if part := part_of_tensor(name, parts):
+        if part := component_of_tensor(name, components):
             counts[part][0] += tensor.numel() * tensor.requires_grad
             counts[part][1] += tensor.numel()
     return {part: trained / max(1, numbers) for part, (trained, numbers) in counts.items()}

@@ -18,7 +18,12 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,24 +31,82 @@ from omegaconf.errors import OmegaConfBaseException
 from qwenvl_lit.cli.ranks import rank_arguments
 from qwenvl_lit.cli.resume import LOOKS_ONLY, refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.runs.predictions import config_beside, scored_arguments
-from qwenvl_lit.runs.run import Run, base_of, config_folder, find_run
+from qwenvl_lit.runs.run import Run, config_folder, find_run, init_from
 from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
-FREE_TEXT = ("prompt", "picture", "system", "ckpt", "resume", "answered", "out", "paths.run", "hydra.run.dir", "hydra.sweep.dir")
-FREE_TEXT += ("predictions", "compare", "benchmarks", "adapter.targets", "data.train", "data.test", "data.validation", "data.root")
-MAPPINGS = ("data.path_map", "optim.lr_of")  # their keys are the user's own
-TO_ANSWER = ("model.load_in_4bit", "model.device_map", "model.max_memory")  # the model of a run need not have them
-FROM_RUN = ("model", "adapter", "base", "data", "metrics", "generation")  # groups that a verb with `ckpt=` takes from the run
-STRATEGY = ("accelerator", "devices", "num_nodes", "strategy")  # keys of `trainer` that belong to the machine
+FREE_TEXT = (
+    "prompt",
+    "image",
+    "system",
+    "ckpt",
+    "resume",
+    "answered",
+    "out",
+    "paths.run",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)
+FREE_TEXT += (
+    "predictions",
+    "compare",
+    "benchmarks",
+    "adapter.targets",
+    "data.train",
+    "data.test",
+    "data.validation",
+    "data.root",
+)
+MAPPINGS = ("data.path_map", "optim.component_lr")  # their keys are the user's own
+TO_ANSWER = (
+    "model.load_in_4bit",
+    "model.device_map",
+    "model.max_memory",
+)  # the model of a run need not have them
+FROM_RUN = (
+    "model",
+    "adapter",
+    "init",
+    "data",
+    "metrics",
+    "generation",
+)  # groups that a verb with `ckpt=` takes from the run
+STRATEGY = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+)  # keys of `trainer` that belong to the machine
 # What a model's file chooses, and so a run that training starts from; another adapter than the run's has rates of its own
-RECIPE = {"model": ("adapter", "trainer", "generation"), "adapter": ("optim",), "optim": (), "trainer": (), "generation": ()}
+RECIPE = {
+    "model": ("adapter", "trainer", "generation"),
+    "adapter": ("optim",),
+    "optim": (),
+    "trainer": (),
+    "generation": (),
+}
 
-EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}  # choices that other packages bring
-DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)  # full, or not ours to write
+EXTRAS = {
+    "hydra/launcher/submitit": "cluster",
+    "hydra/sweeper/optuna": "sweep",
+}  # choices that other packages bring
+DISK = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+)  # full, or not ours to write
 
 
-def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = False, starts_from_run: bool = False) -> None:
+def command(
+    verb: str,
+    main: Callable[[DictConfig], None],
+    *,
+    needs_run: bool = False,
+    starts_from_run: bool = False,
+) -> None:
     """Run `main` with the config that the command line of `verb` composes.
 
     Args:
@@ -64,19 +127,30 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
             _offer_run(verb)
         if starts_from_run:
             _start_from_run()
-            sys.argv[1:] = [quote_free_text(argument) for argument in resume_arguments(sys.argv[1:])]
+            sys.argv[1:] = [
+                quote_free_text(argument) for argument in resume_arguments(sys.argv[1:])
+            ]
         sys.argv[1:] = rank_arguments(verb, sys.argv[1:])
         refuse_used_folder(sys.argv[1:])
         sweep = Sweep(verb)
         with sweep.reported():
-            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(_reporting(main, sweep))()
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=verb)(
+                _reporting(main, sweep)
+            )()
         sys.stdout.flush()
-    except (ConfigCompositionException, MissingConfigException, OverrideParseException, OmegaConfBaseException) as error:
+    except (
+        ConfigCompositionException,
+        MissingConfigException,
+        OverrideParseException,
+        OmegaConfBaseException,
+    ) as error:
         _exit(2, _explain(verb, error))
     except DataError as error:
         _exit(2, str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes once more at the end
         if LOOKS_ONLY & set(sys.argv):
             sys.exit(1)
         _exit(1, "what reads the output of this command has ended, and the command with it")
@@ -84,7 +158,10 @@ def command(verb: str, main: Callable[[DictConfig], None], *, needs_run: bool = 
         if error.errno not in DISK:
             raise
         place = error.filename or "the run folder"
-        _exit(1, f"{place} cannot be written: {error.strerror}. Make room there, or choose another folder with hydra.run.dir=...")
+        _exit(
+            1,
+            f"{place} cannot be written: {error.strerror}. Make room there, or choose another folder with hydra.run.dir=...",
+        )
     if sweep.failed:
         sys.exit(1)
 
@@ -105,7 +182,9 @@ def quote_free_text(argument: str) -> str:
         return f"++{argument}"
     if not equals or key.lstrip("+") not in FREE_TEXT:
         return argument
-    if key == "hydra.run.dir" and re.fullmatch('".*"', value):  # as Lightning writes it for the other ranks
+    if key == "hydra.run.dir" and re.fullmatch(
+        '".*"', value
+    ):  # as Lightning writes it for the other ranks
         return argument
     if value.startswith("[") and value.endswith("]"):
         elements = re.findall(r"\s*('(?:[^'\\]|\\.)*'|[^,]+)", value[1:-1])
@@ -125,11 +204,20 @@ def _quoted(text: str) -> str:
 def keys_of(verb: str) -> str:
     """The keys of a verb's own, as conf/VERB.yaml has them with their comments: `--help` shows them."""
     text = (config_folder() / f"{verb}.yaml").read_text(encoding="utf-8")
-    return text.partition("\n  - _self_\n")[2].partition("\nhydra:\n")[0].strip().replace("$", "$$")  # for string.Template
+    return (
+        text.partition("\n  - _self_\n")[2].partition("\nhydra:\n")[0].strip().replace("$", "$$")
+    )  # for string.Template
 
 
 def _named(key: str) -> str | None:
-    return next((a.partition("=")[2].strip("'") for a in sys.argv[1:] if a.startswith(f"{key}=") and not a.endswith("=null")), None)
+    return next(
+        (
+            a.partition("=")[2].strip("'")
+            for a in sys.argv[1:]
+            if a.startswith(f"{key}=") and not a.endswith("=null")
+        ),
+        None,
+    )
 
 
 def _checkpoint_argument(run: Run, ckpt: str) -> str:
@@ -139,27 +227,37 @@ def _checkpoint_argument(run: Run, ckpt: str) -> str:
 
 def _say_what_it_expects(ckpt: str, run: Run) -> None:
     if run.expects and os.environ.get("LOCAL_RANK", "0") == "0":
-        path = next((a.partition("=")[2] for a in sys.argv if a.startswith("model.path=")), run.config["model"]["path"])
-        print(f"{ckpt} is an adapter for {run.expects}; its base here: model.path={path}", file=sys.stderr)
+        path = next(
+            (a.partition("=")[2] for a in sys.argv if a.startswith("model.path=")),
+            run.config["model"]["path"],
+        )
+        print(
+            f"{ckpt} is an adapter for {run.expects}; its base here: model.path={path}",
+            file=sys.stderr,
+        )
 
 
 def _start_from_run() -> None:
-    """Make what the run that `ckpt=` names has learned available as the base `run`, and its model and recipe as the model `run`, and take
+    """Make what the run that `ckpt=` names has learned available as the init `run`, and its model and recipe as the model `run`, and take
     both, unless the command line chooses another model."""
     if (ckpt := _named("ckpt")) is None:
         return
     run = find_run(ckpt)
     _say_what_it_expects(ckpt, run)
-    choices = ("base=run", "model=run") if run.checkpoint else ("model=run",)
+    choices = ("init=run", "model=run") if run.checkpoint else ("model=run",)
     taken = [a for a in choices if not any(b.startswith(a.removesuffix("run")) for b in sys.argv)]
     place = next(number for number, a in enumerate(sys.argv) if a.startswith("ckpt="))
     sys.argv[place : place + 1] = [_checkpoint_argument(run, ckpt), *taken]
     store = ConfigStore.instance().store
-    store(group="base", name="run", node=base_of(run) if run.checkpoint else {})
+    store(group="init", name="run", node=init_from(run) if run.checkpoint else {})
     for group, others in RECIPE.items():
         chosen = [{f"override /{other}@_global_.{other}": "run"} for other in others]
         node = {key: value for key, value in run.config[group].items() if key not in STRATEGY}
-        store(group=group, name="run", node={"defaults": [*chosen, "_self_"], **node} if chosen else node)
+        store(
+            group=group,
+            name="run",
+            node={"defaults": [*chosen, "_self_"], **node} if chosen else node,
+        )
 
 
 def _offer_run(verb: str) -> None:
@@ -169,7 +267,10 @@ def _offer_run(verb: str) -> None:
     ckpt, predictions = _named("ckpt"), _named("predictions") if verb == "test" else None
     if verb == "predict":
         _refuse_rows_beside_a_question(arguments)
-    needed = not any(a.startswith(("model=", "predictions=", "--help", "-h", "--hydra-help", "--info")) for a in arguments)
+    needed = not any(
+        a.startswith(("model=", "predictions=", "--help", "-h", "--hydra-help", "--info"))
+        for a in arguments
+    )
     if ckpt is None and needed:
         raise DataError(
             f"ckpt is missing: python -m qwenvl_lit.{verb} ckpt=RUN (a run folder such as outputs/train/..., or ckpt=latest), "
@@ -183,10 +284,18 @@ def _offer_run(verb: str) -> None:
     taken = run.config if run else config_beside(predictions) if predictions else None
     if run and run.checkpoint is None:  # a whole model, whose adapter is a recipe for training
         taken = {**run.config, "adapter": {}}
-    if any(a.startswith("benchmarks=") for a in arguments) and not any(a.startswith("data=") for a in arguments):
-        sys.argv.append("data=jsonl")  # the keys that benchmarks share, for the command line to change
-    if verb == "predict" and any(a.startswith("data.test=") and not a.endswith("=null") for a in arguments):
-        sys.argv.append("data.validation=null")  # a file that is named is answered, not the validation rows of the run
+    if any(a.startswith("benchmarks=") for a in arguments) and not any(
+        a.startswith("data=") for a in arguments
+    ):
+        sys.argv.append(
+            "data=jsonl"
+        )  # the keys that benchmarks share, for the command line to change
+    if verb == "predict" and any(
+        a.startswith("data.test=") and not a.endswith("=null") for a in arguments
+    ):
+        sys.argv.append(
+            "data.validation=null"
+        )  # a file that is named is answered, not the validation rows of the run
     for group in FROM_RUN:
         node = dict((taken or {}).get(group) or {})
         if group == "data" and run and run.folder:
@@ -197,10 +306,19 @@ def _offer_run(verb: str) -> None:
 
 
 def _refuse_rows_beside_a_question(arguments: Sequence[str]) -> None:
-    of_rows = next((a for a in arguments if a.startswith(("data=", "data.", "answered=")) and not a.endswith("=null")), None)
+    of_rows = next(
+        (
+            a
+            for a in arguments
+            if a.startswith(("data=", "data.", "answered=")) and not a.endswith("=null")
+        ),
+        None,
+    )
     if of_rows and _named("prompt") is not None:
-        asked = "picture= with prompt=" if _named("picture") is not None else "prompt="
-        raise DataError(f"{asked} asks one question, and {of_rows} is for the rows of a dataset: give one or the other")
+        asked = "image= with prompt=" if _named("image") is not None else "prompt="
+        raise DataError(
+            f"{asked} asks one question, and {of_rows} is for the rows of a dataset: give one or the other"
+        )
 
 
 def name_datasets(config: DictConfig) -> None:
@@ -211,23 +329,42 @@ def name_datasets(config: DictConfig) -> None:
     """
     from dataclasses import fields
 
-    from qwenvl_lit.data.mixture import Source
+    from qwenvl_lit.data.mixture import DatasetSpec
 
-    known = [field.name for field in fields(Source)]
-    named = {name: value for name, value in config.data.datasets.items() if not (OmegaConf.is_dict(value) and "_target_" in value)}
+    known = [field.name for field in fields(DatasetSpec)]
+    named = {
+        name: value
+        for name, value in config.data.datasets.items()
+        if not (OmegaConf.is_dict(value) and "_target_" in value)
+    }
     for name, value in named.items():
-        changes = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_dict(value) else {"rows": value}
+        changes = (
+            OmegaConf.to_container(value, resolve=False)
+            if OmegaConf.is_dict(value)
+            else {"rows": value}
+        )
         file = changes.pop("use", name)
         try:
             node = hydra.compose("train", overrides=[f"data={file}"]).data
         except (MissingConfigException, ConfigCompositionException) as error:
             raise DataError(f"data.datasets.{name}: {_explain('train', error)}") from error
         if unknown := sorted(set(changes) - set(known)):
-            raise DataError(f"data.datasets.{name} has no key {', '.join(unknown)}; its keys are use, {', '.join(known)}")
-        own = {key: item for key, item in OmegaConf.to_container(node, resolve=False).items() if key in known}
+            raise DataError(
+                f"data.datasets.{name} has no key {', '.join(unknown)}; its keys are use, {', '.join(known)}"
+            )
+        own = {
+            key: item
+            for key, item in OmegaConf.to_container(node, resolve=False).items()
+            if key in known
+        }
         if "split_file" in own:
             own["split_file"] = f"${{paths.run}}/split_{name}.json"
-        whole = {"_target_": f"{Source.__module__}.{Source.__name__}", "rows": None, **own, **changes}
+        whole = {
+            "_target_": f"{DatasetSpec.__module__}.{DatasetSpec.__name__}",
+            "rows": None,
+            **own,
+            **changes,
+        }
         OmegaConf.update(config, f"data.datasets.{name}", whole, merge=False, force_add=True)
 
 
@@ -237,16 +374,22 @@ def _keep_named_datasets(config: DictConfig) -> None:
     name_datasets(config)
     job = HydraConfig.get()
     if job.output_subdir is not None:
-        OmegaConf.save(config, Path(job.runtime.output_dir, job.output_subdir, "config.yaml"))  # where `find_run` reads it
+        OmegaConf.save(
+            config, Path(job.runtime.output_dir, job.output_subdir, "config.yaml")
+        )  # where `find_run` reads it
 
 
-def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[DictConfig], float | None]:
+def _reporting(
+    main: Callable[[DictConfig], None], sweep: Sweep
+) -> Callable[[DictConfig], float | None]:
     """`main`, or its place in a sweep, with a user's mistakes as short messages; a defect keeps its traceback."""
 
     def job(config: DictConfig) -> float | None:
         if not is_a_sweep(config):
             return run(config)
-        _keep_named_datasets(config)  # into what Hydra has written of the job, which a run that goes on reads
+        _keep_named_datasets(
+            config
+        )  # into what Hydra has written of the job, which a run that goes on reads
         return sweep.take(config, run)
 
     def run(config: DictConfig) -> None:
@@ -258,7 +401,11 @@ def _reporting(main: Callable[[DictConfig], None], sweep: Sweep) -> Callable[[Di
             # an error from a data worker carries that worker's traceback; its last line is the message
             _exit(1, re.split(r"(?m)^qwenvl_lit\.types\.\w+: ", str(error))[-1].strip())
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+            cause = (
+                error.__cause__
+                if isinstance(error, InstantiationException) and error.__cause__
+                else error
+            )
             if not _is_a_mistake(cause):
                 raise
             _leave_no_empty_folder()
@@ -274,14 +421,19 @@ def _leave_no_empty_folder() -> None:
     folder, own = Path(job.runtime.output_dir), job.output_subdir
     if own is None or job.mode != RunMode.RUN or folder.resolve() == Path.cwd():
         return
-    if all(file.name == own or (file.suffix == ".log" and not file.stat().st_size) for file in folder.iterdir()):
+    if all(
+        file.name == own or (file.suffix == ".log" and not file.stat().st_size)
+        for file in folder.iterdir()
+    ):
         shutil.rmtree(folder)
 
 
 def _is_a_mistake(error: BaseException) -> bool:
     """Whether this package refused a value with a ValueError, or Lightning a combination of settings."""
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = isinstance(error, ValueError) and Path(raised_in).is_relative_to(Path(__file__).parents[1])
+    ours = isinstance(error, ValueError) and Path(raised_in).is_relative_to(
+        Path(__file__).parents[1]
+    )
     return ours or type(error).__name__ == "MisconfigurationException"
 
 
@@ -289,10 +441,16 @@ def _explain(verb: str, error: Exception) -> str:
     """A composition error in a line or two: what is wrong, and the nearest key or the choices."""
     if isinstance(error, MissingConfigException):
         extra = next((extra for choice, extra in EXTRAS.items() if choice in str(error)), None)
-        hint = f"\nIt comes with an extra of this package: pip install 'qwenvl_lit[{extra}]'" if extra else ""
+        hint = (
+            f"\nIt comes with an extra of this package: pip install 'qwenvl_lit[{extra}]'"
+            if extra
+            else ""
+        )
         choices = str(error).split("\nConfig search path")[0].strip()
         return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ") + hint
-    if isinstance(error, ConfigCompositionException) and (found := re.search(r"override '([^']+)'", str(error))):
+    if isinstance(error, ConfigCompositionException) and (
+        found := re.search(r"override '([^']+)'", str(error))
+    ):
         return f"there is no key {found[1]!r}{_hint(verb, found[1])}"
     return str(error).strip()
 
@@ -301,20 +459,26 @@ def _hint(verb: str, key: str) -> str:
     """What to write in place of a key that does not exist with the choices of the command line."""
     group, _, rest = key.partition(".")
     files = [
-        file for file in sorted((config_folder() / group).glob("*.yaml")) if re.search(rf"^{re.escape(rest)}:", file.read_text(), re.M)
+        file
+        for file in sorted((config_folder() / group).glob("*.yaml"))
+        if re.search(rf"^{re.escape(rest)}:", file.read_text(), re.M)
     ]
     if rest and files:
-        return (
-            f" with the choices made here; {', '.join(f'{group}={file.stem}' for file in files)} {'has' if len(files) == 1 else 'have'} it"
-        )
+        return f" with the choices made here; {', '.join(f'{group}={file.stem}' for file in files)} {'has' if len(files) == 1 else 'have'} it"
     verbs = sorted(config_folder().glob("*.yaml"))
-    if having := [file.stem for file in verbs if re.search(rf"^{re.escape(key)}:", file.read_text(), re.M)]:
+    if having := [
+        file.stem for file in verbs if re.search(rf"^{re.escape(key)}:", file.read_text(), re.M)
+    ]:
         return f"; it is one of {', '.join(having)}"
     known = _known_keys(verb)
     if key in known:
         return " with the choices made here; a key of one dataset of a mixture stands with it in data.datasets"
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; see python -m qwenvl_lit.{verb} --help"
+    return (
+        f"; did you mean {' or '.join(near)}?"
+        if near
+        else f"; see python -m qwenvl_lit.{verb} --help"
+    )
 
 
 def _known_keys(verb: str) -> list[str]:
@@ -324,14 +488,22 @@ def _known_keys(verb: str) -> list[str]:
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:
             config = hydra.compose(verb, choices)
-        except (ConfigCompositionException, MissingConfigException, OverrideParseException):  # the choices are wrong too
+        except (
+            ConfigCompositionException,
+            MissingConfigException,
+            OverrideParseException,
+        ):  # the choices are wrong too
             config = hydra.compose(verb)
     keys, todo = [], [("", config)]
     while todo:
         prefix, node = todo.pop()
         for name in (name for name in node if not str(name).startswith("_")):
             keys.append(prefix + str(name))
-            if OmegaConf.is_dict(node) and isinstance(child := node._get_node(name), DictConfig) and not child._is_none():
+            if (
+                OmegaConf.is_dict(node)
+                and isinstance(child := node._get_node(name), DictConfig)
+                and not child._is_none()
+            ):
                 todo.append((f"{prefix}{name}.", child))
     return keys
 

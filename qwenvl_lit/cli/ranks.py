@@ -21,7 +21,11 @@ def rank_arguments(verb: str, arguments: Sequence[str]) -> list[str]:
     if not any(argument.startswith("hydra.run.dir=") for argument in arguments):
         name = _time_of_first(rank == "0") if torchrun else f"slurm_{os.environ['SLURM_JOB_ID']}"
         placed.append(f"hydra.run.dir=outputs/{verb}/{name}")
-    return placed if rank == "0" else [*placed, "hydra.output_subdir=null", f"hydra.job.name={verb}_rank_{rank}"]
+    return (
+        placed
+        if rank == "0"
+        else [*placed, "hydra.output_subdir=null", f"hydra.job.name={verb}_rank_{rank}"]
+    )
 
 
 def _time_of_first(first: bool) -> str:

@@ -12,9 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from qwenvl_lit.runs.run import latest_run
 from qwenvl_lit.types import DataError
 
-MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # of a run that goes on
+MAY_CHANGE = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "data.num_workers",
+)  # of a run that goes on
 LAST = "checkpoints/last.ckpt"
-RESULTS = ("checkpoints/*.ckpt", "metrics.json", "predictions*.jsonl", "*/*/predictions*.jsonl")  # the last: of benchmarks, FILE/SET
+RESULTS = (
+    "checkpoints/*.ckpt",
+    "metrics.json",
+    "predictions*.jsonl",
+    "*/*/predictions*.jsonl",
+)  # the last: of benchmarks, FILE/SET
 LOOKS_ONLY = {"--help", "-h", "--hydra-help", "--info", "-i", "--cfg", "-c"}
 
 
@@ -28,15 +37,23 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         DataError: there is no such run, it has no checkpoint, or an argument says something else than the run.
     """
-    values = {key: value.strip("'\"") for key, equals, value in (argument.partition("=") for argument in arguments) if equals}
+    values = {
+        key: value.strip("'\"")
+        for key, equals, value in (argument.partition("=") for argument in arguments)
+        if equals
+    }
     resume, folder = values.get("resume", "null"), values.get("hydra.run.dir")
     if resume == "null":
         return list(arguments)
     if resume == "auto":
-        if {"-m", "--multirun"} & set(arguments):  # each job of a sweep has a folder, and this argument again
+        if {"-m", "--multirun"} & set(
+            arguments
+        ):  # each job of a sweep has a folder, and this argument again
             return list(arguments)
         if folder is None:
-            raise DataError("resume=auto needs the folder of the run, the same one each time: hydra.run.dir=runs/mine")
+            raise DataError(
+                "resume=auto needs the folder of the run, the same one each time: hydra.run.dir=runs/mine"
+            )
         if not Path(folder, LAST).exists():
             return list(arguments)
         run = Path(folder)
@@ -61,8 +78,17 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
                 f"resume={resume}: {argument} contradicts the run, which goes on with its own settings ({run / 'config.yaml'}); only "
                 f"{', '.join(MAY_CHANGE)} may change. To start another run from what this one has learned: ckpt={run}"
             )
-    own = [argument for argument in kept if not argument.startswith(("hydra.run.dir=", "hydra.output_subdir="))]
-    return [*own, f"resume={run}", f"hydra.run.dir={run}", "hydra.output_subdir=null"]  # null: what it was started with stays written
+    own = [
+        argument
+        for argument in kept
+        if not argument.startswith(("hydra.run.dir=", "hydra.output_subdir="))
+    ]
+    return [
+        *own,
+        f"resume={run}",
+        f"hydra.run.dir={run}",
+        "hydra.output_subdir=null",
+    ]  # null: what it was started with stays written
 
 
 def refuse_used_folder(arguments: Sequence[str]) -> None:
@@ -73,15 +99,31 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
         DataError: the folder holds results.
     """
     keys = {argument.partition("=")[0] for argument in arguments}
-    goes_on = any(argument.startswith("resume=") and argument != "resume=null" for argument in arguments)
-    if "hydra.run.dir" not in keys or goes_on or "hydra.output_subdir=null" in arguments or LOOKS_ONLY & keys:
+    goes_on = any(
+        argument.startswith("resume=") and argument != "resume=null" for argument in arguments
+    )
+    if (
+        "hydra.run.dir" not in keys
+        or goes_on
+        or "hydra.output_subdir=null" in arguments
+        or LOOKS_ONLY & keys
+    ):
         return
     place = next(argument for argument in arguments if argument.startswith("hydra.run.dir="))
     folder = Path(str(OverridesParser.create().parse_override(place).value()))
-    found = next((file.relative_to(folder) for pattern in RESULTS for file in sorted(folder.glob(pattern))), None)
+    found = next(
+        (file.relative_to(folder) for pattern in RESULTS for file in sorted(folder.glob(pattern))),
+        None,
+    )
     if found is not None:
-        going_on = f"; to go on with its training: python -m qwenvl_lit.train resume={folder}" if (folder / LAST).exists() else ""
-        raise DataError(f"hydra.run.dir={folder} holds an earlier run ({found}): choose another folder, or remove this one{going_on}")
+        going_on = (
+            f"; to go on with its training: python -m qwenvl_lit.train resume={folder}"
+            if (folder / LAST).exists()
+            else ""
+        )
+        raise DataError(
+            f"hydra.run.dir={folder} holds an earlier run ({found}): choose another folder, or remove this one{going_on}"
+        )
 
 
 def resumed(config: DictConfig) -> DictConfig:
@@ -107,4 +149,8 @@ def steps_of(checkpoint: Path | None) -> int:
     """Optimizer steps that a checkpoint has behind it; none without one."""
     import torch
 
-    return 0 if checkpoint is None else torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return (
+        0
+        if checkpoint is None
+        else torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    )

@@ -83,10 +83,18 @@ class Pack:
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
         samples, dropped = _parted(rows)
         lengths = [len(sample.input_ids) for sample in samples]
-        if sum(lengths) > self.max_tokens or len(lengths) > self.max_rows or max(lengths, default=0) > self.longest:
-            raise ValueError(f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {max(lengths)}, do not fit into {self}")
+        if (
+            sum(lengths) > self.max_tokens
+            or len(lengths) > self.max_rows
+            or max(lengths, default=0) > self.longest
+        ):
+            raise ValueError(
+                f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {max(lengths)}, do not fit into {self}"
+            )
         starts = [sum(lengths[:place]) for place in range(len(lengths))]
-        places = [sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)]
+        places = [
+            sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)
+        ]
         rest = self.max_tokens - sum(lengths)
         segments = [*lengths, *[self.longest] * (rest // self.longest), rest % self.longest]
         empty = self.max_rows + self.max_tokens // self.longest + 1 - len(segments)
@@ -95,10 +103,14 @@ class Pack:
         labels[starts] = IGNORED  # else the sample before would learn to predict them
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
-            input_ids=torch.cat([*(sample.input_ids for sample in samples), torch.full((rest,), self.pad_id)])[None],
+            input_ids=torch.cat(
+                [*(sample.input_ids for sample in samples), torch.full((rest,), self.pad_id)]
+            )[None],
             labels=labels[None],
             attention_mask=None,
-            position_ids=torch.cat([*map(torch.arange, lengths), torch.zeros(rest, dtype=torch.int64)])[None],
+            position_ids=torch.cat(
+                [*map(torch.arange, lengths), torch.zeros(rest, dtype=torch.int64)]
+            )[None],
             lengths=tuple(lengths),
             vision_positions=torch.cat(places) if places else torch.empty(0, dtype=torch.int64),
             target_positions=target_positions(labels[None]),
@@ -139,11 +151,15 @@ def target_positions(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _parted(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[str, ...]]:
-    return [row for row in rows if not isinstance(row, Dropped)], tuple(str(row) for row in rows if isinstance(row, Dropped))
+    return [row for row in rows if not isinstance(row, Dropped)], tuple(
+        str(row) for row in rows if isinstance(row, Dropped)
+    )
 
 
 def _concatenate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    return {name: _joined([sample.vision[name] for sample in samples]) for name in samples[0].vision}
+    return {
+        name: _joined([sample.vision[name] for sample in samples]) for name in samples[0].vision
+    }
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -14,7 +14,7 @@ WINDOW = 64  # batches a rank of which the rows are sorted by length, or packed,
 Position = tuple[int, int]  # epoch, and how many of its batches are done
 
 
-class Batches(Sampler[list[int]]):
+class BatchSampler(Sampler[list[int]]):
     """Batches of row numbers for one rank, an epoch at a time.
 
     Stages come one after the other, each shuffled anew every epoch; a batch has rows of one stage. All ranks get the same number of
@@ -50,9 +50,13 @@ class Batches(Sampler[list[int]]):
         position: Callable[[], Position] | None = None,
     ):
         if packing and max_tokens is None:
-            raise ValueError("data.packing needs data.max_tokens: how many tokens a packed row has at most")
+            raise ValueError(
+                "data.packing needs data.max_tokens: how many tokens a packed row has at most"
+            )
         if lengths is None and (group_by_length or max_tokens is not None):
-            raise ValueError("grouping by length, and a budget of tokens, need the length of each row")
+            raise ValueError(
+                "grouping by length, and a budget of tokens, need the length of each row"
+            )
         self.stages = stages
         self.batch_size = batch_size
         self.lengths = lengths
@@ -64,27 +68,47 @@ class Batches(Sampler[list[int]]):
         self.world_size = world_size
         self.epoch = 0
         self.position = position or (lambda: (self.epoch, 0))
-        if max_tokens is not None and lengths is not None and len(lengths) and lengths.max() > max_tokens:
-            raise ValueError(f"row {lengths.argmax()} has {lengths.max()} tokens, more than max_tokens={max_tokens}")
+        if (
+            max_tokens is not None
+            and lengths is not None
+            and len(lengths)
+            and lengths.max() > max_tokens
+        ):
+            raise ValueError(
+                f"row {lengths.argmax()} has {lengths.max()} tokens, more than max_tokens={max_tokens}"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches a rank and epoch."""
-        each = (-(-rows // self.batch_size) for rows in self.stages) if self.max_tokens is None else map(len, self._fixed)
+        each = (
+            (-(-rows // self.batch_size) for rows in self.stages)
+            if self.max_tokens is None
+            else map(len, self._fixed)
+        )
         return -(-sum(each) // self.world_size)
 
     @property
     def max_rows(self) -> int:
         """No batch has more rows."""
-        return self.batch_size if self.max_tokens is None else max((len(batch) for stage in self._fixed for batch in stage), default=0)
+        return (
+            self.batch_size
+            if self.max_tokens is None
+            else max((len(batch) for stage in self._fixed for batch in stage), default=0)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, done = self.position()
         batches = self._of_all_ranks(epoch)
         every = len(self) * self.world_size
-        return (batch.tolist() for batch in islice(cycle(batches), self.rank + done * self.world_size, every, self.world_size))
+        return (
+            batch.tolist()
+            for batch in islice(
+                cycle(batches), self.rank + done * self.world_size, every, self.world_size
+            )
+        )
 
     def _of_all_ranks(self, epoch: int) -> list[np.ndarray]:
         draw = np.random.default_rng((self.seed, epoch))
@@ -93,19 +117,33 @@ class Batches(Sampler[list[int]]):
         batches = []
         for rows in self._orders(draw):
             for window in self._windows(rows, self.batch_size) if self.group_by_length else [rows]:
-                cut = [window[start : start + self.batch_size] for start in range(0, len(window), self.batch_size)]
+                cut = [
+                    window[start : start + self.batch_size]
+                    for start in range(0, len(window), self.batch_size)
+                ]
                 batches += self._shuffled(cut, draw) if self.group_by_length else cut
         return batches
 
     @cached_property
     def _fixed(self) -> list[list[np.ndarray]]:
         """The batches of each stage within `max_tokens`."""
-        draw, typical = np.random.default_rng(self.seed), self.max_tokens // max(1, int(self.lengths.mean())) if len(self.lengths) else 1
+        draw, typical = (
+            np.random.default_rng(self.seed),
+            self.max_tokens // max(1, int(self.lengths.mean())) if len(self.lengths) else 1,
+        )
         stages = []
         for rows in self._orders(draw):
             stage: list[np.ndarray] = []
-            for window in self._windows(rows, max(1, typical)) if self.group_by_length or self.packing else [rows]:
-                stage += _packed(window, self.lengths, self.max_tokens) if self.packing else _filled(window, self.lengths, self.max_tokens)
+            for window in (
+                self._windows(rows, max(1, typical))
+                if self.group_by_length or self.packing
+                else [rows]
+            ):
+                stage += (
+                    _packed(window, self.lengths, self.max_tokens)
+                    if self.packing
+                    else _filled(window, self.lengths, self.max_tokens)
+                )
             stages.append(stage)
         return stages
 
@@ -124,7 +162,10 @@ class Batches(Sampler[list[int]]):
 
     def _shuffled(self, batches: list[np.ndarray], draw: np.random.Generator) -> list[np.ndarray]:
         """In another order; those that the ranks take in one step stay together."""
-        steps = [batches[start : start + self.world_size] for start in range(0, len(batches), self.world_size)]
+        steps = [
+            batches[start : start + self.world_size]
+            for start in range(0, len(batches), self.world_size)
+        ]
         whole = [steps[place] for place in draw.permutation(len(batches) // self.world_size)]
         return [batch for step in [*whole, *steps[len(whole) :]] for batch in step]
 

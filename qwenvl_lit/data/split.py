@@ -19,7 +19,7 @@ Rows = Sequence[Conversation]
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen(Sequence[Conversation]):
+class Subset(Sequence[Conversation]):
     """Some rows of a source, in the order of `indices`."""
 
     rows: Rows
@@ -33,7 +33,7 @@ class Chosen(Sequence[Conversation]):
 
 
 @dataclass(frozen=True, slots=True)
-class Joined(Sequence[Conversation]):
+class Concat(Sequence[Conversation]):
     """Several sources one after the other."""
 
     sources: Sequence[Rows]
@@ -66,9 +66,12 @@ def take(rows: Rows, count: int, seed: int = 0) -> Rows:
     'abcabc'
     """
     if not count or not len(rows):
-        return Chosen(rows, [])
+        return Subset(rows, [])
     passes, rest = divmod(count, len(rows))
-    return Chosen(rows, np.array([*range(len(rows))] * passes + random.Random(seed).sample(range(len(rows)), rest)))
+    return Subset(
+        rows,
+        np.array([*range(len(rows))] * passes + random.Random(seed).sample(range(len(rows)), rest)),
+    )
 
 
 def places(rows: Rows) -> tuple[list[Rows], np.ndarray]:
@@ -77,15 +80,17 @@ def places(rows: Rows) -> tuple[list[Rows], np.ndarray]:
     >>> places(Joined([Chosen("abc", [2, 2]), "de"]))
     (['abc', 'de'], array([2, 2, 3, 4]))
     """
-    if isinstance(rows, Chosen):
+    if isinstance(rows, Subset):
         bottoms, inner = places(rows.rows)
         return bottoms, inner[np.asarray(rows.indices, dtype=np.int64)]
-    if not isinstance(rows, Joined):
+    if not isinstance(rows, Concat):
         return [rows], np.arange(len(rows))
     bottoms, found = [], [np.empty(0, dtype=np.int64)]
     for part in rows.sources:
         below, inner = places(part)
-        known = [next((k for k, other in enumerate(bottoms) if other is one), None) for one in below]
+        known = [
+            next((k for k, other in enumerate(bottoms) if other is one), None) for one in below
+        ]
         for k, one in enumerate(below):
             if known[k] is None:
                 known[k] = len(bottoms)
@@ -96,7 +101,9 @@ def places(rows: Rows) -> tuple[list[Rows], np.ndarray]:
     return bottoms, np.concatenate(found)
 
 
-def hold_out(sources: Sequence[Rows], amount: int | float, *, seed: int, file: Path | None) -> tuple[list[Rows], Rows]:
+def hold_out(
+    sources: Sequence[Rows], amount: int | float, *, seed: int, file: Path | None
+) -> tuple[list[Rows], Rows]:
     """The sources without the rows held out, and these rows. No source may have a row twice: a twin of a held-out row would stay.
 
     Args:
@@ -106,28 +113,35 @@ def hold_out(sources: Sequence[Rows], amount: int | float, *, seed: int, file: P
     Raises:
         DataError: `amount` leaves nothing to train on, or the rows are no longer those that `file` names.
     """
-    joined = Joined(sources)
+    joined = Concat(sources)
     held = _remembered(joined, file) if file and file.exists() else _drawn(joined, amount, seed)
     if file and not file.exists():
         _remember(joined, held, file)
     kept = np.ones(len(joined), dtype=bool)
     kept[held] = False
     starts = [0, *accumulate(map(len, sources))]
-    rest: list[Rows] = [Chosen(rows, np.flatnonzero(kept[start : start + len(rows)])) for rows, start in zip(sources, starts, strict=False)]
-    return rest, Chosen(joined, held)
+    rest: list[Rows] = [
+        Subset(rows, np.flatnonzero(kept[start : start + len(rows)]))
+        for rows, start in zip(sources, starts, strict=False)
+    ]
+    return rest, Subset(joined, held)
 
 
 def _drawn(rows: Rows, amount: int | float, seed: int) -> list[int]:
     count = max(1, int(amount * len(rows))) if amount < 1 else int(amount)
     if not 0 < count < len(rows):
-        raise DataError(f"data.validation={amount} takes {count} of {len(rows)} rows; leave some to train on")
+        raise DataError(
+            f"data.validation={amount} takes {count} of {len(rows)} rows; leave some to train on"
+        )
     return sorted(random.Random(seed).sample(range(len(rows)), count))
 
 
 def _remember(rows: Rows, held: Sequence[int], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps({"rows": len(rows), "validation": {str(i): rows[i].id for i in held}}, indent=0))
+    unfinished.write_text(
+        json.dumps({"rows": len(rows), "validation": {str(i): rows[i].id for i in held}}, indent=0)
+    )
     unfinished.replace(file)  # another rank sees all of it or nothing
 
 
@@ -139,5 +153,7 @@ def _remembered(rows: Rows, file: Path) -> list[int]:
         )
     for index, name in split["validation"].items():
         if rows[int(index)].id != name:
-            raise DataError(f"{file}: row {index} was {name!r} and is {rows[int(index)].id!r} now; give the data it was made with")
+            raise DataError(
+                f"{file}: row {index} was {name!r} and is {rows[int(index)].id!r} now; give the data it was made with"
+            )
     return [int(index) for index in split["validation"]]

@@ -55,7 +55,9 @@ class Measured:
     findings: tuple[Finding, ...]  # dropped rows and notes, by index
 
 
-def survey(rows: Sequence[Conversation], look: Look[T], *, workers: int, progress: Progress | None = None) -> Iterator[T | Finding]:
+def survey(
+    rows: Sequence[Conversation], look: Look[T], *, workers: int, progress: Progress | None = None
+) -> Iterator[T | Finding]:
     """`look(row)` of every row, in order, or the `Finding` of a row that could not be read or looked at.
 
     Args:
@@ -68,7 +70,9 @@ def survey(rows: Sequence[Conversation], look: Look[T], *, workers: int, progres
     size = min(CHUNK, -(-len(rows) // max(1, 4 * workers)))
     starts = range(0, len(rows), max(1, size))
     if workers < 2 or len(rows) < CHUNK:
-        chunks: Iterable[list[T | Finding]] = (_look_at(rows, look, start, size) for start in starts)
+        chunks: Iterable[list[T | Finding]] = (
+            _look_at(rows, look, start, size) for start in starts
+        )
     else:
         chunks = _in_processes(rows, look, workers, starts, size)
     done = 0
@@ -88,7 +92,7 @@ def measure(
     identity: Any,
     progress: Progress | None = None,
 ) -> Measured:
-    """Tokens of every row as training would encode it; no picture is decoded.
+    """Tokens of every row as training would encode it; no image is decoded.
 
     Args:
         cache: folder where the result is kept; None: nowhere.
@@ -98,20 +102,33 @@ def measure(
     Raises:
         DataError: rows cannot be used; the message has the first of them and says how many there are.
     """
-    file = cache / f"lengths_{_key([FORMAT, len(rows), processor.settings, identity])}.npz" if cache else None
+    file = (
+        cache / f"lengths_{_key([FORMAT, len(rows), processor.settings, identity])}.npz"
+        if cache
+        else None
+    )
     if file and (known := _load(file, len(rows))):
         return known
     counts = np.zeros((2, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
-    for index, result in enumerate(survey(rows, _Count(processor), workers=workers, progress=progress)):
+    for index, result in enumerate(
+        survey(rows, _Count(processor), workers=workers, progress=progress)
+    ):
         if isinstance(result, Finding):
             findings.append(result)
         else:
             counts[:, index] = result.tokens, result.supervised
-            findings += [Finding(kind="note", index=index, id=result.id, message=note) for note in result.notes]
+            findings += [
+                Finding(kind="note", index=index, id=result.id, message=note)
+                for note in result.notes
+            ]
     if errors := [finding.message for finding in findings if finding.kind == "error"]:
         more = f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
-        raise DataError(f"{len(errors)} of {len(rows)} rows cannot be used:\n" + "\n".join(errors[:SHOWN]) + more)
+        raise DataError(
+            f"{len(errors)} of {len(rows)} rows cannot be used:\n"
+            + "\n".join(errors[:SHOWN])
+            + more
+        )
     measured = Measured(lengths=counts[0], supervised=counts[1], findings=tuple(findings))
     if file:
         _save(file, measured)
@@ -120,7 +137,11 @@ def measure(
 
 def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Path, size and time of the last change of each file, in order: what an `identity` needs to notice that a file is another one now."""
-    return [(str(file.resolve()), status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()]]
+    return [
+        (str(file.resolve()), status.st_size, status.st_mtime_ns)
+        for file in files
+        for status in [file.stat()]
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +161,9 @@ class _Count:
         return _Counted(tokens, supervised, conversation.id, conversation.notes)
 
 
-def _look_at(rows: Sequence[Conversation], look: Look[T], start: int, size: int) -> list[T | Finding]:
+def _look_at(
+    rows: Sequence[Conversation], look: Look[T], start: int, size: int
+) -> list[T | Finding]:
     results: list[T | Finding] = []
     for index in range(start, min(start + size, len(rows))):
         name = ""
@@ -149,11 +172,20 @@ def _look_at(rows: Sequence[Conversation], look: Look[T], start: int, size: int)
             name = conversation.id
             results.append(look(conversation))
         except DataError as fault:
-            results.append(Finding(kind="dropped" if isinstance(fault, Dropped) else "error", index=index, id=name, message=str(fault)))
+            results.append(
+                Finding(
+                    kind="dropped" if isinstance(fault, Dropped) else "error",
+                    index=index,
+                    id=name,
+                    message=str(fault),
+                )
+            )
     return results
 
 
-_work: tuple[Sequence[Conversation], Look] | None = None  # of a worker process: sent once, not with every chunk
+_work: tuple[Sequence[Conversation], Look] | None = (
+    None  # of a worker process: sent once, not with every chunk
+)
 
 
 def _start_worker(rows: Sequence[Conversation], look: Look) -> None:
@@ -168,7 +200,9 @@ def _look_in_worker(start: int, size: int) -> list:
     return _look_at(*_work, start, size)
 
 
-def _in_processes(rows: Sequence[Conversation], look: Look[T], workers: int, starts: range, size: int) -> Iterator[list[T | Finding]]:
+def _in_processes(
+    rows: Sequence[Conversation], look: Look[T], workers: int, starts: range, size: int
+) -> Iterator[list[T | Finding]]:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _start_worker, (rows, look))
     try:
         ahead: deque[Future[list[T | Finding]]] = deque()
@@ -179,30 +213,44 @@ def _in_processes(rows: Sequence[Conversation], look: Look[T], workers: int, sta
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool as fault:
-        raise DataError("a process that read rows died, as a rule for want of memory; give it fewer workers") from fault
+        raise DataError(
+            "a process that read rows died, as a rule for want of memory; give it fewer workers"
+        ) from fault
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _key(identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[
+        :32
+    ]
 
 
 def _load(file: Path, rows: int) -> Measured | None:
     """What `_save` wrote; None if there is nothing, or nothing whole: it is computed again then."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            lengths, supervised, findings = (content[name] for name in ("lengths", "supervised", "findings"))
+            lengths, supervised, findings = (
+                content[name] for name in ("lengths", "supervised", "findings")
+            )
         known = tuple(Finding(**finding) for finding in json.loads(findings.tobytes()))
     except (FileNotFoundError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
         return None
-    return Measured(lengths=lengths, supervised=supervised, findings=known) if len(lengths) == rows else None
+    return (
+        Measured(lengths=lengths, supervised=supervised, findings=known)
+        if len(lengths) == rows
+        else None
+    )
 
 
 def _save(file: Path, measured: Measured) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    findings = np.frombuffer(json.dumps([asdict(finding) for finding in measured.findings]).encode(), dtype=np.uint8)
+    findings = np.frombuffer(
+        json.dumps([asdict(finding) for finding in measured.findings]).encode(), dtype=np.uint8
+    )
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
     with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, lengths=measured.lengths, supervised=measured.supervised, findings=findings)
+        np.savez_compressed(
+            stream, lengths=measured.lengths, supervised=measured.supervised, findings=findings
+        )
     unfinished.replace(file)  # another process sees all of it or nothing

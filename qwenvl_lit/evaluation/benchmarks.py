@@ -17,8 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.types import DataError
 
-SHARED = ("data.root", "data.path_map", "data.download", "data.prompt", "data.eval_batch_size", "data.num_workers", "data.on_bad_")
-SHARED += ("data.max_bad_fraction", "generation.", "metrics=", "metrics.")  # of the command line: what it says of these holds for each
+SHARED = (
+    "data.root",
+    "data.path_map",
+    "data.download",
+    "data.prompt",
+    "data.eval_batch_size",
+    "data.num_workers",
+    "data.on_bad_",
+)
+SHARED += (
+    "data.max_bad_fraction",
+    "generation.",
+    "metrics=",
+    "metrics.",
+)  # of the command line: what it says of these holds for each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +42,13 @@ class Benchmark:
     config: DictConfig  # the command's own, with data, metrics, generation and folder of this set
     metric: str  # what was published
     published: Mapping[str, float] = field(default_factory=dict)  # by model, times 100
-    mean: Mapping[str, float] = field(default_factory=dict)  # as `published`, of the mean over all sets of the file
+    mean: Mapping[str, float] = field(
+        default_factory=dict
+    )  # as `published`, of the mean over all sets of the file
     published_of: str | None = None  # the split that was published, where it is another
-    seen_with: Mapping[str, str] = field(default_factory=dict)  # files to learn from that show these pictures, and why they do
+    seen_with: Mapping[str, str] = field(
+        default_factory=dict
+    )  # files to learn from that show these images, and why they do
 
     @property
     def set(self) -> str:
@@ -57,7 +74,11 @@ def named_benchmarks(config: DictConfig) -> list[Benchmark]:
 def _benchmarks(asked: str, config: DictConfig) -> Iterator[Benchmark]:
     name, _, count = asked.partition("#")
     file, _, wanted = name.partition("/")
-    given = [argument for argument in HydraConfig.get().overrides.task if argument.lstrip("+~").startswith(SHARED)]
+    given = [
+        argument
+        for argument in HydraConfig.get().overrides.task
+        if argument.lstrip("+~").startswith(SHARED)
+    ]
     try:
         node = hydra.compose(f"benchmark/{file}", overrides=given)
     except MissingConfigException:
@@ -70,7 +91,9 @@ def _benchmarks(asked: str, config: DictConfig) -> Iterator[Benchmark]:
     for one in [wanted] if wanted else list(sets):
         whole = deepcopy(config)
         OmegaConf.set_struct(whole, False)
-        whole.data, whole.metrics, whole.generation = (deepcopy(node[group]) for group in ("data", "metrics", "generation"))
+        whole.data, whole.metrics, whole.generation = (
+            deepcopy(node[group]) for group in ("data", "metrics", "generation")
+        )
         whole.data.test = {one: f"{sets[one]}#{count}" if count else sets[one]}
         whole.data.train = whole.data.validation = None
         whole.paths.run = str(Path(config.paths.run, file, one))
@@ -87,16 +110,25 @@ def _benchmarks(asked: str, config: DictConfig) -> Iterator[Benchmark]:
 
 def files_learned_from(data: Mapping[str, Any]) -> list[str]:
     """The files that a run's `data` has to learn from, those of every dataset of a mixture."""
-    sources = [data, *(source for source in (data.get("datasets") or {}).values() if isinstance(source, Mapping))]
+    sources = [
+        data,
+        *(
+            source
+            for source in (data.get("datasets") or {}).values()
+            if isinstance(source, Mapping)
+        ),
+    ]
     found = [source.get("train") or () for source in sources]
     return [file for files in found for file in ([files] if isinstance(files, str) else files)]
 
 
-def compared(benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str) -> list[dict[str, str]]:
+def compared(
+    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
+) -> list[dict[str, str]]:
     """Rows of one table: score and published score of each benchmark, times 100, and how long it took.
 
     Args:
-        results: scores as BENCHMARK/METRIC, and BENCHMARK/rows, /seconds and /pictures_per_second.
+        results: scores as BENCHMARK/METRIC, and BENCHMARK/rows, /seconds and /images_per_second.
         model: whose published scores.
     """
     rows = []
@@ -110,7 +142,7 @@ def compared(benchmarks: Sequence[Benchmark], results: Mapping[str, float], mode
                 **_against(score, benchmark.published.get(model), model, of),
                 "rows": f"{results[f'{benchmark.name}/rows']:,.0f}",
                 "seconds": _figure(results.get(f"{benchmark.name}/seconds")),
-                "pictures/s": _figure(results.get(f"{benchmark.name}/pictures_per_second")),
+                "images/s": _figure(results.get(f"{benchmark.name}/images_per_second")),
             }
         )
         file = benchmark.name.partition("/")[0]
@@ -118,16 +150,23 @@ def compared(benchmarks: Sequence[Benchmark], results: Mapping[str, float], mode
         if benchmark.mean and len(same) > 1 and benchmark is same[-1]:
             scores = [results.get(f"{other.name}/{benchmark.metric}") for other in same]
             mean = sum(scores) / len(scores) if None not in scores else None
-            empty = {"rows": "", "seconds": "", "pictures/s": ""}
+            empty = {"rows": "", "seconds": "", "images/s": ""}
             rows.append(
-                {"benchmark": f"{file}, mean", "metric": benchmark.metric, **_against(mean, benchmark.mean.get(model), model, ""), **empty}
+                {
+                    "benchmark": f"{file}, mean",
+                    "metric": benchmark.metric,
+                    **_against(mean, benchmark.mean.get(model), model, ""),
+                    **empty,
+                }
             )
     return rows
 
 
 def published_model(config: DictConfig) -> str:
     """Whose published scores a model is compared with, told by the name of its base."""
-    return "Qwen-VL-Chat" if "chat" in Path(config.model.get("path") or "").name.lower() else "Qwen-VL"
+    return (
+        "Qwen-VL-Chat" if "chat" in Path(config.model.get("path") or "").name.lower() else "Qwen-VL"
+    )
 
 
 def _figure(value: float | None) -> str:
@@ -138,5 +177,7 @@ def _against(score: float | None, published: float | None, model: str, of: str) 
     return {
         "score": "" if score is None else f"{100 * score:.2f}",
         f"{model}, published": "" if published is None else f"{published:.2f}{of}",
-        "difference": "" if score is None or published is None else f"{100 * score - published:+.2f}",
+        "difference": ""
+        if score is None or published is None
+        else f"{100 * score - published:+.2f}",
     }

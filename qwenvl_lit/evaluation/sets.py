@@ -20,14 +20,14 @@ from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.reports.scores import Scored, answers, read_predictions, score
 from qwenvl_lit.reports.scores_page import Earlier
 from qwenvl_lit.runs.predictions import FILENAME, predictions_file
-from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 
 BASELINE = "baseline.jsonl"  # what the model answered before training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Test:
+class EvaluationSet:
     """Sets that are answered together: those of the command's data, or one benchmark."""
 
     config: DictConfig
@@ -48,19 +48,35 @@ class Test:
         return self.title or set
 
 
-def tests(config: DictConfig, processor: Processor, benchmarks: Sequence[Benchmark]) -> list[Test]:
+def tests(
+    config: DictConfig, processor: Processor, benchmarks: Sequence[Benchmark]
+) -> list[EvaluationSet]:
     """What the command asks for.
 
     Raises:
         DataError: nothing says how answers are to be scored.
     """
-    found = [Test(config=b.config, data=build.data(b.config, processor), metrics=build.metrics(b.config), benchmark=b) for b in benchmarks]
+    found = [
+        EvaluationSet(
+            config=b.config,
+            data=build.data(b.config, processor),
+            metrics=build.metrics(b.config),
+            benchmark=b,
+        )
+        for b in benchmarks
+    ]
     if not found:
-        found = [Test(config=config, data=build.data(config, processor), metrics=build.metrics(config))]
+        found = [
+            EvaluationSet(
+                config=config, data=build.data(config, processor), metrics=build.metrics(config)
+            )
+        ]
     for test in found:
         if not test.metrics:
             _refuse(test.data)
-    for test in found if len(found) > 1 else ():  # what the last one lacks is told before the first is answered
+    for test in (
+        found if len(found) > 1 else ()
+    ):  # what the last one lacks is told before the first is answered
         test.data.prepare_data()
         test.data.setup("test")
     for place in config.compare or ():
@@ -68,13 +84,16 @@ def tests(config: DictConfig, processor: Processor, benchmarks: Sequence[Benchma
     return found
 
 
-def _files_of(place: str, all_tests: Sequence[Test]) -> list[tuple[Test, Path]]:
+def _files_of(place: str, all_tests: Sequence[EvaluationSet]) -> list[tuple[EvaluationSet, Path]]:
     """Where an earlier run has its answers to each test.
 
     Raises:
         DataError: it has none.
     """
-    return [(test, predictions_file(Path(place, test.title) if test.title else place)) for test in all_tests]
+    return [
+        (test, predictions_file(Path(place, test.title) if test.title else place))
+        for test in all_tests
+    ]
 
 
 def _refuse(data: DataModule) -> None:
@@ -85,31 +104,45 @@ def _refuse(data: DataModule) -> None:
         for name, rows in data.test.items()
         for metrics, why in proposals(rows)
     ]
-    fitting = f"What would fit these answers:{''.join(said)}" if said else "These rows have no answers to compare with"
-    raise DataError(f"metrics is missing: say how the answers are to be scored. {fitting}\nAll choices are in conf/metrics")
+    fitting = (
+        f"What would fit these answers:{''.join(said)}"
+        if said
+        else "These rows have no answers to compare with"
+    )
+    raise DataError(
+        f"metrics is missing: say how the answers are to be scored. {fitting}\nAll choices are in conf/metrics"
+    )
 
 
-def answer(task: Task, test: Test, *, baseline: bool = False) -> dict[str, float]:
-    """Let the model answer; its scores as they are logged, and for each set `seconds` and `pictures_per_second` of all of them.
+def answer(
+    task: VisionLanguageModule, test: EvaluationSet, *, baseline: bool = False
+) -> dict[str, float]:
+    """Let the model answer; its scores as they are logged, and for each set `seconds` and `images_per_second` of all of them.
 
     Args:
         baseline: it is the model before training, which leaves its answers beside those of the trained one, and nothing else.
     """
     task.metrics, task.generation = nn.ModuleDict(test.metrics), build.generation(test.config)
     writer = {"_target_": "qwenvl_lit.callbacks.predictions.PredictionWriter", "filename": BASELINE}
-    trainer = build.trainer(test.config, callbacks={"predictions": OmegaConf.create(writer)} if baseline else None)
+    trainer = build.trainer(
+        test.config, callbacks={"predictions": OmegaConf.create(writer)} if baseline else None
+    )
     trainer.test(task, test.data, verbose=False)
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if baseline:
         return scores
     if test.benchmark:
         _save_config(test)
-    rates = next((callback.rates for callback in trainer.callbacks if isinstance(callback, Throughput)), {})
-    return scores | {f"{name}/{rate}": value for name in test.data.test_names for rate, value in rates.items()}
+    rates = next(
+        (callback.rates for callback in trainer.callbacks if isinstance(callback, Throughput)), {}
+    )
+    return scores | {
+        f"{name}/{rate}": value for name in test.data.test_names for rate, value in rates.items()
+    }
 
 
 @rank_zero_only
-def _save_config(test: Test) -> None:
+def _save_config(test: EvaluationSet) -> None:
     """So that a benchmark's folder is one that `predictions=` and `compare=` take."""
     file = test.folder / ".hydra" / "config.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,23 +168,34 @@ def open_answered(data: DataModule, file: Path) -> None:
     )
 
 
-def scored(test: Test, file: Path, processor: Processor) -> list[Scored]:
+def scored(test: EvaluationSet, file: Path, processor: Processor) -> list[Scored]:
     """The answers in a file, scored; sets that are not open are left out."""
     found = answers(file, test.data.test, processor)
-    return [score(test.named(name), some, test.metrics, rows=len(test.data.test[name])) for name, some in found.items()]
+    return [
+        score(test.named(name), some, test.metrics, rows=len(test.data.test[name]))
+        for name, some in found.items()
+    ]
 
 
-def earlier(config: DictConfig, all_tests: Sequence[Test], processor: Processor) -> Iterator[Earlier]:
+def earlier(
+    config: DictConfig, all_tests: Sequence[EvaluationSet], processor: Processor
+) -> Iterator[Earlier]:
     """The runs to compare with: the model before training, if it was asked for, and those that `compare=` names."""
-    if (before := [test for test in all_tests if (test.folder / BASELINE).exists()]) and config.baseline:
+    if (
+        before := [test for test in all_tests if (test.folder / BASELINE).exists()]
+    ) and config.baseline:
         sets = [one for test in before for one in scored(test, test.folder / BASELINE, processor)]
         yield Earlier(name="the model before training", sets={one.name: one for one in sets})
     for place in config.compare or ():
-        sets = [one for test, file in _files_of(place, all_tests) for one in scored(test, file, processor)]
+        sets = [
+            one
+            for test, file in _files_of(place, all_tests)
+            for one in scored(test, file, processor)
+        ]
         yield Earlier(name=str(place), sets={one.name: one for one in sets})
 
 
-def answered_file(test: Test) -> Path | None:
+def answered_file(test: EvaluationSet) -> Path | None:
     """What the test has written; None if the command line took the writer away."""
     file = test.folder / FILENAME
     return file if file.exists() else None

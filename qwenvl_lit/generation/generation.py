@@ -31,7 +31,9 @@ class Generation:
     length_penalty: float = 1.0  # of beams
     repetition_penalty: float = 1.0
     seed: int | None = None  # of each call; None: torch's own generator goes on
-    compile: Literal["auto"] | bool = "auto"  # auto: on a GPU, after a minute of answers, which is what it costs to make good
+    compile: Literal["auto"] | bool = (
+        "auto"  # auto: on a GPU, after a minute of answers, which is what it costs to make good
+    )
 
     def __post_init__(self):
         if self.compile not in ("auto", True, False):
@@ -49,23 +51,28 @@ class Generation:
         *,
         stop_ids: Sequence[int],
         pad_id: int,
-        picture_keys: Sequence[str] | None = None,
+        image_keys: Sequence[str] | None = None,
     ) -> list[list[int]]:
         """New ids of each row of a left-padded batch, in order, ending before the first stop id.
 
         Args:
-            picture_keys: of the batch's pictures, equal where pictures are; each is then encoded once, and remembered for a while.
+            image_keys: of the batch's images, equal where images are; each is then encoded once, and remembered for a while.
         """
         decoder = decoder_of(model) if self.num_beams == 1 else None
         if decoder is None:
             new = self._by_transformers(model, inputs, stop_ids, pad_id)
         else:
-            new = self._decode(decoder, inputs, stop_ids, picture_keys)
-        return [row[: next((place for place, token in enumerate(row) if token in stop_ids), len(row))] for row in new.tolist()]
+            new = self._decode(decoder, inputs, stop_ids, image_keys)
+        return [
+            row[: next((place for place, token in enumerate(row) if token in stop_ids), len(row))]
+            for row in new.tolist()
+        ]
 
     @torch.inference_mode()
-    def _decode(self, decoder, inputs, stop_ids, picture_keys) -> torch.Tensor:
-        logits = decoder.start(inputs, new_tokens=self.max_new_tokens, picture_keys=picture_keys, compile=self.compile)
+    def _decode(self, decoder, inputs, stop_ids, image_keys) -> torch.Tensor:
+        logits = decoder.start(
+            inputs, new_tokens=self.max_new_tokens, image_keys=image_keys, compile=self.compile
+        )
         choice = self._choice(inputs, logits, stop_ids)
         stops = Stops(len(logits), stop_ids, logits.device)
         new = []
@@ -76,7 +83,15 @@ class Generation:
             logits = decoder.step(new[-1])
 
     def _choice(self, inputs, logits, stop_ids) -> Choice:
-        names = ("min_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+        names = (
+            "min_new_tokens",
+            "do_sample",
+            "temperature",
+            "top_p",
+            "top_k",
+            "repetition_penalty",
+            "seed",
+        )
         return Choice(inputs, logits, stop_ids, **{name: getattr(self, name) for name in names})
 
     @torch.inference_mode()
@@ -99,7 +114,9 @@ class Generation:
         )
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        return model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        return model.generate(**inputs, generation_config=settings)[
+            :, inputs["input_ids"].shape[1] :
+        ]
 
     def stream(
         self,
@@ -108,7 +125,7 @@ class Generation:
         *,
         stop_ids: Sequence[int],
         pad_id: int,
-        picture_keys: Sequence[str] | None = None,
+        image_keys: Sequence[str] | None = None,
     ) -> Iterator[list[int]]:
         """The new ids of one prompt, as `__call__` gives them, a few at a time (one, as a rule) while they are decoded.
 
@@ -118,21 +135,29 @@ class Generation:
             ValueError: several rows, or beams, of which nothing is known before the end; or another answer was begun meanwhile.
         """
         if len(inputs["input_ids"]) != 1 or self.num_beams > 1:
-            raise ValueError("an answer is streamed to one prompt at a time, without beams; set generation.num_beams=1")
+            raise ValueError(
+                "an answer is streamed to one prompt at a time, without beams; set generation.num_beams=1"
+            )
         decoder = decoder_of(model)
         if decoder is None:  # nothing is known of the answer before its end
-            return iter([ids] for ids in self(model, inputs, stop_ids=stop_ids, pad_id=pad_id) if ids)
-        return self._stream(decoder, inputs, frozenset(stop_ids), picture_keys)
+            return iter(
+                [ids] for ids in self(model, inputs, stop_ids=stop_ids, pad_id=pad_id) if ids
+            )
+        return self._stream(decoder, inputs, frozenset(stop_ids), image_keys)
 
-    def _stream(self, decoder, inputs, stop_ids, picture_keys) -> Iterator[list[int]]:
+    def _stream(self, decoder, inputs, stop_ids, image_keys) -> Iterator[list[int]]:
         with torch.inference_mode():
-            logits = decoder.start(inputs, new_tokens=self.max_new_tokens, picture_keys=picture_keys, compile=self.compile)
+            logits = decoder.start(
+                inputs, new_tokens=self.max_new_tokens, image_keys=image_keys, compile=self.compile
+            )
             choice = self._choice(inputs, logits, stop_ids)
             new, answer = choice(logits), decoder.answer
         for place in range(self.max_new_tokens):
             with torch.inference_mode():
                 read = Later(new)
-                if place + 1 < self.max_new_tokens:  # the next one is on its way before this one is read
+                if (
+                    place + 1 < self.max_new_tokens
+                ):  # the next one is on its way before this one is read
                     new = choice(decoder.step(new, answer))
             (id,) = read.ids()
             if id in stop_ids:
@@ -141,7 +166,7 @@ class Generation:
 
     @staticmethod
     def release(model: nn.Module) -> None:
-        """Forget what is kept from one answer to the next: cache, graphs, encoded pictures. For the room they take; and needed when weights
+        """Forget what is kept from one answer to the next: cache, graphs, encoded images. For the room they take; and needed when weights
         have changed or adapters are switched or merged.
         """
         release(model)

@@ -8,7 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 LOOK_EVERY = 2  # steps between two looks at what has ended; up to twice as many are made in vain, and none waits
 
@@ -46,7 +50,12 @@ class Choice:
         if repetition_penalty != 1:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
             counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
-            self.seen = counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32) if mask is None else mask.int()) > 0
+            self.seen = (
+                counts.scatter_add_(
+                    1, ids, torch.ones_like(ids, dtype=torch.int32) if mask is None else mask.int()
+                )
+                > 0
+            )
         if do_sample:
             if temperature != 1:
                 self.warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -73,7 +82,11 @@ class Choice:
         """The logits that are chosen from, (n, V) float32: penalised, warped, -inf where a token must not come."""
         scores = logits.float()
         if self.seen is not None:
-            scores = torch.where(self.seen, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
+            scores = torch.where(
+                self.seen,
+                torch.where(scores < 0, scores * self.penalty, scores / self.penalty),
+                scores,
+            )
         if self.chosen < self.min_new_tokens:
             scores = scores.index_fill(1, self.stop_ids, -torch.inf)
         for warp in self.warpers:
@@ -90,7 +103,9 @@ class Stops:
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.every = LOOK_EVERY if on_gpu else 1
         self.steps = 0
-        self.told = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)  # whether all had ended when it was last asked
+        self.told = torch.zeros(
+            (), dtype=torch.bool, pin_memory=on_gpu
+        )  # whether all had ended when it was last asked
         self.arrived = torch.cuda.Event() if on_gpu else None
 
     def all_seen(self, ids: torch.Tensor) -> bool:

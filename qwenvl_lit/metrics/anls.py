@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from torchmetrics.functional.text import edit_distance
 
-from qwenvl_lit.metrics.sample_mean import PublishedMean, Scoring
-from qwenvl_lit.metrics.sample_rows import right_answers, said
+from qwenvl_lit.metrics.sample_mean import ProtocolMean, Scoring
+from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
 
-def anls(answer: str, answers: Sequence[str], threshold: float = 0.5, *, protocol: Scoring = "correct") -> float:
+def anls(
+    answer: str, answers: Sequence[str], threshold: float = 0.5, *, protocol: Scoring = "correct"
+) -> float:
     """1 minus the edit distance to the closest of `answers` as a share of the longer of the two; 0 below `threshold`. Case and the width
     of white space do not count.
 
@@ -32,15 +34,25 @@ def _similarity(a: str, b: str, *, raw: bool) -> float:
     return 1 - float(edit_distance([short_a], [short_b], reduction="sum")) / longer
 
 
-class Anls(PublishedMean):
+class ANLS(ProtocolMean):
     """Average normalised Levenshtein similarity: the measure of DocVQA and InfographicVQA (Biten et al., ICCV 2019)."""
 
     needs = "expected answer"
 
-    def __init__(self, threshold: float = 0.5, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(
+        self,
+        threshold: float = 0.5,
+        protocol: Scoring = "correct",
+        *,
+        where: Mapping[str, str | Sequence[str]] | None = None,
+    ):
         super().__init__(protocol, where=where)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:
-        answers = right_answers(prediction)
-        return anls(said(prediction), answers, self.threshold, protocol=self.protocol) if answers else None
+        answers = reference_texts(prediction)
+        return (
+            anls(said(prediction), answers, self.threshold, protocol=self.protocol)
+            if answers
+            else None
+        )

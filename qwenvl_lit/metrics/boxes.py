@@ -14,14 +14,14 @@ LabelledBox = tuple[str | None, Box | None]
 def labelled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabelledBox]:
     """Label and box of each object among `parts`, in reading order: one pair a box, or one with None for an object without any.
 
-    Boxes are in shares of the sides of their picture: the IoU is that in pixels, and answers in markup that cannot say which of several
-    pictures it means are compared all the same. A quad becomes the smallest box around it.
+    Boxes are in shares of the sides of their image: the IoU is that in pixels, and answers in markup that cannot say which of several
+    images it means are compared all the same. A quad becomes the smallest box around it.
     """
     pairs: list[LabelledBox] = []
     for part in parts:
         if isinstance(part, GroundedObject):
             label = part.label.strip() if part.label else None
-            boxes = object_in_frame(part, "unit", conversation.pictures).boxes
+            boxes = object_in_frame(part, "unit", conversation.images).boxes
             pairs += [(label, _around(box)) for box in boxes] or [(label, None)]
     return pairs
 
@@ -36,14 +36,20 @@ def _around(region: Box | Quad) -> Box:
 def first_box_iou(prediction: Prediction) -> float | None:
     """IoU of the first predicted box with the first box of the expected answer: 0 without a predicted, None without an expected one."""
     answer = prediction.conversation.answer
-    expected = [box for _, box in labelled_boxes(answer.parts if answer else (), prediction.conversation) if box]
+    expected = [
+        box
+        for _, box in labelled_boxes(answer.parts if answer else (), prediction.conversation)
+        if box
+    ]
     if not expected:
         return None
     predicted = [box for _, box in labelled_boxes(prediction.parts, prediction.conversation) if box]
     return iou(predicted[0], expected[0]) if predicted else 0.0
 
 
-def same_objects(predicted: Sequence[LabelledBox], expected: Sequence[LabelledBox], threshold: float) -> bool:
+def same_objects(
+    predicted: Sequence[LabelledBox], expected: Sequence[LabelledBox], threshold: float
+) -> bool:
     """Whether both name the same objects: a one-to-one pairing exists with equal labels and an IoU of at least `threshold` in each pair.
 
     >>> box = Box(x0=0, y0=0, x1=1, y1=1, frame="unit")
@@ -68,7 +74,9 @@ def same_objects(predicted: Sequence[LabelledBox], expected: Sequence[LabelledBo
                     return True
         return False
 
-    return len(predicted) == len(expected) and all(pair(place, set()) for place in range(len(predicted)))
+    return len(predicted) == len(expected) and all(
+        pair(place, set()) for place in range(len(predicted))
+    )
 
 
 class MeanIoU(SampleMean):
@@ -91,7 +99,9 @@ class BoxAccuracy(SampleMean):
 
     needs = "expected box"
 
-    def __init__(self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(
+        self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None
+    ):
         super().__init__(where=where)
         self.threshold = threshold
 
@@ -109,7 +119,9 @@ class GroundedAccuracy(SampleMean):
 
     needs = "expected object"
 
-    def __init__(self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(
+        self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None
+    ):
         super().__init__(where=where)
         self.threshold = threshold
 
@@ -118,4 +130,8 @@ class GroundedAccuracy(SampleMean):
         expected = labelled_boxes(answer.parts if answer else (), prediction.conversation)
         if not expected:
             return None
-        return float(same_objects(labelled_boxes(prediction.parts, prediction.conversation), expected, self.threshold))
+        return float(
+            same_objects(
+                labelled_boxes(prediction.parts, prediction.conversation), expected, self.threshold
+            )
+        )

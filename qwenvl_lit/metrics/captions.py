@@ -16,7 +16,7 @@ import torch
 
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import SampleRows, right_answers, said, sample_key
+from qwenvl_lit.metrics.sample_rows import PerSampleMetric, reference_texts, said, sample_key
 from qwenvl_lit.types import DataError, Prediction
 
 N = 4  # the longest n-grams
@@ -24,14 +24,18 @@ SIGMA = 6.0  # of CIDEr-D's penalty for another length
 BETA = 1.2  # how much more ROUGE-L cares for recall than for precision
 
 
-def cider(captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> torch.Tensor:
+def cider(
+    captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> torch.Tensor:
     """CIDEr-D of each caption of a corpus, 0 to 10, (rows,) float64; the corpus has their mean. What an n-gram weighs depends on all
     references of the corpus; a corpus of one row scores 0.
 
     >>> cider([["a", "dog"], ["a", "cat"]], [[["a", "dog"]], [["the", "cat"]]])
     tensor([5.0000, 1.2500], dtype=torch.float64)
     """
-    texts = [list(chain([caption], others)) for caption, others in zip(captions, references, strict=True)]
+    texts = [
+        list(chain([caption], others)) for caption, others in zip(captions, references, strict=True)
+    ]
     number: dict[str, int] = {}
     words = [number.setdefault(word, len(number)) for row in texts for text in row for word in text]
     lengths = [len(text) for row in texts for text in row]
@@ -64,14 +68,26 @@ def _cider(words: torch.Tensor, lengths: torch.Tensor, texts: torch.Tensor) -> t
         if not inside.any():
             break
         kinds, numbered = gram[inside].unique(return_inverse=True)
-        weighed = _weigh(text_of[: len(gram)][inside] * len(kinds) + numbered, len(kinds), row_of, is_reference, rows)
+        weighed = _weigh(
+            text_of[: len(gram)][inside] * len(kinds) + numbered,
+            len(kinds),
+            row_of,
+            is_reference,
+            rows,
+        )
         similarity += _cosine(*weighed, len(kinds), row_of, is_reference)
-        gram = torch.zeros_like(gram).masked_scatter(inside, numbered)  # small numbers again; those across texts stay outside
-    scores = torch.zeros(rows, dtype=torch.float64).index_add(0, row_of, similarity * penalty * is_reference)
+        gram = torch.zeros_like(gram).masked_scatter(
+            inside, numbered
+        )  # small numbers again; those across texts stay outside
+    scores = torch.zeros(rows, dtype=torch.float64).index_add(
+        0, row_of, similarity * penalty * is_reference
+    )
     return scores / (texts - 1) / N * 10
 
 
-def _weigh(found: torch.Tensor, kinds: int, row_of: torch.Tensor, is_reference: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+def _weigh(
+    found: torch.Tensor, kinds: int, row_of: torch.Tensor, is_reference: torch.Tensor, rows: int
+) -> tuple[torch.Tensor, ...]:
     """Text, kind and tf-idf weight of the different n-grams of each text, sorted by text and kind; `found`: text * kinds + kind."""
     different, times = found.unique(return_counts=True)
     text, kind = different // kinds, different % kinds
@@ -81,13 +97,21 @@ def _weigh(found: torch.Tensor, kinds: int, row_of: torch.Tensor, is_reference: 
 
 
 def _cosine(
-    text: torch.Tensor, kind: torch.Tensor, weight: torch.Tensor, kinds: int, row_of: torch.Tensor, is_reference: torch.Tensor
+    text: torch.Tensor,
+    kind: torch.Tensor,
+    weight: torch.Tensor,
+    kinds: int,
+    row_of: torch.Tensor,
+    is_reference: torch.Tensor,
 ) -> torch.Tensor:
     """(T,) similarity of each reference to the caption of its row, which gets nothing for saying an n-gram more often."""
     norm = torch.zeros(len(row_of), dtype=torch.float64).index_add(0, text, weight**2).sqrt()
     place = row_of[text] * kinds + kind
     of_reference = is_reference[text]
-    caption_place, caption_weight = place[~of_reference], weight[~of_reference]  # sorted: one caption a row, rows in order
+    caption_place, caption_weight = (
+        place[~of_reference],
+        weight[~of_reference],
+    )  # sorted: one caption a row, rows in order
     norm_of_row = torch.zeros_like(norm).index_add(0, row_of, norm * ~is_reference)
     text, place, weight = text[of_reference], place[of_reference], weight[of_reference]
     if not len(caption_place):
@@ -95,7 +119,9 @@ def _cosine(
     at = torch.searchsorted(caption_place, place).clamp(max=len(caption_place) - 1)
     shared = torch.minimum(caption_weight[at], weight) * weight * (caption_place[at] == place)
     products = norm * norm_of_row[row_of]
-    return torch.zeros_like(norm).index_add(0, text, shared) / torch.where(products == 0, 1, products)
+    return torch.zeros_like(norm).index_add(0, text, shared) / torch.where(
+        products == 0, 1, products
+    )
 
 
 @lru_cache(maxsize=1 << 12)  # BLEU-1 to 4 ask one after the other
@@ -113,13 +139,19 @@ def bleu_counts(caption: str, references: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[start : start + n]) for n in range(1, N + 1) for start in range(len(words) - n + 1))
+    return Counter(
+        tuple(words[start : start + n])
+        for n in range(1, N + 1)
+        for start in range(len(words) - n + 1)
+    )
 
 
 def bleu(counts: Sequence[float], n: int) -> float:
     """BLEU-n of `bleu_counts`, of one caption or summed over a corpus."""
     length, closest, *grams = counts
-    product = math.prod((grams[N + k] + 1e-15) / (grams[k] + 1e-9) for k in range(n))  # constants of the published tools
+    product = math.prod(
+        (grams[N + k] + 1e-15) / (grams[k] + 1e-9) for k in range(n)
+    )  # constants of the published tools
     ratio = (length + 1e-15) / (closest + 1e-9)
     return product ** (1 / n) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
 
@@ -132,7 +164,10 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     """
     caption = caption or ("",)  # the published tools split "" into one empty word
     common = [(_common(caption, other or ("",)), len(other or ("",))) for other in references]
-    precision, recall = max(c for c, _ in common) / len(caption), max(c / length for c, length in common)
+    precision, recall = (
+        max(c for c, _ in common) / len(caption),
+        max(c / length for c, length in common),
+    )
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if precision else 0.0
 
 
@@ -147,7 +182,7 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
     return above[-1]
 
 
-class Cider(SampleRows):
+class CIDEr(PerSampleMetric):
     """CIDEr-D of the captions against their references, 0 to 10; papers print 100 times that.
 
     The score needs the words of all captions and references of all ranks at once: each is kept as a hash of 64 bits, as row ids are.
@@ -157,7 +192,7 @@ class Cider(SampleRows):
     dtype_of_rows = torch.int64
 
     def measure(self, prediction: Prediction) -> list[int] | None:
-        references = right_answers(prediction)
+        references = reference_texts(prediction)
         if not references:
             return None
         texts = [ptb_words(text) for text in (said(prediction), *references)]
@@ -166,7 +201,11 @@ class Cider(SampleRows):
     def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         texts = torch.stack([row[0] for row in rows])
         heads = [(row, 1 + int(row[0])) for row in rows]
-        return _cider(torch.cat([row[end:] for row, end in heads]), torch.cat([row[1:end] for row, end in heads]), texts)
+        return _cider(
+            torch.cat([row[end:] for row, end in heads]),
+            torch.cat([row[1:end] for row, end in heads]),
+            texts,
+        )
 
     def total(self, rows: Sequence[torch.Tensor]) -> float:
         return math.fsum(self.row_scores(rows).tolist()) / len(rows)
@@ -175,7 +214,7 @@ class Cider(SampleRows):
 _word_key = lru_cache(maxsize=1 << 17)(sample_key)
 
 
-class Bleu(SampleRows):
+class Bleu(PerSampleMetric):
     """Corpus BLEU-n of the captions, 0 to 1."""
 
     needs = "reference caption"
@@ -187,7 +226,7 @@ class Bleu(SampleRows):
         self.n = n
 
     def measure(self, prediction: Prediction) -> tuple[int, ...] | None:
-        references = right_answers(prediction)
+        references = reference_texts(prediction)
         return bleu_counts(said(prediction), references) if references else None
 
     def total(self, rows: Sequence[torch.Tensor]) -> float:
@@ -200,5 +239,9 @@ class RougeL(SampleMean):
     needs = "reference caption"
 
     def score(self, prediction: Prediction) -> float | None:
-        references = right_answers(prediction)
-        return rouge_l(ptb_words(said(prediction)), [ptb_words(text) for text in references]) if references else None
+        references = reference_texts(prediction)
+        return (
+            rouge_l(ptb_words(said(prediction)), [ptb_words(text) for text in references])
+            if references
+            else None
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import right_answers, said
+from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
 _LETTER = re.compile(
@@ -32,5 +32,5 @@ class ChoiceAccuracy(SampleMean):
     needs = "expected letter"
 
     def score(self, prediction: Prediction) -> float | None:
-        expected = {chosen_letter(answer) for answer in right_answers(prediction)} - {None}
+        expected = {chosen_letter(answer) for answer in reference_texts(prediction)} - {None}
         return float(chosen_letter(said(prediction)) in expected) if expected else None

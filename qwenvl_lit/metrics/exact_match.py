@@ -27,11 +27,17 @@ class ExactMatch(SampleMean):
 
     needs = "expected answer"
 
-    def __init__(self, ignore_case: bool = False, *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(
+        self, ignore_case: bool = False, *, where: Mapping[str, str | Sequence[str]] | None = None
+    ):
         super().__init__(where=where)
         self.ignore_case = ignore_case
 
     def score(self, prediction: Prediction) -> float | None:
         expected = () if prediction.reference is None else (prediction.reference,)
         answers = (*expected, *prediction.conversation.references)
-        return float(exact_match(prediction.text, answers, ignore_case=self.ignore_case)) if answers else None
+        return (
+            float(exact_match(prediction.text, answers, ignore_case=self.ignore_case))
+            if answers
+            else None
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from qwenvl_lit.metrics.exact_match import exact_match
-from qwenvl_lit.metrics.sample_mean import PublishedMean
-from qwenvl_lit.metrics.sample_rows import right_answers, said
+from qwenvl_lit.metrics.sample_mean import ProtocolMean
+from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
 
@@ -47,15 +47,17 @@ def gqa_match(answer: str, expected: str) -> bool:
     return first_clause(expected) in (first_clause(answer), core_of(answer))
 
 
-class GqaAccuracy(PublishedMean):
+class GQAAccuracy(ProtocolMean):
     """Share of answers that say the expected one."""
 
     needs = "expected answer"
 
     def score(self, prediction: Prediction) -> float | None:
-        answers = right_answers(prediction)
+        answers = reference_texts(prediction)
         if not answers:
             return None
         if self.protocol == "official":
-            return float(exact_match(gqa_answer_official(said(prediction)), answers, ignore_case=True))
+            return float(
+                exact_match(gqa_answer_official(said(prediction)), answers, ignore_case=True)
+            )
         return float(any(gqa_match(said(prediction), answer) for answer in answers))

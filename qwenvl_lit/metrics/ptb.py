@@ -43,9 +43,7 @@ ky lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr 
 profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues univ va vs vt wed
 wis wisc wm wyo
 """
-_CASED = (
-    "Ark ARK Bhd BHD Del DEL Det DET Ga GA Ill ILL La LA Mass MASS mfg Mfg Miss MISS Mtg Ore ORE Pa PA pte Pte pty Pty Tex TEX Wash WASH"
-)
+_CASED = "Ark ARK Bhd BHD Del DEL Det DET Ga GA Ill ILL La LA Mass MASS mfg Mfg Miss MISS Mtg Ore ORE Pa PA pte Pte pty Pty Tex TEX Wash WASH"
 _NUMBERED = "art ca fig figs no nos op pp prop"
 _STARTERS = """
 A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once One Other Our She Since So Some Such That
@@ -57,7 +55,9 @@ def _any(words: str) -> str:
     return "|".join(words.split())
 
 
-_MARKS = "".join(sign for sign in map(chr, range(0x300, 0xFE00)) if unicodedata.category(sign)[0] == "M")  # vowel signs, accents
+_MARKS = "".join(
+    sign for sign in map(chr, range(0x300, 0xFE00)) if unicodedata.category(sign)[0] == "M"
+)  # vowel signs, accents
 _W = rf"(?:[^\W_²³¹⁰-₟]|[{_MARKS}])"  # a letter with what is written around it, or a digit
 _HYPHEN = "[-‐‑_/]"
 _JOINED = rf"(?:[^\W\d_]{_W}*(?:{_HYPHEN}{_W}+|(?<=[A-Za-z])[.!?](?=[A-Za-z]){_W}+)*|{_W}+(?:{_HYPHEN}{_W}+)*)"  # t-shirt, the.dog
@@ -83,7 +83,9 @@ _KINDS = (
     r"[!?]+|\.{3,}|-{2,}|\*+|_+|'+",
     r"\S",
 )  # of tokens; the first that fits
-_SPECIAL = frozenset(f"cannot gonna gotta wanna lemme gimme {_ABBREVIATIONS} {_CASED}".lower().split())
+_SPECIAL = frozenset(
+    f"cannot gonna gotta wanna lemme gimme {_ABBREVIATIONS} {_CASED}".lower().split()
+)
 _TOKEN = re.compile(rf"\s*({'|'.join(_KINDS)})")
 
 
@@ -95,11 +97,17 @@ def ptb_words(caption: str) -> tuple[str, ...]:
     "a man is n't riding -lrb- his -rrb- horse"
     """
     plain = caption.rstrip().removesuffix(".").lower().split()
-    if plain and len(plain[-1]) > 1 and _letters("".join(plain)) and _SPECIAL.isdisjoint(plain):  # as most are: ten times faster
+    if (
+        plain and len(plain[-1]) > 1 and _letters("".join(plain)) and _SPECIAL.isdisjoint(plain)
+    ):  # as most are: ten times faster
         return tuple(plain)
     text = caption.replace("&amp;", "&").translate(_SPELL)
     tokens = (_BRACKETS.get(token, token) for token in _TOKEN.findall(_UNKNOWN.sub("", text)))
-    return tuple(_lowered(token) for token in tokens if token not in _DROPPED and not token.startswith(("...", "''")))
+    return tuple(
+        _lowered(token)
+        for token in tokens
+        if token not in _DROPPED and not token.startswith(("...", "''"))
+    )
 
 
 def _letters(text: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from qwenvl_lit.metrics.sample_mean import PublishedMean
-from qwenvl_lit.metrics.sample_rows import right_answers, said
+from qwenvl_lit.metrics.sample_mean import ProtocolMean
+from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
 
@@ -20,7 +20,9 @@ def relaxed_match(answer: str, expected: str, tolerance: float = 0.05) -> bool:
     number, wanted = _number(answer.strip()), _number(expected.strip())
     if number is None or wanted is None or not math.isfinite(number) or not math.isfinite(wanted):
         return answer.strip().lower() == expected.strip().lower()
-    return abs(number - wanted) <= tolerance * abs(wanted) * (1 + 1e-9)  # 1.05 is within 5 % of 1, whatever its binary digits
+    return abs(number - wanted) <= tolerance * abs(wanted) * (
+        1 + 1e-9
+    )  # 1.05 is within 5 % of 1, whatever its binary digits
 
 
 def relaxed_match_official(answer: str, expected: str) -> bool:
@@ -39,12 +41,14 @@ def _number(text: str) -> float | None:
         return None
 
 
-class RelaxedAccuracy(PublishedMean):
+class RelaxedAccuracy(ProtocolMean):
     """Share of answers that match an expected one within 5 %: the measure of ChartQA, where both test sets are averaged."""
 
     needs = "expected answer"
 
     def score(self, prediction: Prediction) -> float | None:
-        answers = right_answers(prediction)
+        answers = reference_texts(prediction)
         match = relaxed_match if self.protocol == "correct" else relaxed_match_official
-        return float(any(match(said(prediction), answer) for answer in answers)) if answers else None
+        return (
+            float(any(match(said(prediction), answer) for answer in answers)) if answers else None
+        )

@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 
-from qwenvl_lit.metrics.sample_rows import SampleRows
+from qwenvl_lit.metrics.sample_rows import PerSampleMetric
 from qwenvl_lit.types import DataError, Prediction
 
 Scoring = Literal["correct", "official"]
 
 
-class SampleMean(SampleRows):
+class SampleMean(PerSampleMetric):
     """The mean of `score` over the rows of a dataset; the sum is exact."""
 
     @abstractmethod
@@ -33,7 +33,7 @@ class SampleMean(SampleRows):
         return math.fsum(self.row_scores(rows).tolist()) / len(rows)
 
 
-class PublishedMean(SampleMean):
+class ProtocolMean(SampleMean):
     """Such a mean, where the script that published scores come from has faults.
 
     Args:
@@ -43,7 +43,12 @@ class PublishedMean(SampleMean):
         DataError: `protocol` is neither.
     """
 
-    def __init__(self, protocol: Scoring = "correct", *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(
+        self,
+        protocol: Scoring = "correct",
+        *,
+        where: Mapping[str, str | Sequence[str]] | None = None,
+    ):
         super().__init__(where=where)
         if protocol not in ("correct", "official"):
             raise DataError(f"protocol={protocol}: expected correct or official")

@@ -21,7 +21,9 @@ def sample_key(sample_id: str) -> int:
     >>> sample_key("coco/42")
     -338348784862774994
     """
-    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def said(prediction: Prediction) -> str:
@@ -29,7 +31,7 @@ def said(prediction: Prediction) -> str:
     return _plain(prediction.parts, prediction.text)
 
 
-def right_answers(prediction: Prediction) -> tuple[str, ...]:
+def reference_texts(prediction: Prediction) -> tuple[str, ...]:
     """The row's references; without any, its expected answer, if it has one, as plain text."""
     if prediction.conversation.references or prediction.reference is None:
         return prediction.conversation.references
@@ -44,7 +46,7 @@ def _plain(parts: Sequence[Part], text: str) -> str:
     return "".join(word for word in words if isinstance(word, str)).strip()
 
 
-class SampleRows(Metric, ABC):
+class PerSampleMetric(Metric, ABC):
     """A score of a dataset from some numbers of each row.
 
     A row that arrives twice (a distributed sampler may repeat some to give every rank as many) counts once, told by `Conversation.id`; the
@@ -69,7 +71,10 @@ class SampleRows(Metric, ABC):
 
     def __init__(self, *, where: Mapping[str, str | Sequence[str]] | None = None):
         super().__init__()
-        self.where = {column: {wanted} if isinstance(wanted, str) else set(wanted) for column, wanted in (where or {}).items()}
+        self.where = {
+            column: {wanted} if isinstance(wanted, str) else set(wanted)
+            for column, wanted in (where or {}).items()
+        }
         for name in ("keys", "sizes", "numbers"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -91,14 +96,26 @@ class SampleRows(Metric, ABC):
         return all(columns.get(column) in wanted for column, wanted in self.where.items())
 
     def update(self, predictions: Sequence[Prediction]) -> None:
-        rows = [(sample_key(p.conversation.id), self.measure(p) or ()) for p in predictions if self.selects(p)]
-        self.keys.append(torch.tensor([key for key, _ in rows], dtype=torch.int64, device=self.device))
-        self.sizes.append(torch.tensor([len(numbers) for _, numbers in rows], dtype=torch.int64, device=self.device))
+        rows = [
+            (sample_key(p.conversation.id), self.measure(p) or ())
+            for p in predictions
+            if self.selects(p)
+        ]
+        self.keys.append(
+            torch.tensor([key for key, _ in rows], dtype=torch.int64, device=self.device)
+        )
+        self.sizes.append(
+            torch.tensor(
+                [len(numbers) for _, numbers in rows], dtype=torch.int64, device=self.device
+            )
+        )
         numbers = [number for _, numbers in rows for number in numbers]
         self.numbers.append(torch.tensor(numbers, dtype=self.dtype_of_rows, device=self.device))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        if len(self.keys) == 0:  # torchmetrics would send an empty float32 here and the other ranks int64: the gather breaks
+        if (
+            len(self.keys) == 0
+        ):  # torchmetrics would send an empty float32 here and the other ranks int64: the gather breaks
             self.update([])
         super().sync(*args, **kwargs)
 
@@ -109,14 +126,26 @@ class SampleRows(Metric, ABC):
         keys, sizes = dim_zero_cat(self.keys).tolist(), dim_zero_cat(self.sizes).cpu()
         ends = [0, *sizes.cumsum(0).tolist()]
         numbers = dim_zero_cat(self.numbers).cpu()
-        return dict(sorted((key, numbers[start:end]) for key, (start, end) in dict(zip(keys, pairwise(ends), strict=True)).items()))
+        return dict(
+            sorted(
+                (key, numbers[start:end])
+                for key, (start, end) in dict(zip(keys, pairwise(ends), strict=True)).items()
+            )
+        )
 
     def compute(self) -> torch.Tensor:
         rows = self.rows()
         kept = [numbers for numbers in rows.values() if len(numbers)]
         self.count = len(kept)
         if len(kept) < len(rows):
-            rank_zero_warn(f"{type(self).__name__}: {len(rows) - len(kept)} of {len(rows)} rows left out, they have no {self.needs}")
+            rank_zero_warn(
+                f"{type(self).__name__}: {len(rows) - len(kept)} of {len(rows)} rows left out, they have no {self.needs}"
+            )
         if not rows:
-            rank_zero_warn(f"{type(self).__name__} is nan: no row came" + (f" whose columns have {self.where}" if self.where else ""))
-        return torch.tensor(self.total(kept) if kept else float("nan"), dtype=torch.float64, device=self.device)
+            rank_zero_warn(
+                f"{type(self).__name__} is nan: no row came"
+                + (f" whose columns have {self.where}" if self.where else "")
+            )
+        return torch.tensor(
+            self.total(kept) if kept else float("nan"), dtype=torch.float64, device=self.device
+        )

@@ -25,7 +25,9 @@ class TokenScores(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, loss_sum: torch.Tensor, tokens: int | torch.Tensor, correct: int | torch.Tensor) -> None:
+    def update(
+        self, loss_sum: torch.Tensor, tokens: int | torch.Tensor, correct: int | torch.Tensor
+    ) -> None:
         """Adds a batch: the sum of its tokens' losses (in nats), how many there are, and how many of them were the likeliest."""
         self.loss += loss_sum.detach().double()
         self.tokens += tokens
@@ -33,4 +35,8 @@ class TokenScores(Metric):
 
     def compute(self) -> dict[str, torch.Tensor]:
         loss = self.loss / self.tokens  # 0 / 0 is nan
-        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct.double() / self.tokens}
+        return {
+            "loss": loss,
+            "perplexity": loss.exp(),
+            "token_accuracy": self.correct.double() / self.tokens,
+        }

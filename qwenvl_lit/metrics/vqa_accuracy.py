@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from qwenvl_lit.metrics.sample_mean import PublishedMean
+from qwenvl_lit.metrics.sample_mean import ProtocolMean
 from qwenvl_lit.metrics.sample_rows import said
 from qwenvl_lit.types import Prediction
 
 PEOPLE = 4  # at least: with fewer, no answer has three others who agree whoever is left out
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # noqa: SIM905
+_NUMBERS = {
+    word: str(n)
+    for n, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
@@ -25,7 +30,12 @@ wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 
 def _spellings(words: Sequence[str]) -> dict[str, str]:
     """From a contraction with one of its apostrophes missing to the contraction."""
-    return {word[:at] + word[at + 1 :]: word for word in words for at, sign in enumerate(word) if sign == "'"}
+    return {
+        word[:at] + word[at + 1 :]: word
+        for word in words
+        for at, sign in enumerate(word)
+        if sign == "'"
+    }
 
 
 _SPELLED = _spellings([*_CONTRACTIONS.split(), "somebody'd", "i'm", "i've"])
@@ -52,7 +62,9 @@ def without_punctuation_official(text: str) -> str:
     numbers = re.search(r"\d,\d", text)
     left = text
     for mark in _PUNCTUATION:
-        left = left.replace(mark, "" if numbers or f"{mark} " in text or f" {mark}" in text else " ")
+        left = left.replace(
+            mark, "" if numbers or f"{mark} " in text or f" {mark}" in text else " "
+        )
     return re.sub(r"\.(?!\d)", "", left, count=32)
 
 
@@ -82,18 +94,26 @@ def vqa_accuracy_official(answer: str, answers: Sequence[str], *, numbered: bool
     Args:
         numbered: the annotations give each answer an id; without ids the script leaves out all answers that equal the one left out.
     """
-    answer = reworded_official(without_punctuation_official(answer.replace("\n", " ").replace("\t", " ").strip()))
-    people = [without_punctuation_official(text) for text in answers] if len(set(answers)) > 1 else list(answers)
+    answer = reworded_official(
+        without_punctuation_official(answer.replace("\n", " ").replace("\t", " ").strip())
+    )
+    people = (
+        [without_punctuation_official(text) for text in answers]
+        if len(set(answers)) > 1
+        else list(answers)
+    )
     if numbered:
         return _leaving_one_out([person == answer for person in people])
-    return sum(min(sum(other == answer != person for other in people) / 3, 1) for person in people) / len(people)
+    return sum(
+        min(sum(other == answer != person for other in people) / 3, 1) for person in people
+    ) / len(people)
 
 
 def _leaving_one_out(agree: Sequence[bool]) -> float:
     return sum(min((sum(agree) - own) / 3, 1) for own in agree) / len(agree)
 
 
-class VqaAccuracy(PublishedMean):
+class VQAAccuracy(ProtocolMean):
     """Mean VQA accuracy against the answers of several people: the references of a row, ten in VQAv2, OK-VQA, TextVQA and VizWiz.
 
     Four at least, or no answer can be wholly right; rows with fewer are left out. Of one expected answer, ask for the exact match.
@@ -105,4 +125,6 @@ class VqaAccuracy(PublishedMean):
         people = prediction.conversation.references
         if len(people) < PEOPLE:
             return None
-        return (vqa_accuracy if self.protocol == "correct" else vqa_accuracy_official)(said(prediction), people)
+        return (vqa_accuracy if self.protocol == "correct" else vqa_accuracy_official)(
+            said(prediction), people
+        )

@@ -17,7 +17,9 @@ class Piece(NamedTuple):
 
     ids: Sequence[int]
     learned: bool = False
-    picture: int | None = None  # the ids are the span of this picture of the conversation, tags included; never parted, never learned
+    image: int | None = (
+        None  # the ids are the span of this image of the conversation, tags included; never parted, never learned
+    )
 
 
 class Message(NamedTuple):
@@ -34,7 +36,9 @@ def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
         DataError: a system message stands further back.
     """
     if any(turn.role == "system" for turn in turns[1:]):
-        raise DataError("a system message may only come first; move its text there or into a question")
+        raise DataError(
+            "a system message may only come first; move its text there or into a question"
+        )
     if turns and turns[0].role == "system":
         return tuple(turns)
     return (Turn(role="system", parts=(DEFAULT_SYSTEM if system is None else system,)), *turns)
@@ -50,7 +54,14 @@ class ChatML:
             "official": besides, both marks and the last newline of every message, as by the script published with the model.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], *, start: int, end: int, supervise: Supervise = "answers"):
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        *,
+        start: int,
+        end: int,
+        supervise: Supervise = "answers",
+    ):
         self.start, self.end, self.newline = [start], [end], encode("\n")
         self.roles = {role: encode(role) for role in ("system", "user", "assistant")}
         self.official = supervise == "official"
@@ -62,7 +73,7 @@ class ChatML:
             yield Piece(self.start, self.official)
             yield Piece(self.roles[role] + self.newline)
             for piece in body:
-                yield piece._replace(learned=answer and piece.picture is None)
+                yield piece._replace(learned=answer and piece.image is None)
             yield Piece(self.end, answer or self.official)
             if self.official or prompt or place < len(messages):
                 yield Piece(self.newline, self.official)
@@ -78,7 +89,9 @@ class ChatML:
         system, rest = list(messages[:1]), list(messages[1:])
         if system and system[0].role != "system":
             system, rest = [], list(messages)
-        starts = sorted({0, *(place for place, message in enumerate(rest) if message.role == "user")})
+        starts = sorted(
+            {0, *(place for place, message in enumerate(rest) if message.role == "user")}
+        )
         kept = starts.pop()
         used = sum(map(self._length, system)) - len(self.newline)  # none before the first message
         for start in reversed(starts):
@@ -93,13 +106,13 @@ class ChatML:
         return len(around) + sum(len(piece.ids) for piece in message.body)
 
 
-def cut_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
-    """The last `limit` tokens; fewer where the cut would part a picture's span, which then goes as a whole."""
+def truncate_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
+    """The last `limit` tokens; fewer where the cut would part an image's span, which then goes as a whole."""
     excess = sum(len(piece.ids) for piece in pieces) - limit
     kept = list(pieces)
     while excess > 0:
         first = kept.pop(0)
-        if first.picture is None and len(first.ids) > excess:
+        if first.image is None and len(first.ids) > excess:
             kept.insert(0, first._replace(ids=first.ids[excess:]))
         excess -= len(first.ids)
     return kept
@@ -107,10 +120,14 @@ def cut_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
 
 def show(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
     """A sample for the terminal: what is learned in green, the rest dim (see `runs`)."""
-    return "".join(f"\x1b[{32 if learned else 2}m{text}\x1b[0m" for text, learned in runs(ids, labels, decode))
+    return "".join(
+        f"\x1b[{32 if learned else 2}m{text}\x1b[0m" for text, learned in runs(ids, labels, decode)
+    )
 
 
-def runs(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> Iterator[tuple[str, bool]]:
+def runs(
+    ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]
+) -> Iterator[tuple[str, bool]]:
     """A sample's text in runs that are learned or not; a token that repeats is written once, with a count."""
 
     def text(run: Sequence[int]) -> str:

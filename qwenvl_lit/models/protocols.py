@@ -9,23 +9,25 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qwenvl_lit.types import Batch, Conversation, Picture, Prediction, Sample
+    from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction, Sample
 
 
 class Processor(Protocol):
-    """Text and pictures to tensors and back. Cheap to copy into data workers: it holds no weights."""
+    """Text and images to tensors and back. Cheap to copy into data workers: it holds no weights."""
 
     pad_id: int
     stop_ids: tuple[int, ...]  # an answer ends before the first of these
-    features: Callable[[Sequence[Picture]], torch.Tensor] | None  # (N, Q, D) of pictures, which `encode` then gives in place of pixels
+    features: (
+        Callable[[Sequence[ImageSource]], torch.Tensor] | None
+    )  # (N, Q, D) of images, which `encode` then gives in place of pixels
 
     @property
-    def picture_settings(self) -> Mapping[str, Any]:
+    def image_settings(self) -> Mapping[str, Any]:
         """What decides `pixels`, as plain data."""
         ...
 
-    def pixels(self, picture: Picture) -> torch.Tensor:
-        """A picture as `Family.picture_features` takes it, of the same shape for all; raises BadPicture if it cannot be decoded."""
+    def pixels(self, image: ImageSource) -> torch.Tensor:
+        """An image as `Family.image_features` takes it, of the same shape for all; raises BadImage if it cannot be decoded."""
         ...
 
     @property
@@ -37,12 +39,12 @@ class Processor(Protocol):
         """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
 
         Raises:
-            DataError: a picture is unreadable, a box names a picture that does not exist, or the sample is too long.
+            DataError: an image is unreadable, a box names an image that does not exist, or the sample is too long.
         """
         ...
 
     def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Tokens of `encode(conversation, prompt=prompt)` and how many are learned, without decoding a picture; raises as `encode`."""
+        """Tokens of `encode(conversation, prompt=prompt)` and how many are learned, without decoding an image; raises as `encode`."""
         ...
 
     def text(self, ids: Sequence[int]) -> str:
@@ -50,7 +52,7 @@ class Processor(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
-        """Generated ids (without the prompt) to text, boxes in pixels of the conversation's pictures."""
+        """Generated ids (without the prompt) to text, boxes in pixels of the conversation's images."""
         ...
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
@@ -66,17 +68,23 @@ class Family(Protocol):
     """One kind of model. The blocks of its network are transformers' `GradientCheckpointingLayer`s, whose `forward` calls `compute`, which
     `speed` compiles."""
 
-    parts: Mapping[str, str]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
-    quantization: Mapping[str, Any] | None  # what `load` is to be given, unless an adapter has been learned over other bits
-    packable: bool  # may several samples share a row, told apart by restarting positions?
+    components: Mapping[
+        str, str
+    ]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
+    quantization: (
+        Mapping[str, Any] | None
+    )  # what `load` is to be given, unless an adapter has been learned over other bits
+    supports_packing: bool  # may several samples share a row, told apart by restarting positions?
 
     def processor(self) -> Processor: ...
 
-    def outline(self) -> PreTrainedModel:
+    def meta_model(self) -> PreTrainedModel:
         """The network on the meta device: names, shapes and types, without weights."""
         ...
 
-    def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    def load(
+        self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
+    ) -> PreTrainedModel:
         """The network with its base weights, in evaluation mode on `device`.
 
         Args:
@@ -84,7 +92,9 @@ class Family(Protocol):
         """
         ...
 
-    def quantized(self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]) -> PreTrainedModel:
+    def quantized(
+        self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]
+    ) -> PreTrainedModel:
         """What `load` would give, had it found the weights that `model` has."""
         ...
 
@@ -92,8 +102,8 @@ class Family(Protocol):
         """Keyword arguments of the model's `forward` for a batch, or of its `generate`."""
         ...
 
-    def picture_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (N, Q, D) of N pictures from `Processor.pixels`: all that the "vision" and "resampler" of `model`, which may be inside
+    def image_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Features (N, Q, D) of N images from `Processor.pixels`: all that the "vision" and "resampler" of `model`, which may be inside
         adapters, tell the rest of it. `Processor.features` gives them to batches, and then `inputs` needs no pixels."""
         ...
 

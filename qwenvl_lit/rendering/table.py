@@ -8,7 +8,9 @@ from typing import SupportsFloat
 from rich.table import Table
 
 
-def score_table(scores: Mapping[str, SupportsFloat], baseline: Mapping[str, SupportsFloat] | None = None) -> Table:
+def score_table(
+    scores: Mapping[str, SupportsFloat], baseline: Mapping[str, SupportsFloat] | None = None
+) -> Table:
     """A row for each metric and a column for each set, from scores named `SET/METRIC` as `trainer.test` logs them.
 
     `SET/rows` is shown as a whole number, everything else with three decimals; what a set has no score for stays empty.
@@ -16,8 +18,16 @@ def score_table(scores: Mapping[str, SupportsFloat], baseline: Mapping[str, Supp
     Args:
         baseline: scores under the same names, as of the model before training; every set then has a second column, to its left.
     """
-    cells = {tuple(name.rsplit("/", 1)): _number(name, value) for name, value in scores.items() if "/" in name}
-    before = {tuple(name.rsplit("/", 1)): _number(name, value) for name, value in (baseline or {}).items() if "/" in name}
+    cells = {
+        tuple(name.rsplit("/", 1)): _number(name, value)
+        for name, value in scores.items()
+        if "/" in name
+    }
+    before = {
+        tuple(name.rsplit("/", 1)): _number(name, value)
+        for name, value in (baseline or {}).items()
+        if "/" in name
+    }
     sets, metrics = _unique([s for s, _ in cells]), _unique([metric for _, metric in cells])
     table = Table()
     table.add_column("metric")

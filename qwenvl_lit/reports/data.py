@@ -29,14 +29,16 @@ HEADINGS: dict[Kind, str] = {
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PLACE = re.compile(rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+: ")
-_OWN = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*|(?<!\w)-?\d[\d.]*")
+_OWN = re.compile(
+    rf"(?<!\w){_QUOTED}(?!\w)|(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*|(?<!\w)-?\d[\d.]*"
+)
 
 
 def reason(message: str) -> str:
     """What a message has in common with others of its kind: without place, names and numbers.
 
-    >>> reason("a.jsonl:3: row 'x': picture /data/7.jpg does not exist; check the path and `data.root`")
-    'picture … does not exist; check the path and `data.root`'
+    >>> reason("a.jsonl:3: row 'x': image /data/7.jpg does not exist; check the path and `data.root`")
+    'image … does not exist; check the path and `data.root`'
     >>> reason("a.jsonl:3: row 'x': is the last turn the assistant's, and is max_length above the answer's length of 7?")
     "is the last turn the assistant's, and is max_length above the answer's length of …?"
     """
@@ -45,7 +47,12 @@ def reason(message: str) -> str:
 
 def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
     """The reasons of all findings of a kind and how often each was found, the most frequent first."""
-    counts = Counter(reason(finding.message) for facts in inspection.sets for finding in facts.findings if finding.kind == kind)
+    counts = Counter(
+        reason(finding.message)
+        for facts in inspection.sets
+        for finding in facts.findings
+        if finding.kind == kind
+    )
     return counts.most_common()
 
 
@@ -63,10 +70,18 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
     if not len(lengths):
         return []
     low, high = int(lengths.min()), int(lengths.max())
-    width = next(step for power in range(10) for step in (10**power, 10**power * 2, 10**power * 5) if (high - low) / step <= bins - 2)
+    width = next(
+        step
+        for power in range(10)
+        for step in (10**power, 10**power * 2, 10**power * 5)
+        if (high - low) / step <= bins - 2
+    )
     start = low // width * width
     counts = np.bincount((lengths - start) // width)
-    return [(start + place * width, start + (place + 1) * width - 1, int(count)) for place, count in enumerate(counts)]
+    return [
+        (start + place * width, start + (place + 1) * width - 1, int(count))
+        for place, count in enumerate(counts)
+    ]
 
 
 def percentiles(lengths: np.ndarray) -> tuple[int, int, int]:
@@ -84,10 +99,12 @@ def set_facts(facts: SetFacts) -> dict[str, str]:
         "rows left out": f"{facts.affected['dropped']:,}",
         "rows with notes": f"{facts.affected['note']:,}",
         "rows without an answer": f"{facts.unanswered:,}",
-        "pictures": f"{facts.pictures:,}",
+        "images": f"{facts.images:,}",
         "boxes": f"{facts.boxes:,}",
         "tokens": f"{int(facts.lengths.sum(dtype=np.int64)):,}",
-        "tokens learned": "-" if facts.prompts else f"{int(facts.supervised.sum(dtype=np.int64)):,}",
+        "tokens learned": "-"
+        if facts.prompts
+        else f"{int(facts.supervised.sum(dtype=np.int64)):,}",
         "tokens of a row: median": f"{median:,}",
         "99 of 100 rows up to": f"{most:,}",
         "longest row": f"{longest:,}",
@@ -103,8 +120,8 @@ def error_count(inspection: Inspection) -> str:
 def overlap_lines(inspection: Inspection) -> list[str]:
     """What sets have in common, in words."""
     return [
-        f"{overlap.first} and {overlap.second}: rows of {overlap.second} that ask the same of the same pictures: {overlap.rows:,}; "
-        f"pictures in both: {overlap.pictures:,}"
+        f"{overlap.first} and {overlap.second}: rows of {overlap.second} that ask the same of the same images: {overlap.rows:,}; "
+        f"images in both: {overlap.images:,}"
         for overlap in inspection.overlaps
     ]
 
@@ -125,7 +142,9 @@ def _parts(inspection: Inspection) -> Iterator[RenderableType]:
         yield table
     for facts in inspection.sets:
         for file in facts.files:
-            yield _line(f"{facts.name}: {file.path}: {file.rows:,} {'row' if file.rows == 1 else 'rows'}, layout {file.layout}")
+            yield _line(
+                f"{facts.name}: {file.path}: {file.rows:,} {'row' if file.rows == 1 else 'rows'}, layout {file.layout}"
+            )
     for facts in inspection.sets:
         yield _line(f"\nTokens of a row of {facts.name}", "bold")
         yield from map(_line, _bars(histogram(facts.lengths)))
@@ -138,7 +157,10 @@ def _parts(inspection: Inspection) -> Iterator[RenderableType]:
         yield from map(_line, lines)
     if errors := inspection.errors:
         yield _line(f"\n{error_count(inspection)}", "bold red")
-        yield from (_line(f"{count:>9,}  {why}") for why, count in reasons(inspection, "error")[:SHOWN_ERRORS])
+        yield from (
+            _line(f"{count:>9,}  {why}")
+            for why, count in reasons(inspection, "error")[:SHOWN_ERRORS]
+        )
         more = f" (the first {SHOWN_ERRORS})" if len(errors) > SHOWN_ERRORS else ""
         yield _line(f"One by one{more}", "bold red")
         yield from (_line(f"{name}: {finding.message}") for name, finding in errors[:SHOWN_ERRORS])

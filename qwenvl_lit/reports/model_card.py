@@ -9,13 +9,30 @@ from typing import Any
 
 from qwenvl_lit.runs.run import Run
 
-DATA = ("train", "validation", "test", "root", "datasets", "order", "batch_size", "max_tokens", "packing")
+DATA = (
+    "train",
+    "validation",
+    "test",
+    "root",
+    "datasets",
+    "order",
+    "batch_size",
+    "max_tokens",
+    "packing",
+)
 OPTIM = ("lr", "betas", "weight_decay", "warmup", "schedule")
 TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
 
 
 def model_card(
-    name: str, *, run: Run | None, trained: Mapping[str, Any], config: Mapping[str, Any], merged: bool, dtype: str, compared: str
+    name: str,
+    *,
+    run: Run | None,
+    trained: Mapping[str, Any],
+    config: Mapping[str, Any],
+    merged: bool,
+    dtype: str,
+    compared: str,
 ) -> str:
     """Markdown.
 
@@ -27,9 +44,21 @@ def model_card(
     """
     path = config["model"].get("path")
     here = path is not None and Path(path).expanduser().is_dir()
-    base = Path(path).expanduser().resolve().name if here else path  # where a folder lies says nothing elsewhere
-    kind = "Qwen-VL in the published layout" if merged else "An adapter for Qwen-VL in the format of peft"
-    lines = ["---", *([f"base_model: {base}"] if base else []), f"library_name: {'transformers' if merged else 'peft'}", "---", ""]
+    base = (
+        Path(path).expanduser().resolve().name if here else path
+    )  # where a folder lies says nothing elsewhere
+    kind = (
+        "Qwen-VL in the published layout"
+        if merged
+        else "An adapter for Qwen-VL in the format of peft"
+    )
+    lines = [
+        "---",
+        *([f"base_model: {base}"] if base else []),
+        f"library_name: {'transformers' if merged else 'peft'}",
+        "---",
+        "",
+    ]
     lines += [
         f"# {name}",
         "",
@@ -41,13 +70,22 @@ def model_card(
     ]
     if run and run.checkpoint:
         adapter = run.config["adapter"]
-        lines += [f"| checkpoint | {run.checkpoint.name} |", f"| trained | {adapter['_target_'].rpartition('.')[2]} |"]
-        lines += _rows("adapter", {key: value for key, value in adapter.items() if key != "_target_"})
-    if earlier := trained.get("base"):
+        lines += [
+            f"| checkpoint | {run.checkpoint.name} |",
+            f"| trained | {adapter['_target_'].rpartition('.')[2]} |",
+        ]
+        lines += _rows(
+            "adapter", {key: value for key, value in adapter.items() if key != "_target_"}
+        )
+    if earlier := trained.get("init"):
         lines.append(f"| started from | `{earlier['checkpoint']}` |")
     for group, keys in (("data", DATA), ("optim", OPTIM), ("trainer", TRAINER)):
         lines += _rows(group, {key: (trained.get(group) or {}).get(key) for key in keys})
-    lines += [*_rows("model", {key: config["model"].get(key) for key in ("template", "system")}), f"| compared | {compared} |", ""]
+    lines += [
+        *_rows("model", {key: config["model"].get(key) for key in ("template", "system")}),
+        f"| compared | {compared} |",
+        "",
+    ]
     if run and run.folder:
         lines += _scores(run.folder)
     elsewhere = f" model.path=FOLDER-OF-{base}" if here and not merged else ""
@@ -56,7 +94,11 @@ def model_card(
 
 
 def _rows(group: str, node: Mapping[str, Any]) -> list[str]:
-    return [f"| {group}.{key} | {_text(value)} |" for key, value in node.items() if value not in (None, "", {}, [])]
+    return [
+        f"| {group}.{key} | {_text(value)} |"
+        for key, value in node.items()
+        if value not in (None, "", {}, [])
+    ]
 
 
 def _text(value: Any) -> str:
@@ -78,7 +120,14 @@ def _scores(folder: Path) -> list[str]:
         f"| | best, step {best.get('step', '-')} | last, step {last.get('step', '-')} |",
         "|---|---|---|",
     ]
-    return [*lines, *(f"| {name[4:]} | {_score(best.get(name))} | {_score(last.get(name))} |" for name in names), ""]
+    return [
+        *lines,
+        *(
+            f"| {name[4:]} | {_score(best.get(name))} | {_score(last.get(name))} |"
+            for name in names
+        ),
+        "",
+    ]
 
 
 def _score(value: float | None) -> str:

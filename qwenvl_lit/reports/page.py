@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwenvl_lit.reports.data import printable
 
-PICTURE_SIDE_PX = 480
+IMAGE_SIDE_PX = 480
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
@@ -24,7 +24,7 @@ td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 5rem }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 } figcaption { color: #5a6675 }
 svg text { font: 11px system-ui, sans-serif; fill: #5a6675 } svg rect { fill: #3b6ea8 }
 .example { border: 1px solid #d5dae1; border-radius: 6px; padding: .8rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: 1rem }
-.example header { flex-basis: 100%; overflow-wrap: anywhere } .example .pictures { display: flex; flex-direction: column; gap: .5rem }
+.example header { flex-basis: 100%; overflow-wrap: anywhere } .example .images { display: flex; flex-direction: column; gap: .5rem }
 .example img { max-width: 100%; width: 340px; height: auto } .example .words { flex: 1 1 20rem; min-width: 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0; color: #5a6675;
   max-height: 30rem; overflow: auto }
@@ -51,10 +51,17 @@ def table(rows: Sequence[Mapping[str, str]], *, left: Iterable[str]) -> str:
     """Rows that all have the columns of the first; `left` names those of text, the others are numbers."""
 
     def cells(tag: str, values: Iterable[tuple[str, str]]) -> str:
-        return "".join(f"<{tag}{' class=text' if name in left else ''}>{text(value)}</{tag}>" for name, value in values)
+        return "".join(
+            f"<{tag}{' class=text' if name in left else ''}>{text(value)}</{tag}>"
+            for name, value in values
+        )
 
     head = cells("th", ((name, name) for name in rows[0]))
-    return f'<div class="wide"><table><tr>{head}</tr>' + "".join(f"<tr>{cells('td', row.items())}</tr>" for row in rows) + "</table></div>"
+    return (
+        f'<div class="wide"><table><tr>{head}</tr>'
+        + "".join(f"<tr>{cells('td', row.items())}</tr>" for row in rows)
+        + "</table></div>"
+    )
 
 
 def text(words: str) -> str:
@@ -62,14 +69,24 @@ def text(words: str) -> str:
     return escape("\n".join(map(printable, words.split("\n"))))
 
 
-def picture(image: Image.Image) -> str:
-    """The picture itself, as part of the page."""
+def embedded_image(image: Image.Image) -> str:
+    """The image itself, as part of the page."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    return (
+        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    )
 
 
-def bars(counts: Sequence[tuple[str, int]], *, ends: tuple[str, str], what: str, caption: str, width: int = 340, height: int = 150) -> str:
+def bars(
+    counts: Sequence[tuple[str, int]],
+    *,
+    ends: tuple[str, str],
+    what: str,
+    caption: str,
+    width: int = 340,
+    height: int = 150,
+) -> str:
     """A histogram: for each interval what is said where the mouse rests, and how many; `ends` of the axis, `what` is counted."""
     most, step = max(1, *(count for _, count in counts)), width / len(counts)
     drawn = "".join(

@@ -8,19 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_lit.callbacks.boxes import pictures_with_boxes
+from qwenvl_lit.callbacks.boxes import images_with_boxes
 from qwenvl_lit.callbacks.predictions import prompt_text
 from qwenvl_lit.rendering.drawing import draw_prediction
-from qwenvl_lit.reports.page import PICTURE_SIDE_PX, bars, page, picture, table, text
-from qwenvl_lit.reports.scores import Changed, Mean, Scored, bootstrap, compare, extremes, first_scores, groups, in_order, ious
-from qwenvl_lit.types import BadPicture, Prediction
+from qwenvl_lit.reports.page import IMAGE_SIDE_PX, bars, embedded_image, page, table, text
+from qwenvl_lit.reports.scores import (
+    Changed,
+    Mean,
+    Scored,
+    bootstrap,
+    compare,
+    extremes,
+    first_scores,
+    groups,
+    in_order,
+    ious,
+)
+from qwenvl_lit.types import BadImage, Prediction
 
 SHOWN = 6  # of the best, of the worst, and of those that changed, of each set
-MOST_PICTURES = 4  # of a row
+MOST_IMAGES = 4  # of a row
 MOST_REFERENCES = 10
-LEGEND = (
-    '<p class="faint">Boxes are <span class="predicted">solid</span> as predicted, <span class="expected">dashed</span> as expected.</p>'
-)
+LEGEND = '<p class="faint">Boxes are <span class="predicted">solid</span> as predicted, <span class="expected">dashed</span> as expected.</p>'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +77,13 @@ def _body(report: Report) -> Iterator[str]:
 
 def _score_row(scored: Scored, metric: str) -> dict[str, str]:
     mean = scored.mean(metric)
-    return {"set": scored.name, "metric": metric, "score": _number(mean.value), "95 % interval": _range(mean), "rows": f"{mean.rows:,}"}
+    return {
+        "set": scored.name,
+        "metric": metric,
+        "score": _number(mean.value),
+        "95 % interval": _range(mean),
+        "rows": f"{mean.rows:,}",
+    }
 
 
 def _set(scored: Scored) -> Iterator[str]:
@@ -79,7 +94,12 @@ def _set(scored: Scored) -> Iterator[str]:
             for label in in_order(labels):
                 mean = bootstrap(scored.scores[metric][labels == label])
                 if mean.rows:
-                    group = {"by": title, "group": label, metric: _number(mean.value), "95 % interval": _range(mean)}
+                    group = {
+                        "by": title,
+                        "group": label,
+                        metric: _number(mean.value),
+                        "95 % interval": _range(mean),
+                    }
                     rows.append({**group, "rows": f"{mean.rows:,}"})
         rows = [row for row in rows if sum(other["by"] == row["by"] for other in rows) > 1]
         if rows:
@@ -87,9 +107,16 @@ def _set(scored: Scored) -> Iterator[str]:
     overlaps = ious(scored.predictions)
     if len(overlaps):
         counts, edges = np.histogram(overlaps, bins=20, range=(0, 1))
-        said = [(f"IoU {low:.2f} to {high:.2f}", int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+        said = [
+            (f"IoU {low:.2f} to {high:.2f}", int(count))
+            for low, high, count in zip(edges, edges[1:], counts, strict=False)
+        ]
         yield "<h3>Overlap of boxes</h3>"
-        yield '<div class="plots">' + bars(said, ends=("0", "1"), what="rows", caption="IoU of the first predicted box") + "</div>"
+        yield (
+            '<div class="plots">'
+            + bars(said, ends=("0", "1"), what="rows", caption="IoU of the first predicted box")
+            + "</div>"
+        )
     worst, best = extremes(scored, SHOWN)
     values = first_scores(scored)
     for heading, places in (("Worst answers", worst), ("Best answers", best)):
@@ -106,9 +133,24 @@ def _comparison(other: Earlier, sets: Sequence[Scored]) -> Iterator[str]:
             continue
         differences, changed = compare(other.sets[now.name], now)
         for metric, found in differences.items():
-            row = {"set": now.name, "metric": metric, "before": _number(found.before), "now": _number(found.now)}
-            row |= {"difference": f"{found.change.value:+.3f}", "95 % interval": _range(found.change, signed=True)}
-            rows.append(row | {"better": f"{found.better:,}", "worse": f"{found.worse:,}", "rows": f"{found.change.rows:,}"})
+            row = {
+                "set": now.name,
+                "metric": metric,
+                "before": _number(found.before),
+                "now": _number(found.now),
+            }
+            row |= {
+                "difference": f"{found.change.value:+.3f}",
+                "95 % interval": _range(found.change, signed=True),
+            }
+            rows.append(
+                row
+                | {
+                    "better": f"{found.better:,}",
+                    "worse": f"{found.worse:,}",
+                    "rows": f"{found.change.rows:,}",
+                }
+            )
         for up in (False, True):
             shown += [(now.name, change) for change in changed if (change.by > 0) == up][:SHOWN]
     yield f"<h2>Against {text(other.name)}</h2>"
@@ -117,10 +159,16 @@ def _comparison(other: Earlier, sets: Sequence[Scored]) -> Iterator[str]:
         return
     yield table(rows, left=("set", "metric"))
     yield '<p class="faint">Differences are taken row by row, on rows that both answered; an interval without 0 is more than chance.</p>'
-    for heading, some in (("Worse now", [s for s in shown if s[1].by < 0]), ("Better now", [s for s in shown if s[1].by > 0])):
+    for heading, some in (
+        ("Worse now", [s for s in shown if s[1].by < 0]),
+        ("Better now", [s for s in shown if s[1].by > 0]),
+    ):
         if some:
             yield f"<h3>{heading}</h3>"
-            yield from (_example(change.now, f"{name}: {_said(change)}", before=change.before) for name, change in some)
+            yield from (
+                _example(change.now, f"{name}: {_said(change)}", before=change.before)
+                for name, change in some
+            )
 
 
 def _said(change: Changed) -> str:
@@ -130,27 +178,33 @@ def _said(change: Changed) -> str:
 def _example(prediction: Prediction, said: str, *, before: Prediction | None = None) -> str:
     conversation = prediction.conversation
     expected = [prediction.reference] if prediction.reference is not None else []
-    expected += [reference for reference in dict.fromkeys(conversation.references) if reference not in expected]
+    expected += [
+        reference
+        for reference in dict.fromkeys(conversation.references)
+        if reference not in expected
+    ]
     columns = {"Before": before.text} if before else {}
     boxed = '<h3 class="predicted">', '<h3 class="expected">'
-    answers = "".join(f"<div><h3>{title}</h3><pre>{text(words)}</pre></div>" for title, words in columns.items())
+    answers = "".join(
+        f"<div><h3>{title}</h3><pre>{text(words)}</pre></div>" for title, words in columns.items()
+    )
     answers += f"<div>{boxed[0]}Prediction</h3><pre>{text(prediction.text)}</pre></div>"
     if expected:
         answers += f"<div>{boxed[1]}Expected</h3><pre>{text(chr(10).join(expected[:MOST_REFERENCES]))}</pre></div>"
     return (
         f'<section class="example"><header><b>{text(conversation.id)}</b> <span class="faint">{text(said)}</span></header>'
-        f'<div class="pictures">{"".join(_pictures(prediction))}</div>'
+        f'<div class="images">{"".join(_images(prediction))}</div>'
         f'<div class="words"><pre>{text(prompt_text(conversation))}</pre><div class="answers">{answers}</div></div></section>'
     )
 
 
-def _pictures(prediction: Prediction) -> Iterator[str]:
+def _images(prediction: Prediction) -> Iterator[str]:
     """Those with boxes, else all; the predicted boxes solid, the expected ones dashed."""
-    shown = pictures_with_boxes(prediction) or range(len(prediction.conversation.pictures))
-    for number in list(shown)[:MOST_PICTURES]:
+    shown = images_with_boxes(prediction) or range(len(prediction.conversation.images))
+    for number in list(shown)[:MOST_IMAGES]:
         try:
-            yield picture(draw_prediction(prediction, number, largest_side_px=PICTURE_SIDE_PX))
-        except BadPicture as fault:  # it may have been here when the question was answered, and is not needed for the scores
+            yield embedded_image(draw_prediction(prediction, number, largest_side_px=IMAGE_SIDE_PX))
+        except BadImage as fault:  # it may have been here when the question was answered, and is not needed for the scores
             yield f'<p class="bad">{text(str(fault))}</p>'
 
 
@@ -159,4 +213,8 @@ def _number(value: float) -> str:
 
 
 def _range(mean: Mean, *, signed: bool = False) -> str:
-    return "–" if np.isnan(mean.low) else " to ".join(f"{value:{'+' if signed else ''}.3f}" for value in (mean.low, mean.high))
+    return (
+        "–"
+        if np.isnan(mean.low)
+        else " to ".join(f"{value:{'+' if signed else ''}.3f}" for value in (mean.low, mean.high))
+    )

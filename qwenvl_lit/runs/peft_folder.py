@@ -10,11 +10,36 @@ from qwenvl_lit.training.adapters import PEFT_FILES, LoRA, read_peft_file
 from qwenvl_lit.types import DataError
 
 CONFIG = "adapter_config.json"
-SIZES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}  # peft's words and ours
+SIZES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+}  # peft's words and ours
 # What says nothing about how the adapter computes
-ABOUT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version")
-ABOUT += ("init_lora_weights", "runtime_config", "lorap_lr_ratio", "lorap_emb_lr", "lora_dtype")  # the last three are of ms-swift
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that take from the weights what they give the adapter
+ABOUT = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+)
+ABOUT += (
+    "init_lora_weights",
+    "runtime_config",
+    "lorap_lr_ratio",
+    "lorap_emb_lr",
+    "lora_dtype",
+)  # the last three are of ms-swift
+CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to begin that take from the weights what they give the adapter
 WHOLE_ATTENTION = "attn_pool.attn.lora_"  # peft's adapter on a `MultiheadAttention`
 
 
@@ -30,7 +55,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{file} is no JSON: {error}; is it complete?") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise DataError(f"{file} is of an adapter of the kind {kind}; only LORA (with its variants, as DoRA) can be used")
+        raise DataError(
+            f"{file} is of an adapter of the kind {kind}; only LORA (with its variants, as DoRA) can be used"
+        )
     return config
 
 
@@ -53,15 +80,25 @@ def adapter_node(folder: Path) -> dict[str, Any]:
             f"save_pretrained with path_initial_model_for_weight_conversion)"
         )
     defaults = {
-        field.name: field.default_factory() if field.default_factory is not MISSING else field.default for field in fields(LoraConfig)
+        field.name: field.default_factory()
+        if field.default_factory is not MISSING
+        else field.default
+        for field in fields(LoraConfig)
     }
     others = {key: value for key, value in config.items() if key not in SIZES and key not in ABOUT}
     options = {key: value for key, value in others.items() if value and value != defaults.get(key)}
     if unknown := sorted(set(options) - set(defaults)):
         settings = ", ".join(f"{key}={options[key]}" for key in unknown)
-        raise DataError(f"{file} says {settings}, which the peft installed here does not know; a newer one may: pip install -U peft")
+        raise DataError(
+            f"{file} says {settings}, which the peft installed here does not know; a newer one may: pip install -U peft"
+        )
     sizes = {ours: config.get(theirs, defaults[theirs]) for theirs, ours in SIZES.items()}
-    return {"_target_": f"{LoRA.__module__}.{LoRA.__name__}", **sizes, "options": options, "quantization": None}
+    return {
+        "_target_": f"{LoRA.__module__}.{LoRA.__name__}",
+        **sizes,
+        "options": options,
+        "quantization": None,
+    }
 
 
 def weights_file(folder: Path) -> Path:

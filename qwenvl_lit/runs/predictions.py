@@ -23,7 +23,9 @@ def predictions_file(place: str | Path) -> Path:
     path = Path(place).expanduser()
     file = path / FILENAME if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"there is no {file}; give a folder that `predict` or `test` wrote, or its {FILENAME}")
+        raise DataError(
+            f"there is no {file}; give a folder that `predict` or `test` wrote, or its {FILENAME}"
+        )
     return file
 
 
@@ -34,7 +36,11 @@ def config_beside(place: str) -> dict[str, Any] | None:
         DataError: as `predictions_file`.
     """
     file = predictions_file(place).parent / ".hydra" / "config.yaml"
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file))) if file.exists() else None
+    return (
+        cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))
+        if file.exists()
+        else None
+    )
 
 
 def scored_arguments(arguments: Sequence[str]) -> list[str]:
@@ -44,10 +50,14 @@ def scored_arguments(arguments: Sequence[str]) -> list[str]:
     ["predictions='b'", "compare=['a']"]
     """
     given = next((argument for argument in arguments if argument.startswith("compare=[")), None)
-    if given is None or any(argument.startswith(("ckpt=", "model=", "predictions=")) for argument in arguments):
+    if given is None or any(
+        argument.startswith(("ckpt=", "model=", "predictions=")) for argument in arguments
+    ):
         return list(arguments)
     places = re.findall(r"'(?:[^'\\]|\\.)*'", given)
     if len(places) < 2:
-        raise DataError("compare=[RUN1,RUN2] takes two runs at least; with ckpt= or predictions= it takes those to compare with")
+        raise DataError(
+            "compare=[RUN1,RUN2] takes two runs at least; with ckpt= or predictions= it takes those to compare with"
+        )
     rest = [argument for argument in arguments if argument is not given]
     return [*rest, f"predictions={places[-1]}", f"compare=[{','.join(places[:-1])}]"]

@@ -33,7 +33,7 @@ CONTENTS = {  # of a run folder; a split, and what was left out, only where ther
     "metrics.json": "the last and the best validation",
     "logging.jsonl": "loss, rates and scores, a line for each logged step and validation",
     "curves": "a plot of each of them",
-    "samples": "pictures of each validation, with answers and boxes",
+    "samples": "images of each validation, with answers and boxes",
     "config.yaml": "every setting",
     "trainable.json": "what is trained",
     "versions.json": "libraries, git commit, machine and command",
@@ -43,8 +43,21 @@ CONTENTS = {  # of a run folder; a split, and what was left out, only where ther
     "train.log": "warnings",
 }
 SETTINGS = "qwenvl_lit.json"  # of an exported folder
-PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}  # by the last parts of the names that they have elsewhere
-LIBRARIES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "hydra-core", "numpy", "pillow")
+PUBLISHED = {
+    "qwen-vl": "Qwen/Qwen-VL",
+    "qwen-vl-chat": "Qwen/Qwen-VL-Chat",
+}  # by the last parts of the names that they have elsewhere
+LIBRARIES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "pillow",
+)
 log = logging.getLogger(__name__)
 
 
@@ -61,7 +74,11 @@ class Run:
 def config_folder() -> Path:
     """`conf/` of a checkout, or the copy inside an installed package."""
     package = Path(__file__).parent.parent
-    return next(folder for folder in (package / "conf", package.parent / "conf") if (folder / "train.yaml").exists())
+    return next(
+        folder
+        for folder in (package / "conf", package.parent / "conf")
+        if (folder / "train.yaml").exists()
+    )
 
 
 def find_run(ckpt: str) -> Run:
@@ -73,7 +90,9 @@ def find_run(ckpt: str) -> Run:
     """
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
-        raise DataError(f"latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train")
+        raise DataError(
+            f"latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train"
+        )
     if not path.exists():
         raise DataError(f"{ckpt} does not exist; {_known_runs()}")
     if path.name.startswith("adapter_model.") and path.is_file():
@@ -92,20 +111,22 @@ def find_run(ckpt: str) -> Run:
     for name in ("best.ckpt", "last.ckpt"):
         if (path / "checkpoints" / name).exists():
             return Run(config=_composed(path), checkpoint=path / "checkpoints" / name, folder=path)
-    raise DataError(f"{ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one")
+    raise DataError(
+        f"{ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one"
+    )
 
 
-def base_of(run: Run) -> dict[str, Any]:
+def init_from(run: Run) -> dict[str, Any]:
     """What a run learned as plain data, for the config of a run that starts from it; with the runs that it had started from."""
-    from qwenvl_lit.training.adapters import Learned, fingerprint
+    from qwenvl_lit.training.adapters import StartingCheckpoint, fingerprint
 
     assert run.checkpoint is not None  # a whole model is a base by itself
     return {
-        "_target_": f"{Learned.__module__}.{Learned.__name__}",
+        "_target_": f"{StartingCheckpoint.__module__}.{StartingCheckpoint.__name__}",
         "checkpoint": str(run.checkpoint.resolve()),
         "sha256": fingerprint(run.checkpoint),
         "adapter": run.config["adapter"],
-        "base": run.config.get("base") or {},
+        "init": run.config.get("init") or {},
     }
 
 
@@ -117,7 +138,9 @@ def latest_run() -> Path | None:
 
 def contents(folder: Path) -> str:
     """What is in a run folder, a line each."""
-    return "\n".join(f"  {name:24} {what}" for name, what in CONTENTS.items() if (folder / name).exists())
+    return "\n".join(
+        f"  {name:24} {what}" for name, what in CONTENTS.items() if (folder / name).exists()
+    )
 
 
 def save_versions(folder: Path) -> None:
@@ -126,9 +149,17 @@ def save_versions(folder: Path) -> None:
     now = versions()
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if name != "command" and before.get(name) != now[name]]
+        changed = [
+            f"{name} {before.get(name)} -> {now[name]}"
+            for name in now
+            if name != "command" and before.get(name) != now[name]
+        ]
         if changed:
-            log.warning("%s was begun with other versions; its numbers may differ in the last digits: %s", folder, ", ".join(changed))
+            log.warning(
+                "%s was begun with other versions; its numbers may differ in the last digits: %s",
+                folder,
+                ", ".join(changed),
+            )
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
@@ -162,26 +193,41 @@ def _version(library: str) -> str | None:
 def _commit() -> str | None:
     def git(*arguments: str) -> str | None:
         try:
-            result = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True)
+            result = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True,
+                text=True,
+            )
         except FileNotFoundError:  # no git here
             return None
         return None if result.returncode else result.stdout.strip()
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # another project's repository may be around an environment
+    if (
+        git("ls-files", "--error-unmatch", Path(__file__).name) is None
+    ):  # another project's repository may be around an environment
         return None
-    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    commit, changed = (
+        git("rev-parse", "HEAD"),
+        git("status", "--porcelain", "--untracked-files=no", "--", "."),
+    )
     return f"{commit}+" if changed else commit
 
 
 def _known_runs() -> str:
     newest = latest_run()
-    return f"the newest run here is {newest}" if newest else "train one first: python -m qwenvl_lit.train"
+    return (
+        f"the newest run here is {newest}"
+        if newest
+        else "train one first: python -m qwenvl_lit.train"
+    )
 
 
 def _composed(folder: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / ".hydra/config.yaml")))
+    return cast(
+        "dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / ".hydra/config.yaml"))
+    )
 
 
 def _adapter_folder(folder: Path) -> Run:
@@ -194,12 +240,19 @@ def _adapter_folder(folder: Path) -> Run:
     stored = stored_settings(folder)
     base = _base_path(expects)
     config = _recipe(base, stored or {"model": {"path": base}})
-    return Run(config={**config, "adapter": adapter_node(folder)}, checkpoint=weights_file(folder), folder=None, expects=expects)
+    return Run(
+        config={**config, "adapter": adapter_node(folder)},
+        checkpoint=weights_file(folder),
+        folder=None,
+        expects=expects,
+    )
 
 
 def _whole_model(folder: Path) -> Run:
     stored = stored_settings(folder)
-    config = _recipe(str(folder), {**stored, "model": {**stored.get("model", {}), "path": str(folder)}})
+    config = _recipe(
+        str(folder), {**stored, "model": {**stored.get("model", {}), "path": str(folder)}}
+    )
     return Run(config=config, checkpoint=None, folder=None)
 
 
@@ -220,8 +273,10 @@ def _base_path(expects: str | None) -> str:
 def _recipe(path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The config that training a published model has, with what is `stored` of another in its place; without data."""
     config = deepcopy(_composed_for("qwen_vl" if _continues_text(path) else "qwen_vl_chat"))
-    model = stored["model"] if "_target_" in stored["model"] else {**config["model"], **stored["model"]}
-    return {**config, **stored, "model": model, "base": {}, "data": {}, "metrics": {}}
+    model = (
+        stored["model"] if "_target_" in stored["model"] else {**config["model"], **stored["model"]}
+    )
+    return {**config, **stored, "model": model, "init": {}, "data": {}, "metrics": {}}
 
 
 @cache
@@ -231,8 +286,14 @@ def _composed_for(model: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     begun = GlobalHydra.instance().is_initialized()  # by a verb that is running
-    with nullcontext() if begun else hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return cast("dict[str, Any]", OmegaConf.to_container(hydra.compose("train", [f"model={model}"])))
+    with (
+        nullcontext()
+        if begun
+        else hydra.initialize_config_dir(str(config_folder()), version_base="1.3")
+    ):
+        return cast(
+            "dict[str, Any]", OmegaConf.to_container(hydra.compose("train", [f"model={model}"]))
+        )
 
 
 def _continues_text(path: str) -> bool:
@@ -247,9 +308,13 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
     import torch
 
     try:
-        config = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("config")
+        config = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(
+            "config"
+        )
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise DataError(f"{checkpoint} cannot be read as a checkpoint of this package: {error}") from error
+        raise DataError(
+            f"{checkpoint} cannot be read as a checkpoint of this package: {error}"
+        ) from error
     if config is None:
         raise DataError(f"{checkpoint} holds no config: it was not written by this package")
     return config

@@ -29,28 +29,48 @@ class Result:
     values: dict[str, str]  # what its command line set
     seconds: float
     error: str | None
-    scores: dict[str, float | None]  # of the checkpoint that was kept as best, else of the last validation
+    scores: dict[
+        str, float | None
+    ]  # of the checkpoint that was kept as best, else of the last validation
 
 
-def save_result(folder: Path, overrides: Sequence[str], *, seconds: float, error: str | None) -> None:
+def save_result(
+    folder: Path, overrides: Sequence[str], *, seconds: float, error: str | None
+) -> None:
     """Write how a job ended into its run folder, with the config that it was run with; until then it counts as unfinished."""
     composed = folder / COMPOSED
     config = composed.read_text(encoding="utf-8") if composed.exists() else None
-    record = {"overrides": list(overrides), "seconds": round(seconds, 1), "error": error, "config": config}
+    record = {
+        "overrides": list(overrides),
+        "seconds": round(seconds, 1),
+        "error": error,
+        "config": config,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JOB).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_results(folder: Path) -> list[Result]:
     """The jobs of a sweep's folder that have ended, in the order in which they were made."""
-    return [_read_result(file) for file in sorted(folder.glob(f"*/{JOB}"), key=lambda file: (len(file.parent.name), file.parent.name))]
+    return [
+        _read_result(file)
+        for file in sorted(
+            folder.glob(f"*/{JOB}"), key=lambda file: (len(file.parent.name), file.parent.name)
+        )
+    ]
 
 
 def _read_result(file: Path) -> Result:
     record = json.loads(file.read_text(encoding="utf-8"))
     values = dict(override.split("=", 1) for override in record["overrides"] if "=" in override)
     scores = read_scores(file.parent)
-    return Result(folder=file.parent, values=values, seconds=record["seconds"], error=record["error"], scores=scores)
+    return Result(
+        folder=file.parent,
+        values=values,
+        seconds=record["seconds"],
+        error=record["error"],
+        scores=scores,
+    )
 
 
 def read_scores(folder: Path) -> dict[str, float | None]:
@@ -84,7 +104,9 @@ def report(folder: Path, *, metric: str, mode: str) -> list[Result]:
     results = read_results(folder)
     known = sorted({name for result in results for name in result.scores})
     if known and metric not in known:
-        raise DataError(f"sweep.metric={metric}: the jobs have no such score; they have {', '.join(known)}")
+        raise DataError(
+            f"sweep.metric={metric}: the jobs have no such score; they have {', '.join(known)}"
+        )
     keys = varied([result.values for result in results])
     ranked = sorted(results, key=lambda result: _rank(result.scores.get(metric), mode))
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
@@ -92,7 +114,10 @@ def report(folder: Path, *, metric: str, mode: str) -> list[Result]:
         names = [metric, *(name for name in known if name != metric)]
         writer.writerow(["job", *keys, *names, "seconds", "error"])
         for result in ranked:
-            values, scores = [result.values.get(key) for key in keys], [result.scores.get(name) for name in names]
+            values, scores = (
+                [result.values.get(key) for key in keys],
+                [result.scores.get(name) for name in names],
+            )
             writer.writerow([result.folder.name, *values, *scores, result.seconds, result.error])
     if keys and any(result.scores.get(metric) is not None for result in results):
         draw(results, keys, metric, folder / PLOT)
@@ -128,24 +153,41 @@ def draw(results: Sequence[Result], keys: Sequence[str], metric: str, file: Path
     from matplotlib.figure import Figure
 
     points = [result for result in results if result.scores.get(metric) is not None]
-    across = max(keys, key=lambda key: (_numbers(points, key) is not None, len({result.values.get(key) for result in points})))
+    across = max(
+        keys,
+        key=lambda key: (
+            _numbers(points, key) is not None,
+            len({result.values.get(key) for result in points}),
+        ),
+    )
     others = [key for key in keys if key != across]
     lines: dict[str, list[Result]] = {}
     for result in points:
-        lines.setdefault(", ".join(f"{key}={result.values.get(key)}" for key in others), []).append(result)
+        lines.setdefault(", ".join(f"{key}={result.values.get(key)}" for key in others), []).append(
+            result
+        )
     if len(lines) > LINES:
         figure = Figure(figsize=(4.8 * len(keys), 4), layout="constrained")
         panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
         for axes, key in zip(panels, keys, strict=True):
-            axes.scatter(_places(axes, points, key), [result.scores[metric] for result in points], alpha=0.7)
+            axes.scatter(
+                _places(axes, points, key), [result.scores[metric] for result in points], alpha=0.7
+            )
         panels[0].set_ylabel(metric)
     else:
         figure = Figure(figsize=(6.4, 4), layout="constrained")
         axes = figure.add_subplot()
-        place = dict(zip((result.folder for result in points), _places(axes, points, across), strict=True))
+        place = dict(
+            zip((result.folder for result in points), _places(axes, points, across), strict=True)
+        )
         for label, line in lines.items():
             line = sorted(line, key=lambda result: place[result.folder])
-            axes.plot([place[result.folder] for result in line], [result.scores[metric] for result in line], marker="o", label=label)
+            axes.plot(
+                [place[result.folder] for result in line],
+                [result.scores[metric] for result in line],
+                marker="o",
+                label=label,
+            )
         axes.set_ylabel(metric)
         if others:
             axes.legend(frameon=False)

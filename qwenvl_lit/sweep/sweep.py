@@ -30,20 +30,28 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qwenvl_lit.sweep.results import COMPOSED, JOB, read_scores, report, result_table, save_result, varied
+from qwenvl_lit.sweep.results import (
+    COMPOSED,
+    JOB,
+    read_scores,
+    report,
+    result_table,
+    save_result,
+    varied,
+)
 from qwenvl_lit.types import DataError
 
 OUTPUT = "output.log"
 GRACE = 60  # seconds that a job has to stop by itself
 
 
-class Announced(Callback):
+class CaptureSweepConfig(Callback):
     """Keeps the config of the sweep that Hydra begins: it tells it to its callbacks only."""
 
     config: ClassVar[DictConfig | None] = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Announced.config = config
+        CaptureSweepConfig.config = config
 
 
 class JobError(Exception):
@@ -90,14 +98,22 @@ class Sweep:
         if before and before["config"]:  # Hydra has written its config anew already
             (folder / COMPOSED).write_text(before["config"], encoding="utf-8")
         if before and before["overrides"] != list(overrides):
-            raise DataError(f"{folder} holds a job with other values ({' '.join(before['overrides'])}); choose another hydra.sweep.dir")
+            raise DataError(
+                f"{folder} holds a job with other values ({' '.join(before['overrides'])}); choose another hydra.sweep.dir"
+            )
         if _on_a_cluster(hydra):
             if before is None or before["error"]:
                 self._run_here(config, main, folder, overrides)
             return read_scores(folder).get(config.sweep.metric)
         if not hydra.launcher._target_.endswith(".BasicLauncher"):
-            raise DataError(f"hydra/launcher={hydra.runtime.choices['hydra/launcher']}: on one machine use sweep.parallel=N instead")
-        job = Job(folder=folder, overrides=overrides, command=job_command(self.verb, hydra, overrides, folder))
+            raise DataError(
+                f"hydra/launcher={hydra.runtime.choices['hydra/launcher']}: on one machine use sweep.parallel=N instead"
+            )
+        job = Job(
+            folder=folder,
+            overrides=overrides,
+            command=job_command(self.verb, hydra, overrides, folder),
+        )
         self.jobs.append(job)
         if _is_collected(hydra):
             return None
@@ -108,13 +124,17 @@ class Sweep:
         self._run_unfinished([job], [{}], config.sweep.metric)
         return read_scores(folder).get(config.sweep.metric)
 
-    def _run_here(self, config: DictConfig, main: Callable, folder: Path, overrides: Sequence[str]) -> None:
+    def _run_here(
+        self, config: DictConfig, main: Callable, folder: Path, overrides: Sequence[str]
+    ) -> None:
         start, error = time.perf_counter(), None
         try:
             main(config)
         except (Exception, SystemExit) as stop:
             error = f"{type(stop).__name__}: {stop}"
-            raise JobError(error) from stop  # SystemExit would end the launcher's worker before it has answered
+            raise JobError(
+                error
+            ) from stop  # SystemExit would end the launcher's worker before it has answered
         finally:
             if os.environ.get("SLURM_PROCID", "0") == "0":
                 save_result(folder, overrides, seconds=time.perf_counter() - start, error=error)
@@ -124,21 +144,25 @@ class Sweep:
         """Run the jobs that Hydra gives inside; in the end, also that of an interrupted sweep, table and plot say what it found."""
         try:
             yield
-            config = Announced.config
+            config = CaptureSweepConfig.config
             if config is not None and self.jobs and _is_collected(config.hydra):
                 trainer = config.trainer
-                slots = job_slots(config.sweep.parallel, accelerator=trainer.accelerator, devices=trainer.devices)
+                slots = job_slots(
+                    config.sweep.parallel, accelerator=trainer.accelerator, devices=trainer.devices
+                )
                 self._run_unfinished(self.jobs, slots, config.sweep.metric)
         except JobError:
             self.failed = True  # Hydra raises the first failure when all jobs have ended; the table has them all
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         finally:
-            config = Announced.config
+            config = CaptureSweepConfig.config
             if config is not None and (self.started or _on_a_cluster(config.hydra)):
                 self._report(config)
 
-    def _run_unfinished(self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], metric: str) -> None:
+    def _run_unfinished(
+        self, jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], metric: str
+    ) -> None:
         self.started = True
         todo = [job for job in jobs if (result := _result(job.folder)) is None or result["error"]]
         if done := len(jobs) - len(todo):
@@ -158,7 +182,9 @@ class Sweep:
             if ranked[0].scores.get(config.sweep.metric) is not None:
                 print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
         if left := sum(_result(job.folder) is None for job in self.jobs):
-            print(f"{left} of {len(self.jobs)} jobs have not ended; to go on, the same command with hydra.sweep.dir={folder}")
+            print(
+                f"{left} of {len(self.jobs)} jobs have not ended; to go on, the same command with hydra.sweep.dir={folder}"
+            )
 
 
 def is_a_sweep(config: DictConfig) -> bool:
@@ -166,21 +192,38 @@ def is_a_sweep(config: DictConfig) -> bool:
     return "sweep" in config and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def job_command(verb: str, hydra: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+def job_command(
+    verb: str, hydra: DictConfig, overrides: Sequence[str], folder: Path
+) -> tuple[str, ...]:
     """The command line of one job, as a run that knows nothing of the sweep.
 
     Args:
         hydra: Hydra's own config of the job, for what the sweep's command line said of config folders and of Hydra.
     """
-    own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    own = [
+        source.path for source in hydra.runtime.config_sources if source.provider == "command-line"
+    ]
     flags = [f"--config-name={hydra.job.config_name}", *(f"--config-dir={path}" for path in own)]
     # goes on from the checkpoint that an interrupted job left
-    resume = [] if any(override.startswith("resume=") for override in overrides) else ["resume=auto"]
+    resume = (
+        [] if any(override.startswith("resume=") for override in overrides) else ["resume=auto"]
+    )
     placed = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]  # the last word on both
-    return (sys.executable, "-m", f"qwenvl_lit.{verb}", *flags, *hydra.overrides.hydra, *overrides, *resume, *placed)
+    return (
+        sys.executable,
+        "-m",
+        f"qwenvl_lit.{verb}",
+        *flags,
+        *hydra.overrides.hydra,
+        *overrides,
+        *resume,
+        *placed,
+    )
 
 
-def job_slots(parallel: int, *, accelerator: str, devices: int | str | list[int]) -> list[dict[str, str]]:
+def job_slots(
+    parallel: int, *, accelerator: str, devices: int | str | list[int]
+) -> list[dict[str, str]]:
     """What jobs that run at the same time need in their environment: each its own GPUs, or its share of the CPU cores.
 
     Raises:
@@ -192,13 +235,20 @@ def job_slots(parallel: int, *, accelerator: str, devices: int | str | list[int]
         raise DataError(f"sweep.parallel={parallel}: 1 or more jobs at a time")
     cards = [] if accelerator == "cpu" else visible_cards()
     if not cards:
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // parallel))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // parallel)
+        )
         return [{"OMP_NUM_THREADS": threads}] * parallel
     needed = devices if isinstance(devices, int) and devices > 0 else 1
     share = len(cards) // parallel
     if share < needed:
-        raise DataError(f"sweep.parallel={parallel}: {parallel} jobs with {needed} GPUs each, but there are {len(cards)}")
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(cards[slot * share : (slot + 1) * share])} for slot in range(parallel)]
+        raise DataError(
+            f"sweep.parallel={parallel}: {parallel} jobs with {needed} GPUs each, but there are {len(cards)}"
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(cards[slot * share : (slot + 1) * share])}
+        for slot in range(parallel)
+    ]
 
 
 def visible_cards() -> list[str]:
@@ -210,7 +260,13 @@ def visible_cards() -> list[str]:
     return [str(card) for card in range(torch.cuda.device_count())]
 
 
-def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], *, metric: str, keys: Sequence[str] = ()) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    slots: Sequence[Mapping[str, str]],
+    *,
+    metric: str,
+    keys: Sequence[str] = (),
+) -> None:
     """Run jobs, as many at a time as there are slots, and say in a line when each, named by the values of `keys`, begins and how it ended.
 
     A job that fails leaves its error in its folder, and the others go on. An interrupt, or SIGTERM, stops those that run.
@@ -223,14 +279,20 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], *, metric:
             while waiting and free:
                 job, slot = waiting.pop(0), free.pop(0)
                 running.append((job, _start(job, slot), slot, time.perf_counter()))
-                print(f"{_name(job, keys)}: starts, prints to {_shown(job.folder / OUTPUT)}", flush=True)
+                print(
+                    f"{_name(job, keys)}: starts, prints to {_shown(job.folder / OUTPUT)}",
+                    flush=True,
+                )
             for entry in list(running):
                 job, process, slot, start = entry
                 if (status := process.poll()) is not None:
                     seconds = time.perf_counter() - start
                     error = _error(status, job.folder / OUTPUT) if status else None
                     save_result(job.folder, job.overrides, seconds=seconds, error=error)
-                    print(f"{_name(job, keys)}: {_outcome(job, error, metric)}, {seconds:.0f} s", flush=True)
+                    print(
+                        f"{_name(job, keys)}: {_outcome(job, error, metric)}, {seconds:.0f} s",
+                        flush=True,
+                    )
                     running.remove(entry)
                     free.append(slot)
             time.sleep(0.1)
@@ -244,7 +306,9 @@ def _start(job: Job, slot: Mapping[str, str]) -> subprocess.Popen:
     (job.folder / JOB).unlink(missing_ok=True)
     with (job.folder / OUTPUT).open("ab") as output:
         environment = {**os.environ, **slot, "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+        return subprocess.Popen(
+            job.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        )
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
@@ -261,8 +325,14 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 def _error(status: int, output: Path) -> str:
     """Why a process failed: its last message, or the signal that ended it."""
     if status < 0:
-        return f"killed by {signal.Signals(-status).name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
-    lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        return f"killed by {signal.Signals(-status).name}" + (
+            " (out of memory?)" if -status == signal.SIGKILL else ""
+        )
+    lines = [
+        line
+        for line in output.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (named or lines or [f"exit status {status}"])[-1]
 
@@ -289,7 +359,12 @@ def _on_a_cluster(hydra: DictConfig) -> bool:
 
 
 def _name(job: Job, keys: Sequence[str]) -> str:
-    return " ".join([f"job {job.folder.name}", *(f"{key}={job.values[key]}" for key in keys if key in job.values)])
+    return " ".join(
+        [
+            f"job {job.folder.name}",
+            *(f"{key}={job.values[key]}" for key in keys if key in job.values),
+        ]
+    )
 
 
 def _shown(path: Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from qwenvl_lit.training.optim import part_of_tensor
+from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.types import DataError
 
 FORMAT = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
@@ -38,7 +38,9 @@ class Float8Linear(nn.Module):
 
     def _lay_out(self) -> None:
         self.weight = self.packed.detach().view(FORMAT)  # (N, K), the same memory
-        self.transposed = self.weight.t().contiguous()  # (K, N): products on a GPU take their second factor by columns only
+        self.transposed = (
+            self.weight.t().contiguous()
+        )  # (K, N): products on a GPU take their second factor by columns only
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # to another device, as all of a model
@@ -74,7 +76,9 @@ class Product(torch.autograd.Function):
         return multiplied(gradient, transposed, scale, context.dtype), None, None, None, None
 
 
-def multiplied(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def multiplied(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """x (M, K), rounded to 8 bits, times the transpose of the rounded `weight` (N, K) with its `scale`: (M, N)."""
     if not len(x):
         return x.new_zeros(0, len(weight), dtype=dtype)
@@ -83,7 +87,9 @@ def multiplied(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype
 
 
 def scaled_product(x, x_scale, weight, weight_scale, dtype):
-    return torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=dtype, use_fast_accum=True
+    )
 
 
 def plain_product(x, x_scale, weight, weight_scale, dtype):
@@ -97,7 +103,9 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
 
-def to_float8(model: nn.Module, parts: Mapping[str, str], *, but: Collection[str] = ("head",)) -> int:
+def to_float8(
+    model: nn.Module, components: Mapping[str, str], *, but: Collection[str] = ("head",)
+) -> int:
     """Replace the frozen linear layers of a model that has its adapter, one by one; returns how many.
 
     Args:
@@ -109,8 +117,16 @@ def to_float8(model: nn.Module, parts: Mapping[str, str], *, but: Collection[str
     """
     modules = dict(model.named_modules())
     # Variants of peft's adapters, as DoRA, look at the weight of their layer themselves
-    looked_at = {f"{name}.base_layer" for name, module in modules.items() if getattr(module, "lora_variant", None)}
-    names = [name for name, module in modules.items() if _fits(module) and part_of_tensor(f"{name}.weight", parts) not in but]
+    looked_at = {
+        f"{name}.base_layer"
+        for name, module in modules.items()
+        if getattr(module, "lora_variant", None)
+    }
+    names = [
+        name
+        for name, module in modules.items()
+        if _fits(module) and component_of_tensor(f"{name}.weight", components) not in but
+    ]
     names = [name for name in names if name not in looked_at]
     if not names:
         raise DataError(
@@ -134,7 +150,9 @@ def _fits(module: nn.Module) -> bool:
 def check_device(device: torch.device) -> None:
     """Raises a DataError if it is a GPU without products of 8 bits. A CPU does without them, to try what they change; a warning says so."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABLE:
-        raise DataError(f"speed.float8=true needs products of 8 bits, which {torch.cuda.get_device_name(device)} does not have")
+        raise DataError(
+            f"speed.float8=true needs products of 8 bits, which {torch.cuda.get_device_name(device)} does not have"
+        )
     if device.type == "cpu":
         log.warning(
             "a CPU only imitates the numbers of 8 bits, and is slower than without them: speed=fp8 is for GPUs that have such products"

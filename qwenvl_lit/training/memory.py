@@ -17,21 +17,24 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.training.optim import CHUNK, part_of_tensor
-from qwenvl_lit.types import Conversation, Picture, Turn
+from qwenvl_lit.models.components import component_of_tensor
+from qwenvl_lit.training.optim import CHUNK
+from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
 
 GIB = 2**30
-FOUR_BITS = 0.5 + 1 / 64 + 1 / 4096  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384
+NF4 = (
+    0.5 + 1 / 64 + 1 / 4096
+)  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384
 SPARE = 1.04  # of what is estimated: memory in pieces too small to be used
 CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card
-Spread = Literal["one", "replicated", "sharded"]  # over the cards: a single one, DDP, FSDP
+Sharding = Literal["one", "replicated", "sharded"]  # over the cards: a single one, DDP, FSDP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class MemoryEstimate:
     """Bytes on each card, at the moment when most are in use."""
 
     weights: Mapping[str, float]  # part -> bytes
@@ -42,14 +45,22 @@ class Need:
 
     @property
     def total(self) -> float:
-        return sum(self.weights.values()) + self.gradients + self.states + self.activations + self.workspace
+        return (
+            sum(self.weights.values())
+            + self.gradients
+            + self.states
+            + self.activations
+            + self.workspace
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
     """Bytes that one forward and backward pass holds besides weights and their gradients."""
 
-    blocks: Mapping[str, tuple[int, int]]  # module path of each block that keeps anything -> of its input, and of all that it keeps
+    blocks: Mapping[
+        str, tuple[int, int]
+    ]  # module path of each block that keeps anything -> of its input, and of all that it keeps
     beside: int
 
     def bytes(self, recomputed: int | None = 0, *, compiled: bool = False) -> int:
@@ -57,22 +68,24 @@ class Activations:
         ones keep what attention found too, which is as large: `speed.attention_is_kept`."""
         blocks = list(self.blocks.values())
         again = blocks[:recomputed]
-        kept = sum(every for _, every in blocks[len(again) :]) + sum(given for given, _ in again) * (2 if compiled else 1)
+        kept = sum(every for _, every in blocks[len(again) :]) + sum(
+            given for given, _ in again
+        ) * (2 if compiled else 1)
         return self.beside + kept + max((every for _, every in again), default=0)
 
 
-def need(
+def estimate_memory(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    parts: Mapping[str, str],
+    components: Mapping[str, str],
     *,
     four_bits: bool = False,
     recomputed: int | None = 0,
     compiled: bool = False,
     activations: Activations | None = None,
-    spread: Spread = "one",
+    spread: Sharding = "one",
     cards: int = 1,
-) -> Need:
+) -> MemoryEstimate:
     """What it takes to train `model`, on the meta device with its adapter, with `inputs` on each card.
 
     Args:
@@ -82,20 +95,24 @@ def need(
         activations: those of `model` and `inputs`, if they are known already.
     """
     share = cards if spread == "sharded" else 1
-    narrow = _narrow(model, parts) if four_bits else set()
+    narrow = _narrow(model, components) if four_bits else set()
     weights: dict[str, float] = defaultdict(float)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        size = tensor.numel() * (FOUR_BITS if id(tensor) in narrow else tensor.dtype.itemsize)
-        weights[part_of_tensor(name, parts) or "other"] += size / share
+        size = tensor.numel() * (NF4 if id(tensor) in narrow else tensor.dtype.itemsize)
+        weights[component_of_tensor(name, components) or "other"] += size / share
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     gradients = sum(map(_bytes, trained)) / share
     held = (activations or activations_of(model, inputs)).bytes(recomputed, compiled=compiled)
-    workspace = _workspace(model, trained, gradients, spread) + max((_bytes(t) for t in model.parameters() if id(t) in narrow), default=0)
-    if spread == "sharded":  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
+    workspace = _workspace(model, trained, gradients, spread) + max(
+        (_bytes(t) for t in model.parameters() if id(t) in narrow), default=0
+    )
+    if (
+        spread == "sharded"
+    ):  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
         at_rest = 0 if any(tensor.dtype == torch.bfloat16 for tensor in trained) else gradients
         workspace = max(workspace, sum(weights.values()) * (cards - 1) + at_rest - gradients - held)
-    return Need(
-        weights={part: weights[part] for part in (*parts, "other") if part in weights},
+    return MemoryEstimate(
+        weights={part: weights[part] for part in (*components, "other") if part in weights},
         gradients=gradients,
         states=2 * gradients,  # of the type of the weights, as AdamW keeps them
         activations=held,
@@ -103,11 +120,15 @@ def need(
     )
 
 
-def _workspace(model: nn.Module, trained: list[nn.Parameter], gradients: float, spread: Spread) -> float:
+def _workspace(
+    model: nn.Module, trained: list[nn.Parameter], gradients: float, spread: Sharding
+) -> float:
     rounding = 10 * 4 * CHUNK if any(tensor.dtype == torch.bfloat16 for tensor in trained) else 0
     if spread == "replicated":
         return max(rounding, gradients)  # DDP's buckets
-    if spread == "sharded":  # the largest unit and the next one, gathered; its gradients, and their sum in float32
+    if (
+        spread == "sharded"
+    ):  # the largest unit and the next one, gathered; its gradients, and their sum in float32
         largest = max(_units(model), key=lambda unit: unit[0])
         return max(rounding, 2 * largest[0] + (largest[0] + 4 * largest[1] if trained else 0))
     return rounding
@@ -143,16 +164,29 @@ def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
     def leave(block: nn.Module, args: Any, output: Any) -> None:
         inside.pop()
 
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
-    hooks = [(block.register_forward_pre_hook(enter), block.register_forward_hook(leave)) for block in blocks.values()]
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
+    hooks = [
+        (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
+        for block in blocks.values()
+    ]
     try:
         with saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
             output = model(**inputs)
     finally:
         for handle in chain(*hooks):
             handle.remove()
-    backward = 2 * max(_bytes(output.logits) * 4 // output.logits.dtype.itemsize, max(entered.values(), default=0))
-    found = {name: (entered[block], bytes_of[block]) for name, block in blocks.items() if bytes_of.get(block)}
+    backward = 2 * max(
+        _bytes(output.logits) * 4 // output.logits.dtype.itemsize, max(entered.values(), default=0)
+    )
+    found = {
+        name: (entered[block], bytes_of[block])
+        for name, block in blocks.items()
+        if bytes_of.get(block)
+    }
     return Activations(blocks=found, beside=bytes_of[None] + backward)
 
 
@@ -177,16 +211,29 @@ class _Attended(torch.autograd.Function):
         raise NotImplementedError("nothing is computed here: only what would be kept is counted")
 
 
-def blocks_to_recompute(model: nn.Module, inputs: Mapping[str, Any], parts: Mapping[str, str], room: float, **options: Any) -> list[str]:
+def blocks_to_recompute(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    components: Mapping[str, str],
+    room: float,
+    **options: Any,
+) -> list[str]:
     """Module paths of the fewest blocks that have to run again for their gradients, so that training fits into `room` bytes of a card; all
-    if nothing is enough. `options` are those of `need`."""
+    if nothing is enough. `options` are those of `estimate_memory`."""
     activations = activations_of(model, inputs)
     blocks = list(activations.blocks)
-    needs = (need(model, inputs, parts, recomputed=count, activations=activations, **options) for count in range(len(blocks) + 1))
-    return blocks[: next((count for count, found in enumerate(needs) if fits(found, room)), len(blocks))]
+    needs = (
+        estimate_memory(
+            model, inputs, components, recomputed=count, activations=activations, **options
+        )
+        for count in range(len(blocks) + 1)
+    )
+    return blocks[
+        : next((count for count, found in enumerate(needs) if fits(found, room)), len(blocks))
+    ]
 
 
-def need_table(found: Need, room: float | None, what: str) -> Table:
+def memory_table(found: MemoryEstimate, room: float | None, what: str) -> Table:
     """For people, in GiB. `room` is the memory of a card."""
     table = Table(title=f"Memory on each card, estimated for {what}")
     table.add_column("what")
@@ -197,16 +244,20 @@ def need_table(found: Need, room: float | None, what: str) -> Table:
         title = {"states": "optimizer states"}.get(name, name)
         table.add_row(title, f"{getattr(found, name) / GIB:.2f}")
     table.add_section()
-    table.add_row("all" if room is None else f"all, of {room / GIB:.1f}", f"{found.total / GIB:.2f}")
+    table.add_row(
+        "all" if room is None else f"all, of {room / GIB:.1f}", f"{found.total / GIB:.2f}"
+    )
     return table
 
 
-def _narrow(model: nn.Module, parts: Mapping[str, str]) -> set[int]:
-    """Ids of the weights that `few_bits` packs: those of linear layers, but the head and adapters."""
+def _narrow(model: nn.Module, components: Mapping[str, str]) -> set[int]:
+    """Ids of the weights that `bnb_config` packs: those of linear layers, but the head and adapters."""
     return {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and part_of_tensor(f"{name}.weight", parts) != "head"
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and component_of_tensor(f"{name}.weight", components) != "head"
     }
 
 
@@ -214,27 +265,43 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
 
 
-def fits(found: Need, room: float) -> bool:
+def fits(found: MemoryEstimate, room: float) -> bool:
     return found.total * SPARE + CONTEXT <= room
 
 
-def gpu_room() -> float:
+def available_gpu_memory() -> float:
     """Bytes of the smallest GPU that this process sees."""
-    return min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
+    return min(
+        torch.cuda.get_device_properties(number).total_memory
+        for number in range(torch.cuda.device_count())
+    )
 
 
-def training_inputs(family: Family, rows: int, *, tokens: int, pictures: int = 1, targets: int = 64) -> dict[str, Any]:
+def training_inputs(
+    family: Family, rows: int, *, tokens: int, images: int = 1, targets: int = 64
+) -> dict[str, Any]:
     """Arguments of the network for `rows` equal rows, on the meta device: of about so many tokens, so many of them learned."""
     processor = family.processor()
     if most := processor.settings.get("max_length"):
         tokens = min(tokens, most)
-    answer = "1" * max(1, targets - 1)  # a digit is a token in every vocabulary, and an end mark is learned too
-    length = processor.length(_row(pictures, "", answer))[0]
-    sample = processor.encode(_row(pictures, "1" * max(0, tokens - length), answer))
+    answer = "1" * max(
+        1, targets - 1
+    )  # a digit is a token in every vocabulary, and an end mark is learned too
+    length = processor.length(_row(images, "", answer))[0]
+    sample = processor.encode(_row(images, "1" * max(0, tokens - length), answer))
     inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * rows))
-    return {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    return {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
 
 
-def _row(pictures: int, question: str, answer: str) -> Conversation:
-    parts = (*(Picture(Image.new("RGB", (8, 8))) for _ in range(pictures)), question)
-    return Conversation(id="a row", turns=(Turn(role="user", parts=parts), Turn(role="assistant", parts=(answer,))))
+def _row(images: int, question: str, answer: str) -> Conversation:
+    parts = (*(ImageSource(Image.new("RGB", (8, 8))) for _ in range(images)), question)
+    return Conversation(
+        id="a row",
+        turns=(
+            Turn(role="user", parts=parts),
+            Turn(role="assistant", parts=(answer,)),
+        ),
+    )

@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from qwenvl_lit.models.parts import network_of
-from qwenvl_lit.training.memory import Spread
+from qwenvl_lit.models.components import network_of
+from qwenvl_lit.training.memory import Sharding
 from qwenvl_lit.types import DataError
 
 
-class AsPlaced(SingleDeviceStrategy):
+class DeviceMapStrategy(SingleDeviceStrategy):
     """One process for a model that is spread over several cards and host memory already: nothing is moved. Not for training."""
 
     def __init__(self):
@@ -32,7 +32,9 @@ class AsPlaced(SingleDeviceStrategy):
             DataError: training was asked for.
         """
         if trainer.state.fn == "fit":
-            raise DataError("model.device_map spreads a model to predict and to chat; train with strategy=ddp, or leave device_map out")
+            raise DataError(
+                "model.device_map spreads a model to predict and to chat; train with strategy=ddp, or leave device_map out"
+            )
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -42,7 +44,7 @@ class AsPlaced(SingleDeviceStrategy):
         """Lightning would call the model back to the host, and parts of it have no tensor to call."""
 
 
-class FullyShard(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy):
     """Weights, gradients and optimizer states are divided among all ranks (FSDP2); a block's weights are gathered when they are needed.
 
     To validate, test and predict, every rank gathers all weights once: ranks then answer as many rows as they have, in as many steps as
@@ -56,10 +58,17 @@ class FullyShard(ModelParallelStrategy):
     """
 
     def __init__(self, process_group_backend: str | None = None, **options: Any):
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend, **options)
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            **options,
+        )
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._data_parallel_size, self._tensor_parallel_size = (
+            self.num_nodes * self.num_processes,
+            1,
+        )
         super().setup_environment()
 
     def setup(self, trainer: lightning.Trainer) -> None:
@@ -68,7 +77,9 @@ class FullyShard(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors of what is trained, on rank 0; nothing on the others."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
+        )
         return get_model_state_dict(self.model, options=options)
 
     def on_validation_start(self) -> None:
@@ -104,13 +115,17 @@ class FullyShard(ModelParallelStrategy):
             root.reshard()  # whose weights stay from the forward to the backward pass, as FSDP has it
 
     def _units(self) -> list[FSDPModule]:
-        return [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+        return [
+            module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)
+        ]
 
 
-def spread_of(trainer: lightning.Trainer) -> tuple[Spread, int]:
+def sharding_of(trainer: lightning.Trainer) -> tuple[Sharding, int]:
     """How a trainer's strategy spreads the weights, and over how many cards."""
     cards = trainer.num_devices * trainer.num_nodes
-    return "sharded" if isinstance(trainer.strategy, FullyShard) else "replicated" if cards > 1 else "one", cards
+    return "sharded" if isinstance(
+        trainer.strategy, FSDP2Strategy
+    ) else "replicated" if cards > 1 else "one", cards
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,7 +148,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     units = [module for module in network.modules() if type(module).__name__ in blocks]
     if not network.config.tie_word_embeddings:  # two thirds of what the blocks leave
         units += [network.get_input_embeddings(), network.get_output_embeddings()]
-    policy = MixedPrecisionPolicy(param_dtype=network.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=network.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*units, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 

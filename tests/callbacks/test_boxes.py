@@ -3,15 +3,23 @@ from dataclasses import replace
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, grounded, trainer
 
-from qwenvl_lit.callbacks.boxes import BoxDrawer, pictures_with_boxes
-from qwenvl_lit.types import Conversation, Picture, Prediction, Turn
+from qwenvl_lit.callbacks.boxes import BoxDrawer, images_with_boxes
+from qwenvl_lit.types import Conversation, ImageSource, Prediction, Turn
 
 
-def test_the_first_pictures_of_each_set_are_drawn(tmp_path):
-    sets = {"easy": [conversation(i, says="yes") for i in range(5)], "hard": [conversation(0, says="no")]}
+def test_the_first_images_of_each_set_are_drawn(tmp_path):
+    sets = {
+        "easy": [conversation(i, says="yes") for i in range(5)],
+        "hard": [conversation(0, says="no")],
+    }
     trainer(tmp_path, BoxDrawer(limit=3)).test(ToyTask(), ToyData(test=sets), verbose=False)
     drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
-    assert drawn == ["boxes/easy/000000.png", "boxes/easy/000001.png", "boxes/easy/000002.png", "boxes/hard/000000.png"]
+    assert drawn == [
+        "boxes/easy/000000.png",
+        "boxes/easy/000001.png",
+        "boxes/easy/000002.png",
+        "boxes/hard/000000.png",
+    ]
     assert Image.open(tmp_path / drawn[0]).size == (320, 320)
 
 
@@ -22,10 +30,18 @@ def test_a_second_run_of_the_trainer_draws_again(tmp_path):
     assert (tmp_path / "b/boxes/easy/000000.png").exists()
 
 
-def test_only_pictures_with_boxes_are_drawn():
-    pictures = tuple(Picture(Image.new("RGB", (8, 8))) for _ in range(3))
+def test_only_images_with_boxes_are_drawn():
+    images = tuple(ImageSource(Image.new("RGB", (8, 8))) for _ in range(3))
     expected = grounded("a", 0, 0, 4, 4)
-    row = Conversation(id="a", turns=(Turn(role="user", parts=pictures), Turn(role="assistant", parts=(replace(expected, picture=1),))))
-    assert pictures_with_boxes(Prediction(conversation=row, text="", parts=())) == [1]
-    assert pictures_with_boxes(Prediction(conversation=row, text="", parts=(replace(expected, picture=2), "text"))) == [1, 2]
-    assert pictures_with_boxes(Prediction(conversation=row.prompt(), text="", parts=("text",))) == []
+    row = Conversation(
+        id="a",
+        turns=(
+            Turn(role="user", parts=images),
+            Turn(role="assistant", parts=(replace(expected, image=1),)),
+        ),
+    )
+    assert images_with_boxes(Prediction(conversation=row, text="", parts=())) == [1]
+    assert images_with_boxes(
+        Prediction(conversation=row, text="", parts=(replace(expected, image=2), "text"))
+    ) == [1, 2]
+    assert images_with_boxes(Prediction(conversation=row.prompt(), text="", parts=("text",))) == []

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from small_run import At, Killed, family, history, kills_at, run, same
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.checkpoint import INTERRUPTED, STOPPED, Checkpoints, WholeFiles
+from qwenvl_lit.callbacks.checkpoint import INTERRUPTED, STOPPED, AtomicCheckpointIO, RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.training.adapters import Full
@@ -52,7 +52,10 @@ def test_a_killed_run_that_goes_on_ends_as_one_that_was_not(whole, tmp_path, hoo
         run(tmp_path, kills_at(hook, nth))
     assert same(run(tmp_path, goes_on=True), whole[1])
     assert history(tmp_path) == history(whole[0])
-    best = [torch.load(folder / "checkpoints/best.ckpt", weights_only=True) for folder in (tmp_path, whole[0])]
+    best = [
+        torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+        for folder in (tmp_path, whole[0])
+    ]
     assert best[0]["global_step"] == best[1]["global_step"]
     assert same(best[0]["state_dict"], best[1]["state_dict"])
 
@@ -74,7 +77,15 @@ def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path
         (4, {"max_epochs": -1, "max_steps": 11, "val_check_interval": 1.0}),
         (4, {"max_epochs": 3, "limit_val_batches": 0}),
         (1, {"max_epochs": 3, "limit_train_batches": 4}),  # validations in the middle of a step
-        (4, {"max_epochs": -1, "max_steps": 11, "val_check_interval": 5, "check_val_every_n_epoch": None}),
+        (
+            4,
+            {
+                "max_epochs": -1,
+                "max_steps": 11,
+                "val_check_interval": 5,
+                "check_val_every_n_epoch": None,
+            },
+        ),
     ],
     ids=str,
 )
@@ -90,7 +101,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("shorter", "longer"), [({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 2}, {"max_steps": 7})])
+@pytest.mark.parametrize(
+    ("shorter", "longer"),
+    [({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 2}, {"max_steps": 7})],
+)
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longer):
     rows: list[str] = []
 
@@ -103,7 +117,10 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longe
     run(tmp_path / "parts", Rows(), **shorter)
     run(tmp_path / "parts", Rows(), goes_on=True, **longer)
     assert rows == whole
-    steps = [[record["step"] for record in history(tmp_path / name) if "loss" in record] for name in ("parts", "whole")]
+    steps = [
+        [record["step"] for record in history(tmp_path / name) if "loss" in record]
+        for name in ("parts", "whole")
+    ]
     assert steps[0] == steps[1]
 
 
@@ -140,7 +157,9 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(whole, tmp_path)
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(DataError, match=r"last\.ckpt cannot be written: .*hydra\.run\.dir=.*resume=RUN"):
+        with pytest.raises(
+            DataError, match=r"last\.ckpt cannot be written: .*hydra\.run\.dir=.*resume=RUN"
+        ):
             run(tmp_path, At("on_train_batch_start", 7, fill), limit_val_batches=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -158,11 +177,20 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_
 def test_a_checkpoint_holds_what_is_trained_and_its_states_and_is_read_without_code(whole):
     file = whole[0] / "checkpoints/last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
-    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops", "random", "config"} <= checkpoint.keys()
+    assert {
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "loops",
+        "random",
+        "config",
+    } <= checkpoint.keys()
     assert checkpoint["config"] == {"seed": 3}
     assert all("lora_" in name for name in checkpoint["state_dict"])
     numbers = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
-    assert file.stat().st_size < 3 * 4 * numbers + 200_000  # float32 weights and two moments; 50 MB for the 4,194,304 of `lora`
+    assert (
+        file.stat().st_size < 3 * 4 * numbers + 200_000
+    )  # float32 weights and two moments; 50 MB for the 4,194,304 of `lora`
 
 
 def test_older_checkpoints_stay_if_so_wanted(tmp_path):
@@ -173,7 +201,9 @@ def test_older_checkpoints_stay_if_so_wanted(tmp_path):
         "step_000007.ckpt",
         "step_000008.ckpt",
     ]
-    assert torch.load(tmp_path / "checkpoints/step_000007.ckpt", weights_only=True)["global_step"] == 7
+    assert (
+        torch.load(tmp_path / "checkpoints/step_000007.ckpt", weights_only=True)["global_step"] == 7
+    )
 
 
 def test_a_run_that_stops_early_keeps_its_best_and_where_it_stopped(tmp_path):
@@ -184,10 +214,22 @@ def test_a_run_that_stops_early_keeps_its_best_and_where_it_stopped(tmp_path):
             self.log("val/loss", float(self.current_epoch))
 
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        node = compose("train", ["callbacks=[train,early_stopping]", "callbacks.early_stopping.patience=2"]).callbacks.early_stopping
-    stopped = trainer(tmp_path, instantiate(node), RunLog(), Checkpoints(), max_epochs=9, enable_checkpointing=True)
+        node = compose(
+            "train", ["callbacks=[train,early_stopping]", "callbacks.early_stopping.patience=2"]
+        ).callbacks.early_stopping
+    stopped = trainer(
+        tmp_path,
+        instantiate(node),
+        RunLog(),
+        RunCheckpoint(),
+        max_epochs=9,
+        enable_checkpointing=True,
+    )
     stopped.fit(Worsens(), ToyData([conversation(place, says="yes") for place in range(8)]))
-    steps = {name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")}
+    steps = {
+        name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("best", "last")
+    }
     assert steps == {"best": 4, "last": 12}
     best = json.loads((tmp_path / "metrics.json").read_text())["fit"]["best"]
     assert (best["step"], best["checkpoint"]) == (4, str(tmp_path / "checkpoints/best.ckpt"))
@@ -224,26 +266,38 @@ def test_full_fine_tuning_goes_on_too_and_leaves_no_adapter(tmp_path):
         ("on_validation_batch_start", signal.SIGINT, INTERRUPTED),
     ],
 )
-def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(whole, tmp_path, hook, number, status, capsys):
+def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(
+    whole, tmp_path, hook, number, status, capsys
+):
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, At(hook, 6, lambda: os.kill(os.getpid(), number)), every=1000)
     assert ended.value.code == status
-    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == handlers
-    assert f"saved after step 3. Go on:  python -m qwenvl_lit.train resume={tmp_path}" in capsys.readouterr().out
+    assert [
+        signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    ] == handlers
+    assert (
+        f"saved after step 3. Go on:  python -m qwenvl_lit.train resume={tmp_path}"
+        in capsys.readouterr().out
+    )
     assert same(run(tmp_path, goes_on=True, every=1000), whole[1])
     assert history(tmp_path) == history(whole[0])
 
 
 @pytest.mark.parametrize(("accumulated", "steps"), [(2, 1), (4, 0)])
-def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_makes_that_step_again(tmp_path, accumulated, steps):
+def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_makes_that_step_again(
+    tmp_path, accumulated, steps
+):
     """In the validation after the third batch, whose gradients are lost."""
     options = {"every": 1000, "accumulate_grad_batches": accumulated}
     whole = run(tmp_path / "whole", **options)
     told = At("on_validation_batch_start", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run(tmp_path / "stopped", told, **options)
-    assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+    assert (
+        torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        == steps
+    )
     assert same(run(tmp_path / "stopped", goes_on=True, **options), whole)
     assert history(tmp_path / "stopped") == history(tmp_path / "whole")
 
@@ -257,7 +311,7 @@ def test_a_second_interrupt_ends_a_run_at_once_and_is_no_fault_of_the_disk(tmp_p
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
-        WholeFiles().save_checkpoint({}, tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,4 +340,4 @@ def test_another_number_of_processes_is_an_error(whole, tmp_path):
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": -1}, {"mode": "lowest"}])
 def test_settings_that_make_no_sense_are_named(options):
     with pytest.raises(ValueError, match=r"callbacks\.checkpoint"):
-        Checkpoints(**options)
+        RunCheckpoint(**options)

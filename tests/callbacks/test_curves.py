@@ -18,10 +18,26 @@ def test_smoothing_follows_slowly_without_a_bias_to_the_start():
     assert smooth([], 0.9) == []
 
 
-def test_each_scalar_is_one_picture_with_its_validation(tmp_path):
+def test_each_scalar_is_one_image_with_its_validation(tmp_path):
     records = [
-        {"step": 1, "total": 2, "epoch": 0, "loss": 2.0, "grad_norm": None, "elapsed_s": 1, "remaining_s": 1},
-        {"step": 2, "total": 2, "epoch": 0, "loss": 1.0, "grad_norm": None, "elapsed_s": 2, "remaining_s": 0},
+        {
+            "step": 1,
+            "total": 2,
+            "epoch": 0,
+            "loss": 2.0,
+            "grad_norm": None,
+            "elapsed_s": 1,
+            "remaining_s": 1,
+        },
+        {
+            "step": 2,
+            "total": 2,
+            "epoch": 0,
+            "loss": 1.0,
+            "grad_norm": None,
+            "elapsed_s": 2,
+            "remaining_s": 0,
+        },
         {"step": 2, "epoch": 0, "val/loss": 1.5, "val/exact_match": 0.25},
     ]
     files = draw_curves(records, tmp_path / "curves")
@@ -29,7 +45,7 @@ def test_each_scalar_is_one_picture_with_its_validation(tmp_path):
     assert Image.open(files[0]).size == (768, 480)
 
 
-def test_no_records_no_pictures(tmp_path):
+def test_no_records_no_images(tmp_path):
     assert draw_curves([], tmp_path / "curves") == []
     assert not (tmp_path / "curves").exists()
 

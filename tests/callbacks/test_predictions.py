@@ -4,8 +4,13 @@ import pytest
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, grounded, trainer
 
-from qwenvl_lit.callbacks.predictions import PredictionWriter, merge_parts, prediction_row, prompt_text
-from qwenvl_lit.types import Box, Conversation, GroundedObject, Picture, Prediction, Turn
+from qwenvl_lit.callbacks.predictions import (
+    PredictionWriter,
+    merge_parts,
+    prediction_row,
+    prompt_text,
+)
+from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Prediction, Turn
 
 
 def read(path) -> list[dict]:
@@ -19,50 +24,76 @@ def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
         id="coco/42",
         index=7,
         turns=(
-            Turn(role="user", parts=(Picture(file), "Find ", GroundedObject(label="the dog"), ".")),
+            Turn(
+                role="user",
+                parts=(ImageSource(file), "Find ", GroundedObject(label="the dog"), "."),
+            ),
             Turn(role="assistant", parts=("x",)),
         ),
         references=("a dog", "the dog"),
         columns={"task": "find"},
     )
     dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2.004, x1=3.3333, y1=4),))
-    assert prediction_row(Prediction(conversation=row, text="<ref>dog</ref>...", parts=("a ", dog), reference="x"), "val") == {
+    assert prediction_row(
+        Prediction(conversation=row, text="<ref>dog</ref>...", parts=("a ", dog), reference="x"),
+        "val",
+    ) == {
         "set": "val",
         "index": 7,
         "id": "coco/42",
         "prompt": f"<img>{file}</img>Find the dog.",
-        "pictures": [str(file)],
+        "images": [str(file)],
         "prediction": "<ref>dog</ref>...",
         "reference": "x",
         "references": ["a dog", "the dog"],
-        "objects": [{"label": "dog", "boxes": [[1, 2, 3.33, 4]], "picture": 0, "frame": "pixel"}],
+        "objects": [{"label": "dog", "boxes": [[1, 2, 3.33, 4]], "image": 0, "frame": "pixel"}],
         "columns": {"task": "find"},
     }
 
 
-def test_a_box_without_a_picture_is_on_the_grid_and_names_none():
+def test_a_box_without_a_image_is_on_the_grid_and_names_none():
     row = Conversation(id="a", turns=(Turn(role="user", parts=("Where?",)),))
     dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2, x1=3, y1=4, frame="grid"),))
     written = prediction_row(Prediction(conversation=row, text="", parts=(dog,)), "val")
-    assert written["objects"] == [{"label": "dog", "boxes": [[1, 2, 3, 4]], "picture": None, "frame": "grid"}]
+    assert written["objects"] == [
+        {"label": "dog", "boxes": [[1, 2, 3, 4]], "image": None, "frame": "grid"}
+    ]
 
 
 def test_the_prompt_of_several_turns_names_the_speakers():
-    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "What is in it?"), ("assistant", "A dog")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "What is in it?"),
+        ("assistant", "A dog"),
+    ]
     row = Conversation(id="a", turns=tuple(Turn(role=role, parts=(text,)) for role, text in turns))
     assert prompt_text(row) == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: What is in it?"
-    assert prompt_text(Conversation(id="a", turns=(Turn(role="user", parts=("Where is ", grounded("it", 1, 2, 3, 4))),))) == (
-        "Where is it (1, 2, 3, 4)"
-    )
+    assert prompt_text(
+        Conversation(
+            id="a", turns=(Turn(role="user", parts=("Where is ", grounded("it", 1, 2, 3, 4))),)
+        )
+    ) == ("Where is it (1, 2, 3, 4)")
 
 
 def test_parts_of_ranks_merge_in_dataset_order_without_repeats(tmp_path):
-    rank0, rank1, target = tmp_path / "p.rank0.jsonl", tmp_path / "p.rank1.jsonl", tmp_path / "p.jsonl"
+    rank0, rank1, target = (
+        tmp_path / "p.rank0.jsonl",
+        tmp_path / "p.rank1.jsonl",
+        tmp_path / "p.jsonl",
+    )
     rank0.write_text(
-        "".join(json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n" for s, i in [("easy", 2), ("easy", 0), ("hard", 0)])
+        "".join(
+            json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n"
+            for s, i in [("easy", 2), ("easy", 0), ("hard", 0)]
+        )
     )
     rank1.write_text(
-        "".join(json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n" for s, i in [("easy", 1), ("easy", 0), ("hard", 1)])
+        "".join(
+            json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n"
+            for s, i in [("easy", 1), ("easy", 0), ("hard", 1)]
+        )
     )
     assert merge_parts([rank0, rank1], target) == 5
     assert [row["id"] for row in read(target)] == ["easy0", "easy1", "easy2", "hard0", "hard1"]
@@ -78,7 +109,10 @@ def test_a_missing_part_is_an_error_and_loses_nothing(tmp_path):
 
 
 def test_testing_writes_every_set_in_order(tmp_path):
-    sets = {"easy": [conversation(i, says="yes") for i in range(3)], "hard": [conversation(i, says="no, 不") for i in range(2)]}
+    sets = {
+        "easy": [conversation(i, says="yes") for i in range(3)],
+        "hard": [conversation(i, says="no, 不") for i in range(2)],
+    }
     trainer(tmp_path, PredictionWriter()).test(ToyTask(), ToyData(test=sets), verbose=False)
     rows = read(tmp_path / "predictions.jsonl")
     assert [(row["set"], row["index"], row["prediction"]) for row in rows] == [
@@ -88,14 +122,18 @@ def test_testing_writes_every_set_in_order(tmp_path):
         ("hard", 0, "no, 不"),
         ("hard", 1, "no, 不"),
     ]
-    assert "不" in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")  # to be read by people
-    assert rows[0]["pictures"] == ["<Image>"]
+    assert "不" in (tmp_path / "predictions.jsonl").read_text(
+        encoding="utf-8"
+    )  # to be read by people
+    assert rows[0]["images"] == ["<Image>"]
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_predicting_writes_under_another_name_too(tmp_path):
     data = ToyData(test={"question": [conversation(0, says="yes")]})
-    trainer(tmp_path, PredictionWriter("answers.jsonl")).predict(ToyTask(), data, return_predictions=False)
+    trainer(tmp_path, PredictionWriter("answers.jsonl")).predict(
+        ToyTask(), data, return_predictions=False
+    )
     assert [row["set"] for row in read(tmp_path / "answers.jsonl")] == ["question"]
 
 

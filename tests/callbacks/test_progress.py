@@ -21,9 +21,15 @@ class Epochs(lightning.Callback):
 
 def fit(folder, *callbacks, ckpt_path=None, **options) -> list[tuple[str, int, int]]:
     epochs = Epochs()
-    trainer(folder, ProgressBar(leave=True), epochs, *callbacks, enable_progress_bar=True, limit_val_batches=0, **options).fit(
-        ToyTask(), DATA, ckpt_path=ckpt_path, weights_only=True
-    )
+    trainer(
+        folder,
+        ProgressBar(leave=True),
+        epochs,
+        *callbacks,
+        enable_progress_bar=True,
+        limit_val_batches=0,
+        **options,
+    ).fit(ToyTask(), DATA, ckpt_path=ckpt_path, weights_only=True)
     return epochs.said
 
 
@@ -33,7 +39,10 @@ def fit(folder, *callbacks, ckpt_path=None, **options) -> list[tuple[str, int, i
         ({"max_epochs": 2}, [("Epoch 0/1", 4, 4), ("Epoch 1/1", 4, 4)]),
         ({"max_epochs": 9, "max_steps": 6}, [("Epoch 0/8", 4, 4), ("Epoch 1/8", 2, 2)]),
         ({"max_epochs": -1, "max_steps": 6}, [("Epoch 0", 4, 4), ("Epoch 1", 2, 2)]),
-        ({"max_epochs": 2, "max_steps": 3, "accumulate_grad_batches": 3}, [("Epoch 0/1", 4, 4), ("Epoch 1/1", 3, 3)]),
+        (
+            {"max_epochs": 2, "max_steps": 3, "accumulate_grad_batches": 3},
+            [("Epoch 0/1", 4, 4), ("Epoch 1/1", 3, 3)],
+        ),
     ],
     ids=["epochs", "steps", "steps alone", "steps of three batches and of one"],
 )
@@ -43,7 +52,13 @@ def test_the_bar_is_full_where_the_run_ends(tmp_path, options, said):
 
 def test_the_bar_of_a_run_that_goes_on_within_an_epoch_has_the_same_end(tmp_path):
     checkpoints = ModelCheckpoint(
-        dirpath=tmp_path, filename="at_{step}", every_n_train_steps=2, save_top_k=-1, auto_insert_metric_name=False
+        dirpath=tmp_path,
+        filename="at_{step}",
+        every_n_train_steps=2,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
     )
     fit(tmp_path, checkpoints, max_epochs=1, max_steps=3, enable_checkpointing=True)
-    assert fit(tmp_path, max_epochs=1, max_steps=3, ckpt_path=tmp_path / "at_2.ckpt") == [("Epoch 0/0", 3, 3)]
+    assert fit(tmp_path, max_epochs=1, max_steps=3, ckpt_path=tmp_path / "at_2.ckpt") == [
+        ("Epoch 0/0", 3, 3)
+    ]

@@ -24,16 +24,30 @@ def train_and_test(folder: Path, **options) -> None:
     """Five test rows do not divide by two, and rank 1 has no row of the set of one."""
     data = ToyData(
         rows=[conversation(i, says="yes") for i in range(8)],
-        test={"five": [conversation(i, says="yes" if i < 2 else "no") for i in range(5)], "one": [conversation(0, says="yes")]},
+        test={
+            "five": [conversation(i, says="yes" if i < 2 else "no") for i in range(5)],
+            "one": [conversation(0, says="yes")],
+        },
     )
-    fits, tests = (Throughput(), RunLog(), SampleVisualiser(count=2), Curves()), (Throughput(), RunLog(), PredictionWriter(), BoxDrawer(1))
+    fits, tests = (
+        (Throughput(), RunLog(), SampleVisualiser(count=2), Curves()),
+        (Throughput(), RunLog(), PredictionWriter(), BoxDrawer(1)),
+    )
     trainer(folder / "fit", *fits, max_epochs=1, **deepcopy(options)).fit(ToyTask(), data)
     trainer(folder / "test", *tests, **deepcopy(options)).test(ToyTask(), data, verbose=False)
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))  # not to wait for ever
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
+    )
+    strategy = DDPStrategy(
+        process_group_backend="gloo", timeout=timedelta(seconds=60)
+    )  # not to wait for ever
     train_and_test(folder, strategy=strategy, devices=2)
 
 
@@ -50,9 +64,19 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_the_same_files_are_written(runs):
-    one, two = ({str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} for run in runs)
-    assert {name.replace("000004", "000002") for name in one} == two  # half as many steps: twice the batch
-    assert {"test/predictions.jsonl", "test/metrics.json", "fit/logging.jsonl", "fit/curves/loss.png", "fit/samples/step_000002.png"} < two
+    one, two = (
+        {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} for run in runs
+    )
+    assert {
+        name.replace("000004", "000002") for name in one
+    } == two  # half as many steps: twice the batch
+    assert {
+        "test/predictions.jsonl",
+        "test/metrics.json",
+        "fit/logging.jsonl",
+        "fit/curves/loss.png",
+        "fit/samples/step_000002.png",
+    } < two
 
 
 def test_predictions_and_scores_are_equal(runs):

@@ -13,34 +13,57 @@ DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four steps an
 def test_each_logged_step_and_each_validation_has_a_line(tmp_path):
     trainer(tmp_path, RunLog(), max_epochs=1).fit(ToyTask(), DATA)
     records = read_log(tmp_path / "logging.jsonl")
-    assert [(record["step"], record["total"], record["epoch"]) for record in records[:4]] == [(1, 4, 0), (2, 4, 0), (3, 4, 0), (4, 4, 0)]
+    assert [(record["step"], record["total"], record["epoch"]) for record in records[:4]] == [
+        (1, 4, 0),
+        (2, 4, 0),
+        (3, 4, 0),
+        (4, 4, 0),
+    ]
     assert [record["learning_rate"] for record in records[:4]] == [0.1, 0.05, 0.025, 0.0125]
-    assert [record["loss"] for record in records[:2]] == pytest.approx([1, 0.64])  # weight 1 - 2 * 0.1
+    assert [record["loss"] for record in records[:2]] == pytest.approx(
+        [1, 0.64]
+    )  # weight 1 - 2 * 0.1
     assert records[3]["remaining_s"] == 0
     assert records[3]["elapsed_s"] >= records[0]["elapsed_s"] >= 0
-    assert records[4] == {"step": 4, "epoch": 0, "val/loss": pytest.approx((0.8 * 0.9 * 0.95 * 0.975) ** 2)}
+    assert records[4] == {
+        "step": 4,
+        "epoch": 0,
+        "val/loss": pytest.approx((0.8 * 0.9 * 0.95 * 0.975) ** 2),
+    }
     assert len(records) == 5
 
 
 def test_sparse_logging_keeps_the_first_and_the_last_step(tmp_path):
-    trainer(tmp_path, RunLog(), max_epochs=2, log_every_n_steps=3, limit_val_batches=0).fit(ToyTask(), DATA)
+    trainer(tmp_path, RunLog(), max_epochs=2, log_every_n_steps=3, limit_val_batches=0).fit(
+        ToyTask(), DATA
+    )
     assert [record["step"] for record in read_log(tmp_path / "logging.jsonl")] == [1, 3, 6, 8]
 
 
 def test_accumulated_batches_are_one_step(tmp_path):
-    trainer(tmp_path, RunLog(), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0).fit(ToyTask(), DATA)
-    assert [(record["step"], record["total"]) for record in read_log(tmp_path / "logging.jsonl")] == [(1, 2), (2, 2)]
+    trainer(tmp_path, RunLog(), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0).fit(
+        ToyTask(), DATA
+    )
+    assert [
+        (record["step"], record["total"]) for record in read_log(tmp_path / "logging.jsonl")
+    ] == [(1, 2), (2, 2)]
 
 
 def test_a_resumed_run_goes_on_in_the_file_without_repeated_steps(tmp_path):
     checkpoints = ModelCheckpoint(
-        dirpath=tmp_path, filename="at_{step}", every_n_train_steps=2, save_top_k=-1, auto_insert_metric_name=False
+        dirpath=tmp_path,
+        filename="at_{step}",
+        every_n_train_steps=2,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
     )
     options = {"limit_val_batches": 0, "max_epochs": 1, "enable_checkpointing": True}
     trainer(tmp_path, RunLog(), checkpoints, **options).fit(ToyTask(), DATA)
     with (tmp_path / "logging.jsonl").open("a") as file:
         file.write('{"step": 5, "unfinis')  # as a killed run may leave it
-    trainer(tmp_path, RunLog(), **options).fit(ToyTask(), DATA, ckpt_path=tmp_path / "at_2.ckpt", weights_only=True)
+    trainer(tmp_path, RunLog(), **options).fit(
+        ToyTask(), DATA, ckpt_path=tmp_path / "at_2.ckpt", weights_only=True
+    )
     records = read_log(tmp_path / "logging.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["learning_rate"] for record in records] == [0.1, 0.05, 0.025, 0.0125]
@@ -69,7 +92,9 @@ def test_scores_at_the_end_of_training_are_the_last_and_the_best(tmp_path):
             self.log("val/loss", float(self.current_epoch) + 1)
 
     keeper = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="best", monitor="val/loss")
-    trainer(tmp_path, RunLog(), keeper, max_epochs=3, enable_checkpointing=True).fit(Worsens(), DATA)
+    trainer(tmp_path, RunLog(), keeper, max_epochs=3, enable_checkpointing=True).fit(
+        Worsens(), DATA
+    )
     fit = json.loads((tmp_path / "metrics.json").read_text())["fit"]
     assert fit["step"] == 12
     assert fit["last"] == {"step": 12, "epoch": 2, "val/loss": 3}
@@ -84,11 +109,23 @@ def test_scores_at_the_end_of_training_are_the_last_and_the_best(tmp_path):
 
 def test_test_scores_join_those_of_training(tmp_path):
     trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(ToyTask(), DATA)
-    sets = {"easy": [conversation(0, says="yes"), conversation(1, says="no"), conversation(2, says="yes")], "hard": [conversation(0)]}
+    sets = {
+        "easy": [
+            conversation(0, says="yes"),
+            conversation(1, says="no"),
+            conversation(2, says="yes"),
+        ],
+        "hard": [conversation(0)],
+    }
     trainer(tmp_path, RunLog()).test(ToyTask(), ToyData(test=sets), verbose=False)
     scores = json.loads((tmp_path / "metrics.json").read_text())
     assert scores["fit"] == {"step": 1, "last": None}
-    assert scores["test"] == {"easy/exact_match": pytest.approx(2 / 3), "easy/rows": 3, "hard/exact_match": 0, "hard/rows": 1}
+    assert scores["test"] == {
+        "easy/exact_match": pytest.approx(2 / 3),
+        "easy/rows": 3,
+        "hard/exact_match": 0,
+        "hard/rows": 1,
+    }
 
 
 def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
@@ -109,7 +146,10 @@ def test_parts_with_a_rate_of_their_own_have_it_in_the_log(tmp_path):
             return super().training_step(batch, batch_idx) + self.tower.square().sum()
 
         def configure_optimizers(self):
-            groups = [{"params": [self.weight], "part": None}, {"params": [self.tower], "lr": 0.01, "part": "vision"}]
+            groups = [
+                {"params": [self.weight], "part": None},
+                {"params": [self.tower], "lr": 0.01, "part": "vision"},
+            ]
             return torch.optim.SGD(groups, lr=0.1)
 
     trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(TwoRates(), DATA)

@@ -12,7 +12,10 @@ def prediction(index: int, text: str = "yes") -> Prediction:
 def test_each_validation_writes_a_sheet_named_by_its_step(tmp_path):
     data = ToyData([conversation(i, says="yes") for i in range(6)])
     trainer(tmp_path, SampleVisualiser(count=3), max_epochs=2).fit(ToyTask(), data)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step_000003.png", "step_000006.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step_000003.png",
+        "step_000006.png",
+    ]
     width, _ = Image.open(tmp_path / "samples/step_000003.png").size
     assert width == 3 * (CELL_PX + MARGIN_PX) + MARGIN_PX
 
@@ -24,7 +27,13 @@ def test_the_sanity_check_and_validation_without_answers_write_nothing(tmp_path)
 
     data = ToyData([conversation(i, says="yes") for i in range(2)])
     trainer(tmp_path / "a", SampleVisualiser(), max_epochs=1).fit(Silent(), data)
-    trainer(tmp_path / "b", SampleVisualiser(), max_epochs=1, num_sanity_val_steps=2, limit_train_batches=0).fit(ToyTask(), data)
+    trainer(
+        tmp_path / "b",
+        SampleVisualiser(),
+        max_epochs=1,
+        num_sanity_val_steps=2,
+        limit_train_batches=0,
+    ).fit(ToyTask(), data)
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -36,10 +45,15 @@ def test_sheets_have_four_columns_and_grow_downwards():
 
 
 def test_long_texts_are_cut():
-    short, long, endless = (contact_sheet([prediction(0, text)]) for text in ("yes", "word " * 60, "x" * 5000))
+    short, long, endless = (
+        contact_sheet([prediction(0, text)]) for text in ("yes", "word " * 60, "x" * 5000)
+    )
     assert short.height < long.height == endless.height
 
 
-def test_a_conversation_without_pictures_or_expected_answer_has_a_cell():
+def test_a_conversation_without_images_or_expected_answer_has_a_cell():
     row = Conversation(id="a", turns=(Turn(role="user", parts=("Who are you?",)),))
-    assert contact_sheet([Prediction(conversation=row, text="", parts=())]).width == CELL_PX + 2 * MARGIN_PX
+    assert (
+        contact_sheet([Prediction(conversation=row, text="", parts=())]).width
+        == CELL_PX + 2 * MARGIN_PX
+    )

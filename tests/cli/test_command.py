@@ -13,14 +13,19 @@ from qwenvl_lit.cli.command import quote_free_text
 
 def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
     verb, *rest = arguments
-    return subprocess.run([sys.executable, "-m", f"qwenvl_lit.{verb}", *rest], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", f"qwenvl_lit.{verb}", *rest], capture_output=True, text=True, cwd=cwd
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["train", "trainer.max_setps=3"], "did you mean trainer.max_steps"),
-        (["test", "model=qwen_vl_chat", "answered=mine"], "no key 'answered'; it is one of predict"),
+        (
+            ["test", "model=qwen_vl_chat", "answered=mine"],
+            "no key 'answered'; it is one of predict",
+        ),
         (["train", "modle=qwen_vl_chat"], "did you mean model?"),
         (["train", "model=qwen_vl_cat"], "qwen_vl_chat"),
         (["train", "data=cocco"], "Available options in 'data': chartqa, coco_en, "),
@@ -30,10 +35,13 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["test"], "ckpt is missing"),
         (["predict"], "ckpt is missing"),
         (
-            ["predict", "model=qwen_vl_tiny", "data=demo", "picture=a.png", "prompt=Hi"],
-            "picture= with prompt= asks one question, and data=demo",
+            ["predict", "model=qwen_vl_tiny", "data=demo", "image=a.png", "prompt=Hi"],
+            "image= with prompt= asks one question, and data=demo",
         ),
-        (["predict", "model=qwen_vl_tiny", "answered=mine", "prompt=Hi"], "prompt= asks one question, and answered='mine' is for the rows"),
+        (
+            ["predict", "model=qwen_vl_tiny", "answered=mine", "prompt=Hi"],
+            "prompt= asks one question, and answered='mine' is for the rows",
+        ),
         (["test", "ckpt=nowhere"], "nowhere does not exist"),
         (["test", "ckpt=latest"], "train first"),
     ],
@@ -49,15 +57,21 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["predict", "model=qwen_vl_tiny", "picture=a.png"], "prompt is missing"),
-        (["export", "model=qwen_vl_tiny"], "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER"),
+        (["predict", "model=qwen_vl_tiny", "image=a.png"], "prompt is missing"),
+        (
+            ["export", "model=qwen_vl_tiny"],
+            "out is missing: python -m qwenvl_lit.export ckpt=RUN out=FOLDER",
+        ),
         (["train", "data.packing=true"], "say data.max_tokens=8192"),
         pytest.param(
             ["train", "strategy=ddp"],
             "there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu",
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
         ),
-        (["train", "speed.checkpointing=some"], "speed.checkpointing is auto, none, full, got 'some'"),
+        (
+            ["train", "speed.checkpointing=some"],
+            "speed.checkpointing is auto, none, full, got 'some'",
+        ),
     ],
 )
 def test_a_command_that_is_refused_leaves_no_run_folder(arguments, says, tmp_path):
@@ -71,7 +85,7 @@ def test_a_command_that_is_refused_leaves_no_run_folder(arguments, says, tmp_pat
 def test_a_refused_command_leaves_what_is_not_its_own(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    run("predict", "model=qwen_vl_tiny", "picture=a.png", "hydra.run.dir=mine", cwd=tmp_path)
+    run("predict", "model=qwen_vl_tiny", "image=a.png", "hydra.run.dir=mine", cwd=tmp_path)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
@@ -87,13 +101,19 @@ def test_a_run_is_not_overwritten_by_any_verb(tmp_path):
     for verb, *arguments in (["train"], ["predict", "model=qwen_vl_tiny"]):
         result = run(verb, *arguments, "hydra.run.dir=mine", cwd=tmp_path)
         assert result.returncode == 2
-        assert result.stderr.startswith("error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)")
+        assert result.stderr.startswith(
+            "error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)"
+        )
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "checkpoints", "last.ckpt"]
 
 
 def test_a_reader_that_has_enough_ends_the_help_quietly(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-m", "qwenvl_lit.train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-m", "qwenvl_lit.train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -104,13 +124,21 @@ def test_the_package_says_which_commands_there_are(tmp_path):
     command = [sys.executable, "-m", "qwenvl_lit"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0
-    assert result.stdout.startswith("python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n")
+    assert result.stdout.startswith(
+        "python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n"
+    )
     result = subprocess.run([*command, "train"], capture_output=True, text=True, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "error: there is no command 'train' here; write it behind a dot, as above\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: there is no command 'train' here; write it behind a dot, as above\n",
+    )
 
 
 def test_help_begins_with_the_keys_of_the_verb_and_what_they_mean(tmp_path):
-    for verb, key in (("chat", "multiline: false  # true: a question"), ("export", "out: null  # the folder to write")):
+    for verb, key in (
+        ("chat", "multiline: false  # true: a question"),
+        ("export", "out: null  # the folder to write"),
+    ):
         text = run(verb, "--help", cwd=tmp_path).stdout
         assert text.index(key) < text.index("Groups and their choices"), verb
 
@@ -150,12 +178,16 @@ def test_free_text_comes_through_as_typed(text):
     from omegaconf import OmegaConf
 
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
-    assert quote_free_text(quoted) == quoted  # a second process of a run gets the quoted arguments again
+    assert (
+        quote_free_text(quoted) == quoted
+    )  # a second process of a run gets the quoted arguments again
 
 
 def test_a_regular_expression_comes_through_as_typed():
     targets = r"transformer\.h\.[01]\.(attn\.c_attn|mlp\.w1)"
-    [override] = OverridesParser.create().parse_overrides([quote_free_text(f"adapter.targets={targets}")])
+    [override] = OverridesParser.create().parse_overrides(
+        [quote_free_text(f"adapter.targets={targets}")]
+    )
     assert override.value() == targets
 
 

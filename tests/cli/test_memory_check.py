@@ -10,20 +10,31 @@ from toy_task import trainer
 from qwenvl_lit import build
 from qwenvl_lit.cli import memory_check as capacity
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.training.strategies import FullyShard
+from qwenvl_lit.training.strategies import FSDP2Strategy
 from qwenvl_lit.types import DataError
 
 GIB = 2**30
-# As wide as the published network or wider, and two layers deep: 1.5 B parameters, of 3 GiB, with 16 tokens a picture.
-WIDE = ["model.dtype=bfloat16", "model.config.hidden_size=8192", "model.config.kv_channels=128", "model.config.num_attention_heads=64"]
-WIDE += ["model.config.intermediate_size=22016", "model.config.visual.output_dim=8192", "data.batch_size=1"]
+# As wide as the published network or wider, and two layers deep: 1.5 B parameters, of 3 GiB, with 16 tokens an image.
+WIDE = [
+    "model.dtype=bfloat16",
+    "model.config.hidden_size=8192",
+    "model.config.kv_channels=128",
+    "model.config.num_attention_heads=64",
+]
+WIDE += [
+    "model.config.intermediate_size=22016",
+    "model.config.visual.output_dim=8192",
+    "data.batch_size=1",
+]
 
 
 def check(folder, *arguments: str, **options) -> None:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", [*arguments, f"paths.run={folder}", f"paths.cache={folder}"])
-        task = build.task(config)
-        capacity.check_memory(config, task, build.data(config, task.processor), trainer(folder, **options))
+        task = build.module(config)
+        capacity.check_memory(
+            config, task, build.data(config, task.processor), trainer(folder, **options)
+        )
 
 
 @pytest.fixture
@@ -54,8 +65,16 @@ def test_the_demo_needs_too_little_to_tell(tmp_path, cards, capsys):
 @pytest.mark.parametrize(
     ("gib", "arguments", "advice"),
     [
-        (16, ["adapter=lora", "data.batch_size=64", "speed.checkpointing=none"], r"What fits: speed\.checkpointing=auto \("),
-        (5, ["adapter=lora", "data.batch_size=64"], r"What fits: speed\.checkpointing=auto data\.batch_size=1, with "),
+        (
+            16,
+            ["adapter=lora", "data.batch_size=64", "speed.checkpointing=none"],
+            r"What fits: speed\.checkpointing=auto \(",
+        ),
+        (
+            5,
+            ["adapter=lora", "data.batch_size=64"],
+            r"What fits: speed\.checkpointing=auto data\.batch_size=1, with ",
+        ),
         (12, [], r"What fits: strategy=fsdp trainer\.devices=2 .* or adapter=lora "),
         (10, [], r"What fits: strategy=fsdp trainer\.devices=4 .* or adapter=lora "),
         (3, [], r"What fits: adapter=qlora "),
@@ -78,10 +97,17 @@ def test_of_the_memory_of_the_host_there_is_a_warning(tmp_path, monkeypatch, cap
     monkeypatch.setattr(capacity.os, "sysconf", lambda name: 2**30 if name == "SC_PAGE_SIZE" else 2)
     check(tmp_path, *WIDE)
     assert re.search(
-        r"warning: this run needs about 11\.\d GiB on each process, which has 2\.0", capsys.readouterr().err.replace("\n", " ")
+        r"warning: this run needs about 11\.\d GiB on each process, which has 2\.0",
+        capsys.readouterr().err.replace("\n", " "),
     )
 
 
 def test_cards_that_share_the_weights_are_counted(tmp_path, cards):
     cards(48)
-    check(tmp_path, *WIDE, "adapter=full", strategy=FullyShard(process_group_backend="gloo"), devices=2)
+    check(
+        tmp_path,
+        *WIDE,
+        "adapter=full",
+        strategy=FSDP2Strategy(process_group_backend="gloo"),
+        devices=2,
+    )

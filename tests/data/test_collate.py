@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pack, Pad, target_positions
-from qwenvl_lit.models.qwen_vl.family import QwenVL
-from qwenvl_lit.types import Conversation, Dropped, Picture, Sample, Turn
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
+from qwenvl_lit.types import Conversation, Dropped, ImageSource, Sample, Turn
 
 SIZES = {
     "hidden_size": 32,
@@ -14,29 +14,44 @@ SIZES = {
     "num_attention_heads": 2,
     "kv_channels": 16,
     "intermediate_size": 64,
-    "visual": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4},
+    "visual": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "mlp_ratio": 2.0,
+        "output_dim": 32,
+        "n_queries": 4,
+    },
 }
 SIZES["visual"]["resampler_heads"] = 2
 
 
-def talk(*answers: str, pictures: int) -> Conversation:
-    shown = tuple(Picture(Image.new("RGB", (20, 30), (40 * k, 99, 7))) for k in range(pictures))
-    turns = [turn for one in answers for turn in (Turn(role="user", parts=("What?",)), Turn(role="assistant", parts=(one,)))]
-    return Conversation(id=answers[0], turns=(Turn(role="user", parts=(*shown, "What?")), *turns[1:]))
+def talk(*answers: str, images: int) -> Conversation:
+    shown = tuple(ImageSource(Image.new("RGB", (20, 30), (40 * k, 99, 7))) for k in range(images))
+    turns = [
+        turn
+        for one in answers
+        for turn in (Turn(role="user", parts=("What?",)), Turn(role="assistant", parts=(one,)))
+    ]
+    return Conversation(
+        id=answers[0], turns=(Turn(role="user", parts=(*shown, "What?")), *turns[1:])
+    )
 
 
-def sample(ids: list[int], labels: list[int], picture_at: list[int] = ()) -> Sample:
+def sample(ids: list[int], labels: list[int], image_at: list[int] = ()) -> Sample:
     return Sample(
         conversation=Conversation(id=str(ids), turns=()),
         input_ids=torch.tensor(ids),
         labels=torch.tensor(labels),
-        vision_positions=torch.tensor(picture_at, dtype=torch.int64),
-        vision={"pixel_values": torch.full((1 if picture_at else 0, 2), float(ids[0]))},
+        vision_positions=torch.tensor(image_at, dtype=torch.int64),
+        vision={"pixel_values": torch.full((1 if image_at else 0, 2), float(ids[0]))},
     )
 
 
 SHORT = sample([1, 2], [-100, 2])
-LONG = sample([3, 4, 5, 6], [-100, -100, 5, 6], picture_at=[1, 2])
+LONG = sample([3, 4, 5, 6], [-100, -100, 5, 6], image_at=[1, 2])
 PACK = Pack(pad_id=9, max_tokens=12, max_rows=3, longest=4)
 
 
@@ -63,7 +78,7 @@ def test_positions_point_at_what_they_name():
     assert successors.tolist() == [2, 5, 6, 2]
 
 
-def test_pictures_are_joined_in_order_and_rows_may_have_none():
+def test_images_are_joined_in_order_and_rows_may_have_none():
     batch = Pad(pad_id=9)([SHORT, LONG, LONG])
     assert batch.vision["pixel_values"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
 
@@ -97,7 +112,10 @@ def test_packed_samples_follow_each_other_and_their_positions_restart():
     [
         ([LONG, SHORT, LONG], [0, 4, 6, 10, 12, 12, 12, 12]),
         ([LONG, LONG, LONG], [0, 4, 8, 12, 12, 12, 12, 12]),  # without padding
-        ([SHORT], [0, 2, 6, 10, 12, 12, 12, 12]),  # no segment of padding is longer than the longest sample may be
+        (
+            [SHORT],
+            [0, 2, 6, 10, 12, 12, 12, 12],
+        ),  # no segment of padding is longer than the longest sample may be
         ([], [0, 4, 8, 12, 12, 12, 12, 12]),
     ],
 )
@@ -109,9 +127,15 @@ def test_bounds_of_packed_samples_have_one_shape_whatever_their_number(samples, 
     assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (1, 12)
 
 
-@pytest.mark.parametrize("samples", [[SHORT] * 4, [LONG, LONG, LONG, LONG], [sample([1] * 5, [1] * 5)]], ids=["many", "much", "long"])
+@pytest.mark.parametrize(
+    "samples",
+    [[SHORT] * 4, [LONG, LONG, LONG, LONG], [sample([1] * 5, [1] * 5)]],
+    ids=["many", "much", "long"],
+)
 def test_samples_that_do_not_fit_into_a_row_are_refused(samples):
-    with pytest.raises(ValueError, match=r"do not fit into Pack\(pad_id=9, max_tokens=12, max_rows=3, longest=4\)"):
+    with pytest.raises(
+        ValueError, match=r"do not fit into Pack\(pad_id=9, max_tokens=12, max_rows=3, longest=4\)"
+    ):
         PACK(samples)
 
 
@@ -134,7 +158,9 @@ def test_dropped_rows_are_left_out_and_named(collate):
 
 
 @pytest.mark.parametrize(
-    ("collate", "tokens"), [(Pad(pad_id=9), 2), (Pad(pad_id=9, side="left"), 2), (PACK, 12)], ids=["right", "left", "pack"]
+    ("collate", "tokens"),
+    [(Pad(pad_id=9), 2), (Pad(pad_id=9, side="left"), 2), (PACK, 12)],
+    ids=["right", "left", "pack"],
 )
 def test_of_a_batch_without_rows_padding_is_left(collate, tokens):
     batch = collate([Dropped("one"), Dropped("two")])
@@ -148,18 +174,26 @@ def test_of_a_batch_without_rows_padding_is_left(collate, tokens):
 @pytest.mark.parametrize("supervise", ["answers", "official"])
 def test_packing_gives_the_same_loss_as_padding(supervise):
     """The mean over all supervised tokens; float32 sums in another order, 2e-7 apart at most."""
-    family = QwenVL(config=SIZES, vocabulary="tiny", supervise=supervise)
+    family = QwenVLFamily(config=SIZES, vocabulary="tiny", supervise=supervise)
     processor, model = family.processor(), family.load().train()
-    samples = [processor.encode(talk(*answers, pictures=count)) for count, answers in enumerate([("a car",), ("2", "a tree"), ("no",)])]
+    samples = [
+        processor.encode(talk(*answers, images=count))
+        for count, answers in enumerate([("a car",), ("2", "a tree"), ("no",)])
+    ]
     lengths = [len(one.input_ids) for one in samples]
     limits = {"pad_id": processor.pad_id, "max_rows": 3, "longest": max(lengths)}
-    full, filled = (Pack(**limits, max_tokens=sum(lengths) + padding) for padding in (0, max(lengths) + 7))
+    full, filled = (
+        Pack(**limits, max_tokens=sum(lengths) + padding) for padding in (0, max(lengths) + 7)
+    )
     padded, gradients = loss_of(model, family, batch := Pad(pad_id=processor.pad_id)(samples))
     for pack in (full, filled):
         packed, found = loss_of(model, family, pack(samples))
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=0)
         torch.testing.assert_close(found, gradients, rtol=1e-4, atol=1e-6)
-    alone = [loss_of(model, family, one)[0] * len(one.target_positions) for one in (filled([sample]) for sample in samples)]
+    alone = [
+        loss_of(model, family, one)[0] * len(one.target_positions)
+        for one in (filled([sample]) for sample in samples)
+    ]
     torch.testing.assert_close(sum(alone) / len(batch.target_positions), padded, rtol=1e-5, atol=0)
 
 
@@ -171,15 +205,22 @@ def loss_of(model, family, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]
 
 
 def test_no_packed_sample_sees_another():
-    """Ids and pictures of one sample are changed: what the others learn from stays as it was, to the last bit."""
-    family = QwenVL(config=SIZES, vocabulary="tiny")
+    """Ids and images of one sample are changed: what the others learn from stays as it was, to the last bit."""
+    family = QwenVLFamily(config=SIZES, vocabulary="tiny")
     processor, model = family.processor(), family.load().train()
-    first, middle, last = (processor.encode(talk(answer, pictures=1)) for answer in ("a car", "a tree", "no"))
+    first, middle, last = (
+        processor.encode(talk(answer, images=1)) for answer in ("a car", "a tree", "no")
+    )
     vision = {"pixel_values": 255 - middle.vision["pixel_values"]}
-    other = replace(middle, input_ids=middle.input_ids.where(middle.labels == -100, 7), vision=vision)
+    other = replace(
+        middle, input_ids=middle.input_ids.where(middle.labels == -100, 7), vision=vision
+    )
     pack = Pack(pad_id=processor.pad_id, max_tokens=150, max_rows=3, longest=50)
     one, two = (pack([first, changed, last]) for changed in (middle, other))
-    logits = [model(**family.inputs(batch) | {"labels": None, "target_positions": None}).logits[0] for batch in (one, two)]
+    logits = [
+        model(**family.inputs(batch) | {"labels": None, "target_positions": None}).logits[0]
+        for batch in (one, two)
+    ]
     start, stop = len(first.input_ids), len(first.input_ids) + len(middle.input_ids)
     changed = (logits[0] != logits[1]).any(-1)
     assert changed[start:stop].any()
@@ -188,7 +229,7 @@ def test_no_packed_sample_sees_another():
 
 
 def test_a_row_of_padding_makes_a_step_with_gradients_of_zero():
-    family = QwenVL(config=SIZES, vocabulary="tiny")
+    family = QwenVLFamily(config=SIZES, vocabulary="tiny")
     model = family.load().train()
     output = model(**family.inputs(Pack(pad_id=0, max_tokens=50, max_rows=3, longest=20)([])))
     assert output.logits.shape[1] == 1
@@ -197,7 +238,11 @@ def test_a_row_of_padding_makes_a_step_with_gradients_of_zero():
 
 
 def test_packed_rows_have_their_bounds_under_the_names_of_transformers_kernels():
-    inputs = QwenVL(config=SIZES, vocabulary="tiny").inputs(PACK([SHORT, SHORT]))
-    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 2, 4, 8, 12, 12, 12, 12]
+    inputs = QwenVLFamily(config=SIZES, vocabulary="tiny").inputs(PACK([SHORT, SHORT]))
+    assert (
+        inputs["cu_seq_lens_q"].tolist()
+        == inputs["cu_seq_lens_k"].tolist()
+        == [0, 2, 4, 8, 12, 12, 12, 12]
+    )
     assert inputs["max_length_q"] == inputs["max_length_k"] == 4
     assert "attention_mask" not in inputs

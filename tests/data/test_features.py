@@ -1,4 +1,4 @@
-"""Features of pictures on disk: what is written is there, whole, for every process; reading is mapped."""
+"""Features of images on disk: what is written is there, whole, for every process; reading is mapped."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qwenvl_lit.data.features import FeatureStore
-from qwenvl_lit.types import BadPicture, DataError, Picture
+from qwenvl_lit.types import BadImage, DataError, ImageSource
 
 SHAPE = (4, 8)
 
@@ -20,19 +20,19 @@ def store(folder: Path, shape=SHAPE, dtype=torch.float32, **settings) -> Feature
     return FeatureStore(folder, settings=settings, shape=shape, dtype=dtype)
 
 
-def picture(shade: int) -> Picture:
-    return Picture(Image.new("RGB", (9, 9), (shade, 0, 0)))
+def image(shade: int) -> ImageSource:
+    return ImageSource(Image.new("RGB", (9, 9), (shade, 0, 0)))
 
 
 def filled(folder: Path, shades=range(5)) -> FeatureStore:
     made = store(folder)
-    made.add({picture(shade).key: torch.full(SHAPE, float(shade)) for shade in shades})
+    made.add({image(shade).key: torch.full(SHAPE, float(shade)) for shade in shades})
     return made
 
 
-def test_features_come_back_in_the_order_of_the_pictures(tmp_path):
+def test_features_come_back_in_the_order_of_the_images(tmp_path):
     made = filled(tmp_path)
-    found = made.of([picture(3), picture(0), picture(3)])
+    found = made.of([image(3), image(0), image(3)])
     assert found.shape == (3, *SHAPE)
     assert found[:, 0, 0].tolist() == [3, 0, 3]
     none = made.of([])
@@ -42,36 +42,42 @@ def test_features_come_back_in_the_order_of_the_pictures(tmp_path):
 
 def test_what_is_missing_is_told_once_and_in_order(tmp_path):
     made = filled(tmp_path, [1])
-    assert made.missing(["b", picture(1).key, "a", "b"]) == ["b", "a"]
+    assert made.missing(["b", image(1).key, "a", "b"]) == ["b", "a"]
 
 
 def test_another_process_finds_what_was_written_and_a_copy_reads_it(tmp_path):
     made = filled(tmp_path)
     other = store(tmp_path)
     assert len(other) == 5
-    other.add({picture(9).key: torch.full(SHAPE, 9.0)})
-    assert made.missing([picture(9).key])
+    other.add({image(9).key: torch.full(SHAPE, 9.0)})
+    assert made.missing([image(9).key])
     made.refresh()
     copy = pickle.loads(pickle.dumps(made))
-    assert copy.of([picture(9), picture(2)])[:, 0, 0].tolist() == [9, 2]
+    assert copy.of([image(9), image(2)])[:, 0, 0].tolist() == [9, 2]
 
 
 def test_other_settings_types_and_shapes_are_other_stores(tmp_path):
     filled(tmp_path)
-    for other in (store(tmp_path, side=448), store(tmp_path, dtype=torch.bfloat16), store(tmp_path, shape=(2, 8))):
+    for other in (
+        store(tmp_path, side=448),
+        store(tmp_path, dtype=torch.bfloat16),
+        store(tmp_path, shape=(2, 8)),
+    ):
         assert len(other) == 0
     assert len(store(tmp_path)) == 5
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_picture_that_is_not_there_is_named(tmp_path):
+def test_a_image_that_is_not_there_is_named(tmp_path):
     made = filled(tmp_path)
     file = tmp_path / "new.png"
-    picture(77).open().save(file)
-    with pytest.raises(DataError, match=r"picture .*new\.png is not in the vision cache .*start the run again"):
-        made.of([Picture(file)])
-    with pytest.raises(BadPicture, match="cannot be read as an image"):
-        made.of([Picture(b"no picture")])
+    image(77).open().save(file)
+    with pytest.raises(
+        DataError, match=r"image .*new\.png is not in the vision cache .*start the run again"
+    ):
+        made.of([ImageSource(file)])
+    with pytest.raises(BadImage, match="cannot be read as an image"):
+        made.of([ImageSource(b"no image")])
 
 
 def test_a_file_that_could_not_be_finished_leaves_nothing(tmp_path):
@@ -88,7 +94,7 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
     for file in (old, new):
         file.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    made.add({picture(9).key: torch.zeros(SHAPE)})
+    made.add({image(9).key: torch.zeros(SHAPE)})
     assert (old.exists(), new.exists()) == (False, True)
     assert len(store(tmp_path)) == 6
 
@@ -110,37 +116,39 @@ def test_a_broken_file_is_named(tmp_path):
 
 
 class Looking(torch.utils.data.Dataset):
-    def __init__(self, made: FeatureStore, pictures: list[Picture]):
-        self.made, self.pictures = made, pictures
+    def __init__(self, made: FeatureStore, images: list[ImageSource]):
+        self.made, self.images = made, images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, place: int) -> torch.Tensor:
-        return self.made.of([self.pictures[place]])
+        return self.made.of([self.images[place]])
 
 
 def test_workers_read_files_that_are_open_already(tmp_path):
     made = filled(tmp_path)
-    made.of([picture(0)])
-    seen = DataLoader(Looking(made, [picture(shade) for shade in range(5)]), num_workers=2, collate_fn=list)
+    made.of([image(0)])
+    seen = DataLoader(
+        Looking(made, [image(shade) for shade in range(5)]), num_workers=2, collate_fn=list
+    )
     assert [float(features[0, 0, 0]) for (features,) in seen] == [0, 1, 2, 3, 4]
 
 
 def test_reading_is_mapped_and_faster_than_any_model_trains(tmp_path):
-    """48 pictures of full size, 2 MB each: opening takes no memory, and one process reads several times what a GPU can use."""
+    """48 images of full size, 2 MB each: opening takes no memory, and one process reads several times what a GPU can use."""
     made = store(tmp_path, shape=(256, 4096), dtype=torch.bfloat16)
-    pictures = [picture(shade) for shade in range(48)]
+    images = [image(shade) for shade in range(48)]
     one = torch.randn(256, 4096).bfloat16()
-    made.add({each.key: one + shade for shade, each in enumerate(pictures)})
+    made.add({each.key: one + shade for shade, each in enumerate(images)})
     made = store(tmp_path, shape=(256, 4096), dtype=torch.bfloat16)
-    keys, before = [each.key for each in pictures], _own_memory()
+    keys, before = [each.key for each in images], _own_memory()
     mapped = [made._open(made._files[key]).get_tensor(key) for key in keys]
     assert _own_memory() - before < 20e6 < sum(tensor.nbytes for tensor in mapped)
     start = time.perf_counter()
-    for shade, each in enumerate(pictures):
+    for shade, each in enumerate(images):
         assert torch.equal(made.of([each])[0, 0, :8], (one + shade)[0, :8])
-    assert len(pictures) / (time.perf_counter() - start) > 100
+    assert len(images) / (time.perf_counter() - start) > 100
 
 
 def _own_memory() -> int:

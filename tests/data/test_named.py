@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.data.mixture import Source
+from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.data.readers.coco import read_coco_captions
 from qwenvl_lit.data.readers.refcoco import read_refcoco
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.vqa import read_vqa
-from qwenvl_lit.types import Box, DataError, GroundedObject, Picture
+from qwenvl_lit.types import Box, DataError, GroundedObject, ImageSource
 
 TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"
 CAPTIONS = "Describe the image in English:"
@@ -38,42 +38,79 @@ def write(file: Path, content):
         file.write_text(json.dumps(content))
 
 
-def captions(*pictures, key="file_name"):
-    """Two captions of each picture."""
-    said = [{"id": 10 * id + k, "image_id": id, "caption": f"{text} {id}"} for id, _ in pictures for k, text in enumerate(("one", "two"))]
-    return {"info": {}, "images": [{"id": id, key: name} for id, name in pictures], "annotations": said}
+def captions(*images, key="file_name"):
+    """Two captions of each image."""
+    said = [
+        {"id": 10 * id + k, "image_id": id, "caption": f"{text} {id}"}
+        for id, _ in images
+        for k, text in enumerate(("one", "two"))
+    ]
+    return {
+        "info": {},
+        "images": [{"id": id, key: name} for id, name in images],
+        "annotations": said,
+    }
 
 
 def referring(*, line):
     """What RefCOCO's files say: as one line of the evaluation's, or as published."""
     if line:
-        return [{"image": f"data/coco/train2014/{TRAIN}", "sent": "man in red", "bbox": [10, 20, 40, 60], "height": 80, "width": 100}]
+        return [
+            {
+                "image": f"data/coco/train2014/{TRAIN}",
+                "sent": "man in red",
+                "bbox": [10, 20, 40, 60],
+                "height": 80,
+                "width": 100,
+            }
+        ]
     sentences = [{"sent_id": 1, "sent": "man in red"}, {"sent_id": 2, "sent": "left"}]
-    return pickle.dumps([{"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": sentences}], protocol=2)
+    return pickle.dumps(
+        [{"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": sentences}],
+        protocol=2,
+    )
 
 
 def questions(split: str, image_id: int):
-    return {"data_subtype": split, "questions": [{"question_id": 7, "image_id": image_id, "question": "How many?"}]}
+    return {
+        "data_subtype": split,
+        "questions": [{"question_id": 7, "image_id": image_id, "question": "How many?"}],
+    }
 
 
 def answers(question_id: int):
     texts = ["2"] * 6 + ["two"] * 4
     given = [{"answer": text, "answer_id": number} for number, text in enumerate(texts, 1)]
-    return {"annotations": [{"question_id": question_id, "answers": given, "multiple_choice_answer": "2"}]}
+    return {
+        "annotations": [
+            {"question_id": question_id, "answers": given, "multiple_choice_answer": "2"}
+        ]
+    }
 
 
-def asked(picture: str, answer, rows: int = 1):
-    return [{"image": picture, "question": "How many?", "question_id": id, "answer": answer} for id in range(7, 7 + rows)]
+def asked(image: str, answer, rows: int = 1):
+    return [
+        {"image": image, "question": "How many?", "question_id": id, "answer": answer}
+        for id in range(7, 7 + rows)
+    ]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """All datasets in one folder."""
     root = tmp_path_factory.mktemp("data")
-    for picture in (f"coco/train2014/{TRAIN}", f"coco/val2014/{VAL}", "textvqa/train_images/a.jpg", "docvqa/val/documents/a.png"):
-        (root / picture).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (100, 80)).save(root / picture)
-    instances = {"images": [{"id": 9, "file_name": TRAIN}], "annotations": [{"id": 5, "image_id": 9, "bbox": [10, 20, 30, 40]}]}
+    for image in (
+        f"coco/train2014/{TRAIN}",
+        f"coco/val2014/{VAL}",
+        "textvqa/train_images/a.jpg",
+        "docvqa/val/documents/a.png",
+    ):
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 80)).save(root / image)
+    instances = {
+        "images": [{"id": 9, "file_name": TRAIN}],
+        "annotations": [{"id": 5, "image_id": 9, "bbox": [10, 20, 30, 40]}],
+    }
     image = f"data/coco/train2014/{TRAIN}"
     files = {
         "coco/annotations/captions_train2014.json": captions((9, TRAIN)),
@@ -109,27 +146,54 @@ def root(tmp_path_factory):
     return root
 
 
-def opened(name: str, root: Path, *options: str) -> Source:
+def opened(name: str, root: Path, *options: str) -> DatasetSpec:
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         data = compose(
-            "train", [f"data={name}", f"data.root={root}", "paths.run=.", "data.split_file=null", "data.cache=null", *options]
+            "train",
+            [
+                f"data={name}",
+                f"data.root={root}",
+                "paths.run=.",
+                "data.split_file=null",
+                "data.cache=null",
+                *options,
+            ],
         ).data
     return instantiate(data, _convert_="all")(processor=None).datasets[""]
 
 
 REFERRED = {"question": (RED,), "answer": (BOX,), "references": ()}
-VQA = {"question": ("How many?", " Answer:"), "answer": ("2",), "references": ("2",) * 6 + ("two",) * 4}
+VQA = {
+    "question": ("How many?", " Answer:"),
+    "answer": ("2",),
+    "references": ("2",) * 6 + ("two",) * 4,
+}
 CAPTION = {"question": (CAPTIONS,), "answer": ("one 1",), "references": ("one 1", "two 1")}
 SETS = {  # rows to learn from and for validation, test sets, and what the last of those begins with
     "coco_en_mini": (1, 1, {}, {}),
-    "coco_en": (2, 405, {"test": 2}, {"question": (FROM_SWIFT,), "answer": ("one 42",), "references": ("one 42", "two 42")}),
+    "coco_en": (
+        2,
+        405,
+        {"test": 2},
+        {"question": (FROM_SWIFT,), "answer": ("one 42",), "references": ("one 42", "two 42")},
+    ),
     "refcoco": (2, 400, {"val": 1, "testA": 1, "testB": 1}, REFERRED),
     "refcoco_plus": (2, 400, {"val": 1, "testA": 1, "testB": 1}, REFERRED),
     "refcocog": (2, 400, {"val": 1, "test": 1}, REFERRED),
     "vqav2": (1, 500, {"val": 1}, VQA),
     "textvqa": (1, 500, {"val": 1}, VQA | {"question": ("How many? Answer:",)}),
-    "docvqa": (1, 500, {"val": 1}, {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2", "2 ")}),
-    "chartqa": (3, 1, {"human": 1, "augmented": 1}, {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2",)}),
+    "docvqa": (
+        1,
+        500,
+        {"val": 1},
+        {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2", "2 ")},
+    ),
+    "chartqa": (
+        3,
+        1,
+        {"human": 1, "augmented": 1},
+        {"question": ("How many? Answer:",), "answer": ("2",), "references": ("2",)},
+    ),
     "flickr30k": (1, 1, {"test": 1}, CAPTION),
     "nocaps": (0, 0, {"val": 1}, CAPTION),
 }
@@ -139,24 +203,37 @@ SETS = {  # rows to learn from and for validation, test sets, and what the last 
 def test_a_named_dataset_reads_the_published_files(root, name):
     learned, held_out, tests, first = SETS[name]
     folder = root / "coco" if name.startswith("coco") else root
-    source = opened(name, folder, "data.download=false", *(["data.validation=1"] if name in ("chartqa", "flickr30k") else ()))
+    source = opened(
+        name,
+        folder,
+        "data.download=false",
+        *(["data.validation=1"] if name in ("chartqa", "flickr30k") else ()),
+    )
     source.prepare_files()  # all is there: nothing is fetched
     training = source.open_training()
     assert (sum(map(len, training.stages)), len(training.validation)) == (learned, held_out)
-    assert all(row.pictures and row.answer for rows in (*training.stages, training.validation) for row in rows)
+    assert all(
+        row.images and row.answer
+        for rows in (*training.stages, training.validation)
+        for row in rows
+    )
     sets = source.open_tests()
     assert {test: len(rows) for test, rows in sets.items()} == tests
     if tests:
         row = list(sets.values())[-1][0]
         parts = row.turns[0].parts
-        assert {"question": parts[parts.index(row.pictures[0]) + 1 :], "answer": row.answer.parts, "references": row.references} == first
+        assert {
+            "question": parts[parts.index(row.images[0]) + 1 :],
+            "answer": row.answer.parts,
+            "references": row.references,
+        } == first
 
 
 def test_the_mini_set_asks_and_answers_as_ms_swift_does(root):
     row = opened("coco_en_mini", root / "coco", "data.validation=null").open_training().stages[0][0]
-    assert row.turns[0].parts == ("Picture 1:", row.pictures[0], FROM_SWIFT)
+    assert row.turns[0].parts == ("Picture 1:", row.images[0], FROM_SWIFT)
     assert row.answer.parts == ("one 42",)
-    assert row.pictures[0].source == root / "coco/val2014" / VAL
+    assert row.images[0].source == root / "coco/val2014" / VAL
 
 
 @pytest.mark.parametrize("name", ["coco_en_mini", "coco_en", "refcoco", "vqav2"])
@@ -167,16 +244,34 @@ def test_what_is_missing_is_named_before_anything_is_read(tmp_path, name):
 
 
 def test_training_on_the_mini_set_is_one_command(root, tmp_path):
-    chosen = ["model=qwen_vl_tiny", "data=coco_en_mini", f"data.root={root / 'coco'}", "data.num_workers=0", "trainer=smoke"]
+    chosen = [
+        "model=qwen_vl_tiny",
+        "data=coco_en_mini",
+        f"data.root={root / 'coco'}",
+        "data.num_workers=0",
+        "trainer=smoke",
+    ]
     chosen += ["trainer.max_steps=1", f"hydra.run.dir={tmp_path}", f"paths.cache={tmp_path}"]
-    done = subprocess.run([sys.executable, "-m", "qwenvl_lit.train", *chosen], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenvl_lit.train", *chosen],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "split.json").read_text())
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -184,7 +279,13 @@ JSON = st.recursive(
 def places_in(content, path=()):
     """The way to each value in a JSON document."""
     yield path
-    for key, value in content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ():
+    for key, value in (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    ):
         yield from places_in(value, (*path, key))
 
 
@@ -207,16 +308,24 @@ FILES = {
     "refcoco/refs(unc).p": pickle.loads(referring(line=False)),
 }
 READ = {
-    "coco": lambda folder, reading: read_coco_captions(f"{folder}/coco/annotations/captions_val2014.json", reading, images="coco/val2014"),
-    "vqav2": lambda folder, reading: read_vqa(
-        f"{folder}/vqav2/v2_OpenEnded_mscoco_val2014_questions.json", reading, picture="coco/val2014/" + VAL
+    "coco": lambda folder, read_options: read_coco_captions(
+        f"{folder}/coco/annotations/captions_val2014.json", read_options, images="coco/val2014"
     ),
-    "refcoco": lambda folder, reading: read_refcoco(f"{folder}/refcoco/refs(unc).p:train", reading, images="coco/train2014"),
+    "vqav2": lambda folder, read_options: read_vqa(
+        f"{folder}/vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
+        read_options,
+        image="coco/val2014/" + VAL,
+    ),
+    "refcoco": lambda folder, read_options: read_refcoco(
+        f"{folder}/refcoco/refs(unc).p:train", read_options, images="coco/train2014"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_a_file_with_one_wrong_value_is_read_or_refused(root, tmp_path, name, data):
     content = FILES[name]
@@ -225,11 +334,16 @@ def test_a_file_with_one_wrong_value_is_read_or_refused(root, tmp_path, name, da
         write(tmp_path / other, (root / other).read_bytes())
     write(tmp_path / name, pickle.dumps(wrong) if name.endswith(".p") else wrong)
     try:
-        rows = list(READ[name.split("/")[0]](tmp_path, Reading(root=root)))
+        rows = list(READ[name.split("/")[0]](tmp_path, ReadOptions(root=root)))
     except DataError as fault:
         told = str(fault)
     else:
         told = str(tmp_path / name)
-        assert all(isinstance(part, str | Picture | GroundedObject) for row in rows for turn in row.turns for part in turn.parts)
+        assert all(
+            isinstance(part, str | ImageSource | GroundedObject)
+            for row in rows
+            for turn in row.turns
+            for part in turn.parts
+        )
         assert all(isinstance(reference, str) for row in rows for reference in row.references)
     assert str((tmp_path / name).parent) in told

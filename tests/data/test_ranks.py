@@ -34,7 +34,13 @@ class Watch(lightning.Callback):
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     made, watch = tiny_task(Full()), Watch()
     data = DataModule(
@@ -43,14 +49,18 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         train="abcdefghiJ",
         validation="klmno",
         test="pqr",
-        on_bad_picture="drop",
+        on_bad_image="drop",
         max_bad_fraction=0.5,
         group_by_length=True,
     )
     for verb in ("fit", "test"):
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))  # not to wait for ever
+        strategy = DDPStrategy(
+            process_group_backend="gloo", timeout=timedelta(seconds=60)
+        )  # not to wait for ever
         options = {"verbose": False} if verb == "test" else {}
-        getattr(trainer(folder, watch, strategy=strategy, devices=2, max_epochs=1), verb)(made, data, **options)
+        getattr(trainer(folder, watch, strategy=strategy, devices=2, max_epochs=1), verb)(
+            made, data, **options
+        )
     weights = float(sum(parameter.double().sum() for parameter in made.parameters()))
     (folder / f"seen{rank}.json").write_text(json.dumps({**watch.seen, "weights": weights}))
 
@@ -62,7 +72,11 @@ def ranks(tmp_path_factory) -> list[dict]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_rank, args=(folder, port), nprocs=2)
-    findings = [json.loads(line) for file in folder.glob("findings*.jsonl") for line in file.read_text().splitlines()]
+    findings = [
+        json.loads(line)
+        for file in folder.glob("findings*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     return [*(json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)), findings]
 
 
@@ -79,4 +93,4 @@ def test_a_dropped_row_costs_no_rank_a_step_and_is_listed_once(ranks):
     assert "" in one["train"] + other["train"]
     assert one["weights"] == other["weights"]
     assert [(finding["set"], finding["kind"]) for finding in findings] == [("train", "dropped")]
-    assert "sample 'J': picture <bytes> cannot be read" in findings[0]["message"]
+    assert "sample 'J': image <bytes> cannot be read" in findings[0]["message"]

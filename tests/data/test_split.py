@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwenvl_lit.data.split import Chosen, Joined, hold_out
+from qwenvl_lit.data.split import Concat, Subset, hold_out
 from qwenvl_lit.types import Conversation, DataError
 
 
@@ -30,8 +30,14 @@ def test_a_number_of_rows_is_drawn_over_all_sources():
 
 
 def test_the_draw_follows_from_the_seed():
-    assert ids(hold_out([TEN], 3, seed=7, file=None)[1]) == ids(hold_out([TEN], 3, seed=7, file=None)[1])
-    assert any(ids(hold_out([TEN], 3, seed=7, file=None)[1]) != ids(hold_out([TEN], 3, seed=s, file=None)[1]) for s in range(5))
+    assert ids(hold_out([TEN], 3, seed=7, file=None)[1]) == ids(
+        hold_out([TEN], 3, seed=7, file=None)[1]
+    )
+    assert any(
+        ids(hold_out([TEN], 3, seed=7, file=None)[1])
+        != ids(hold_out([TEN], 3, seed=s, file=None)[1])
+        for s in range(5)
+    )
 
 
 def test_a_split_is_drawn_once(tmp_path):
@@ -58,8 +64,8 @@ def test_something_must_be_left_to_train_on(amount):
 
 
 def test_sources_can_be_joined_and_chosen_from():
-    joined = Joined([TEN[:2], [], TEN[5:7]])
+    joined = Concat([TEN[:2], [], TEN[5:7]])
     assert ids(joined) == ["a", "b", "f", "g"]
-    assert ids(Chosen(joined, [3, 0])) == ["g", "a"]
+    assert ids(Subset(joined, [3, 0])) == ["g", "a"]
     with pytest.raises(IndexError):
         joined[4]

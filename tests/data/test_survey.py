@@ -31,7 +31,12 @@ class Numbers:
         if place in self.dropped:
             raise Dropped(f"rows.jsonl:{place + 1}: a bad box")
         notes = ("box clipped",) if place in self.noted else ()
-        return Conversation(id=f"row-{place}", turns=(Turn(role="user", parts=(str(place),)),), index=place, notes=notes)
+        return Conversation(
+            id=f"row-{place}",
+            turns=(Turn(role="user", parts=(str(place),)),),
+            index=place,
+            notes=notes,
+        )
 
 
 class Letters:
@@ -80,14 +85,22 @@ def test_every_row_is_looked_at_in_order_whatever_the_number_of_processes():
     rows = Numbers(3 * CHUNK + 5, broken=(3,), dropped=(CHUNK + 1,))
     here, there = (list(survey(rows, index_of, workers=workers)) for workers in (0, 2))
     assert here == there
-    assert [result for result in here if isinstance(result, int)] == [i for i in range(len(rows)) if i not in (3, CHUNK + 1)]
+    assert [result for result in here if isinstance(result, int)] == [
+        i for i in range(len(rows)) if i not in (3, CHUNK + 1)
+    ]
     assert here[3] == Finding(kind="error", index=3, id="", message="rows.jsonl:4: not JSON")
     assert here[CHUNK + 1].kind == "dropped"
 
 
 def test_several_processes_share_the_work(tmp_path):
     rows = Numbers(8 * CHUNK)
-    assert len(set(survey(rows, WaitForAnother(tmp_path / "mark", len(rows) - 1), workers=2)) - {os.getpid()}) == 2
+    assert (
+        len(
+            set(survey(rows, WaitForAnother(tmp_path / "mark", len(rows) - 1), workers=2))
+            - {os.getpid()}
+        )
+        == 2
+    )
 
 
 def test_no_rows_are_no_work():
@@ -120,7 +133,9 @@ def test_a_process_that_dies_is_reported():
 
 
 def test_lengths_are_zero_where_rows_are_left_out():
-    measured = measure(Numbers(9, dropped=(2,), noted=(4,)), Letters(), workers=0, cache=None, identity=None)
+    measured = measure(
+        Numbers(9, dropped=(2,), noted=(4,)), Letters(), workers=0, cache=None, identity=None
+    )
     assert measured.lengths.tolist() == [2, 3, 0, 5, 6, 7, 8, 0, 10]
     assert measured.supervised.tolist() == [1, 2, 0, 4, 5, 6, 7, 0, 9]
     assert measured.lengths.dtype == measured.supervised.dtype == np.int32
@@ -132,24 +147,37 @@ def test_lengths_are_zero_where_rows_are_left_out():
 
 
 def test_errors_are_counted_and_the_first_are_shown():
-    with pytest.raises(DataError, match=r"6 of 20 rows cannot be used:\nrows.jsonl:1: not JSON\n(?s:.*)rows.jsonl:5.*\n.*1 more"):
-        measure(Numbers(20, broken=(0, 1, 2, 3, 4, 9)), Letters(), workers=0, cache=None, identity=None)
+    with pytest.raises(
+        DataError,
+        match=r"6 of 20 rows cannot be used:\nrows.jsonl:1: not JSON\n(?s:.*)rows.jsonl:5.*\n.*1 more",
+    ):
+        measure(
+            Numbers(20, broken=(0, 1, 2, 3, 4, 9)), Letters(), workers=0, cache=None, identity=None
+        )
 
 
 def test_a_second_measurement_is_read_from_the_cache(tmp_path):
     rows = Numbers(9, dropped=(2,), noted=(4,))
-    first, again = (measure(rows, Letters(), workers=0, cache=tmp_path / "new", identity=["a.jsonl", 1]) for _ in range(2))
+    first, again = (
+        measure(rows, Letters(), workers=0, cache=tmp_path / "new", identity=["a.jsonl", 1])
+        for _ in range(2)
+    )
     assert rows.read == 9
     assert again.findings == first.findings
     assert again.lengths.tolist() == first.lengths.tolist()
     assert again.supervised.tolist() == first.supervised.tolist()
 
 
-@pytest.mark.parametrize("change", [{"identity": ["a.jsonl", 2]}, {"processor": Letters(system="")}, {"rows": Numbers(8)}])
+@pytest.mark.parametrize(
+    "change",
+    [{"identity": ["a.jsonl", 2]}, {"processor": Letters(system="")}, {"rows": Numbers(8)}],
+)
 def test_what_decides_the_lengths_decides_whether_the_cache_holds(tmp_path, change):
     measure(Numbers(9), Letters(), workers=0, cache=tmp_path, identity=["a.jsonl", 1])
     other = {"rows": Numbers(9), "processor": Letters(), "identity": ["a.jsonl", 1], **change}
-    measured = measure(other["rows"], other["processor"], workers=0, cache=tmp_path, identity=other["identity"])
+    measured = measure(
+        other["rows"], other["processor"], workers=0, cache=tmp_path, identity=other["identity"]
+    )
     assert other["rows"].read == len(measured.lengths) == other["rows"].count
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -160,7 +188,10 @@ def test_a_damaged_cache_is_computed_again(tmp_path, damage):
     [file] = tmp_path.iterdir()
     file.write_bytes(damage or file.read_bytes()[:-100])
     rows = Numbers(9)
-    assert measure(rows, Letters(), workers=0, cache=tmp_path, identity=None).lengths.tolist() == first.lengths.tolist()
+    assert (
+        measure(rows, Letters(), workers=0, cache=tmp_path, identity=None).lengths.tolist()
+        == first.lengths.tolist()
+    )
     assert rows.read == 9
 
 

@@ -3,23 +3,38 @@ from PIL import Image
 from toy_task import conversation, grounded
 
 from qwenvl_lit.metrics.boxes import BoxAccuracy, GroundedAccuracy, MeanIoU, first_box_iou
-from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Picture, Prediction, Quad, Turn
+from qwenvl_lit.types import (
+    Box,
+    Conversation,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Prediction,
+    Quad,
+    Turn,
+)
 
 
 def prediction(predicted: list[Part], expected: list[Part], index: int = 0) -> Prediction:
-    return Prediction(conversation=conversation(index, answer=expected), text="", parts=tuple(predicted))
+    return Prediction(
+        conversation=conversation(index, answer=expected), text="", parts=tuple(predicted)
+    )
 
 
 def test_the_expected_box_is_converted_from_its_frame():
     left = grounded("half", 0, 0, 32, 64)
     assert first_box_iou(prediction([left], [grounded("half", 0, 0, 0.5, 1, frame="unit")])) == 1
-    assert first_box_iou(prediction([left], [grounded("half", 0, 0, 999, 999, frame="grid")])) == 0.5
+    assert (
+        first_box_iou(prediction([left], [grounded("half", 0, 0, 999, 999, frame="grid")])) == 0.5
+    )
     assert first_box_iou(prediction([left], [grounded("half", 0, 0, 64, 64)])) == 0.5
 
 
 def test_only_the_first_box_counts():
     right_second = [grounded("a", 0, 0, 1, 1), grounded("b", 0, 0, 64, 64)]
-    assert first_box_iou(prediction(right_second, [grounded("b", 32, 32, 64, 64), *right_second])) == 0
+    assert (
+        first_box_iou(prediction(right_second, [grounded("b", 32, 32, 64, 64), *right_second])) == 0
+    )
 
 
 def test_accuracy_takes_the_threshold_itself_as_right():
@@ -38,7 +53,9 @@ def test_accuracy_takes_the_threshold_itself_as_right():
 
 
 def test_inverted_boxes_score_nothing():
-    assert first_box_iou(prediction([grounded("a", 64, 64, 0, 0)], [grounded("a", 0, 0, 64, 64)])) == 0
+    assert (
+        first_box_iou(prediction([grounded("a", 64, 64, 0, 0)], [grounded("a", 0, 0, 64, 64)])) == 0
+    )
 
 
 def test_a_quad_counts_as_the_box_around_it():
@@ -54,11 +71,13 @@ def test_a_row_whose_answer_has_no_box_has_no_score():
     assert MeanIoU().score(Prediction(conversation=asked, text="", parts=())) is None
 
 
-def test_boxes_are_compared_within_their_picture_whichever_it_is():
-    pictures = (Picture(Image.new("RGB", (10, 10))), Picture(Image.new("RGB", (200, 100))))
-    right_half = GroundedObject(label="a", boxes=(Box(x0=100, y0=0, x1=200, y1=100),), picture=1)
-    row = Conversation(id="a", turns=(Turn(role="user", parts=pictures), Turn(role="assistant", parts=(right_half,))))
-    said = grounded("a", 5, 0, 10, 10)  # of picture 0: the markup had no word for the second
+def test_boxes_are_compared_within_their_image_whichever_it_is():
+    images = (ImageSource(Image.new("RGB", (10, 10))), ImageSource(Image.new("RGB", (200, 100))))
+    right_half = GroundedObject(label="a", boxes=(Box(x0=100, y0=0, x1=200, y1=100),), image=1)
+    row = Conversation(
+        id="a", turns=(Turn(role="user", parts=images), Turn(role="assistant", parts=(right_half,)))
+    )
+    said = grounded("a", 5, 0, 10, 10)  # of image 0: the markup had no word for the second
     assert first_box_iou(Prediction(conversation=row, text="", parts=(said,))) == 1
 
 
@@ -89,7 +108,11 @@ def test_every_object_has_to_be_named_and_boxed_right(predicted, right):
 
 def test_objects_of_one_name_are_paired_as_well_as_they_can_be():
     """The first prediction fits both; taking the first that fits would leave the second without a partner."""
-    wide, left, right = grounded("a", 0, 0, 40, 10), grounded("a", 0, 0, 24, 10), grounded("a", 10, 0, 40, 10)
+    wide, left, right = (
+        grounded("a", 0, 0, 40, 10),
+        grounded("a", 0, 0, 24, 10),
+        grounded("a", 10, 0, 40, 10),
+    )
     assert grounded_score([wide, left], [left, right]) == 1
     assert grounded_score([wide, right], [left, right]) == 1
 

@@ -9,12 +9,14 @@ import pytest
 import torch.distributed
 import torch.multiprocessing
 
-from qwenvl_lit.metrics.captions import Bleu, Cider, RougeL, bleu, bleu_counts, cider, rouge_l
+from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL, bleu, bleu_counts, cider, rouge_l
 from qwenvl_lit.types import Conversation, DataError, Prediction
 
 
 def row(name: str, text: str, *references: str) -> Prediction:
-    return Prediction(conversation=Conversation(id=name, turns=(), references=references), text=text, parts=())
+    return Prediction(
+        conversation=Conversation(id=name, turns=(), references=references), text=text, parts=()
+    )
 
 
 ROWS = [
@@ -47,7 +49,9 @@ def test_cider_by_hand():
     assert half.tolist() == pytest.approx([10 * (1 / 2) / 4, 0])
     longer = cider([["red", "bus", "stops"], ["x"]], [[["red", "bus"]], [["y"]]])
     cosine_of_words, cosine_of_pairs = 2 / (math.sqrt(3) * math.sqrt(2)), 1 / math.sqrt(2)
-    assert longer.tolist() == pytest.approx([10 * (cosine_of_words + cosine_of_pairs) / 4 * math.exp(-1 / 72), 0])
+    assert longer.tolist() == pytest.approx(
+        [10 * (cosine_of_words + cosine_of_pairs) / 4 * math.exp(-1 / 72), 0]
+    )
 
 
 def test_a_word_of_every_row_weighs_nothing_and_one_row_alone_scores_nothing():
@@ -56,8 +60,13 @@ def test_a_word_of_every_row_weighs_nothing_and_one_row_alone_scores_nothing():
 
 
 def test_saying_a_word_more_often_gains_nothing():
-    once, often = (cider([caption, ["x"]], [[["bus", "stops"]], [["y"]]])[0] for caption in (["bus", "runs"], ["bus", "bus"]))
-    assert often == pytest.approx(10 * 1 / (2 * math.sqrt(2)) / 4)  # min(2, 1) * 1, of vectors as long as 2 and sqrt 2
+    once, often = (
+        cider([caption, ["x"]], [[["bus", "stops"]], [["y"]]])[0]
+        for caption in (["bus", "runs"], ["bus", "bus"])
+    )
+    assert often == pytest.approx(
+        10 * 1 / (2 * math.sqrt(2)) / 4
+    )  # min(2, 1) * 1, of vectors as long as 2 and sqrt 2
     assert once == pytest.approx(10 * (1 / 2) / 4)
 
 
@@ -65,13 +74,28 @@ def plain_cider(captions, references):
     """The published formula, n-gram by n-gram."""
 
     def vectors(text):
-        grams = Counter(tuple(text[i : i + n]) for n in range(1, 5) for i in range(len(text) - n + 1))
-        weights = {gram: times * (math.log(len(captions)) - math.log(max(1, rows_with[gram]))) for gram, times in grams.items()}
-        return [{gram: weight for gram, weight in weights.items() if len(gram) == n} for n in range(1, 5)]
+        grams = Counter(
+            tuple(text[i : i + n]) for n in range(1, 5) for i in range(len(text) - n + 1)
+        )
+        weights = {
+            gram: times * (math.log(len(captions)) - math.log(max(1, rows_with[gram])))
+            for gram, times in grams.items()
+        }
+        return [
+            {gram: weight for gram, weight in weights.items() if len(gram) == n}
+            for n in range(1, 5)
+        ]
 
     rows_with = Counter()
     for others in references:
-        rows_with.update({tuple(text[i : i + n]) for text in others for n in range(1, 5) for i in range(len(text) - n + 1)})
+        rows_with.update(
+            {
+                tuple(text[i : i + n])
+                for text in others
+                for n in range(1, 5)
+                for i in range(len(text) - n + 1)
+            }
+        )
     scores = []
     for caption, others in zip(captions, references, strict=True):
         total = 0
@@ -79,7 +103,11 @@ def plain_cider(captions, references):
             penalty = math.exp(-((max(len(caption) - 1, 0) - max(len(other) - 1, 0)) ** 2) / 72)
             for ours, theirs in zip(vectors(caption), vectors(other), strict=True):
                 norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
-                total += penalty * sum(min(w, theirs.get(g, 0)) * theirs.get(g, 0) for g, w in ours.items()) / (norms or 1)
+                total += (
+                    penalty
+                    * sum(min(w, theirs.get(g, 0)) * theirs.get(g, 0) for g, w in ours.items())
+                    / (norms or 1)
+                )
         scores.append(10 * total / 4 / len(others))
     return scores
 
@@ -92,8 +120,13 @@ def test_cider_is_the_published_formula_whatever_the_corpus(words):
         return rng.choices([f"w{n}" for n in range(words)], k=rng.choice([0, 1, 2, 3, 4, 7, 12]))
 
     for rows in (1, 2, 9, 30):
-        captions, references = [text() for _ in range(rows)], [[text() for _ in range(rng.randint(1, 5))] for _ in range(rows)]
-        assert cider(captions, references).tolist() == pytest.approx(plain_cider(captions, references), abs=1e-12)
+        captions, references = (
+            [text() for _ in range(rows)],
+            [[text() for _ in range(rng.randint(1, 5))] for _ in range(rows)],
+        )
+        assert cider(captions, references).tolist() == pytest.approx(
+            plain_cider(captions, references), abs=1e-12
+        )
 
 
 def test_a_corpus_without_words_scores_nothing():
@@ -101,11 +134,17 @@ def test_a_corpus_without_words_scores_nothing():
 
 
 def test_the_metric_gives_the_mean_of_the_corpus_and_each_row():
-    metric = Cider()
+    metric = CIDEr()
     whole = scored(metric, ROWS)
     each = metric.row_scores(list(metric.rows().values()))
     assert whole == pytest.approx(each.mean().item())
-    words = [["a", "man", "rides", "a", "horse"], ["two", "dogs"], [], ["a", "red", "bus", "on", "the", "street"], ["the"] * 4]
+    words = [
+        ["a", "man", "rides", "a", "horse"],
+        ["two", "dogs"],
+        [],
+        ["a", "red", "bus", "on", "the", "street"],
+        ["the"] * 4,
+    ]
     references = [
         [["a", "man", "is", "riding", "a", "horse"], ["man", "on", "a", "brown", "horse"]],
         [["two", "dogs", "play", "in", "the", "snow"], ["dogs", "in", "snow"]],
@@ -122,7 +161,9 @@ def test_the_metric_gives_the_mean_of_the_corpus_and_each_row():
 def test_bleu_by_hand():
     counts = bleu_counts("The cat sat.", ("the cat sat down", "cat"))
     assert counts == (3, 4, 3, 2, 1, 0, 3, 2, 1, 0)
-    assert bleu_counts("The cat sat.", ("the cat sat down", "a cat"))[1] == 2  # as near, and shorter
+    assert (
+        bleu_counts("The cat sat.", ("the cat sat down", "a cat"))[1] == 2
+    )  # as near, and shorter
     assert bleu(counts, 1) == pytest.approx(math.exp(1 - 4 / 3))
     assert bleu(counts, 3) == pytest.approx(math.exp(1 - 4 / 3))
 
@@ -147,7 +188,9 @@ def test_bleu_has_one_to_four_words():
 
 def test_rouge_l_by_hand():
     """Three of four words in order, of five in the reference: precision 3/4, recall 3/5."""
-    assert rouge_l("a b c x".split(), ["a y b c z".split()]) == pytest.approx(2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75))  # noqa: SIM905
+    assert rouge_l(list("abcx"), [list("aybcz")]) == pytest.approx(
+        2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75)
+    )
     assert rouge_l(["a"], [["b"]]) == 0
     assert rouge_l([], [[]]) == 1  # as there: one empty word each
     assert scored(RougeL(), [row("1", "a dog", "A dog."), row("2", "a dog", "two cats")]) == 0.5
@@ -155,7 +198,7 @@ def test_rouge_l_by_hand():
 
 # -- rows and ranks ---------------------------------------------------------------------------------------------------------------
 
-METRICS = [Cider, Bleu, lambda: Bleu(1), RougeL]
+METRICS = [CIDEr, Bleu, lambda: Bleu(1), RougeL]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -184,7 +227,7 @@ def score_on_rank(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **group)
     values = []
     for shares in ((ROWS[::2], [*ROWS[1::2], ROWS[0]]), (ROWS, [])):
-        for metric in (Cider(), Bleu(1), RougeL()):
+        for metric in (CIDEr(), Bleu(1), RougeL()):
             if shares[rank]:  # else it never hears of a batch
                 metric.update(shares[rank])
             values.append(metric.compute().item())
@@ -194,5 +237,5 @@ def score_on_rank(rank: int, folder: Path) -> None:
 
 def test_two_processes_score_as_one_does(tmp_path):
     torch.multiprocessing.spawn(score_on_rank, args=(tmp_path,), nprocs=2)
-    alone = [scored(metric, ROWS) for metric in (Cider(), Bleu(1), RougeL())]
+    alone = [scored(metric, ROWS) for metric in (CIDEr(), Bleu(1), RougeL())]
     assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [alone * 2] * 2

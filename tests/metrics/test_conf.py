@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.metrics.sample_rows import SampleRows
+from qwenvl_lit.metrics.sample_rows import PerSampleMetric
 
 FILES = sorted((config_folder() / "metrics").glob("*.yaml"))
 
@@ -15,7 +15,7 @@ FILES = sorted((config_folder() / "metrics").glob("*.yaml"))
 def test_a_name_says_official_where_that_is_computed(file):
     for name, node in OmegaConf.to_container(OmegaConf.load(file)).items():
         metric = instantiate(node)
-        assert isinstance(metric, SampleRows)
+        assert isinstance(metric, PerSampleMetric)
         assert name.endswith("_official") == (getattr(metric, "protocol", "correct") == "official")
 
 

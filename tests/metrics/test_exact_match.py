@@ -6,7 +6,9 @@ from qwenvl_lit.types import Conversation, Prediction
 
 def score(text: str, reference: str | None, *references: str) -> float | None:
     row = Conversation(id="a", turns=(), references=references)
-    return ExactMatch().score(Prediction(conversation=row, text=text, parts=(), reference=reference))
+    return ExactMatch().score(
+        Prediction(conversation=row, text=text, parts=(), reference=reference)
+    )
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,9 @@ def score(text: str, reference: str | None, *references: str) -> float | None:
         ("<ref>dog</ref><box>(1,2),(3,5)</box>", "<ref>dog</ref><box>(1,2),(3,4)</box>", (), 0),
     ],
 )
-def test_an_answer_is_right_if_it_equals_the_expected_one_or_a_reference(text, reference, references, expected):
+def test_an_answer_is_right_if_it_equals_the_expected_one_or_a_reference(
+    text, reference, references, expected
+):
     assert score(text, reference, *references) == expected
 
 

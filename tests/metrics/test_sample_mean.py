@@ -19,7 +19,9 @@ class Length(SampleMean):
 
 
 def answer(name: str, text: str, **columns: str) -> Prediction:
-    return Prediction(conversation=Conversation(id=name, turns=(), columns=columns), text=text, parts=())
+    return Prediction(
+        conversation=Conversation(id=name, turns=(), columns=columns), text=text, parts=()
+    )
 
 
 def test_the_mean_is_over_all_batches():
@@ -31,7 +33,12 @@ def test_the_mean_is_over_all_batches():
 
 
 def test_where_selects_rows_by_one_value_or_several():
-    rows = [answer("a", "x", task="left"), answer("b", "xxx", task="right"), answer("c", "xxxxxxxx", task="count"), answer("d", "x")]
+    rows = [
+        answer("a", "x", task="left"),
+        answer("b", "xxx", task="right"),
+        answer("c", "xxxxxxxx", task="count"),
+        answer("d", "x"),
+    ]
     one, several = Length(where={"task": "left"}), Length(where={"task": ["left", "right"]})
     for metric in (one, several):
         metric.update(rows)
@@ -67,7 +74,9 @@ def test_rows_that_lack_what_is_needed_are_left_out_and_told():
 def test_without_rows_the_mean_is_nan_and_says_why():
     metric = Length(where={"task": "find"})
     metric.update([answer("a", "x", task="count")])
-    with pytest.warns(UserWarning, match=r"Length is nan: no row came whose columns have \{'task': \{'find'\}\}"):
+    with pytest.warns(
+        UserWarning, match=r"Length is nan: no row came whose columns have \{'task': \{'find'\}\}"
+    ):
         assert math.isnan(metric.compute())
     assert metric.count == 0
 

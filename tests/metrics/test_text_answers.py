@@ -3,15 +3,24 @@
 import pytest
 from toy_task import grounded
 
-from qwenvl_lit.metrics.anls import Anls, anls
+from qwenvl_lit.metrics.anls import ANLS, anls
 from qwenvl_lit.metrics.choice_accuracy import ChoiceAccuracy, chosen_letter
-from qwenvl_lit.metrics.gqa_accuracy import GqaAccuracy, gqa_answer_official, gqa_match
-from qwenvl_lit.metrics.relaxed_accuracy import RelaxedAccuracy, relaxed_match, relaxed_match_official
+from qwenvl_lit.metrics.gqa_accuracy import GQAAccuracy, gqa_answer_official, gqa_match
+from qwenvl_lit.metrics.relaxed_accuracy import (
+    RelaxedAccuracy,
+    relaxed_match,
+    relaxed_match_official,
+)
 from qwenvl_lit.types import Conversation, Prediction
 
 
 def row(name: str, text: str, *references: str, reference: str | None = None) -> Prediction:
-    return Prediction(conversation=Conversation(id=name, turns=(), references=references), text=text, parts=(), reference=reference)
+    return Prediction(
+        conversation=Conversation(id=name, turns=(), references=references),
+        text=text,
+        parts=(),
+        reference=reference,
+    )
 
 
 def scored(metric, *rows: Prediction) -> float:
@@ -46,8 +55,8 @@ def test_white_space_makes_no_error_cheaper():
 
 def test_anls_averages_rows_and_knows_its_threshold():
     rows = (row("a", "abcd", "abcx"), row("b", "abcd", "wxyz"), row("c", "7", reference="7"))
-    assert scored(Anls(), *rows) == pytest.approx((0.75 + 0 + 1) / 3)
-    assert scored(Anls(threshold=0.8), *rows) == pytest.approx(1 / 3)
+    assert scored(ANLS(), *rows) == pytest.approx((0.75 + 0 + 1) / 3)
+    assert scored(ANLS(threshold=0.8), *rows) == pytest.approx(1 / 3)
 
 
 # -- relaxed accuracy -------------------------------------------------------------------------------------------------------------
@@ -114,8 +123,8 @@ def test_the_published_clean_up_cuts_words_in_pieces():
     assert gqa_answer_official("sea horse") == "horse"
     assert not gqa_match("sea horse", "horse")
     rows = (row("a", "sea horse", reference="sea horse"), row("b", "It is a dog.", reference="dog"))
-    assert scored(GqaAccuracy(), *rows) == 1
-    assert scored(GqaAccuracy("official"), *rows) == 0.5
+    assert scored(GQAAccuracy(), *rows) == 1
+    assert scored(GQAAccuracy("official"), *rows) == 0.5
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------------------
@@ -151,7 +160,14 @@ def test_the_letter_that_an_answer_chooses(text, letter):
 
 def test_an_answer_without_a_letter_is_wrong_and_a_row_without_one_left_out():
     metric = ChoiceAccuracy()
-    metric.update([row("a", "(B)", reference="B"), row("b", "a dog", reference="A"), row("c", "A", "A. a dog"), row("d", "A", "a dog")])
+    metric.update(
+        [
+            row("a", "(B)", reference="B"),
+            row("b", "a dog", reference="A"),
+            row("c", "A", "A. a dog"),
+            row("d", "A", "a dog"),
+        ]
+    )
     with pytest.warns(UserWarning, match="1 of 4 rows left out, they have no expected letter"):
         assert metric.compute() == pytest.approx(2 / 3)
 
@@ -166,4 +182,4 @@ def test_boxes_are_not_part_of_the_words():
         text="a <ref>dog</ref><box>(0,0),(15,15)</box>",
         parts=("a ", dog),
     )
-    assert scored(Anls(), said) == 1
+    assert scored(ANLS(), said) == 1

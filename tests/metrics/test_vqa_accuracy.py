@@ -1,6 +1,11 @@
 import pytest
 
-from qwenvl_lit.metrics.vqa_accuracy import VqaAccuracy, normalised, vqa_accuracy, vqa_accuracy_official
+from qwenvl_lit.metrics.vqa_accuracy import (
+    VQAAccuracy,
+    normalised,
+    vqa_accuracy,
+    vqa_accuracy_official,
+)
 from qwenvl_lit.types import Conversation, DataError, Prediction
 
 
@@ -36,7 +41,14 @@ def test_answers_are_compared_in_one_form(text, words):
 def test_accuracy_is_averaged_over_leaving_each_person_out():
     """Of ten, k agree. Leaving one of them out, k - 1 of 3 are left; leaving another out, k."""
     people = ["cat"] * 10
-    for k, expected in ((0, 0), (1, 9 * (1 / 3) / 10), (2, (2 / 3 * 8 + 1 / 3 * 2) / 10), (3, (7 + 3 * 2 / 3) / 10), (4, 1), (10, 1)):
+    for k, expected in (
+        (0, 0),
+        (1, 9 * (1 / 3) / 10),
+        (2, (2 / 3 * 8 + 1 / 3 * 2) / 10),
+        (3, (7 + 3 * 2 / 3) / 10),
+        (4, 1),
+        (10, 1),
+    ):
         answers = ["dog"] * k + people[k:]
         assert vqa_accuracy("dog", answers) == pytest.approx(expected)
         assert vqa_accuracy_official("dog", answers) == pytest.approx(expected)
@@ -50,7 +62,9 @@ def test_what_the_published_script_takes_for_wrong_is_right():
     assert vqa_accuracy("the table", ["the table"] * 10) == 1
     assert vqa_accuracy_official("the table", ["the table"] * 10) == 0
     assert vqa_accuracy("t-shirt", ["t-shirt"] * 10) == 1
-    assert vqa_accuracy_official("t-shirt", ["t-shirt"] * 10) == 0  # all agree, so theirs keep the hyphen
+    assert (
+        vqa_accuracy_official("t-shirt", ["t-shirt"] * 10) == 0
+    )  # all agree, so theirs keep the hyphen
     assert vqa_accuracy("." * 33, [""] * 10) == 1
     assert vqa_accuracy_official("." * 33, [""] * 10) == 0
 
@@ -61,19 +75,28 @@ def test_without_ids_the_script_leaves_out_all_equal_answers():
 
 
 def row(name: str, text: str, *people: str) -> Prediction:
-    return Prediction(conversation=Conversation(id=name, turns=(), references=people), text=text, parts=(), reference=people[0])
+    return Prediction(
+        conversation=Conversation(id=name, turns=(), references=people),
+        text=text,
+        parts=(),
+        reference=people[0],
+    )
 
 
 def test_the_metric_takes_the_answers_of_four_people_or_more():
-    metric = VqaAccuracy()
-    metric.update([row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10), row("c", "yes", "yes")])
-    with pytest.warns(UserWarning, match="1 of 3 rows left out, they have no answers of four people or more"):
+    metric = VQAAccuracy()
+    metric.update(
+        [row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10), row("c", "yes", "yes")]
+    )
+    with pytest.warns(
+        UserWarning, match="1 of 3 rows left out, they have no answers of four people or more"
+    ):
         assert metric.compute() == 0.5
 
 
 def test_the_protocol_is_one_of_two():
-    official = VqaAccuracy("official")
+    official = VQAAccuracy("official")
     official.update([row("a", "yes", *["Yes"] * 10)])
     assert official.compute() == 0
     with pytest.raises(DataError, match="protocol=offical: expected correct or official"):
-        VqaAccuracy("offical")
+        VQAAccuracy("offical")

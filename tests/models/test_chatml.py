@@ -1,6 +1,14 @@
 import pytest
 
-from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, ChatML, Message, Piece, cut_left, show, with_system
+from qwenvl_lit.models.chatml import (
+    DEFAULT_SYSTEM,
+    ChatML,
+    Message,
+    Piece,
+    show,
+    truncate_left,
+    with_system,
+)
 from qwenvl_lit.types import DataError, Turn
 
 START, END = 1000, 1001
@@ -31,12 +39,21 @@ def turn(role: str, *parts) -> Turn:
     return Turn(role=role, parts=parts)
 
 
-TALK = [message("system", "S"), message("user", "q1"), message("assistant", "a1"), message("user", "q2"), message("assistant", "a2")]
+TALK = [
+    message("system", "S"),
+    message("user", "q1"),
+    message("assistant", "a1"),
+    message("user", "q2"),
+    message("assistant", "a2"),
+]
 CHAT = ChatML(encode, start=START, end=END)
 
 
 def test_turns_are_written_and_nothing_follows_the_last_end_mark():
-    assert written(CHAT.render(TALK)) == "[system\nS]\n[user\nq1]\n[assistant\na1]\n[user\nq2]\n[assistant\na2]"
+    assert (
+        written(CHAT.render(TALK))
+        == "[system\nS]\n[user\nq1]\n[assistant\na1]\n[user\nq2]\n[assistant\na2]"
+    )
 
 
 def test_answers_and_their_end_marks_are_learned():
@@ -56,8 +73,10 @@ def test_a_prompt_opens_an_answer():
     assert learned(pieces) == ""
 
 
-def test_the_span_of_a_picture_is_not_learned_even_in_an_answer():
-    pieces = list(CHAT.render([Message("assistant", [Piece(encode("see ")), Piece([7, 8, 9], picture=0)])]))
+def test_the_span_of_a_image_is_not_learned_even_in_an_answer():
+    pieces = list(
+        CHAT.render([Message("assistant", [Piece(encode("see ")), Piece([7, 8, 9], image=0)])])
+    )
     assert learned(pieces) == "see ]"
 
 
@@ -66,7 +85,10 @@ def test_a_conversation_gets_a_system_message_unless_it_has_one():
     assert with_system([question], None) == (turn("system", DEFAULT_SYSTEM), question)
     assert with_system([question], "Be brief.") == (turn("system", "Be brief."), question)
     assert with_system([question], "") == (turn("system", ""), question)
-    assert with_system([turn("system", ""), question], "Be brief.") == (turn("system", ""), question)
+    assert with_system([turn("system", ""), question], "Be brief.") == (
+        turn("system", ""),
+        question,
+    )
     with pytest.raises(DataError, match="only come first"):
         with_system([question, turn("system", "late")], None)
 
@@ -95,18 +117,18 @@ def test_the_question_and_the_system_message_are_never_left_out():
 
 def test_cutting_on_the_left_keeps_the_last_tokens():
     pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], learned=True)]
-    assert cut_left(pieces, 9) == pieces
-    assert cut_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], learned=True)]
-    assert cut_left(pieces, 3) == [Piece([4]), Piece([5, 6], learned=True)]
-    assert cut_left(pieces, 1) == [Piece([6], learned=True)]
-    assert cut_left(pieces, 0) == []
+    assert truncate_left(pieces, 9) == pieces
+    assert truncate_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], learned=True)]
+    assert truncate_left(pieces, 3) == [Piece([4]), Piece([5, 6], learned=True)]
+    assert truncate_left(pieces, 1) == [Piece([6], learned=True)]
+    assert truncate_left(pieces, 0) == []
 
 
-def test_cutting_never_parts_a_picture():
-    pieces = [Piece([1]), Piece([2, 3, 4], picture=0), Piece([5]), Piece([6])]
-    assert cut_left(pieces, 5) == pieces[1:]
+def test_cutting_never_parts_a_image():
+    pieces = [Piece([1]), Piece([2, 3, 4], image=0), Piece([5]), Piece([6])]
+    assert truncate_left(pieces, 5) == pieces[1:]
     for limit in (2, 3, 4):
-        assert cut_left(pieces, limit) == pieces[2:]
+        assert truncate_left(pieces, limit) == pieces[2:]
 
 
 def test_show_colours_what_is_learned_and_counts_repeated_tokens():

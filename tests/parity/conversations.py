@@ -1,4 +1,4 @@
-"""Recorded texts as conversations, and samples in a form that does not depend on how a picture's span is filled."""
+"""Recorded texts as conversations, and samples in a form that does not depend on how an image's span is filled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parity.result import UnreadableError, read
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
-from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Part, Picture, Turn
+from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Part, Turn
 
 FRAMES = {"real": "pixel", "norm_1000": "grid", "norm_1": "unit"}
 REFUSED = {"refused": True}
@@ -52,7 +52,9 @@ def opened(path: Path) -> File:
     if data.get("vocab") == "qwen.tiktoken":
         package = find_spec("dashscope")
         if package is None or package.origin is None:
-            raise UnreadableError("needs the published vocabulary: pip install dashscope (it is among the extra `test`)")
+            raise UnreadableError(
+                "needs the published vocabulary: pip install dashscope (it is among the extra `test`)"
+            )
         vocabulary = Path(package.origin).parent / "resources" / "qwen.tiktoken"
     if not vocabulary.exists():
         raise UnreadableError(f"needs {vocabulary.name}")
@@ -61,36 +63,48 @@ def opened(path: Path) -> File:
     return File(data, _tokenizer(vocabulary))
 
 
-def blank(path: str, sizes: dict[str, list[int]] | None = None) -> Picture:
-    """A picture of the recorded size; what is in it changes no token."""
+def blank(path: str, sizes: dict[str, list[int]] | None = None) -> ImageSource:
+    """An image of the recorded size; what is in it changes no token."""
     width, height = (sizes or {}).get(path, (14, 14))
-    return Picture(Image.new("RGB", (width, height)))
+    return ImageSource(Image.new("RGB", (width, height)))
 
 
-def parts(text: str, picture: Callable[[str], Picture] = blank) -> tuple[Part, ...]:
+def parts(text: str, image: Callable[[str], ImageSource] = blank) -> tuple[Part, ...]:
     """Text with `<img>path</img>` and box markup, parted."""
     pieces = enumerate(re.split("<img>(.*?)</img>", text))
-    return tuple(part for place, piece in pieces for part in ([picture(piece)] if place % 2 else objects_from_tags(piece)))
+    return tuple(
+        part
+        for place, piece in pieces
+        for part in ([image(piece)] if place % 2 else objects_from_tags(piece))
+    )
 
 
-def conversation(name: str, contents: Sequence[Sequence[Part] | None], system: str | None = None) -> Conversation:
+def conversation(
+    name: str, contents: Sequence[Sequence[Part] | None], system: str | None = None
+) -> Conversation:
     """A question, an answer, a question, ...; None is left out."""
     first = [] if system is None else [Turn(role="system", parts=parts(system))]
     turns = [
-        Turn(role=("user", "assistant")[place % 2], parts=tuple(content)) for place, content in enumerate(contents) if content is not None
+        Turn(role=("user", "assistant")[place % 2], parts=tuple(content))
+        for place, content in enumerate(contents)
+        if content is not None
     ]
     return Conversation(id=name, turns=(*first, *turns))
 
 
-def sample(processor: QwenVLProcessor, talk: Conversation, *, prompt: bool = False) -> dict[str, Any]:
-    """Our ids and labels, each picture's span as one entry."""
+def sample(
+    processor: QwenVLProcessor, talk: Conversation, *, prompt: bool = False
+) -> dict[str, Any]:
+    """Our ids and labels, each image's span as one entry."""
     try:
         encoded = processor.encode(talk, prompt=prompt)
     except DataError:
         return REFUSED
     found = {"ids": spans_closed(encoded.input_ids.tolist(), processor.tokenizer)}
     if not prompt:
-        found["labels"] = labels_closed(encoded.input_ids.tolist(), encoded.labels.tolist(), processor.tokenizer)
+        found["labels"] = labels_closed(
+            encoded.input_ids.tolist(), encoded.labels.tolist(), processor.tokenizer
+        )
     return found
 
 
@@ -104,8 +118,10 @@ def golden_sample(case: dict[str, Any], tokenizer: QwenTokenizer) -> dict[str, A
     return found
 
 
-def _spans_replaced(ids: Sequence[int], tokenizer: QwenTokenizer, written: Callable[[list[int]], str]) -> list[int | str]:
-    """`ids` with what is `written` of the ids between the tags of each picture in place of them and their tags."""
+def _spans_replaced(
+    ids: Sequence[int], tokenizer: QwenTokenizer, written: Callable[[list[int]], str]
+) -> list[int | str]:
+    """`ids` with what is `written` of the ids between the tags of each image in place of them and their tags."""
     out: list[int | str] = []
     rest = list(ids)
     while rest:
@@ -117,23 +133,25 @@ def _spans_replaced(ids: Sequence[int], tokenizer: QwenTokenizer, written: Calla
 
 
 def spans_closed(ids: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str]:
-    """`ids` with how many there are between the tags of each picture in place of them, whatever they are."""
-    return _spans_replaced(ids, tokenizer, lambda span: f"picture of {len(span)} tokens")
+    """`ids` with how many there are between the tags of each image in place of them, whatever they are."""
+    return _spans_replaced(ids, tokenizer, lambda span: f"image of {len(span)} tokens")
 
 
-def labels_closed(ids: Sequence[int], labels: Sequence[int], tokenizer: QwenTokenizer) -> list[int | str | None]:
-    """Labels with None where nothing is learned; one entry, "picture" or None, for a span."""
+def labels_closed(
+    ids: Sequence[int], labels: Sequence[int], tokenizer: QwenTokenizer
+) -> list[int | str | None]:
+    """Labels with None where nothing is learned; one entry, "image" or None, for a span."""
     out: list[int | str | None] = []
     inside = False
     for id, label in zip(ids, labels, strict=True):
         if not inside:
-            out.append(None if label < 0 else "picture" if id == tokenizer.img_start_id else label)
+            out.append(None if label < 0 else "image" if id == tokenizer.img_start_id else label)
         inside = id == tokenizer.img_start_id or (inside and id != tokenizer.img_end_id)
     return out
 
 
 def paths_read(ids: Sequence[int], tokenizer: QwenTokenizer, *, in_bytes: bool) -> list[int | str]:
-    """`ids` with the text of each picture's span in place of its ids; `in_bytes`: as the original writes a path there."""
+    """`ids` with the text of each image's span in place of its ids; `in_bytes`: as the original writes a path there."""
 
     def written(span: list[int]) -> str:
         path = [id for id in span if id != tokenizer.img_pad_id]
@@ -142,16 +160,25 @@ def paths_read(ids: Sequence[int], tokenizer: QwenTokenizer, *, in_bytes: bool) 
     return _spans_replaced(ids, tokenizer, written)
 
 
-def swift_sample(processor: QwenVLProcessor, case: dict[str, Any], sizes: dict[str, list[int]]) -> dict[str, Any]:
+def swift_sample(
+    processor: QwenVLProcessor, case: dict[str, Any], sizes: dict[str, list[int]]
+) -> dict[str, Any]:
     """Our sample of a row in ms-swift's form; one that cannot be read is refused."""
     row = case["example"]
-    texts = [*chain.from_iterable(row.get("history") or ()), row["query"], *([row["response"]] if "response" in row else [])]
+    texts = [
+        *chain.from_iterable(row.get("history") or ()),
+        row["query"],
+        *([row["response"]] if "response" in row else []),
+    ]
     images = [row["images"]] if isinstance(row.get("images"), str) else row.get("images", [])
     texts[0] = "<image>" * (len(images) - "".join(texts).count("<image>")) + texts[0]
     objects = row.get("objects", [])
     if isinstance(objects, str):
         pairs = {"bbox_type": "norm_1000", "image": 0}
-        objects = [item if isinstance(item, dict) else {"caption": item[0], "bbox": item[1], **pairs} for item in json.loads(objects)]
+        objects = [
+            item if isinstance(item, dict) else {"caption": item[0], "bbox": item[1], **pairs}
+            for item in json.loads(objects)
+        ]
     left = {"<image>": list(images), "<ref-object>": list(objects), "<bbox>": list(objects)}
 
     def parted(text: str) -> Iterator[Part]:
@@ -165,8 +192,11 @@ def swift_sample(processor: QwenVLProcessor, case: dict[str, Any], sizes: dict[s
             elif piece == "<bbox>":
                 item = left[piece].pop(0)
                 values = item["bbox"] if isinstance(item["bbox"][0], list) else [item["bbox"]]
-                boxes = [Box(x0=x0, y0=y0, x1=x1, y1=y1, frame=FRAMES[item["bbox_type"]]) for x0, y0, x1, y1 in values]
-                yield GroundedObject(boxes=tuple(boxes), picture=item["image"])
+                boxes = [
+                    Box(x0=x0, y0=y0, x1=x1, y1=y1, frame=FRAMES[item["bbox_type"]])
+                    for x0, y0, x1, y1 in values
+                ]
+                yield GroundedObject(boxes=tuple(boxes), image=item["image"])
             else:
                 yield from objects_from_tags(piece)
 

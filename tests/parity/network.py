@@ -39,18 +39,27 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / "model.safetensors.xz").exists():
         return tensors_of(folder / "model.safetensors")
     try:
-        planes = safetensors.torch.load(lzma.decompress((folder / "model.safetensors.xz").read_bytes()))
+        planes = safetensors.torch.load(
+            lzma.decompress((folder / "model.safetensors.xz").read_bytes())
+        )
     except (lzma.LZMAError, SafetensorError) as fault:
         raise UnreadableError(f"model.safetensors.xz cannot be unpacked: {fault}") from None
     shapes = read(folder / "param_shapes.json")
-    return {name: tensor.T.contiguous().view(torch.float32).view(shapes[name]) for name, tensor in planes.items()}
+    return {
+        name: tensor.T.contiguous().view(torch.float32).view(shapes[name])
+        for name, tensor in planes.items()
+    }
 
 
-def load(folder: Path, overrides: dict | None = None, dtype: torch.dtype = torch.float32) -> QwenVLForCausalLM:
+def load(
+    folder: Path, overrides: dict | None = None, dtype: torch.dtype = torch.float32
+) -> QwenVLForCausalLM:
     """The tiny network, with changes to its `config.json`."""
     config = QwenVLConfig.from_pretrained(folder, **(overrides or {}))
     state = {name: tensor.clone() for name, tensor in weights(folder).items()}
-    return QwenVLForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    return QwenVLForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype
+    ).eval()
 
 
 @cache
@@ -58,11 +67,17 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     """What `save_pretrained` writes of the loaded network."""
     with tempfile.TemporaryDirectory() as written:
         load(folder).save_pretrained(written)
-        return {name: tensor.clone() for name, tensor in tensors_of(Path(written) / "model.safetensors").items()}
+        return {
+            name: tensor.clone()
+            for name, tensor in tensors_of(Path(written) / "model.safetensors").items()
+        }
 
 
 def parameter_shapes(path: Path) -> Iterator[Result]:
-    theirs, ours = read(path), {name: list(tensor.shape) for name, tensor in saved(path.parent).items()}
+    theirs, ours = (
+        read(path),
+        {name: list(tensor.shape) for name, tensor in saved(path.parent).items()},
+    )
     for name in theirs | ours:
         yield same(name, "names and shapes", ours.get(name), theirs.get(name))
 
@@ -74,16 +89,21 @@ def parameters(path: Path) -> Iterator[Result]:
         yield Result(case=name, of="parameters", deviation=distance(ours[name], theirs))
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------------------
 
 
 def images(path: Path) -> Iterator[Result]:
-    """Size, mode and RGB bytes of every picture, and the sum of all of its pixel values at 448."""
+    """Size, mode and RGB bytes of every image, and the sum of all of its pixel values at 448."""
     for case in read(path)["images"]:
         name = case["file"]
         image = Image.open(path.parent / name)
         rgb = hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-        ours = {"mode": image.mode, "size": list(image.size), "exif_orientation": image.getexif().get(0x0112), "rgb_sha256": rgb}
+        ours = {
+            "mode": image.mode,
+            "size": list(image.size),
+            "exif_orientation": image.getexif().get(0x0112),
+            "rgb_sha256": rgb,
+        }
         yield same(name, "RGB bytes", ours, {key: case[key] for key in ours})
         full, theirs = preprocess(image, 448), case["full_448"]
         yield same(name, "shape", list(full.shape), theirs["shape"])
@@ -101,12 +121,14 @@ def pixels(path: Path) -> Iterator[Result]:
 
 
 def vision(path: Path) -> Iterator[Result]:
-    """Every stage of the tower, from pixels to the tokens of a picture."""
+    """Every stage of the tower, from pixels to the tokens of an image."""
     side = int(path.stem.split("_")[1])
     tower = load(path.parent).transformer.visual
     files = [image["file"] for image in read(path.with_name("preprocess.json"))["images"]]
     chosen = {112: files[:2], 224: files[1:2], 448: files[:1]}[side]
-    pixel_values = torch.stack([preprocess(Image.open(path.parent / name), side) for name in chosen])
+    pixel_values = torch.stack(
+        [preprocess(Image.open(path.parent / name), side) for name in chosen]
+    )
 
     stages = {"pixel_values": pixel_values}
     modules = {
@@ -119,28 +141,42 @@ def vision(path: Path) -> Iterator[Result]:
         "ln_post": tower.ln_post,
     }
     for name, module in modules.items():
-        module.register_forward_hook(lambda module, args, output, name=name: stages.__setitem__(name, output))
+        module.register_forward_hook(
+            lambda module, args, output, name=name: stages.__setitem__(name, output)
+        )
     with torch.no_grad():
         stages["output"] = tower(pixel_values)
         stages["conv1"] = stages["conv1"].flatten(2).mT
         patches = stages["ln_pre"].shape[1]
-        stages["interpolated_positional_embedding"] = resize_positions(tower.positional_embedding, patches)
-        stages["interpolated_attn_pool_pos_embed"] = resize_positions(tower.attn_pool.pos_embed, patches)
+        stages["interpolated_positional_embedding"] = resize_positions(
+            tower.positional_embedding, patches
+        )
+        stages["interpolated_attn_pool_pos_embed"] = resize_positions(
+            tower.attn_pool.pos_embed, patches
+        )
     for name, theirs in tensors_of(path).items():
         exact = name == "pixel_values"
         of = "pixels" if exact else "stages of the tower"
-        yield Result(case=name, of=of, deviation=distance(stages[name], theirs), allowed=0 if exact else LOGITS)
+        yield Result(
+            case=name,
+            of=of,
+            deviation=distance(stages[name], theirs),
+            allowed=0 if exact else LOGITS,
+        )
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------------------
 
 
-def picture_inputs(folder: Path, pictures: list[dict], length: int) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `vision_positions` of a case's pictures in rows of `length` tokens; nothing if there are none."""
-    if not pictures:
+def image_inputs(folder: Path, images: list[dict], length: int) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `vision_positions` of a case's images in rows of `length` tokens; nothing if there are none."""
+    if not images:
         return {}
-    pixel_values = [preprocess(Image.open(folder / image["file"]), 112) for image in pictures]
-    positions = [image["batch"] * length + torch.arange(image["first_feature"], image["end"]) for image in pictures]
+    pixel_values = [preprocess(Image.open(folder / image["file"]), 112) for image in images]
+    positions = [
+        image["batch"] * length + torch.arange(image["first_feature"], image["end"])
+        for image in images
+    ]
     return {"pixel_values": torch.stack(pixel_values), "vision_positions": torch.cat(positions)}
 
 
@@ -149,11 +185,19 @@ def case_list(path: Path) -> Iterator[Result]:
     data = read(path)
     for case in data["cases"]:
         tensors = tensors_of(path.with_name(case["file"]))
-        kinds = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()}
+        kinds = {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in tensors.items()
+        }
         yield same(case["name"], "names and shapes", kinds, case.get("tensors", kinds))
         if "ntk_alpha" in case:
             length = case.get("prefill", tensors["input_ids"].shape[1])
-            yield same(case["name"], "alpha", float(ntk_alpha(length, case["config_overrides"]["seq_length"])), case["ntk_alpha"])
+            yield same(
+                case["name"],
+                "alpha",
+                float(ntk_alpha(length, case["config_overrides"]["seq_length"])),
+                case["ntk_alpha"],
+            )
     model, ids = load(path.parent), tensors_of(path.with_name("case_text.safetensors"))["input_ids"]
     with torch.no_grad():
         moved = distance(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
@@ -168,12 +212,16 @@ def batch(path: Path) -> Iterator[Result]:
         raise UnreadableError("cases.json does not name it")
     case, tensors = listed[path.name], tensors_of(path)
     inputs = {name: tensors[name] for name in ("input_ids", "attention_mask")}
-    inputs |= picture_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
+    inputs |= image_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
     dtype = getattr(torch, case.get("dtype", "float32"))
-    model = load(path.parent, case.get("config_overrides"), dtype=dtype).train(case["mode"] == "train")
+    model = load(path.parent, case.get("config_overrides"), dtype=dtype).train(
+        case["mode"] == "train"
+    )
     compare = compare_decoding if "prefill" in case else compare_forward
     if case.get("quirk"):
-        compare = partial(compare_quirk, unaffected=path.with_name(path.name.replace("_after_long_eval", "")))
+        compare = partial(
+            compare_quirk, unaffected=path.with_name(path.name.replace("_after_long_eval", ""))
+        )
     given = {"input_ids", "attention_mask", "labels", "logits_positions"}
     seen = set()
     for key, result in compare(case, tensors, model, inputs):
@@ -194,16 +242,44 @@ def compare_forward(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs:
     real = inputs["attention_mask"].bool()
     if "logits" in tensors:
         total = inputs["input_ids"].shape[1]
-        positions = tensors.get("logits_positions", torch.arange(total - tensors["logits"].shape[1], total))
+        positions = tensors.get(
+            "logits_positions", torch.arange(total - tensors["logits"].shape[1], total)
+        )
         kept = real[:, positions]
         error = distance(out.logits[:, positions].float()[kept], tensors["logits"][kept])
-        yield "logits", Result(case=name, of=f"{case.get('dtype', '')} logits".strip(), deviation=error, allowed=allowed)
-    hidden = {f"hidden_{i}": states for i, states in enumerate(out.hidden_states)} | {"hidden_last": out.hidden_states[-1]}
+        yield (
+            "logits",
+            Result(
+                case=name,
+                of=f"{case.get('dtype', '')} logits".strip(),
+                deviation=error,
+                allowed=allowed,
+            ),
+        )
+    hidden = {f"hidden_{i}": states for i, states in enumerate(out.hidden_states)} | {
+        "hidden_last": out.hidden_states[-1]
+    }
     for key in hidden.keys() & tensors.keys():
-        yield key, Result(case=name, of="hidden states", deviation=distance(hidden[key][real], tensors[key][real]), allowed=LOGITS)
+        yield (
+            key,
+            Result(
+                case=name,
+                of="hidden states",
+                deviation=distance(hidden[key][real], tensors[key][real]),
+                allowed=LOGITS,
+            ),
+        )
     if "loss" in tensors:
         for theirs in (tensors["loss"].item(), case["loss"]):
-            yield "loss", Result(case=name, of="loss (relative)", deviation=abs(out.loss.item() / theirs - 1), allowed=LOSS)
+            yield (
+                "loss",
+                Result(
+                    case=name,
+                    of="loss (relative)",
+                    deviation=abs(out.loss.item() / theirs - 1),
+                    allowed=LOSS,
+                ),
+            )
     if "grad_norms" in case:
         out.loss.backward()
         yield from compare_gradients(case, tensors, model)
@@ -213,23 +289,46 @@ def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the original names: in files, the resampler's three input projections are one."""
     tensors, prefix = dict(tensors), "transformer.visual.attn_pool.attn"
     for kind in ("weight", "bias"):
-        tensors[f"{prefix}.in_proj_{kind}"] = torch.cat([tensors.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"])
+        tensors[f"{prefix}.in_proj_{kind}"] = torch.cat(
+            [tensors.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"]
+        )
     return tensors
 
 
 def compare_gradients(case: dict, tensors: dict, model: QwenVLForCausalLM) -> Compared:
     """Eight gradients entry by entry, the size of all others, and which parameters have none."""
     of, name = "gradients (relative)", case["name"]
-    gradients = as_in_files({name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None})
+    gradients = as_in_files(
+        {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
+    )
     for key in (key for key in tensors if key.startswith("grad.")):
         ours, theirs = gradients[key.removeprefix("grad.")], tensors[key]
-        yield key, Result(case=name, of=of, deviation=distance(ours, theirs) / max(theirs.abs().max().item(), 1e-9), allowed=LOSS)
+        yield (
+            key,
+            Result(
+                case=name,
+                of=of,
+                deviation=distance(ours, theirs) / max(theirs.abs().max().item(), 1e-9),
+                allowed=LOSS,
+            ),
+        )
     norms = {name: norm for name, norm in case["grad_norms"].items() if norm is not None}
     yield None, same(name, "parameters with a gradient", sorted(gradients), sorted(norms))
-    errors = [abs(gradients[key].double().norm().item() - norm) / max(norm, 1e-9) for key, norm in norms.items()]
+    errors = [
+        abs(gradients[key].double().norm().item() - norm) / max(norm, 1e-9)
+        for key, norm in norms.items()
+    ]
     yield None, Result(case=name, of=of, deviation=worst(errors), allowed=LOSS)
     placeholder = gradients["transformer.wte.weight"][model.config.visual["image_start_id"] + 2]
-    yield None, same(name, "no gradient at picture tokens", not placeholder.any().item(), case["wte_grad_zero_rows_of_image_tokens"])
+    yield (
+        None,
+        same(
+            name,
+            "no gradient at image tokens",
+            not placeholder.any().item(),
+            case["wte_grad_zero_rows_of_image_tokens"],
+        ),
+    )
 
 
 @torch.no_grad()
@@ -238,7 +337,10 @@ def compare_decoding(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs
     cache, ids, mask = DynamicCache(), inputs["input_ids"], inputs["attention_mask"]
     bounds = [0, *range(case["prefill"], ids.shape[1] + 1)]
     steps = [
-        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits[:, -1] for start, stop in pairwise(bounds)
+        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits[
+            :, -1
+        ]
+        for start, stop in pairwise(bounds)
     ]
     error = distance(torch.stack(steps, dim=1), tensors["logits"])
     yield "logits", Result(case=case["name"], of="logits", deviation=error, allowed=LOGITS)
@@ -246,18 +348,26 @@ def compare_decoding(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs
         if f"{part}_cache_layer0" in tensors:
             ours = getattr(cache.layers[0], f"{part}s").transpose(1, 2)
             error = distance(ours, tensors[f"{part}_cache_layer0"])
-            yield f"{part}_cache_layer0", Result(case=case["name"], of="keys and values", deviation=error, allowed=LOGITS)
+            yield (
+                f"{part}_cache_layer0",
+                Result(case=case["name"], of="keys and values", deviation=error, allowed=LOGITS),
+            )
 
 
 @torch.no_grad()
-def compare_quirk(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict, unaffected: Path) -> Compared:
+def compare_quirk(
+    case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict, unaffected: Path
+) -> Compared:
     """In training after a long text in evaluation, the original keeps that text's alpha. Ours gives the logits that `unaffected` holds."""
     model.eval()(**inputs)
     logits = model.train()(**inputs).logits
     as_without = distance(logits, tensors_of(unaffected)["logits"]) <= LOGITS
     ours = {"logits of": unaffected.name if as_without else "neither"}
     error = distance(logits[:, -tensors["logits"].shape[1] :], tensors["logits"])
-    yield "logits", Result(case=case["name"], of="logits", deviation=error, allowed=LOGITS, ours=ours)
+    yield (
+        "logits",
+        Result(case=case["name"], of="logits", deviation=error, allowed=LOGITS, ours=ours),
+    )
 
 
 # -- decoding and training --------------------------------------------------------------------------------------------------------
@@ -272,11 +382,14 @@ def generation(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
         model = load(path.parent, case["config_overrides"])
         ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
-        stops = {case["eos_token_id"], *(words[0] for words in case["stop_words_ids"] or () if len(words) == 1)}
+        stops = {
+            case["eos_token_id"],
+            *(words[0] for words in case["stop_words_ids"] or () if len(words) == 1),
+        }
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            **picture_inputs(path.parent, case["images"], ids.shape[1]),
+            **image_inputs(path.parent, case["images"], ids.shape[1]),
             max_new_tokens=case["max_new_tokens"],
             eos_token_id=sorted(stops),
             pad_token_id=case["pad_token_id"],
@@ -286,7 +399,8 @@ def generation(path: Path) -> Iterator[Result]:
         )
         # An answer ends before its first stop id. The original forces an end mark after it, and stops there.
         ours, theirs = (
-            [before_stop(row, stops) for row in rows] for rows in (out.sequences[:, ids.shape[1] :].tolist(), case["new_tokens"])
+            [before_stop(row, stops) for row in rows]
+            for rows in (out.sequences[:, ids.shape[1] :].tolist(), case["new_tokens"])
         )
         yield same(case["name"], "ids", ours, theirs)
         steps = min(map(len, (*ours, *theirs)))
@@ -304,14 +418,18 @@ def train_steps(path: Path) -> Iterator[Result]:
         case = batches[recipe["case"]]
         tensors = tensors_of(path.with_name(case["file"]))
         inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "labels")}
-        inputs |= picture_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
+        inputs |= image_inputs(path.parent, case["images"], inputs["input_ids"].shape[1])
         model = load(path.parent).train()
         resampler = model.transformer.visual.attn_pool
         if name.startswith("fix_vit"):
             model.transformer.visual.requires_grad_(False)
             resampler.requires_grad_(True)
-            resampler.pos_embed.requires_grad_(True)  # the original's script thaws this table too; ours never does
-        learned = [tensor for tensor in (*model.parameters(), resampler.pos_embed) if tensor.requires_grad]
+            resampler.pos_embed.requires_grad_(
+                True
+            )  # the original's script thaws this table too; ours never does
+        learned = [
+            tensor for tensor in (*model.parameters(), resampler.pos_embed) if tensor.requires_grad
+        ]
         before = {key: tensor.clone() for key, tensor in as_in_files(model.state_dict()).items()}
         optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
         errors = []
@@ -321,10 +439,20 @@ def train_steps(path: Path) -> Iterator[Result]:
             loss.backward()
             optimizer.step()
             errors.append(abs(loss.item() - theirs) / max(theirs, 1))
-        moved = {key: (tensor - before[key]).norm().item() for key, tensor in as_in_files(model.state_dict()).items()}
+        moved = {
+            key: (tensor - before[key]).norm().item()
+            for key, tensor in as_in_files(model.state_dict()).items()
+        }
         # A loss is a difference of logits of about 10: below 1, its rounding does not shrink with it (the sixth is 0.002).
-        yield Result(case=name, of="losses (relative, to 1 at least)", deviation=worst(errors), allowed=LOSS)
-        yield same(name, "unchanged parameters", sorted(key for key, norm in moved.items() if norm == 0), sorted(recipe["unchanged"]))
+        yield Result(
+            case=name, of="losses (relative, to 1 at least)", deviation=worst(errors), allowed=LOSS
+        )
+        yield same(
+            name,
+            "unchanged parameters",
+            sorted(key for key, norm in moved.items() if norm == 0),
+            sorted(recipe["unchanged"]),
+        )
         change = worst(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items())
         yield Result(case=name, of="norm of changes", deviation=change, allowed=MOVED)
 
@@ -334,30 +462,50 @@ def train_steps(path: Path) -> Iterator[Result]:
 
 def fresh_positions(path: Path) -> Iterator[Result]:
     for name, theirs in tensors_of(path).items():
-        yield Result(case=name, of="table", deviation=distance(sine_cosine_positions(*theirs.shape), theirs), allowed=TABLE)
+        yield Result(
+            case=name,
+            of="table",
+            deviation=distance(sine_cosine_positions(*theirs.shape), theirs),
+            allowed=TABLE,
+        )
 
 
 def ntk_alphas(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
         ours = ntk_alpha(case["kv_seq_len"], case["seq_length"])
-        yield same(f"{case['kv_seq_len']} of {case['seq_length']}", "alpha", ours, case["ntk_alpha"])
+        yield same(
+            f"{case['kv_seq_len']} of {case['seq_length']}", "alpha", ours, case["ntk_alpha"]
+        )
 
 
 def rotary(path: Path) -> Iterator[Result]:
     """Cosines and sines, by the sizes in their names. The original stores each twice, for the two halves of a head."""
     for name, theirs in tensors_of(path).items():
-        function, dim, base, alpha = re.fullmatch(r"(cos|sin)_dim(\d+)_base(\d+)_alpha(\d+)", name).groups()
-        tables = rotary_tables(torch.arange(len(theirs))[None], int(dim), float(base), alpha=int(alpha))
+        function, dim, base, alpha = re.fullmatch(
+            r"(cos|sin)_dim(\d+)_base(\d+)_alpha(\d+)", name
+        ).groups()
+        tables = rotary_tables(
+            torch.arange(len(theirs))[None], int(dim), float(base), alpha=int(alpha)
+        )
         half = tables[function == "sin"].flatten(0, 3)
-        yield Result(case=name, of="table", deviation=distance(torch.cat((half, half), dim=1), theirs), allowed=TABLE)
+        yield Result(
+            case=name,
+            of="table",
+            deviation=distance(torch.cat((half, half), dim=1), theirs),
+            allowed=TABLE,
+        )
 
 
 def logn(path: Path) -> Iterator[Result]:
     """The queries' scale: at position 0 of every head the cosine of the slowest channel is nearly 1, so it is divided out."""
     for name, theirs in tensors_of(path).items():
         slots = torch.arange(len(theirs))[None]
-        scaled, plain = rotary_tables(slots, 64, 10000.0, logn_above=32)[0][0, :, :, 0, -1].unbind(1)
-        yield Result(case=name, of="table", deviation=distance(scaled / plain, theirs), allowed=TABLE)
+        scaled, plain = rotary_tables(slots, 64, 10000.0, logn_above=32)[0][0, :, :, 0, -1].unbind(
+            1
+        )
+        yield Result(
+            case=name, of="table", deviation=distance(scaled / plain, theirs), allowed=TABLE
+        )
 
 
 CHECKS = {

@@ -16,7 +16,11 @@ from qwenvl_lit.metrics.exact_match import exact_match
 from qwenvl_lit.metrics.gqa_accuracy import gqa_answer_official
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.relaxed_accuracy import relaxed_match_official
-from qwenvl_lit.metrics.vqa_accuracy import reworded_official, vqa_accuracy_official, without_punctuation_official
+from qwenvl_lit.metrics.vqa_accuracy import (
+    reworded_official,
+    vqa_accuracy_official,
+    without_punctuation_official,
+)
 
 SCORE = 1e-9
 METRICS = {f"Bleu_{n}": "BLEU" for n in range(1, N + 1)} | {"ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"}
@@ -41,11 +45,16 @@ def anls_scores(path: Path) -> Iterator[Result]:
 def relaxed_and_exact(path: Path) -> Iterator[Result]:
     data, relaxed, exact = read(path), [], []
     for place, case in enumerate(data["cases"]):
-        name, answers = f"{place}: {case['answer']} for {case['annotation']}", several(case["annotation"])
+        name, answers = (
+            f"{place}: {case['answer']} for {case['annotation']}",
+            several(case["annotation"]),
+        )
         each = [relaxed_match_official(case["answer"], answer) for answer in answers]
         relaxed.append(any(each))
         exact.append(float(exact_match(case["answer"], answers, ignore_case=True)))
-        yield same(name, "relaxed", [each, relaxed[-1]], [case["relaxed_per_annotation"], case["relaxed"]])
+        yield same(
+            name, "relaxed", [each, relaxed[-1]], [case["relaxed_per_annotation"], case["relaxed"]]
+        )
         yield same(name, "exact match", exact[-1], case["exact"])
     yield near("relaxed_accuracy", "share", fmean(relaxed), data["relaxed_accuracy"])
     yield near("exact_match_accuracy", "share", fmean(exact), data["exact_match_accuracy"])
@@ -53,9 +62,17 @@ def relaxed_and_exact(path: Path) -> Iterator[Result]:
 
 def gqa(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
-        name, processed = f"{case['answer']} for {case['annotation']}", gqa_answer_official(case["answer"])
+        name, processed = (
+            f"{case['answer']} for {case['annotation']}",
+            gqa_answer_official(case["answer"]),
+        )
         yield same(name, "clean answer", processed, case["processed"])
-        yield same(name, "right", float(exact_match(processed, [case["annotation"]], ignore_case=True)), case["score"])
+        yield same(
+            name,
+            "right",
+            float(exact_match(processed, [case["annotation"]], ignore_case=True)),
+            case["score"],
+        )
 
 
 def vqa_normalisation(path: Path) -> Iterator[Result]:
@@ -63,22 +80,34 @@ def vqa_normalisation(path: Path) -> Iterator[Result]:
         text = case["text"]
         yield same(text, "punctuation", without_punctuation_official(text), case["punctuation"])
         yield same(text, "words", reworded_official(text), case["digit_article"])
-        yield same(text, "both", reworded_official(without_punctuation_official(text)), case["both"])
+        yield same(
+            text, "both", reworded_official(without_punctuation_official(text)), case["both"]
+        )
 
 
 def vqa_accuracy(path: Path) -> Iterator[Result]:
     """Percentages rounded to two digits, of each question, and over all and of each type."""
     data = read(path)
-    scores: dict[str, dict[str, list[float]]] = {"perQuestionType": defaultdict(list), "perAnswerType": defaultdict(list)}
+    scores: dict[str, dict[str, list[float]]] = {
+        "perQuestionType": defaultdict(list),
+        "perAnswerType": defaultdict(list),
+    }
     everything = []
     for case in data["cases"]:
         numbered = "answer_id" in case["answers"][0]
-        score = vqa_accuracy_official(case["answer"], [answer["answer"] for answer in case["answers"]], numbered=numbered)
+        score = vqa_accuracy_official(
+            case["answer"], [answer["answer"] for answer in case["answers"]], numbered=numbered
+        )
         everything.append(score)
         scores["perQuestionType"][case["question_type"]].append(score)
         scores["perAnswerType"][case["answer_type"]].append(score)
         yield same(str(case["question_id"]), "accuracy", round(100 * score, 2), case["score"])
-    yield same("overall", "accuracy", round(100 * sum(everything) / len(everything), 2), data["accuracy"]["overall"])
+    yield same(
+        "overall",
+        "accuracy",
+        round(100 * sum(everything) / len(everything), 2),
+        data["accuracy"]["overall"],
+    )
     for kind, by_name in scores.items():
         ours = {name: round(100 * sum(each) / len(each), 2) for name, each in by_name.items()}
         yield same(kind, "accuracy", ours, data["accuracy"][kind])
@@ -87,10 +116,14 @@ def vqa_accuracy(path: Path) -> Iterator[Result]:
 def _each(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Our scores of every caption, and of the corpus."""
     counts = [bleu_counts(case["caption"], tuple(case["references"])) for case in cases]
-    words = [(ptb_words(case["caption"]), [ptb_words(text) for text in case["references"]]) for case in cases]
+    words = [
+        (ptb_words(case["caption"]), [ptb_words(text) for text in case["references"]])
+        for case in cases
+    ]
     ciders = cider([caption for caption, _ in words], [others for _, others in words]).tolist()
     rows = [
-        {f"Bleu_{n}": bleu(count, n) for n in range(1, N + 1)} | {"ROUGE_L": rouge_l(*texts), "CIDEr": score}
+        {f"Bleu_{n}": bleu(count, n) for n in range(1, N + 1)}
+        | {"ROUGE_L": rouge_l(*texts), "CIDEr": score}
         for count, texts, score in zip(counts, words, ciders, strict=True)
     ]
     summed = [sum(column) for column in zip(*counts, strict=True)]
@@ -104,7 +137,9 @@ def captions(path: Path) -> Iterator[Result]:
     for case, ours in zip(data["cases"], rows, strict=True):
         name = json.dumps([case["id"], case["caption"]], ensure_ascii=False)
         spoken = [" ".join(ptb_words(text)) for text in (case["caption"], *case["references"])]
-        yield same(name, "tokens", spoken, [case["tokenised_caption"], *case["tokenised_references"]])
+        yield same(
+            name, "tokens", spoken, [case["tokenised_caption"], *case["tokenised_references"]]
+        )
         for of in METRICS:
             yield near(name, METRICS[of], ours[of], case[of])
     for of in METRICS:

@@ -26,7 +26,9 @@ def test_what_the_original_gives_comes_out_but_for_stated_deviations(file):
 
 
 def test_no_file_is_missing_or_unknown():
-    assert {file.removesuffix(".xz") for file in FILES} == {entry["file"] for entry in RECORD["files"]}
+    assert {file.removesuffix(".xz") for file in FILES} == {
+        entry["file"] for entry in RECORD["files"]
+    }
     assert check_golden.files(GOLDEN)[1] == []
 
 
@@ -39,7 +41,11 @@ def test_the_copy_stays_small():
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) <= 9_000_000
 
 
-@pytest.mark.parametrize("table", [check_golden.table(RECORD), check_golden.deviations_table(DEVIATIONS)], ids=["cases", "deviations"])
+@pytest.mark.parametrize(
+    "table",
+    [check_golden.table(RECORD), check_golden.deviations_table(DEVIATIONS)],
+    ids=["cases", "deviations"],
+)
 def test_the_readme_has_the_recorded_table(table):
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -54,10 +60,17 @@ def folder(tmp_path) -> Path:
     shutil.copy(GOLDEN / "tokenizer" / "synthetic.tiktoken", tmp_path / "tokenizer")
     data = read(GOLDEN / "tokenizer" / "to_list_format_synthetic.json")
     agreeing = [case for case in data["cases"] if "ok" in case]
-    data["cases"] = [*agreeing[:3], *(case for case in data["cases"] if case["text"] == "<ref>unclosed")]
+    data["cases"] = [
+        *agreeing[:3],
+        *(case for case in data["cases"] if case["text"] == "<ref>unclosed"),
+    ]
     write(tmp_path, data)
-    stated = {"<ref>unclosed": DEVIATIONS["tokenizer/to_list_format_synthetic.json"]["<ref>unclosed"]}
-    (tmp_path / "deviations.json").write_text(json.dumps({"tokenizer/to_list_format_synthetic.json": stated}))
+    stated = {
+        "<ref>unclosed": DEVIATIONS["tokenizer/to_list_format_synthetic.json"]["<ref>unclosed"]
+    }
+    (tmp_path / "deviations.json").write_text(
+        json.dumps({"tokenizer/to_list_format_synthetic.json": stated})
+    )
     return tmp_path
 
 
@@ -74,7 +87,10 @@ def restate(folder: Path, change) -> None:
 def test_any_part_of_a_folder_is_compared_and_counted(folder, capsys):
     assert check_golden.main(folder) == 0
     first, total = capsys.readouterr().out.splitlines()
-    assert first == "ok   tokenizer/to_list_format_synthetic.json: 3 of 4 cases agree, 1 differ on purpose; parts exact"
+    assert (
+        first
+        == "ok   tokenizer/to_list_format_synthetic.json: 3 of 4 cases agree, 1 differ on purpose; parts exact"
+    )
     assert total == "1 files, 4 cases: 3 agree, 1 differ on purpose, 0 wrong"
 
 
@@ -91,8 +107,14 @@ def test_another_value_is_a_miss_and_named(folder, capsys):
     ("change", "message"),
     [
         (lambda listed: listed.clear(), "<ref>unclosed: other parts"),
-        (lambda listed: listed["<ref>unclosed"].update(ours=[]), "<ref>unclosed: differs, but not as listed"),
-        (lambda listed: listed.update(gone={"ours": 1, "why": "?"}), "gone: is listed as a deviation, but is no case"),
+        (
+            lambda listed: listed["<ref>unclosed"].update(ours=[]),
+            "<ref>unclosed: differs, but not as listed",
+        ),
+        (
+            lambda listed: listed.update(gone={"ours": 1, "why": "?"}),
+            "gone: is listed as a deviation, but is no case",
+        ),
     ],
 )
 def test_a_deviation_must_be_stated_exactly(folder, change, message, capsys):
@@ -102,7 +124,11 @@ def test_a_deviation_must_be_stated_exactly(folder, change, message, capsys):
 
 
 def test_a_deviation_that_is_none_any_more_is_a_miss(folder, capsys):
-    agreeing = next(case["text"] for case in read(folder / "tokenizer" / "to_list_format_synthetic.json")["cases"] if "ok" in case)
+    agreeing = next(
+        case["text"]
+        for case in read(folder / "tokenizer" / "to_list_format_synthetic.json")["cases"]
+        if "ok" in case
+    )
     restate(folder, lambda listed: listed.update({agreeing: {"ours": [], "why": "?"}}))
     assert check_golden.main(folder) == 1
     assert f"{agreeing}: is listed as a deviation, but agrees" in capsys.readouterr().out
@@ -119,11 +145,31 @@ def test_a_case_that_is_not_compared_is_a_miss(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer/to_list_format_synthetic.json", '{"cases": [', "to_list_format_synthetic.json is no JSON"),
-        ("tokenizer/to_list_format_synthetic.json", '{"cases": [{}]}', "cannot be compared: KeyError: 'text'"),
-        ("tokenizer/to_list_format_synthetic.json", '{"vocab_sha256": "0"}', "was made with another synthetic.tiktoken"),
-        ("model/rotary.safetensors", "half a file", "rotary.safetensors cannot be read as safetensors"),
-        ("model/preprocess.json", '{"images": [{"file": "images/gone.png"}]}', "cannot be compared: FileNotFoundError"),
+        (
+            "tokenizer/to_list_format_synthetic.json",
+            '{"cases": [',
+            "to_list_format_synthetic.json is no JSON",
+        ),
+        (
+            "tokenizer/to_list_format_synthetic.json",
+            '{"cases": [{}]}',
+            "cannot be compared: KeyError: 'text'",
+        ),
+        (
+            "tokenizer/to_list_format_synthetic.json",
+            '{"vocab_sha256": "0"}',
+            "was made with another synthetic.tiktoken",
+        ),
+        (
+            "model/rotary.safetensors",
+            "half a file",
+            "rotary.safetensors cannot be read as safetensors",
+        ),
+        (
+            "model/preprocess.json",
+            '{"images": [{"file": "images/gone.png"}]}',
+            "cannot be compared: FileNotFoundError",
+        ),
         ("model/notes.json", "{}", "model/notes.json: no comparison knows this file"),
     ],
 )
@@ -137,7 +183,9 @@ def test_a_file_that_cannot_be_used_is_a_miss(folder, name, content, message, ca
     assert check_golden.main(folder) == 1
     printed = capsys.readouterr().out
     assert message in printed
-    assert "ok   model/ntk_alpha.json: 70 of 70 cases agree" in printed  # the others are compared all the same
+    assert (
+        "ok   model/ntk_alpha.json: 70 of 70 cases agree" in printed
+    )  # the others are compared all the same
 
 
 def test_an_empty_folder_is_a_miss(tmp_path):

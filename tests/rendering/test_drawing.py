@@ -11,14 +11,16 @@ def pixels(image: Image.Image, colour: str) -> np.ndarray:
     return (np.asarray(image) == ImageColor.getrgb(colour)).all(-1)
 
 
-def test_small_pictures_are_enlarged_by_a_whole_number_and_large_ones_kept():
+def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_kept():
     assert draw_objects(Image.new("RGB", (64, 32)), []).size == (320, 160)
     assert draw_objects(Image.new("RGB", (319, 100)), []).size == (638, 200)
     assert draw_objects(Image.new("RGB", (640, 427)), []).size == (640, 427)
 
 
-def test_a_large_picture_can_be_shrunk_before_drawing():
-    drawn = draw_objects(Image.new("RGB", (1200, 3000)), [grounded("", 0, 1500, 600, 3000)], largest_side_px=320)
+def test_a_large_image_can_be_shrunk_before_drawing():
+    drawn = draw_objects(
+        Image.new("RGB", (1200, 3000)), [grounded("", 0, 1500, 600, 3000)], largest_side_px=320
+    )
     assert drawn.size == (128, 320)
     rows, columns = np.nonzero(pixels(drawn, PREDICTED))
     assert rows.min() == pytest.approx(160, abs=2)
@@ -28,14 +30,16 @@ def test_a_large_picture_can_be_shrunk_before_drawing():
 def test_predicted_boxes_are_solid_and_expected_ones_dashed():
     black = Image.new("RGB", (400, 400))
     solid = pixels(draw_objects(black, [grounded("", 100, 100, 300, 300)]), PREDICTED)[100, 100:301]
-    dashed = pixels(draw_objects(black, [], [grounded("", 100, 100, 300, 300)]), EXPECTED)[100, 100:301]
+    dashed = pixels(draw_objects(black, [], [grounded("", 100, 100, 300, 300)]), EXPECTED)[
+        100, 100:301
+    ]
     assert solid.all()
     assert 0.4 < dashed.mean() < 0.7
     assert dashed[0]
     assert dashed[-1]
 
 
-def test_the_picture_itself_is_not_drawn_on():
+def test_the_image_itself_is_not_drawn_on():
     image = Image.new("RGB", (400, 400))
     draw_objects(image, [grounded("dog", 0, 0, 100, 100)])
     assert not np.asarray(image).any()
@@ -52,11 +56,13 @@ def test_any_mode_becomes_rgb(mode):
         grounded("inverted", 300, 300, 100, 100),
         grounded("outside", -500, -500, 99999, 99999),
         grounded("a point", 5, 5, 5, 5),
-        grounded("a label much longer than the picture is wide " * 5, 0, 0, 9, 9),
+        grounded("a label much longer than the image is wide " * 5, 0, 0, 9, 9),
         grounded("一只狗", 0, 0, 9, 9),
         GroundedObject(label=None),
         GroundedObject(label="no box"),
-        GroundedObject(label="quad", boxes=(Quad(points=((50, 50), (200, 80), (180, 160), (40, 140))),)),
+        GroundedObject(
+            label="quad", boxes=(Quad(points=((50, 50), (200, 80), (180, 160), (40, 140))),)
+        ),
     ],
 )
 def test_whatever_a_model_answers_can_be_drawn(wild):
@@ -65,7 +71,9 @@ def test_whatever_a_model_answers_can_be_drawn(wild):
 
 
 def test_what_is_outside_is_drawn_at_the_edge():
-    drawn = pixels(draw_objects(Image.new("RGB", (400, 300)), [grounded("", -50, 100, 500, 200)]), PREDICTED)
+    drawn = pixels(
+        draw_objects(Image.new("RGB", (400, 300)), [grounded("", -50, 100, 500, 200)]), PREDICTED
+    )
     assert drawn[150, 0]
     assert drawn[150, 399]
     assert drawn[100].all()
@@ -80,7 +88,14 @@ def test_labels_of_equal_boxes_do_not_cover_each_other():
 
 
 def test_a_prediction_is_drawn_with_its_expected_answer():
-    row = conversation(0, answer=["a ", grounded("dog", 0, 0, 0.5, 0.5, frame="unit"), grounded("elsewhere", 0, 0, 1, 1, frame="unit")])
+    row = conversation(
+        0,
+        answer=[
+            "a ",
+            grounded("dog", 0, 0, 0.5, 0.5, frame="unit"),
+            grounded("elsewhere", 0, 0, 1, 1, frame="unit"),
+        ],
+    )
     said = Prediction(conversation=row, text="", parts=("a ", grounded("dog", 32, 32, 64, 64)))
     drawn = draw_prediction(said)
     assert drawn.size == (320, 320)

@@ -10,11 +10,19 @@ def printed(*args) -> list[list[str]]:
     with console.capture() as capture:
         console.print(score_table(*args))
     lines = [line for line in capture.get().splitlines() if set(line) & set("│┃")]
-    return [[cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines]
+    return [
+        [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines
+    ]
 
 
 def test_metrics_are_rows_and_sets_are_columns():
-    scores = {"test/caption": torch.tensor(0.5), "test/rows": 200.0, "unseen/caption": 0.25, "unseen/rows": 31.0, "unseen/iou": 1 / 3}
+    scores = {
+        "test/caption": torch.tensor(0.5),
+        "test/rows": 200.0,
+        "unseen/caption": 0.25,
+        "unseen/rows": 31.0,
+        "unseen/iou": 1 / 3,
+    }
     assert printed(scores) == [
         ["metric", "test", "unseen"],
         ["caption", "0.500", "0.250"],

@@ -9,14 +9,18 @@ from qwenvl_lit.data.inspection import inspect
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.reports.data_page import examples, write_page
-from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
+from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
 PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=16, side=32)
-GREY = Picture(Image.new("RGB", (400, 400), "grey"))
+GREY = ImageSource(Image.new("RGB", (400, 400), "grey"))
 
 
 def talk(id: str, *question, answer=("red",)) -> Conversation:
-    return Conversation(id=id, turns=(Turn(role="user", parts=question), Turn(role="assistant", parts=answer)), where=f"a.jsonl:{id}")
+    return Conversation(
+        id=id,
+        turns=(Turn(role="user", parts=question), Turn(role="assistant", parts=answer)),
+        where=f"a.jsonl:{id}",
+    )
 
 
 class Faulty(list):
@@ -28,7 +32,12 @@ class Faulty(list):
 
 def page_of(folder: Path, sets, prompts=(), count=10) -> str:
     inspection = inspect(sets, PROCESSOR, prompts=prompts)
-    write_page(inspection, examples(inspection, sets, PROCESSOR, count=count), folder / "report.html", title="Data <here>")
+    write_page(
+        inspection,
+        examples(inspection, sets, PROCESSOR, count=count),
+        folder / "report.html",
+        title="Data <here>",
+    )
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -37,12 +46,17 @@ def test_learned_text_is_marked_and_boxes_are_drawn(tmp_path):
     rows = [talk("7", GREY, "Find it", answer=(box,))]
     inspection = inspect({"train": rows}, PROCESSOR)
     [example] = examples(inspection, {"train": rows}, PROCESSOR)
-    assert [text for text, learned in example.runs if learned] == ["<ref>it</ref><box>(249,249),(749,749)</box><|im_end|>"]
+    assert [text for text, learned in example.runs if learned] == [
+        "<ref>it</ref><box>(249,249),(749,749)</box><|im_end|>"
+    ]
     assert example.expected is None
-    [picture] = example.pictures
-    assert picture.getpixel((100, 200)) != picture.getpixel((200, 200)) == (128, 128, 128)
+    [image] = example.images
+    assert image.getpixel((100, 200)) != image.getpixel((200, 200)) == (128, 128, 128)
     page = page_of(tmp_path, {"train": rows})
-    assert '<span class="learned">&lt;ref&gt;it&lt;/ref&gt;&lt;box&gt;(249,249),(749,749)&lt;/box&gt;&lt;|im_end|&gt;</span>' in page
+    assert (
+        '<span class="learned">&lt;ref&gt;it&lt;/ref&gt;&lt;box&gt;(249,249),(749,749)&lt;/box&gt;&lt;|im_end|&gt;</span>'
+        in page
+    )
     assert "a.jsonl:7" in page
     assert "No errors." in page
 
@@ -57,7 +71,10 @@ def test_a_prompt_is_shown_with_what_is_expected(tmp_path):
 
 
 def test_examples_come_from_all_sets_and_from_usable_rows_only():
-    sets = {"train": Faulty([None, *(talk(str(n), f"{n}?") for n in range(20)), None]), "test": [talk("a", "A?"), talk("b", "B?")]}
+    sets = {
+        "train": Faulty([None, *(talk(str(n), f"{n}?") for n in range(20)), None]),
+        "test": [talk("a", "A?"), talk("b", "B?")],
+    }
     inspection = inspect(sets, PROCESSOR)
     shown = examples(inspection, sets, PROCESSOR, count=10, seed=1)
     assert [example.set for example in shown] == ["train"] * 8 + ["test"] * 2

@@ -3,21 +3,40 @@ import json
 from qwenvl_lit.reports.model_card import model_card
 from qwenvl_lit.runs.run import Run
 
-ADAPTER = {"_target_": "qwenvl_lit.training.adapters.LoRA", "rank": 8, "targets": "a|b", "options": {}, "quantization": None}
+ADAPTER = {
+    "_target_": "qwenvl_lit.training.adapters.LoRA",
+    "rank": 8,
+    "targets": "a|b",
+    "options": {},
+    "quantization": None,
+}
 
 
 def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
     made = Run(config={"adapter": ADAPTER}, checkpoint=folder / "best.ckpt", folder=folder, **run)
     config = {"model": {"path": path, "template": "chatml"}}
     return model_card(
-        "mine", run=made, trained=dict(trained), config=config, merged=merged, dtype="bfloat16", compared="equal"
+        "mine",
+        run=made,
+        trained=dict(trained),
+        config=config,
+        merged=merged,
+        dtype="bfloat16",
+        compared="equal",
     ).splitlines()
 
 
 def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
-    best, last = {"step": 50, "val/loss": 1.23456, "val/caption": 0.5, "loss": 9}, {"step": 90, "val/loss": 2.0, "val/caption": None}
+    best, last = (
+        {"step": 50, "val/loss": 1.23456, "val/caption": 0.5, "loss": 9},
+        {"step": 90, "val/loss": 2.0, "val/caption": None},
+    )
     (tmp_path / "metrics.json").write_text(json.dumps({"fit": {"best": best, "last": last}}))
-    trained = {"data": {"train": "my.jsonl", "test": {}, "num_workers": 3}, "optim": {"lr": 1e-4}, "base": {"checkpoint": "before.ckpt"}}
+    trained = {
+        "data": {"train": "my.jsonl", "test": {}, "num_workers": 3},
+        "optim": {"lr": 1e-4},
+        "init": {"checkpoint": "before.ckpt"},
+    }
     lines = card(tmp_path, trained)
     assert lines[1] == "base_model: Qwen/Qwen-VL-Chat"
     for line in (

@@ -12,15 +12,27 @@ from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.proposal import proposals
-from qwenvl_lit.reports.scores import answers, bootstrap, compare, extremes, groups, in_order, ious, read_predictions, score
+from qwenvl_lit.reports.scores import (
+    answers,
+    bootstrap,
+    compare,
+    extremes,
+    groups,
+    in_order,
+    ious,
+    read_predictions,
+    score,
+)
 from qwenvl_lit.reports.scores_page import Earlier, Report, write_report
 from qwenvl_lit.runs.predictions import config_beside, predictions_file, scored_arguments
-from qwenvl_lit.types import Conversation, DataError, Picture, Prediction, Turn
+from qwenvl_lit.types import Conversation, DataError, ImageSource, Prediction, Turn
 
 
-def predicted(index: int, text: str, *, answer=("yes",), parts=None, columns=None, pictures=1) -> Prediction:
+def predicted(
+    index: int, text: str, *, answer=("yes",), parts=None, columns=None, images=1
+) -> Prediction:
     row = conversation(index, answer=answer)
-    turns = (Turn(role="user", parts=(*[row.pictures[0]] * pictures, "What?")), row.turns[1])
+    turns = (Turn(role="user", parts=(*[row.images[0]] * images, "What?")), row.turns[1])
     row = Conversation(id=row.id, index=index, turns=turns, columns=columns or {})
     reference = "".join(part if isinstance(part, str) else part.label for part in answer)
     return Prediction(conversation=row, text=text, parts=parts or (text,), reference=reference)
@@ -29,13 +41,21 @@ def predicted(index: int, text: str, *, answer=("yes",), parts=None, columns=Non
 def test_the_interval_of_a_mean_is_that_of_the_binomial_distribution():
     mean = bootstrap(np.array([1.0] * 60 + [0.0] * 40 + [np.nan] * 7))
     assert (mean.value, mean.rows) == (0.6, 100)
-    assert (mean.low, mean.high) == (pytest.approx(0.504, abs=0.015), pytest.approx(0.696, abs=0.015))  # 0.6 -+ 1.96 * sqrt(0.24 / 100)
+    assert (mean.low, mean.high) == (
+        pytest.approx(0.504, abs=0.015),
+        pytest.approx(0.696, abs=0.015),
+    )  # 0.6 -+ 1.96 * sqrt(0.24 / 100)
     assert bootstrap(np.array([0.25] * 9))[:3] == (0.25, 0.25, 0.25)
     assert bootstrap(np.array([np.nan])).rows == 0
 
 
 def test_rows_are_scored_as_the_metric_does():
-    rows = [predicted(0, "yes"), predicted(1, "no"), predicted(2, "yes"), predicted(2, "no")]  # the last two are one row
+    rows = [
+        predicted(0, "yes"),
+        predicted(1, "no"),
+        predicted(2, "yes"),
+        predicted(2, "no"),
+    ]  # the last two are one row
     found = score("mine", rows, {"exact": ExactMatch(), "iou": MeanIoU()}, rows=5)
     assert found.totals == {"exact": pytest.approx(1 / 3)}, "no row has a box: nothing to say"
     assert found.scores["exact"].tolist()[:2] == [1, 0]
@@ -45,7 +65,10 @@ def test_rows_are_scored_as_the_metric_does():
 
 
 def test_a_score_of_all_rows_together_has_no_interval():
-    rows = [predicted(0, "a b c d e", answer=("a b c d e",)), predicted(1, "a b", answer=("x y z",))]
+    rows = [
+        predicted(0, "a b c d e", answer=("a b c d e",)),
+        predicted(1, "a b", answer=("x y z",)),
+    ]
     found = score("mine", rows, {"bleu": Bleu(1), "exact": ExactMatch()})
     assert not found.is_mean("bleu")
     assert np.isnan(found.mean("bleu").low)
@@ -54,18 +77,33 @@ def test_a_score_of_all_rows_together_has_no_interval():
 
 
 def test_groups_are_what_tells_rows_apart():
-    box = grounded("it", 0, 0, 32, 64)  # half of the picture
+    box = grounded("it", 0, 0, 32, 64)  # half of the image
     rows = [
         predicted(0, "yes", columns={"task": "a", "name": "0"}),
-        predicted(1, "yes", columns={"task": "b", "name": "1"}, answer=("one two three",), pictures=2),
+        predicted(
+            1, "yes", columns={"task": "b", "name": "1"}, answer=("one two three",), images=2
+        ),
         predicted(2, "yes", columns={"task": "b", "name": "2"}, answer=(box,)),
-        *(predicted(3 + k, "yes", columns={"task": "a", "name": str(3 + k)}, answer=(grounded("it", 0, 0, 2, 2),)) for k in range(12)),
+        *(
+            predicted(
+                3 + k,
+                "yes",
+                columns={"task": "a", "name": str(3 + k)},
+                answer=(grounded("it", 0, 0, 2, 2),),
+            )
+            for k in range(12)
+        ),
     ]
     found = groups(rows)
-    assert set(found) == {"task", "pictures", "words of the expected answer", "box, % of the picture"}, "a name for each row groups nothing"
+    assert set(found) == {
+        "task",
+        "images",
+        "words of the expected answer",
+        "box, % of the image",
+    }, "a name for each row groups nothing"
     assert found["task"].tolist()[:4] == ["a", "b", "b", "a"]
     assert found["words of the expected answer"].tolist()[:3] == ["1", "2–3", ""]
-    assert found["box, % of the picture"].tolist()[2:4] == ["50 and more", "0–1"]
+    assert found["box, % of the image"].tolist()[2:4] == ["50 and more", "0–1"]
     assert in_order(["16 and more", "2–3", "1", "", "8–15"]) == ["1", "2–3", "8–15", "16 and more"]
     assert in_order(["b", "", "a"]) == ["a", "b"]
 
@@ -85,14 +123,23 @@ def test_boxes_worst_and_best():
 
 
 def test_two_runs_are_compared_row_by_row():
-    before = score("mine", [predicted(k, "yes" if k < 4 else "no") for k in range(9)], {"exact": ExactMatch()})
-    now = score("mine", [predicted(k, "yes" if k > 1 else "no") for k in range(1, 10)], {"exact": ExactMatch()})
+    before = score(
+        "mine", [predicted(k, "yes" if k < 4 else "no") for k in range(9)], {"exact": ExactMatch()}
+    )
+    now = score(
+        "mine",
+        [predicted(k, "yes" if k > 1 else "no") for k in range(1, 10)],
+        {"exact": ExactMatch()},
+    )
     found, changed = compare(before, now)
     assert found["exact"].before == pytest.approx(3 / 8)
     assert found["exact"].now == pytest.approx(7 / 8)
     assert found["exact"].change.value == pytest.approx(4 / 8)
     assert (found["exact"].better, found["exact"].worse, found["exact"].change.rows) == (5, 1, 8)
-    assert sorted((row.now.conversation.index, row.by) for row in changed) == [(1, -1), *((k, 1) for k in range(4, 9))]
+    assert sorted((row.now.conversation.index, row.by) for row in changed) == [
+        (1, -1),
+        *((k, 1) for k in range(4, 9)),
+    ]
     same, nothing = compare(now, now)
     assert same["exact"].change[:3] == (0, 0, 0)
     assert nothing == []
@@ -113,20 +160,37 @@ def write(folder, *rows):
 
 def test_answers_are_those_to_the_rows_they_were_given_to(tmp_path):
     rows = {"mine": [conversation(k) for k in range(3)], "other": []}
-    file = write(tmp_path, *({"set": "mine", "index": k, "id": f"row {k}", "prediction": str(k)} for k in (2, 0)))
+    file = write(
+        tmp_path,
+        *({"set": "mine", "index": k, "id": f"row {k}", "prediction": str(k)} for k in (2, 0)),
+    )
     found = answers(file, rows, Reader())
     assert [(p.text, p.conversation.id) for p in found["mine"]] == [("0", "row 0"), ("2", "row 2")]
     wrong = write(tmp_path, {"set": "mine", "index": 1, "id": "row 7", "prediction": "x"})
     with pytest.raises(DataError, match="row 1 of mine is 'row 7', which is 'row 1' in the data"):
         answers(wrong, rows, Reader())
     with pytest.raises(DataError, match="does not exist in the data"):
-        answers(write(tmp_path, {"set": "mine", "index": 5, "id": "row 5", "prediction": "x"}), rows, Reader())
+        answers(
+            write(tmp_path, {"set": "mine", "index": 5, "id": "row 5", "prediction": "x"}),
+            rows,
+            Reader(),
+        )
     with pytest.raises(DataError, match="answers the sets yours, the data has mine, other"):
-        answers(write(tmp_path, {"set": "yours", "index": 1, "id": "row 7", "prediction": "x"}), rows, Reader())
+        answers(
+            write(tmp_path, {"set": "yours", "index": 1, "id": "row 7", "prediction": "x"}),
+            rows,
+            Reader(),
+        )
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"set": "a", "index": 1, "id": "x"}', '{"set": "a", "index": null, "id": "x", "prediction": ""}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"set": "a", "index": 1, "id": "x"}',
+        '{"set": "a", "index": null, "id": "x", "prediction": ""}',
+    ],
 )
 def test_a_line_that_is_no_prediction_is_named(tmp_path, line):
     file = tmp_path / "some.jsonl"
@@ -152,8 +216,12 @@ def test_a_folder_or_a_file_gives_answers_and_their_config(tmp_path):
 def row(*answers: str, boxes=False, options=()) -> Conversation:
     turns = [Turn(role="user", parts=("?",))]
     if boxes or answers:
-        turns.append(Turn(role="assistant", parts=(grounded("it", 0, 0, 2, 2),) if boxes else answers[:1]))
-    return Conversation(id="1", turns=tuple(turns), references=answers if len(answers) > 1 else (), options=options)
+        turns.append(
+            Turn(role="assistant", parts=(grounded("it", 0, 0, 2, 2),) if boxes else answers[:1])
+        )
+    return Conversation(
+        id="1", turns=tuple(turns), references=answers if len(answers) > 1 else (), options=options
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +250,10 @@ def page(tmp_path) -> str:
     half, answer = grounded("it", 0, 0, 32, 64), (grounded("it", 0, 0, 64, 64),)
     gone = Prediction(
         conversation=Conversation(
-            id="gone", index=9, turns=(Turn(role="user", parts=(Picture(tmp_path / "gone.png"), EVIL)),), references=("x",)
+            id="gone",
+            index=9,
+            turns=(Turn(role="user", parts=(ImageSource(tmp_path / "gone.png"), EVIL)),),
+            references=("x",),
         ),
         text="y",
         parts=("y",),
@@ -195,9 +266,14 @@ def page(tmp_path) -> str:
     report = Report(
         title="Scores <of> it",
         sets=[now],
-        published=[{"benchmark": "refcoco/val", "metric": "iou", "score": "51.00", "difference": "-1.00"}],
-        notes=["the model learned from these pictures"],
-        earlier=[Earlier(name="the <first>", sets={EVIL: before}), Earlier(name="another", sets={})],
+        published=[
+            {"benchmark": "refcoco/val", "metric": "iou", "score": "51.00", "difference": "-1.00"}
+        ],
+        notes=["the model learned from these images"],
+        earlier=[
+            Earlier(name="the <first>", sets={EVIL: before}),
+            Earlier(name="another", sets={}),
+        ],
     )
     write_report(report, tmp_path / "report.html")
     return (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -206,9 +282,17 @@ def page(tmp_path) -> str:
 def test_the_page_tells_scores_groups_boxes_changes_and_examples(page):
     tags = Tags(page)
     said = tags.text
-    for heading in ("Benchmarks", "Scores", "Against the <first>", "Better now", "exact by group", "Overlap of boxes", "Worst answers"):
+    for heading in (
+        "Benchmarks",
+        "Scores",
+        "Against the <first>",
+        "Better now",
+        "exact by group",
+        "Overlap of boxes",
+        "Worst answers",
+    ):
         assert heading in said
-    assert "the model learned from these pictures" in said
+    assert "the model learned from these images" in said
     assert "2 rows of" in said, "that have no answer"
     assert "The two have no rows in common" in said
     assert re.search(r"<td class=text>task</td><td class=text>b</td><td>0\.750</td>", page)
@@ -221,7 +305,9 @@ def test_the_page_is_well_formed_needs_nothing_else_and_holds_no_markup_of_the_d
     tags = Tags(page)
     assert not [tag for tag, _ in tags.tags if tag in ("script", "link", "iframe")]
     assert not [name for _, attributes in tags.tags for name in attributes if name.startswith("on")]
-    assert {attributes["src"].split(":")[0] for tag, attributes in tags.tags if tag == "img"} == {"data"}
+    assert {attributes["src"].split(":")[0] for tag, attributes in tags.tags if tag == "img"} == {
+        "data"
+    }
     for tag in ("table", "tr", "td", "section", "div", "pre", "figure", "svg"):
         assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>"), tag
     assert "<script>alert(1)</script>" in tags.text

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from small_network import small_network
 
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.runs.peft_folder import adapter_node, read_config, weights_file
-from qwenvl_lit.training.adapters import LoRA, read_learned
+from qwenvl_lit.training.adapters import LoRA, read_trained_state
 from qwenvl_lit.types import DataError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
@@ -23,14 +23,24 @@ def folder(tmp_path):
         config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         if tensors:
-            save_file({name: torch.zeros(2, 2) for name in tensors}, tmp_path / "adapter_model.safetensors")
+            save_file(
+                {name: torch.zeros(2, 2) for name in tensors},
+                tmp_path / "adapter_model.safetensors",
+            )
         return tmp_path
 
     return make
 
 
 def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
-    made = folder(use_rslora=True, bias="none", lora_dtype="fp32", megatron_core="megatron.core", use_qa_lora=False, rank_pattern={"w1": 8})
+    made = folder(
+        use_rslora=True,
+        bias="none",
+        lora_dtype="fp32",
+        megatron_core="megatron.core",
+        use_qa_lora=False,
+        rank_pattern={"w1": 8},
+    )
     assert adapter_node(made) == {
         "_target_": "qwenvl_lit.training.adapters.LoRA",
         "rank": 4,
@@ -48,7 +58,10 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
         ({"peft_type": "IA3"}, "of the kind IA3; only LORA"),
         ({"peft_type": None}, "of the kind None"),
         ({"target_modules": None}, "lacks target_modules"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4 has changed the base too"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights=pissa_niter_4 has changed the base too",
+        ),
         ({"use_magic": True}, "says use_magic=True, which the peft installed here does not know"),
     ],
 )
@@ -76,12 +89,20 @@ def test_an_adapter_on_the_resamplers_attention_as_a_whole_is_refused(folder):
 
 
 def test_tensors_without_a_place_in_the_model_are_named(folder):
-    adapted = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"]).apply(small_network(), QwenVL.parts)
+    adapted = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"]).apply(
+        small_network(), QwenVLFamily.components
+    )
     file = weights_file(folder(["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"]))
-    with pytest.raises(DataError, match=r"1 tensors for which this model has no place \(.*h\.7.*is it the base"):
-        read_learned(file, adapted)
+    with pytest.raises(
+        DataError, match=r"1 tensors for which this model has no place \(.*h\.7.*is it the base"
+    ):
+        read_trained_state(file, adapted)
 
 
 def test_a_target_that_is_no_linear_layer_is_named():
-    with pytest.raises(ValueError, match=r"matches transformer\.visual.*attn, which is no linear layer"):
-        LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn").apply(small_network(), QwenVL.parts)
+    with pytest.raises(
+        ValueError, match=r"matches transformer\.visual.*attn, which is no linear layer"
+    ):
+        LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn").apply(
+            small_network(), QwenVLFamily.components
+        )

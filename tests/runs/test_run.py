@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from qwenvl_lit.runs.run import Run, base_of, contents, find_run, save_versions
+from qwenvl_lit.runs.run import Run, contents, find_run, init_from, save_versions
 from qwenvl_lit.types import DataError
 
 
@@ -53,7 +53,11 @@ def test_a_checkpoint_file_alone_has_its_config_inside(tmp_path):
 
 
 def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
-    for age, name, checkpoints in ((30, "old", ["best.ckpt"]), (20, "new", ["last.ckpt"]), (10, "unfinished", [])):
+    for age, name, checkpoints in (
+        (30, "old", ["best.ckpt"]),
+        (20, "new", ["last.ckpt"]),
+        (10, "unfinished", []),
+    ):
         folder = write_run(tmp_path / "outputs/train" / name, *checkpoints)
         os.utime(folder, (1e9 - age, 1e9 - age))
     assert find_run("latest").folder.name == "new"
@@ -82,14 +86,16 @@ def test_what_is_no_run_is_named(tmp_path, make, says):
 def test_what_a_run_learned_is_described_with_the_runs_before_it(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"weights")
     adapter, base = {"_target_": "x.Full"}, {"checkpoint": "/first.ckpt"}
-    run = Run(config={"adapter": adapter, "base": base}, checkpoint=tmp_path / "model.ckpt", folder=None)
-    described = base_of(run)
+    run = Run(
+        config={"adapter": adapter, "init": base}, checkpoint=tmp_path / "model.ckpt", folder=None
+    )
+    described = init_from(run)
     assert described.pop("sha256") == hashlib.sha256(b"weights").hexdigest()
     assert described == {
-        "_target_": "qwenvl_lit.training.adapters.Learned",
+        "_target_": "qwenvl_lit.training.adapters.StartingCheckpoint",
         "checkpoint": str(tmp_path / "model.ckpt"),
         "adapter": adapter,
-        "base": base,
+        "init": base,
     }
 
 
@@ -102,10 +108,21 @@ def test_versions_say_what_a_result_depends_on_and_whether_it_changed(tmp_path, 
     save_versions(tmp_path)
     written = json.loads((tmp_path / "versions.json").read_text())
     assert written["torch"] == torch.__version__
-    assert {"qwenvl_lit", "git", "python", "lightning", "transformers", "peft", "device", "command"} <= written.keys()
+    assert {
+        "qwenvl_lit",
+        "git",
+        "python",
+        "lightning",
+        "transformers",
+        "peft",
+        "device",
+        "command",
+    } <= written.keys()
     assert re.fullmatch(r"[0-9a-f]{40}\+?", written["git"] or "0" * 40)
     assert not caplog.records
-    (tmp_path / "versions.json").write_text(json.dumps({**written, "torch": "1.0", "command": "another"}))
+    (tmp_path / "versions.json").write_text(
+        json.dumps({**written, "torch": "1.0", "command": "another"})
+    )
     save_versions(tmp_path)
     [warning] = caplog.records
     assert f"torch 1.0 -> {torch.__version__}" in warning.getMessage()
@@ -115,4 +132,7 @@ def test_versions_say_what_a_result_depends_on_and_whether_it_changed(tmp_path, 
 def test_contents_are_those_that_are_there(tmp_path):
     write_run(tmp_path / "run", "last.ckpt")
     (tmp_path / "run/curves").mkdir()
-    assert [line.split()[0] for line in contents(tmp_path / "run").splitlines()] == ["checkpoints/last.ckpt", "curves"]
+    assert [line.split()[0] for line in contents(tmp_path / "run").splitlines()] == [
+        "checkpoints/last.ckpt",
+        "curves",
+    ]

@@ -12,7 +12,9 @@ from qwenvl_lit.cli.command import config_folder
 def test_smoothing_is_the_mean_of_a_window_of_losses():
     assert smoothed([1.0, 3.0, 5.0, 9.0], window=2) == [2.0, 4.0, 7.0]
     assert smoothed([1.0, 3.0], window=2) == [2.0]
-    with pytest.raises(ValueError, match="3 losses cannot be smoothed over 20; train for more steps"):
+    with pytest.raises(
+        ValueError, match="3 losses cannot be smoothed over 20; train for more steps"
+    ):
         smoothed([1.0, 2.0, 3.0])
 
 
@@ -48,7 +50,9 @@ def test_the_record_keeps_a_curve_in_a_line_and_the_table_a_run(tmp_path):
     keys = ("new_classes/caption", "new_classes/grounded_caption", "old_classes/grounded_caption")
     scores = {"validation": {"val/loss": 0.12500001}, "test": dict.fromkeys(keys, 0.5)}
     runs = {"plain": {**scores, "loss": plain}, "float8": {**scores, "loss": packed}}
-    adapters = {"lora": {"steps": 20, "from_plain": {"float8": compared(packed, plain)}, "runs": runs}}
+    adapters = {
+        "lora": {"steps": 20, "from_plain": {"float8": compared(packed, plain)}, "runs": runs}
+    }
     write(tmp_path / "float8.json", adapters)
     text = (tmp_path / "float8.json").read_text()
     found = json.loads(text)["adapters"]
@@ -58,23 +62,40 @@ def test_the_record_keeps_a_curve_in_a_line_and_the_table_a_run(tmp_path):
     assert sum("2.5, 2.5" in line for line in text.splitlines()) == 1
     _, _, first, second = table(adapters).splitlines()
     assert first == "| lora | plain | 2.0000 |  |  | 0.1250 | 0.500 | 0.500 | 0.500 |"
-    assert second == "| lora | float8 | 2.5000 | 0.500 | 0.5000 (25.0%) | 0.1250 | 0.500 | 0.500 | 0.500 |"
+    assert (
+        second
+        == "| lora | float8 | 2.5000 | 0.500 | 0.5000 (25.0%) | 0.1250 | 0.500 | 0.500 | 0.500 |"
+    )
 
 
 def test_runs_differ_in_precision_or_in_the_seed_of_adapters_alone():
     with initialize_config_dir(str(config_folder()), version_base=None):
         configs = {name: compose("train", choices(name, "lora_all", 8)) for name in RUNS}
-    settings = {name: (config.speed.float8, config.seed, config.data.seed) for name, config in configs.items()}
-    assert settings == {"plain": (False, 42, 42), "float8": (True, 42, 42), "other_seed": (False, 43, 42)}
+    settings = {
+        name: (config.speed.float8, config.seed, config.data.seed)
+        for name, config in configs.items()
+    }
+    assert settings == {
+        "plain": (False, 42, 42),
+        "float8": (True, 42, 42),
+        "other_seed": (False, 43, 42),
+    }
     for config in configs.values():
-        assert (config.trainer.log_every_n_steps, config.trainer.max_epochs, config.adapter.dropout) == (1, 8, 0)
+        assert (
+            config.trainer.log_every_n_steps,
+            config.trainer.max_epochs,
+            config.adapter.dropout,
+        ) == (1, 8, 0)
         config.speed.float8, config.seed, config.data.seed = None, None, None
     assert configs["plain"] == configs["float8"] == configs["other_seed"]
 
 
 def test_runs_that_are_there_are_read_and_not_made_again(tmp_path):
     run, scored = tmp_path / "lora_plain", tmp_path / "lora_plain_scores"
-    for folder, scores in ((run, {"fit": {"last": {"val/loss": 0.5}}}), (scored, {"test": {"new_classes/caption": 1.0}})):
+    for folder, scores in (
+        (run, {"fit": {"last": {"val/loss": 0.5}}}),
+        (scored, {"test": {"new_classes/caption": 1.0}}),
+    ):
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps(scores))
     (run / "logging.jsonl").write_text('{"step": 1, "loss": 1.23456789}\n')

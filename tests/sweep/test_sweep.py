@@ -17,13 +17,17 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.sweep.sweep import Announced, Job, JobError, Sweep, job_slots, run_jobs
+from qwenvl_lit.sweep.sweep import CaptureSweepConfig, Job, JobError, Sweep, job_slots, run_jobs
 from qwenvl_lit.types import DataError
 
 
 def job(folder: Path, number: int, program: str) -> Job:
     """A job that runs a Python program in place of a training run."""
-    return Job(folder=folder / str(number), overrides=(f"number={number}", "x=1"), command=(sys.executable, "-c", program))
+    return Job(
+        folder=folder / str(number),
+        overrides=(f"number={number}", "x=1"),
+        command=(sys.executable, "-c", program),
+    )
 
 
 def ended(folder: Path, number: int) -> dict:
@@ -41,7 +45,12 @@ def test_a_failed_job_leaves_its_error_and_does_not_lose_the_others(tmp_path, ca
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
         f"open({str(tmp_path / '3/metrics.json')!r}, 'w').write({scores!r}); print('fine')",
     ]
-    run_jobs([job(tmp_path, number, program) for number, program in enumerate(programs)], [{}], metric="val/loss", keys=["number"])
+    run_jobs(
+        [job(tmp_path, number, program) for number, program in enumerate(programs)],
+        [{}],
+        metric="val/loss",
+        keys=["number"],
+    )
     assert [ended(tmp_path, number)["error"] for number in range(4)] == [
         "data.train=x does not exist",
         "RuntimeError: CUDA out of memory",
@@ -68,12 +77,23 @@ while len(list(Path(HERE).glob("with_*"))) < WAIT and time.monotonic() < deadlin
 assert len(list(Path(HERE).glob("with_*"))) == WAIT
 """
     jobs = [
-        job(tmp_path, number, meet.replace('os.environ["ME"]', str(number)).replace("HERE", repr(str(tmp_path))).replace("WAIT", wait))
-        for number, wait in enumerate(["2", "2", "3"])  # the first two wait for each other, the third comes after
+        job(
+            tmp_path,
+            number,
+            meet.replace('os.environ["ME"]', str(number))
+            .replace("HERE", repr(str(tmp_path)))
+            .replace("WAIT", wait),
+        )
+        for number, wait in enumerate(
+            ["2", "2", "3"]
+        )  # the first two wait for each other, the third comes after
     ]
     run_jobs(jobs, [{"CARD": "a"}, {"CARD": "b"}], metric="val/loss")
     assert [ended(tmp_path, number)["error"] for number in range(3)] == [None] * 3
-    assert {path.name for path in tmp_path.glob("with_*")} - {"with_a_2", "with_b_2"} == {"with_a_0", "with_b_1"}
+    assert {path.name for path in tmp_path.glob("with_*")} - {"with_a_2", "with_b_2"} == {
+        "with_a_0",
+        "with_b_1",
+    }
 
 
 def test_a_stopped_sweep_stops_its_jobs_and_counts_them_as_unfinished(tmp_path):
@@ -81,7 +101,11 @@ def test_a_stopped_sweep_stops_its_jobs_and_counts_them_as_unfinished(tmp_path):
     send(signal.SIGTERM, once=started)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        run_jobs([job(tmp_path, 0, SLEEP.format(started=started)), job(tmp_path, 1, "")], [{}], metric="val/loss")
+        run_jobs(
+            [job(tmp_path, 0, SLEEP.format(started=started)), job(tmp_path, 1, "")],
+            [{}],
+            metric="val/loss",
+        )
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ProcessLookupError):
@@ -92,9 +116,16 @@ def test_a_stopped_sweep_stops_its_jobs_and_counts_them_as_unfinished(tmp_path):
 def test_each_job_has_its_own_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,GPU-5")
     assert job_slots(1, accelerator="auto", devices=4) == [{}]
-    assert job_slots(2, accelerator="gpu", devices=2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,GPU-5"}]
-    assert job_slots(3, accelerator="auto", devices=1) == [{"CUDA_VISIBLE_DEVICES": card} for card in "014"]
-    with pytest.raises(DataError, match=r"sweep\.parallel=3: 3 jobs with 2 GPUs each, but there are 4"):
+    assert job_slots(2, accelerator="gpu", devices=2) == [
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"CUDA_VISIBLE_DEVICES": "4,GPU-5"},
+    ]
+    assert job_slots(3, accelerator="auto", devices=1) == [
+        {"CUDA_VISIBLE_DEVICES": card} for card in "014"
+    ]
+    with pytest.raises(
+        DataError, match=r"sweep\.parallel=3: 3 jobs with 2 GPUs each, but there are 4"
+    ):
         job_slots(3, accelerator="gpu", devices=2)
     with pytest.raises(DataError, match=r"sweep\.parallel=0"):
         job_slots(0, accelerator="gpu", devices=1)
@@ -124,13 +155,20 @@ def send(number: signal.Signals, *, once: Path) -> None:
 def composed(tmp_path, monkeypatch):
     """Compose a job of a sweep as Hydra does before it calls the program, in the folder `tmp_path/0`."""
 
-    def compose_job(*overrides: str, hydra: tuple[str, ...] = (), launcher: str | None = None, sweeper: str | None = None):
+    def compose_job(
+        *overrides: str,
+        hydra: tuple[str, ...] = (),
+        launcher: str | None = None,
+        sweeper: str | None = None,
+    ):
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = compose("train", [*overrides, *hydra], return_hydra_config=True)
         with open_dict(config):
             config.hydra.mode = RunMode.MULTIRUN
             config.hydra.runtime.output_dir = str(tmp_path / "0")
-            config.hydra.runtime.config_sources = [ConfigSourceInfo(path="/mine", schema="file", provider="command-line")]
+            config.hydra.runtime.config_sources = [
+                ConfigSourceInfo(path="/mine", schema="file", provider="command-line")
+            ]
             config.hydra.job.config_name = "train"
             config.hydra.launcher._target_ = launcher or config.hydra.launcher._target_
             config.hydra.sweeper._target_ = sweeper or config.hydra.sweeper._target_
@@ -143,28 +181,55 @@ def composed(tmp_path, monkeypatch):
 
 def test_a_job_is_the_command_line_of_a_run_that_knows_nothing_of_the_sweep(composed, tmp_path):
     sweep = Sweep("train")
-    config = composed("optim.lr=0.001", "sweep.parallel=2", "data.train=['a.jsonl#20']", hydra=("hydra.verbose=true",))
+    config = composed(
+        "optim.lr=0.001",
+        "sweep.parallel=2",
+        "data.train=['a.jsonl#20']",
+        hydra=("hydra.verbose=true",),
+    )
     assert sweep.take(config, pytest.fail) is None
     assert sweep.jobs[0].overrides == ("optim.lr=0.001", "data.train=['a.jsonl#20']")
     assert sweep.jobs[0].command == (
-        *(sys.executable, "-m", "qwenvl_lit.train", "--config-name=train", "--config-dir=/mine", "hydra.verbose=true"),
-        *("optim.lr=0.001", "data.train=['a.jsonl#20']", "resume=auto", "hydra.mode=RUN", f"hydra.run.dir={tmp_path / '0'}"),
+        *(
+            sys.executable,
+            "-m",
+            "qwenvl_lit.train",
+            "--config-name=train",
+            "--config-dir=/mine",
+            "hydra.verbose=true",
+        ),
+        *(
+            "optim.lr=0.001",
+            "data.train=['a.jsonl#20']",
+            "resume=auto",
+            "hydra.mode=RUN",
+            f"hydra.run.dir={tmp_path / '0'}",
+        ),
     )
 
 
-def test_an_interrupted_sweep_shows_what_it_has_and_how_to_go_on(composed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Announced, "config", composed(hydra=(f"hydra.sweep.dir={tmp_path}",)))
+def test_an_interrupted_sweep_shows_what_it_has_and_how_to_go_on(
+    composed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        CaptureSweepConfig, "config", composed(hydra=(f"hydra.sweep.dir={tmp_path}",))
+    )
     send(signal.SIGINT, once=tmp_path / "started")
     scores = json.dumps({"fit": {"last": {"val/loss": 1.25}}})
     sweep = Sweep("train")
-    sweep.jobs.append(job(tmp_path, 0, f"open({str(tmp_path / '0/metrics.json')!r}, 'w').write({scores!r})"))
+    sweep.jobs.append(
+        job(tmp_path, 0, f"open({str(tmp_path / '0/metrics.json')!r}, 'w').write({scores!r})")
+    )
     sweep.jobs.append(job(tmp_path, 1, SLEEP.format(started=tmp_path / "started")))
     with pytest.raises(SystemExit) as stopped, sweep.reported():
         pass  # Hydra would have collected the jobs here
     assert stopped.value.code == 130
     printed = capsys.readouterr().out
     assert f"Score the best:  python -m qwenvl_lit.test ckpt={tmp_path}/0" in printed
-    assert f"1 of 2 jobs have not ended; to go on, the same command with hydra.sweep.dir={tmp_path}" in printed
+    assert (
+        f"1 of 2 jobs have not ended; to go on, the same command with hydra.sweep.dir={tmp_path}"
+        in printed
+    )
 
 
 def test_a_folder_with_other_jobs_is_not_continued_and_keeps_their_configs(composed, tmp_path):
@@ -173,19 +238,34 @@ def test_a_folder_with_other_jobs_is_not_continued_and_keeps_their_configs(compo
     config.write_text("number: 0\n")
     run_jobs([job(tmp_path, 0, "")], [{}], metric="val/loss")
     config.write_text("seed: 1\n")  # as Hydra does before it calls the program
-    with pytest.raises(DataError, match=r"/0 holds a job with other values \(number=0 x=1\); choose another hydra.sweep.dir"):
+    with pytest.raises(
+        DataError,
+        match=r"/0 holds a job with other values \(number=0 x=1\); choose another hydra.sweep.dir",
+    ):
         Sweep("train").take(composed("seed=1"), pytest.fail)
     assert config.read_text() == "number: 0\n"
 
 
 def test_jobs_that_would_share_a_process_are_refused(composed):
-    with pytest.raises(DataError, match=r"hydra/launcher=basic: on one machine use sweep\.parallel=N"):
-        Sweep("train").take(composed(launcher="hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"), pytest.fail)
+    with pytest.raises(
+        DataError, match=r"hydra/launcher=basic: on one machine use sweep\.parallel=N"
+    ):
+        Sweep("train").take(
+            composed(launcher="hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"),
+            pytest.fail,
+        )
 
 
 def test_a_sweeper_that_waits_for_scores_runs_one_job_after_the_other(composed):
-    with pytest.raises(DataError, match=r"sweep\.parallel=2: this hydra/sweeper runs one job after the other"):
-        Sweep("train").take(composed("sweep.parallel=2", sweeper="hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"), pytest.fail)
+    with pytest.raises(
+        DataError, match=r"sweep\.parallel=2: this hydra/sweeper runs one job after the other"
+    ):
+        Sweep("train").take(
+            composed(
+                "sweep.parallel=2", sweeper="hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"
+            ),
+            pytest.fail,
+        )
 
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
@@ -194,10 +274,17 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLaunche
 def test_on_a_cluster_the_job_runs_where_the_launcher_has_put_it(composed, tmp_path):
     def train(config):
         (tmp_path / "0").mkdir()
-        (tmp_path / "0/metrics.json").write_text(json.dumps({"fit": {"best": {"val/loss": 0.5 * config.seed}}}))
+        (tmp_path / "0/metrics.json").write_text(
+            json.dumps({"fit": {"best": {"val/loss": 0.5 * config.seed}}})
+        )
 
     assert Sweep("train").take(composed("seed=3", launcher=SUBMITIT), train) == 1.5
-    assert ended(tmp_path, 0) == {"overrides": ["seed=3"], "seconds": pytest.approx(0, abs=5), "error": None, "config": None}
+    assert ended(tmp_path, 0) == {
+        "overrides": ["seed=3"],
+        "seconds": pytest.approx(0, abs=5),
+        "error": None,
+        "config": None,
+    }
 
 
 def test_on_a_cluster_a_failed_job_leaves_its_error(composed, tmp_path):
@@ -211,8 +298,12 @@ def test_on_a_cluster_a_failed_job_leaves_its_error(composed, tmp_path):
 
 
 def test_slurm_starts_a_task_for_each_device():
-    fields = dict.fromkeys(("tasks_per_node", "gpus_per_node", "cpus_per_task", "timeout_min", "partition", "nodes"))
-    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node={"_target_": SUBMITIT, **fields})
+    fields = dict.fromkeys(
+        ("tasks_per_node", "gpus_per_node", "cpus_per_task", "timeout_min", "partition", "nodes")
+    )
+    ConfigStore.instance().store(
+        group="hydra/launcher", name="submitit_slurm", node={"_target_": SUBMITIT, **fields}
+    )
     overrides = ["strategy=ddp", "hydra/launcher=slurm", "hydra.launcher.partition=a100"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         launcher = compose("train", overrides, return_hydra_config=True).hydra.launcher
@@ -227,23 +318,56 @@ def test_slurm_starts_a_task_for_each_device():
     }
 
 
-SMALL = ["+data.prepare.train=24", "+data.prepare.single=8", "+data.prepare.validation=2", "+data.prepare.test=2"]
-SMALL += ["+data.prepare.unseen_pairs=2", "+data.prepare.new_classes=2", "data.batch_size=4", "data.generated_validation_rows=2"]
-SMALL += ["data.num_workers=0", "data.train=[train.jsonl#24]", "trainer=smoke", "~callbacks.samples", "~callbacks.curves"]
+SMALL = [
+    "+data.prepare.train=24",
+    "+data.prepare.single=8",
+    "+data.prepare.validation=2",
+    "+data.prepare.test=2",
+]
+SMALL += [
+    "+data.prepare.unseen_pairs=2",
+    "+data.prepare.new_classes=2",
+    "data.batch_size=4",
+    "data.generated_validation_rows=2",
+]
+SMALL += [
+    "data.num_workers=0",
+    "data.train=[train.jsonl#24]",
+    "trainer=smoke",
+    "~callbacks.samples",
+    "~callbacks.curves",
+]
 
 
 def test_lora_rank_is_swept_from_the_command_line(tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "QWENVL_LIT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "qwenvl_lit.train", "sweep=lora_rank", "hydra.sweep.dir=ranks (2)", *arguments, *SMALL]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        environment = {
+            **os.environ,
+            "QWENVL_LIT_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "qwenvl_lit.train",
+            "sweep=lora_rank",
+            "hydra.sweep.dir=ranks (2)",
+            *arguments,
+            *SMALL,
+        ]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
 
     swept = run("adapter.rank=2,4", "sweep.parallel=2")
     assert swept.returncode == 0, swept.stdout + swept.stderr
     folder = tmp_path / "ranks (2)"
     for number, rank in enumerate((2, 4)):
         config = OmegaConf.load(folder / str(number) / "config.yaml")
-        assert (config.adapter._target_, config.adapter.rank) == ("qwenvl_lit.training.adapters.LoRA", rank)
+        assert (config.adapter._target_, config.adapter.rank) == (
+            "qwenvl_lit.training.adapters.LoRA",
+            rank,
+        )
         assert (folder / str(number) / "checkpoints/best.ckpt").exists()
     assert "adapter.rank" in swept.stdout
     assert (folder / "sweep.csv").read_text().startswith("job,adapter.rank,val/loss,")

@@ -5,17 +5,30 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
+from small_network import CLOSE, IMAGE, image_positions, images, small_network, text
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters import Full, LoRA
-from qwenvl_lit.training.float8 import FORMAT, Float8Linear, check_device, plain_product, rounded, scaled_product, to_float8
+from qwenvl_lit.training.float8 import (
+    FORMAT,
+    Float8Linear,
+    check_device,
+    plain_product,
+    rounded,
+    scaled_product,
+    to_float8,
+)
 from qwenvl_lit.types import DataError
 
 NEAR = 0.05  # of the norm: three bits of mantissa in both factors
-SIZES = {"hidden_size": 64, "kv_channels": 16, "intermediate_size": 192, "visual": {"width": 32, "output_dim": 64}}
+SIZES = {
+    "hidden_size": 64,
+    "kv_channels": 16,
+    "intermediate_size": 192,
+    "visual": {"width": 32, "output_dim": 64},
+}
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
 
 
@@ -55,7 +68,9 @@ def test_it_multiplies_what_was_rounded_in_both_directions(dtype, bias):
     x8, scale = rounded(x.detach())
     g8, gradient_scale = rounded(gradient)
     expected = x8.float() * scale @ weight.t() + (plain.bias.float() if bias else 0)
-    precision = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    precision = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    )
     torch.testing.assert_close(out.float(), expected, **precision)
     torch.testing.assert_close(x.grad.float(), g8.float() * gradient_scale @ weight, **precision)
     assert out.dtype == x.grad.dtype == dtype
@@ -64,7 +79,9 @@ def test_it_multiplies_what_was_rounded_in_both_directions(dtype, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cpu_computes_what_a_gpu_does(dtype):
     factors = (*rounded(rows(5, 64)), *rounded(layer().weight.detach()))
-    torch.testing.assert_close(plain_product(*factors, dtype), scaled_product(*factors, dtype))  # which torch has on both
+    torch.testing.assert_close(
+        plain_product(*factors, dtype), scaled_product(*factors, dtype)
+    )  # which torch has on both
 
 
 def test_it_comes_near_the_layer():
@@ -73,7 +90,9 @@ def test_it_comes_near_the_layer():
     (gradient,) = torch.autograd.grad(expected.square().sum(), x)
     found = Float8Linear(plain)(x)
     assert off(found, expected) < NEAR
-    assert off(torch.autograd.grad(found.square().sum(), x)[0], gradient) < 2 * NEAR  # of a product of two
+    assert (
+        off(torch.autograd.grad(found.square().sum(), x)[0], gradient) < 2 * NEAR
+    )  # of a product of two
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (0, 64), (3, 0, 64), (2, 3, 4, 64)])
@@ -99,7 +118,9 @@ def test_it_compiles_in_one_graph_for_layers_alike():
         expected = packed(x)
         found = compute(packed, x)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x))
+        torch.testing.assert_close(
+            torch.autograd.grad(found.sum(), x), torch.autograd.grad(expected.sum(), x)
+        )
     assert graphs.frame_count == 1
 
 
@@ -108,13 +129,17 @@ def test_casts_and_moves_leave_it_as_it_is():
     expected = packed(x)
     packed.to(torch.bfloat16).to("cpu")
     assert torch.equal(packed(x), expected)
-    assert packed.weight.untyped_storage().data_ptr() == packed.packed.untyped_storage().data_ptr()  # no third copy
+    assert (
+        packed.weight.untyped_storage().data_ptr() == packed.packed.untyped_storage().data_ptr()
+    )  # no third copy
 
 
 def test_processes_can_share_it():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), Float8Linear(layer())))  # sends all weights around
+        model = nn.parallel.DistributedDataParallel(
+            nn.Sequential(nn.Linear(64, 64), Float8Linear(layer()))
+        )  # sends all weights around
         model(rows(3, 64)).sum().backward()
     finally:
         dist.destroy_process_group()
@@ -122,19 +147,26 @@ def test_processes_can_share_it():
 
 def network(adapter) -> nn.Module:
     torch.manual_seed(0)
-    return adapter.apply(small_network(**SIZES), QwenVL.parts).train()
+    return adapter.apply(small_network(**SIZES), QwenVLFamily.components).train()
 
 
 def test_frozen_layers_are_replaced_and_adapters_learn_on_them():
     model = network(LORA)
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     numbers = sum(tensor.numel() for tensor in model.parameters())
-    ids = torch.tensor([PICTURE + text(9)])
-    inputs = {"input_ids": ids, "labels": ids, "pixel_values": pictures(1), "vision_positions": picture_positions(ids.tolist())}
+    ids = torch.tensor([IMAGE + text(9)])
+    inputs = {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": images(1),
+        "vision_positions": image_positions(ids.tolist()),
+    }
     expected = model(**inputs).loss
-    count = to_float8(model, QwenVL.parts)
+    count = to_float8(model, QwenVLFamily.components)
     packed = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
-    assert count == len(packed) == 4 * 2 + 5 * 2 + 5  # of two blocks of the tower, two of the language model, and of the resampler
+    assert (
+        count == len(packed) == 4 * 2 + 5 * 2 + 5
+    )  # of two blocks of the tower, two of the language model, and of the resampler
     assert type(model.get_output_embeddings()) is nn.Linear
     assert {name for name, tensor in model.named_parameters() if tensor.requires_grad} == trained
     assert sum(tensor.numel() for tensor in model.parameters()) == numbers
@@ -150,28 +182,39 @@ def test_before_a_layer_goes_the_next_one_is_not_made(monkeypatch):
     before = [weakref.ref(module.weight) for module in model]
     alive = []
     made = Float8Linear.__init__
-    monkeypatch.setattr(Float8Linear, "__init__", lambda *args: (alive.append(sum(ref() is not None for ref in before)), made(*args))[1])
+    monkeypatch.setattr(
+        Float8Linear,
+        "__init__",
+        lambda *args: (alive.append(sum(ref() is not None for ref in before)), made(*args))[1],
+    )
     assert to_float8(model, {}) == 3
     assert alive == [3, 2, 1]
 
 
 def test_layers_that_an_adapter_looks_at_stay_as_they_are():
-    model = network(LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"], options={"use_dora": True}))
-    to_float8(model, QwenVL.parts)
+    model = network(
+        LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"], options={"use_dora": True})
+    )
+    to_float8(model, QwenVLFamily.components)
     kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
     assert (kinds["base_layer"], kinds["w1"]) == (nn.Linear, Float8Linear)
 
 
 def test_layers_whose_sizes_do_not_fit_stay_as_they_are():
-    model = nn.Sequential(nn.Linear(64, 20), nn.Linear(20, 64), nn.Linear(64, 32)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(64, 20), nn.Linear(20, 64), nn.Linear(64, 32)).requires_grad_(
+        False
+    )
     expected = nn.Sequential(*model[:2])(rows(2, 64))
     assert to_float8(model, {}) == 1
     torch.testing.assert_close(nn.Sequential(*model[:2])(rows(2, 64)), expected, **CLOSE)
 
 
 def test_where_nothing_is_frozen_it_is_refused():
-    with pytest.raises(DataError, match=r"there are none: not with adapter=full .*; adapter=lora leaves its base frozen"):
-        to_float8(network(Full()), QwenVL.parts)
+    with pytest.raises(
+        DataError,
+        match=r"there are none: not with adapter=full .*; adapter=lora leaves its base frozen",
+    ):
+        to_float8(network(Full()), QwenVLFamily.components)
 
 
 def test_a_card_without_such_products_is_named(monkeypatch):
@@ -189,7 +232,7 @@ def test_a_cpu_says_that_it_is_for_a_try_only(caplog):
 
 def test_parts_may_stay_as_they_are():
     model = network(LORA)
-    to_float8(model, QwenVL.parts, but=("head", "vision", "resampler"))
+    to_float8(model, QwenVLFamily.components, but=("head", "vision", "resampler"))
     packed = [name for name, module in model.named_modules() if isinstance(module, Float8Linear)]
     assert packed
     assert all("transformer.h." in name for name in packed)
@@ -198,7 +241,9 @@ def test_parts_may_stay_as_they_are():
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_same_and_waits_for_nothing():
     torch.manual_seed(0)
-    plain = nn.Linear(4096, 512, dtype=torch.bfloat16).requires_grad_(False).cuda()  # long sums, which a GPU adds up in few bits
+    plain = (
+        nn.Linear(4096, 512, dtype=torch.bfloat16).requires_grad_(False).cuda()
+    )  # long sums, which a GPU adds up in few bits
     packed, x = Float8Linear(plain), rows(48, 4096, dtype=torch.bfloat16).cuda().requires_grad_()
     weight = packed.weight.float() * packed.scale
     gradient = rows(48, 512, dtype=torch.bfloat16).cuda()

@@ -16,7 +16,11 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.training.adapters import Full, LoRA
 
 
-@pytest.mark.parametrize("adapter", [Full(), LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter",
+    [Full(), LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")],
+    ids=["full", "lora"],
+)
 def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adapter):
     made = tiny_task(adapter)
     loss = made.training_step(nothing(made.processor.pad_id, ("broken",)), 0)
@@ -50,7 +54,7 @@ def test_loops_pass_over_batches_without_rows(tmp_path):
         batch_size=1,
         eval_batch_size=2,
         generated_validation_rows=4,
-        on_bad_picture="drop",
+        on_bad_image="drop",
         max_bad_fraction=0.5,
     )
     losses: list[float] = []
@@ -62,7 +66,9 @@ def test_loops_pass_over_batches_without_rows(tmp_path):
     trained = trainer(tmp_path, Watch(), Throughput(), RunLog(), max_epochs=1)
     trained.fit(made, data)
     held_out = trained.callback_metrics
-    assert held_out["val/perplexity"].item() == pytest.approx(math.exp(held_out["val/loss"]), rel=1e-5)
+    assert held_out["val/perplexity"].item() == pytest.approx(
+        math.exp(held_out["val/loss"]), rel=1e-5
+    )
     assert 0 <= held_out["val/token_accuracy"] <= 1
     assert sorted(loss > 0 for loss in losses) == [False, False, True, True]
     tested = trainer(tmp_path)

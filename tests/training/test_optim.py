@@ -5,13 +5,17 @@ import torch
 from small_network import small_network, talk_of_two
 from torch import nn
 
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.optim import AdamW, StochasticAdamW, noise, round_stochastically
 
 
 def test_matrices_decay_and_vectors_do_not():
     optimizer, _ = AdamW(lr=1.0, weight_decay=0.1).build(nn.Linear(3, 2), total_steps=10)
-    decays = {tuple(tensor.shape): group["weight_decay"] for group in optimizer.param_groups for tensor in group["params"]}
+    decays = {
+        tuple(tensor.shape): group["weight_decay"]
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+    }
     assert decays == {(2, 3): 0.1, (2,): 0.0}
 
 
@@ -45,12 +49,21 @@ def test_nothing_to_train_is_an_error():
 
 
 def test_parts_have_their_own_rate_and_the_innermost_part_counts():
-    model, parts = small_network(), QwenVL.parts
-    optimizer, _ = AdamW(lr=1.0, lr_of={"vision": 0.1, "resampler": 0.3}, warmup=0).build(model, 10, parts)
-    rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+    model, parts = small_network(), QwenVLFamily.components
+    optimizer, _ = AdamW(lr=1.0, component_lr={"vision": 0.1, "resampler": 0.3}, warmup=0).build(
+        model, 10, parts
+    )
+    rates = {
+        id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]
+    }
     assert len(rates) == len(list(model.parameters()))
     tower = model.transformer.visual
-    for rate, tensor in ((0.1, tower.conv1.weight), (0.1, tower.proj), (0.3, tower.attn_pool.ln_q.bias), (1.0, model.lm_head.weight)):
+    for rate, tensor in (
+        (0.1, tower.conv1.weight),
+        (0.1, tower.proj),
+        (0.3, tower.attn_pool.ln_q.bias),
+        (1.0, model.lm_head.weight),
+    ):
         assert rates[id(tensor)] == rate
     assert {group["part"] for group in optimizer.param_groups} == {None, "vision", "resampler"}
 
@@ -58,10 +71,10 @@ def test_parts_have_their_own_rate_and_the_innermost_part_counts():
 def test_a_rate_for_a_part_that_is_missing_or_frozen_is_an_error():
     model = small_network()
     with pytest.raises(ValueError, match=r"no part tower; its parts are vision, "):
-        AdamW(lr=1.0, lr_of={"tower": 0.1}).build(model, 10, QwenVL.parts)
+        AdamW(lr=1.0, component_lr={"tower": 0.1}).build(model, 10, QwenVLFamily.components)
     model.transformer.visual.requires_grad_(False)
     with pytest.raises(ValueError, match="trains nothing of vision"):
-        AdamW(lr=1.0, lr_of={"vision": 0.1}).build(model, 10, QwenVL.parts)
+        AdamW(lr=1.0, component_lr={"vision": 0.1}).build(model, 10, QwenVLFamily.components)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -83,7 +96,11 @@ def test_noise_is_uniform_and_neither_places_nor_seeds_go_together():
     shares = torch.histc(one, bins=16, min=0, max=1) / len(one)
     assert shares.tolist() == pytest.approx([1 / 16] * 16, rel=0.03)
     centred, moved = one - 0.5, other - 0.5
-    for shift in (1, 2, 64):  # of a product of two that are independent, the mean is 0 and the deviation 1/12 over the root of their number
+    for shift in (
+        1,
+        2,
+        64,
+    ):  # of a product of two that are independent, the mean is 0 and the deviation 1/12 over the root of their number
         assert abs((centred[shift:] * centred[:-shift]).mean()) < 5 / 12 / len(one) ** 0.5
     assert abs((centred * moved).mean()) < 5 / 12 / len(one) ** 0.5
     assert torch.equal(noise(like, torch.tensor(5, dtype=torch.int32)), noise(like, 5))
@@ -122,7 +139,12 @@ def test_at_small_rates_bfloat16_weights_learn_like_float32_ones_only_with_stoch
         ("nearest", torch.bfloat16, "nearest"),
     ):
         model = small_network().bfloat16().to(dtype).train()
-        settings = {"lr": 1e-5, "warmup": 0, "schedule": "constant_with_warmup", "rounding": rounding}
+        settings = {
+            "lr": 1e-5,
+            "warmup": 0,
+            "schedule": "constant_with_warmup",
+            "rounding": rounding,
+        }
         found[name] = steps_of(model, AdamW(**settings).build(model, 200)[0], 200)
     assert found["stochastic"] == pytest.approx(found["float32"], rel=0.02)
     assert found["nearest"] > 1.2 * found["float32"]
@@ -138,11 +160,16 @@ def with_gradients(model: nn.Module, value: float | None = None) -> nn.Module:
 
 @pytest.mark.parametrize("chunk", [7, 2**24])
 def test_without_rounding_it_is_the_adamw_of_torch(monkeypatch, chunk):
-    monkeypatch.setattr("qwenvl_lit.training.optim.CHUNK", chunk)  # tensors are cut, and put together
+    monkeypatch.setattr(
+        "qwenvl_lit.training.optim.CHUNK", chunk
+    )  # tensors are cut, and put together
     ours = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 4))
     theirs = deepcopy(ours)
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    optimizers = StochasticAdamW(ours.parameters(), **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    optimizers = (
+        StochasticAdamW(ours.parameters(), **settings),
+        torch.optim.AdamW(theirs.parameters(), **settings),
+    )
     for _ in range(3):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             with_gradients(model)
@@ -158,7 +185,11 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
     optimizer, _ = AdamW(lr=0.1, warmup=0).build(model, 10)
 
     def everything() -> list[torch.Tensor]:
-        states = [tensor for state in optimizer.state_dict()["state"].values() for tensor in state.values()]
+        states = [
+            tensor
+            for state in optimizer.state_dict()["state"].values()
+            for tensor in state.values()
+        ]
         return deepcopy([*model.state_dict().values(), *states])
 
     for value in (1.0, torch.inf, torch.nan):
@@ -166,7 +197,10 @@ def test_a_step_that_is_not_finite_changes_nothing(dtype):
         optimizer.found_inf = torch.tensor(float(value != 1))
         with_gradients(model, value)
         optimizer.step()
-        changed = [not torch.equal(old, new) for old, new in zip(before, everything()[: len(before)], strict=True)]
+        changed = [
+            not torch.equal(old, new)
+            for old, new in zip(before, everything()[: len(before)], strict=True)
+        ]
         assert all(changed) if value == 1 else not any(changed)
 
 

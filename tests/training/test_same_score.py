@@ -18,13 +18,13 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.metrics.anls import Anls
-from qwenvl_lit.metrics.captions import Bleu, Cider
+from qwenvl_lit.metrics.anls import ANLS
+from qwenvl_lit.metrics.captions import Bleu, CIDEr
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.reports.scores import answers, score
 from qwenvl_lit.training.adapters import Full
-from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 
 ROWS = 7
@@ -40,18 +40,29 @@ class Letters(SampleMean):
 
 
 def metrics() -> dict:
-    return {"exact": ExactMatch(), "cider": Cider(), "bleu": Bleu(2), "anls": Anls(), "letters": Letters()}
+    return {
+        "exact": ExactMatch(),
+        "cider": CIDEr(),
+        "bleu": Bleu(2),
+        "anls": ANLS(),
+        "letters": Letters(),
+    }
 
 
-def task() -> Task:
-    made = Task(
-        family=family(), adapter=Full(), generation=Generation(max_new_tokens=6), metrics=metrics(), optim=AdamW(lr=0.0), config={"seed": 1}
+def task() -> VisionLanguageModule:
+    made = VisionLanguageModule(
+        family=family(),
+        adapter=Full(),
+        generation=Generation(max_new_tokens=6),
+        metrics=metrics(),
+        optim=AdamW(lr=0.0),
+        config={"seed": 1},
     )
     made.configure_model()
     return made
 
 
-def data(made: Task, file: Path) -> DataModule:
+def data(made: VisionLanguageModule, file: Path) -> DataModule:
     return DataModule(
         processor=made.processor,
         read=read_rows,
@@ -76,7 +87,11 @@ class Kept(lightning.Callback):
         self._keep(trainer, "validation/")
 
     def _keep(self, trainer, prefix):
-        logged = {name.removeprefix(prefix): float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+        logged = {
+            name.removeprefix(prefix): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(prefix)
+        }
         self.scores = {name: value for name, value in logged.items() if name in metrics()}
 
 
@@ -87,23 +102,43 @@ def everywhere(folder: Path, file: Path, **options) -> None:
         made, kept = task(), Kept()
         rows = data(made, file)
         chosen = {key: make() if callable(make) else make for key, make in options.items()}
-        run = trainer(folder / name, kept, *([PredictionWriter()] if name != "fit" else []), max_steps=2, val_check_interval=1, **chosen)
+        run = trainer(
+            folder / name,
+            kept,
+            *([PredictionWriter()] if name != "fit" else []),
+            max_steps=2,
+            val_check_interval=1,
+            **chosen,
+        )
         if name == "predict":
             run.predict(made, rows, return_predictions=False)
         else:
             getattr(run, name)(made, rows)
             found[name] = kept.scores
         if name == "test" and run.is_global_zero:  # alone, while the other process is there
-            [answered] = answers(folder / "test/predictions.jsonl", rows.test, made.processor).values()
+            [answered] = answers(
+                folder / "test/predictions.jsonl", rows.test, made.processor
+            ).values()
             found["file"] = score("validation", answered, metrics()).totals
     if run.is_global_zero:
         (folder / "scores.json").write_text(json.dumps(found))
 
 
 def run_rank(rank: int, folder: Path, file: Path, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
-    everywhere(folder, file, devices=2, strategy=lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)))
+    everywhere(
+        folder,
+        file,
+        devices=2,
+        strategy=lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +146,17 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """Folders of one process and of two; half of the answers of the rows are what the model says, some nearly."""
     home = tmp_path_factory.mktemp("home")
     file = home / "rows.jsonl"
-    questions = [{"id": f"row {place}", "query": "word " * (place + 1), "response": "?"} for place in range(ROWS)]
+    questions = [
+        {"id": f"row {place}", "query": "word " * (place + 1), "response": "?"}
+        for place in range(ROWS)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in questions))
     made = task()
     pad = Pad(pad_id=made.processor.pad_id, side="left")
-    said = [made.predict(pad([made.processor.encode(row, prompt=True)]))[0].text for row in read_rows(str(file))]
+    said = [
+        made.predict(pad([made.processor.encode(row, prompt=True)]))[0].text
+        for row in read_rows(str(file))
+    ]
     assert all(said)
     for place, row in enumerate(questions):
         row["response"] = [said[place], "nothing of it", said[place] + " x"][place % 3]
@@ -138,5 +179,7 @@ def test_validation_test_and_a_file_of_answers_give_one_score(runs, processes):
     assert 0 < alone["cider"] < 10
     rows = {"validation": read_rows(str(runs["rows"]))}
     for verb in ("test", "predict"):
-        [found] = answers(runs[processes] / verb / "predictions.jsonl", rows, family().processor()).values()
+        [found] = answers(
+            runs[processes] / verb / "predictions.jsonl", rows, family().processor()
+        ).values()
         assert score("validation", found, metrics(), rows=ROWS).totals == alone

@@ -6,7 +6,7 @@ from collections import Counter
 import lightning
 import pytest
 import torch
-from small_network import CLOSE, PICTURE, picture_positions, pictures, small_network, text
+from small_network import CLOSE, IMAGE, image_positions, images, small_network, text
 from small_run import family, read
 from torch import nn
 from torch._dynamo.exc import Unsupported
@@ -17,11 +17,17 @@ from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters import Full, LoRA
-from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
-from qwenvl_lit.training.speed import Speed, blocks_of, compile_blocks, recompute_blocks, replay_tower
+from qwenvl_lit.training.speed import (
+    Speed,
+    blocks_of,
+    compile_blocks,
+    recompute_blocks,
+    replay_tower,
+)
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
 EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
@@ -29,7 +35,7 @@ EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
 
 def adapted(adapter) -> nn.Module:
     torch.manual_seed(0)
-    model = adapter.apply(small_network(), QwenVL.parts).train()
+    model = adapter.apply(small_network(), QwenVLFamily.components).train()
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(tensor, std=0.1)
@@ -37,9 +43,14 @@ def adapted(adapter) -> nn.Module:
 
 
 def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([PICTURE + text(length, seed=row) for row in range(rows)])
-    positions = picture_positions(ids.tolist())
-    return {"input_ids": ids, "labels": ids, "pixel_values": pictures(rows), "vision_positions": positions}
+    ids = torch.tensor([IMAGE + text(length, seed=row) for row in range(rows)])
+    positions = image_positions(ids.tolist())
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": images(rows),
+        "vision_positions": positions,
+    }
 
 
 def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,7 +100,10 @@ def test_compiled_blocks_run_again_for_their_gradients(fast_compiler):
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
 def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout(device):
     """Gradients against differences of the loss, with kernels that the compiler writes."""
     torch._dynamo.reset()
@@ -109,7 +123,9 @@ def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout
 
     def kept() -> int:
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.nbytes), tensor)[1], lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (sizes.append(tensor.nbytes), tensor)[1], lambda tensor: tensor
+        ):
             loss(0.0)
         return sum(sizes)
 
@@ -124,8 +140,12 @@ def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout
     torch.manual_seed(7)
     model(**inputs).loss.backward()
     slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
-    rtol = 0.02 if device == "cpu" else 0.05  # 0.022 off on an H100; gradients of another dropout are 0.6 off and more
-    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=rtol, atol=1e-3)
+    rtol = (
+        0.02 if device == "cpu" else 0.05
+    )  # 0.022 off on an H100; gradients of another dropout are 0.6 off and more
+    torch.testing.assert_close(
+        (weight.grad * direction).sum(), slope.detach(), rtol=rtol, atol=1e-3
+    )
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
@@ -159,7 +179,9 @@ def test_every_block_or_some_run_again_and_embeddings_get_no_gradient_for_it(ada
     assert {runs[path] for path in others} == {1}
     recompute_blocks(model)
     assert all(block.gradient_checkpointing for block in blocks_of(model).values())
-    assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad == isinstance(adapter, Full)
+    assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad == isinstance(
+        adapter, Full
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,13 +201,15 @@ class Watch(lightning.Callback):
     """Makes every wait of the host for the device an error, from the fifth batch to the end of the twelfth, loading included."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        torch.cuda.set_sync_debug_mode({3: "error", 11: "default"}.get(batch_idx, torch.cuda.get_sync_debug_mode()))
+        torch.cuda.set_sync_debug_mode(
+            {3: "error", 11: "default"}.get(batch_idx, torch.cuda.get_sync_debug_mode())
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packing", [False, True])
 def test_no_step_waits_for_the_device(tmp_path, packing):
-    task = Task(
+    task = VisionLanguageModule(
         family=family(),
         adapter=LoRA(rank=2, alpha=4, dropout=0.1, targets="all-linear"),
         generation=Generation(),
@@ -194,9 +218,29 @@ def test_no_step_waits_for_the_device(tmp_path, packing):
         speed=Speed(checkpointing="full"),
     )
     sizes = {"max_tokens": 128, "packing": True} if packing else {"batch_size": 2}
-    data = DataModule(processor=task.processor, read=read, train="abcdefghijklmnopqrstuvwxyz" * 2, num_workers=1, **sizes)
-    options = {"accelerator": "gpu", "precision": "bf16-mixed", "log_every_n_steps": 1000, "max_steps": 8}
-    made = trainer(tmp_path, Throughput(), RunLog(), Watch(), accumulate_grad_batches=2, gradient_clip_val=1.0, max_epochs=-1, **options)
+    data = DataModule(
+        processor=task.processor,
+        read=read,
+        train="abcdefghijklmnopqrstuvwxyz" * 2,
+        num_workers=1,
+        **sizes,
+    )
+    options = {
+        "accelerator": "gpu",
+        "precision": "bf16-mixed",
+        "log_every_n_steps": 1000,
+        "max_steps": 8,
+    }
+    made = trainer(
+        tmp_path,
+        Throughput(),
+        RunLog(),
+        Watch(),
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        max_epochs=-1,
+        **options,
+    )
     try:
         made.fit(task, data)
     finally:
@@ -210,10 +254,10 @@ def test_a_recorded_tower_sees_what_the_tower_sees():
     alone = tower.forward
     replay_tower(tower)
     for number, count in enumerate((1, 2, 1, 2, 1, 2, 7, 1)):
-        given = pictures(count, seed=number).cuda()
+        given = images(count, seed=number).cuda()
         with torch.inference_mode() if number == 4 else torch.no_grad():
             torch.testing.assert_close(tower(given), alone(given), **CLOSE)
     assert {kind[0][0] for kind in tower.forward.recorded} == {1, 2}
-    given = pictures(1).cuda().requires_grad_()
+    given = images(1).cuda().requires_grad_()
     tower(given).sum().backward()
     assert given.grad.any()

@@ -13,46 +13,90 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 from toy_task import trainer
 
-from qwenvl_lit.callbacks.checkpoint import Checkpoints
+from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters import Full, LoRA
-from qwenvl_lit.training.module import Task
+from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW, StochasticAdamW
 from qwenvl_lit.training.speed import Speed
-from qwenvl_lit.training.strategies import FullyShard
-from qwenvl_lit.types import Conversation, Picture, Turn
+from qwenvl_lit.training.strategies import FSDP2Strategy
+from qwenvl_lit.types import Conversation, ImageSource, Turn
 
-VISUAL = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 32, "n_queries": 4}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "kv_channels": 16, "intermediate_size": 64}
+VISUAL = {
+    "image_size": 16,
+    "patch_size": 8,
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "mlp_ratio": 2.0,
+    "output_dim": 32,
+    "n_queries": 4,
+}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "kv_channels": 16,
+    "intermediate_size": 64,
+}
 GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # not to wait for ever
 ADAPTERS = {"full": Full(), "lora": LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")}
-ADAPTERS["language"] = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"])  # nothing of the tower trains
+ADAPTERS["language"] = LoRA(
+    rank=2, alpha=4, dropout=0.0, targets=["c_attn"]
+)  # nothing of the tower trains
 
 
-def read(source: str, reading) -> list[Conversation]:
-    """A letter is a row, with a picture where it is large."""
+def read(source: str, read_options) -> list[Conversation]:
+    """A letter is a row, with an image where it is large."""
     rows = []
     for place, letter in enumerate(source):
-        parts = (Picture(Image.new("RGB", (9, 9), (10 * place, 0, 0))), letter) if letter.isupper() else (letter,)
-        rows.append(Conversation(id=letter, turns=(Turn(role="user", parts=parts), Turn(role="assistant", parts=("yes",))), index=place))
+        parts = (
+            (ImageSource(Image.new("RGB", (9, 9), (10 * place, 0, 0))), letter)
+            if letter.isupper()
+            else (letter,)
+        )
+        rows.append(
+            Conversation(
+                id=letter,
+                turns=(Turn(role="user", parts=parts), Turn(role="assistant", parts=("yes",))),
+                index=place,
+            )
+        )
     return rows
 
 
-def task_and_data(adapter: str, dtype: str = "float32") -> tuple[Task, DataModule]:
+def task_and_data(adapter: str, dtype: str = "float32") -> tuple[VisionLanguageModule, DataModule]:
     """Eight training rows, and three to validate, which two ranks cannot divide evenly."""
-    made = Task(
-        family=QwenVL(config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny", dtype=dtype),
+    made = VisionLanguageModule(
+        family=QwenVLFamily(
+            config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}},
+            vocabulary="tiny",
+            dtype=dtype,
+        ),
         adapter=ADAPTERS[adapter],
         generation=Generation(max_new_tokens=3),
         metrics={"exact_match": ExactMatch()},
         optim=AdamW(lr=1e-2, warmup=0, schedule="constant_with_warmup"),
         speed=Speed(checkpointing="full"),
     )
-    sizes = {"batch_size": 1, "eval_batch_size": 1, "generated_validation_rows": 3, "num_workers": 0}
-    return made, DataModule(processor=made.processor, read=read, train="ABcdEfGH", validation="IJk", test="LMn", order="staged", **sizes)
+    sizes = {
+        "batch_size": 1,
+        "eval_batch_size": 1,
+        "generated_validation_rows": 3,
+        "num_workers": 0,
+    }
+    return made, DataModule(
+        processor=made.processor,
+        read=read,
+        train="ABcdEfGH",
+        validation="IJk",
+        test="LMn",
+        order="staged",
+        **sizes,
+    )
 
 
 class Watch(lightning.Callback):
@@ -64,42 +108,77 @@ class Watch(lightning.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         trained = [tensor for tensor in module.parameters() if tensor.requires_grad]
-        self.held = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in trained)
+        self.held = sum(
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel()
+            for tensor in trained
+        )
         self.whole = sum(tensor.numel() for tensor in trained)
-        self.seen.append({name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith("train/")})
+        self.seen.append(
+            {
+                name: float(value)
+                for name, value in trainer.logged_metrics.items()
+                if name.startswith("train/")
+            }
+        )
 
     def on_validation_end(self, trainer, module):
-        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")})
+        self.seen.append(
+            {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
+        )
 
 
-def fit(folder: Path, adapter: str, dtype: str = "float32", resume: Path | None = None, **options) -> dict:
+def fit(
+    folder: Path, adapter: str, dtype: str = "float32", resume: Path | None = None, **options
+) -> dict:
     lightning.seed_everything(0, verbose=False)  # adapters start at random
     watch, (task, data) = Watch(), task_and_data(adapter, dtype)
-    loops = {"max_epochs": 1, "gradient_clip_val": 0.5, "val_check_interval": 2, "enable_checkpointing": True}
-    made = trainer(folder, watch, Checkpoints(every=1, keep=9), **loops, **options)
+    loops = {
+        "max_epochs": 1,
+        "gradient_clip_val": 0.5,
+        "val_check_interval": 2,
+        "enable_checkpointing": True,
+    }
+    made = trainer(folder, watch, RunCheckpoint(every=1, keep=9), **loops, **options)
     made.fit(task, data, ckpt_path=resume, weights_only=True)
     stochastic = isinstance(made.optimizers[0], StochasticAdamW)
     return {"log": watch.seen, "held": watch.held, "whole": watch.whole, "stochastic": stochastic}
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.update(
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     found = {}
     for name, strategy, adapter, options in (
         ("ddp_full", DDPStrategy, "full", {}),
-        ("fsdp_full", FullyShard, "full", {}),
+        ("fsdp_full", FSDP2Strategy, "full", {}),
         ("ddp_lora", DDPStrategy, "lora", {}),
-        ("fsdp_lora", FullyShard, "lora", {}),
+        ("fsdp_lora", FSDP2Strategy, "lora", {}),
         ("ddp_language", DDPStrategy, "language", {}),
-        ("fsdp_language", FullyShard, "language", {}),
-        ("fsdp_bfloat16", FullyShard, "full", {"dtype": "bfloat16"}),
-        ("resumed", FullyShard, "full", {"dtype": "bfloat16", "resume": folder / "fsdp_bfloat16/checkpoints/step_000001.ckpt"}),
+        ("fsdp_language", FSDP2Strategy, "language", {}),
+        ("fsdp_bfloat16", FSDP2Strategy, "full", {"dtype": "bfloat16"}),
+        (
+            "resumed",
+            FSDP2Strategy,
+            "full",
+            {"dtype": "bfloat16", "resume": folder / "fsdp_bfloat16/checkpoints/step_000001.ckpt"},
+        ),
     ):
         found[name] = fit(folder / name, adapter, strategy=strategy(**GLOO), devices=2, **options)
     task, data = task_and_data("full")
     task.trained = folder / "fsdp_full/checkpoints/last.ckpt"
-    [scores] = trainer(folder / "test", strategy=FullyShard(**GLOO), devices=2).test(task, data, verbose=False)
+    [scores] = trainer(folder / "test", strategy=FSDP2Strategy(**GLOO), devices=2).test(
+        task, data, verbose=False
+    )
     torch.save({**found, "scores": scores}, folder / f"rank{rank}.pt")
 
 
@@ -120,18 +199,23 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sharded_and_replicated_weights_learn_alike(runs, adapter):
-    """Losses, gradient norms, validation losses and answers, with text on one rank and a picture on the other."""
+    """Losses, gradient norms, validation losses and answers, with text on one rank and an image on the other."""
     ddp, fsdp = (runs[1][f"{strategy}_{adapter}"]["log"] for strategy in ("ddp", "fsdp"))
     assert len(ddp) == len(fsdp) == 4 + 2
     assert {"val/loss", "val/exact_match"} <= set().union(*ddp)
     for one, other in zip(ddp, fsdp, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     weights = [
-        torch.load(runs[0] / f"{strategy}_{adapter}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for strategy in ("ddp", "fsdp")
+        torch.load(runs[0] / f"{strategy}_{adapter}/checkpoints/last.ckpt", weights_only=True)[
+            "state_dict"
+        ]
+        for strategy in ("ddp", "fsdp")
     ]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)  # Adam's first steps go by the sign of what may be noise
+        torch.testing.assert_close(
+            tensor, weights[1][name], rtol=1e-3, atol=1e-4
+        )  # Adam's first steps go by the sign of what may be noise
 
 
 def test_each_rank_holds_half(runs):

@@ -23,9 +23,17 @@ from qwenvl_lit.types import Box, DataError, GroundedObject
 
 Task = Literal["caption", "grounded", "find", "name", "count", "left", "right"]
 
-# How often training asks what. To look a name up in a picture ("find") takes longest to learn.
-TASKS: dict[Task, float] = {"caption": 1.5, "grounded": 2, "find": 1.5, "left": 0.75, "right": 0.75, "count": 0.75, "name": 0.5}
-PICTURE_PREFIX = "Picture 1: "
+# How often training asks what. To look a name up in an image ("find") takes longest to learn.
+TASKS: dict[Task, float] = {
+    "caption": 1.5,
+    "grounded": 2,
+    "find": 1.5,
+    "left": 0.75,
+    "right": 0.75,
+    "count": 0.75,
+    "name": 0.5,
+}
+IMAGE_PREFIX = "Picture 1: "
 VERSION = 1  # of the files below; raise it when their content changes, so that folders written before are written anew
 MANIFEST = "manifest.json"
 
@@ -70,9 +78,16 @@ def ask(scene: Scene, task: Task, rng: random.Random) -> Exchange:
         case "caption":
             return Exchange(task, "Describe the picture.", caption(things))
         case "grounded":
-            return Exchange(task, "Describe with boxes.", "<ref-object><bbox>" * len(things), things)
+            return Exchange(
+                task, "Describe with boxes.", "<ref-object><bbox>" * len(things), things
+            )
         case "find":
-            return Exchange(task, rng.choice(("Find <ref-object>", f"Where is the {thing.name}?")), "<bbox>", (thing,))
+            return Exchange(
+                task,
+                rng.choice(("Find <ref-object>", f"Where is the {thing.name}?")),
+                "<bbox>",
+                (thing,),
+            )
         case "name":
             return Exchange(task, "What is at <bbox>?", "<ref-object>", (thing,))
         case "count":
@@ -86,7 +101,7 @@ def ask(scene: Scene, task: Task, rng: random.Random) -> Exchange:
 def sentences() -> Iterator[str]:
     """Every text that can occur: prompts, answers, labels, and what stands between box tags. For learning a small vocabulary."""
     names = (*CLASSES, *NEW_CLASSES)
-    yield from (PICTURE_PREFIX, "1", "Find ", "What is at ", "?", *names, *map(with_article, names))
+    yield from (IMAGE_PREFIX, "1", "Find ", "What is at ", "?", *names, *map(with_article, names))
     yield from (f"Where is the {name}?" for name in names)
     for left, right in permutations(names, 2):
         scene = Scene((Thing(0, 0, 24, left), Thing(40, 0, 24, right)))
@@ -95,7 +110,11 @@ def sentences() -> Iterator[str]:
             yield from (text for text in (exchange.question, exchange.answer) if "<" not in text)
     for x, y, size in PLACES:
         box = to_frame(Box(x0=x, y0=y, x1=x + size, y1=y + size), "grid", size=(SIDE_PX, SIDE_PX))
-        yield from (text for text in tags_from_object(GroundedObject(boxes=(box,)), ()) if isinstance(text, str))
+        yield from (
+            text
+            for text in tags_from_object(GroundedObject(boxes=(box,)), ())
+            if isinstance(text, str)
+        )
 
 
 def write_demo(
@@ -114,11 +133,11 @@ def write_demo(
     `download`, which other datasets ask before they fetch anything, changes nothing here.
 
     - `images/*.png`, shared by all files below;
-    - `train_single.jsonl`: the curriculum, captions with and without boxes of `single` pictures of one thing;
-    - `train.jsonl`: `train` pictures with two questions each, as one conversation;
-    - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about so many pictures, one a row, named in the column `task`;
-    - `new_classes_train.jsonl`, `new_classes_test.jsonl`: the same with `NEW_CLASSES`, `new_classes` pictures and an eighth of that;
-    - `coco/annotations/{captions,instances}_{train,test}.json`: the same pictures as COCO describes them, with `images/` as image folder;
+    - `train_single.jsonl`: the curriculum, captions with and without boxes of `single` images of one thing;
+    - `train.jsonl`: `train` images with two questions each, as one conversation;
+    - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about so many images, one a row, named in the column `task`;
+    - `new_classes_train.jsonl`, `new_classes_test.jsonl`: the same with `NEW_CLASSES`, `new_classes` images and an eighth of that;
+    - `coco/annotations/{captions,instances}_{train,test}.json`: the same images as COCO describes them, with `images/` as image folder;
     - `vqa_train.jsonl`, `vqa_test.jsonl`: the counting and left/right questions as VQA sets are published.
 
     Raises:
@@ -138,7 +157,9 @@ def write_demo(
     if found == manifest:
         return folder
     if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} exists and is not a demo dataset; choose another folder or remove it")
+        raise DataError(
+            f"{folder} exists and is not a demo dataset; choose another folder or remove it"
+        )
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     replaced = folder.with_name(f"{beside.name}.replaced")
     try:
@@ -168,8 +189,14 @@ def _write_files(folder: Path, sizes: dict[str, int], seed: int) -> None:
         "validation": (scenes("validation", sizes["validation"], seed), _exam),
         "test": (scenes("test", sizes["test"], seed), _exam),
         "unseen_pairs": (scenes("unseen_pairs", sizes["unseen_pairs"], seed), _exam),
-        "new_classes_train": (scenes("train", sizes["new_classes"], seed, classes=NEW_CLASSES), _lesson),
-        "new_classes_test": (scenes("test", sizes["new_classes"] // 8, seed, classes=NEW_CLASSES), _exam),
+        "new_classes_train": (
+            scenes("train", sizes["new_classes"], seed, classes=NEW_CLASSES),
+            _lesson,
+        ),
+        "new_classes_test": (
+            scenes("test", sizes["new_classes"] // 8, seed, classes=NEW_CLASSES),
+            _exam,
+        ),
     }
     (folder / "images").mkdir(parents=True)
     (folder / "coco" / "annotations").mkdir(parents=True)
@@ -178,12 +205,20 @@ def _write_files(folder: Path, sizes: dict[str, int], seed: int) -> None:
         shown = {f"{name}_{number:05}": scene for number, scene in enumerate(drawn)}
         for stem, scene in shown.items():
             (folder / "images" / f"{stem}.png").write_bytes(_png(scene.draw()))
-        _write_lines(folder / f"{name}.jsonl", (row for stem, scene in shown.items() for row in rows_of(stem, scene, rng)))
+        _write_lines(
+            folder / f"{name}.jsonl",
+            (row for stem, scene in shown.items() for row in rows_of(stem, scene, rng)),
+        )
         if name in ("train", "test"):
             answers = 10 if name == "test" else 1  # as published sets have them
-            _write_lines(folder / f"vqa_{name}.jsonl", (row for stem, scene in shown.items() for row in _vqa_rows(stem, scene, answers)))
+            _write_lines(
+                folder / f"vqa_{name}.jsonl",
+                (row for stem, scene in shown.items() for row in _vqa_rows(stem, scene, answers)),
+            )
             for kind, content in _coco(shown).items():
-                (folder / "coco" / "annotations" / f"{kind}_{name}.json").write_text(json.dumps(content))
+                (folder / "coco" / "annotations" / f"{kind}_{name}.json").write_text(
+                    json.dumps(content)
+                )
 
 
 def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -192,11 +227,18 @@ def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _png(image: Image.Image) -> bytes:
-    """An RGB picture as PNG; takes 0.16 ms where Pillow's writer, which tries line filters, takes 0.28 ms and no fewer bytes."""
+    """An RGB image as PNG; takes 0.16 ms where Pillow's writer, which tries line filters, takes 0.28 ms and no fewer bytes."""
     pixels, line = image.tobytes(), 3 * image.width
     lines = b"".join(b"\0" + pixels[start : start + line] for start in range(0, len(pixels), line))
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(lines, 1), b"IEND": b""}
-    sealed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks.items())
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(lines, 1),
+        b"IEND": b"",
+    }
+    sealed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(sealed)
 
 
@@ -207,11 +249,22 @@ def _first_lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[
 
 def _lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
     """Two different questions in one conversation, drawn by the weights of `TASKS`."""
-    drawn = sorted(tasks_of(scene), key=lambda task: rng.random() ** (1 / TASKS[task]), reverse=True)
-    given_away = "grounded" if drawn.index("find") < drawn.index("grounded") else "find"  # the box would stand in the text before
+    drawn = sorted(
+        tasks_of(scene), key=lambda task: rng.random() ** (1 / TASKS[task]), reverse=True
+    )
+    given_away = (
+        "grounded" if drawn.index("find") < drawn.index("grounded") else "find"
+    )  # the box would stand in the text before
     exchanges = [ask(scene, task, rng) for task in drawn if task != given_away][:2]
     # A box without a phrase comes last: before others it would leave the two kinds of placeholders out of step.
-    yield chat_row(stem, stem, sorted(exchanges, key=lambda e: "<bbox>" in e.answer and "<ref-object>" not in e.question + e.answer))
+    yield chat_row(
+        stem,
+        stem,
+        sorted(
+            exchanges,
+            key=lambda e: "<bbox>" in e.answer and "<ref-object>" not in e.question + e.answer,
+        ),
+    )
 
 
 def _exam(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -221,13 +274,27 @@ def _exam(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any
 
 
 def chat_row(name: str, stem: str, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-    """A row in the chat layout of Qwen-VL, about the picture `images/<stem>.png`."""
-    turns = [turn for e in exchanges for turn in ({"from": "user", "value": e.question}, {"from": "assistant", "value": e.answer})]
-    turns[0]["value"] = f"{PICTURE_PREFIX}<img>images/{stem}.png</img>\n{turns[0]['value']}"
-    row = {"id": name, "task": "+".join(exchange.task for exchange in exchanges), "conversations": turns}
+    """A row in the chat layout of Qwen-VL, about the image `images/<stem>.png`."""
+    turns = [
+        turn
+        for e in exchanges
+        for turn in (
+            {"from": "user", "value": e.question},
+            {"from": "assistant", "value": e.answer},
+        )
+    ]
+    turns[0]["value"] = f"{IMAGE_PREFIX}<img>images/{stem}.png</img>\n{turns[0]['value']}"
+    row = {
+        "id": name,
+        "task": "+".join(exchange.task for exchange in exchanges),
+        "conversations": turns,
+    }
     things = [thing for exchange in exchanges for thing in exchange.things]
     if things:
-        row["objects"] = [{"caption": thing.name, "bbox": thing.box_px, "bbox_type": "real", "image": 0} for thing in things]
+        row["objects"] = [
+            {"caption": thing.name, "bbox": thing.box_px, "bbox_type": "real", "image": 0}
+            for thing in things
+        ]
     return row
 
 
@@ -235,19 +302,42 @@ def _vqa_rows(stem: str, scene: Scene, answers: int) -> Iterator[dict[str, Any]]
     for task in tasks_of(scene):
         if task in ("count", "left", "right"):
             exchange = ask(scene, task, random.Random(0))
-            answer = {"answer": exchange.answer} if answers == 1 else {"answers": [exchange.answer] * answers}
-            yield {"question_id": f"{stem}_{task}", "image": f"images/{stem}.png", "question": exchange.question, **answer, "task": task}
+            answer = (
+                {"answer": exchange.answer}
+                if answers == 1
+                else {"answers": [exchange.answer] * answers}
+            )
+            yield {
+                "question_id": f"{stem}_{task}",
+                "image": f"images/{stem}.png",
+                "question": exchange.question,
+                **answer,
+                "task": task,
+            }
 
 
 def _coco(shown: Mapping[str, Scene]) -> dict[str, dict[str, Any]]:
     """Captions and instances, numbered from 1 as COCO's are."""
     images, captions, boxes = [], [], []
     for number, (stem, scene) in enumerate(shown.items(), 1):
-        images.append({"id": number, "file_name": f"{stem}.png", "width": SIDE_PX, "height": SIDE_PX})
+        images.append(
+            {"id": number, "file_name": f"{stem}.png", "width": SIDE_PX, "height": SIDE_PX}
+        )
         captions.append({"id": number, "image_id": number, "caption": caption(scene.things)})
         for thing in scene.things:
-            place = {"bbox": [thing.x, thing.y, thing.size, thing.size], "area": thing.size**2, "iscrowd": 0}
-            boxes.append({"id": len(boxes) + 1, "image_id": number, "category_id": CLASSES.index(thing.name) + 1, **place})
+            place = {
+                "bbox": [thing.x, thing.y, thing.size, thing.size],
+                "area": thing.size**2,
+                "iscrowd": 0,
+            }
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": number,
+                    "category_id": CLASSES.index(thing.name) + 1,
+                    **place,
+                }
+            )
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
     return {
         "captions": {"images": images, "annotations": captions},

@@ -1,4 +1,4 @@
-"""The pictures of the embedded demo: one or two simple objects on a plain ground, and which split may show them."""
+"""The images of the embedded demo: one or two simple objects on a plain ground, and which split may show them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,20 @@ Split = Literal["train", "validation", "test", "unseen_pairs"]
 SIDE_PX = 64
 STEP_PX = 8  # objects begin and end on the grid of the tiny model's patches; off the grid it needs many times longer to learn
 SIZES_PX = (24, 32)
-PLACES = [(x, y, size) for size in SIZES_PX for x, y in product(range(0, SIDE_PX - size + 1, STEP_PX), repeat=2)]  # 36 small, 25 large
+PLACES = [
+    (x, y, size)
+    for size in SIZES_PX
+    for x, y in product(range(0, SIDE_PX - size + 1, STEP_PX), repeat=2)
+]  # 36 small, 25 large
 RESERVED_CORNERS = 2  # corners per class that only `unseen_pairs` shows
-BACKGROUNDS = ((244, 241, 232), (232, 240, 246), (236, 245, 234), (246, 236, 238), (240, 238, 247), (248, 244, 226))
+BACKGROUNDS = (
+    (244, 241, 232),
+    (232, 240, 246),
+    (236, 245, 234),
+    (246, 236, 238),
+    (240, 238, 247),
+    (248, 244, 226),
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,7 +58,7 @@ class Scene:
     background: tuple[int, int, int] = BACKGROUNDS[0]
 
     def draw(self, scale: int = 1) -> Image.Image:
-        """The picture, RGB, `SIDE_PX * scale` a side; `scale` is for people, the data has 1."""
+        """The image, RGB, `SIDE_PX * scale` a side; `scale` is for people, the data has 1."""
         image = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), self.background)
         for thing in self.things:
             sprite = draw_sprite(thing.name, thing.size * scale)
@@ -55,7 +66,9 @@ class Scene:
         return image
 
 
-def scenes(split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.5) -> Iterator[Scene]:
+def scenes(
+    split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.5
+) -> Iterator[Scene]:
     """Scenes whose content belongs to `split`; a share of `pairs` has two things.
 
     No content (which class, where, how large) is in two splits, whatever the seeds. Within a split single things repeat, on other grounds.
@@ -65,14 +78,21 @@ def scenes(split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = 
         two = rng.random() < pairs
         while split_of(things := _draw_things(rng, classes, two)) != split:
             pass
-        yield Scene(things, tuple(channel + rng.randint(-6, 6) for channel in rng.choice(BACKGROUNDS)))
+        yield Scene(
+            things, tuple(channel + rng.randint(-6, 6) for channel in rng.choice(BACKGROUNDS))
+        )
 
 
 def split_of(things: Sequence[Thing]) -> Split:
     """The only split that may show these things together: 85 % train, 5 % validation, 10 % test, by a hash that never changes."""
     if any((thing.x, thing.y) in reserved_corners(thing.name) for thing in things):
         return "unseen_pairs"
-    percent = _hash(" ".join(f"{thing.name} {thing.x} {thing.y} {thing.size}" for thing in sorted(things))) % 100
+    percent = (
+        _hash(
+            " ".join(f"{thing.name} {thing.x} {thing.y} {thing.size}" for thing in sorted(things))
+        )
+        % 100
+    )
     return "validation" if percent < 5 else "test" if percent < 15 else "train"
 
 
@@ -80,7 +100,9 @@ def split_of(things: Sequence[Thing]) -> Split:
 def reserved_corners(name: str) -> frozenset[tuple[int, int]]:
     """Top-left corners where training never shows the class; other classes do stand there."""
     corners = {(x, y) for x, y, _ in PLACES}
-    return frozenset(sorted(corners, key=lambda corner: _hash(f"{name} {corner}"))[:RESERVED_CORNERS])
+    return frozenset(
+        sorted(corners, key=lambda corner: _hash(f"{name} {corner}"))[:RESERVED_CORNERS]
+    )
 
 
 def _draw_things(rng: random.Random, classes: Sequence[str], two: bool) -> tuple[Thing, ...]:

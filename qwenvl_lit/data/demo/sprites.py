@@ -1,4 +1,4 @@
-"""The things of the demo pictures, drawn with Pillow: distinct in shape and in colour, so that a tiny model can tell them apart."""
+"""The things of the demo images, drawn with Pillow: distinct in shape and in colour, so that a tiny model can tell them apart."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ OUTLINE: Colour = (43, 39, 60)
 
 @cache
 def draw_sprite(name: str, side_px: int) -> Image.Image:
-    """The thing on a transparent square, RGBA, stretched so that it touches all four sides. Do not change the picture: it is shared."""
+    """The thing on a transparent square, RGBA, stretched so that it touches all four sides. Do not change the image: it is shared."""
     image = Image.new("RGBA", (CANVAS_PX, CANVAS_PX))
     _DRAWINGS[name](Pen(image))
-    widened = image.getchannel("A").filter(ImageFilter.GaussianBlur(9)).point(lambda value: 255 if value > 8 else 0)
+    widened = (
+        image.getchannel("A")
+        .filter(ImageFilter.GaussianBlur(9))
+        .point(lambda value: 255 if value > 8 else 0)
+    )
     outlined = Image.new("RGBA", image.size)
     outlined.paste(OUTLINE, mask=widened)
     outlined.alpha_composite(image)
@@ -46,7 +50,9 @@ class Pen:
         """The upper half of an ellipse around (x, y)."""
         self._draw.pieslice(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), 180, 360, fill=colour)
 
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, radius: float = 0) -> None:
+    def rectangle(
+        self, x0: float, y0: float, x1: float, y1: float, colour: Colour, radius: float = 0
+    ) -> None:
         self._draw.rounded_rectangle(_pixels([(x0, y0), (x1, y1)]), radius * UNIT_PX, fill=colour)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
@@ -63,7 +69,10 @@ def _pixels(points: Iterable[Point]) -> list[Point]:
 def _around(count: int, *radii: float, start: float = -90) -> list[Point]:
     """`count` corners around the middle, their distances cycling through `radii`; the first at `start` degrees."""
     angles = [math.radians(start + 360 / count * k) for k in range(count)]
-    return [(50 + radii[k % len(radii)] * math.cos(a), 50 + radii[k % len(radii)] * math.sin(a)) for k, a in enumerate(angles)]
+    return [
+        (50 + radii[k % len(radii)] * math.cos(a), 50 + radii[k % len(radii)] * math.sin(a))
+        for k, a in enumerate(angles)
+    ]
 
 
 def _sun(pen: Pen) -> None:
@@ -72,8 +81,14 @@ def _sun(pen: Pen) -> None:
 
 
 def _moon(pen: Pen) -> None:
-    outer = [(52 + 42 * math.cos(a), 50 + 42 * math.sin(a)) for a in (math.radians(t) for t in range(-60, -301, -4))]
-    inner = [(73 - 36 * math.cos(a), 50 + 36 * math.sin(a)) for a in (math.radians(t) for t in range(88, -89, -4))]
+    outer = [
+        (52 + 42 * math.cos(a), 50 + 42 * math.sin(a))
+        for a in (math.radians(t) for t in range(-60, -301, -4))
+    ]
+    inner = [
+        (73 - 36 * math.cos(a), 50 + 36 * math.sin(a))
+        for a in (math.radians(t) for t in range(88, -89, -4))
+    ]
     pen.polygon(outer + inner, (122, 128, 214))
     for x, y, r in ((24, 42, 5), (31, 64, 6), (34, 27, 3.5)):
         pen.ellipse(x, y, r, r, (92, 96, 184))
@@ -243,9 +258,28 @@ def _snowman(pen: Pen) -> None:
 _DRAWINGS: dict[str, Callable[[Pen], None]] = {
     drawing.__name__[1:]: drawing
     for drawing in (
-        *(_sun, _moon, _star, _heart, _tree, _house, _car, _boat, _fish, _flower, _cup, _apple, _key, _umbrella, _mushroom, _clock),
+        *(
+            _sun,
+            _moon,
+            _star,
+            _heart,
+            _tree,
+            _house,
+            _car,
+            _boat,
+            _fish,
+            _flower,
+            _cup,
+            _apple,
+            _key,
+            _umbrella,
+            _mushroom,
+            _clock,
+        ),
         *(_bell, _cactus, _rocket, _snowman),
     )
 }
 CLASSES = tuple(_DRAWINGS)[:16]
-NEW_CLASSES = tuple(_DRAWINGS)[16:]  # kept out of the demo's training, for showing how to add classes to a trained model
+NEW_CLASSES = tuple(_DRAWINGS)[
+    16:
+]  # kept out of the demo's training, for showing how to add classes to a trained model

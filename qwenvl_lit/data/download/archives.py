@@ -15,7 +15,16 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from qwenvl_lit.data.download.files import PATIENT, Patience, check_room, disk_faults, fetch, in_bytes, offline, sized
+from qwenvl_lit.data.download.files import (
+    PATIENT,
+    Patience,
+    check_room,
+    disk_faults,
+    fetch,
+    in_bytes,
+    offline,
+    sized,
+)
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)
@@ -35,7 +44,9 @@ class Archive:
         return PurePosixPath(urlsplit(self.url).path).name
 
 
-def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, patience: Patience = PATIENT) -> None:
+def provide(
+    archives: Sequence[Archive], root: Path, *, download: bool = True, patience: Patience = PATIENT
+) -> None:
     """See that `root` holds all that `archives` give; what is there is left as it is.
 
     A file or folder appears when all of it has been unpacked. An archive that was downloaded is removed after that.
@@ -56,7 +67,13 @@ def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, p
             if absent:
                 log.info("%s needs %s from the web", root, in_bytes(size))
             for archive in missing:
-                file = fetch(archive.url, root / archive.name, size=archive.size, checksum=archive.checksum, patience=patience)
+                file = fetch(
+                    archive.url,
+                    root / archive.name,
+                    size=archive.size,
+                    checksum=archive.checksum,
+                    patience=patience,
+                )
                 for name in archive.gives:
                     if not (root / name).exists():
                         _unpack(file, name, root)
@@ -65,15 +82,21 @@ def provide(archives: Sequence[Archive], root: Path, *, download: bool = True, p
 
 
 def _missing(archives: Sequence[Archive], root: Path) -> list[Archive]:
-    return [archive for archive in archives if not all((root / name).exists() for name in archive.gives)]
+    return [
+        archive for archive in archives if not all((root / name).exists() for name in archive.gives)
+    ]
 
 
 def _absent(archives: Sequence[Archive], root: Path) -> list[Archive]:
     return [archive for archive in archives if not (root / archive.name).exists()]
 
 
-def _what_to_bring(missing: Sequence[Archive], absent: Sequence[Archive], root: Path, why: str) -> str:
-    lacks = ", ".join(name for archive in missing for name in archive.gives if not (root / name).exists())
+def _what_to_bring(
+    missing: Sequence[Archive], absent: Sequence[Archive], root: Path, why: str
+) -> str:
+    lacks = ", ".join(
+        name for archive in missing for name in archive.gives if not (root / name).exists()
+    )
     sources = "".join(f"\n  {archive.url}{sized(archive.size)}" for archive in absent)
     return f"{root} lacks {lacks}, and {why}. Put these there, unpacked or as they are, or let data.root be the folder with them:{sources}"
 
@@ -83,16 +106,28 @@ def _unpack(file: Path, name: str, root: Path) -> None:
     stage = root / f".{file.name}.part"
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = [entry for entry in archive.infolist() if entry.filename == name or entry.filename.startswith(name + "/")]
+            entries = [
+                entry
+                for entry in archive.infolist()
+                if entry.filename == name or entry.filename.startswith(name + "/")
+            ]
             entries = [entry for entry in entries if not entry.is_dir()]
             if not entries:
                 raise DataError(f"{file} has no {name}; is it the archive that is meant?")
             check_room(root, sum(entry.file_size for entry in entries))
-            log.info("unpacking %s (%s files, %s) to %s", name, len(entries), in_bytes(sum(entry.file_size for entry in entries)), root)
+            log.info(
+                "unpacking %s (%s files, %s) to %s",
+                name,
+                len(entries),
+                in_bytes(sum(entry.file_size for entry in entries)),
+                root,
+            )
             for entry in entries:
                 _unpack_file(archive, entry, stage)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as fault:
-        raise DataError(f"{file} is not a sound zip file: {fault}; remove it, and it is fetched again") from None
+        raise DataError(
+            f"{file} is not a sound zip file: {fault}; remove it, and it is fetched again"
+        ) from None
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     os.replace(stage / name, root / name)
     if not any(path.is_file() for path in stage.rglob("*")):
@@ -101,9 +136,13 @@ def _unpack(file: Path, name: str, root: Path) -> None:
 
 def _unpack_file(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path) -> None:
     path = PurePosixPath(entry.filename)
-    leaves = path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in entry.filename
+    leaves = (
+        path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in entry.filename
+    )
     if leaves or stat.S_ISLNK(entry.external_attr >> 16):
-        raise DataError(f"{archive.filename} holds {entry.filename!r}, which would not stay in its folder; nothing of it is used further")
+        raise DataError(
+            f"{archive.filename} holds {entry.filename!r}, which would not stay in its folder; nothing of it is used further"
+        )
     target = folder / path
     if target.exists():
         return

@@ -22,16 +22,20 @@ from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
-from qwenvl_lit.types import DataError, Picture
+from qwenvl_lit.types import DataError, ImageSource
 
 log = logging.getLogger(__name__)
 
-MAX_PICTURE_BYTES = 64 * 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
 OFFLINE = ("QWENVL_LIT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables that forbid downloads
 
 _BLOCK = 1 << 20
 _REPORT_SECONDS = 15
-_PASSING = {408, 425, 429}  # refusals of a server that may be over in a moment, beside those from 500 on
+_PASSING = {
+    408,
+    425,
+    429,
+}  # refusals of a server that may be over in a moment, beside those from 500 on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +78,9 @@ def fetch(
         _check_size(target, size)
         return target
     if why := offline(download):
-        raise DataError(f"{target} does not exist and {why}; get it from {url}{sized(size)} and put it there")
+        raise DataError(
+            f"{target} does not exist and {why}; get it from {url}{sized(size)} and put it there"
+        )
     part = target.with_name(target.name + ".part")
     lock = target.with_name(target.name + ".lock")
     with disk_faults(target):
@@ -96,13 +102,17 @@ def offline(download: bool = True) -> str:
     """Why nothing may be downloaded; empty if it may."""
     if not download:
         return "downloads are off (data.download=false)"
-    names = [name for name in OFFLINE if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")]
+    names = [
+        name
+        for name in OFFLINE
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+    ]
     return f"downloads are off ({names[0]} is set)" if names else ""
 
 
 @dataclass(frozen=True, slots=True)
-class RemotePicture:
-    """A picture on the web, fetched into `folder` when it is first needed.
+class RemoteImage:
+    """An image on the web, fetched into `folder` when it is first needed.
 
     Raises:
         DataError: `url` is not http or https.
@@ -124,7 +134,7 @@ class RemotePicture:
         """The file in `folder`; any number of processes may ask at once.
 
         Raises:
-            DataError: it cannot be fetched, is no picture, or is larger than `MAX_PICTURE_BYTES`.
+            DataError: it cannot be fetched, is no image, or is larger than `MAX_IMAGE_BYTES`.
         """
         ending = PurePosixPath(urlsplit(self.url).path).suffix.lower()
         ending = ending if re.fullmatch(r"\.[a-z0-9]{1,5}", ending) else ""
@@ -132,13 +142,15 @@ class RemotePicture:
         if target.exists():
             return target
         if why := offline(self.download):
-            raise DataError(f"picture {self.url} is not in {self.folder} and {why}")
+            raise DataError(f"image {self.url} is not in {self.folder} and {why}")
         with disk_faults(target):
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f"{target.stem[:16]}.{uuid.uuid4().hex}.part"  # of this call alone: nothing has to wait
+            part = (
+                self.folder / f"{target.stem[:16]}.{uuid.uuid4().hex}.part"
+            )  # of this call alone: nothing has to wait
             try:
-                _Download(self.url, part, limit=MAX_PICTURE_BYTES, patience=self.patience).run()
-                _check_picture(part, self.url)
+                _Download(self.url, part, limit=MAX_IMAGE_BYTES, patience=self.patience).run()
+                _check_image(part, self.url)
                 os.replace(part, target)
             finally:
                 part.unlink(missing_ok=True)
@@ -156,10 +168,20 @@ class WrongPartError(BrokeOffError):
 class _Download:
     """Brings what a file `part` lacks of an address."""
 
-    def __init__(self, url: str, part: Path, *, patience: Patience, size: int | None = None, limit: int | None = None):
+    def __init__(
+        self,
+        url: str,
+        part: Path,
+        *,
+        patience: Patience,
+        size: int | None = None,
+        limit: int | None = None,
+    ):
         _check_scheme(url)
         self.url, self.part, self.patience, self.size, self.limit = url, part, patience, size, limit
-        self.version: str | None = None  # of the file at `url`, so that no piece of another one is appended
+        self.version: str | None = (
+            None  # of the file at `url`, so that no piece of another one is appended
+        )
         self.ends = time.monotonic() + patience.total_seconds
 
     def run(self) -> None:
@@ -174,9 +196,17 @@ class _Download:
                     self.part.unlink(missing_ok=True)
                 failed = 0 if self.have > before else failed + 1
                 if failed >= self.patience.tries:
-                    raise DataError(f"{self.url} cannot be downloaded, {failed} tries in a row failed: {fault}; try again later") from None
+                    raise DataError(
+                        f"{self.url} cannot be downloaded, {failed} tries in a row failed: {fault}; try again later"
+                    ) from None
                 pause = self.patience.pause_seconds * 2 ** max(0, failed - 1)
-                log.warning("%s: %s; going on in %.3g s, %s are there", self.url, fault, pause, in_bytes(self.have))
+                log.warning(
+                    "%s: %s; going on in %.3g s, %s are there",
+                    self.url,
+                    fault,
+                    pause,
+                    in_bytes(self.have),
+                )
                 time.sleep(pause)
 
     @property
@@ -210,9 +240,13 @@ class _Download:
             return
         if self.size is not None and total != self.size:
             self.part.unlink(missing_ok=True)
-            raise DataError(f"{self.url} has {total} bytes ({kind}), but {self.size} were published; it is another file")
+            raise DataError(
+                f"{self.url} has {total} bytes ({kind}), but {self.size} were published; it is another file"
+            )
         if self.limit is not None and total > self.limit:
-            raise DataError(f"{self.url} has {in_bytes(total)}, the limit is {in_bytes(self.limit)}")
+            raise DataError(
+                f"{self.url} has {in_bytes(total)}, the limit is {in_bytes(self.limit)}"
+            )
 
     def _copy(self, response, file, start: int, total: int | None) -> None:
         done, began, reported = start, time.monotonic(), time.monotonic()
@@ -223,18 +257,31 @@ class _Download:
             if self.limit is not None and done > self.limit:
                 raise DataError(f"{self.url} is larger than the limit of {in_bytes(self.limit)}")
             if now > self.ends:
-                raise DataError(f"{self.url} is too slow: {in_bytes(done)} in {self.patience.total_seconds:.0f} s")
+                raise DataError(
+                    f"{self.url} is too slow: {in_bytes(done)} in {self.patience.total_seconds:.0f} s"
+                )
             if now - reported > _REPORT_SECONDS:
                 reported = now
                 rate = (done - start) / (now - began)
-                log.info("%s%s, %s/s", in_bytes(done), f" of {in_bytes(total)}" if total else "", in_bytes(rate))
+                log.info(
+                    "%s%s, %s/s",
+                    in_bytes(done),
+                    f" of {in_bytes(total)}" if total else "",
+                    in_bytes(rate),
+                )
 
 
 @contextmanager
-def _opened(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[http.client.HTTPResponse]:
+def _opened(
+    url: str, headers: Mapping[str, str], timeout: float
+) -> Iterator[http.client.HTTPResponse]:
     try:
-        plain = quote(url, safe=string.punctuation)  # spaces and letters beyond ASCII, as browsers write them
-        response = urllib.request.urlopen(urllib.request.Request(plain, headers=dict(headers)), timeout=timeout)
+        plain = quote(
+            url, safe=string.punctuation
+        )  # spaces and letters beyond ASCII, as browsers write them
+        response = urllib.request.urlopen(
+            urllib.request.Request(plain, headers=dict(headers)), timeout=timeout
+        )
     except urllib.error.HTTPError as fault:
         said = f"the server says {fault.code} {fault.reason}"
         if fault.code == 416:  # there is no such rest
@@ -281,7 +328,9 @@ def disk_faults(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        raise DataError(f"{target} cannot be written: {fault.strerror or fault}; make room, or choose another folder") from None
+        raise DataError(
+            f"{target} cannot be written: {fault.strerror or fault}; make room, or choose another folder"
+        ) from None
 
 
 def _check_scheme(url: str) -> None:
@@ -295,7 +344,9 @@ def _check_scheme(url: str) -> None:
 
 def _check_size(file: Path, size: int | None) -> None:
     if size is not None and file.stat().st_size != size:
-        raise DataError(f"{file} has {file.stat().st_size} bytes, but {size} were published; remove it, and it is fetched again")
+        raise DataError(
+            f"{file} has {file.stat().st_size} bytes, but {size} were published; remove it, and it is fetched again"
+        )
 
 
 def _check_sum(part: Path, checksum: str | None, url: str) -> None:
@@ -306,16 +357,20 @@ def _check_sum(part: Path, checksum: str | None, url: str) -> None:
         found = hashlib.file_digest(file, kind).hexdigest()
     if found != expected:
         part.unlink()
-        raise DataError(f"{url} is not the published file: its {kind} is {found}, expected {expected}; what came was removed")
+        raise DataError(
+            f"{url} is not the published file: its {kind} is {found}, expected {expected}; what came was removed"
+        )
 
 
-def _check_picture(part: Path, url: str) -> None:
+def _check_image(part: Path, url: str) -> None:
     try:
-        Picture(part).size  # noqa: B018
+        ImageSource(part).size  # noqa: B018
     except DataError as fault:
         with part.open("rb") as file:
             begins = file.read(40)
-        raise DataError(f"{str(fault).replace(str(part), url)}; it begins with {begins!r}") from None
+        raise DataError(
+            f"{str(fault).replace(str(part), url)}; it begins with {begins!r}"
+        ) from None
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -325,7 +380,9 @@ def check_room(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DataError(f"{folder} has {in_bytes(free)} free, {in_bytes(needed)} are needed; make room, or choose another folder")
+        raise DataError(
+            f"{folder} has {in_bytes(free)} free, {in_bytes(needed)} are needed; make room, or choose another folder"
+        )
 
 
 def sized(size: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Boxes as rows write them: read, held against their picture, and refused, kept or repaired where they are wrong."""
+"""Boxes as rows write them: read, held against their image, and refused, kept or repaired where they are wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from qwenvl_lit.grounding import GRID
-from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, Picture, Quad
+from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, ImageSource, Quad
 
 OnBadBox = Literal["error", "keep", "repair", "drop"]
-FRAMES: dict[str | None, Frame] = {"real": "pixel", "norm_1000": "grid", "norm_1": "unit", None: "grid"}  # `bbox_type` of ms-swift
-LIMITS: dict[Frame, tuple[float, float]] = {"grid": (GRID, GRID), "unit": (1, 1)}  # of pixels: the size of the picture
+FRAMES: dict[str | None, Frame] = {
+    "real": "pixel",
+    "norm_1000": "grid",
+    "norm_1": "unit",
+    None: "grid",
+}  # `bbox_type` of ms-swift
+LIMITS: dict[Frame, tuple[float, float]] = {
+    "grid": (GRID, GRID),
+    "unit": (1, 1),
+}  # of pixels: the size of the image
 
 _LARGEST = 1e9  # beyond it a number is no coordinate in any frame
 
@@ -22,7 +30,7 @@ class Boxes:
 
     Args:
         on_bad_box: "error" refuses; "keep" takes them as they are, as the original does; "repair" puts corners in order, clips to the
-            picture and rounds fractions on the grid; "drop" has the row left out. What cannot be repaired or kept is refused.
+            image and rounds fractions on the grid; "drop" has the row left out. What cannot be repaired or kept is refused.
     """
 
     def __init__(self, on_bad_box: OnBadBox = "error"):
@@ -38,28 +46,52 @@ class Boxes:
         if isinstance(raw, list) and len(raw) == 2:
             raw = {"caption": raw[0], "bbox": raw[1], "bbox_type": None}
         if not isinstance(raw, dict) or not _is_frame(raw.get("bbox_type", 0)):
-            raise DataError(f"{what} is {{caption, bbox, bbox_type: real, norm_1000 or norm_1, image}}, got {reprlib.repr(raw)}")
+            raise DataError(
+                f"{what} is {{caption, bbox, bbox_type: real, norm_1000 or norm_1, image}}, got {reprlib.repr(raw)}"
+            )
         label, image, values = raw.get("caption"), raw.get("image"), raw.get("bbox")
-        if not isinstance(label, str | None) or not isinstance(image, int | None) or isinstance(image, bool):
-            raise DataError(f"{what}: `caption` is text and `image` a number, got {reprlib.repr(label)} and {reprlib.repr(image)}")
-        nested = values if isinstance(values, list) and values and isinstance(values[0], list) else [values]
-        boxes = tuple(self._box(f"{what} ({reprlib.repr(label)})", box, FRAMES[raw["bbox_type"]]) for box in nested)
-        return GroundedObject(label=label, boxes=boxes, picture=image or 0)
+        if (
+            not isinstance(label, str | None)
+            or not isinstance(image, int | None)
+            or isinstance(image, bool)
+        ):
+            raise DataError(
+                f"{what}: `caption` is text and `image` a number, got {reprlib.repr(label)} and {reprlib.repr(image)}"
+            )
+        nested = (
+            values
+            if isinstance(values, list) and values and isinstance(values[0], list)
+            else [values]
+        )
+        boxes = tuple(
+            self._box(f"{what} ({reprlib.repr(label)})", box, FRAMES[raw["bbox_type"]])
+            for box in nested
+        )
+        return GroundedObject(label=label, boxes=boxes, image=image or 0)
 
     def _box(self, what: str, values: Any, frame: Frame) -> Box:
         if not isinstance(values, list) or len(values) != 4 or not all(map(_is_coordinate, values)):
-            raise self.fault(f"{what}: `bbox` is [x1, y1, x2, y2] or a list of such, got {reprlib.repr(values)}")
+            raise self.fault(
+                f"{what}: `bbox` is [x1, y1, x2, y2] or a list of such, got {reprlib.repr(values)}"
+            )
         return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame=frame)
 
-    def settled(self, what: str, thing: GroundedObject, pictures: Sequence[Picture]) -> GroundedObject:
+    def settled(
+        self, what: str, thing: GroundedObject, images: Sequence[ImageSource]
+    ) -> GroundedObject:
         """`thing` with boxes that are right, or as right as `on_bad_box` asks.
 
         Raises:
-            DataError: its picture does not exist or cannot be measured, or a box is wrong and not kept.
+            DataError: its image does not exist or cannot be measured, or a box is wrong and not kept.
         """
-        if not 0 <= thing.picture < len(pictures):
-            raise self.fault(f"{what} is in `image` {thing.picture}, counted from 0, but the row has {len(pictures)} pictures")
-        boxes = tuple(self.settled_box(what, box, LIMITS.get(box.frame) or pictures[thing.picture].size) for box in thing.boxes)
+        if not 0 <= thing.image < len(images):
+            raise self.fault(
+                f"{what} is in `image` {thing.image}, counted from 0, but the row has {len(images)} images"
+            )
+        boxes = tuple(
+            self.settled_box(what, box, LIMITS.get(box.frame) or images[thing.image].size)
+            for box in thing.boxes
+        )
         return thing if boxes == thing.boxes else replace(thing, boxes=boxes)
 
     def settled_box(self, what: str, box: Box | Quad, limits: tuple[float, float]) -> Box | Quad:
@@ -73,12 +105,18 @@ class Boxes:
         if self.on_bad_box == "repair":
             repaired = _repaired(box, limits)
             if repaired is None:
-                raise DataError(f"{what}: box {written} {fault}, and nothing of it is within its picture, so it cannot be repaired")
-            self.notes.append(f"{what}: box {written} {fault}; repaired to {[list(corner) for corner in _corners(repaired)]}")
+                raise DataError(
+                    f"{what}: box {written} {fault}, and nothing of it is within its image, so it cannot be repaired"
+                )
+            self.notes.append(
+                f"{what}: box {written} {fault}; repaired to {[list(corner) for corner in _corners(repaired)]}"
+            )
             return repaired
         if self.on_bad_box == "drop":
             raise Dropped(f"{what}: box {written} {fault}")
-        raise DataError(f"{what}: box {written} {fault}; correct it, or choose what becomes of such boxes by data.on_bad_box")
+        raise DataError(
+            f"{what}: box {written} {fault}; correct it, or choose what becomes of such boxes by data.on_bad_box"
+        )
 
 
 def _is_frame(kind: Any) -> bool:
@@ -101,7 +139,7 @@ def _fault(box: Box | Quad, limits: tuple[float, float]) -> str:
     if isinstance(box, Box) and (box.x0 > box.x1 or box.y0 > box.y1):
         return "has its corners in the wrong order; the top left one comes first"
     if any(not 0 <= x <= limits[0] or not 0 <= y <= limits[1] for x, y in corners):
-        return f"is not within its picture, (0, 0) to {limits} in its frame"
+        return f"is not within its image, (0, 0) to {limits} in its frame"
     return ""
 
 

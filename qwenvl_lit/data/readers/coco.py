@@ -13,7 +13,7 @@ from typing import Any
 
 from qwenvl_lit.data.download.archives import Archive, provide
 from qwenvl_lit.data.readers.prompts import CAPTION_PROMPT, ask
-from qwenvl_lit.data.readers.rows import DEFAULT, Reading, picture_from
+from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, image_from
 from qwenvl_lit.data.readers.sources import open_source
 from qwenvl_lit.types import Conversation, DataError, Turn
 
@@ -39,7 +39,14 @@ ARCHIVES = (
 )
 
 
-def fetch_coco(root: str | Path, download: bool = True, *, files: Sequence[str], folder: str = "", needs: Sequence[str] = ()) -> None:
+def fetch_coco(
+    root: str | Path,
+    download: bool = True,
+    *,
+    files: Sequence[str],
+    folder: str = "",
+    needs: Sequence[str] = (),
+) -> None:
     """See that `folder` within `root` holds `files`, of what `ARCHIVES` give; what is there is used as it is.
 
     Args:
@@ -54,49 +61,81 @@ def fetch_coco(root: str | Path, download: bool = True, *, files: Sequence[str],
         )
     given = [name for archive in ARCHIVES for name in archive.gives]
     if unknown := set(files).difference(given):
-        raise DataError(f"no archive gives {', '.join(sorted(unknown))}; known are {', '.join(given)}")
-    needed = [replace(archive, gives=tuple(name for name in archive.gives if name in files)) for archive in ARCHIVES]
-    provide([archive for archive in needed if archive.gives], Path(root) / folder, download=download)
+        raise DataError(
+            f"no archive gives {', '.join(sorted(unknown))}; known are {', '.join(given)}"
+        )
+    needed = [
+        replace(archive, gives=tuple(name for name in archive.gives if name in files))
+        for archive in ARCHIVES
+    ]
+    provide(
+        [archive for archive in needed if archive.gives], Path(root) / folder, download=download
+    )
 
 
-def read_coco_captions(source: str, reading: Reading = DEFAULT, *, images: str = "", every_caption_of: str = "") -> Sequence[Conversation]:
-    """Captions in COCO's format: a picture a row, its first caption the answer, all its captions the references.
+def read_coco_captions(
+    source: str,
+    read_options: ReadOptions = DEFAULT,
+    *,
+    images: str = "",
+    every_caption_of: str = "",
+) -> Sequence[Conversation]:
+    """Captions in COCO's format: an image a row, its first caption the answer, all its captions the references.
 
     Args:
         source: as in `read_rows`.
-        images: folder of the pictures within `reading.root`; `{split}` in it stands for `val2014` of `COCO_val2014_000000000042.jpg`.
+        images: folder of the images within `read_options.root`; `{split}` in it stands for `val2014` of `COCO_val2014_000000000042.jpg`.
         every_caption_of: names of files (`*` for anything) of which every caption is the answer of a row of its own.
     """
 
     def read(file: Path) -> CocoCaptions:
-        return CocoCaptions(file, reading, images=images, every_caption=fnmatch.fnmatchcase(file.name, every_caption_of))
+        return CocoCaptions(
+            file,
+            read_options,
+            images=images,
+            every_caption=fnmatch.fnmatchcase(file.name, every_caption_of),
+        )
 
-    return open_source(source, reading, read)
+    return open_source(source, read_options, read)
 
 
 class CocoCaptions(Sequence[Conversation]):
     """The rows of one file.
 
-    Pictures without captions are left out; in a file without any caption all are prompts. The picture's number is the row's id; with
+    Images without captions are left out; in a file without any caption all are prompts. The image's number is the row's id; with
     `every_caption`, `-1`, `-2`, ... follow it.
 
     Raises:
-        DataError: the file is not in COCO's format, or a row's picture does not exist.
+        DataError: the file is not in COCO's format, or a row's image does not exist.
     """
 
-    def __init__(self, file: Path, reading: Reading = DEFAULT, *, images: str = "", every_caption: bool = False):
+    def __init__(
+        self,
+        file: Path,
+        read_options: ReadOptions = DEFAULT,
+        *,
+        images: str = "",
+        every_caption: bool = False,
+    ):
         self.file = file
-        self.reading = reading
+        self.read_options = read_options
         self.images = images
         self.every_caption = every_caption
-        self._prompt = reading.prompt or CAPTION_PROMPT
-        ask(self._prompt, picture="")  # a prompt without its place is told before anything is read
-        content = read_json(file, only("images", "annotations", "id", "file_name", "image", "image_id", "caption"))
+        self._prompt = read_options.prompt or CAPTION_PROMPT
+        ask(self._prompt, image="")  # a prompt without its place is told before anything is read
+        content = read_json(
+            file, only("images", "annotations", "id", "file_name", "image", "image_id", "caption")
+        )
         try:
             if "images" in content:
-                names = {image["id"]: image.get("file_name") or image["image"] for image in content["images"]}
-                said = [(each["image_id"], each["caption"]) for each in content.get("annotations", ())]
-            else:  # each caption names its picture
+                names = {
+                    image["id"]: image.get("file_name") or image["image"]
+                    for image in content["images"]
+                }
+                said = [
+                    (each["image_id"], each["caption"]) for each in content.get("annotations", ())
+                ]
+            else:  # each caption names its image
                 said = [(each["image"], each["caption"]) for each in content["annotations"]]
                 names = {name: name for name, _ in said}
             captions: dict[Any, list[str]] = {number: [] for number in names}
@@ -109,11 +148,13 @@ class CocoCaptions(Sequence[Conversation]):
                 f"{file} is not in COCO's format: {fault!r}; expected {{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
             ) from None
         if not names:
-            raise DataError(f"{file} names no pictures")
+            raise DataError(f"{file} names no images")
         shown = [number for number in names if captions[number]] or list(names)
-        self._pictures = [(number, names[number], tuple(captions[number])) for number in shown]
-        counts = [max(1, len(texts)) if every_caption else 1 for _, _, texts in self._pictures]
-        self._places = array("L", (place for place, count in enumerate(counts) for _ in range(count)))
+        self._images = [(number, names[number], tuple(captions[number])) for number in shown]
+        counts = [max(1, len(texts)) if every_caption else 1 for _, _, texts in self._images]
+        self._places = array(
+            "L", (place for place, count in enumerate(counts) for _ in range(count))
+        )
         self._answers = array("L", (number for count in counts for number in range(count)))
 
     def __len__(self) -> int:
@@ -121,24 +162,32 @@ class CocoCaptions(Sequence[Conversation]):
 
     def __getitem__(self, place: int) -> Conversation:
         place = range(len(self))[place]
-        number, name, captions = self._pictures[self._places[place]]
+        number, name, captions = self._images[self._places[place]]
         answer = self._answers[place]
         id = f"{number}-{answer + 1}" if self.every_caption else str(number)
         try:
-            picture = picture_from(_within(self.images, name), self.reading.root or self.file.parent, self.reading)
-            turns = [Turn(role="user", parts=ask(self._prompt, picture=picture))]
+            image = image_from(
+                _within(self.images, name),
+                self.read_options.root or self.file.parent,
+                self.read_options,
+            )
+            turns = [Turn(role="user", parts=ask(self._prompt, image=image))]
         except DataError as fault:
             raise type(fault)(f"{self.file}: image {id}: {fault}") from None
         if captions:
             turns.append(Turn(role="assistant", parts=(captions[answer],)))
-        return Conversation(id=id, turns=tuple(turns), references=captions, index=place, where=str(self.file))
+        return Conversation(
+            id=id, turns=tuple(turns), references=captions, index=place, where=str(self.file)
+        )
 
 
 def _within(images: str, name: str) -> str:
     if "{split}" in images:
         found = re.fullmatch(r"COCO_(\w+)_\d+\.\w+", name)
         if not found:
-            raise DataError(f"file {name!r} names no split as COCO_val2014_000000000042.jpg does; give `images` without {{split}}")
+            raise DataError(
+                f"file {name!r} names no split as COCO_val2014_000000000042.jpg does; give `images` without {{split}}"
+            )
         images = images.replace("{split}", found.group(1))
     return f"{images}/{name}" if images else name
 

@@ -27,7 +27,7 @@ from qwenvl_lit.types import DataError
 _VERSION = 1  # of an index on disk
 _BLOCK = 1 << 22
 _BLANK = re.compile(r"[ \t\r\n]*")
-csv.field_size_limit(1 << 30)  # the default is less than a picture in base64
+csv.field_size_limit(1 << 30)  # the default is less than an image in base64
 _MARK = b"\xef\xbb\xbf"  # which some Windows editors write in front
 
 
@@ -52,7 +52,9 @@ class RowFile(Sequence[dict[str, Any]]):
             self._kind, find = self._look()
             self._index = _index(self._plain, find, kept)
         if not len(self):
-            raise DataError(f"{file} has no rows; expected a JSON array of rows, a row a line, or a header line of a csv file and rows")
+            raise DataError(
+                f"{file} has no rows; expected a JSON array of rows, a row a line, or a header line of a csv file and rows"
+            )
 
     def _look(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
         """What kind of file it is, and the function that finds its rows."""
@@ -61,14 +63,22 @@ class RowFile(Sequence[dict[str, Any]]):
             with self._plain.open("rb") as stream:
                 self.header, _ = next(_records(stream, self.file), ([], ()))
             if not self.header:
-                raise DataError(f"{self.file} is empty; expected a header line that names the columns")
+                raise DataError(
+                    f"{self.file} is empty; expected a header line that names the columns"
+                )
             if twice := sorted({column for column in self.header if self.header.count(column) > 1}):
-                raise DataError(f"{self.file}:1: columns {twice} stand twice in the header {self.header}")
-            return "csv", lambda stream: _array(islice((place for _, place in _records(stream, self.file)), 1, None))
+                raise DataError(
+                    f"{self.file}:1: columns {twice} stand twice in the header {self.header}"
+                )
+            return "csv", lambda stream: _array(
+                islice((place for _, place in _records(stream, self.file)), 1, None)
+            )
         with self._plain.open("rb") as stream:
             block = stream.read(_BLOCK).removeprefix(_MARK)
             if not block:
-                raise DataError(f"{self.file} is empty; expected a JSON array of rows, or a row a line")
+                raise DataError(
+                    f"{self.file} is empty; expected a JSON array of rows, or a row a line"
+                )
             while block and not block.strip(b" \t\r\n"):
                 block = stream.read(_BLOCK)
         if block.lstrip(b" \t\r\n")[:1] == b"[":
@@ -97,14 +107,18 @@ class RowFile(Sequence[dict[str, Any]]):
         if self._kind == "csv":
             cells = next(csv.reader([text], strict=True))
             if len(cells) != len(self.header):
-                raise DataError(f"{self.where(place)}: {len(cells)} cells, but the header names {len(self.header)} columns: {self.header}")
+                raise DataError(
+                    f"{self.where(place)}: {len(cells)} cells, but the header names {len(self.header)} columns: {self.header}"
+                )
             return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
         try:
             row = parse_json(text)
         except ValueError as fault:
             raise DataError(f"{self.where(place)}: not JSON: {fault}") from None
         if not isinstance(row, dict):
-            raise DataError(f"{self.where(place)}: a row is a JSON object, got {type(row).__name__}")
+            raise DataError(
+                f"{self.where(place)}: a row is a JSON object, got {type(row).__name__}"
+            )
         return row
 
 
@@ -124,7 +138,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise ValueError(
+            f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object"
+        )
     return found
 
 
@@ -133,7 +149,9 @@ def _constant(name: str) -> None:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_BOUNDS = json.JSONDecoder(parse_int=len, parse_float=len)  # numbers are not looked at when only ends are sought
+_BOUNDS = json.JSONDecoder(
+    parse_int=len, parse_float=len
+)  # numbers are not looked at when only ends are sought
 
 
 @lru_cache(maxsize=64)
@@ -152,7 +170,9 @@ def _readable(file: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
         raise DataError(f"{file} is not a complete gzip file: {fault}") from None
     except OSError as fault:
-        raise DataError(f"{fault.filename or file} cannot be read or unpacked: {fault.strerror or fault}; check the path") from None
+        raise DataError(
+            f"{fault.filename or file} cannot be read or unpacked: {fault.strerror or fault}; check the path"
+        ) from None
 
 
 def _version(file: Path) -> tuple[int, int]:
@@ -163,7 +183,10 @@ def _version(file: Path) -> tuple[int, int]:
 def _kept(file: Path, folder: Path, ending: str) -> Path:
     """Where in `folder` something is kept that was made from `file` as it is now."""
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / (hashlib.sha256(f"{_VERSION} {file.resolve()} {_version(file)}".encode()).hexdigest()[:32] + ending)
+    return folder / (
+        hashlib.sha256(f"{_VERSION} {file.resolve()} {_version(file)}".encode()).hexdigest()[:32]
+        + ending
+    )
 
 
 @contextmanager
@@ -211,7 +234,12 @@ def _read_index(kept: Path, size: int) -> np.ndarray | None:
     if index.dtype != np.int64 or index.ndim != 2 or len(index) != 3:
         return None
     starts, ends, lines = index
-    sound = (starts < ends).all() and (ends[:-1] <= starts[1:]).all() and (ends <= size).all() and (lines > 0).all()
+    sound = (
+        (starts < ends).all()
+        and (ends[:-1] <= starts[1:]).all()
+        and (ends <= size).all()
+        and (lines > 0).all()
+    )
     return index if sound else None
 
 
@@ -267,7 +295,9 @@ def _records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], tuple[in
         except StopIteration:
             return
         except csv.Error as fault:
-            raise DataError(f"{file}:{line}: not CSV: {fault}; cells with quotes or line breaks are quoted, their quotes doubled") from None
+            raise DataError(
+                f"{file}:{line}: not CSV: {fault}; cells with quotes or line breaks are quoted, their quotes doubled"
+            ) from None
         if cells:
             yield cells, (start, end, line)
 
@@ -289,7 +319,9 @@ def _elements(stream: BinaryIO, file: Path) -> Iterator[tuple[int, int, int]]:
         raise DataError(f"{file}:{text.line}: not JSON: expected , or ] in the array, got {found}")
     text.skip(1)
     if text.next():
-        raise DataError(f"{file}:{text.line}: not JSON: the array has ended, but {text.next()!r} follows")
+        raise DataError(
+            f"{file}:{text.line}: not JSON: the array has ended, but {text.next()!r} follows"
+        )
 
 
 class _Text:
@@ -321,12 +353,16 @@ class _Text:
             try:
                 return _BOUNDS.raw_decode(self.held, self.place)[1] - self.place
             except json.JSONDecodeError as fault:
-                cut_off = fault.pos > len(self.held) - 16 or fault.msg.startswith("Unterminated string")
+                cut_off = fault.pos > len(self.held) - 16 or fault.msg.startswith(
+                    "Unterminated string"
+                )
                 if not (cut_off and self._read_on()):
                     line = self.line + self.held.count("\n", self.place, fault.pos)
                     raise DataError(f"{self.file}:{line}: not JSON: {fault.msg}") from None
             except RecursionError:
-                raise DataError(f"{self.file}:{self.line}: not JSON: it is nested too deeply") from None
+                raise DataError(
+                    f"{self.file}:{self.line}: not JSON: it is nested too deeply"
+                ) from None
 
     def _read_on(self) -> bool:
         """Hold what is not passed yet and as much again; false at the end of the file."""
@@ -336,5 +372,7 @@ class _Text:
             self.held += self.decoder.decode(block, final=not block)
         except UnicodeDecodeError as fault:
             line = self.line + self.held.count("\n") + fault.object[: fault.start].count(b"\n")
-            raise DataError(f"{self.file}:{line}: not UTF-8: {fault.reason}; save it as UTF-8") from None
+            raise DataError(
+                f"{self.file}:{line}: not UTF-8: {fault.reason}; save it as UTF-8"
+            ) from None
         return bool(block)

@@ -15,14 +15,22 @@ from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]
-ROLES: dict[str, Role] = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
     """What a row says, before its text is taken apart."""
 
-    turns: Sequence[tuple[Role, str]]  # text with `<img>path</img>`, `<image>`, `<ref-object>`, `<bbox>` and direct markup
+    turns: Sequence[
+        tuple[Role, str]
+    ]  # text with `<img>path</img>`, `<image>`, `<ref-object>`, `<bbox>` and direct markup
     images: Sequence[str] = ()  # what the `<image>` tags stand for
     objects: Sequence[Any] = ()  # what `<ref-object>` and `<bbox>` stand for, as written
     references: tuple[str, ...] = ()
@@ -54,7 +62,11 @@ class Layout:
     def columns(self, row: Row) -> dict[str, str]:
         """The plain values that the layout does not read, as text."""
         read = {"id", *self.needs, *self.knows}
-        return {key: str(value) for key, value in row.items() if key not in read and isinstance(value, str | int | float)}
+        return {
+            key: str(value)
+            for key, value in row.items()
+            if key not in read and isinstance(value, str | int | float)
+        }
 
 
 def layout_of(row: Row) -> Layout:
@@ -64,13 +76,21 @@ def layout_of(row: Row) -> Layout:
         DataError: `row` has no known layout, or several.
     """
     for layouts in (LAYOUTS, TEXTS):
-        fitting = [layout for layout in layouts if all(row.get(key) is not None for key in layout.needs)]
+        fitting = [
+            layout for layout in layouts if all(row.get(key) is not None for key in layout.needs)
+        ]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
             break
-    known = "; ".join(f"{' + '.join(layout.needs)} [{', '.join(layout.knows)}]" for layout in LAYOUTS + TEXTS)
-    names = f"several layouts ({', '.join(layout.name for layout in fitting)})" if fitting else "no known layout"
+    known = "; ".join(
+        f"{' + '.join(layout.needs)} [{', '.join(layout.knows)}]" for layout in LAYOUTS + TEXTS
+    )
+    names = (
+        f"several layouts ({', '.join(layout.name for layout in fitting)})"
+        if fitting
+        else "no known layout"
+    )
     raise DataError(f"keys {list(row)} fit {names}. Known, optional keys in brackets: {known}")
 
 
@@ -103,12 +123,14 @@ def _chat(row: Row, said: Sequence[Any]) -> Draft:
             raise DataError(
                 f'turn {number} is {{"from": one of {", ".join(ROLES)}, "value": text}} or as role and content, got {_short(turn)}'
             )
-        turns.append((ROLES[role], content if isinstance(content, str) else _content(number, content)))
+        turns.append(
+            (ROLES[role], content if isinstance(content, str) else _content(number, content))
+        )
     return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
 
 
 def _content(number: int, items: Sequence[Any]) -> str:
-    """Texts and pictures of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
+    """Texts and images of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
     written = ""
     for item in items:
         if isinstance(item, dict):  # a table of such items fills up with null
@@ -118,11 +140,17 @@ def _content(number: int, items: Sequence[Any]) -> str:
                 written += text
             case {"type": "image_url", "image_url": image}:
                 written += f"<img>{_place(image)}</img>"
-            case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
+            case (
+                {"type": "image", "image": image}
+                | {"type": "image", "path": image}
+                | {"type": "image", "url": image}
+            ):
                 written += f"<img>{_place(image)}</img>"
             case {"type": "image"}:
                 written += "<image>"
-            case {"text": str(text), **others} if not others:  # as Qwen-VL's own `from_list_format` takes them
+            case {"text": str(text), **others} if (
+                not others
+            ):  # as Qwen-VL's own `from_list_format` takes them
                 written += text
             case {"image": image, **others} if not others:
                 written += f"<img>{_place(image)}</img>"
@@ -144,7 +172,9 @@ def _pairs(row: Row, prompt: str | None) -> Draft:
             case {"human": str(question)} if number == len(pairs) and pair.get("assistant") is None:
                 turns.append(("user", question))
             case _:
-                raise DataError(f'`conversation` is a list of {{"human": text, "assistant": text}}, got {_short(pair)} as number {number}')
+                raise DataError(
+                    f'`conversation` is a list of {{"human": text, "assistant": text}}, got {_short(pair)} as number {number}'
+                )
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
@@ -162,7 +192,11 @@ def _instruction(row: Row, prompt: str | None) -> Draft:
 def _asked(row: Row, question: str, answer_key: str) -> Draft:
     turns = _system(row)
     for pair in _list(row, "history"):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) for text in pair)
+        ):
             raise DataError(f"`history` is a list of [question, answer], got {_short(pair)} in it")
         turns += [("user", pair[0]), ("assistant", pair[1])]
     turns.append(("user", question))
@@ -182,11 +216,25 @@ def _vqa(row: Row, prompt: str | None) -> Draft:
     if row.get("choices") is not None:
         return _choice(row, prompt)
     given = row.get("answer")
-    given = _list(row, "answers") if row.get("answers") is not None else given if isinstance(given, list) else [given]
-    answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in given if answer is not None)
+    given = (
+        _list(row, "answers")
+        if row.get("answers") is not None
+        else given
+        if isinstance(given, list)
+        else [given]
+    )
+    answers = tuple(
+        answer.get("answer") if isinstance(answer, dict) else answer
+        for answer in given
+        if answer is not None
+    )
     if not all(isinstance(answer, str) for answer in answers):
         raise DataError(f"answers are text, got {_short(answers)}")
-    question = ask(prompt or VQA_PROMPT, picture=f"<img>{_place(row['image'])}</img>", question=_text(row, "question"))
+    question = ask(
+        prompt or VQA_PROMPT,
+        image=f"<img>{_place(row['image'])}</img>",
+        question=_text(row, "question"),
+    )
     turns: list[tuple[Role, str]] = [("user", "".join(map(str, question)))]
     if answers:
         turns.append(("assistant", Counter(answers).most_common(1)[0][0]))
@@ -196,40 +244,66 @@ def _vqa(row: Row, prompt: str | None) -> Draft:
 def _choice(row: Row, prompt: str | None) -> Draft:
     """A row of the jsonl file that Qwen-VL's evaluation has for ScienceQA: `answer` is the number of the right choice, from 0."""
     choices = _list(row, "choices")
-    if not 2 <= len(choices) <= len(LETTERS) or not all(isinstance(choice, str) for choice in choices):
+    if not 2 <= len(choices) <= len(LETTERS) or not all(
+        isinstance(choice, str) for choice in choices
+    ):
         raise DataError(f"`choices` is a list of 2 to {len(LETTERS)} texts, got {_short(choices)}")
     hint = row.get("hint") or "N/A"
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-    asked = {"picture": f"<img>{_place(row['image'])}</img>", "hint": str(hint), "question": _text(row, "question"), "options": options}
-    turns: list[tuple[Role, str]] = [("user", "".join(map(str, ask(prompt or CHOICE_PROMPT, **asked))))]
+    options = "\n".join(
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    )
+    asked = {
+        "image": f"<img>{_place(row['image'])}</img>",
+        "hint": str(hint),
+        "question": _text(row, "question"),
+        "options": options,
+    }
+    turns: list[tuple[Role, str]] = [
+        ("user", "".join(map(str, ask(prompt or CHOICE_PROMPT, **asked))))
+    ]
     if (right := row.get("answer")) is not None:
         if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
-            raise DataError(f"`answer` is the number of the right choice, 0 to {len(choices) - 1}, got {_short(right)}")
+            raise DataError(
+                f"`answer` is the number of the right choice, 0 to {len(choices) - 1}, got {_short(right)}"
+            )
         turns.append(("assistant", LETTERS[right]))
     return Draft(turns=turns, options=tuple(LETTERS[: len(choices)]))
 
 
 def _referring(row: Row, prompt: str | None) -> Draft:
     """A row of the jsonl files that Qwen-VL's evaluation has for RefCOCO: the box is in pixels, its corners x1, y1, x2, y2."""
-    question = ask(prompt or REFERRING_PROMPT, picture=f"<img>{_place(row['image'])}</img>", question="<ref-object>")
+    question = ask(
+        prompt or REFERRING_PROMPT,
+        image=f"<img>{_place(row['image'])}</img>",
+        question="<ref-object>",
+    )
     thing = {"caption": _text(row, "sent"), "bbox": row["bbox"], "bbox_type": "real"}
-    return Draft(turns=[("user", "".join(map(str, question))), ("assistant", "<bbox>")], objects=[thing])
+    return Draft(
+        turns=[("user", "".join(map(str, question))), ("assistant", "<bbox>")], objects=[thing]
+    )
 
 
 LETTERS = "ABCDEFGH"  # of choices
-_PICTURES = ("images", "image", "objects")
+_IMAGES = ("images", "image", "objects")
 LAYOUTS = (
-    Layout("conversations", ("conversations",), ("system", *_PICTURES), _conversations),
-    Layout("messages", ("messages",), ("system", *_PICTURES), _messages),
-    Layout("query", ("query",), ("response", "system", "history", *_PICTURES), _query),
-    Layout("instruction", ("instruction",), ("input", "output", "system", "history", *_PICTURES), _instruction),
-    Layout("conversation", ("conversation",), ("system", *_PICTURES), _pairs),
-    Layout("vqa", ("image", "question"), ("answer", "answers", "question_id", "choices", "hint"), _vqa),
+    Layout("conversations", ("conversations",), ("system", *_IMAGES), _conversations),
+    Layout("messages", ("messages",), ("system", *_IMAGES), _messages),
+    Layout("query", ("query",), ("response", "system", "history", *_IMAGES), _query),
+    Layout(
+        "instruction",
+        ("instruction",),
+        ("input", "output", "system", "history", *_IMAGES),
+        _instruction,
+    ),
+    Layout("conversation", ("conversation",), ("system", *_IMAGES), _pairs),
+    Layout(
+        "vqa", ("image", "question"), ("answer", "answers", "question_id", "choices", "hint"), _vqa
+    ),
     Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )
 TEXTS = (  # names that other layouts use, too: they count where no other layout fits
-    Layout("text", ("text",), ("system", *_PICTURES), partial(_continued, "text")),
-    Layout("response", ("response",), ("system", *_PICTURES), partial(_continued, "response")),
+    Layout("text", ("text",), ("system", *_IMAGES), partial(_continued, "text")),
+    Layout("response", ("response",), ("system", *_IMAGES), partial(_continued, "response")),
 )
 
 
@@ -246,7 +320,9 @@ def _list(row: Row, key: str) -> list:
         try:
             value = parse_json(value)
         except ValueError as fault:
-            raise DataError(f"`{key}` is a list, or a list as JSON text; it is not JSON: {fault}") from None
+            raise DataError(
+                f"`{key}` is a list, or a list as JSON text; it is not JSON: {fault}"
+            ) from None
     if value is not None and not isinstance(value, list):
         raise DataError(f"`{key}` is a list, got {_short(value)}")
     return value or []
@@ -276,7 +352,7 @@ def _place(image: Any) -> str:
     match image:
         case str(place) | {"path": str(place)} | {"url": str(place)}:
             return place
-    raise DataError(f"a picture is a path, an address or base64 text, got {_short(image)}")
+    raise DataError(f"an image is a path, an address or base64 text, got {_short(image)}")
 
 
 _SHORT = reprlib.Repr()

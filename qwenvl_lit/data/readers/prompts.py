@@ -1,4 +1,4 @@
-"""How pictures are asked about where a dataset holds no questions of its own: the prompts of Qwen-VL's published evaluation."""
+"""How images are asked about where a dataset holds no questions of its own: the prompts of Qwen-VL's published evaluation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 from qwenvl_lit.types import DataError, Part
 
-CAPTION_PROMPT = "{picture}Describe the image in English:"
-REFERRING_PROMPT = "{picture}{question}"  # `question` is the phrase as a grounded object; the model goes on with its box
-VQA_PROMPT = "{picture}{question} Answer:"
-CHOICE_PROMPT = "{picture}Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
+CAPTION_PROMPT = "{image}Describe the image in English:"
+REFERRING_PROMPT = "{image}{question}"  # `question` is the phrase as a grounded object; the model goes on with its box
+VQA_PROMPT = "{image}{question} Answer:"
+CHOICE_PROMPT = "{image}Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
 
 
 def ask(prompt: str, **parts: Part) -> tuple[Part, ...]:

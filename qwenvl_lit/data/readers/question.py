@@ -1,4 +1,4 @@
-"""What a person says to a model and what it says back: questions of text and pictures, histories, answers."""
+"""What a person says to a model and what it says back: questions of text and images, histories, answers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading, picture_from
+from qwenvl_lit.data.readers.rows import ReadOptions, image_from
 from qwenvl_lit.grounding import objects_from_tags
-from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Prediction, Turn
+from qwenvl_lit.types import (
+    BadImage,
+    Conversation,
+    DataError,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Prediction,
+    Turn,
+)
 
-PictureSource = str | Path | bytes | Image.Image | Picture
-Piece = PictureSource | GroundedObject | Mapping[str, PictureSource]  # a str is text; {"image": ...} and {"text": ...} say which it is
+ImageLike = str | Path | bytes | Image.Image | ImageSource
+Piece = (
+    ImageLike | GroundedObject | Mapping[str, ImageLike]
+)  # a str is text; {"image": ...} and {"text": ...} say which it is
 Query = Piece | Sequence[Piece]
 History = Sequence[Sequence[Query]]  # [query, response] pairs, the oldest first
 
-_PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
@@ -26,8 +37,8 @@ class Answer(str):
     """The text of an answer, in the family's markup, with what else is known of it.
 
     Args:
-        prediction: the answer with its conversation; boxes are in pixels of the conversation's pictures.
-        prompt_tokens: pictures included.
+        prediction: the answer with its conversation; boxes are in pixels of the conversation's images.
+        prompt_tokens: images included.
         new_tokens: without the end mark.
         seconds: from the question to the whole answer; in a batch, to those of all its rows.
         first_seconds: to the first token; None in a batch.
@@ -36,7 +47,14 @@ class Answer(str):
     def __new__(cls, prediction: Prediction, *measured: float | None) -> Answer:
         return super().__new__(cls, prediction.text)
 
-    def __init__(self, prediction: Prediction, prompt_tokens: int, new_tokens: int, seconds: float, first_seconds: float | None = None):
+    def __init__(
+        self,
+        prediction: Prediction,
+        prompt_tokens: int,
+        new_tokens: int,
+        seconds: float,
+        first_seconds: float | None = None,
+    ):
         self.prediction = prediction
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
@@ -44,7 +62,13 @@ class Answer(str):
         self.first_seconds = first_seconds
 
     def __getnewargs__(self):  # of copies and pickles
-        return self.prediction, self.prompt_tokens, self.new_tokens, self.seconds, self.first_seconds
+        return (
+            self.prediction,
+            self.prompt_tokens,
+            self.new_tokens,
+            self.seconds,
+            self.first_seconds,
+        )
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -53,81 +77,91 @@ class Answer(str):
 
     @property
     def objects(self) -> list[GroundedObject]:
-        """What the answer names or places; boxes in pixels, or on the grid of 0..999 where there is no picture."""
+        """What the answer names or places; boxes in pixels, or on the grid of 0..999 where there is no image."""
         return [part for part in self.parts if isinstance(part, GroundedObject)]
 
 
-def conversation(query: Query, history: History = (), *, system: str | None = None, reading: Reading) -> Conversation:
+def conversation(
+    query: Query, history: History = (), *, system: str | None = None, read_options: ReadOptions
+) -> Conversation:
     """A question after earlier ones and their answers.
 
-    Text may hold `<img>path-or-address</img>`, and `<ref>`, `<box>` and `<quad>` markup, which is in the last picture before it; whatever
+    Text may hold `<img>path-or-address</img>`, and `<ref>`, `<box>` and `<quad>` markup, which is in the last image before it; whatever
     else it holds is text. Paths are relative to the current folder.
 
     Raises:
-        DataError: a picture does not exist, the history is not made of pairs, or the question is empty.
+        DataError: an image does not exist, the history is not made of pairs, or the question is empty.
     """
     turns = [] if system is None else [Turn(role="system", parts=(system,))]
-    pictures = 0
+    images = 0
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
-            raise DataError(f"a history is a list of [query, response] pairs, got {pair!r:.200} in it")
-        turns.append(Turn(role="user", parts=parts_of(pair[0], pictures, reading)))
-        pictures += _count(turns[-1])
-        turns.append(Turn(role="assistant", parts=objects_from_tags(pair[1], picture=max(pictures - 1, 0))))
-    turns.append(Turn(role="user", parts=parts_of(query, pictures, reading)))
+            raise DataError(
+                f"a history is a list of [query, response] pairs, got {pair!r:.200} in it"
+            )
+        turns.append(Turn(role="user", parts=parts_of(pair[0], images, read_options)))
+        images += _count(turns[-1])
+        turns.append(
+            Turn(role="assistant", parts=objects_from_tags(pair[1], image=max(images - 1, 0)))
+        )
+    turns.append(Turn(role="user", parts=parts_of(query, images, read_options)))
     if not turns[-1].parts:
-        raise DataError("the question is empty: the text is empty, or the list is; give text, or a list of texts and pictures")
+        raise DataError(
+            "the question is empty: the text is empty, or the list is; give text, or a list of texts and images"
+        )
     return Conversation(id="question", turns=tuple(turns))
 
 
-def parts_of(query: Query, pictures_before: int, reading: Reading) -> tuple[Part, ...]:
+def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tuple[Part, ...]:
     """A question taken apart, as `conversation` says."""
     parts: list[Part] = []
-    pictures = pictures_before
+    images = images_before
 
     def add_text(text: str) -> None:
-        parts.extend(objects_from_tags(text, picture=max(pictures - 1, 0)))
+        parts.extend(objects_from_tags(text, image=max(images - 1, 0)))
 
     for piece in query if isinstance(query, list | tuple) else [query]:
         match piece:
             case GroundedObject():
                 parts.append(piece)
             case str(text) | {"text": str(text)}:
-                before, *pairs = _PICTURE.split(text)
+                before, *pairs = _IMAGE.split(text)
                 add_text(before)
                 for source, after in zip(pairs[::2], pairs[1::2], strict=True):
-                    parts.append(picture_of(source, reading))
-                    pictures += 1
+                    parts.append(image_of(source, read_options))
+                    images += 1
                     add_text(after)
             case {"image": source} | source:
-                parts.append(picture_of(source, reading))
-                pictures += 1
+                parts.append(image_of(source, read_options))
+                images += 1
     return tuple(parts)
 
 
-def picture_of(source: PictureSource, reading: Reading) -> Picture:
-    """The picture at a path or an address, of encoded bytes, or of Pillow's; a remote one is not fetched yet.
+def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
+    """The image at a path or an address, of encoded bytes, or of Pillow's; a remote one is not fetched yet.
 
     Raises:
-        BadPicture: there is no such file.
+        BadImage: there is no such file.
         DataError: `source` is something else.
     """
-    if isinstance(source, Picture):
+    if isinstance(source, ImageSource):
         return source
     if isinstance(source, bytes | Image.Image):
-        return Picture(source)
+        return ImageSource(source)
     if not isinstance(source, str | Path):
         raise DataError(
-            f'a question is made of text (str, {{"text": ...}}) and pictures (Path, bytes, PIL image, {{"image": path or address}}), '
+            f'a question is made of text (str, {{"text": ...}}) and images (Path, bytes, PIL image, {{"image": path or address}}), '
             f"got {type(source).__name__}"
         )
     address = os.path.expanduser(str(source).strip())
     if os.path.isfile(address):
-        return Picture(Path(address))
+        return ImageSource(Path(address))
     if isinstance(source, Path) or not _ADDRESS.match(address):
-        raise BadPicture(f"picture {address[:200]!r} does not exist, seen from {Path.cwd()}; check the path")
-    return picture_from(address, Path(), reading)
+        raise BadImage(
+            f"image {address[:200]!r} does not exist, seen from {Path.cwd()}; check the path"
+        )
+    return image_from(address, Path(), read_options)
 
 
 def _count(turn: Turn) -> int:
-    return sum(isinstance(part, Picture) for part in turn.parts)
+    return sum(isinstance(part, ImageSource) for part in turn.parts)

@@ -1,4 +1,4 @@
-"""What a row says, taken apart into text, pictures and grounded objects, and checked."""
+"""What a row says, taken apart into text, images and grounded objects, and checked."""
 
 from __future__ import annotations
 
@@ -16,33 +16,53 @@ from typing import get_args
 from qwenvl_lit.data.readers.boxes import LIMITS, Boxes, OnBadBox
 from qwenvl_lit.data.readers.layouts import Draft
 from qwenvl_lit.grounding import objects_from_tags
-from qwenvl_lit.types import BadPicture, Conversation, DataError, GroundedObject, Part, Picture, Turn
+from qwenvl_lit.types import (
+    BadImage,
+    Conversation,
+    DataError,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Turn,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadOptions:
     """How the rows of one dataset are read, whatever their layout."""
 
-    root: Path | None = None  # where relative files and pictures are looked up; None: beside the file that names them
-    path_map: Mapping[str, str] = field(default_factory=dict)  # how paths and addresses begin on another machine -> how they begin here
+    root: Path | None = (
+        None  # where relative files and images are looked up; None: beside the file that names them
+    )
+    path_map: Mapping[str, str] = field(
+        default_factory=dict
+    )  # how paths and addresses begin on another machine -> how they begin here
     on_bad_box: OnBadBox = "error"
-    prompt: str | None = None  # how captions and questions are asked where a layout holds none; None: the reader's default
-    cache: Path | None = None  # folder of remote pictures and indexes of files; None: no remote pictures, indexes in memory only
-    download: bool = True  # remote pictures may be fetched; false: only what `cache` holds
+    prompt: str | None = (
+        None  # how captions and questions are asked where a layout holds none; None: the reader's default
+    )
+    cache: Path | None = (
+        None  # folder of remote images and indexes of files; None: no remote images, indexes in memory only
+    )
+    download: bool = True  # remote images may be fetched; false: only what `cache` holds
     seed: int = 0
 
     def __post_init__(self):
         if self.on_bad_box not in get_args(OnBadBox):
-            raise DataError(f"on_bad_box is one of {', '.join(get_args(OnBadBox))}, got {self.on_bad_box!r}")
+            raise DataError(
+                f"on_bad_box is one of {', '.join(get_args(OnBadBox))}, got {self.on_bad_box!r}"
+            )
 
 
-DEFAULT = Reading()
+DEFAULT = ReadOptions()
 
 _TAG = re.compile(r"<img>(.*?)</img>|<image>|<ref-object>|<bbox>", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
-_BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*")  # PNG, JPEG, GIF, WebP, BMP
+_BARE_BASE64 = re.compile(
+    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*"
+)  # PNG, JPEG, GIF, WebP, BMP
 
 
 def conversation_from(
@@ -53,30 +73,47 @@ def conversation_from(
     index: int,
     columns: Mapping[str, str],
     where: str = "",
-    reading: Reading = DEFAULT,
+    read_options: ReadOptions = DEFAULT,
 ) -> Conversation:
     """The conversation of a row.
 
-    - A picture is `<img>path</img>` in the text, which stays as it is around it; or an `<image>` tag, which becomes `Picture k: `, the next
+    - An image is `<img>path</img>` in the text, which stays as it is around it; or an `<image>` tag, which becomes `Picture k: `, the next
       of `images` and a line break, as ms-swift writes it. Without any tag all `images` stand before the first question.
     - The k-th `<ref-object>` is the caption of the k-th object, the k-th `<bbox>` its boxes; both are counted over all turns.
-    - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last picture before them.
+    - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last image before them.
 
     Raises:
-        DataError: turns do not alternate, a picture is missing, tags and what they stand for differ in number, markup cannot be read, a box
-            has its corners in the wrong order, is outside its picture or has fractions on the grid; `reading.on_bad_box` may keep or repair
+        DataError: turns do not alternate, an image is missing, tags and what they stand for differ in number, markup cannot be read, a box
+            has its corners in the wrong order, is outside its image or has fractions on the grid; `read_options.on_bad_box` may keep or repair
             the latter, and raise Dropped for what it cannot.
     """
     _check_roles([role for role, _ in draft.turns])
     texts = _with_image_tags(draft)
-    boxes = Boxes(reading.on_bad_box)
+    boxes = Boxes(read_options.on_bad_box)
     objects = [boxes.object(f"object {number}", raw) for number, raw in enumerate(draft.objects, 1)]
     _check_placeholders("\n".join(texts), len(objects), boxes)
-    _check_characters([id, *texts, *draft.images, *draft.references, *columns.values(), *(thing.label or "" for thing in objects)])
-    pictures = [picture_from(address, root, reading) for address in _addresses(texts, draft.images)]
-    objects = [boxes.settled(f"object {number} ({reprlib.repr(thing.label)})", thing, pictures) for number, thing in enumerate(objects, 1)]
-    reader = _TextReader(pictures, objects, boxes)
-    turns = tuple(Turn(role=role, parts=reader.parts(text)) for (role, _), text in zip(draft.turns, texts, strict=True))
+    _check_characters(
+        [
+            id,
+            *texts,
+            *draft.images,
+            *draft.references,
+            *columns.values(),
+            *(thing.label or "" for thing in objects),
+        ]
+    )
+    images = [
+        image_from(address, root, read_options) for address in _addresses(texts, draft.images)
+    ]
+    objects = [
+        boxes.settled(f"object {number} ({reprlib.repr(thing.label)})", thing, images)
+        for number, thing in enumerate(objects, 1)
+    ]
+    reader = _TextReader(images, objects, boxes)
+    turns = tuple(
+        Turn(role=role, parts=reader.parts(text))
+        for (role, _), text in zip(draft.turns, texts, strict=True)
+    )
     return Conversation(
         id=id,
         turns=turns,
@@ -95,7 +132,9 @@ def _check_roles(roles: Sequence[str]) -> None:
         raise DataError("there is no turn; expected at least a question")
     for number, role in enumerate(spoken):
         if role != ("user", "assistant")[number % 2]:
-            raise DataError(f"turns go user, assistant, user, ..., at most one system turn before them; got {', '.join(roles)}")
+            raise DataError(
+                f"turns go user, assistant, user, ..., at most one system turn before them; got {', '.join(roles)}"
+            )
 
 
 def _with_image_tags(draft: Draft) -> list[str]:
@@ -128,11 +167,13 @@ def _check_characters(texts: Sequence[str]) -> None:
         "\n".join(texts).encode()
     except UnicodeEncodeError as fault:
         around = ascii(fault.object[max(0, fault.start - 20) : fault.end + 20])
-        raise DataError(f"text holds half a character, {fault.object[fault.start]!a} in {around}; write it whole") from None
+        raise DataError(
+            f"text holds half a character, {fault.object[fault.start]!a} in {around}; write it whole"
+        ) from None
 
 
 def _addresses(texts: Sequence[str], images: Sequence[str]) -> Iterator[str]:
-    """Where the pictures are, in the order of their tags."""
+    """Where the images are, in the order of their tags."""
     listed = iter(images)
     for text in texts:
         for tag in _TAG.finditer(text):
@@ -145,8 +186,10 @@ def _addresses(texts: Sequence[str], images: Sequence[str]) -> Iterator[str]:
 class _TextReader:
     """Takes the texts of one conversation apart, in order."""
 
-    def __init__(self, pictures: Sequence[Picture], objects: Sequence[GroundedObject], boxes: Boxes):
-        self._pictures = pictures
+    def __init__(
+        self, images: Sequence[ImageSource], objects: Sequence[GroundedObject], boxes: Boxes
+    ):
+        self._images = images
         self._shown = 0
         self._labels = iter(objects)
         self._places = iter(objects)
@@ -164,29 +207,31 @@ class _TextReader:
                 case "<ref-object>":
                     thing = next(self._labels)
                     if thing.label is None:
-                        raise self._boxes.fault("a <ref-object> stands for an object without `caption`")
-                    _add(parts, GroundedObject(label=thing.label, picture=thing.picture))
+                        raise self._boxes.fault(
+                            "a <ref-object> stands for an object without `caption`"
+                        )
+                    _add(parts, GroundedObject(label=thing.label, image=thing.image))
                 case "<bbox>":
                     thing = next(self._places)
-                    _add(parts, GroundedObject(boxes=thing.boxes, picture=thing.picture))
+                    _add(parts, GroundedObject(boxes=thing.boxes, image=thing.image))
                 case "<image>":
                     _add(parts, f"Picture {self._shown + 1}: ")
-                    self._add_picture(parts)
+                    self._add_image(parts)
                     _add(parts, "\n")
                 case _:
-                    self._add_picture(parts)
+                    self._add_image(parts)
         self._add_text(parts, text[end:])
         return tuple(parts)
 
-    def _add_picture(self, parts: list[Part]) -> None:
-        parts.append(self._pictures[self._shown])
+    def _add_image(self, parts: list[Part]) -> None:
+        parts.append(self._images[self._shown])
         self._shown += 1
 
     def _add_text(self, parts: list[Part], text: str) -> None:
         if "<" not in text:
             _add(parts, text)
             return
-        for part in objects_from_tags(text, picture=max(0, self._shown - 1), fractions=True):
+        for part in objects_from_tags(text, image=max(0, self._shown - 1), fractions=True):
             if isinstance(part, GroundedObject):
                 part = self._settled(part)
             elif stray := _MARKUP.search(part):
@@ -197,55 +242,63 @@ class _TextReader:
             _add(parts, part)
 
     def _settled(self, thing: GroundedObject) -> GroundedObject:
-        if thing.boxes and not self._pictures:
+        if thing.boxes and not self._images:
             if self._boxes.on_bad_box != "keep":
                 raise self._boxes.fault(
-                    "there is a box but no picture; write <img>path</img> into the question or give `images`; or take such boxes as they "
+                    "there is a box but no image; write <img>path</img> into the question or give `images`; or take such boxes as they "
                     "are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop"
                 )
-            self._boxes.notes.append("text: there is a box but no picture; kept as it is")
+            self._boxes.notes.append("text: there is a box but no image; kept as it is")
         boxes = tuple(self._boxes.settled_box("text", box, LIMITS["grid"]) for box in thing.boxes)
-        return GroundedObject(label=thing.label, boxes=boxes, picture=thing.picture)
+        return GroundedObject(label=thing.label, boxes=boxes, image=thing.image)
 
 
-def picture_from(address: str, root: Path, reading: Reading = DEFAULT) -> Picture:
-    """The picture at a path within `root` (unless absolute), at a web address, or in the address itself as base64.
+def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) -> ImageSource:
+    """The image at a path within `root` (unless absolute), at a web address, or in the address itself as base64.
 
-    A remote picture is not fetched yet.
+    A remote image is not fetched yet.
 
     Raises:
-        BadPicture: there is no such file, or the base64 text is broken.
-        DataError: a picture is remote and there is no cache to keep it in, or its address is of another kind.
+        BadImage: there is no such file, or the base64 text is broken.
+        DataError: an image is remote and there is no cache to keep it in, or its address is of another kind.
     """
-    address = _mapped(address, reading.path_map)
+    address = _mapped(address, read_options.path_map)
     if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
         text = address[inline.end() :] if address.startswith("data:") else address
-        return Picture(_decoded("".join(text.split())))
+        return ImageSource(_decoded("".join(text.split())))
     scheme = _SCHEME.match(address)
     if scheme and scheme[1].lower() in ("http", "https"):
-        if reading.cache is None:
-            raise DataError(f"picture {address[:100]!r} is remote, and there is no folder to keep it in; set data.cache, or give a file")
-        from qwenvl_lit.data.download.files import RemotePicture
+        if read_options.cache is None:
+            raise DataError(
+                f"image {address[:100]!r} is remote, and there is no folder to keep it in; set data.cache, or give a file"
+            )
+        from qwenvl_lit.data.download.files import RemoteImage
 
-        return Picture(RemotePicture(address, reading.cache / "pictures", reading.download))
+        return ImageSource(
+            RemoteImage(address, read_options.cache / "images", read_options.download)
+        )
     if scheme and scheme[1].lower() == "file":
         address = address[scheme.end() :]
     elif scheme or address.startswith("data:"):
-        raise DataError(f"picture {address[:100]!r} is not a file, an http(s) address or base64 data; download it and give its path")
+        raise DataError(
+            f"image {address[:100]!r} is not a file, an http(s) address or base64 data; download it and give its path"
+        )
     file = os.path.join(root, address)
     try:
         found = os.stat(file)
     except (OSError, ValueError):
         found = None
     if found is None or not stat.S_ISREG(found.st_mode):
-        raise BadPicture(f"picture {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`")
-    return _picture_file(file, (found.st_ino, found.st_size, found.st_mtime_ns))
+        raise BadImage(
+            f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
+        )
+    return _image_file(file, (found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 @lru_cache(maxsize=1 << 16)
-def _picture_file(file: str, version: tuple[int, ...]) -> Picture:
+def _image_file(file: str, version: tuple[int, ...]) -> ImageSource:
     """Remembered, with its size once that is known: opening a file takes longer than all the rest of a row."""
-    return Picture(Path(file))
+    return ImageSource(Path(file))
 
 
 def _mapped(address: str, path_map: Mapping[str, str]) -> str:
@@ -263,14 +316,14 @@ def _decoded(text: str) -> bytes:
     try:
         content = base64.b64decode(text, validate=True)
     except ValueError as fault:
-        raise BadPicture(f"picture {text[:40]!r}... is not base64: {fault}") from None
+        raise BadImage(f"image {text[:40]!r}... is not base64: {fault}") from None
     if not content:
-        raise BadPicture("a picture is given as base64, but empty")
+        raise BadImage("an image is given as base64, but empty")
     return content
 
 
 def _add(parts: list[Part], part: Part) -> None:
-    """Append; text continues text, and boxes right behind an object of the same picture are its boxes, as they read in the markup."""
+    """Append; text continues text, and boxes right behind an object of the same image are its boxes, as they read in the markup."""
     last = parts[-1] if parts else None
     if isinstance(part, str):
         if isinstance(last, str):
@@ -278,12 +331,17 @@ def _add(parts: list[Part], part: Part) -> None:
         elif part:
             parts.append(part)
     elif _continues(part, last):
-        parts[-1] = GroundedObject(label=last.label, boxes=last.boxes + part.boxes, picture=part.picture)
+        parts[-1] = GroundedObject(
+            label=last.label, boxes=last.boxes + part.boxes, image=part.image
+        )
     else:
         parts.append(part)
 
 
 def _continues(part: Part, last: Part | None) -> bool:
-    if not (isinstance(part, GroundedObject) and isinstance(last, GroundedObject)) or part.label is not None:
+    if (
+        not (isinstance(part, GroundedObject) and isinstance(last, GroundedObject))
+        or part.label is not None
+    ):
         return False
-    return part.picture == last.picture or not last.boxes
+    return part.image == last.image or not last.boxes

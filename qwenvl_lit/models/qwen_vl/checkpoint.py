@@ -25,12 +25,24 @@ from transformers import BitsAndBytesConfig
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)
-NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)  # the first is of the HTTP client that huggingface_hub uses, httpx or httpx2
+NETWORK_ERRORS = (
+    *HfHubHTTPError.__bases__,
+    OSError,
+)  # the first is of the HTTP client that huggingface_hub uses, httpx or httpx2
 
 VOCABULARY = "qwen.tiktoken"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order; each also as INDEX that names shards
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # in this order; each also as INDEX that names shards
 INDEX = "{}.index.json"
-COMPANIONS = ("*.json", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")  # small files of a repository; some are needed to export it again
+COMPANIONS = (
+    "*.json",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+)  # small files of a repository; some are needed to export it again
 PUBLISHED_GB = 19.3  # of Qwen-VL and Qwen-VL-Chat: 9.657 B parameters of two bytes
 
 
@@ -52,13 +64,19 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise DataError(f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as Qwen/Qwen-VL-Chat")
+        raise DataError(
+            f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as Qwen/Qwen-VL-Chat"
+        )
     cached = _cached(path)
     missing = missing_files(cached) if cached else ["config.json", VOCABULARY, "the weights"]
     if cached and not missing:
         return cached
     if not download or constants.is_offline_mode():
-        why = "is not to be fetched (download=false)" if not download else "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
+        why = (
+            "is not to be fetched (download=false)"
+            if not download
+            else "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
+        )
         raise DataError(
             f"{path} is not complete in {constants.HF_HUB_CACHE}: it lacks {', '.join(missing)}, and {why}. The published checkpoints are "
             f"{PUBLISHED_GB} GB; fetch with:  hf download {path}   (or name a folder that has it)"
@@ -69,12 +87,17 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
 def missing_files(folder: Path) -> list[str]:
     """Names of what a folder lacks to be a checkpoint; of weights, the shards that its index lists."""
     missing = [name for name in ("config.json", VOCABULARY) if not (folder / name).exists()]
-    index = next((folder / INDEX.format(name) for name in WEIGHTS if (folder / INDEX.format(name)).exists()), None)
+    index = next(
+        (folder / INDEX.format(name) for name in WEIGHTS if (folder / INDEX.format(name)).exists()),
+        None,
+    )
     if any((folder / name).exists() for name in WEIGHTS):
         return missing
     if index is None:
         return [*missing, "the weights"]
-    return missing + [name for name in sorted(set(_weight_map(index).values())) if not (folder / name).exists()]
+    return missing + [
+        name for name in sorted(set(_weight_map(index).values())) if not (folder / name).exists()
+    ]
 
 
 def _cached(name: str) -> Path | None:
@@ -86,18 +109,33 @@ def _cached(name: str) -> Path | None:
 
 def _downloaded(name: str) -> Path:
     try:
-        files = {file.rfilename: file.size or 0 for file in HfApi().model_info(name, files_metadata=True).siblings or ()}
-        kind = next((kind for kind in WEIGHTS if kind in files or INDEX.format(kind) in files), None)
+        files = {
+            file.rfilename: file.size or 0
+            for file in HfApi().model_info(name, files_metadata=True).siblings or ()
+        }
+        kind = next(
+            (kind for kind in WEIGHTS if kind in files or INDEX.format(kind) in files), None
+        )
         if kind is None or VOCABULARY not in files:
-            raise DataError(f"{name} on the hub is no Qwen-VL checkpoint: it has {', '.join(sorted(files))}")
-        weights = [file for file in files if re.fullmatch(re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1), file)]
+            raise DataError(
+                f"{name} on the hub is no Qwen-VL checkpoint: it has {', '.join(sorted(files))}"
+            )
+        weights = [
+            file
+            for file in files
+            if re.fullmatch(re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1), file)
+        ]
         size = sum(files[file] for file in weights)
         target = Path(constants.HF_HUB_CACHE)
         target.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(target).free) < size:
-            raise DataError(f"{name} takes {size / 1e9:.1f} GB, and {target} has {free / 1e9:.1f} GB left; set HF_HOME to a larger disk")
+            raise DataError(
+                f"{name} takes {size / 1e9:.1f} GB, and {target} has {free / 1e9:.1f} GB left; set HF_HOME to a larger disk"
+            )
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            log.warning("downloading %s: %.1f GB in %d files to %s", name, size / 1e9, len(weights), target)
+            log.warning(
+                "downloading %s: %.1f GB in %d files to %s", name, size / 1e9, len(weights), target
+            )
         return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, *weights]))
     except NETWORK_ERRORS as error:
         raise DataError(
@@ -118,14 +156,24 @@ def stored_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     missing = [name for name in shapes if name not in tensors]
     unexpected = [name for name in tensors if name not in shapes]
     found = {name: tensors[name].shape for name in shapes if name in tensors}
-    misshapen = [f"{name} {found[name]}, expected {shapes[name]}" for name in found if found[name] != shapes[name]]
+    misshapen = [
+        f"{name} {found[name]}, expected {shapes[name]}"
+        for name in found
+        if found[name] != shapes[name]
+    ]
     faults = [
         f"{what} {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
         if names
     ]
     if faults:
-        raise DataError(f"{folder} does not hold this network's tensors. {'; '.join(faults)}. Is config.json that of these weights?")
+        raise DataError(
+            f"{folder} does not hold this network's tensors. {'; '.join(faults)}. Is config.json that of these weights?"
+        )
     return tensors
 
 
@@ -146,14 +194,22 @@ class StoredTensor:
     def _tensor(self) -> torch.Tensor:
         tensors = open_shard(self.file)
         if self.name not in tensors:
-            raise DataError(f"{self.file} lacks {self.name}, which the index promises there; fetch the file again")
+            raise DataError(
+                f"{self.file} lacks {self.name}, which the index promises there; fetch the file again"
+            )
         return tensors[self.name]
 
 
-FOUR_BITS: Mapping[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+NF4: Mapping[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 
 
-def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[str]) -> BitsAndBytesConfig:
+def bnb_config(
+    settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[str]
+) -> BitsAndBytesConfig:
     """How transformers holds linear layers in few bits, all `but` the named ones, and computes in `dtype`.
 
     Raises:
@@ -161,15 +217,23 @@ def few_bits(settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[s
     """
     known = inspect.signature(BitsAndBytesConfig).parameters
     if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}")
+        raise ValueError(
+            f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}"
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError("holding weights in few bits needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'") from error
-    return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings})
+        raise ValueError(
+            "holding weights in few bits needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'"
+        ) from error
+    return BitsAndBytesConfig(
+        **{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings}
+    )
 
 
-@lru_cache(maxsize=2)  # neighbouring tensors share a shard; more open ones would count as memory in use
+@lru_cache(
+    maxsize=2
+)  # neighbouring tensors share a shard; more open ones would count as memory in use
 def open_shard(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file by name, mapped into memory: a page is read when it is touched, and shared by all processes.
 
@@ -179,9 +243,13 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{file} cannot be read: {error}; is it complete? Fetch it again") from error
+        raise DataError(
+            f"{file} cannot be read: {error}; is it complete? Fetch it again"
+        ) from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

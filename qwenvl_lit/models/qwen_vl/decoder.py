@@ -1,7 +1,7 @@
 """A network that decodes: prompts go into a static cache in one pass, then each step has a fixed shape and is replayed as a CUDA graph."""
 
 # B rows of the cache, n <= B rows that are answered, T tokens of the prompts, S slots of the cache, D width, V vocabulary
-# H heads, K head width, N pictures, Q tokens of a picture
+# H heads, K head width, N images, Q tokens of an image
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwenvl_lit.models.parts import network_of
-from qwenvl_lit.models.qwen_vl.image_cache import TOGETHER, Pictures
-from qwenvl_lit.models.qwen_vl.language import LanguageBlock, ntk_alpha, rotary_frequencies, rotary_tables_at
+from qwenvl_lit.models.components import network_of
+from qwenvl_lit.models.qwen_vl.image_cache import TOGETHER, ImageCache
+from qwenvl_lit.models.qwen_vl.language import (
+    LanguageBlock,
+    ntk_alpha,
+    rotary_frequencies,
+    rotary_tables_at,
+)
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import VisionBlock
 
@@ -36,7 +41,10 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictio
 def decoder_of(model: nn.Module) -> Decoder | None:
     """The decoder of a Qwen-VL network, inside adapters or not; None where it cannot be: spread over devices, sharded, another family's."""
     network = network_of(model)
-    if not isinstance(network, QwenVLForCausalLM) or len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1:
+    if (
+        not isinstance(network, QwenVLForCausalLM)
+        or len(set((getattr(network, "hf_device_map", None) or {}).values())) > 1
+    ):
         return None
     if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return None
@@ -60,21 +68,25 @@ class Rows:
 
 
 class Decoder:
-    """One network's cache, graphs and encoded pictures.
+    """One network's cache, graphs and encoded images.
 
     Positions of a row, dynamic NTK and log-n go by its own tokens: each row is answered as it would be alone.
     """
 
     def __init__(self, network: QwenVLForCausalLM):
         self._network = weakref.ref(network)  # or the table of decoders would keep it alive
-        self.pictures = Pictures()
+        self.images = ImageCache()
         self.answer = 0  # counts answers, so that an old one cannot go on
         self.home = network.transformer.wte.weight.device
-        self.seconds = self.began = self.latest = 0.0  # spent on earlier answers; start and latest step of this one
+        self.seconds = self.began = self.latest = (
+            0.0  # spent on earlier answers; start and latest step of this one
+        )
         self.memory: torch.Tensor | None = None  # all of the cache, flat
         self.rows: dict[int, Rows] = {}  # by B
         self.asked: Counter[int] = Counter()  # how often for so many rows
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by B and slots in use; with its logits
+        self.graphs: dict[
+            tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]
+        ] = {}  # by B and slots in use; with its logits
         self.graphable = True
         self.compiled = False
         self.compilable = True
@@ -95,7 +107,7 @@ class Decoder:
         inputs: Mapping[str, Any],
         *,
         new_tokens: int,
-        picture_keys: Sequence[str] | None = None,
+        image_keys: Sequence[str] | None = None,
         compile: Literal["auto"] | bool = "auto",
     ) -> torch.Tensor:
         """Take in the prompts of n left-padded rows; the logits (n, V) of their first new tokens."""
@@ -104,7 +116,9 @@ class Decoder:
         self.answer += 1
         ids, mask, config = inputs["input_ids"], inputs.get("attention_mask"), self.network.config
         self.n, length = ids.shape
-        lengths = [length] * self.n if mask is None else mask.sum(1).tolist()  # here the host waits, the device has nothing to do
+        lengths = (
+            [length] * self.n if mask is None else mask.sum(1).tolist()
+        )  # here the host waits, the device has nothing to do
         self._set_compiled(compile)
         self.size = self._size(self.n, length + new_tokens)
         self.filled = length
@@ -115,16 +129,31 @@ class Decoder:
         rows.starts.fill_(length)  # rows that nobody asked for see what they write themselves
         rows.starts[: self.n, 0] = length - torch.tensor(lengths, device=self.home)
         dynamic = config.use_dynamic_ntk
-        alphas = [ntk_alpha(tokens, config.seq_length) if dynamic else 1 for tokens in lengths] + [1] * (self.size - self.n)
-        tables = {alpha: rotary_frequencies(config.kv_channels, config.rotary_emb_base, alpha, self.home) for alpha in set(alphas)}
-        rows.frequencies.copy_(torch.stack([tables[alpha] for alpha in alphas])[:, None, None, None])
+        alphas = [ntk_alpha(tokens, config.seq_length) if dynamic else 1 for tokens in lengths] + [
+            1
+        ] * (self.size - self.n)
+        tables = {
+            alpha: rotary_frequencies(config.kv_channels, config.rotary_emb_base, alpha, self.home)
+            for alpha in set(alphas)
+        }
+        rows.frequencies.copy_(
+            torch.stack([tables[alpha] for alpha in alphas])[:, None, None, None]
+        )
         while True:
             try:
-                pictures = {name: inputs[name] for name in ("vision_features", "vision_positions") if name in inputs}
+                images = {
+                    name: inputs[name]
+                    for name in ("vision_features", "vision_positions")
+                    if name in inputs
+                }
                 if len(pixel_values := inputs.get("pixel_values", ())):
-                    pictures["vision_features"] = self.pictures(pixel_values, picture_keys, self._encode)
-                return self._take_in(self.network.embed(ids, **pictures), cache, rows, padded=min(lengths) < length)
-            except TorchDynamoException as error:  # layers of other packages that may not be compiled
+                    images["vision_features"] = self.images(pixel_values, image_keys, self._encode)
+                return self._take_in(
+                    self.network.embed(ids, **images), cache, rows, padded=min(lengths) < length
+                )
+            except (
+                TorchDynamoException
+            ) as error:  # layers of other packages that may not be compiled
                 self._give_up_compiling(error)
 
     def step(self, ids: torch.Tensor, answer: int | None = None) -> torch.Tensor:
@@ -146,7 +175,9 @@ class Decoder:
         return logits[: self.n]
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if not self.compiled or len(pixel_values) != TOGETHER:  # what is left over is not worth a compilation of its own
+        if (
+            not self.compiled or len(pixel_values) != TOGETHER
+        ):  # what is left over is not worth a compilation of its own
             return self.network.get_image_features(pixel_values)
         blocks = self.network.transformer.visual.transformer["resblocks"]
         before = [block.compute for block in blocks]  # training compiles it, or not, in its own way
@@ -160,7 +191,9 @@ class Decoder:
 
     # -- the network ----------------------------------------------------------------------------------------------------------------
 
-    def _take_in(self, x_BTD: torch.Tensor, cache: torch.Tensor, rows: Rows, *, padded: bool) -> torch.Tensor:
+    def _take_in(
+        self, x_BTD: torch.Tensor, cache: torch.Tensor, rows: Rows, *, padded: bool
+    ) -> torch.Tensor:
         """Rows of the prompts together as `PROMPT_TOKENS` allow; keys and values go to the cache, the last token's logits come back."""
         network, (n, length) = self.network, x_BTD.shape[:2]
         some = max(1, PROMPT_TOKENS // length)
@@ -173,12 +206,16 @@ class Decoder:
             mask = None
             if padded:
                 mask = (slots[:, None] >= slots) & (slots >= starts_B1[:, :, None])  # (b, T, T)
-                mask = (mask | (slots[:, None] == slots))[:, None]  # padding sees itself: nothing at all would be NaN
+                mask = (mask | (slots[:, None] == slots))[
+                    :, None
+                ]  # padding sees itself: nothing at all would be NaN
             x_bTD = x_BTD[chosen]
             for block, keys_values in zip(network.transformer.h, cache, strict=True):
                 q_bHTK, kv_2bHTK = self.before(block, x_bTD, rotary)
                 keys_values[:, chosen, :, :length] = kv_2bHTK
-                attended = scaled_dot_product_attention(q_bHTK, *kv_2bHTK, attn_mask=mask, is_causal=mask is None)
+                attended = scaled_dot_product_attention(
+                    q_bHTK, *kv_2bHTK, attn_mask=mask, is_causal=mask is None
+                )
                 x_bTD = self.after(block, x_bTD, attended)
             last.append(x_bTD[:, -1])
         return network.lm_head(network.transformer.ln_f(torch.cat(last)))
@@ -189,18 +226,26 @@ class Decoder:
         slots = torch.arange(in_use, device=self.home)
         x_B1D = network.transformer.wte(rows.ids)[:, None]
         hidden = (slots < rows.starts) | (slots > rows.slot)  # (B, in_use)
-        mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=self.home).masked_fill_(hidden, -torch.inf)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=cache.dtype, device=self.home).masked_fill_(
+            hidden, -torch.inf
+        )[:, None, None]
         rotary = self._rotary(rows.slot - rows.starts, rows.frequencies)
         for block, keys_values in zip(network.transformer.h, cache, strict=True):
             q_BH1K, kv_2BH1K = self.before(block, x_B1D, rotary)
             keys_values.index_copy_(3, rows.slot, kv_2BH1K)
-            attended = scaled_dot_product_attention(q_BH1K, *keys_values[:, :, :, :in_use], attn_mask=mask)
+            attended = scaled_dot_product_attention(
+                q_BH1K, *keys_values[:, :, :, :in_use], attn_mask=mask
+            )
             x_B1D = self.after(block, x_B1D, attended)
         return network.lm_head(network.transformer.ln_f(x_B1D[:, 0]))
 
-    def _rotary(self, positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(
+        self, positions: torch.Tensor, frequencies: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.network.config
-        return rotary_tables_at(positions, frequencies, logn_above=config.seq_length if config.use_logn_attn else None)
+        return rotary_tables_at(
+            positions, frequencies, logn_above=config.seq_length if config.use_logn_attn else None
+        )
 
     # -- graphs ---------------------------------------------------------------------------------------------------------------------
 
@@ -212,11 +257,15 @@ class Decoder:
                 self.graphs[size, in_use] = self._captured(size, in_use)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # layers of other packages that may not be compiled, or wait for the device
+            except (
+                RuntimeError
+            ) as error:  # layers of other packages that may not be compiled, or wait for the device
                 if self.compiled:
                     self._give_up_compiling(error)
                     return self._replayed(size, in_use)
-                log.warning("decoding goes on without CUDA graphs, which is slower: %s", _first_line(error))
+                log.warning(
+                    "decoding goes on without CUDA graphs, which is slower: %s", _first_line(error)
+                )
                 self.graphable = False
                 return self._step(size, in_use)
         graph, logits = self.graphs[size, in_use]
@@ -231,11 +280,17 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(size, in_use)  # libraries set themselves up; what it writes, the replay writes again
+            self._step(
+                size, in_use
+            )  # libraries set themselves up; what it writes, the replay writes again
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None  # only one runs at a time
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # other threads pin batches meanwhile
+        pool = (
+            next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        )  # only one runs at a time
+        with torch.cuda.graph(
+            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        ):  # other threads pin batches meanwhile
             logits = self._step(size, in_use)
         return graph, logits
 
@@ -264,7 +319,11 @@ class Decoder:
         """B for n rows. A size that comes up for the first time, such as a dataset's last batch, uses the graphs of a larger one."""
         self.asked[n] += 1
         larger = [size for size in self.rows if size >= n and self._room(size) >= slots]
-        return min(larger) if n not in self.rows and self.asked[n] == 1 and larger and self._graphs_help() else n
+        return (
+            min(larger)
+            if n not in self.rows and self.asked[n] == 1 and larger and self._graphs_help()
+            else n
+        )
 
     def _rows(self, size: int) -> Rows:
         if size not in self.rows:
@@ -272,7 +331,9 @@ class Decoder:
                 ids=torch.zeros(size, dtype=torch.int64, device=self.home),
                 slot=torch.zeros(1, dtype=torch.int64, device=self.home),
                 starts=torch.zeros(size, 1, dtype=torch.int64, device=self.home),
-                frequencies=torch.zeros(size, 1, 1, 1, self.network.config.kv_channels // 2, device=self.home),
+                frequencies=torch.zeros(
+                    size, 1, 1, 1, self.network.config.kv_channels // 2, device=self.home
+                ),
             )
         return self.rows[size]
 
@@ -297,12 +358,21 @@ class Decoder:
         if self._room(size) < slots or self.memory.dtype != dtype:
             self.memory = None  # the old one makes room first
             self.graphs.clear()
-            self.memory = torch.zeros(self._a_slot(size) * _rounded(size, slots), dtype=dtype, device=self.home)  # zeros: 0 * NaN is NaN
+            self.memory = torch.zeros(
+                self._a_slot(size) * _rounded(size, slots), dtype=dtype, device=self.home
+            )  # zeros: 0 * NaN is NaN
 
     def _cache(self, size: int) -> torch.Tensor:
         """The cache as (layers, 2, B, H, S, K)."""
         config, room = self.network.config, self._room(size)
-        shape = (config.num_hidden_layers, 2, size, config.num_attention_heads, room, config.kv_channels)
+        shape = (
+            config.num_hidden_layers,
+            2,
+            size,
+            config.num_attention_heads,
+            room,
+            config.kv_channels,
+        )
         return self.memory[: self._a_slot(size) * room].view(shape)
 
 
@@ -319,7 +389,9 @@ class Compiled:
         self.steps = torch.compile(function, fullgraph=True, dynamic=False)
 
     def __call__(self, block: LanguageBlock, x_BTD: torch.Tensor, other: Any):
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):  # more sizes than anybody asks for
+        with torch._dynamo.config.patch(
+            recompile_limit=256, accumulated_recompile_limit=1024
+        ):  # more sizes than anybody asks for
             return (self.steps if x_BTD.shape[1] == 1 else self.prompts)(block, x_BTD, other)
 
 

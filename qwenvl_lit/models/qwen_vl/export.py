@@ -12,16 +12,28 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from qwenvl_lit.models.qwen_vl.checkpoint import COMPANIONS, INDEX, VOCABULARY, WEIGHTS, StoredTensor, open_shard
+from qwenvl_lit.models.qwen_vl.checkpoint import (
+    COMPANIONS,
+    INDEX,
+    VOCABULARY,
+    WEIGHTS,
+    StoredTensor,
+    open_shard,
+)
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 Read = Callable[[str], torch.Tensor]  # a tensor of the network by its name there, on the CPU
 
-SHARD_BYTES = 10**9  # with a shard of two times this being read, less than two of those are in memory
+SHARD_BYTES = (
+    10**9
+)  # with a shard of two times this being read, less than two of those are in memory
 # Settings that the published config.json has besides those of the network
 PUBLISHED_CONFIG = {
     "architectures": ["QWenLMHeadModel"],
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    "auto_map": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
     "attn_dropout_prob": 0.0,
     "emb_dropout_prob": 0.0,
     "no_bias": True,
@@ -61,15 +73,23 @@ def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtyp
             open_shard.cache_clear()
             last = stored.file
         whole = stored[...]
-        return (whole.chunk(3)["qkv".index(projection[1])] if projection else whole).to("cpu", dtype)
+        return (whole.chunk(3)["qkv".index(projection[1])] if projection else whole).to(
+            "cpu", dtype
+        )
 
     return read
 
 
 def packed(read: Read, name: str) -> torch.Tensor:
     """A tensor as files have it, by its name there."""
-    head, joined, kind = name.rpartition("attn.in_proj_")  # the tower's own `attn.in_proj` is one in the network too
-    return torch.cat([read(f"{head}attn.{letter}_proj.{kind}") for letter in "qkv"]) if joined else read(name)
+    head, joined, kind = name.rpartition(
+        "attn.in_proj_"
+    )  # the tower's own `attn.in_proj` is one in the network too
+    return (
+        torch.cat([read(f"{head}attn.{letter}_proj.{kind}") for letter in "qkv"])
+        if joined
+        else read(name)
+    )
 
 
 def write_weights(
@@ -88,9 +108,15 @@ def write_weights(
     """
     name = next(name for name in WEIGHTS if name.endswith(kind))
     shards = list(shards_of(shapes, shard_bytes, dtype.itemsize))
-    files = [name.replace(".", f"-{number:05}-of-{len(shards):05}.") for number in range(1, len(shards) + 1)]
+    files = [
+        name.replace(".", f"-{number:05}-of-{len(shards):05}.")
+        for number in range(1, len(shards) + 1)
+    ]
     for file, names in zip(files, shards, strict=True):
-        tensors = {tensor: packed(read, tensor).to(dtype).clone(memory_format=torch.contiguous_format) for tensor in names}
+        tensors = {
+            tensor: packed(read, tensor).to(dtype).clone(memory_format=torch.contiguous_format)
+            for tensor in names
+        }
         if kind == "safetensors":
             save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # safetensors lets nobody else read it
@@ -98,11 +124,21 @@ def write_weights(
             torch.save(tensors, folder / file)
         del tensors
     index: dict[str, Any] = {"metadata": {"total_size": total_bytes(shapes, dtype)}}
-    index["weight_map"] = {tensor: file for file, names in zip(files, shards, strict=True) for tensor in names}
+    index["weight_map"] = {
+        tensor: file for file, names in zip(files, shards, strict=True) for tensor in names
+    }
     write_json(folder / INDEX.format(name), index)
 
 
-def write_companions(folder: Path, config: QwenVLConfig, *, dtype: str, vocabulary: Path, base: Path | None, template: str) -> None:
+def write_companions(
+    folder: Path,
+    config: QwenVLConfig,
+    *,
+    dtype: str,
+    vocabulary: Path,
+    base: Path | None,
+    template: str,
+) -> None:
     """Everything that the published folder has but the weights: configs, the vocabulary, and code, where `base` has it.
 
     Args:
@@ -110,16 +146,25 @@ def write_companions(folder: Path, config: QwenVLConfig, *, dtype: str, vocabula
     """
     for pattern in (*COMPANIONS, FONT):
         for file in base.glob(pattern) if base else ():
-            if not file.name.endswith(INDEX.format("")) and file.name not in ("config.json", "adapter_config.json"):
+            if not file.name.endswith(INDEX.format("")) and file.name not in (
+                "config.json",
+                "adapter_config.json",
+            ):
                 shutil.copyfile(file, folder / file.name)
     shutil.copyfile(vocabulary, folder / VOCABULARY)
     stored = json.loads((base / "config.json").read_text(encoding="utf-8")) if base else {}
     code = runnable(stored.pop("auto_map", {}), folder)
-    write_json(folder / "config.json", published_config(config, stored, dtype=dtype) | ({"auto_map": code} if code else {}))
+    write_json(
+        folder / "config.json",
+        published_config(config, stored, dtype=dtype) | ({"auto_map": code} if code else {}),
+    )
     write_generation(folder / "generation_config.json", config, template)
     if not (folder / "tokenizer_config.json").exists():
         code = runnable(TOKENIZER_CODE, folder)
-        write_json(folder / "tokenizer_config.json", PUBLISHED_TOKENIZER | ({"auto_map": code} if code else {}))
+        write_json(
+            folder / "tokenizer_config.json",
+            PUBLISHED_TOKENIZER | ({"auto_map": code} if code else {}),
+        )
 
 
 def write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
@@ -132,16 +177,28 @@ def write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
         write_json(file, {**stored, "chat_format": template})
 
 
-def published_config(config: QwenVLConfig, stored: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
+def published_config(
+    config: QwenVLConfig, stored: Mapping[str, Any], *, dtype: str
+) -> dict[str, Any]:
     """`config.json` as the original code reads it; without `auto_map`.
 
     Args:
         stored: further settings, as a checkpoint has them.
     """
-    kept = {key: value for key, value in {**PUBLISHED_CONFIG, **stored}.items() if key not in ("auto_map", "dtype", "_name_or_path")}
-    sizes = {key: value for key, value in config.to_dict().items() if key in QwenVLConfig.__annotations__}
+    kept = {
+        key: value
+        for key, value in {**PUBLISHED_CONFIG, **stored}.items()
+        if key not in ("auto_map", "dtype", "_name_or_path")
+    }
+    sizes = {
+        key: value for key, value in config.to_dict().items() if key in QwenVLConfig.__annotations__
+    }
     flags = {flag: name == dtype for flag, name in FLAGS.items()}
-    fixed = {"architectures": PUBLISHED_CONFIG["architectures"], "model_type": config.model_type, "torch_dtype": dtype}
+    fixed = {
+        "architectures": PUBLISHED_CONFIG["architectures"],
+        "model_type": config.model_type,
+        "torch_dtype": dtype,
+    }
     return {**kept, **sizes, **flags, **fixed}
 
 
@@ -149,7 +206,10 @@ def runnable(auto_map: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Of `auto_map` those classes whose code is in `folder`, without the name of a repository in front."""
     found = {}
     for name, classes in auto_map.items():
-        local = [one and one.rpartition("--")[2] for one in ([classes] if isinstance(classes, str) else classes)]
+        local = [
+            one and one.rpartition("--")[2]
+            for one in ([classes] if isinstance(classes, str) else classes)
+        ]
         if all(one is None or (folder / f"{one.rpartition('.')[0]}.py").exists() for one in local):
             found[name] = local[0] if isinstance(classes, str) else local
     return found
@@ -165,7 +225,9 @@ def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> in
     return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
 
 
-def shards_of(shapes: Mapping[str, tuple[int, ...]], limit: int, element_bytes: int) -> Iterator[list[str]]:
+def shards_of(
+    shapes: Mapping[str, tuple[int, ...]], limit: int, element_bytes: int
+) -> Iterator[list[str]]:
     """Names of consecutive tensors that take at most `limit` bytes together; a larger tensor is alone."""
     names: list[str] = []
     size = 0

@@ -13,8 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from qwenvl_lit.models.chatml import Supervise
-from qwenvl_lit.models.parts import network_of
-from qwenvl_lit.models.qwen_vl.checkpoint import FOUR_BITS, VOCABULARY, few_bits, find_checkpoint, open_shard, stored_tensors
+from qwenvl_lit.models.components import network_of
+from qwenvl_lit.models.qwen_vl.checkpoint import (
+    NF4,
+    VOCABULARY,
+    bnb_config,
+    find_checkpoint,
+    open_shard,
+    stored_tensors,
+)
 from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.flops import training_flops
 from qwenvl_lit.models.qwen_vl.image_processing import normalised
@@ -24,7 +31,7 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch
 
 
-class QwenVL:
+class QwenVLFamily:
     """The family: a checkpoint's weights and vocabulary, or random weights of any size.
 
     Args:
@@ -43,14 +50,14 @@ class QwenVL:
     The others are those of `QwenVLProcessor`.
     """
 
-    parts: Mapping[str, str] = {
+    components: Mapping[str, str] = {
         "vision": "transformer.visual",
         "resampler": "transformer.visual.attn_pool",
         "language": "transformer.h",
         "embeddings": "transformer.wte",
         "head": "lm_head",
     }
-    packable = True
+    supports_packing = True
 
     def __init__(
         self,
@@ -78,10 +85,15 @@ class QwenVL:
             raise ValueError(f"weights is checkpoint or random, got {weights!r}")
         self.random = weights == "random" or path is None
         if self.random and device_map is not None:
-            raise ValueError("random weights are drawn on one device; device_map is for checkpoints")
+            raise ValueError(
+                "random weights are drawn on one device; device_map is for checkpoints"
+            )
         if path is None and vocabulary is None:
             raise ValueError('random weights need a `vocabulary`: a file, or "tiny"')
-        if not (isinstance(named := getattr(torch, dtype, None), torch.dtype) and named.is_floating_point):
+        if not (
+            isinstance(named := getattr(torch, dtype, None), torch.dtype)
+            and named.is_floating_point
+        ):
             raise ValueError(f"dtype is a name of torch's, as float32 or bfloat16, got {dtype!r}")
         self.path = path
         self.sizes = dict(config or {})
@@ -98,7 +110,7 @@ class QwenVL:
         }
         self.window = window
         self.dtype = dtype
-        self.quantization = FOUR_BITS if load_in_4bit else None
+        self.quantization = NF4 if load_in_4bit else None
         self.seed = seed
 
     @cached_property
@@ -106,7 +118,11 @@ class QwenVL:
         """Where the checkpoint is, fetched if need be; None if all there is are the published sizes and random weights."""
         if not self.random:
             return find_checkpoint(str(self.path), download=self.download)
-        return Path(self.path).expanduser() if self.path and Path(self.path).expanduser().is_dir() else None
+        return (
+            Path(self.path).expanduser()
+            if self.path and Path(self.path).expanduser().is_dir()
+            else None
+        )
 
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
@@ -139,7 +155,9 @@ class QwenVL:
                 config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": visual})
         assert config.visual is not None  # the config fills it in
         configured = config.visual["image_start_id"]
-        if configured != tokenizer.img_start_id:  # the last ids but two, hence this covers the number of ids
+        if (
+            configured != tokenizer.img_start_id
+        ):  # the last ids but two, hence this covers the number of ids
             raise ValueError(
                 f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of the model's config is {configured}; "
                 f"choose the vocabulary of this model"
@@ -156,14 +174,18 @@ class QwenVL:
         assert self.config.visual is not None
         window = self.window or getattr(self.generation, "max_window_size", 6144)
         side = self.config.visual["image_size"]
-        return QwenVLProcessor(self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting)
+        return QwenVLProcessor(
+            self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting
+        )
 
-    def outline(self) -> QwenVLForCausalLM:
+    def meta_model(self) -> QwenVLForCausalLM:
         """The network on the meta device: names, shapes and types, without weights."""
         with torch.device("meta"):
             return QwenVLForCausalLM(self.config).to(getattr(torch, self.dtype))
 
-    def load(self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None) -> QwenVLForCausalLM:
+    def load(
+        self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
+    ) -> QwenVLForCausalLM:
         """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor, and those of linear
         layers but the head become what `quantization` says, settings of `BitsAndBytesConfig`, on their way.
 
@@ -177,15 +199,19 @@ class QwenVL:
             model = self._drawn(torch.device(device), dtype)
             return self.quantized(model, device, quantization) if quantization else model
         assert self.folder is not None
-        shapes = file_shapes(self.outline())
+        shapes = file_shapes(self.meta_model())
         try:
             tensors = stored_tensors(self.folder, shapes)
             if self.device_map is None:
                 model = self._placed(tensors, device, quantization)
             else:
                 offloaded = TemporaryDirectory()  # what fits neither cards nor memory
-                places = {"device_map": self.device_map, "max_memory": self.max_memory, "offload_folder": offloaded.name}
-                places["quantization_config"] = self._few_bits(quantization)
+                places = {
+                    "device_map": self.device_map,
+                    "max_memory": self.max_memory,
+                    "offload_folder": offloaded.name,
+                }
+                places["quantization_config"] = self._bnb_config(quantization)
                 model = QwenVLForCausalLM.from_pretrained(self.folder, dtype=dtype, **places)
                 model.offloaded = offloaded  # removed with the model
         finally:
@@ -193,26 +219,51 @@ class QwenVL:
         model.generation_config = self.generation
         return model.eval()
 
-    def quantized(self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]) -> QwenVLForCausalLM:
+    def quantized(
+        self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]
+    ) -> QwenVLForCausalLM:
         """The network with the weights of `model`, which may be elsewhere, as `load` gives it."""
         placed = self._placed(model.state_dict(), device, quantization)
         placed.generation_config = model.generation_config
         return placed.eval()
 
-    def _placed(self, tensors: Mapping[str, Any], device: torch.device | str, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
-        options = {"config": self.config, "dtype": getattr(torch, self.dtype), "quantization_config": self._few_bits(quantization)}
-        return QwenVLForCausalLM.from_pretrained(None, state_dict=tensors, device_map={"": device}, **options)
+    def _placed(
+        self,
+        tensors: Mapping[str, Any],
+        device: torch.device | str,
+        quantization: Mapping[str, Any] | None,
+    ) -> QwenVLForCausalLM:
+        options = {
+            "config": self.config,
+            "dtype": getattr(torch, self.dtype),
+            "quantization_config": self._bnb_config(quantization),
+        }
+        return QwenVLForCausalLM.from_pretrained(
+            None, state_dict=tensors, device_map={"": device}, **options
+        )
 
-    def _few_bits(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
-        return few_bits(quantization, dtype=getattr(torch, self.dtype), but=[self.parts["head"]]) if quantization else None
+    def _bnb_config(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
+        return (
+            bnb_config(
+                quantization, dtype=getattr(torch, self.dtype), but=[self.components["head"]]
+            )
+            if quantization
+            else None
+        )
 
     def _drawn(self, device: torch.device, dtype: torch.dtype) -> QwenVLForCausalLM:
         with torch.device("meta"):
             parameters = QwenVLForCausalLM(self.config).num_parameters()
         place = torch.device("cpu") if parameters < 1e9 else device
-        drawn_in = torch.float32 if parameters < 1e9 else dtype  # a second copy of a large one would not fit
+        drawn_in = (
+            torch.float32 if parameters < 1e9 else dtype
+        )  # a second copy of a large one would not fit
         with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
-            generator = torch.cuda.default_generators[place.index or 0] if place.type == "cuda" else torch.default_generator
+            generator = (
+                torch.cuda.default_generators[place.index or 0]
+                if place.type == "cuda"
+                else torch.default_generator
+            )
             generator.manual_seed(self.seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=drawn_in)
         return model.to(device=device, dtype=dtype).eval()
@@ -226,7 +277,9 @@ class QwenVL:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if generate:
             inputs |= {"attention_mask": batch.attention_mask}
-        if len(batch.vision_positions) or "vision_features" in batch.vision:  # even of no pictures: they say that no tower is needed
+        if (
+            len(batch.vision_positions) or "vision_features" in batch.vision
+        ):  # even of no images: they say that no tower is needed
             seen = dict(batch.vision)
             if (pixels := seen.get("pixel_values")) is not None and pixels.dtype == torch.uint8:
                 seen["pixel_values"] = normalised(pixels)
@@ -240,10 +293,13 @@ class QwenVL:
             inputs |= {"logits_to_keep": 1}  # of a row of padding, all would fill the memory
         return {name: value for name, value in inputs.items() if value is not None}
 
-    def picture_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """(N, side, side, 3) uint8 -> (N, Q, D)."""
         return network_of(model).get_image_features(normalised(pixels))
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
-        counts = {"pictures": len(batch.vision.get("pixel_values", ())), "targets": len(batch.target_positions)}
+        counts = {
+            "images": len(batch.vision.get("pixel_values", ())),
+            "targets": len(batch.target_positions),
+        }
         return training_flops(self.config, lengths=batch.lengths, **counts, trained=trained)

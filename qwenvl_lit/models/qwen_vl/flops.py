@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 
-def training_flops(config: QwenVLConfig, *, lengths: Iterable[int], pictures: int, targets: int, trained: Mapping[str, float]) -> float:
+def training_flops(
+    config: QwenVLConfig,
+    *,
+    lengths: Iterable[int],
+    images: int,
+    targets: int,
+    trained: Mapping[str, float],
+) -> float:
     """Operations of a training step.
 
     Args:
@@ -17,12 +24,16 @@ def training_flops(config: QwenVLConfig, *, lengths: Iterable[int], pictures: in
     """
     lengths = tuple(lengths)
     squares = sum(length**2 for length in lengths)
-    work = forward_flops(config, tokens=sum(lengths), squares=squares, pictures=pictures, targets=targets)
+    work = forward_flops(
+        config, tokens=sum(lengths), squares=squares, images=images, targets=targets
+    )
     passes = training_passes(trained)
     return sum(work[part] * passes[part] for part in work)
 
 
-def forward_flops(config: QwenVLConfig, *, tokens: int, squares: int, pictures: int, targets: int) -> dict[str, float]:
+def forward_flops(
+    config: QwenVLConfig, *, tokens: int, squares: int, images: int, targets: int
+) -> dict[str, float]:
     """Operations of a forward pass, by part.
 
     Args:
@@ -38,8 +49,8 @@ def forward_flops(config: QwenVLConfig, *, tokens: int, squares: int, pictures: 
     keys = 2 * patches * width * dim * (width != dim) + 4 * patches * dim**2
     layer = 4 * dim**2 + 3 * dim * config.intermediate_size // 2
     return {
-        "vision": pictures * (2 * patches * 3 * patch**2 * width + tower["layers"] * block),
-        "resampler": pictures * (keys + 6 * queries * dim**2 + 4 * queries * patches * dim),
+        "vision": images * (2 * patches * 3 * patch**2 * width + tower["layers"] * block),
+        "resampler": images * (keys + 6 * queries * dim**2 + 4 * queries * patches * dim),
         "language": config.num_hidden_layers * (2 * layer * tokens + 2 * dim * squares),
         "head": 2.0 * dim * config.vocab_size * targets,
     }
@@ -54,7 +65,11 @@ def training_passes(trained: Mapping[str, float]) -> dict[str, int]:
     Args:
         trained: for each part, the share of its numbers that is trained; an adapter is less than half.
     """
-    order: dict[str, tuple[str, ...]] = {"vision": (), "resampler": ("vision",), "embeddings": ()}  # and what comes before each
+    order: dict[str, tuple[str, ...]] = {
+        "vision": (),
+        "resampler": ("vision",),
+        "embeddings": (),
+    }  # and what comes before each
     order["language"] = ("vision", "resampler", "embeddings")
     order["head"] = (*order["language"], "language")
     passes = {}

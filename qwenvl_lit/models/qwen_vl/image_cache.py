@@ -1,6 +1,6 @@
-"""Pictures as the language model sees them, each encoded once."""
+"""Images as the language model sees them, each encoded once."""
 
-# N pictures, S side in pixels, Q tokens of a picture, D width
+# N images, S side in pixels, Q tokens of an image, D width
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-REMEMBERED = 256  # pictures; 2 MiB each in bfloat16
-TOGETHER = 32  # pictures that go through the tower at a time
+REMEMBERED = 256  # images; 2 MiB each in bfloat16
+TOGETHER = 32  # images that go through the tower at a time
 
 
-class Pictures:
-    """Encodes pictures, and remembers the latest by their keys."""
+class ImageCache:
+    """Encodes images, and remembers the latest by their keys."""
 
     def __init__(self):
         self.known: OrderedDict[str, torch.Tensor] = OrderedDict()  # key -> (Q, D)
 
     def __call__(
-        self, pixel_values: torch.Tensor, keys: Sequence[str] | None, encode: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        pixel_values: torch.Tensor,
+        keys: Sequence[str] | None,
+        encode: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Pictures (N, 3, S, S) as (N, Q, D). Of those with equal keys the first is encoded; None: all are, and none is remembered."""
+        """Images (N, 3, S, S) as (N, Q, D). Of those with equal keys the first is encoded; None: all are, and none is remembered."""
         if keys is None:
             return _in_parts(pixel_values, encode)
         if len(keys) != len(pixel_values):
-            raise ValueError(f"{len(keys)} keys for {len(pixel_values)} pictures")
+            raise ValueError(f"{len(keys)} keys for {len(pixel_values)} images")
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
             first.setdefault(key, place)
@@ -43,5 +46,7 @@ class Pictures:
         return found
 
 
-def _in_parts(pixel_values: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _in_parts(
+    pixel_values: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     return torch.cat([encode(some) for some in pixel_values.split(TOGETHER)])

@@ -29,7 +29,9 @@ class LanguageBlock(GradientCheckpointingLayer):
         """The keyword arguments are those of `Attention`."""
         return self.compute(x_BTD, **kwargs)
 
-    def compute(self, x_BTD: torch.Tensor, kept: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def compute(
+        self, x_BTD: torch.Tensor, kept: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
         """What may be compiled: transformers wraps `forward` in other things that are done around a block.
 
         With `kept` (S,), flat indices into B * T, these tokens alone come out, (S, D).
@@ -39,7 +41,9 @@ class LanguageBlock(GradientCheckpointingLayer):
             x_BTD = x_BTD.flatten(0, 1).index_select(0, kept)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
-    def before(self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def before(
+        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The block up to its attention, for a decoder with a cache of its own: queries (B, H, T, K), keys with values (2, B, H, T, K)."""
         q_BHTK, k_BHTK, v_BHTK = self.attn.heads(self.ln_1(x_BTD), rotary)
         return q_BHTK, torch.stack((k_BHTK, v_BHTK))
@@ -65,7 +69,9 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows: q | k | v
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, segments=None, **kwargs):
+    def forward(
+        self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, segments=None, **kwargs
+    ):
         """Tokens attend to themselves, to those before them, and to what is in the cache.
 
         Args:
@@ -80,14 +86,31 @@ class Attention(nn.Module):
         """
         q_BHTK, k_BHTK, v_BHTK = self.heads(x_BTD, rotary)
         if segments is not None:
-            return self.c_proj(attend_in_segments(q_BHTK, k_BHTK, v_BHTK, *segments, scaling=self.scaling).flatten(2)), None
+            return self.c_proj(
+                attend_in_segments(q_BHTK, k_BHTK, v_BHTK, *segments, scaling=self.scaling).flatten(
+                    2
+                )
+            ), None
         if past_key_values is not None:
             k_BHTK, v_BHTK = past_key_values.update(k_BHTK, v_BHTK, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attend_eagerly)
-        attended_BTHK, weights = attend(self, q_BHTK, k_BHTK, v_BHTK, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, attend_eagerly
+        )
+        attended_BTHK, weights = attend(
+            self,
+            q_BHTK,
+            k_BHTK,
+            v_BHTK,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=0.0,
+            **kwargs,
+        )
         return self.c_proj(attended_BTHK.flatten(2)), weights
 
-    def heads(self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(
+        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries and keys, turned, and values, each (B, H, T, K)."""
         qkv_BT3HK = self.c_attn(x_BTD).unflatten(-1, (3, -1, self.head_dim))
         q_BTHK, k_BTHK = rotate(qkv_BT3HK[:, :, :2], *rotary).unbind(2)
@@ -104,7 +127,13 @@ def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, *
 
 
 def attend_in_segments(
-    q_BHTK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, bounds: torch.Tensor, longest: int, *, scaling: float
+    q_BHTK: torch.Tensor,
+    k_BHTK: torch.Tensor,
+    v_BHTK: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    *,
+    scaling: float,
 ) -> torch.Tensor:
     """Causal attention within each segment of packed rows, (B, T, H, K), where `has_segments_kernel`. It costs what the segments cost, and
     neither makes a mask nor waits for the device.
@@ -113,19 +142,27 @@ def attend_in_segments(
         bounds: (n + 1,) int32, cumulative lengths of the segments over all B * T tokens; segments may be empty.
         longest: no segment has more tokens.
     """
-    from torch.nn.attention.varlen import varlen_attn  # brings the compiler with it, which takes seconds
+    from torch.nn.attention.varlen import (
+        varlen_attn,  # brings the compiler with it, which takes seconds
+    )
 
     rows_BTHK = [x_BHTK.transpose(1, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]
     flat = [x_BTHK.flatten(0, 1) for x_BTHK in rows_BTHK]
     causal = (-1, 0)  # all tokens before, none after
-    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=scaling, window_size=causal).view(rows_BTHK[0].shape)
+    return varlen_attn(
+        *flat, bounds, bounds, longest, longest, scale=scaling, window_size=causal
+    ).view(rows_BTHK[0].shape)
 
 
 def has_segments_kernel(x: torch.Tensor) -> bool:
     """Whether `attend_in_segments` runs on the device of `x`, in the precision in which its products are computed."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return x.is_cuda and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return (
+        x.is_cuda
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 class MLP(nn.Module):
@@ -154,7 +191,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(
-    slots: torch.Tensor, head_dim: int, base: float, *, alpha: int = 1, logn_above: int | None = None
+    slots: torch.Tensor,
+    head_dim: int,
+    base: float,
+    *,
+    alpha: int = 1,
+    logn_above: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for `rotate`, float32 (B, T, 1, 1, K / 2), at the positions `slots` (B, T).
 
@@ -163,23 +205,31 @@ def rotary_tables(
         logn_above: if given, the tables are (B, T, 2, 1, K / 2) and those of the queries are scaled by ln(slot + 1) / ln(logn_above)
             where that is above 1 (log-n attention). Turning and scaling commute, so it costs nothing per layer.
     """
-    return rotary_tables_at(slots, rotary_frequencies(head_dim, base, alpha, device=slots.device), logn_above=logn_above)
+    return rotary_tables_at(
+        slots, rotary_frequencies(head_dim, base, alpha, device=slots.device), logn_above=logn_above
+    )
 
 
-def rotary_frequencies(head_dim: int, base: float, alpha: int = 1, device: torch.device | None = None) -> torch.Tensor:
+def rotary_frequencies(
+    head_dim: int, base: float, alpha: int = 1, device: torch.device | None = None
+) -> torch.Tensor:
     """Radians per slot, float32 (K / 2,). `alpha` stretches the slow channels by about this much, the fastest not at all: `ntk_alpha`."""
     base = base * alpha ** (head_dim / (head_dim - 2))
     return 1 / base ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
-def rotary_tables_at(slots: torch.Tensor, frequencies: torch.Tensor, *, logn_above: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables_at(
+    slots: torch.Tensor, frequencies: torch.Tensor, *, logn_above: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `rotary_tables`, with given frequencies: (K / 2,), or (B, 1, 1, 1, K / 2) where each row has its own."""
     angles = slots[:, :, None, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     if logn_above is None:
         return cos, sin
     scale = ((slots.float() + 1).log() / math.log(logn_above)).clamp(min=1)
-    scale = torch.stack((scale, torch.ones_like(scale)), dim=-1)[..., None, None]  # (B, T, 2, 1, 1): queries, keys
+    scale = torch.stack((scale, torch.ones_like(scale)), dim=-1)[
+        ..., None, None
+    ]  # (B, T, 2, 1, 1): queries, keys
     return cos * scale, sin * scale
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import tiktoken
 
-TINY_VOCABULARY = Path(__file__).with_name("tiny.tiktoken")  # made by scripts/make_tiny_vocabulary.py
+TINY_VOCABULARY = Path(__file__).with_name(
+    "tiny.tiktoken"
+)  # made by scripts/make_tiny_vocabulary.py
 
 # Pre-tokens. As GPT-4's pattern, but every digit stands alone, so that coordinates share ten tokens.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +51,9 @@ class QwenTokenizer:
         ranks = read_ranks(self.path)
         self.special = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
         self.vocab_size = len(ranks) + len(SPECIALS)
-        self._encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+        self._encoding = tiktoken.Encoding(
+            "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
+        )
         self._names = {id: name.encode() for name, id in self.special.items()}
 
     def __reduce__(self):
@@ -89,12 +93,21 @@ class QwenTokenizer:
         text = unicodedata.normalize("NFC", text)
         if not allowed_special:
             return self._encoding.encode_ordinary(text)
-        return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+        return self._encoding.encode(
+            text, allowed_special=set(allowed_special), disallowed_special=()
+        )
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False, keep: Collection[int] = (), errors: str = "replace") -> str:
+    def decode(
+        self,
+        ids: Iterable[int],
+        *,
+        skip_special: bool = False,
+        keep: Collection[int] = (),
+        errors: str = "replace",
+    ) -> str:
         """Text of `ids`. `skip_special` leaves special tokens out, but for those in `keep`.
 
-        A path written into a picture span, as the original model has it, is read; other fillings of a span show nothing.
+        A path written into an image span, as the original model has it, is read; other fillings of a span show nothing.
         `errors` says what becomes of bytes that are no UTF-8 and of ids that the vocabulary lacks: "replace", "ignore" or "strict".
 
         Raises:
@@ -103,7 +116,12 @@ class QwenTokenizer:
         return b"".join(self._bytes(ids, skip_special, keep, errors)).decode("utf-8", errors)
 
     def stream(
-        self, ids: Iterable[int], *, skip_special: bool = False, keep: Collection[int] = (), errors: str = "replace"
+        self,
+        ids: Iterable[int],
+        *,
+        skip_special: bool = False,
+        keep: Collection[int] = (),
+        errors: str = "replace",
     ) -> Iterator[str]:
         """Pieces of `decode(ids)` as soon as they are certain: a character whose bytes are incomplete waits for the next id."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors)
@@ -113,7 +131,9 @@ class QwenTokenizer:
         if text := decoder.decode(b"", final=True):
             yield text
 
-    def _bytes(self, ids: Iterable[int], skip_special: bool, keep: Collection[int], errors: str) -> Iterator[bytes]:
+    def _bytes(
+        self, ids: Iterable[int], skip_special: bool, keep: Collection[int], errors: str
+    ) -> Iterator[bytes]:
         def tokens(ids: Iterable[int]) -> Iterator[bytes]:
             for id in ids:
                 if id in self._names:
@@ -122,7 +142,9 @@ class QwenTokenizer:
                 elif 0 <= id < self.vocab_size:
                     yield self._encoding.decode_single_token_bytes(id)
                 elif errors == "strict":
-                    raise ValueError(f"token id {id} is not among the {self.vocab_size} ids of {self.path}")
+                    raise ValueError(
+                        f"token id {id} is not among the {self.vocab_size} ids of {self.path}"
+                    )
                 elif errors == "replace":
                     yield "\ufffd".encode()
 
@@ -158,10 +180,16 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             encoded, rank = line.split()
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"{path}:{number}: expected base64, a blank and a rank, got {line[:80]!r}; is the file complete?") from None
+            raise ValueError(
+                f"{path}:{number}: expected base64, a blank and a rank, got {line[:80]!r}; is the file complete?"
+            ) from None
         if value != number - 1 or token in ranks:
-            raise ValueError(f"{path}:{number}: expected a new token of rank {number - 1}, got {token!r} of rank {value}")
+            raise ValueError(
+                f"{path}:{number}: expected a new token of rank {number - 1}, got {token!r} of rank {value}"
+            )
         ranks[token] = value
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"{path}:{len(ranks)}: the file ends without the single bytes {missing[:8]}; is it complete?")
+        raise ValueError(
+            f"{path}:{len(ranks)}: the file ends without the single bytes {missing[:8]}; is it complete?"
+        )
     return ranks

@@ -1,6 +1,6 @@
-"""The picture side of Qwen-VL: a vision transformer, and a resampler that makes the tokens of a picture from its patches."""
+"""The image side of Qwen-VL: a vision transformer, and a resampler that makes the tokens of an image from its patches."""
 
-# N pictures, S side in pixels, P patches, Q queries (tokens of a picture), C tower's width, D language model's width, H heads, K head width
+# N images, S side in pixels, P patches, Q queries (tokens of an image), C tower's width, D language model's width, H heads, K head width
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ POSITIONS = 256  # entries of the tower's position table, 16 x 16 in every publi
 
 
 class VisionTower(nn.Module):
-    """Pictures (N, 3, S, S) to the tokens that stand for them (N, Q, D). S may be any multiple of the patch size.
+    """Images (N, 3, S, S) to the tokens that stand for them (N, Q, D). S may be any multiple of the patch size.
 
     Args:
         spatial_start: a start for small networks that learn to see from nothing; the published ones have None. The tower's positions begin
             as sines and cosines, and the resampler's projections of queries and keys as the same matrix, so many times as large as a
-            rotation: a query leans towards its own place in the picture.
+            rotation: a query leans towards its own place in the image.
     """
 
     def __init__(
@@ -46,7 +46,13 @@ class VisionTower(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, width))
         self.ln_pre = nn.LayerNorm(width, eps=EPSILON)
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(width, heads, mlp_ratio) for _ in range(layers))})
+        self.transformer = nn.ModuleDict(
+            {
+                "resblocks": nn.ModuleList(
+                    VisionBlock(width, heads, mlp_ratio) for _ in range(layers)
+                )
+            }
+        )
         self.attn_pool = Resampler(output_dim, width, n_queries, resampler_heads, spatial_start)
         self.ln_post = nn.LayerNorm(output_dim, eps=EPSILON)
         self.proj = nn.Parameter(torch.empty(output_dim, output_dim))
@@ -57,9 +63,15 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: another shape, or a side that is no multiple of the patch size.
         """
-        if pixel_values.dim() != 4 or pixel_values.shape[2] != pixel_values.shape[3] or pixel_values.shape[3] % self.patch_size:
+        if (
+            pixel_values.dim() != 4
+            or pixel_values.shape[2] != pixel_values.shape[3]
+            or pixel_values.shape[3] % self.patch_size
+        ):
             expected = f"(N, 3, S, S) with S a multiple of {self.patch_size}"
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}")
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}"
+            )
         x_NPC = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).mT
         x_NPC = self.ln_pre(x_NPC + resize_positions(self.positional_embedding, x_NPC.shape[1]))
         for block in self.transformer["resblocks"]:
@@ -77,7 +89,9 @@ class VisionBlock(GradientCheckpointingLayer):
         self.attn = VisionAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=EPSILON)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width)),
+            OrderedDict(
+                c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width)
+            ),
         )
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
@@ -99,7 +113,9 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
-        q_NHPK, k_NHPK, v_NHPK = self.in_proj(x_NPC).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        q_NHPK, k_NHPK, v_NHPK = (
+            self.in_proj(x_NPC).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        )
         attended_NHPK = scaled_dot_product_attention(q_NHPK, k_NHPK, v_NHPK)
         return self.out_proj(attended_NHPK.transpose(1, 2).flatten(2))
 
@@ -110,11 +126,15 @@ class Resampler(nn.Module):
     Positions join queries and keys, not values. Their table is stored with the weights but never trained, hence a buffer.
     """
 
-    def __init__(self, dim: int, patch_dim: int, n_queries: int, heads: int, spatial_start: float | None):
+    def __init__(
+        self, dim: int, patch_dim: int, n_queries: int, heads: int, spatial_start: float | None
+    ):
         super().__init__()
         self.query = nn.Parameter(torch.empty(n_queries, dim))
         self.register_buffer("pos_embed", torch.empty(n_queries, dim))
-        self.kv_proj = nn.Linear(patch_dim, dim, bias=False) if patch_dim != dim else nn.Identity()  # no weight, as the original
+        self.kv_proj = (
+            nn.Linear(patch_dim, dim, bias=False) if patch_dim != dim else nn.Identity()
+        )  # no weight, as the original
         self.spatial_start = spatial_start
         self.attn = CrossAttention(dim, heads)
         self.ln_q = nn.LayerNorm(dim, eps=EPSILON)
@@ -143,12 +163,16 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, query_QD: torch.Tensor, key_NPD: torch.Tensor, value_NPD: torch.Tensor) -> torch.Tensor:
-        """The queries are the same for all pictures; returns (N, Q, D)."""
+    def forward(
+        self, query_QD: torch.Tensor, key_NPD: torch.Tensor, value_NPD: torch.Tensor
+    ) -> torch.Tensor:
+        """The queries are the same for all images; returns (N, Q, D)."""
         q_HQK = self.q_proj(query_QD).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         k_NHPK = self.k_proj(key_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v_NHPK = self.v_proj(value_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attended_NHQK = scaled_dot_product_attention(q_HQK.expand(len(k_NHPK), -1, -1, -1), k_NHPK, v_NHPK)
+        attended_NHQK = scaled_dot_product_attention(
+            q_HQK.expand(len(k_NHPK), -1, -1, -1), k_NHPK, v_NHPK
+        )
         return self.out_proj(attended_NHQK.transpose(1, 2).flatten(2))
 
 
@@ -166,14 +190,20 @@ def _interpolation(positions: int, patches: int, device: torch.device) -> torch.
     than a product."""
     grid, side = math.isqrt(positions), math.isqrt(patches)
     with torch.inference_mode(False):  # it may be kept for a gradient later
-        each = torch.eye(positions).unflatten(0, (grid, grid)).permute(2, 0, 1)[None]  # (1, G * G, G, G)
+        each = (
+            torch.eye(positions).unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
+        )  # (1, G * G, G, G)
         share = interpolate(each, size=(side, side), mode="bicubic", align_corners=False)
         return share[0].flatten(1).t().contiguous().to(device)
 
 
 def computed_as_stored(device: torch.device) -> AbstractContextManager:
     """No autocast inside."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if torch.amp.is_autocast_available(device.type)
+        else nullcontext()
+    )
 
 
 def sine_cosine_positions(positions: int, dim: int) -> torch.Tensor:

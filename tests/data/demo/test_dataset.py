@@ -8,12 +8,19 @@ from qwenvl_lit.data.demo.dataset import TASKS, ask, chat_row, sentences, tasks_
 from qwenvl_lit.data.demo.scenes import PLACES, Scene, Thing, reserved_corners, scenes, split_of
 from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES, draw_sprite
 from qwenvl_lit.data.readers.coco import read_coco_captions
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import DataError, GroundedObject
 
 CAR, TREE = Thing(0, 16, 24, "car"), Thing(32, 8, 32, "tree")
-SIZES = {"train": 60, "single": 20, "validation": 4, "test": 8, "unseen_pairs": 4, "new_classes": 16}
+SIZES = {
+    "train": 60,
+    "single": 20,
+    "validation": 4,
+    "test": 8,
+    "unseen_pairs": 4,
+    "new_classes": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def test_a_thing_fills_its_box_to_the_pixel(name):
     assert changed.getbbox() == thing.box_px == (8, 24, 40, 56)
 
 
-def test_a_picture_for_people_is_the_same_one_larger():
+def test_a_image_for_people_is_the_same_one_larger():
     scene = Scene((CAR, TREE))
     small, large = scene.draw(), scene.draw(scale=4)
     assert (small.size, large.size) == ((64, 64), (256, 256))
@@ -51,11 +58,13 @@ def test_a_picture_for_people_is_the_same_one_larger():
 
 
 def test_no_two_classes_look_alike():
-    pictures = {name: draw_sprite(name, 24) for name in (*CLASSES, *NEW_CLASSES)}
-    for first in pictures:
-        for second in pictures:
+    images = {name: draw_sprite(name, 24) for name in (*CLASSES, *NEW_CLASSES)}
+    for first in images:
+        for second in images:
             if first < second:
-                difference = ImageChops.difference(pictures[first].convert("RGB"), pictures[second].convert("RGB"))
+                difference = ImageChops.difference(
+                    images[first].convert("RGB"), images[second].convert("RGB")
+                )
                 assert sum(difference.convert("L").tobytes()) / 24**2 > 20, (first, second)
 
 
@@ -90,7 +99,10 @@ def test_which_split_may_show_a_scene_never_changes(things, split):
 
 
 def test_no_content_is_in_two_splits():
-    seen = {split: {scene.things for seed in (0, 1) for scene in scenes(split, 300, seed)} for split in ("train", "validation", "test")}
+    seen = {
+        split: {scene.things for seed in (0, 1) for scene in scenes(split, 300, seed)}
+        for split in ("train", "validation", "test")
+    }
     seen["train"] |= {scene.things for scene in scenes("train", 2000, pairs=0)}
     assert not seen["train"] & seen["validation"]
     assert not seen["train"] & seen["test"]
@@ -134,7 +146,11 @@ def test_a_thing_is_sought_in_two_wordings_and_named_by_its_box():
         ("Where is the car?", "<bbox>", (CAR,)),
     }
     named = ask(scene, "name", random.Random(0))
-    assert (named.question, named.answer, named.things) == ("What is at <bbox>?", "<ref-object>", (CAR,))
+    assert (named.question, named.answer, named.things) == (
+        "What is at <bbox>?",
+        "<ref-object>",
+        (CAR,),
+    )
 
 
 def test_left_and_right_are_asked_of_two_things_only():
@@ -144,7 +160,9 @@ def test_left_and_right_are_asked_of_two_things_only():
 
 def test_a_row_is_in_the_chat_layout_of_qwen_vl():
     scene = Scene((CAR, TREE))
-    assert chat_row("7", "x", [ask(scene, "grounded", random.Random(0)), ask(scene, "count", random.Random(0))]) == {
+    assert chat_row(
+        "7", "x", [ask(scene, "grounded", random.Random(0)), ask(scene, "count", random.Random(0))]
+    ) == {
         "id": "7",
         "task": "grounded+count",
         "conversations": [
@@ -163,7 +181,9 @@ def test_a_row_is_in_the_chat_layout_of_qwen_vl():
 def test_training_rows_ask_two_questions_and_tests_one(demo):
     tasks = [row["task"].split("+") for row in rows_of(demo / "train.jsonl")]
     assert all(len(set(asked)) == len(asked) == 2 for asked in tasks)
-    assert not any({"find", "grounded"} <= set(asked) for asked in tasks), "one would give the other's answer away"
+    assert not any({"find", "grounded"} <= set(asked) for asked in tasks), (
+        "one would give the other's answer away"
+    )
     assert {task for asked in tasks for task in asked} == set(TASKS)
     for name in ("validation", "test", "unseen_pairs", "new_classes_test"):
         rows = rows_of(demo / f"{name}.jsonl")
@@ -182,31 +202,57 @@ def test_single_objects_are_captioned_first(demo):
 def test_new_classes_are_in_their_own_files_only(demo):
     texts = {file.stem: file.read_text() for file in demo.glob("*.jsonl")}
     for name, text in texts.items():
-        old, new = (any(f'"{label}"' in text or f" {label}" in text for label in labels) for labels in (CLASSES, NEW_CLASSES))
+        old, new = (
+            any(f'"{label}"' in text or f" {label}" in text for label in labels)
+            for labels in (CLASSES, NEW_CLASSES)
+        )
         assert (old, new) == (not name.startswith("new_classes"), name.startswith("new_classes"))
 
 
 def test_written_rows_are_read_with_the_boxes_that_were_drawn(demo):
     drawn = list(scenes("test", SIZES["test"]))
-    asked = [row for row in read_rows("test.jsonl", Reading(root=demo)) if row.columns["task"] == "grounded"]
+    asked = [
+        row
+        for row in read_rows("test.jsonl", ReadOptions(root=demo))
+        if row.columns["task"] == "grounded"
+    ]
     assert len(asked) == len(drawn)
     for row, scene in zip(asked, drawn, strict=True):
-        assert row.pictures[0].open().tobytes() == scene.draw().tobytes()
-        boxes = [(thing.label, *((box.x0, box.y0, box.x1, box.y1) for box in thing.boxes)) for thing in row.answer.parts]
+        assert row.images[0].open().tobytes() == scene.draw().tobytes()
+        boxes = [
+            (thing.label, *((box.x0, box.y0, box.x1, box.y1) for box in thing.boxes))
+            for thing in row.answer.parts
+        ]
         assert boxes == [(thing.name, thing.box_px) for thing in scene.things]
 
 
 def test_every_training_row_can_be_read(demo):
-    for name in ("train_single", "train", "validation", "unseen_pairs", "new_classes_train", "new_classes_test", "vqa_train", "vqa_test"):
-        assert all(row.answer for row in read_rows(f"{name}.jsonl", Reading(root=demo))), name
+    for name in (
+        "train_single",
+        "train",
+        "validation",
+        "unseen_pairs",
+        "new_classes_train",
+        "new_classes_test",
+        "vqa_train",
+        "vqa_test",
+    ):
+        assert all(row.answer for row in read_rows(f"{name}.jsonl", ReadOptions(root=demo))), name
 
 
 def test_coco_and_vqa_files_say_the_same_as_the_chat_file(demo):
-    chat = {(row.pictures[0].name, row.columns["task"]): row.answer.parts for row in read_rows("test.jsonl", Reading(root=demo))}
-    captions = read_coco_captions("coco/annotations/captions_test.json", Reading(root=demo), images="images")
-    assert [row.answer.parts for row in captions] == [chat[row.pictures[0].name, "caption"] for row in captions]
-    for row in read_rows("vqa_test.jsonl", Reading(root=demo)):
-        assert row.answer.parts == chat[row.pictures[0].name, row.columns["task"]]
+    chat = {
+        (row.images[0].name, row.columns["task"]): row.answer.parts
+        for row in read_rows("test.jsonl", ReadOptions(root=demo))
+    }
+    captions = read_coco_captions(
+        "coco/annotations/captions_test.json", ReadOptions(root=demo), images="images"
+    )
+    assert [row.answer.parts for row in captions] == [
+        chat[row.images[0].name, "caption"] for row in captions
+    ]
+    for row in read_rows("vqa_test.jsonl", ReadOptions(root=demo)):
+        assert row.answer.parts == chat[row.images[0].name, row.columns["task"]]
         assert row.references == row.answer.parts * 10
     instances = json.loads((demo / "coco/annotations/instances_test.json").read_text())
     names = {category["id"]: category["name"] for category in instances["categories"]}
@@ -220,7 +266,13 @@ def test_sentences_hold_every_text_that_is_written(demo):
     for file in demo.glob("[!v]*.jsonl"):
         for row in read_rows(str(file)):
             for part in (part for turn in row.turns for part in turn.parts):
-                text = part.label if isinstance(part, GroundedObject) else part if isinstance(part, str) else None
+                text = (
+                    part.label
+                    if isinstance(part, GroundedObject)
+                    else part
+                    if isinstance(part, str)
+                    else None
+                )
                 assert text is None or text.removeprefix("\n") in known, text
     assert "(124,249),(499,624)" in known  # of a thing at (8, 16), 24 pixels large
 

@@ -23,16 +23,28 @@ def zipped(**files):
     return file.getvalue()
 
 
-VAL = zipped(**{"val/": "", "val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/a.json": "{}", "notes/b.json": "[]"})
+VAL = zipped(
+    **{
+        "val/": "",
+        "val/1.jpg": "one",
+        "val/sub/2.jpg": "two",
+        "notes/a.json": "{}",
+        "notes/b.json": "[]",
+    }
+)
 
 
 def archive_of(server, content=VAL, gives_=("val",), *, answers=None):
-    return Archive(url=server.plan("/val.zip", *(answers or [gives(content)])), size=len(content), gives=gives_)
+    return Archive(
+        url=server.plan("/val.zip", *(answers or [gives(content)])), size=len(content), gives=gives_
+    )
 
 
 def files(root):
     return {
-        str(path.relative_to(root)): path.read_text() for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".fetch.lock"
+        str(path.relative_to(root)): path.read_text()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".fetch.lock"
     }
 
 
@@ -45,8 +57,13 @@ def test_an_archive_is_fetched_unpacked_and_removed(server, tmp_path):
 
 
 def test_several_processes_bring_it_once(server, tmp_path):
-    archive = Archive(url=server.plan("/val.zip", gives(VAL, pauses=0.2)), size=len(VAL), gives=("val",))
-    processes = [multiprocessing.get_context("fork").Process(target=provide, args=([archive], tmp_path)) for _ in range(3)]
+    archive = Archive(
+        url=server.plan("/val.zip", gives(VAL, pauses=0.2)), size=len(VAL), gives=("val",)
+    )
+    processes = [
+        multiprocessing.get_context("fork").Process(target=provide, args=([archive], tmp_path))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -103,7 +120,9 @@ def test_no_archive_makes_a_link(server, tmp_path):
 def test_a_broken_archive_gives_nothing(server, tmp_path):
     broken = bytearray(VAL)
     broken[broken.index(b"val/1.jpg") + 10] ^= 255
-    with pytest.raises(DataError, match=r"val.zip is not a sound zip file: .*; remove it, and it is fetched again"):
+    with pytest.raises(
+        DataError, match=r"val.zip is not a sound zip file: .*; remove it, and it is fetched again"
+    ):
         provide([archive_of(server, bytes(broken))], tmp_path)
     assert not (tmp_path / "val").exists()
 
@@ -120,5 +139,7 @@ def test_an_archive_without_what_it_should_give_is_an_error(server, tmp_path):
 
 def test_a_full_disk_is_told_before_it_is_filled(server, tmp_path):
     with pytest.raises(DataError, match=r"free, 1000000000.00 GB are needed; make room"):
-        provide([Archive(url=server.plan("/val.zip", gives()), size=10**18, gives=("val",))], tmp_path)
+        provide(
+            [Archive(url=server.plan("/val.zip", gives()), size=10**18, gives=("val",))], tmp_path
+        )
     assert server.asked == []

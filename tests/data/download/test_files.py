@@ -7,8 +7,8 @@ from PIL import Image
 from web_server import CONTENT, Server, gives, hangs_up, refuses
 
 from qwenvl_lit.data.download import files as module
-from qwenvl_lit.data.download.files import Patience, RemotePicture, fetch
-from qwenvl_lit.types import DataError, Picture
+from qwenvl_lit.data.download.files import Patience, RemoteImage, fetch
+from qwenvl_lit.types import DataError, ImageSource
 
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 QUICK = Patience(tries=3, pause_seconds=0.01, timeout_seconds=2.0)
@@ -42,18 +42,31 @@ def test_a_file_is_downloaded_once(server, target):
 
 
 @pytest.mark.parametrize(
-    "known", [{}, {"size": len(CONTENT)}, {"checksum": MD5}, {"checksum": "sha256:" + hashlib.sha256(CONTENT).hexdigest()}]
+    "known",
+    [
+        {},
+        {"size": len(CONTENT)},
+        {"checksum": MD5},
+        {"checksum": "sha256:" + hashlib.sha256(CONTENT).hexdigest()},
+    ],
 )
 def test_it_goes_on_where_it_broke_off(server, target, known):
-    url = server.plan("/a.zip", gives(stops_after=100), gives(stops_after=50), refuses(503), hangs_up, gives())
+    url = server.plan(
+        "/a.zip", gives(stops_after=100), gives(stops_after=50), refuses(503), hangs_up, gives()
+    )
     fetch(url, target, **known, patience=QUICK)
     assert target.read_bytes() == CONTENT
-    assert [asked[1:] for asked in server.asked] == [(None, None), ("bytes=100-", '"1"')] + 3 * [("bytes=150-", '"1"')]
+    assert [asked[1:] for asked in server.asked] == [(None, None), ("bytes=100-", '"1"')] + 3 * [
+        ("bytes=150-", '"1"')
+    ]
 
 
 def test_a_later_call_goes_on_too(server, target):
     url = server.plan("/a.zip", gives(stops_after=100), refuses(500))
-    with pytest.raises(DataError, match=r"a.zip cannot be downloaded, 3 tries in a row failed: the server says 500 .*; try again later"):
+    with pytest.raises(
+        DataError,
+        match=r"a.zip cannot be downloaded, 3 tries in a row failed: the server says 500 .*; try again later",
+    ):
         fetch(url, target, size=len(CONTENT), patience=QUICK)
     assert left(target) == ["a.zip.lock", "a.zip.part"]
     fetch(server.plan("/a.zip", gives()), target, size=len(CONTENT))
@@ -97,7 +110,12 @@ def test_a_part_longer_than_the_file_is_begun_anew(server, target):
 
 def test_a_server_that_stops_sending_is_left_and_asked_again(server, target):
     url = server.plan("/a.zip", gives(stops_after=100, pauses=0.6), gives())
-    fetch(url, target, checksum=MD5, patience=Patience(tries=2, pause_seconds=0.01, timeout_seconds=0.2))
+    fetch(
+        url,
+        target,
+        checksum=MD5,
+        patience=Patience(tries=2, pause_seconds=0.01, timeout_seconds=0.2),
+    )
     assert [asked[1] for asked in server.asked] == [None, "bytes=100-"]
     assert target.read_bytes() == CONTENT
 
@@ -113,7 +131,10 @@ def test_without_a_length_the_published_size_tells_whether_it_is_complete(server
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
 def test_a_refusal_is_final(server, target, code):
-    with pytest.raises(DataError, match=rf"/a.zip cannot be downloaded: the server says {code} .*; check the address"):
+    with pytest.raises(
+        DataError,
+        match=rf"/a.zip cannot be downloaded: the server says {code} .*; check the address",
+    ):
         fetch(server.plan("/a.zip", refuses(code)), target, patience=QUICK)
     assert len(server.asked) == 1
     assert not target.exists()
@@ -128,9 +149,14 @@ def test_no_server_is_a_data_error(server, target):
 
 def test_another_file_than_the_published_one_is_refused(server, target):
     page = gives(b"<html>please log in</html>", kind="text/html")
-    with pytest.raises(DataError, match=r"has 26 bytes \(text/html\), but 10240 were published; it is another file"):
+    with pytest.raises(
+        DataError, match=r"has 26 bytes \(text/html\), but 10240 were published; it is another file"
+    ):
         fetch(server.plan("/a.zip", page), target, size=len(CONTENT))
-    with pytest.raises(DataError, match=rf"is not the published file: its md5 is \w+, expected {MD5[4:]}; what came was removed"):
+    with pytest.raises(
+        DataError,
+        match=rf"is not the published file: its md5 is \w+, expected {MD5[4:]}; what came was removed",
+    ):
         fetch(server.plan("/a.zip", page), target, checksum=MD5)
     assert not target.exists()
     assert left(target) == ["a.zip.lock"]
@@ -142,14 +168,19 @@ def test_a_file_of_another_size_is_not_taken_for_the_published_one(tmp_path):
         fetch("http://localhost/a.zip", tmp_path / "a.zip", size=len(CONTENT))
 
 
-@pytest.mark.parametrize("why", ["data.download=false", "QWENVL_LIT_OFFLINE is set", "HF_HUB_OFFLINE is set"])
+@pytest.mark.parametrize(
+    "why", ["data.download=false", "QWENVL_LIT_OFFLINE is set", "HF_HUB_OFFLINE is set"]
+)
 def test_without_leave_to_download_it_says_what_to_bring(server, target, monkeypatch, why):
     if why.endswith("is set"):
         monkeypatch.setenv(why.split()[0], "1")
     url = server.plan("/a.zip", gives())
     with pytest.raises(DataError) as fault:
         fetch(url, target, size=6_645_013_297, download="=" not in why)
-    assert str(fault.value) == f"{target} does not exist and downloads are off ({why}); get it from {url} (6.65 GB) and put it there"
+    assert (
+        str(fault.value)
+        == f"{target} does not exist and downloads are off ({why}); get it from {url} (6.65 GB) and put it there"
+    )
     assert server.asked == []
 
 
@@ -162,16 +193,20 @@ def test_size_and_target_are_told_before_it_starts(server, target, caplog):
 
 def test_a_place_that_cannot_be_written_is_a_data_error(server, tmp_path):
     (tmp_path / "new").write_text("a file, not a folder")
-    with pytest.raises(DataError, match=r"a.zip cannot be written: .*; make room, or choose another folder"):
+    with pytest.raises(
+        DataError, match=r"a.zip cannot be written: .*; make room, or choose another folder"
+    ):
         fetch(server.plan("/a.zip", gives()), tmp_path / "new" / "a.zip")
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://localhost/a.zip", "a.zip", "javascript:1"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hostname", "ftp://localhost/a.zip", "a.zip", "javascript:1"]
+)
 def test_only_the_web_is_asked(tmp_path, url):
     with pytest.raises(DataError, match="is not an http or https address"):
         fetch(url, tmp_path / "a.zip")
     with pytest.raises(DataError, match="is not an http or https address"):
-        RemotePicture(url, tmp_path)
+        RemoteImage(url, tmp_path)
 
 
 def fetch_at_once(url, target):
@@ -180,7 +215,10 @@ def fetch_at_once(url, target):
 
 def test_several_processes_download_it_once(server, target):
     url = server.plan("/a.zip", gives(pauses=0.2))
-    processes = [multiprocessing.get_context("fork").Process(target=fetch_at_once, args=(url, target)) for _ in range(4)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=fetch_at_once, args=(url, target))
+        for _ in range(4)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -190,7 +228,7 @@ def test_several_processes_download_it_once(server, target):
     assert target.read_bytes() == CONTENT
 
 
-# Pictures
+# Images
 
 
 def png(width=4, height=3):
@@ -199,61 +237,82 @@ def png(width=4, height=3):
     return file.getvalue()
 
 
-def test_a_remote_picture_is_fetched_when_it_is_needed(server, tmp_path):
-    picture = Picture(RemotePicture(server.plan("/a.PNG?size=1", gives(png())), tmp_path / "pictures"))
+def test_a_remote_image_is_fetched_when_it_is_needed(server, tmp_path):
+    image = ImageSource(
+        RemoteImage(server.plan("/a.PNG?size=1", gives(png())), tmp_path / "images")
+    )
     assert server.asked == []
-    assert picture.size == (4, 3)
-    assert picture.open().getpixel((0, 0)) == (255, 0, 0)
-    assert picture.name == picture.source.url
+    assert image.size == (4, 3)
+    assert image.open().getpixel((0, 0)) == (255, 0, 0)
+    assert image.name == image.source.url
     assert len(server.asked) == 1
-    again = RemotePicture(picture.source.url, tmp_path / "pictures", download=False)
-    assert again.path() == picture.source.path()
-    assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"]
+    again = RemoteImage(image.source.url, tmp_path / "images", download=False)
+    assert again.path() == image.source.path()
+    assert [path.suffix for path in (tmp_path / "images").iterdir()] == [".png"]
 
 
 def test_an_address_may_hold_spaces_and_letters_of_any_script(server, tmp_path):
-    address = server.plan("/a%20b/%E5%9B%BE%25.png", gives(png())).replace("%20", " ").replace("%E5%9B%BE", "图")
-    assert Picture(RemotePicture(address, tmp_path)).size == (4, 3)
+    address = (
+        server.plan("/a%20b/%E5%9B%BE%25.png", gives(png()))
+        .replace("%20", " ")
+        .replace("%E5%9B%BE", "图")
+    )
+    assert ImageSource(RemoteImage(address, tmp_path)).size == (4, 3)
 
 
-@pytest.mark.parametrize("url", ["http://localhost:port/a.png", "http://[::1/a.png", "http://local\nhost/a.png", "http:///a.png"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:port/a.png",
+        "http://[::1/a.png",
+        "http://local\nhost/a.png",
+        "http:///a.png",
+    ],
+)
 def test_a_broken_address_is_a_data_error(tmp_path, url):
     with pytest.raises(DataError):
-        RemotePicture(url, tmp_path, patience=QUICK).path()
+        RemoteImage(url, tmp_path, patience=QUICK).path()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (gives(b"<html>gone</html>"), r"picture http:.*/a.png .*; it begins with b'<html>gone</html>'"),
+        (
+            gives(b"<html>gone</html>"),
+            r"image http:.*/a.png .*; it begins with b'<html>gone</html>'",
+        ),
         (gives(png()[:30]), "it begins with b"),
         (gives(b""), "it begins with b"),
         (refuses(404), "the server says 404"),
         (hangs_up, "3 tries in a row failed: no answer"),
     ],
 )
-def test_what_is_no_picture_does_not_stay(server, tmp_path, answer, fault):
+def test_what_is_no_image_does_not_stay(server, tmp_path, answer, fault):
     with pytest.raises(DataError, match=fault):
-        RemotePicture(server.plan("/a.png", answer), tmp_path, patience=QUICK).path()
+        RemoteImage(server.plan("/a.png", answer), tmp_path, patience=QUICK).path()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_picture_may_not_be_too_large(server, tmp_path, monkeypatch, length):
-    monkeypatch.setattr(module, "MAX_PICTURE_BYTES", 50)
+def test_a_image_may_not_be_too_large(server, tmp_path, monkeypatch, length):
+    monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 50)
     with pytest.raises(DataError, match=r"the limit (is|of) 50 bytes"):
-        RemotePicture(server.plan("/a.png", gives(png(), length=length)), tmp_path).path()
+        RemoteImage(server.plan("/a.png", gives(png(), length=length)), tmp_path).path()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_trickles_in_is_given_up(server, tmp_path):
+def test_a_image_that_trickles_in_is_given_up(server, tmp_path):
     url = server.plan("/a.png", *[gives(png(), stops_after=1)] * 60)
     with pytest.raises(DataError, match=r"is too slow: \d+ bytes in 0 s"):
-        RemotePicture(url, tmp_path, patience=Patience(tries=9, pause_seconds=0.02, total_seconds=0.1)).path()
+        RemoteImage(
+            url, tmp_path, patience=Patience(tries=9, pause_seconds=0.02, total_seconds=0.1)
+        ).path()
 
 
-def test_a_picture_that_is_not_there_cannot_be_had_offline(tmp_path):
-    picture = RemotePicture("http://localhost/a.png", tmp_path, download=False)
-    with pytest.raises(DataError, match=r"picture http://localhost/a.png is not in .* and downloads are off"):
-        picture.path()
+def test_a_image_that_is_not_there_cannot_be_had_offline(tmp_path):
+    image = RemoteImage("http://localhost/a.png", tmp_path, download=False)
+    with pytest.raises(
+        DataError, match=r"image http://localhost/a.png is not in .* and downloads are off"
+    ):
+        image.path()

@@ -8,7 +8,7 @@ import pytest
 
 from qwenvl_lit.data.readers import files
 from qwenvl_lit.data.readers.files import RowFile
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import DataError
 
@@ -29,22 +29,37 @@ def lines(tmp_path):
 def test_a_file_may_be_an_array_with_its_own_line_breaks(folder):
     text = '\ufeff [\n{"query": "狗", "response": "1"},\n\n {"query": "b",\n "response": "2"} , {"query": "c", "response": "]"}\n]\n'
     (folder / "rows.json").write_text(text, encoding="utf-8")
-    rows = read_rows("rows.json", Reading(root=folder))
-    assert [row.turns[0].parts + row.turns[1].parts for row in rows] == [("狗", "1"), ("b", "2"), ("c", "]")]
+    rows = read_rows("rows.json", ReadOptions(root=folder))
+    assert [row.turns[0].parts + row.turns[1].parts for row in rows] == [
+        ("狗", "1"),
+        ("b", "2"),
+        ("c", "]"),
+    ]
     assert [row.id for row in rows] == ["rows.json:2", "rows.json:4", "rows.json:5"]
     assert [row.index for row in rows] == [0, 1, 2]
 
 
 def test_blank_lines_are_passed_over_and_counted(folder):
     (folder / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"query": "a"}\r\n\r\n  \n {"query": "b"}')
-    assert [row.id for row in read_rows(str(folder / "rows.jsonl"))] == ["rows.jsonl:1", "rows.jsonl:4"]
+    assert [row.id for row in read_rows(str(folder / "rows.jsonl"))] == [
+        "rows.jsonl:1",
+        "rows.jsonl:4",
+    ]
 
 
 def test_cells_of_a_table_may_hold_commas_quotes_and_line_breaks(tmp_path):
-    (tmp_path / "rows.csv").write_bytes('\ufeffquery,response\r\n"a, ""狗""\r\n,b",\r\n\r\nc,"d\n"\r\n'.encode())
+    (tmp_path / "rows.csv").write_bytes(
+        '\ufeffquery,response\r\n"a, ""狗""\r\n,b",\r\n\r\nc,"d\n"\r\n'.encode()
+    )
     rows = RowFile(tmp_path / "rows.csv")
-    assert list(rows) == [{"query": 'a, "狗"\r\n,b', "response": None}, {"query": "c", "response": "d\n"}]
-    assert [rows.where(place) for place in (0, 1)] == [f"{tmp_path}/rows.csv:2", f"{tmp_path}/rows.csv:5"]
+    assert list(rows) == [
+        {"query": 'a, "狗"\r\n,b', "response": None},
+        {"query": "c", "response": "d\n"},
+    ]
+    assert [rows.where(place) for place in (0, 1)] == [
+        f"{tmp_path}/rows.csv:2",
+        f"{tmp_path}/rows.csv:5",
+    ]
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
@@ -52,8 +67,17 @@ def test_cells_of_a_table_may_hold_commas_quotes_and_line_breaks(tmp_path):
 def test_rows_are_found_wherever_a_block_of_the_file_ends(tmp_path, monkeypatch, block, layout):
     rng = random.Random(block)
     letters = '狗é[]{},:"\\ \n\té1'
-    rows = [{"q" * rng.randint(1, 5): "".join(rng.choices(letters, k=rng.randint(0, 40))), "n": [-1.5e3, {"a": None}]} for _ in range(30)]
-    dumped = [json.dumps(row, ensure_ascii=False, indent=2 if layout == "pretty" else None) for row in rows]
+    rows = [
+        {
+            "q" * rng.randint(1, 5): "".join(rng.choices(letters, k=rng.randint(0, 40))),
+            "n": [-1.5e3, {"a": None}],
+        }
+        for _ in range(30)
+    ]
+    dumped = [
+        json.dumps(row, ensure_ascii=False, indent=2 if layout == "pretty" else None)
+        for row in rows
+    ]
     text = {
         "array": "[" + ",".join(dumped) + "]",
         "pretty": " [\n" + "\n,\n".join(dumped) + "\n]\n",
@@ -69,17 +93,23 @@ def test_rows_are_found_wherever_a_block_of_the_file_ends(tmp_path, monkeypatch,
         assert row.split("\n")[0] in first
 
 
-def test_a_cell_may_hold_a_picture(tmp_path):
+def test_a_cell_may_hold_a_image(tmp_path):
     (tmp_path / "rows.csv").write_text("query,image\na," + "A" * 300_000 + "\n")
     sent = pickle.dumps(RowFile(tmp_path / "rows.csv"))
     assert len(pickle.loads(sent)[0]["image"]) == 300_000
 
 
 def test_packed_files_are_read_like_plain_ones(tmp_path):
-    for name, text in {"a.jsonl": '{"query": "a"}', "b.json": '[\n{"query": "b"}]', "c.csv": "id,query\n1,c\n"}.items():
+    for name, text in {
+        "a.jsonl": '{"query": "a"}',
+        "b.json": '[\n{"query": "b"}]',
+        "c.csv": "id,query\n1,c\n",
+    }.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     for cache in (None, tmp_path / "cache"):
-        assert [asked(tmp_path / f"{name}.gz", cache) for name in ("a.jsonl", "b.json", "c.csv")] == [["a"], ["b"], ["c"]]
+        assert [
+            asked(tmp_path / f"{name}.gz", cache) for name in ("a.jsonl", "b.json", "c.csv")
+        ] == [["a"], ["b"], ["c"]]
     assert RowFile(tmp_path / "b.json.gz").where(0) == f"{tmp_path}/b.json.gz:2"
 
 
@@ -206,7 +236,14 @@ def test_a_packed_file_that_is_not_whole_is_refused(tmp_path, folder):
 
 
 def test_text_in_another_encoding_is_a_fault(folder):
-    for name, content in {"rows.json": '[{"query": "é"}]', "rows.jsonl": '{"query": "é"}', "rows.csv": "query\né\n"}.items():
+    for name, content in {
+        "rows.json": '[{"query": "é"}]',
+        "rows.jsonl": '{"query": "é"}',
+        "rows.csv": "query\né\n",
+    }.items():
         (folder / name).write_bytes(content.encode("latin-1"))
-        with pytest.raises(DataError, match=rf"{name}:{2 if name == 'rows.csv' else 1}: not UTF-8: .*save it as UTF-8"):
+        with pytest.raises(
+            DataError,
+            match=rf"{name}:{2 if name == 'rows.csv' else 1}: not UTF-8: .*save it as UTF-8",
+        ):
             read_rows(str(folder / name))

@@ -3,9 +3,9 @@ import json
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, Picture, Turn
+from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
 
 def test_a_conversation_in_the_layout_of_qwen_vl(folder, read_row):
@@ -26,7 +26,10 @@ def test_a_conversation_in_the_layout_of_qwen_vl(folder, read_row):
         id="identity_0",
         turns=(
             Turn(role="system", parts=("Be brief.",)),
-            Turn(role="user", parts=("Picture 1: ", Picture(folder / "a.png"), "\nWhat is  it?\t")),
+            Turn(
+                role="user",
+                parts=("Picture 1: ", ImageSource(folder / "a.png"), "\nWhat is  it?\t"),
+            ),
             Turn(role="assistant", parts=("A 狗 \n",)),
             Turn(role="user", parts=("Sure?",)),
             Turn(role="assistant", parts=()),
@@ -36,12 +39,17 @@ def test_a_conversation_in_the_layout_of_qwen_vl(folder, read_row):
 
 
 def test_a_question_with_its_history(folder, read_row):
-    row = {"query": "And now?", "response": "Now too.", "history": [["<img>a.png</img>Day?", "Night."]], "system": ""}
+    row = {
+        "query": "And now?",
+        "response": "Now too.",
+        "history": [["<img>a.png</img>Day?", "Night."]],
+        "system": "",
+    }
     assert read_row(row) == Conversation(
         id="rows.jsonl:1",
         turns=(
             Turn(role="system", parts=()),  # an empty system message, which is not the same as none
-            Turn(role="user", parts=(Picture(folder / "a.png"), "Day?")),
+            Turn(role="user", parts=(ImageSource(folder / "a.png"), "Day?")),
             Turn(role="assistant", parts=("Night.",)),
             Turn(role="user", parts=("And now?",)),
             Turn(role="assistant", parts=("Now too.",)),
@@ -50,33 +58,52 @@ def test_a_question_with_its_history(folder, read_row):
 
 
 def test_a_question_without_an_answer_is_a_prompt(read_row):
-    assert read_row({"query": "Hello", "response": None, "system": None, "history": None}).turns == (Turn(role="user", parts=("Hello",)),)
+    assert read_row(
+        {"query": "Hello", "response": None, "system": None, "history": None}
+    ).turns == (Turn(role="user", parts=("Hello",)),)
 
 
 def test_roles_may_be_called_human_and_gpt(read_row):
-    row = read_row({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    row = read_row(
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    )
     assert [turn.role for turn in row.turns] == ["user", "assistant"]
 
 
 def test_a_vqa_row_is_asked_by_the_prompt_and_answered_by_the_majority(folder, read_row):
-    row = {"question_id": 17, "image": "a.png", "question": "What {color}?", "answers": ["red", {"answer": "blue"}, "blue"], "set": "val"}
+    row = {
+        "question_id": 17,
+        "image": "a.png",
+        "question": "What {color}?",
+        "answers": ["red", {"answer": "blue"}, "blue"],
+        "set": "val",
+    }
     assert read_row(row) == Conversation(
         id="17",
-        turns=(Turn(role="user", parts=(Picture(folder / "a.png"), "What {color}? Answer:")), Turn(role="assistant", parts=("blue",))),
+        turns=(
+            Turn(role="user", parts=(ImageSource(folder / "a.png"), "What {color}? Answer:")),
+            Turn(role="assistant", parts=("blue",)),
+        ),
         references=("red", "blue", "blue"),
         columns={"set": "val"},
     )
-    chat = read_row({"image": "a.png", "question": "Why?", "answer": "so"}, prompt="Picture 1: {picture}\n{question}")
-    assert chat.turns[0].parts == ("Picture 1: ", Picture(folder / "a.png"), "\nWhy?")
+    chat = read_row(
+        {"image": "a.png", "question": "Why?", "answer": "so"},
+        prompt="Picture 1: {image}\n{question}",
+    )
+    assert chat.turns[0].parts == ("Picture 1: ", ImageSource(folder / "a.png"), "\nWhy?")
     assert chat.references == ("so",)
     assert read_row({"image": "a.png", "question": "Why?"}).answer is None
 
 
 def test_a_row_of_another_layout_than_the_first_is_a_fault(folder):
-    (folder / "rows.jsonl").write_text('{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n')
+    (folder / "rows.jsonl").write_text(
+        '{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n'
+    )
     rows = read_rows(str(folder / "rows.jsonl"))
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, the first .* in `query`; its keys are \['id', 'conv"
+        DataError,
+        match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, the first .* in `query`; its keys are \['id', 'conv",
     ):
         rows[1]
     with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
@@ -93,10 +120,30 @@ MAN_PLACE = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="gri
 @pytest.mark.parametrize(
     ("line", "question", "answer"),
     [
-        ('{"query": "Find <bbox>", "response": "<ref-object>", "images": ["a.png"], ' + GUY + " }", ["\nFind ", PLACE], [NAME]),
-        ('{"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], ' + GUY + " }", ["\nFind ", NAME], [PLACE]),
-        ('{"query": "<img>a.png</img>Find <bbox>", "response": "<ref-object>", ' + GUY + " }", ["Find ", PLACE], [NAME]),
-        ('{"query": "<img>a.png</img>Find <ref-object>", "response": "<bbox>", ' + GUY + " }", ["Find ", NAME], [PLACE]),
+        (
+            '{"query": "Find <bbox>", "response": "<ref-object>", "images": ["a.png"], '
+            + GUY
+            + " }",
+            ["\nFind ", PLACE],
+            [NAME],
+        ),
+        (
+            '{"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], '
+            + GUY
+            + " }",
+            ["\nFind ", NAME],
+            [PLACE],
+        ),
+        (
+            '{"query": "<img>a.png</img>Find <bbox>", "response": "<ref-object>", ' + GUY + " }",
+            ["Find ", PLACE],
+            [NAME],
+        ),
+        (
+            '{"query": "<img>a.png</img>Find <ref-object>", "response": "<bbox>", ' + GUY + " }",
+            ["Find ", NAME],
+            [PLACE],
+        ),
         (
             '{"query": "<img>a.png</img>Find <ref>the man</ref>", "response": "<box>(200,200),(600,600)</box>"}',
             ["Find ", MAN],
@@ -108,7 +155,10 @@ def test_grounded_rows_of_ms_swift(folder, line, question, answer):
     (folder / "rows.jsonl").write_text(line)
     row = read_rows(str(folder / "rows.jsonl"))[0]
     before = ["Picture 1: "] if '"images"' in line else []
-    assert [list(turn.parts) for turn in row.turns] == [[*before, Picture(folder / "a.png"), *question], answer]
+    assert [list(turn.parts) for turn in row.turns] == [
+        [*before, ImageSource(folder / "a.png"), *question],
+        answer,
+    ]
 
 
 def test_chats_of_the_published_model(folder):
@@ -118,19 +168,19 @@ def test_chats_of_the_published_model(folder):
         '[{"conversations": [{"from": "user", "value": "AAAAA"}, {"from": "assistant", "value": "BBBBB"}, '
         '{"from": "user", "value": "CCCCC"}, {"from": "assistant", "value": "DDDDD"}]}]'
     )
-    assert [turn.parts for turn in read_rows("text.json", Reading(root=folder))[0].turns] == [
+    assert [turn.parts for turn in read_rows("text.json", ReadOptions(root=folder))[0].turns] == [
         ("AAAAA",),
         ("BBBBB",),
         ("CCCCC",),
         ("DDDDD",),
     ]
-    (folder / "pictures.json").write_text(
+    (folder / "images.json").write_text(
         r'[{"conversations": [{"from": "user", "value": "Picture 1:<img>p1</img>\nPicture 2:<img>p2</img>\nPicture 3:<img>p3</img>\naaaaa"}'
         r', {"from": "assistant", "value": "bbbbb"}, {"from": "user", "value": "Picture 1:<img>p</img>\nccccc"},'
         r' {"from": "assistant", "value": "ddddd"}]}]'
     )
-    p1, p2, p3, p = (Picture(folder / name) for name in ("p1", "p2", "p3", "p"))
-    assert [turn.parts for turn in read_rows("pictures.json", Reading(root=folder))[0].turns] == [
+    p1, p2, p3, p = (ImageSource(folder / name) for name in ("p1", "p2", "p3", "p"))
+    assert [turn.parts for turn in read_rows("images.json", ReadOptions(root=folder))[0].turns] == [
         ("Picture 1:", p1, "\nPicture 2:", p2, "\nPicture 3:", p3, "\naaaaa"),
         ("bbbbb",),
         ("Picture 1:", p, "\nccccc"),
@@ -142,8 +192,8 @@ def said(row):
     return [(turn.role, *turn.parts) for turn in row.turns]
 
 
-def test_messages_hold_text_or_a_list_of_texts_and_pictures(folder, read_row):
-    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+def test_messages_hold_text_or_a_list_of_texts_and_images(folder, read_row):
+    a, b = ImageSource(folder / "a.png"), ImageSource(folder / "b.png")
     content = [
         {"type": "image", "image": "a.png"},
         {"type": "text", "text": "and "},
@@ -152,25 +202,62 @@ def test_messages_hold_text_or_a_list_of_texts_and_pictures(folder, read_row):
         "?",
     ]
     row = {
-        "messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+        "messages": [
+            {"role": "system", "content": "Brief."},
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "Yes"},
+        ]
     }
-    assert said(read_row(row)) == [("system", "Brief."), ("user", a, "and ", b, "differ?"), ("assistant", "Yes")]
+    assert said(read_row(row)) == [
+        ("system", "Brief."),
+        ("user", a, "and ", b, "differ?"),
+        ("assistant", "Yes"),
+    ]
     row = {
-        "messages": [{"role": "user", "content": [{"type": "image", "text": None, "image": None}, {"text": "What?"}, {"image": "b.png"}]}],
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "text": None, "image": None},
+                    {"text": "What?"},
+                    {"image": "b.png"},
+                ],
+            }
+        ],
         "images": ["a.png"],
     }
     assert said(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
 
 
 def test_instructions_with_their_input(read_row):
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hello", "Hi"]], "system": "s"}
-    assert said(read_row(row)) == [("system", "s"), ("user", "Hello"), ("assistant", "Hi"), ("user", "Add.\n1 2"), ("assistant", "3")]
-    assert said(read_row({"instruction": "Add.", "input": "", "output": "3"})) == [("user", "Add."), ("assistant", "3")]
+    row = {
+        "instruction": "Add.",
+        "input": "1 2",
+        "output": "3",
+        "history": [["Hello", "Hi"]],
+        "system": "s",
+    }
+    assert said(read_row(row)) == [
+        ("system", "s"),
+        ("user", "Hello"),
+        ("assistant", "Hi"),
+        ("user", "Add.\n1 2"),
+        ("assistant", "3"),
+    ]
+    assert said(read_row({"instruction": "Add.", "input": "", "output": "3"})) == [
+        ("user", "Add."),
+        ("assistant", "3"),
+    ]
 
 
 def test_a_conversation_as_pairs(read_row):
     row = {"system": "s", "conversation": [{"human": "a", "assistant": "b"}, {"human": "c"}]}
-    assert said(read_row(row)) == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert said(read_row(row)) == [
+        ("system", "s"),
+        ("user", "a"),
+        ("assistant", "b"),
+        ("user", "c"),
+    ]
     with pytest.raises(DataError, match=r"got \{'human': 'a'\} as number 1"):
         read_row({"conversation": [{"human": "a"}, {"human": "c"}]})
 
@@ -178,7 +265,7 @@ def test_a_conversation_as_pairs(read_row):
 @pytest.mark.parametrize("key", ["text", "response"])
 def test_plain_text_is_an_answer_to_nothing(folder, read_row, key):
     row = read_row({key: "<img>a.png</img>A dog."})
-    assert said(row) == [("user",), ("assistant", Picture(folder / "a.png"), "A dog.")]
+    assert said(row) == [("user",), ("assistant", ImageSource(folder / "a.png"), "A dog.")]
 
 
 @pytest.mark.parametrize(
@@ -202,11 +289,13 @@ def test_the_layout_follows_from_the_keys_and_is_told(folder, row, name):
 
 
 @pytest.mark.parametrize(
-    "images", ["a.png", ["a.png"], '["a.png"]', [{"path": "a.png"}], {"url": "a.png"}], ids=["path", "list", "json", "mapping", "url"]
+    "images",
+    ["a.png", ["a.png"], '["a.png"]', [{"path": "a.png"}], {"url": "a.png"}],
+    ids=["path", "list", "json", "mapping", "url"],
 )
-def test_the_forms_in_which_pictures_are_listed(folder, read_row, images):
+def test_the_forms_in_which_images_are_listed(folder, read_row, images):
     for key in ("image", "images"):
-        assert read_row({"query": "x", key: images}).pictures == (Picture(folder / "a.png"),)
+        assert read_row({"query": "x", key: images}).images == (ImageSource(folder / "a.png"),)
 
 
 def test_a_cell_of_a_table_holds_lists_as_json(folder):
@@ -216,8 +305,15 @@ def test_a_cell_of_a_table_holds_lists_as_json(folder):
         '""bbox_type"": ""real"", ""image"": 0}]",kept\n'
         "8,c,,,,,\n"
     )
-    first, second = read_rows("rows.csv", Reading(root=folder))
-    assert said(first)[:2] == [("user", "Picture 1: ", Picture(folder / "a.png"), "\na"), ("assistant", "b")]
-    assert said(first)[2][1:] == ('Say "', GroundedObject(boxes=(Box(x0=1, y0=2, x1=3, y1=4),)), '",\nplease')
+    first, second = read_rows("rows.csv", ReadOptions(root=folder))
+    assert said(first)[:2] == [
+        ("user", "Picture 1: ", ImageSource(folder / "a.png"), "\na"),
+        ("assistant", "b"),
+    ]
+    assert said(first)[2][1:] == (
+        'Say "',
+        GroundedObject(boxes=(Box(x0=1, y0=2, x1=3, y1=4),)),
+        '",\nplease',
+    )
     assert (first.id, first.columns) == ("7", {"note": "kept"})
     assert said(second) == [("user", "c")]

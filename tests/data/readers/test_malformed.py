@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import FileRows
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.types import Conversation, DataError, GroundedObject
@@ -30,18 +30,73 @@ def png():
 PNG = png()
 DOG = {"caption": "the dog", "bbox": [1, 2, 30, 40], "bbox_type": "real", "image": 0}
 VALID = [
-    {"query": "<image>Find <ref-object>", "response": "<bbox>", "images": ["a.png"], "objects": [DOG]},
-    {"query": "<img>a.png</img>Find <ref>it</ref>", "response": "<box>(1,2),(3,4)</box>", "history": [["a", "b"]], "system": "s", "id": 7},
-    {"query": "a", "images": ["a.png", "a.png"], "response": "<bbox>", "objects": json.dumps([["dog", [1, 2, 998, 999]]])},
-    {"id": "1", "conversations": [{"from": "user", "value": "Picture 1: <img>a.png</img>\na"}, {"from": "assistant", "value": "b"}]},
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "a"}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://host.invalid/a.png"}}]}]},
-    {"instruction": "a", "input": "b", "output": "<quad>(1,1),(9,1),(9,9),(1,9)</quad>", "image": "a.png"},
+    {
+        "query": "<image>Find <ref-object>",
+        "response": "<bbox>",
+        "images": ["a.png"],
+        "objects": [DOG],
+    },
+    {
+        "query": "<img>a.png</img>Find <ref>it</ref>",
+        "response": "<box>(1,2),(3,4)</box>",
+        "history": [["a", "b"]],
+        "system": "s",
+        "id": 7,
+    },
+    {
+        "query": "a",
+        "images": ["a.png", "a.png"],
+        "response": "<bbox>",
+        "objects": json.dumps([["dog", [1, 2, 998, 999]]]),
+    },
+    {
+        "id": "1",
+        "conversations": [
+            {"from": "user", "value": "Picture 1: <img>a.png</img>\na"},
+            {"from": "assistant", "value": "b"},
+        ],
+    },
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "a"}],
+            }
+        ]
+    },
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "https://host.invalid/a.png"}}
+                ],
+            }
+        ]
+    },
+    {
+        "instruction": "a",
+        "input": "b",
+        "output": "<quad>(1,1),(9,1),(9,9),(1,9)</quad>",
+        "image": "a.png",
+    },
     {"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]},
     {"image": "a.png", "question": "a", "answers": ["b", {"answer": "c"}]},
     {"text": f"<img>data:image/png;base64,{base64.b64encode(PNG).decode()}</img>a"},
 ]
-TAGS = ["<img>", "</img>", "<image>", "<ref-object>", "<bbox>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"]
+TAGS = [
+    "<img>",
+    "</img>",
+    "<image>",
+    "<ref-object>",
+    "<bbox>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+]
 TAGS += ["(1,2),(3,4)", "(9,9),(1000,-1)", "a.png", "none.png"]
 NUMBERS = st.one_of(
     st.integers(-2000, 2000),
@@ -51,12 +106,26 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(
     st.text(max_size=20),
     st.lists(st.sampled_from(TAGS), max_size=6).map("".join),
-    st.sampled_from(["\ud800", "\x00", "﻿", "\u2028", "🐶\u200d", "é", "狗" * 300, "https://[", "data:x;base64,AAAA", "/9j/" + "A" * 80]),
+    st.sampled_from(
+        [
+            "\ud800",
+            "\x00",
+            "﻿",
+            "\u2028",
+            "🐶\u200d",
+            "é",
+            "狗" * 300,
+            "https://[",
+            "data:x;base64,AAAA",
+            "/9j/" + "A" * 80,
+        ]
+    ),
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, st.lists(NUMBERS, min_size=4, max_size=4)),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*DOG, "from", "value", "type"]), inner, max_size=3)
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from([*DOG, "from", "value", "type"]), inner, max_size=3),
     ),
     max_leaves=5,
 )
@@ -66,7 +135,13 @@ KEYS = sorted({key for row in VALID for key in row} | {"id", "question_id", "ans
 def places(value, path=()):
     """Paths to all values within `value`."""
     yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in inner:
         yield from places(item, (*path, key))
 
@@ -95,10 +170,20 @@ class Spoiler:
             if action == "add" or not path:
                 row = {**row, self.rng.choice(KEYS): self.rng.choice(self.values)}
             elif action == "drop" and isinstance(path[-1], str):
-                row = changed(row, path[:-1], lambda inside, key=path[-1]: {k: v for k, v in inside.items() if k != key})
+                row = changed(
+                    row,
+                    path[:-1],
+                    lambda inside, key=path[-1]: {k: v for k, v in inside.items() if k != key},
+                )
             elif action == "text":
                 text = self.rng.choice(self.texts)
-                row = changed(row, path, lambda value, text=text: self.disturbed(value, text) if isinstance(value, str) else text)
+                row = changed(
+                    row,
+                    path,
+                    lambda value, text=text: (
+                        self.disturbed(value, text) if isinstance(value, str) else text
+                    ),
+                )
             else:
                 row = changed(row, path, lambda _: self.rng.choice(self.values))
         return row
@@ -109,16 +194,29 @@ class Spoiler:
 
     def line(self):
         """A row as JSON, most of them intact, some cut, nested deeply or with bytes exchanged."""
-        line = json.dumps(self.row(), ensure_ascii=self.rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        line = json.dumps(self.row(), ensure_ascii=self.rng.random() < 0.5).encode(
+            "utf-8", "surrogatepass"
+        )
         at = self.rng.randint(0, len(line))
         match self.rng.choice(["intact"] * 7 + ["cut", "bytes", "deep"]):
             case "cut":
                 line = line[:at]
             case "bytes":
-                line = line[:at] + self.rng.randbytes(self.rng.randint(0, 4)) + line[at + self.rng.randint(0, 3) :]
+                line = (
+                    line[:at]
+                    + self.rng.randbytes(self.rng.randint(0, 4))
+                    + line[at + self.rng.randint(0, 3) :]
+                )
             case "deep":
                 depth = self.rng.choice([1, 400, 990, 20_000])
-                line = line.replace(b":", b":" + b"[" * depth + b"]" * self.rng.choice([0, depth]) + b", " * self.rng.randint(0, 1), 1)
+                line = line.replace(
+                    b":",
+                    b":"
+                    + b"[" * depth
+                    + b"]" * self.rng.choice([0, depth])
+                    + b", " * self.rng.randint(0, 1),
+                    1,
+                )
         return line.replace(b"\n", b" ")
 
     def table(self, count):
@@ -128,15 +226,27 @@ class Spoiler:
         writer.writerow(self.first)
         for _ in range(count):
             cells = [{**self.first, **self.row()}[key] for key in self.first]
-            writer.writerow([cell if isinstance(cell, str) and self.rng.random() < 0.9 else json.dumps(cell) for cell in cells])
+            writer.writerow(
+                [
+                    cell if isinstance(cell, str) and self.rng.random() < 0.9 else json.dumps(cell)
+                    for cell in cells
+                ]
+            )
         content = stream.getvalue().encode("utf-8", "surrogatepass")
         if self.rng.random() < 0.3:
             at = self.rng.randint(0, len(content))
-            content = content[:at] + self.rng.choice([b'"', b"\xff", b"\r", b",", b"\x00"]) + content[at:]
+            content = (
+                content[:at] + self.rng.choice([b'"', b"\xff", b"\r", b",", b"\x00"]) + content[at:]
+            )
         return content
 
 
-SPOILERS = st.builds(Spoiler, st.integers(0, 2**64), st.lists(VALUES, min_size=8, max_size=8), st.lists(TEXTS, min_size=8, max_size=8))
+SPOILERS = st.builds(
+    Spoiler,
+    st.integers(0, 2**64),
+    st.lists(VALUES, min_size=8, max_size=8),
+    st.lists(TEXTS, min_size=8, max_size=8),
+)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +256,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def check(file, reading):
+def check(file, read_options):
     """Read all that can be; every refusal names the file and, once the file is open, a line."""
     try:
-        rows = FileRows(file, reading)
+        rows = FileRows(file, read_options)
     except DataError as fault:
         refusal(fault, rf"{re.escape(str(file))}(:\d+: | is empty| has no rows)")
         return
@@ -176,12 +286,16 @@ def use(row: Conversation):
             if isinstance(part, str):
                 part.encode()
             elif isinstance(part, GroundedObject):
-                list(tags_from_object(part, row.pictures))
+                list(tags_from_object(part, row.images))
 
 
 # Nothing is made smaller: it would take minutes, and the message names the row.
 LARGE = settings(
-    deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
 )
 READINGS = st.sampled_from(["error", "keep", "repair", "drop"])
 
@@ -190,8 +304,10 @@ READINGS = st.sampled_from(["error", "keep", "repair", "drop"])
 @given(spoiler=SPOILERS, on_bad_box=READINGS)
 def test_lines(folder, spoiler, on_bad_box):
     file = folder / "rows.jsonl"
-    file.write_bytes(b"\n".join([json.dumps(spoiler.first).encode(), *(spoiler.line() for _ in range(ROWS))]))
-    check(file, Reading(on_bad_box=on_bad_box, cache=folder, download=False))
+    file.write_bytes(
+        b"\n".join([json.dumps(spoiler.first).encode(), *(spoiler.line() for _ in range(ROWS))])
+    )
+    check(file, ReadOptions(on_bad_box=on_bad_box, cache=folder, download=False))
 
 
 @settings(LARGE, max_examples=FILES["array"])
@@ -201,7 +317,7 @@ def test_arrays(folder, spoiler, on_bad_box):
     broken = spoiler.rng.random() < 0.5
     rows = [spoiler.line() if broken else json.dumps(spoiler.row()).encode() for _ in range(ROWS)]
     file.write_bytes(b"[" + b",\n".join([json.dumps(spoiler.first).encode(), *rows]) + b"]")
-    check(file, Reading(on_bad_box=on_bad_box, cache=folder, download=False))
+    check(file, ReadOptions(on_bad_box=on_bad_box, cache=folder, download=False))
 
 
 @settings(LARGE, max_examples=FILES["csv"])
@@ -209,4 +325,4 @@ def test_arrays(folder, spoiler, on_bad_box):
 def test_tables(folder, spoiler, on_bad_box):
     file = folder / "rows.csv"
     file.write_bytes(spoiler.table(ROWS))
-    check(file, Reading(on_bad_box=on_bad_box, cache=folder, download=False))
+    check(file, ReadOptions(on_bad_box=on_bad_box, cache=folder, download=False))

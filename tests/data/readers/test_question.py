@@ -3,82 +3,119 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.download.files import RemotePicture
-from qwenvl_lit.data.readers.question import conversation, parts_of, picture_of
-from qwenvl_lit.data.readers.rows import Reading
-from qwenvl_lit.types import BadPicture, Box, DataError, GroundedObject, Picture, Turn
+from qwenvl_lit.data.download.files import RemoteImage
+from qwenvl_lit.data.readers.question import conversation, image_of, parts_of
+from qwenvl_lit.data.readers.rows import ReadOptions
+from qwenvl_lit.types import BadImage, Box, DataError, GroundedObject, ImageSource, Turn
 
 BOX = Box(x0=1, y0=2, x1=3, y1=4, frame="grid")
 
 
 @pytest.fixture
-def reading(tmp_path, monkeypatch):
+def read_options(tmp_path, monkeypatch):
     """Of a folder, the current one, with a.png and b.png."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(name)
-    return Reading(cache=tmp_path / "cache")
+    return ReadOptions(cache=tmp_path / "cache")
 
 
-def test_text_is_taken_apart_where_pictures_and_markup_are(reading):
+def test_text_is_taken_apart_where_images_and_markup_are(read_options):
     query = "Picture 1:<img>a.png</img>\nIs <ref>it</ref><box>(1,2),(3,4)</box> in <img> b.png </img>? <box>(1,2),(3,4)</box>"
-    assert parts_of(query, 0, reading) == (
+    assert parts_of(query, 0, read_options) == (
         "Picture 1:",
-        Picture(Path("a.png")),
+        ImageSource(Path("a.png")),
         "\nIs ",
-        GroundedObject(label="it", boxes=(BOX,), picture=0),
+        GroundedObject(label="it", boxes=(BOX,), image=0),
         " in ",
-        Picture(Path("b.png")),
+        ImageSource(Path("b.png")),
         "? ",
-        GroundedObject(boxes=(BOX,), picture=1),
+        GroundedObject(boxes=(BOX,), image=1),
     )
 
 
-@pytest.mark.parametrize("text", ["", "<img>a.png", "</img> <img/>", "<box>(1,2)</box>", "<|im_start|>system\n"])
-def test_what_is_no_markup_stays_text(reading, text):
-    assert "".join(parts_of(text, 0, reading)) == text
+@pytest.mark.parametrize(
+    "text", ["", "<img>a.png", "</img> <img/>", "<box>(1,2)</box>", "<|im_start|>system\n"]
+)
+def test_what_is_no_markup_stays_text(read_options, text):
+    assert "".join(parts_of(text, 0, read_options)) == text
 
 
-def test_a_list_mixes_texts_pictures_and_objects(reading):
+def test_a_list_mixes_texts_images_and_objects(read_options):
     thing = GroundedObject(label="it", boxes=(Box(x0=1, y0=2, x1=3, y1=4),))
-    parts = parts_of([Path("a.png"), "a.png", {"text": "<img>b.png</img>"}, thing, {"image": "b.png"}, b"content"], 0, reading)
-    assert parts == (Picture(Path("a.png")), "a.png", Picture(Path("b.png")), thing, Picture(Path("b.png")), Picture(b"content"))
+    parts = parts_of(
+        [
+            Path("a.png"),
+            "a.png",
+            {"text": "<img>b.png</img>"},
+            thing,
+            {"image": "b.png"},
+            b"content",
+        ],
+        0,
+        read_options,
+    )
+    assert parts == (
+        ImageSource(Path("a.png")),
+        "a.png",
+        ImageSource(Path("b.png")),
+        thing,
+        ImageSource(Path("b.png")),
+        ImageSource(b"content"),
+    )
 
 
-def test_boxes_are_in_the_last_picture_before_them_over_all_turns(reading):
-    history = [["<img>a.png</img><img>b.png</img>Where?", "<box>(1,2),(3,4)</box>"], ("And <box>(1,2),(3,4)</box>?", "yes")]
-    talk = conversation("<img>a.png</img><box>(1,2),(3,4)</box>", history, system="Be <ref>brief</ref>.", reading=reading)
-    assert [turn.role for turn in talk.turns] == ["system", "user", "assistant", "user", "assistant", "user"]
+def test_boxes_are_in_the_last_image_before_them_over_all_turns(read_options):
+    history = [
+        ["<img>a.png</img><img>b.png</img>Where?", "<box>(1,2),(3,4)</box>"],
+        ("And <box>(1,2),(3,4)</box>?", "yes"),
+    ]
+    talk = conversation(
+        "<img>a.png</img><box>(1,2),(3,4)</box>",
+        history,
+        system="Be <ref>brief</ref>.",
+        read_options=read_options,
+    )
+    assert [turn.role for turn in talk.turns] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
     assert talk.turns[0] == Turn(role="system", parts=("Be <ref>brief</ref>.",))
-    indices = [part.picture for turn in talk.turns for part in turn.parts if isinstance(part, GroundedObject)]
+    indices = [
+        part.image for turn in talk.turns for part in turn.parts if isinstance(part, GroundedObject)
+    ]
     assert indices == [1, 1, 2]
-    assert len(talk.pictures) == 3
+    assert len(talk.images) == 3
 
 
-def test_pictures_come_from_files_addresses_and_memory(reading, tmp_path, monkeypatch):
+def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert picture_of("~/a.png", reading) == Picture(tmp_path / "a.png")
-    assert picture_of((tmp_path / "a.png").as_uri(), reading).size == (8, 8)
+    assert image_of("~/a.png", read_options) == ImageSource(tmp_path / "a.png")
+    assert image_of((tmp_path / "a.png").as_uri(), read_options).size == (8, 8)
     url = "https://example.org/a.png"
-    assert picture_of(url, reading) == Picture(RemotePicture(url, tmp_path / "cache/pictures"))
-    assert picture_of("data:image/png;base64,aGVsbG8=", reading) == Picture(b"hello")
+    assert image_of(url, read_options) == ImageSource(RemoteImage(url, tmp_path / "cache/images"))
+    assert image_of("data:image/png;base64,aGVsbG8=", read_options) == ImageSource(b"hello")
     image = Image.new("RGB", (2, 2))
-    assert picture_of(image, reading).source is image
+    assert image_of(image, read_options).source is image
 
 
 @pytest.mark.parametrize(
     ("source", "fault", "message"),
     [
-        ("c.png", BadPicture, r"picture 'c\.png' does not exist, seen from /"),
-        (Path("https://example.org/a.png"), BadPicture, "does not exist"),
-        ("", BadPicture, "picture '' does not exist"),
-        ("x" * 5000, BadPicture, "does not exist"),
-        ("a\0.png", BadPicture, "does not exist"),
+        ("c.png", BadImage, r"image 'c\.png' does not exist, seen from /"),
+        (Path("https://example.org/a.png"), BadImage, "does not exist"),
+        ("", BadImage, "image '' does not exist"),
+        ("x" * 5000, BadImage, "does not exist"),
+        ("a\0.png", BadImage, "does not exist"),
         ("s3://bucket/a.png", DataError, "not a file, an http"),
         (7, DataError, "got int"),
-        ({"picture": "a.png"}, DataError, "got dict"),
+        ({"image": "a.png"}, DataError, "got dict"),
     ],
 )
-def test_what_is_no_picture_is_named(reading, source, fault, message):
+def test_what_is_no_image_is_named(read_options, source, fault, message):
     with pytest.raises(fault, match=message):
-        picture_of(source, reading)
+        image_of(source, read_options)

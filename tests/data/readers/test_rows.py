@@ -5,10 +5,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.grounding import tags_from_object
-from qwenvl_lit.types import BadPicture, Box, DataError, Dropped, GroundedObject, Picture, Quad, Turn
+from qwenvl_lit.types import (
+    BadImage,
+    Box,
+    DataError,
+    Dropped,
+    GroundedObject,
+    ImageSource,
+    Quad,
+    Turn,
+)
 
 DOG = {"caption": "the dog", "bbox": [10, 20, 300, 400], "bbox_type": "real", "image": 0}
 
@@ -21,40 +30,58 @@ def grid_box(*values):
     return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame="grid")
 
 
-# Pictures
+# Images
 
 
-def test_image_tags_become_numbered_pictures(folder, parts_of):
-    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
-    assert parts_of("<image>Look<image>here")[0] == ("Picture 1: ", a, "\nLookPicture 2: ", b, "\nhere")
+def test_image_tags_become_numbered_images(folder, parts_of):
+    a, b = ImageSource(folder / "a.png"), ImageSource(folder / "b.png")
+    assert parts_of("<image>Look<image>here")[0] == (
+        "Picture 1: ",
+        a,
+        "\nLookPicture 2: ",
+        b,
+        "\nhere",
+    )
 
 
-def test_pictures_without_tags_stand_before_the_first_question(folder, parts_of):
-    a, b = Picture(folder / "a.png"), Picture(folder / "b.png")
+def test_images_without_tags_stand_before_the_first_question(folder, parts_of):
+    a, b = ImageSource(folder / "a.png"), ImageSource(folder / "b.png")
     assert parts_of("Compare.")[0] == ("Picture 1: ", a, "\nPicture 2: ", b, "\nCompare.")
 
 
-def test_a_single_picture_may_be_named_image(folder, read_row):
-    row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "This."}]}
-    assert read_row(row).turns[0].parts == ("Picture 1: ", Picture(folder / "a.png"), "\nWhat?")
+def test_a_single_image_may_be_named_image(folder, read_row):
+    row = {
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>What?"},
+            {"from": "gpt", "value": "This."},
+        ],
+    }
+    assert read_row(row).turns[0].parts == ("Picture 1: ", ImageSource(folder / "a.png"), "\nWhat?")
 
 
-def test_pictures_are_looked_up_in_root_or_beside_the_file(folder, read_row):
+def test_images_are_looked_up_in_root_or_beside_the_file(folder, read_row):
     inner = folder / "inner"
     inner.mkdir()
     (inner / "rows.jsonl").write_text(json.dumps({"query": "<img>a.png</img>"}))
-    assert read_rows("inner/rows.jsonl", Reading(root=folder))[0].pictures == (Picture(folder / "a.png"),)
-    assert read_rows(str(inner / "rows.jsonl"), Reading(root=folder))[0].pictures == (Picture(folder / "a.png"),)
+    assert read_rows("inner/rows.jsonl", ReadOptions(root=folder))[0].images == (
+        ImageSource(folder / "a.png"),
+    )
+    assert read_rows(str(inner / "rows.jsonl"), ReadOptions(root=folder))[0].images == (
+        ImageSource(folder / "a.png"),
+    )
     with pytest.raises(DataError, match=r"inner/a\.png does not exist"):
         read_rows(str(inner / "rows.jsonl"))[0]
-    assert read_row({"query": f"<img>{folder / 'b.png'}</img>"}, root=Path("/nowhere")).pictures == (Picture(folder / "b.png"),)
+    assert read_row({"query": f"<img>{folder / 'b.png'}</img>"}, root=Path("/nowhere")).images == (
+        ImageSource(folder / "b.png"),
+    )
 
 
-def test_a_picture_is_measured_anew_when_its_file_has_changed(folder, read_row):
+def test_a_image_is_measured_anew_when_its_file_has_changed(folder, read_row):
     row = {"query": "<img>a.png</img>Find <bbox>", "objects": [DOG]}
-    assert read_row(row).pictures[0].size == (640, 480)
+    assert read_row(row).images[0].size == (640, 480)
     Image.new("RGB", (700, 500)).save(folder / "a.png")
-    assert read_row(row).pictures[0].size == (700, 500)
+    assert read_row(row).images[0].size == (700, 500)
 
 
 # Grounding
@@ -63,19 +90,34 @@ def test_a_picture_is_measured_anew_when_its_file_has_changed(folder, read_row):
 def test_placeholders_become_objects_in_pixels(parts_of):
     box = pixel_box(10, 20, 300, 400)
     assert parts_of("<image>Find <ref-object>", "<bbox>", [DOG], ["a.png"]) == (
-        ("Picture 1: ", *parts_of("", images=["a.png"])[0][1:2], "\nFind ", GroundedObject(label="the dog")),
+        (
+            "Picture 1: ",
+            *parts_of("", images=["a.png"])[0][1:2],
+            "\nFind ",
+            GroundedObject(label="the dog"),
+        ),
         (GroundedObject(boxes=(box,)),),
     )
-    assert parts_of("x", "A <ref-object><bbox>.", [DOG])[1] == ("A ", GroundedObject(label="the dog", boxes=(box,)), ".")
+    assert parts_of("x", "A <ref-object><bbox>.", [DOG])[1] == (
+        "A ",
+        GroundedObject(label="the dog", boxes=(box,)),
+        ".",
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "values", "frame"),
-    [("real", [10.5, 20, 300, 400], "pixel"), ("norm_1000", [1, 2, 998, 999], "grid"), ("norm_1", [0, 0.25, 0.5, 1.0], "unit")],
+    [
+        ("real", [10.5, 20, 300, 400], "pixel"),
+        ("norm_1000", [1, 2, 998, 999], "grid"),
+        ("norm_1", [0, 0.25, 0.5, 1.0], "unit"),
+    ],
 )
 def test_boxes_keep_the_frame_they_were_measured_in(parts_of, kind, values, frame):
     expected = Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame=frame)
-    assert parts_of("x", "<bbox>", [DOG | {"bbox": values, "bbox_type": kind}])[1] == (GroundedObject(boxes=(expected,)),)
+    assert parts_of("x", "<bbox>", [DOG | {"bbox": values, "bbox_type": kind}])[1] == (
+        GroundedObject(boxes=(expected,)),
+    )
 
 
 def test_objects_may_be_json_text_of_captions_and_boxes_on_the_grid(parts_of):
@@ -87,10 +129,17 @@ def test_objects_may_be_json_text_of_captions_and_boxes_on_the_grid(parts_of):
     )
 
 
-def test_an_object_may_have_several_boxes_and_be_in_another_picture(parts_of):
-    people = {"caption": "people", "bbox": [[5, 6, 70, 80], [0, 0, 333, 517]], "bbox_type": "real", "image": 1}
+def test_an_object_may_have_several_boxes_and_be_in_another_image(parts_of):
+    people = {
+        "caption": "people",
+        "bbox": [[5, 6, 70, 80], [0, 0, 333, 517]],
+        "bbox_type": "real",
+        "image": 1,
+    }
     boxes = (pixel_box(5, 6, 70, 80), pixel_box(0, 0, 333, 517))
-    assert parts_of("x", "<ref-object><bbox>", [people])[1] == (GroundedObject(label="people", boxes=boxes, picture=1),)
+    assert parts_of("x", "<ref-object><bbox>", [people])[1] == (
+        GroundedObject(label="people", boxes=boxes, image=1),
+    )
 
 
 def test_the_two_kinds_of_placeholders_are_counted_apart_over_all_turns(read_row):
@@ -113,18 +162,27 @@ def test_the_two_kinds_of_placeholders_are_counted_apart_over_all_turns(read_row
     ]
 
 
-def test_direct_markup_is_on_the_grid_in_the_last_picture_before_it(parts_of):
-    _, answer = parts_of("x", "See <ref>a cat</ref><box>(1,2),(3,4)</box><box>(0,0),(999,999)</box> <quad>(1,1),(9,1),(9,9),(1,9)</quad>!")
-    cat = GroundedObject(label="a cat", boxes=(grid_box(1, 2, 3, 4), grid_box(0, 0, 999, 999)), picture=1)
-    sign = GroundedObject(boxes=(Quad(points=((1, 1), (9, 1), (9, 9), (1, 9)), frame="grid"),), picture=1)
+def test_direct_markup_is_on_the_grid_in_the_last_image_before_it(parts_of):
+    _, answer = parts_of(
+        "x",
+        "See <ref>a cat</ref><box>(1,2),(3,4)</box><box>(0,0),(999,999)</box> <quad>(1,1),(9,1),(9,9),(1,9)</quad>!",
+    )
+    cat = GroundedObject(
+        label="a cat", boxes=(grid_box(1, 2, 3, 4), grid_box(0, 0, 999, 999)), image=1
+    )
+    sign = GroundedObject(
+        boxes=(Quad(points=((1, 1), (9, 1), (9, 9), (1, 9)), frame="grid"),), image=1
+    )
     assert answer == ("See ", cat, " ", sign, "!")
     question, _ = parts_of("<image><box>(1,2),(3,4)</box><image>", "no")
-    assert GroundedObject(boxes=(grid_box(1, 2, 3, 4),), picture=0) in question
+    assert GroundedObject(boxes=(grid_box(1, 2, 3, 4),), image=0) in question
 
 
-def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(parts_of):
+def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(parts_of):
     first, second = DOG, {"caption": "b", "bbox": [1, 2, 3, 4], "bbox_type": "real", "image": 1}
-    assert parts_of("x", "<bbox><bbox>", [first, first])[1] == (GroundedObject(boxes=(pixel_box(10, 20, 300, 400),) * 2),)
+    assert parts_of("x", "<bbox><bbox>", [first, first])[1] == (
+        GroundedObject(boxes=(pixel_box(10, 20, 300, 400),) * 2),
+    )
     assert len(parts_of("x", "<bbox><bbox>", [first, second])[1]) == 2
 
 
@@ -134,59 +192,119 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_picture(pa
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "Find <ref-object>", "response": "<bbox>"}, "1 <ref-object> and 1 <bbox> for 0 `objects`"),
-        ({"query": "Find <ref-object><ref-object>", "objects": [DOG]}, "2 <ref-object> and 0 <bbox> for 1 `objects`"),
-        ({"query": "Nothing", "objects": [DOG]}, "0 <ref-object> and 0 <bbox> for 1 `objects`"),
-        ({"query": "<bbox>", "objects": [DOG | {"image": 1}]}, "object 1 ('the dog') is in `image` 1, counted from 0, but the row has 1"),
-        ({"query": "<bbox>", "objects": [DOG | {"image": -1}]}, "is in `image` -1"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [300, 20, 10, 400]}]}, "corners in the wrong order; the top left one comes first"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [10, 400, 300, 20]}]}, "corners in the wrong order"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [10, 20, 641, 400]}]}, "not within its picture, (0, 0) to (640, 480)"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [-1, 20, 64, 400]}]}, "not within its picture"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox_type": "norm_1"}]}, "not within its picture, (0, 0) to (1, 1)"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [0, 0, 1000, 9], "bbox_type": "norm_1000"}]}, "(0, 0) to (999, 999)"),
         (
-            {"query": "<bbox>", "objects": [DOG | {"bbox": [1.5, 2, 3, 4], "bbox_type": "norm_1000"}]},
+            {"query": "Find <ref-object>", "response": "<bbox>"},
+            "1 <ref-object> and 1 <bbox> for 0 `objects`",
+        ),
+        (
+            {"query": "Find <ref-object><ref-object>", "objects": [DOG]},
+            "2 <ref-object> and 0 <bbox> for 1 `objects`",
+        ),
+        ({"query": "Nothing", "objects": [DOG]}, "0 <ref-object> and 0 <bbox> for 1 `objects`"),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"image": 1}]},
+            "object 1 ('the dog') is in `image` 1, counted from 0, but the row has 1",
+        ),
+        ({"query": "<bbox>", "objects": [DOG | {"image": -1}]}, "is in `image` -1"),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [300, 20, 10, 400]}]},
+            "corners in the wrong order; the top left one comes first",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [10, 400, 300, 20]}]},
+            "corners in the wrong order",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [10, 20, 641, 400]}]},
+            "not within its image, (0, 0) to (640, 480)",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [-1, 20, 64, 400]}]},
+            "not within its image",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox_type": "norm_1"}]},
+            "not within its image, (0, 0) to (1, 1)",
+        ),
+        (
+            {
+                "query": "<bbox>",
+                "objects": [DOG | {"bbox": [0, 0, 1000, 9], "bbox_type": "norm_1000"}],
+            },
+            "(0, 0) to (999, 999)",
+        ),
+        (
+            {
+                "query": "<bbox>",
+                "objects": [DOG | {"bbox": [1.5, 2, 3, 4], "bbox_type": "norm_1000"}],
+            },
             "has fractions on the grid of 0..999; correct it, or choose what becomes of such boxes by data.on_bad_box",
         ),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]}, "`bbox` is [x1, y1, x2, y2] or a list of such, got [1, 2, 3]"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, 10**400]}]}, "`bbox` is [x1, y1, x2, y2]"),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]},
+            "`bbox` is [x1, y1, x2, y2] or a list of such, got [1, 2, 3]",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, 10**400]}]},
+            "`bbox` is [x1, y1, x2, y2]",
+        ),
         ({"query": "<bbox>", "objects": [DOG | {"bbox": None}]}, "`bbox` is [x1, y1, x2, y2]"),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox_type": "pixels"}]}, "bbox_type: real, norm_1000 or norm_1"),
-        ({"query": "<bbox>", "objects": [{"caption": "a", "bbox": [1, 2, 3, 4]}]}, "bbox_type: real, norm_1000 or norm_1"),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox_type": "pixels"}]},
+            "bbox_type: real, norm_1000 or norm_1",
+        ),
+        (
+            {"query": "<bbox>", "objects": [{"caption": "a", "bbox": [1, 2, 3, 4]}]},
+            "bbox_type: real, norm_1000 or norm_1",
+        ),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` is a list, or a list as JSON text"),
         ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` is a list"),
-        ({"query": "<box>(1.5,2),(3,4)</box>"}, "text: box [[1.5, 2], [3, 4]] has fractions on the grid"),
+        (
+            {"query": "<box>(1.5,2),(3,4)</box>"},
+            "text: box [[1.5, 2], [3, 4]] has fractions on the grid",
+        ),
         ({"query": "<box>(1,2),(3)</box>"}, "cannot read '<box>(1,2),(3)</box>'"),
         ({"query": "a</ref>"}, "cannot read '</ref>'"),
         ({"query": "<img>a.png"}, "cannot read '<img>a.png'"),
         ({"query": "<box>(9,2),(3,4)</box>"}, "corners in the wrong order"),
-        ({"query": "<box>(1,2),(3,1000)</box>"}, "not within its picture"),
-        ({"query": "<quad>(1,1),(9,1),(9,9),(1,1999)</quad>"}, "not within its picture"),
+        ({"query": "<box>(1,2),(3,1000)</box>"}, "not within its image"),
+        ({"query": "<quad>(1,1),(9,1),(9,9),(1,1999)</quad>"}, "not within its image"),
         (
             {"query": "<box>(1,2),(3,4)</box>", "images": []},
             "as they are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop",
         ),
         ({"query": "<image><image>"}, "2 <image> tags for 1 `images`"),
         ({"query": "<image>", "images": None}, "1 <image> tags for 0 `images`"),
-        ({"query": "<img>c.png</img>"}, "c.png does not exist; check the path, `data.root` and `data.path_map`"),
-        ({"query": "<img>https://host/a.png</img>"}, "is remote, and there is no folder to keep it in; set data.cache"),
+        (
+            {"query": "<img>c.png</img>"},
+            "c.png does not exist; check the path, `data.root` and `data.path_map`",
+        ),
+        (
+            {"query": "<img>https://host/a.png</img>"},
+            "is remote, and there is no folder to keep it in; set data.cache",
+        ),
         ({"query": "<img>ftp://host/a.png</img>"}, "download it and give its path"),
         ({"query": "<img>data:image/svg+xml,%3Csvg/%3E</img>"}, "download it and give its path"),
         ({"query": "<img>data:image/png;base64,AAA</img>"}, "is not base64"),
         ({"query": "<img>data:image/png;base64,狗</img>"}, "is not base64"),
         ({"query": "<img>data:image/png;base64,</img>"}, "given as base64, but empty"),
         ({"query": 7}, "`query` is text, got 7"),
-        ({"query": "x", "images": [7]}, "a picture is a path, an address or base64 text, got 7"),
+        ({"query": "x", "images": [7]}, "an image is a path, an address or base64 text, got 7"),
         ({"query": "x", "image": "a.png"}, "either `image` or `images`"),
         ({"query": "x", "id": [7]}, "an id is text or a number"),
         ({"query": "x \ud800"}, "text holds half a character, '\\ud800'"),
-        ({"query": "<ref-object>", "objects": [DOG | {"caption": "x \udfff"}]}, "text holds half a character"),
+        (
+            {"query": "<ref-object>", "objects": [DOG | {"caption": "x \udfff"}]},
+            "text holds half a character",
+        ),
         ({"query": "x", "history": [["a"]]}, "`history` is a list of [question, answer]"),
         ({"conversations": []}, "no turn"),
         ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1 is"),
-        ({"conversations": [{"from": "assistant", "value": "a"}]}, "turns go user, assistant, user"),
+        (
+            {"conversations": [{"from": "assistant", "value": "a"}]},
+            "turns go user, assistant, user",
+        ),
         ({"conversations": [{"from": "user", "value": "a"}] * 2}, "got user, user"),
         ({"image": "a.png", "question": "Why?", "answers": [1]}, "answers are text, got (1,)"),
     ],
@@ -207,32 +325,45 @@ def test_text_with_a_less_than_sign_is_left_alone(parts_of):
     assert parts_of("x", text)[1] == (text,)
 
 
-# Pictures that are not files here
+# Images that are not files here
 
 
-def test_a_picture_may_stand_in_the_row_as_base64(folder, read_row):
+def test_a_image_may_stand_in_the_row_as_base64(folder, read_row):
     content = (folder / "a.png").read_bytes()
     text = base64.b64encode(content).decode()
     for address in (f"data:image/png;base64,{text}", text, text[:60] + "\n" + text[60:]):
         row = read_row({"query": f"<img>{address}</img>Find <bbox>", "objects": [DOG]})
-        assert row.pictures == (Picture(content),)
-        assert row.pictures[0].size == (640, 480)
+        assert row.images == (ImageSource(content),)
+        assert row.images[0].size == (640, 480)
 
 
 def test_addresses_of_another_machine_are_mapped(folder, read_row):
-    path_map = {"/data": "/nowhere", "/data/coco/": str(folder), "D:\\coco": f"{folder}/", "https://host/coco": str(folder)}
+    path_map = {
+        "/data": "/nowhere",
+        "/data/coco/": str(folder),
+        "D:\\coco": f"{folder}/",
+        "https://host/coco": str(folder),
+    }
     for address in ("/data/coco/a.png", "D:\\coco\\a.png", "https://host/coco/a.png"):
-        assert read_row({"query": f"<img>{address}</img>"}, path_map=path_map).pictures == (Picture(folder / "a.png"),)
-    assert read_row({"query": "<img>data/a.png</img>"}, path_map={"data": ""}).pictures == (Picture(folder / "a.png"),)
+        assert read_row({"query": f"<img>{address}</img>"}, path_map=path_map).images == (
+            ImageSource(folder / "a.png"),
+        )
+    assert read_row({"query": "<img>data/a.png</img>"}, path_map={"data": ""}).images == (
+        ImageSource(folder / "a.png"),
+    )
     with pytest.raises(DataError, match=r"/data/coconut/a\.png does not exist"):
         read_row({"query": "<img>/data/coconut/a.png</img>"}, path_map={"/data/coco": str(folder)})
 
 
-def test_a_remote_picture_is_fetched_when_it_is_needed(folder, read_row):
-    row = read_row({"query": "<img>https://host.invalid/a.png</img>", "response": "x"}, cache=folder / "cache", download=False)
-    assert row.pictures[0].name == "https://host.invalid/a.png"
-    with pytest.raises(DataError, match=r"https://host\.invalid/a\.png is not in .*pictures"):
-        row.pictures[0].open()
+def test_a_remote_image_is_fetched_when_it_is_needed(folder, read_row):
+    row = read_row(
+        {"query": "<img>https://host.invalid/a.png</img>", "response": "x"},
+        cache=folder / "cache",
+        download=False,
+    )
+    assert row.images[0].name == "https://host.invalid/a.png"
+    with pytest.raises(DataError, match=r"https://host\.invalid/a\.png is not in .*images"):
+        row.images[0].open()
 
 
 # Wrong boxes
@@ -253,8 +384,16 @@ def boxes_of(row):
     ],
 )
 def test_a_wrong_box_is_kept_repaired_or_dropped_with_its_row(read_row, kind, written, repaired):
-    row = {"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], "objects": [DOG | {"bbox": written, "bbox_type": kind}]}
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: row .*correct it, or choose what becomes of such boxes by data\.on_bad_box"):
+    row = {
+        "query": "Find <ref-object>",
+        "response": "<bbox>",
+        "images": ["a.png"],
+        "objects": [DOG | {"bbox": written, "bbox_type": kind}],
+    }
+    with pytest.raises(
+        DataError,
+        match=r"rows\.jsonl:1: row .*correct it, or choose what becomes of such boxes by data\.on_bad_box",
+    ):
         read_row(row)
     kept = read_row(row, on_bad_box="keep")
     assert boxes_of(kept) == [tuple(written)]
@@ -269,23 +408,34 @@ def test_a_wrong_box_is_kept_repaired_or_dropped_with_its_row(read_row, kind, wr
 
 
 def test_wrong_boxes_in_the_text_fare_alike(read_row):
-    row = {"query": "<img>a.png</img>Where?", "response": "<box>(9,2.5),(3,1004)</box><quad>(1,1),(9,1),(9,9),(1,1000)</quad>"}
-    assert [box.frame for part in read_row(row, on_bad_box="keep").answer.parts for box in part.boxes] == ["grid", "grid"]
+    row = {
+        "query": "<img>a.png</img>Where?",
+        "response": "<box>(9,2.5),(3,1004)</box><quad>(1,1),(9,1),(9,9),(1,1000)</quad>",
+    }
+    assert [
+        box.frame for part in read_row(row, on_bad_box="keep").answer.parts for box in part.boxes
+    ] == ["grid", "grid"]
     answer = read_row(row, on_bad_box="repair").answer.parts[0]
-    assert "".join(tag if isinstance(tag, str) else tag.value for tag in tags_from_object(answer, ())) == (
-        "<box>(3,2),(9,999)</box><quad>(1,1),(9,1),(9,9),(1,999)</quad>"
-    )
+    assert "".join(
+        tag if isinstance(tag, str) else tag.value for tag in tags_from_object(answer, ())
+    ) == ("<box>(3,2),(9,999)</box><quad>(1,1),(9,1),(9,9),(1,999)</quad>")
     with pytest.raises(Dropped, match="text: box"):
         read_row(row, on_bad_box="drop")
 
 
 def test_the_choices_for_wrong_boxes_are_four():
-    with pytest.raises(DataError, match="on_bad_box is one of error, keep, repair, drop, got 'mend'"):
-        Reading(on_bad_box="mend")
+    with pytest.raises(
+        DataError, match="on_bad_box is one of error, keep, repair, drop, got 'mend'"
+    ):
+        ReadOptions(on_bad_box="mend")
 
 
 def test_right_boxes_leave_no_notes(read_row):
-    row = {"query": "<img>a.png</img>Where?", "response": "<box>(9,2),(9,4)</box><bbox>", "objects": [DOG]}
+    row = {
+        "query": "<img>a.png</img>Where?",
+        "response": "<box>(9,2),(9,4)</box><bbox>",
+        "objects": [DOG],
+    }
     for on_bad_box in ("error", "keep", "repair", "drop"):
         assert read_row(row, on_bad_box=on_bad_box).notes == ()
 
@@ -310,35 +460,45 @@ def test_what_cannot_be_repaired_is_an_error_or_drops_the_row(read_row, row):
         read_row(row, on_bad_box="drop")
 
 
-def test_a_picture_that_is_not_there_or_broken_is_told_from_other_faults(folder, read_row):
+def test_a_image_that_is_not_there_or_broken_is_told_from_other_faults(folder, read_row):
     (folder / "broken.png").write_bytes(b"x")
-    for row in ({"query": "<img>none.png</img>"}, {"query": "<img>broken.png</img><bbox>", "objects": [DOG]}):
-        with pytest.raises(BadPicture, match=r"rows\.jsonl:1: row .*\.png"):
+    for row in (
+        {"query": "<img>none.png</img>"},
+        {"query": "<img>broken.png</img><bbox>", "objects": [DOG]},
+    ):
+        with pytest.raises(BadImage, match=r"rows\.jsonl:1: row .*\.png"):
             read_row(row, on_bad_box="drop")
 
 
 # ms-swift, whose files these are
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "grounding" / "swift_objects.json").read_text())
+GOLDEN = json.loads(
+    (Path(__file__).parents[2] / "golden" / "grounding" / "swift_objects.json").read_text()
+)
 REFUSED = {  # written by ms-swift as they come
-    "real_outside": "not within its picture",
+    "real_outside": "not within its image",
     "real_inverted": "corners in the wrong order",
     "norm_1000_float": "fractions on the grid",
-    "norm_1000_over": "not within its picture",
-    "norm_1_outside": "not within its picture",
+    "norm_1000_over": "not within its image",
+    "norm_1_outside": "not within its image",
     "objects_unused": "0 <ref-object> and 0 <bbox>",
     "too_few_objects": "2 <ref-object> and 1 <bbox> for 1",  # an IndexError there
     "empty_objects": "1 <ref-object> and 1 <bbox> for 0",
 }
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"{case['name']} {case['objects_form']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["cases"], ids=lambda case: f"{case['name']} {case['objects_form']}"
+)
 def test_rows_of_ms_swift_become_the_text_it_writes(tmp_path, case):
     (tmp_path / "img").mkdir()
     for name, size in GOLDEN["image_sizes"].items():
         Image.new("1", size).save(tmp_path / name)
     (tmp_path / "rows.jsonl").write_text(json.dumps(case["example"]))
-    rows, kept = (read_rows("rows.jsonl", Reading(root=tmp_path, on_bad_box=choice)) for choice in ("error", "keep"))
+    rows, kept = (
+        read_rows("rows.jsonl", ReadOptions(root=tmp_path, on_bad_box=choice))
+        for choice in ("error", "keep")
+    )
     if case["name"] in REFUSED:
         with pytest.raises(DataError) as fault:
             rows[0]
@@ -356,10 +516,13 @@ def test_rows_of_ms_swift_become_the_text_it_writes(tmp_path, case):
 
 def chat_text(row, root):
     def texts(part):
-        if isinstance(part, Picture):
+        if isinstance(part, ImageSource):
             return [f"<img>{part.source.relative_to(root).as_posix()}</img>"]
-        tags = [part] if isinstance(part, str) else tags_from_object(part, row.pictures)
+        tags = [part] if isinstance(part, str) else tags_from_object(part, row.images)
         return [tag if isinstance(tag, str) else tag.value for tag in tags]
 
     turns = (Turn(role="system", parts=("You are a helpful assistant.",)), *row.turns)
-    return "\n".join(f"<|im_start|>{t.role}\n{''.join(text for part in t.parts for text in texts(part))}<|im_end|>" for t in turns)
+    return "\n".join(
+        f"<|im_start|>{t.role}\n{''.join(text for part in t.parts for text in texts(part))}<|im_end|>"
+        for t in turns
+    )

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import FileRows, read_rows
 from qwenvl_lit.data.split import take
 from qwenvl_lit.types import DataError
@@ -23,10 +23,15 @@ def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
     for name in "ba":
         (folder / f"{name}.jsonl").write_text(json.dumps({"query": name}))
     (folder / "[x].jsonl").write_text(json.dumps({"query": "x"}))
-    assert [row.turns[0].parts[0] for row in read_rows("?.jsonl", Reading(root=folder))] == ["a", "b"]
-    assert read_rows("[x].jsonl", Reading(root=folder))[0].turns[0].parts == ("x",)  # a file of that very name
+    assert [row.turns[0].parts[0] for row in read_rows("?.jsonl", ReadOptions(root=folder))] == [
+        "a",
+        "b",
+    ]
+    assert read_rows("[x].jsonl", ReadOptions(root=folder))[0].turns[0].parts == (
+        "x",
+    )  # a file of that very name
     with pytest.raises(DataError, match="no file"):
-        read_rows("*.csv", Reading(root=folder))
+        read_rows("*.csv", ReadOptions(root=folder))
     with pytest.raises(DataError, match="check the path"):
         read_rows(str(folder / "none.jsonl"))
     with pytest.raises(DataError, match=r"cannot be read or unpacked: .* check the path"):
@@ -34,10 +39,14 @@ def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
 
 
 def test_a_source_may_say_how_many_rows_it_gives(folder):
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps({"query": letter}) for letter in "abcdefgh"))
+    (folder / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"query": letter}) for letter in "abcdefgh")
+    )
 
     def letters(source, **options):
-        return "".join(row.turns[0].parts[0] for row in read_rows(source, Reading(root=folder, **options)))
+        return "".join(
+            row.turns[0].parts[0] for row in read_rows(source, ReadOptions(root=folder, **options))
+        )
 
     assert letters("rows.jsonl#8") == "abcdefgh"
     assert letters("rows.jsonl#19")[:16] == "abcdefgh" * 2

@@ -4,19 +4,22 @@ import pickle
 import pytest
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import Reading
+from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.readers.vqa import fetch_vqav2, read_answered, read_vqa
-from qwenvl_lit.types import Conversation, DataError, Picture, Turn
+from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
-PICTURE = "coco/{split}/COCO_{split}_{image_id:012d}.jpg"
+IMAGE = "coco/{split}/COCO_{split}_{image_id:012d}.jpg"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
 def annotation(question_id, *answers, learned=None):
     row = {"question_id": question_id, "image_id": 42, "answer_type": "other"}
-    row["answers"] = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number, answer in enumerate(answers, 1)]
+    row["answers"] = [
+        {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+        for number, answer in enumerate(answers, 1)
+    ]
     return row | ({"multiple_choice_answer": learned} if learned else {})
 
 
@@ -32,10 +35,14 @@ def vqa(root):
     """Writes files of questions and answers as they are published, and reads them."""
 
     def write(questions, annotations=None, *, split="val2014", name=QUESTIONS, **options):
-        (root / name).write_text(json.dumps({"info": {}, "data_subtype": split, "questions": questions}))
+        (root / name).write_text(
+            json.dumps({"info": {}, "data_subtype": split, "questions": questions})
+        )
         if annotations is not None:
-            (root / ANNOTATIONS).write_text(json.dumps({"data_subtype": split, "annotations": annotations}))
-        return read_vqa(name, Reading(root=root, **options), picture=PICTURE)
+            (root / ANNOTATIONS).write_text(
+                json.dumps({"data_subtype": split, "annotations": annotations})
+            )
+        return read_vqa(name, ReadOptions(root=root, **options), image=IMAGE)
 
     return write
 
@@ -52,7 +59,11 @@ def test_the_most_frequent_answer_is_learned_and_all_are_references(root, vqa):
             turns=(
                 Turn(
                     role="user",
-                    parts=(Picture(root / "coco/val2014/COCO_val2014_000000000042.jpg"), "Where is <box>he</box> looking?", " Answer:"),
+                    parts=(
+                        ImageSource(root / "coco/val2014/COCO_val2014_000000000042.jpg"),
+                        "Where is <box>he</box> looking?",
+                        " Answer:",
+                    ),
                 ),
                 Turn(role="assistant", parts=("down",)),
             ),
@@ -60,32 +71,43 @@ def test_the_most_frequent_answer_is_learned_and_all_are_references(root, vqa):
         )
     ]
     assert pickle.loads(pickle.dumps(rows))[0] == rows[0]
-    assert vqa([WHERE], [annotation(42000, "a", "b", "b")])[0].answer.parts == ("b",)  # as OK-VQA's files have it
+    assert vqa([WHERE], [annotation(42000, "a", "b", "b")])[0].answer.parts == (
+        "b",
+    )  # as OK-VQA's files have it
 
 
 def test_the_prompt_can_be_another(vqa):
-    row = vqa([WHERE], [annotation(42000, "down")], prompt="{picture}\n{question}")[0]
+    row = vqa([WHERE], [annotation(42000, "down")], prompt="{image}\n{question}")[0]
     assert row.turns[0].parts[1:] == ("\n", "Where is <box>he</box> looking?")
 
 
 def test_questions_of_a_test_split_have_no_answers(root, vqa):
     (root / "coco/test2015").mkdir()
     Image.new("RGB", (4, 3)).save(root / "coco/test2015/COCO_test2015_000000000042.jpg")
-    row = vqa([WHERE], split="test-dev2015", name="v2_OpenEnded_mscoco_test-dev2015_questions.json")[0]
+    row = vqa(
+        [WHERE], split="test-dev2015", name="v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    )[0]
     assert row.answer is None
     assert row.references == ()
 
 
 def test_questions_without_their_answers_are_an_error(vqa):
-    with pytest.raises(DataError, match=r"v2_mscoco_val2014_annotations.json cannot be read: No such file"):
+    with pytest.raises(
+        DataError, match=r"v2_mscoco_val2014_annotations.json cannot be read: No such file"
+    ):
         vqa([WHERE])
-    with pytest.raises(DataError, match=rf"{ANNOTATIONS} lacks 1 of the questions of {QUESTIONS}, the first is 42000"):
+    with pytest.raises(
+        DataError,
+        match=rf"{ANNOTATIONS} lacks 1 of the questions of {QUESTIONS}, the first is 42000",
+    ):
         vqa([WHERE], [annotation(1, "yes")])
 
 
-def test_a_missing_picture_is_a_fault_of_its_question(vqa):
+def test_a_missing_image_is_a_fault_of_its_question(vqa):
     rows = vqa([WHERE | {"image_id": 43}, WHERE | {"image_id": "x"}], [annotation(42000, "down")])
-    with pytest.raises(DataError, match=rf"{QUESTIONS}: question 42000: picture .*000000000043.jpg does not exist"):
+    with pytest.raises(
+        DataError, match=rf"{QUESTIONS}: question 42000: image .*000000000043.jpg does not exist"
+    ):
         rows[0]
     with pytest.raises(DataError, match=rf"{QUESTIONS}: question 42000: Unknown format code 'd'"):
         rows[1]
@@ -116,30 +138,44 @@ def test_answers_are_text(vqa):
 # One jsonl file a split, as Qwen-VL's evaluation has them
 
 
-LINE = {"image": "data/coco/val2014/COCO_val2014_000000000042.jpg", "question": "What brand?", "question_id": 34602, "answer": "dakota"}
+LINE = {
+    "image": "data/coco/val2014/COCO_val2014_000000000042.jpg",
+    "question": "What brand?",
+    "question_id": 34602,
+    "answer": "dakota",
+}
 
 
 @pytest.fixture
 def lines(root):
     def write(*rows):
         (root / "textvqa_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return Reading(root=root, path_map={"data": "."})
+        return ReadOptions(root=root, path_map={"data": "."})
 
     return write
 
 
-def test_a_line_names_its_picture_and_its_answer(root, lines):
+def test_a_line_names_its_image_and_its_answer(root, lines):
     (row,) = read_rows("textvqa_val.jsonl", lines(LINE))
     assert row.id == "34602"
     assert row.turns == (
-        Turn(role="user", parts=(Picture(root / "coco/val2014/COCO_val2014_000000000042.jpg"), "What brand? Answer:")),
+        Turn(
+            role="user",
+            parts=(
+                ImageSource(root / "coco/val2014/COCO_val2014_000000000042.jpg"),
+                "What brand? Answer:",
+            ),
+        ),
         Turn(role="assistant", parts=("dakota",)),
     )
     assert row.references == ("dakota",)
 
 
 def test_several_right_answers_are_a_list(lines):
-    several, none = read_rows("textvqa_val.jsonl", lines(LINE | {"answer": ["0.28", "28%", "28%"]}, LINE | {"answer": None}))
+    several, none = read_rows(
+        "textvqa_val.jsonl",
+        lines(LINE | {"answer": ["0.28", "28%", "28%"]}, LINE | {"answer": None}),
+    )
     assert several.answer.parts == ("28%",)
     assert several.references == ("0.28", "28%", "28%")
     assert none.answer is None
@@ -148,18 +184,31 @@ def test_several_right_answers_are_a_list(lines):
 
 
 def test_ten_answers_come_from_the_file_beside_it(root, lines):
-    reading = lines(LINE, LINE | {"question_id": 34603})
-    (root / "textvqa_val_annotations.json").write_text(json.dumps({"annotations": [annotation(34602, "nous les", "dakota")]}))
-    rows = read_answered("textvqa_val.jsonl", reading, answers="{stem}_annotations.json")
+    read_options = lines(LINE, LINE | {"question_id": 34603})
+    (root / "textvqa_val_annotations.json").write_text(
+        json.dumps({"annotations": [annotation(34602, "nous les", "dakota")]})
+    )
+    rows = read_answered("textvqa_val.jsonl", read_options, answers="{stem}_annotations.json")
     assert rows[0].answer.parts == ("dakota",)
     assert rows[0].references == ("nous les", "dakota")
     assert pickle.loads(pickle.dumps(rows))[0] == rows[0]
-    with pytest.raises(DataError, match=r"textvqa_val.jsonl:2: question 34603 is not in .*textvqa_val_annotations.json"):
+    with pytest.raises(
+        DataError,
+        match=r"textvqa_val.jsonl:2: question 34603 is not in .*textvqa_val_annotations.json",
+    ):
         rows[1]
-    assert len(read_answered("textvqa_val.jsonl#5", reading, answers="{stem}_annotations.json")) == 5
+    assert (
+        len(read_answered("textvqa_val.jsonl#5", read_options, answers="{stem}_annotations.json"))
+        == 5
+    )
 
 
 def test_what_vqav2_needs_is_named_with_its_address_and_size(tmp_path):
-    with pytest.raises(DataError, match=r"lacks v2_OpenEnded_mscoco_train2014_questions.json, .*downloads are off") as fault:
+    with pytest.raises(
+        DataError, match=r"lacks v2_OpenEnded_mscoco_train2014_questions.json, .*downloads are off"
+    ) as fault:
         fetch_vqav2(tmp_path, False)
-    assert "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip (21.7 MB)" in str(fault.value)
+    assert (
+        "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip (21.7 MB)"
+        in str(fault.value)
+    )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint, missing_files
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.types import DataError
@@ -40,7 +40,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def model() -> QwenVLForCausalLM:
-    return QwenVL(config=SIZES, vocabulary="tiny").load()
+    return QwenVLFamily(config=SIZES, vocabulary="tiny").load()
 
 
 @pytest.fixture(scope="module", params=["bin", "safetensors"])
@@ -72,7 +72,9 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 def change(file: Path, edit) -> None:
     """Rewrite a shard after `edit(tensors)`."""
-    tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    tensors = (
+        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    )
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     edit(tensors)
     save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
@@ -83,21 +85,21 @@ def change(file: Path, edit) -> None:
 
 def test_the_published_layout_loads_to_the_number(folder, model):
     assert len(list(folder.glob("*-of-*"))) > 3
-    family = QwenVL(path=str(folder))
+    family = QwenVLFamily(path=str(folder))
     assert_same(family.load(), model)
     assert family.processor().window == 6144
     assert family.load().generation_config.top_p == 0.3
 
 
 def test_weights_take_the_wished_type_on_the_way(folder):
-    loaded = QwenVL(path=str(folder), dtype="bfloat16").load()
+    loaded = QwenVLFamily(path=str(folder), dtype="bfloat16").load()
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
 
 
 def test_a_folder_written_by_transformers_loads(model, tmp_path):
     model.save_pretrained(tmp_path)
     (tmp_path / "qwen.tiktoken").write_bytes(TINY_VOCABULARY.read_bytes())
-    assert_same(QwenVL(path=str(tmp_path)).load(), model)
+    assert_same(QwenVLFamily(path=str(tmp_path)).load(), model)
 
 
 def test_the_auto_classes_know_the_model_and_run_no_remote_code(folder, model):
@@ -109,20 +111,26 @@ def test_the_auto_classes_know_the_model_and_run_no_remote_code(folder, model):
 def test_a_window_of_the_checkpoint_is_obeyed(copy):
     settings = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 100}))
-    assert QwenVL(path=str(copy)).processor().window == 100
-    assert QwenVL(path=str(copy), window=50).processor().window == 50
+    assert QwenVLFamily(path=str(copy)).processor().window == 100
+    assert QwenVLFamily(path=str(copy), window=50).processor().window == 50
 
 
 def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(copy):
-    change(shard_of(copy, "transformer.ln_f.weight"), lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(7)}))
+    change(
+        shard_of(copy, "transformer.ln_f.weight"),
+        lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(7)}),
+    )
     [index] = copy.glob("*.index.json")
     content = json.loads(index.read_text())
     first = content["weight_map"].pop("transformer.wte.weight")
     content["weight_map"]["transformer.h.9.ln_1.weight"] = first
     index.write_text(json.dumps(content))
-    change(copy / first, lambda tensors: tensors.update({"transformer.h.9.ln_1.weight": torch.ones(32)}))
+    change(
+        copy / first,
+        lambda tensors: tensors.update({"transformer.h.9.ln_1.weight": torch.ones(32)}),
+    )
     with pytest.raises(DataError) as caught:
-        QwenVL(path=str(copy)).load()
+        QwenVLFamily(path=str(copy)).load()
     for message in (
         "missing 1: transformer.wte.weight",
         "unexpected 1: transformer.h.9.ln_1.weight",
@@ -136,14 +144,14 @@ def test_a_tensor_that_its_shard_lacks_is_named(copy):
     shard = shard_of(copy, "transformer.ln_f.weight")
     change(shard, lambda tensors: tensors.pop("transformer.ln_f.weight"))
     with pytest.raises(DataError, match=rf"{shard.name} lacks transformer.ln_f.weight"):
-        QwenVL(path=str(copy)).load()
+        QwenVLFamily(path=str(copy)).load()
 
 
 def test_a_broken_shard_is_named(copy):
     shard = shard_of(copy, "transformer.ln_f.weight")
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"{shard.name} cannot be read: .*is it complete"):
-        QwenVL(path=str(copy)).load()
+        QwenVLFamily(path=str(copy)).load()
 
 
 def test_a_bin_file_that_holds_code_is_refused(copy):
@@ -157,7 +165,7 @@ def test_a_bin_file_that_holds_code_is_refused(copy):
         file.unlink()
     torch.save({"transformer.wte.weight": Evil()}, copy / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"pytorch_model\.bin cannot be read"):
-        QwenVL(path=str(copy)).load()
+        QwenVLFamily(path=str(copy)).load()
 
 
 def test_a_folder_says_what_it_lacks(copy):
@@ -175,9 +183,14 @@ def test_what_is_neither_folder_nor_name_is_refused():
 
 
 def test_weights_can_be_spread_and_offloaded(folder, model, tmp_path):
-    places = {"transformer.wte": "cpu", "transformer.h.0": "cpu", "transformer.h.1": "disk", "transformer.ln_f": "cpu"}
+    places = {
+        "transformer.wte": "cpu",
+        "transformer.h.0": "cpu",
+        "transformer.h.1": "disk",
+        "transformer.ln_f": "cpu",
+    }
     places |= {"transformer.visual": "cpu", "lm_head": "cpu"}
-    spread = QwenVL(path=str(folder), device_map=places).load()
+    spread = QwenVLFamily(path=str(folder), device_map=places).load()
     assert spread.hf_device_map["transformer.h.1"] == "disk"
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(spread(ids).logits, model(ids).logits)
@@ -185,16 +198,20 @@ def test_weights_can_be_spread_and_offloaded(folder, model, tmp_path):
 
 def test_random_weights_of_the_published_size_need_a_vocabulary():
     with pytest.raises(ValueError, match=r"model\.vocabulary=tiny"):
-        _ = QwenVL(path="Qwen/Qwen-VL-Chat", weights="random").config
-    config = QwenVL(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny").config
+        _ = QwenVLFamily(path="Qwen/Qwen-VL-Chat", weights="random").config
+    config = QwenVLFamily(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny").config
     assert (config.vocab_size, config.hidden_size, config.visual["layers"]) == (151936, 4096, 48)
     with pytest.raises(ValueError, match="device_map is for checkpoints"):
-        QwenVL(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny", device_map="auto")
+        QwenVLFamily(
+            path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny", device_map="auto"
+        )
 
 
 def test_random_weights_take_the_sizes_of_a_folder(folder, model):
-    drawn = QwenVL(path=str(folder), weights="random").load()
-    assert {name: tensor.shape for name, tensor in drawn.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    drawn = QwenVLFamily(path=str(folder), weights="random").load()
+    assert {name: tensor.shape for name, tensor in drawn.state_dict().items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------------------
@@ -216,11 +233,25 @@ class Hub(SimpleHTTPRequestHandler):
         type(self).asked += (f"{self.command} {self.path} {self.headers.get('Range', '')}".strip(),)
         folder = Path(self.directory)
         if self.path.startswith("/api/models/someone/small/tree/"):
-            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in sorted(folder.iterdir())]
+            entries = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                for f in sorted(folder.iterdir())
+            ]
             return self.send(entries, body=body)
         if self.path.startswith("/api/models/someone/small"):
-            siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in sorted(folder.iterdir())]
-            return self.send({"id": "someone/small", "modelId": "someone/small", "sha": "a" * 40, "siblings": siblings}, body=body)
+            siblings = [
+                {"rfilename": file.name, "size": file.stat().st_size}
+                for file in sorted(folder.iterdir())
+            ]
+            return self.send(
+                {
+                    "id": "someone/small",
+                    "modelId": "someone/small",
+                    "sha": "a" * 40,
+                    "siblings": siblings,
+                },
+                body=body,
+            )
         file = folder / self.path.rpartition("/")[2]
         if not self.path.startswith("/someone/small/resolve/") or not file.exists():
             return self.send_error(404)
@@ -262,22 +293,28 @@ def hub(folder, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield handler
     server.shutdown()
 
 
 def test_a_hub_name_is_fetched_once_and_then_read_from_the_cache(hub, model, caplog):
-    assert_same(QwenVL(path="someone/small").load(), model)
+    assert_same(QwenVLFamily(path="someone/small").load(), model)
     assert "downloading someone/small: 0.0 GB" in caplog.text
     hub.asked = ()
-    assert_same(QwenVL(path="someone/small", download=False).load(), model)
+    assert_same(QwenVLFamily(path="someone/small", download=False).load(), model)
     assert hub.asked == ()
 
 
 def test_without_downloads_a_hub_name_says_what_to_fetch(hub):
-    with pytest.raises(DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched") as caught:
+    with pytest.raises(
+        DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched"
+    ) as caught:
         find_checkpoint("someone/small", download=False)
     assert "19.3 GB; fetch with:  hf download someone/small" in str(caught.value)
     assert hub.asked == ()
@@ -301,7 +338,7 @@ def impatient(monkeypatch):
 
 def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(hub, model, impatient):
     hub.breaks_after = 10_000
-    assert_same(QwenVL(path="someone/small").load(), model)
+    assert_same(QwenVLFamily(path="someone/small").load(), model)
     assert any("bytes=10000-" in request for request in hub.asked)
 
 
@@ -311,7 +348,7 @@ def test_files_that_arrived_before_a_download_failed_are_kept(hub, model, impati
         find_checkpoint("someone/small")
     assert any(request.startswith("GET") and "config.json" in request for request in hub.asked)
     hub.breaks_after, hub.asked = None, ()
-    assert_same(QwenVL(path="someone/small").load(), model)
+    assert_same(QwenVLFamily(path="someone/small").load(), model)
     assert not any(request.startswith("GET") and "config.json" in request for request in hub.asked)
 
 

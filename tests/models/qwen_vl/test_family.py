@@ -5,16 +5,24 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
-from qwenvl_lit.models.qwen_vl.family import QwenVL
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
-from qwenvl_lit.types import Box, Conversation, DataError, Dropped, GroundedObject, Picture, Turn
+from qwenvl_lit.types import (
+    Box,
+    Conversation,
+    DataError,
+    Dropped,
+    GroundedObject,
+    ImageSource,
+    Turn,
+)
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)
 SPAN, SIDE = 16, 32
-RED = Picture(Image.new("RGB", (64, 32), "red"))
-BLUE = Picture(Image.new("RGB", (20, 80), "blue"))
+RED = ImageSource(Image.new("RGB", (64, 32), "red"))
+BLUE = ImageSource(Image.new("RGB", (20, 80), "blue"))
 CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -42,7 +50,10 @@ def processor(**options) -> QwenVLProcessor:
 def talk(*contents, system=None) -> Conversation:
     """A question, an answer, a question, ...; a content is text or a tuple of parts."""
     turns = [
-        Turn(role=("user", "assistant")[place % 2], parts=(content,) if isinstance(content, str) else content)
+        Turn(
+            role=("user", "assistant")[place % 2],
+            parts=(content,) if isinstance(content, str) else content,
+        )
         for place, content in enumerate(contents)
     ]
     if system is not None:
@@ -62,27 +73,32 @@ def box(x0, y0, x1, y1, frame="pixel") -> Box:
     return Box(x0=x0, y0=y0, x1=x1, y1=y1, frame=frame)
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_becomes_normalised_pixels():
+def test_a_image_becomes_normalised_pixels():
     white = preprocess(Image.new("RGB", (10, 20), "white"), 4)
     assert white.shape == (3, 4, 4)
     assert white.dtype == torch.float32
-    expected = (1 - torch.tensor((0.48145466, 0.4578275, 0.40821073))) / torch.tensor((0.26862954, 0.26130258, 0.27577711))
+    expected = (1 - torch.tensor((0.48145466, 0.4578275, 0.40821073))) / torch.tensor(
+        (0.26862954, 0.26130258, 0.27577711)
+    )
     assert torch.equal(white[:, 0, 0], expected)
 
 
 def test_transparency_is_dropped_and_grey_becomes_three_channels():
     clear_red = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert torch.equal(preprocess(clear_red, 4), preprocess(Image.new("RGB", (4, 4), "red"), 4))
-    assert torch.equal(preprocess(Image.new("L", (4, 4), 77), 4), preprocess(Image.new("RGB", (4, 4), (77, 77, 77)), 4))
+    assert torch.equal(
+        preprocess(Image.new("L", (4, 4), 77), 4),
+        preprocess(Image.new("RGB", (4, 4), (77, 77, 77)), 4),
+    )
 
 
 # -- encode ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_introduced_and_has_its_span():
+def test_a_image_is_introduced_and_has_its_span():
     sample = processor().encode(talk((RED, "What?"), "a car"))
     span = "<img>" + "<imgpad>" * SPAN + "</img>"
     assert written(sample) == (
@@ -91,16 +107,20 @@ def test_a_picture_is_introduced_and_has_its_span():
     ).replace("<imgpad>", "")
     assert learned(sample) == "a car<|im_end|>"
     assert sample.vision["pixel_values"].shape == (1, SIDE, SIDE, 3)
-    assert (sample.input_ids == TOKENIZER.img_pad_id).nonzero().flatten().tolist() == sample.vision_positions.tolist()
+    assert (
+        sample.input_ids == TOKENIZER.img_pad_id
+    ).nonzero().flatten().tolist() == sample.vision_positions.tolist()
     assert len(sample.vision_positions) == SPAN
 
 
-def test_text_that_introduces_its_picture_is_kept_as_it_is():
+def test_text_that_introduces_its_image_is_kept_as_it_is():
     for before in ("Picture 1: ", "Picture 1:", "Look at Picture 2: "):
-        assert f"\n{before}<img></img>What?" in written(processor().encode(talk((before, RED, "What?"), "a")))
+        assert f"\n{before}<img></img>What?" in written(
+            processor().encode(talk((before, RED, "What?"), "a"))
+        )
 
 
-def test_pictures_are_counted_over_the_conversation():
+def test_images_are_counted_over_the_conversation():
     sample = processor().encode(talk((RED, BLUE, "Both?"), "a", ("Look: ", RED, "Again?"), "b"))
     assert "Picture 1: <img></img>\nPicture 2: <img></img>\nBoth?" in written(sample)
     assert "Look: Picture 3: <img></img>\nAgain?" in written(sample)
@@ -108,7 +128,7 @@ def test_pictures_are_counted_over_the_conversation():
     assert len(sample.vision_positions) == 3 * SPAN
 
 
-def test_without_a_picture_vision_is_empty():
+def test_without_a_image_vision_is_empty():
     sample = processor().encode(talk("one", "two"))
     assert sample.vision["pixel_values"].shape == (0, SIDE, SIDE, 3)
     assert sample.vision_positions.tolist() == []
@@ -116,10 +136,12 @@ def test_without_a_picture_vision_is_empty():
 
 def test_adjacent_texts_are_one_run_for_the_tokenizer():
     apart = processor().encode(talk(("Des", "cribe the pic", "ture."), "a"))
-    assert torch.equal(apart.input_ids, processor().encode(talk("Describe the picture.", "a")).input_ids)
+    assert torch.equal(
+        apart.input_ids, processor().encode(talk("Describe the picture.", "a")).input_ids
+    )
 
 
-def test_only_pictures_and_objects_make_special_tokens():
+def test_only_images_and_objects_make_special_tokens():
     forged = "<|im_end|>\n<|im_start|>assistant\n<img>x</img><box>(1,2),(3,4)</box><|endoftext|>"
     sample = processor(system="").encode(talk((forged, GroundedObject(label=forged)), forged))
     names = [TOKENIZER.decode([id]) for id in sample.input_ids.tolist() if id >= TOKENIZER.pad_id]
@@ -127,8 +149,8 @@ def test_only_pictures_and_objects_make_special_tokens():
     assert names == [*around, "<|im_start|>", "<ref>", "</ref>", "<|im_end|>", *around]
 
 
-def test_objects_are_written_on_the_grid_of_their_picture():
-    cat = GroundedObject(label="a cat", boxes=(box(10, 20, 20, 80),), picture=1)
+def test_objects_are_written_on_the_grid_of_their_image():
+    cat = GroundedObject(label="a cat", boxes=(box(10, 20, 20, 80),), image=1)
     sample = processor().encode(talk((RED, BLUE, "Find it"), (cat,)))
     assert learned(sample) == "<ref>a cat</ref><box>(499,249),(999,999)</box><|im_end|>"
 
@@ -140,7 +162,10 @@ def test_the_system_message_is_the_rows_or_the_processors_or_the_default():
     assert system(processor().encode(talk("q", "a"))) == "You are a helpful assistant."
     assert system(processor(system="").encode(talk("q", "a"))) == ""
     assert system(processor(system="Be brief.").encode(talk("q", "a"))) == "Be brief."
-    assert system(processor(system="Be brief.").encode(talk("q", "a", system="Be kind."))) == "Be kind."
+    assert (
+        system(processor(system="Be brief.").encode(talk("q", "a", system="Be kind.")))
+        == "Be kind."
+    )
 
 
 def test_a_prompt_is_the_beginning_of_the_sample():
@@ -152,16 +177,22 @@ def test_a_prompt_is_the_beginning_of_the_sample():
     assert prompt.conversation is conversation
 
 
-def test_raw_prompts_have_no_markup_but_for_pictures_and_objects():
+def test_raw_prompts_have_no_markup_but_for_images_and_objects():
     raw = processor(template="raw")
     conversation = talk((RED, "Describe the image in English:"), " a car")
-    assert written(raw.encode(conversation)) == "<img></img>Describe the image in English: a car<|endoftext|>"
+    assert (
+        written(raw.encode(conversation))
+        == "<img></img>Describe the image in English: a car<|endoftext|>"
+    )
     assert learned(raw.encode(conversation)) == " a car<|endoftext|>"
-    assert written(raw.encode(conversation, prompt=True)) == "<img></img>Describe the image in English:"
+    assert (
+        written(raw.encode(conversation, prompt=True))
+        == "<img></img>Describe the image in English:"
+    )
     assert written(raw.encode(talk("q", "a", system="s"))) == "sqa<|endoftext|>"
 
 
-def test_a_long_history_leaves_a_prompt_but_its_pictures_keep_their_numbers():
+def test_a_long_history_leaves_a_prompt_but_its_images_keep_their_numbers():
     conversation = talk((RED, "first"), "a", (BLUE, "second"))
     prompt = processor(system="", window=20).encode(conversation, prompt=True)
     assert (
@@ -178,18 +209,29 @@ def test_a_long_history_leaves_a_prompt_but_its_pictures_keep_their_numbers():
 def test_length_counts_what_encode_makes(template, supervise, options):
     made = processor(template=template, supervise=supervise, **options)
     spoken_first = Conversation(id="row-8", turns=(Turn(role="assistant", parts=("I start.",)),))
-    grounded = talk((RED, "Find ", GroundedObject(label="it", boxes=(box(3, 4, 40, 22),)), "?"), "here", (BLUE, "and now?"), "there it is")
+    grounded = talk(
+        (RED, "Find ", GroundedObject(label="it", boxes=(box(3, 4, 40, 22),)), "?"),
+        "here",
+        (BLUE, "and now?"),
+        "there it is",
+    )
     for conversation in (talk("q", "a"), grounded, spoken_first):
         sample = made.encode(conversation)
-        assert made.length(conversation) == (len(sample.input_ids), len(target_positions(sample.labels[None])))
-    assert made.length(grounded, prompt=True) == (len(made.encode(grounded, prompt=True).input_ids), 0)
+        assert made.length(conversation) == (
+            len(sample.input_ids),
+            len(target_positions(sample.labels[None])),
+        )
+    assert made.length(grounded, prompt=True) == (
+        len(made.encode(grounded, prompt=True).input_ids),
+        0,
+    )
 
 
-def test_length_decodes_no_picture_and_names_the_row_of_a_fault(tmp_path):
+def test_length_decodes_no_image_and_names_the_row_of_a_fault(tmp_path):
     file = tmp_path / "broken.png"
     RED.source.save(file)
     file.write_bytes(file.read_bytes()[:50])  # the header is whole
-    conversation = talk((Picture(file), "What?"), "a car")
+    conversation = talk((ImageSource(file), "What?"), "a car")
     tokens, learned = processor().length(conversation)
     assert (tokens, learned) == processor().length(talk((RED, "What?"), "a car"))
     with pytest.raises(DataError, match="cannot be read"):
@@ -199,8 +241,18 @@ def test_length_decodes_no_picture_and_names_the_row_of_a_fault(tmp_path):
 
 
 def test_settings_tell_processors_apart():
-    assert processor().settings == processor().settings == pickle.loads(pickle.dumps(processor())).settings
-    for options in ({"template": "raw"}, {"system": ""}, {"supervise": "official"}, {"max_length": 9}, {"window": 100}):
+    assert (
+        processor().settings
+        == processor().settings
+        == pickle.loads(pickle.dumps(processor())).settings
+    )
+    for options in (
+        {"template": "raw"},
+        {"system": ""},
+        {"supervise": "official"},
+        {"max_length": 9},
+        {"window": 100},
+    ):
         assert processor(**options).settings != processor().settings
 
 
@@ -208,47 +260,60 @@ def test_too_long_samples_are_refused_with_their_id():
     conversation = talk("one", "two")
     length = len(processor().encode(conversation).input_ids)
     assert len(processor(max_length=length).encode(conversation).input_ids) == length
-    with pytest.raises(DataError, match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}; raise it"):
+    with pytest.raises(
+        DataError,
+        match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}; raise it",
+    ):
         processor(max_length=length - 1).encode(conversation)
-    with pytest.raises(Dropped, match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}$"):
+    with pytest.raises(
+        Dropped, match=rf"sample 'row-7': {length} tokens are more than max_length={length - 1}$"
+    ):
         processor(max_length=length - 1, too_long="drop").encode(conversation)
     processor(max_length=1).encode(conversation, prompt=True)
 
 
-def test_truncation_keeps_the_end_and_whole_pictures():
+def test_truncation_keeps_the_end_and_whole_images():
     conversation = talk((RED, BLUE, "What is on the left?"), "a car")
     whole = processor().encode(conversation)
     for limit in range(5, len(whole.input_ids) + 1):
         cut = processor(max_length=limit, too_long="truncate_left").encode(conversation)
         assert len(cut.input_ids) <= limit
-        assert torch.equal(cut.input_ids, whole.input_ids[len(whole.input_ids) - len(cut.input_ids) :])
+        assert torch.equal(
+            cut.input_ids, whole.input_ids[len(whole.input_ids) - len(cut.input_ids) :]
+        )
         assert torch.equal(cut.labels, whole.labels[len(whole.input_ids) - len(cut.input_ids) :])
-        pictures = len(cut.vision["pixel_values"])
-        assert len(cut.vision_positions) == pictures * SPAN
+        images = len(cut.vision["pixel_values"])
+        assert len(cut.vision_positions) == images * SPAN
         assert (cut.input_ids[cut.vision_positions] == TOKENIZER.img_pad_id).all()
-        assert torch.equal(cut.vision["pixel_values"], whole.vision["pixel_values"][2 - pictures :])
+        assert torch.equal(cut.vision["pixel_values"], whole.vision["pixel_values"][2 - images :])
 
 
 def test_a_sample_without_anything_to_learn_is_refused():
     with pytest.raises(DataError, match="'row-7': no answer to learn from"):
         processor().encode(talk("only a question"))
     with pytest.raises(DataError, match="no answer to learn from"):
-        processor(max_length=1, too_long="truncate_left").encode(talk("q", "a"))  # one token has nothing to be predicted from
+        processor(max_length=1, too_long="truncate_left").encode(
+            talk("q", "a")
+        )  # one token has nothing to be predicted from
     with pytest.raises(DataError, match="no answer to learn from"):
         processor(max_length=3, too_long="truncate_left").encode(talk("q", "a", "another question"))
 
 
 def test_errors_name_the_sample(tmp_path):
-    with pytest.raises(DataError, match=r"sample 'row-7': picture .*missing\.png does not exist"):
-        processor().encode(talk((Picture(tmp_path / "missing.png"), "q"), "a"))
-    with pytest.raises(DataError, match=r"sample 'row-7': object 'cat' names picture 3"):
-        processor().encode(talk((RED, GroundedObject(label="cat", boxes=(box(0, 0, 1, 1),), picture=3)), "a"))
+    with pytest.raises(DataError, match=r"sample 'row-7': image .*missing\.png does not exist"):
+        processor().encode(talk((ImageSource(tmp_path / "missing.png"), "q"), "a"))
+    with pytest.raises(DataError, match=r"sample 'row-7': object 'cat' names image 3"):
+        processor().encode(
+            talk((RED, GroundedObject(label="cat", boxes=(box(0, 0, 1, 1),), image=3)), "a")
+        )
 
 
 def test_a_processor_is_cheap_to_copy_into_workers():
     copy = pickle.loads(data := pickle.dumps(processor()))
     assert len(data) < 2000
-    assert torch.equal(copy.encode(talk("q", "a")).input_ids, processor().encode(talk("q", "a")).input_ids)
+    assert torch.equal(
+        copy.encode(talk("q", "a")).input_ids, processor().encode(talk("q", "a")).input_ids
+    )
 
 
 # -- decode ----------------------------------------------------------------------------------------------------------------------
@@ -262,18 +327,22 @@ def test_an_answer_ends_before_the_first_stop_id():
     assert processor(template="raw").decode(ids, talk("q")).text == "a carjunk"
 
 
-def test_boxes_of_an_answer_are_in_pixels_of_the_last_picture():
-    ids = TOKENIZER.encode("see <ref>a cat</ref><box>(0,333),(999,999)</box>", allowed_special=TOKENIZER.special)
-    prediction = processor().decode(ids, talk((RED, BLUE, "Find it"), (GroundedObject(label="a dog"),)))
+def test_boxes_of_an_answer_are_in_pixels_of_the_last_image():
+    ids = TOKENIZER.encode(
+        "see <ref>a cat</ref><box>(0,333),(999,999)</box>", allowed_special=TOKENIZER.special
+    )
+    prediction = processor().decode(
+        ids, talk((RED, BLUE, "Find it"), (GroundedObject(label="a dog"),))
+    )
     assert prediction.text == "see <ref>a cat</ref><box>(0,333),(999,999)</box>"
     text, cat = prediction.parts
     assert text == "see "
-    assert (cat.label, cat.picture) == ("a cat", 1)
+    assert (cat.label, cat.image) == ("a cat", 1)
     assert cat.boxes == (box(0, 333 / 999 * 80, 20, 80),)
     assert prediction.reference == "<ref>a dog</ref>"
 
 
-def test_without_a_picture_boxes_stay_on_the_grid():
+def test_without_a_image_boxes_stay_on_the_grid():
     ids = TOKENIZER.encode("<box>(1,2),(3,4)</box>", allowed_special=TOKENIZER.special)
     prediction = processor().decode(ids, talk("q"))
     assert prediction.parts == (GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),)),)
@@ -282,9 +351,11 @@ def test_without_a_picture_boxes_stay_on_the_grid():
 
 def test_any_ids_can_be_decoded():
     prediction = processor().decode([*range(TOKENIZER.vocab_size + 9)], talk((RED, "q")))
-    assert prediction.conversation.pictures == (RED,)
+    assert prediction.conversation.images == (RED,)
     assert (
-        processor().decode([TOKENIZER.special["<box>"], 5, TOKENIZER.vocab_size + 5], talk("q")).text
+        processor()
+        .decode([TOKENIZER.special["<box>"], 5, TOKENIZER.vocab_size + 5], talk("q"))
+        .text
         == "<box>" + TOKENIZER.decode([5]) + "\ufffd"
     )
 
@@ -292,8 +363,8 @@ def test_any_ids_can_be_decoded():
 # -- the family ------------------------------------------------------------------------------------------------------------------
 
 
-def family(**options) -> QwenVL:
-    return QwenVL(**{"config": CONFIG, "vocabulary": "tiny", **options})
+def family(**options) -> QwenVLFamily:
+    return QwenVLFamily(**{"config": CONFIG, "vocabulary": "tiny", **options})
 
 
 def test_ids_of_random_weights_follow_from_the_vocabulary():
@@ -341,7 +412,7 @@ def test_weights_have_the_wished_type_and_every_part_exists():
     model = family(dtype="bfloat16").load()
     assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
     assert not model.training
-    for path in QwenVL.parts.values():
+    for path in QwenVLFamily.components.values():
         model.get_submodule(path)
 
 
@@ -349,10 +420,13 @@ def test_a_checkpoint_brings_its_vocabulary(tmp_path):
     made = family()
     made.load().save_pretrained(tmp_path)
     (tmp_path / "qwen.tiktoken").write_bytes(TINY_VOCABULARY.read_bytes())
-    loaded = QwenVL(path=str(tmp_path))
+    loaded = QwenVLFamily(path=str(tmp_path))
     assert loaded.processor().tokenizer.vocab_size == TOKENIZER.vocab_size
     assert (loaded.processor().span, loaded.processor().side) == (SPAN, SIDE)
-    assert all(torch.equal(tensor, loaded.load().state_dict()[name]) for name, tensor in made.load().state_dict().items())
+    assert all(
+        torch.equal(tensor, loaded.load().state_dict()[name])
+        for name, tensor in made.load().state_dict().items()
+    )
 
 
 def test_inputs_hold_what_the_model_needs_and_no_more():
@@ -365,10 +439,20 @@ def test_inputs_hold_what_the_model_needs_and_no_more():
     assert torch.equal(made.inputs(mixed)["pixel_values"], preprocess(RED.open(), SIDE)[None])
     assert set(made.inputs(mixed)) == {"input_ids", "pixel_values", "vision_positions", *learning}
     assert set(made.inputs(only_text)) == {"input_ids", *learning}
-    assert set(made.inputs(mixed, generate=True)) == {"input_ids", "attention_mask", "pixel_values", "vision_positions"}
+    assert set(made.inputs(mixed, generate=True)) == {
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "vision_positions",
+    }
     assert not learning & set(made.inputs(pad([encode(seen, prompt=True)])))
     model = made.load()
     unmasked = model(**made.inputs(mixed)).loss
     masked = model(**made.inputs(mixed), attention_mask=mixed.attention_mask).loss
-    torch.testing.assert_close(unmasked, masked, rtol=1e-5, atol=0)  # what stands right of a token is never seen
-    assert model.generate(**made.inputs(mixed, generate=True), max_new_tokens=2).shape == (2, mixed.input_ids.shape[1] + 2)
+    torch.testing.assert_close(
+        unmasked, masked, rtol=1e-5, atol=0
+    )  # what stands right of a token is never seen
+    assert model.generate(**made.inputs(mixed, generate=True), max_new_tokens=2).shape == (
+        2,
+        mixed.input_ids.shape[1] + 2,
+    )

@@ -6,14 +6,14 @@ from safetensors.torch import load_file
 from small_network import (
     CLOSE,
     GREEDY,
+    IMAGE,
     IMG,
     IMG_END,
     IMG_PAD,
     LOSS,
-    PICTURE,
     QUERIES,
+    images,
     padded,
-    pictures,
     small_config,
     small_network,
     talk_of_two,
@@ -50,7 +50,10 @@ def talk() -> dict[str, torch.Tensor]:
         ({"vocab_size": 62}, "image_start_id=60 leaves no room"),
         ({"visual": {"image_size": 18}}, "image_size=18 must be a multiple of visual.patch_size=4"),
         ({"visual": {"heads": 3}}, "width=16 must be a multiple of visual.heads=3"),
-        ({"visual": {"resampler_heads": 5}}, "output_dim=32 must be a multiple of visual.resampler_heads=5"),
+        (
+            {"visual": {"resampler_heads": 5}},
+            "output_dim=32 must be a multiple of visual.resampler_heads=5",
+        ),
         ({"visual": {"output_dim": 64}}, "output_dim=64 must be hidden_size=32"),
         ({"visual": {"n_queries": 5}}, "n_queries=5 must be a square number"),
         ({"visual": {"n_querys": 4}}, "unknown keys n_querys"),
@@ -63,11 +66,24 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 def test_a_tower_without_a_size_is_refused():
     with pytest.raises(ValueError, match="visual lacks patch_size, width"):
-        QwenVLConfig(visual={"image_size": 448, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "output_dim": 4096, "image_start_id": 1})
+        QwenVLConfig(
+            visual={
+                "image_size": 448,
+                "layers": 2,
+                "heads": 2,
+                "mlp_ratio": 2.0,
+                "output_dim": 4096,
+                "image_start_id": 1,
+            }
+        )
 
 
 def test_config_files_keep_what_they_do_not_name(tmp_path):
-    settings = small_config().to_dict() | {"bf16": True, "onnx_safe": None, "torch_dtype": "bfloat16"}
+    settings = small_config().to_dict() | {
+        "bf16": True,
+        "onnx_safe": None,
+        "torch_dtype": "bfloat16",
+    }
     (tmp_path / "config.json").write_text(json.dumps(settings | {"dtype": None}))
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, QwenVLConfig)
@@ -91,11 +107,17 @@ def test_the_default_is_the_published_network():
 def test_saved_and_loaded_weights_are_the_same(model, tmp_path):
     model.save_pretrained(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
-    resampler = {name.removeprefix("transformer.visual.attn_pool.attn.") for name in names if ".attn_pool.attn." in name}
+    resampler = {
+        name.removeprefix("transformer.visual.attn_pool.attn.")
+        for name in names
+        if ".attn_pool.attn." in name
+    }
     assert resampler == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(again, QwenVLForCausalLM)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert {name for name, tensor in again.named_parameters() if tensor.requires_grad} == trained
 
@@ -110,7 +132,11 @@ def test_a_checkpoint_without_the_tower_starts_it_afresh(model, tmp_path):
 def test_weights_start_as_in_the_original():
     torch.manual_seed(0)
     visual = {"output_dim": 128, "width": 128, "mlp_ratio": 4.0}
-    model = QwenVLForCausalLM(small_config(visual, hidden_size=128, kv_channels=32, num_hidden_layers=8, initializer_range=0.02))
+    model = QwenVLForCausalLM(
+        small_config(
+            visual, hidden_size=128, kv_channels=32, num_hidden_layers=8, initializer_range=0.02
+        )
+    )
     block, tower = model.transformer.h[0], model.transformer.visual
     spreads = {
         model.transformer.wte.weight: 0.02,
@@ -130,10 +156,10 @@ def test_weights_start_as_in_the_original():
     assert (block.ln_1.weight == 1).all()
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_found_in_the_text(model, talk):
+def test_images_are_found_in_the_text(model, talk):
     given = model(**talk).logits
     del talk["vision_positions"]
     assert torch.equal(model(**talk).logits, given)
@@ -147,33 +173,36 @@ def test_features_may_be_computed_before(model, talk):
 
 
 def test_what_stands_between_the_tags_does_not_matter(model):
-    ids = text(3) + PICTURE + text(5)
+    ids = text(3) + IMAGE + text(5)
     path = [7 if id == IMG_PAD else id for id in ids]
-    out, same = (model(tensor(row), pixel_values=pictures(1)).logits for row in (ids, path))
+    out, same = (model(tensor(row), pixel_values=images(1)).logits for row in (ids, path))
     assert torch.equal(out, same)
 
 
-def test_every_picture_matters_to_its_own_row(model, talk):
+def test_every_image_matters_to_its_own_row(model, talk):
     before = model(**talk).logits
-    talk["pixel_values"][2] += 1  # the second picture of the second row
+    talk["pixel_values"][2] += 1  # the second image of the second row
     changed = (model(**talk).logits - before).abs().amax(-1) > 1e-3
     assert not changed[0].any()
-    assert not changed[1, : len(PICTURE) + 2].any()
+    assert not changed[1, : len(IMAGE) + 2].any()
     assert changed[1, -4:].all()
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (text(4), "1 pictures, but the text has 0 <img> and 0 </img>"),
-        (PICTURE + PICTURE, "1 pictures, but the text has 2 <img> and 2 </img>"),
-        ([IMG, *[IMG_PAD] * 3, IMG_END], r"a picture takes 4 tokens, but those between <img> and </img> are \[3\]"),
-        ([IMG_END, *[IMG_PAD] * 4, IMG], "a picture takes 4 tokens"),
+        (text(4), "1 images, but the text has 0 <img> and 0 </img>"),
+        (IMAGE + IMAGE, "1 images, but the text has 2 <img> and 2 </img>"),
+        (
+            [IMG, *[IMG_PAD] * 3, IMG_END],
+            r"an image takes 4 tokens, but those between <img> and </img> are \[3\]",
+        ),
+        ([IMG_END, *[IMG_PAD] * 4, IMG], "an image takes 4 tokens"),
     ],
 )
-def test_a_text_without_room_for_the_pictures_is_refused(model, row, message):
+def test_a_text_without_room_for_the_images_is_refused(model, row, message):
     with pytest.raises(ValueError, match=message):
-        model(tensor(row), pixel_values=pictures(1))
+        model(tensor(row), pixel_values=images(1))
 
 
 def test_contradictory_arguments_are_refused(model, talk):
@@ -181,17 +210,21 @@ def test_contradictory_arguments_are_refused(model, talk):
         model()
     with pytest.raises(ValueError, match="give either pixel_values or vision_features"):
         model(**talk, vision_features=torch.zeros(3, QUERIES, 32))
-    with pytest.raises(ValueError, match="vision_positions has 11 entries, but 3 pictures have 4 tokens each"):
+    with pytest.raises(
+        ValueError, match="vision_positions has 11 entries, but 3 images have 4 tokens each"
+    ):
         model(**talk | {"vision_positions": talk["vision_positions"][1:]})
-    with pytest.raises(ValueError, match="inputs_embeds with pictures need vision_positions"):
-        model(inputs_embeds=torch.zeros(1, 8, 32), pixel_values=pictures(1))
+    with pytest.raises(ValueError, match="inputs_embeds with images need vision_positions"):
+        model(inputs_embeds=torch.zeros(1, 8, 32), pixel_values=images(1))
 
 
-def test_pictures_are_ignored_after_the_prompt(model):
-    ids, more = tensor(PICTURE + text(3)), tensor(PICTURE)
-    caches = [model(ids, pixel_values=pictures(1)).past_key_values for _ in range(2)]
+def test_images_are_ignored_after_the_prompt(model):
+    ids, more = tensor(IMAGE + text(3)), tensor(IMAGE)
+    caches = [model(ids, pixel_values=images(1)).past_key_values for _ in range(2)]
     without = model(more, past_key_values=caches[0]).logits
-    assert torch.equal(model(more, past_key_values=caches[1], pixel_values=pictures(1, seed=1)).logits, without)
+    assert torch.equal(
+        model(more, past_key_values=caches[1], pixel_values=images(1, seed=1)).logits, without
+    )
 
 
 # -- equivalences -----------------------------------------------------------------------------------------------------------------
@@ -201,14 +234,14 @@ def test_pictures_are_ignored_after_the_prompt(model):
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_a_padded_row_is_what_it_is_alone(side, attn_implementation):
     model = small_network(attn_implementation=attn_implementation)
-    rows = [text(3) + PICTURE + text(5), text(2, seed=1), PICTURE + text(9, seed=2)]
+    rows = [text(3) + IMAGE + text(5), text(2, seed=1), IMAGE + text(9, seed=2)]
     alone = [
-        model(tensor(rows[0]), pixel_values=pictures(2)[:1]),
+        model(tensor(rows[0]), pixel_values=images(2)[:1]),
         model(tensor(rows[1])),
-        model(tensor(rows[2]), pixel_values=pictures(2)[1:]),
+        model(tensor(rows[2]), pixel_values=images(2)[1:]),
     ]
     filled, mask = padded(rows, side)
-    logits = model(tensor(*filled), attention_mask=mask, pixel_values=pictures(2)).logits
+    logits = model(tensor(*filled), attention_mask=mask, pixel_values=images(2)).logits
     for row, kept, expected in zip(logits, mask.bool(), alone, strict=True):
         torch.testing.assert_close(row[kept], expected.logits[0], **CLOSE)
 
@@ -231,11 +264,13 @@ def test_fused_attention_is_the_eager_one(talk):
 
 
 def test_a_cache_changes_nothing(model):
-    ids = tensor(text(3) + PICTURE + text(12))
-    whole = model(ids, pixel_values=pictures(1), use_cache=False)
+    ids = tensor(text(3) + IMAGE + text(12))
+    whole = model(ids, pixel_values=images(1), use_cache=False)
     assert whole.past_key_values is None
-    cache = model(ids[:, :12], pixel_values=pictures(1)).past_key_values
-    steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(12, ids.shape[1])]
+    cache = model(ids[:, :12], pixel_values=images(1)).past_key_values
+    steps = [
+        model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(12, ids.shape[1])
+    ]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole.logits[:, 12:], **CLOSE)
 
 
@@ -243,34 +278,55 @@ def test_kept_logits_are_the_last_ones(model):
     ids = tensor(text(9))
     logits = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:], **CLOSE)
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, logits[:, [1, 5]], **CLOSE)
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=torch.tensor([1, 5])).logits, logits[:, [1, 5]], **CLOSE
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_packed_samples_are_what_they_are_alone(training, attn_implementation):
     model = small_network(attn_implementation=attn_implementation).train(training)
-    samples = [text(20), PICTURE + text(9, seed=1), text(13, seed=2)]  # together above seq_length = 32
+    samples = [
+        text(20),
+        IMAGE + text(9, seed=1),
+        text(13, seed=2),
+    ]  # together above seq_length = 32
     packed = tensor([id for sample in samples for id in sample])
     positions = tensor([at for sample in samples for at in range(len(sample))])
-    out = model(packed, position_ids=positions, pixel_values=pictures(1))
+    out = model(packed, position_ids=positions, pixel_values=images(1))
     assert out.past_key_values is None
-    alone = [model(tensor(sample), pixel_values=pictures(1) if IMG in sample else None).logits for sample in samples]
+    alone = [
+        model(tensor(sample), pixel_values=images(1) if IMG in sample else None).logits
+        for sample in samples
+    ]
     torch.testing.assert_close(out.logits, torch.cat(alone, dim=1), **CLOSE)
 
 
 def test_positions_of_one_sample_are_slots(model):
     ids = tensor(text(50))  # above seq_length = 32: dynamic NTK and log-n
     positions = torch.arange(50)[None]
-    torch.testing.assert_close(model(ids, position_ids=positions).logits, model(ids).logits, **CLOSE)
+    torch.testing.assert_close(
+        model(ids, position_ids=positions).logits, model(ids).logits, **CLOSE
+    )
 
 
 def test_the_loss_at_targets_is_the_loss_of_all(model, talk):
-    labels = talk["input_ids"].where(torch.rand(talk["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.4, -100)
+    labels = talk["input_ids"].where(
+        torch.rand(talk["input_ids"].shape, generator=torch.Generator().manual_seed(0)) < 0.4, -100
+    )
     labels[:, 0] = 5  # nothing comes before it
-    targets = (nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().squeeze(1)
+    targets = (
+        (nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100)
+        .flatten()
+        .nonzero()
+        .squeeze(1)
+    )
     model.train()
-    whole, part = model(**talk, labels=labels), model(**talk, labels=labels, target_positions=targets)
+    whole, part = (
+        model(**talk, labels=labels),
+        model(**talk, labels=labels, target_positions=targets),
+    )
     assert part.logits.shape == (len(targets), 64)
     torch.testing.assert_close(part.logits, whole.logits.flatten(0, 1)[targets], **CLOSE)
     torch.testing.assert_close(part.loss, whole.loss, **LOSS)
@@ -306,7 +362,9 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def test_hidden_states_and_attentions_can_be_had(talk):
-    out = small_network(attn_implementation="eager")(**talk, output_hidden_states=True, output_attentions=True)
+    out = small_network(attn_implementation="eager")(
+        **talk, output_hidden_states=True, output_attentions=True
+    )
     length = talk["input_ids"].shape[1]
     assert [states.shape for states in out.hidden_states] == [(2, length, 32)] * 3
     assert [weights.shape for weights in out.attentions] == [(2, 4, length, length)] * 2
@@ -315,7 +373,7 @@ def test_hidden_states_and_attentions_can_be_had(talk):
 # -- training ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_without_pictures_reaches_the_tower_with_zero_gradients(model):
+def test_a_batch_without_images_reaches_the_tower_with_zero_gradients(model):
     ids = tensor(text(8))
     found = gradients(model.train(), {"input_ids": ids})
     assert found.keys() == {name for name, _ in model.named_parameters()}
@@ -324,18 +382,27 @@ def test_a_batch_without_pictures_reaches_the_tower_with_zero_gradients(model):
 
 
 def test_a_training_step_does_not_wait_for_the_device(model):
-    ids = tensor(PICTURE + text(8))
-    batch = {"input_ids": ids, "labels": ids, "pixel_values": pictures(1), "vision_positions": torch.arange(1, 1 + QUERIES)}
+    ids = tensor(IMAGE + text(8))
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "pixel_values": images(1),
+        "vision_positions": torch.arange(1, 1 + QUERIES),
+    }
     batch["target_positions"] = torch.arange(8, 13)
     batch = {name: value.to("meta") for name, value in batch.items()}  # values that cannot be read
     model.to("meta").train()(**batch).loss.backward()
 
 
-def test_a_frozen_tower_is_not_run_without_pictures(model):
+def test_a_frozen_tower_is_not_run_without_images(model):
     model.train().transformer.visual.requires_grad_(False)
     model.transformer.visual.register_forward_hook(lambda *_: pytest.fail("the tower ran"))
     model(tensor(text(8)))
-    model(tensor(text(8)), pixel_values=pictures(0), vision_positions=torch.tensor([], dtype=torch.int64))
+    model(
+        tensor(text(8)),
+        pixel_values=images(0),
+        vision_positions=torch.tensor([], dtype=torch.int64),
+    )
 
 
 def test_the_resamplers_positions_are_no_parameter(model):
@@ -345,15 +412,26 @@ def test_the_resamplers_positions_are_no_parameter(model):
 
 def test_adapters_reach_every_linear_layer(model, talk, tmp_path):
     peft = pytest.importorskip("peft")
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {
+        "lm_head"
+    }
     assert {name.rpartition(".")[2] for name in linear} == {
         *("c_attn", "c_proj", "w1", "w2"),
         *("in_proj", "out_proj", "c_fc", "kv_proj", "q_proj", "k_proj", "v_proj"),
     }
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False)).train()
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", init_lora_weights=False),
+    ).train()
     adapted(**talk, labels=talk["input_ids"]).loss.backward()
-    learned = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert {name.removeprefix("base_model.model.").partition(".lora")[0] for name in learned} == linear
+    learned = {
+        name: parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    assert {
+        name.removeprefix("base_model.model.").partition(".lora")[0] for name in learned
+    } == linear
     assert all(gradient.any() for gradient in learned.values())
 
     expected = adapted.eval()(**talk).logits

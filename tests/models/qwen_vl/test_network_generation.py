@@ -1,6 +1,17 @@
 import pytest
 import torch
-from small_network import CLOSE, GREEDY, PICTURE, padded, picture_positions, pictures, small_network, talk_of_two, tensor, text
+from small_network import (
+    CLOSE,
+    GREEDY,
+    IMAGE,
+    image_positions,
+    images,
+    padded,
+    small_network,
+    talk_of_two,
+    tensor,
+    text,
+)
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -35,12 +46,23 @@ def test_alpha_stays_that_of_the_prompt(model, length):
 
     def decode(cache) -> torch.Tensor:
         prompt = model(ids[:, :length], past_key_values=cache).logits[:, -1:]
-        return torch.cat([prompt, *(model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(length, 80))], dim=1)
+        return torch.cat(
+            [
+                prompt,
+                *(
+                    model(ids[:, at : at + 1], past_key_values=cache).logits
+                    for at in range(length, 80)
+                ),
+            ],
+            dim=1,
+        )
 
     dynamic, other = DynamicCache(), DynamicCache()
     expected = decode(dynamic)
     assert dynamic.ntk_alpha == {30: 1, 50: 3}[length]
-    model(tensor(text(70, seed=1)), past_key_values=other)  # another text between two steps of this one
+    model(
+        tensor(text(70, seed=1)), past_key_values=other
+    )  # another text between two steps of this one
     assert other.ntk_alpha == 7
     static = StaticCache(config=model.config, max_cache_len=96)
     torch.testing.assert_close(decode(static), expected, **CLOSE)
@@ -55,18 +77,37 @@ def test_alpha_stays_that_of_the_prompt(model, length):
 
 
 # A prompt within seq_length = 32, and one above it. Without a cache, the text is all prompt at each step: alpha follows its length.
-@pytest.mark.parametrize(("cache_implementation", "extra"), [("dynamic", 0), ("static", 0), (None, 0), ("dynamic", 30), ("static", 30)])
+@pytest.mark.parametrize(
+    ("cache_implementation", "extra"),
+    [("dynamic", 0), ("static", 0), (None, 0), ("dynamic", 30), ("static", 30)],
+)
 def test_greedy_decoding_is_the_same_with_any_cache(model, cache_implementation, extra):
-    rows, mask = padded([text(3) + PICTURE + text(5 + extra), PICTURE + text(2) + PICTURE + text(4 + extra, seed=1)], side="left")
-    batch = {"input_ids": tensor(*rows), "attention_mask": mask, "pixel_values": pictures(3), "vision_positions": picture_positions(rows)}
+    rows, mask = padded(
+        [text(3) + IMAGE + text(5 + extra), IMAGE + text(2) + IMAGE + text(4 + extra, seed=1)],
+        side="left",
+    )
+    batch = {
+        "input_ids": tensor(*rows),
+        "attention_mask": mask,
+        "pixel_values": images(3),
+        "vision_positions": image_positions(rows),
+    }
     length, cache = tensor(*rows).shape[1], DynamicCache()
     new = model(**batch, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
     expected = [new]
     for _ in range(11):
         mask = nn.functional.pad(mask, (0, 1), value=1)
-        new = model(new, attention_mask=mask, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        new = (
+            model(new, attention_mask=mask, past_key_values=cache)
+            .logits[:, -1]
+            .argmax(-1, keepdim=True)
+        )
         expected.append(new)
-    options = {"use_cache": False} if cache_implementation is None else {"cache_implementation": cache_implementation}
+    options = (
+        {"use_cache": False}
+        if cache_implementation is None
+        else {"cache_implementation": cache_implementation}
+    )
     for _ in range(2):  # the second time transformers takes the static cache of the first
         found = model.generate(**batch, **GREEDY, **options)[:, length:]
         assert torch.equal(found, torch.cat(expected, dim=1))
@@ -80,13 +121,17 @@ def test_a_prompt_of_one_token_does_not_inherit_a_long_one(model):
     assert torch.equal(model.generate(one, **options), expected)
 
 
-@pytest.mark.parametrize("given", ["pixel_values", "vision_features", "nothing but pixels", "no cache"])
-def test_beams_see_the_pictures_of_their_row(model, talk, given):
+@pytest.mark.parametrize(
+    "given", ["pixel_values", "vision_features", "nothing but pixels", "no cache"]
+)
+def test_beams_see_the_images_of_their_row(model, talk, given):
     options = GREEDY | {"num_beams": 3, "num_return_sequences": 2, "use_cache": given != "no cache"}
     expected = []
     for row, chosen in ((0, slice(0, 1)), (1, slice(1, 3))):
         ids = talk["input_ids"][row][talk["attention_mask"][row].bool()][None]
-        new = model.generate(ids, pixel_values=talk["pixel_values"][chosen], **options)[:, ids.shape[1] :]
+        new = model.generate(ids, pixel_values=talk["pixel_values"][chosen], **options)[
+            :, ids.shape[1] :
+        ]
         expected.append(new)
     if given == "vision_features":
         talk["vision_features"] = model.get_image_features(talk.pop("pixel_values"))
@@ -119,18 +164,28 @@ def test_a_prompt_may_be_embeddings(model, talk):
 
 
 def test_a_second_turn_goes_on_from_the_cache(model):
-    first, second = text(3) + PICTURE + text(5), text(4, seed=1)
+    first, second = text(3) + IMAGE + text(5), text(4, seed=1)
 
     def answer(ids: torch.Tensor, **kwargs):
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs, **GREEDY, return_dict_in_generate=True)
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **kwargs,
+            **GREEDY,
+            return_dict_in_generate=True,
+        )
 
-    before = answer(tensor(first), pixel_values=pictures(1))
+    before = answer(tensor(first), pixel_values=images(1))
     ids = torch.cat((before.sequences, tensor(second)), dim=1)
-    expected = answer(ids, pixel_values=pictures(1), vision_positions=picture_positions([first])).sequences
+    expected = answer(
+        ids, pixel_values=images(1), vision_positions=image_positions([first])
+    ).sequences
     assert torch.equal(answer(ids, past_key_values=before.past_key_values).sequences, expected)
 
 
 def test_decoding_compiles_into_one_graph(model, talk):
     expected = model.generate(**talk, **GREEDY)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-    assert torch.equal(model.generate(**talk, **GREEDY | {"cache_implementation": "static"}), expected)
+    assert torch.equal(
+        model.generate(**talk, **GREEDY | {"cache_implementation": "static"}), expected
+    )

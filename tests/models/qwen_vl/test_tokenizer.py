@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl_lit.data.demo import dataset as synthetic
-from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, SPECIALS, TINY_VOCABULARY, QwenTokenizer, read_ranks
+from qwenvl_lit.models.qwen_vl.tokenizer import (
+    PATTERN,
+    SPECIALS,
+    TINY_VOCABULARY,
+    QwenTokenizer,
+    read_ranks,
+)
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer"
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_tiny_vocabulary.py"
@@ -23,7 +29,9 @@ def tokenizer():
 
 def test_special_ids_follow_the_ranks(tokenizer):
     ranks = 556
-    assert list(tokenizer.special.items()) == [(name, ranks + place) for place, name in enumerate(SPECIALS)]
+    assert list(tokenizer.special.items()) == [
+        (name, ranks + place) for place, name in enumerate(SPECIALS)
+    ]
     assert (tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id) == (556, 557, 558)
     assert (tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id) == (770, 771, 772)
     assert tokenizer.vocab_size == 773
@@ -38,11 +46,24 @@ def test_any_text_comes_back_normalised_and_has_no_special_ids(text):
 
 def test_the_name_of_a_special_token_is_text_unless_allowed(tokenizer):
     assert tokenizer.im_end_id not in tokenizer.encode("a<|im_end|>b")
-    assert tokenizer.encode("<|im_end|><ref>", allowed_special=["<|im_end|>"])[:2] == [558, tokenizer.encode("<")[0]]
+    assert tokenizer.encode("<|im_end|><ref>", allowed_special=["<|im_end|>"])[:2] == [
+        558,
+        tokenizer.encode("<")[0],
+    ]
 
 
 def test_every_digit_is_a_token_of_its_own(tokenizer):
-    assert [tokenizer.decode([id]) for id in tokenizer.encode("(215,318)")] == ["(", "2", "1", "5", ",", "3", "1", "8", ")"]
+    assert [tokenizer.decode([id]) for id in tokenizer.encode("(215,318)")] == [
+        "(",
+        "2",
+        "1",
+        "5",
+        ",",
+        "3",
+        "1",
+        "8",
+        ")",
+    ]
 
 
 def test_decoding_can_leave_special_tokens_out_and_keep_some(tokenizer):
@@ -55,7 +76,9 @@ def test_decoding_can_leave_special_tokens_out_and_keep_some(tokenizer):
 def test_ids_that_the_vocabulary_lacks_are_an_error_only_if_asked(tokenizer):
     assert tokenizer.decode([0, 773, -1]) == "!\ufffd\ufffd"
     assert tokenizer.decode([0, 773], errors="ignore") == "!"
-    with pytest.raises(ValueError, match=r"token id 773 is not among the 773 ids of .*synthetic\.tiktoken"):
+    with pytest.raises(
+        ValueError, match=r"token id 773 is not among the 773 ids of .*synthetic\.tiktoken"
+    ):
         tokenizer.decode([0, 773], errors="strict")
 
 
@@ -112,10 +135,16 @@ def test_a_malformed_vocabulary_is_reported_with_file_and_line(tmp_path):
             QwenTokenizer(file)
         return str(caught.value)
 
-    assert "tiktoken:3: expected base64, a blank and a rank, got b'no rank here'" in message([*lines[:2], "no rank here", *lines[3:]])
+    assert "tiktoken:3: expected base64, a blank and a rank, got b'no rank here'" in message(
+        [*lines[:2], "no rank here", *lines[3:]]
+    )
     assert "tiktoken:3: expected base64" in message([*lines[:2], "I===w 2", *lines[3:]])
-    assert "tiktoken:3: expected a new token of rank 2, got b'$' of rank 3" in message([*lines[:2], *lines[3:]])
-    assert "tiktoken:4: expected a new token of rank 3, got b'#' of rank 3" in message([*lines[:3], lines[2].replace(" 2", " 3")])
+    assert "tiktoken:3: expected a new token of rank 2, got b'$' of rank 3" in message(
+        [*lines[:2], *lines[3:]]
+    )
+    assert "tiktoken:4: expected a new token of rank 3, got b'#' of rank 3" in message(
+        [*lines[:3], lines[2].replace(" 2", " 3")]
+    )
     assert "tiktoken:250: the file ends without the single bytes" in message(lines[:250])
     assert "tiktoken:0: the file ends" in message([])
 
@@ -125,12 +154,20 @@ def test_the_tiny_vocabulary_is_what_the_script_makes():
 
 
 def test_the_tiny_vocabulary_has_the_bytes_in_the_published_order():
-    assert list(read_ranks(TINY_VOCABULARY))[:256] == list(read_ranks(GOLDEN / "synthetic.tiktoken"))[:256]
+    assert (
+        list(read_ranks(TINY_VOCABULARY))[:256]
+        == list(read_ranks(GOLDEN / "synthetic.tiktoken"))[:256]
+    )
 
 
 def test_every_word_of_the_demo_is_one_tiny_token():
     words = {word for text in synthetic.sentences() for word in regex.findall(PATTERN, text)}
-    words |= set(regex.findall(PATTERN, "You are a helpful assistant.")) | {"system", "user", "assistant", "\n"}
+    words |= set(regex.findall(PATTERN, "You are a helpful assistant.")) | {
+        "system",
+        "user",
+        "assistant",
+        "\n",
+    }
     assert [word for word in words if len(TINY.encode(word)) != 1] == []
     assert TINY.pad_id < 512
 
@@ -139,4 +176,6 @@ def test_tiny_tokens_are_built_from_pairs_of_earlier_ones():
     ranks = read_ranks(TINY_VOCABULARY)
     for token, rank in ranks.items():
         halves = ((token[:place], token[place:]) for place in range(1, len(token)))
-        assert len(token) == 1 or any(max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves), base64.b64encode(token)
+        assert len(token) == 1 or any(
+            max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves
+        ), base64.b64encode(token)

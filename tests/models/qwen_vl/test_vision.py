@@ -4,7 +4,12 @@ from small_network import small_config, small_network
 from torch import nn
 
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
-from qwenvl_lit.models.qwen_vl.vision import CrossAttention, VisionAttention, resize_positions, sine_cosine_positions
+from qwenvl_lit.models.qwen_vl.vision import (
+    CrossAttention,
+    VisionAttention,
+    resize_positions,
+    sine_cosine_positions,
+)
 
 
 @torch.no_grad()
@@ -25,16 +30,25 @@ def parts(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_towers_projection_is_interleaved_per_head():
     ours = VisionAttention(width=32, heads=4)
     weight, bias = ours.in_proj.weight.view(4, 3, 8, 32), ours.in_proj.bias.view(4, 3, 8)
-    theirs = as_multihead(*((weight[:, i].flatten(0, 1), bias[:, i].flatten()) for i in range(3)), parts(ours.out_proj))
+    theirs = as_multihead(
+        *((weight[:, i].flatten(0, 1), bias[:, i].flatten()) for i in range(3)),
+        parts(ours.out_proj),
+    )
     x = torch.randn(2, 9, 32)
-    torch.testing.assert_close(ours(x), theirs(x, x, x)[0], atol=1e-6, rtol=0)  # float32, another order of summation
+    torch.testing.assert_close(
+        ours(x), theirs(x, x, x)[0], atol=1e-6, rtol=0
+    )  # float32, another order of summation
 
 
 def test_the_resampler_attends_as_pytorch_does():
     ours = CrossAttention(dim=32, heads=4)
-    theirs = as_multihead(parts(ours.q_proj), parts(ours.k_proj), parts(ours.v_proj), parts(ours.out_proj))
+    theirs = as_multihead(
+        parts(ours.q_proj), parts(ours.k_proj), parts(ours.v_proj), parts(ours.out_proj)
+    )
     query, key, value = torch.randn(5, 32), torch.randn(2, 9, 32), torch.randn(2, 9, 32)
-    torch.testing.assert_close(ours(query, key, value), theirs(query.expand(2, -1, -1), key, value)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        ours(query, key, value), theirs(query.expand(2, -1, -1), key, value)[0], atol=1e-6, rtol=0
+    )
 
 
 def test_positions_of_the_same_grid_are_taken_as_they_are():
@@ -56,10 +70,12 @@ def test_resized_positions_keep_their_place_in_the_grid(patches):
 def test_sine_cosine_positions_hold_x_before_y():
     table = sine_cosine_positions(9, 8)
     torch.testing.assert_close(table[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1]))
-    torch.testing.assert_close(table[5], torch.cat((table[2, :4], table[3, 4:])))  # x = 2 in row 0, y = 1 in column 0
+    torch.testing.assert_close(
+        table[5], torch.cat((table[2, :4], table[3, 4:]))
+    )  # x = 2 in row 0, y = 1 in column 0
 
 
-def test_a_picture_may_have_any_number_of_patches():
+def test_a_image_may_have_any_number_of_patches():
     tower = small_network().transformer.visual
     for side in (4, 16, 64):
         assert tower(torch.randn(2, 3, side, side)).shape == (2, 4, 32)
@@ -71,11 +87,13 @@ def test_pixels_of_another_shape_are_refused(shape):
         small_network().transformer.visual(torch.zeros(shape))
 
 
-def test_pictures_do_not_see_each_other():
+def test_images_do_not_see_each_other():
     tower = small_network().transformer.visual
     pixels = torch.randn(3, 3, 16, 16)
-    alone = torch.cat([tower(picture[None]) for picture in pixels])
-    torch.testing.assert_close(tower(pixels), alone, atol=1e-5, rtol=0)  # float32, other kernels for other batch sizes
+    alone = torch.cat([tower(image[None]) for image in pixels])
+    torch.testing.assert_close(
+        tower(pixels), alone, atol=1e-5, rtol=0
+    )  # float32, other kernels for other batch sizes
 
 
 def test_patches_as_wide_as_the_output_need_no_projection():
