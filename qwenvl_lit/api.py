@@ -19,7 +19,6 @@ from qwenvl_lit import build
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, ask
 from qwenvl_lit.data.readers.question import (
-    Answer,
     History,
     ImageLike,
     Query,
@@ -34,9 +33,57 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.processor import Template
 from qwenvl_lit.runs.run import Run, find_run, stored_settings
 from qwenvl_lit.training.module import VisionLanguageModule
-from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
+from qwenvl_lit.types import Conversation, DataError, GroundedObject, Part, Prediction, Sample, Turn
 
 FIND_PROMPT = "{image}Find {question}"  # as training rows for chat ask for a box
+
+
+class Answer(str):
+    """The text of an answer, in the family's markup, with what else is known of it.
+
+    Args:
+        prediction: the answer with its conversation; boxes are in pixels of the conversation's images.
+        prompt_tokens: images included.
+        new_tokens: without the end mark.
+        seconds: from the question to the whole answer; in a batch, to those of all its rows.
+        first_seconds: to the first token; None in a batch.
+    """
+
+    def __new__(cls, prediction: Prediction, *measured: float | None) -> Answer:
+        return super().__new__(cls, prediction.text)
+
+    def __init__(
+        self,
+        prediction: Prediction,
+        prompt_tokens: int,
+        new_tokens: int,
+        seconds: float,
+        first_seconds: float | None = None,
+    ):
+        self.prediction = prediction
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = new_tokens
+        self.seconds = seconds
+        self.first_seconds = first_seconds
+
+    def __getnewargs__(self):  # of copies and pickles
+        return (
+            self.prediction,
+            self.prompt_tokens,
+            self.new_tokens,
+            self.seconds,
+            self.first_seconds,
+        )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The answer as text and objects, in order."""
+        return self.prediction.parts
+
+    @property
+    def objects(self) -> list[GroundedObject]:
+        """What the answer names or places; boxes in pixels, or on the grid of 0..999 where there is no image."""
+        return [part for part in self.parts if isinstance(part, GroundedObject)]
 
 
 class QwenVL:

@@ -16,8 +16,7 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from qwenvl_lit.api import QwenVL
-    from qwenvl_lit.data.readers.question import Answer
+    from qwenvl_lit.api import Answer, QwenVL
 
 COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit")
 
@@ -182,10 +181,9 @@ class Chat:
     def _draw(self, answer: Answer) -> list[str]:
         """Names of the files."""
         from qwenvl_lit.build import shown
-        from qwenvl_lit.callbacks.boxes import images_with_boxes
-        from qwenvl_lit.callbacks.predictions import box_numbers
         from qwenvl_lit.grounding import GRID, objects_from_tags
         from qwenvl_lit.rendering.drawing import draw_prediction
+        from qwenvl_lit.rendering.text import box_numbers, images_with_boxes
         from qwenvl_lit.types import GroundedObject
 
         files = []

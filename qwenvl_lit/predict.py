@@ -23,8 +23,8 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.callbacks import LambdaCallback
 
     from qwenvl_lit import build
-    from qwenvl_lit.callbacks.predictions import earlier_answers
     from qwenvl_lit.data.datamodule import DataModule
+    from qwenvl_lit.data.predictions import answered_rows
     from qwenvl_lit.data.readers.question import conversation
     from qwenvl_lit.data.readers.rows import ReadOptions
     from qwenvl_lit.runs.run import find_run
@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
     else:
         data = build.data(config, task.processor)
     if config.answered is not None:
-        earlier = earlier_answers(Path(config.answered))
+        earlier = answered_rows(Path(config.answered))
         data.answered = {
             name: {index: row["id"] for index, row in rows.items()}
             for name, rows in earlier.items()

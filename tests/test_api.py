@@ -13,7 +13,7 @@ from scripted import CONFIG, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
-from qwenvl_lit.data.readers.question import Answer
+from qwenvl_lit.api import Answer
 from qwenvl_lit.types import (
     BadImage,
     Box,

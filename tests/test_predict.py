@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from toy_task import trainer
 
-from qwenvl_lit.callbacks.predictions import PredictionWriter, earlier_answers
+from qwenvl_lit.callbacks.predictions import PredictionWriter
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.predictions import answered_rows
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -139,7 +140,7 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(task, tmp_path, caps
     (tmp_path / "first" / "predictions.rank1.jsonl").write_text(
         json.dumps(written(tmp_path / "whole")[5]) + "\n"
     )  # another rank's: f
-    earlier = earlier_answers(tmp_path / "first")
+    earlier = answered_rows(tmp_path / "first")
     assert {name: sorted(rows) for name, rows in earlier.items()} == {"test": [1, 3, 4, 5, 6]}
 
     rest, asked = data(task), Asked()
@@ -174,7 +175,7 @@ def test_answers_to_other_rows_are_not_taken_over(task, tmp_path):
     with pytest.raises(DataError, match="row 3 of test is 'ddd', which does not exist now"):
         trainer(tmp_path).predict(task, other, return_predictions=False)
     with pytest.raises(DataError, match=r"no predictions\.jsonl"):
-        earlier_answers(tmp_path)
+        answered_rows(tmp_path)
 
 
 def test_rates_are_told_apart_from_the_start(task, tmp_path, capsys):

@@ -10,7 +10,8 @@ import lightning
 
 from qwenvl_lit.callbacks.predictions import set_name
 from qwenvl_lit.rendering.drawing import draw_prediction
-from qwenvl_lit.types import Batch, GroundedObject, Prediction
+from qwenvl_lit.rendering.text import images_with_boxes
+from qwenvl_lit.types import Batch
 
 
 class BoxDrawer(lightning.Callback):
@@ -57,11 +58,3 @@ class BoxDrawer(lightning.Callback):
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
-
-
-def images_with_boxes(prediction: Prediction) -> list[int]:
-    """Indices of the conversation's images that the answer or the expected answer has boxes in."""
-    answer = prediction.conversation.answer
-    parts = (*prediction.parts, *(answer.parts if answer else ()))
-    boxed = {part.image for part in parts if isinstance(part, GroundedObject) and part.boxes}
-    return [image for image in range(len(prediction.conversation.images)) if image in boxed]

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from qwenvl_lit.training.non_finite import HostCopy
+from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.training.strategies import summed
 from qwenvl_lit.types import Batch, DataError
 
@@ -223,7 +223,7 @@ class RunCheckpoint(Checkpoint):
             return bool(self._signalled)
         told = torch.full((), float(bool(self._signalled)), device=trainer.strategy.root_device)
         asked, self._asked = self._asked, HostCopy(summed(told))
-        return asked is not None and asked.read()
+        return asked is not None and bool(asked.read())
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self._due = False

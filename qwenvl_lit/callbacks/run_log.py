@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.types import Batch
 
@@ -67,7 +67,7 @@ class RunLog(lightning.Callback):
             kept = read_log(path)[: self._lines] if trainer.global_step else []
             self._lines = len(kept)
             self._repeated = kept[-1] if kept and "total" not in kept[-1] else None
-            _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._elapsed_before = max(
                 (record.get("elapsed_s", 0.0) for record in kept), default=0.0
             )
@@ -201,7 +201,7 @@ def save_scores(folder: str | Path, part: str, scores: Mapping[str, Any]) -> Non
     path = Path(folder, SCORES)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    _replace(path, json.dumps({**before, part: scores}, indent=2) + "\n")
+    write_text(path, json.dumps({**before, part: scores}, indent=2) + "\n")
 
 
 def training_line(record: Mapping[str, Any]) -> str:
@@ -253,10 +253,3 @@ def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:
                 "checkpoint": keeper.best_model_path or None,
             }
     return summary
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one go: whoever reads it sees the old or the new text."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

@@ -10,9 +10,8 @@ from typing import Any
 import lightning
 from PIL import Image, ImageDraw
 
-from qwenvl_lit.callbacks.boxes import images_with_boxes
-from qwenvl_lit.callbacks.predictions import readable
 from qwenvl_lit.rendering.drawing import draw_prediction, font, has_han
+from qwenvl_lit.rendering.text import images_with_boxes, readable
 from qwenvl_lit.types import Batch, ImageSource, Prediction
 
 COLUMNS = 4

@@ -14,12 +14,13 @@ from torchmetrics import Metric
 from qwenvl_lit import build
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
 from qwenvl_lit.metrics.proposal import proposals
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.reports.scores import Scored, answers, read_predictions, score
 from qwenvl_lit.reports.scores_page import Earlier
-from qwenvl_lit.runs.predictions import FILENAME, predictions_file
+from qwenvl_lit.runs.predictions import predictions_file
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from qwenvl_lit.generation.sampling import Choice, Stops
+from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.models.qwen_vl.decoder import decoder_of, release
 
 
@@ -154,12 +155,12 @@ class Generation:
             new, answer = choice(logits), decoder.answer
         for place in range(self.max_new_tokens):
             with torch.inference_mode():
-                read = Later(new)
+                read = HostCopy(new)
                 if (
                     place + 1 < self.max_new_tokens
                 ):  # the next one is on its way before this one is read
                     new = choice(decoder.step(new, answer))
-            (id,) = read.ids()
+            (id,) = read.read().tolist()
             if id in stop_ids:
                 return
             yield [id]
@@ -170,19 +171,3 @@ class Generation:
         have changed or adapters are switched or merged.
         """
         release(model)
-
-
-class Later:
-    """Ids on their way from the device to the host."""
-
-    def __init__(self, ids: torch.Tensor):
-        self._arrived = torch.cuda.Event() if ids.is_cuda else None
-        self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
-        self._ids.copy_(ids, non_blocking=True)
-        if self._arrived:
-            self._arrived.record()
-
-    def ids(self) -> list[int]:
-        if self._arrived:
-            self._arrived.synchronize()
-        return self._ids.tolist()

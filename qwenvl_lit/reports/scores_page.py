@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_lit.callbacks.boxes import images_with_boxes
-from qwenvl_lit.callbacks.predictions import prompt_text
 from qwenvl_lit.rendering.drawing import draw_prediction
+from qwenvl_lit.rendering.text import images_with_boxes, prompt_text
 from qwenvl_lit.reports.page import IMAGE_SIDE_PX, bars, embedded_image, page, table, text
 from qwenvl_lit.reports.scores import (
     Changed,

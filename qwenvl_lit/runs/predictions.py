@@ -9,9 +9,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.types import DataError
-
-FILENAME = "predictions.jsonl"
 
 
 def predictions_file(place: str | Path) -> Path:

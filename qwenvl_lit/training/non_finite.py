@@ -8,24 +8,8 @@ from pathlib import Path
 
 import torch
 
+from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.types import Batch, DataError
-
-
-class HostCopy:
-    """Whether a tensor (), on the device, is not zero: sent to the host at once, read when what was queued before has long been done."""
-
-    def __init__(self, value: torch.Tensor):
-        on_gpu = value.is_cuda
-        self._value = torch.empty((), dtype=value.dtype, pin_memory=on_gpu)
-        self._value.copy_(value, non_blocking=on_gpu)
-        self._arrived = torch.cuda.Event() if on_gpu else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> bool:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._value)
 
 
 class NonFiniteGuard:

@@ -3,7 +3,8 @@ from dataclasses import replace
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, grounded, trainer
 
-from qwenvl_lit.callbacks.boxes import BoxDrawer, images_with_boxes
+from qwenvl_lit.callbacks.boxes import BoxDrawer
+from qwenvl_lit.rendering.text import images_with_boxes
 from qwenvl_lit.types import Conversation, ImageSource, Prediction, Turn
 
 

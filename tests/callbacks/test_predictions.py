@@ -4,12 +4,9 @@ import pytest
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, grounded, trainer
 
-from qwenvl_lit.callbacks.predictions import (
-    PredictionWriter,
-    merge_parts,
-    prediction_row,
-    prompt_text,
-)
+from qwenvl_lit.callbacks.predictions import PredictionWriter, prediction_row
+from qwenvl_lit.data.predictions import merge_rank_files
+from qwenvl_lit.rendering.text import prompt_text
 from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Prediction, Turn
 
 
@@ -95,7 +92,7 @@ def test_parts_of_ranks_merge_in_dataset_order_without_repeats(tmp_path):
             for s, i in [("easy", 1), ("easy", 0), ("hard", 1)]
         )
     )
-    assert merge_parts([rank0, rank1], target) == 5
+    assert merge_rank_files([rank0, rank1], target) == 5
     assert [row["id"] for row in read(target)] == ["easy0", "easy1", "easy2", "hard0", "hard1"]
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
@@ -104,7 +101,7 @@ def test_a_missing_part_is_an_error_and_loses_nothing(tmp_path):
     part = tmp_path / "p.rank0.jsonl"
     part.write_text('{"set": "a", "index": 0}\n')
     with pytest.raises(FileNotFoundError):
-        merge_parts([part, tmp_path / "p.rank1.jsonl"], tmp_path / "p.jsonl")
+        merge_rank_files([part, tmp_path / "p.rank1.jsonl"], tmp_path / "p.jsonl")
     assert part.exists()
 
 
