@@ -1,8 +1,12 @@
-"""The seam for other models: a new family is one file beside this one and one yaml in `conf/model/`."""
+"""The seam between model families and everything that trains, evaluates and runs them.
+
+A new family is a folder beside `qwen_vl`, whose classes have these members, and a yaml file in
+`conf/model/`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -11,102 +15,161 @@ if TYPE_CHECKING:
 
     from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction, Sample
 
+# B rows, T tokens of a row, N images, Q tokens of an image, D model width
+
+
+class FeatureSource(Protocol):
+    """Vision features that are known before a batch is formed, for example a vision cache."""
+
+    def __call__(self, images: Sequence[ImageSource]) -> torch.Tensor | None:
+        """Returns the features (N, Q, D) of `images`, or None while the source has none.
+
+        `Processor.encode` puts the features into a sample in place of pixels. After None it decodes
+        the images.
+        """
+        ...
+
 
 class Processor(Protocol):
-    """Text and images to tensors and back. Cheap to copy into data workers: it holds no weights."""
+    """Converts conversations to tensors, and generated token ids to text and boxes.
+
+    A processor holds no weights, so that it is cheap to copy into data workers.
+    """
 
     pad_id: int
-    stop_ids: tuple[int, ...]  # an answer ends before the first of these
-    features: (
-        Callable[[Sequence[ImageSource]], torch.Tensor] | None
-    )  # (N, Q, D) of images, which `encode` then gives in place of pixels
-
-    @property
-    def image_settings(self) -> Mapping[str, Any]:
-        """What decides `pixels`, as plain data."""
-        ...
-
-    def pixels(self, image: ImageSource) -> torch.Tensor:
-        """An image as `Family.image_features` takes it, of the same shape for all; raises BadImage if it cannot be decoded."""
-        ...
+    stop_ids: tuple[int, ...]
+    """An answer ends before the first of these."""
+    supports_packing: bool
+    """As `Family.supports_packing`."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What decides ids and labels, as plain data: two processors with equal settings encode alike."""
+        """Plain data that determines ids and labels.
+
+        Two processors with equal settings encode every conversation to the same ids and labels.
+        """
+        ...
+
+    @property
+    def image_settings(self) -> Mapping[str, Any]:
+        """Plain data that determines the result of `pixels`."""
         ...
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
-        """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
+        """Returns the ids, labels and images of a conversation.
+
+        Args:
+            prompt: leave out the answer and open a turn of the assistant.
 
         Raises:
-            DataError: an image is unreadable, a box names an image that does not exist, or the sample is too long.
+            Dropped: the sample is too long, and the config says to drop such rows.
+            DataError: an image cannot be read, a box refers to an image that does not exist, or the
+                sample is too long.
         """
         ...
 
     def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Tokens of `encode(conversation, prompt=prompt)` and how many are learned, without decoding an image; raises as `encode`."""
+        """Returns the number of tokens and of supervised tokens that `encode` would give.
+
+        No image is decoded.
+
+        Raises:
+            DataError: as `encode`, except for images that cannot be decoded.
+        """
+        ...
+
+    def pixels(self, image: ImageSource) -> torch.Tensor:
+        """Returns an image as `Family.image_features` takes it; the shape is the same for all.
+
+        Raises:
+            BadImage: the image cannot be decoded.
+        """
         ...
 
     def text(self, ids: Sequence[int]) -> str:
-        """Ids as text for people, special tokens by their names."""
+        """Returns ids as text to be read by people; special tokens appear as their names."""
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
-        """Generated ids (without the prompt) to text, boxes in pixels of the conversation's images."""
+        """Converts generated ids, without the prompt, to a prediction.
+
+        Boxes of the prediction are in pixels of the conversation's images.
+        """
         ...
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
-        """The answer that `decode` gave with this text."""
+        """Converts the text of an answer to the prediction that `decode` returned with this text."""
         ...
 
     def option_ids(self, conversation: Conversation) -> list[list[int]]:
-        """Ids of each of the conversation's options, as they follow its prompt, without an end mark."""
+        """Returns the ids of each option of a multiple-choice conversation.
+
+        They are tokenized as they would follow the prompt, and have no end-of-turn token.
+        """
         ...
 
 
 class Family(Protocol):
-    """One kind of model. The blocks of its network are transformers' `GradientCheckpointingLayer`s, whose `forward` calls `compute`, which
-    `speed` compiles."""
+    """One kind of model: how to build its network and processor, and how they fit together.
 
-    components: Mapping[
-        str, str
-    ]  # "vision" | "resampler" | "language" | "embeddings" | "head" -> module path
-    quantization: (
-        Mapping[str, Any] | None
-    )  # what `load` is to be given, unless an adapter has been learned over other bits
-    supports_packing: bool  # may several samples share a row, told apart by restarting positions?
+    The blocks of the network are transformers' `GradientCheckpointingLayer`s. Their `forward` calls
+    a method `compute`, which `speed` compiles.
+    """
 
-    def processor(self) -> Processor: ...
+    components: Mapping[str, str]
+    """Module paths of "vision", "resampler", "language", "embeddings" and "head"."""
+    lora_targets: Mapping[str, str]
+    """Named groups of linear layers for adapters: regular expressions that match module paths."""
+    quantization: Mapping[str, Any] | None
+    """The default for `load(quantization=)`; an adapter trained on a quantized base overrides it."""
+    supports_packing: bool
+    """True if several samples may share a row, separated by positions that start again at 0."""
+
+    def processor(self, features: FeatureSource | None = None) -> Processor:
+        """Returns a processor.
+
+        Args:
+            features: where samples get vision features from, in place of pixels.
+        """
+        ...
 
     def meta_model(self) -> PreTrainedModel:
-        """The network on the meta device: names, shapes and types, without weights."""
+        """Returns the network on the meta device: names, shapes and dtypes without weights."""
         ...
 
     def load(
         self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
     ) -> PreTrainedModel:
-        """The network with its base weights, in evaluation mode on `device`.
+        """Returns the network with its base weights on `device`, in evaluation mode.
 
         Args:
-            quantization: settings of `BitsAndBytesConfig` for its linear layers; None: as they are.
+            quantization: settings of `BitsAndBytesConfig` for the linear layers; None: keep the
+                weights unquantized.
         """
         ...
 
     def quantized(
         self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]
     ) -> PreTrainedModel:
-        """What `load` would give, had it found the weights that `model` has."""
+        """Returns what `load` would return if the base weights were those of `model`."""
         ...
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
-        """Keyword arguments of the model's `forward` for a batch, or of its `generate`."""
+        """Returns the keyword arguments of the network's `forward`, or of `generate`, for a batch."""
         ...
 
     def image_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (N, Q, D) of N images from `Processor.pixels`: all that the "vision" and "resampler" of `model`, which may be inside
-        adapters, tell the rest of it. `Processor.features` gives them to batches, and then `inputs` needs no pixels."""
+        """Returns the features (N, Q, D) of N images from `Processor.pixels`.
+
+        They hold everything that the vision tower and the resampler of `model` pass on to the rest
+        of it; a batch that has them needs no pixels. `model` may be wrapped by adapters.
+        """
         ...
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
-        """Operations of a training step on `batch`, padding left out; `trained` is the share of each part's numbers that is trained."""
+        """Returns the floating-point operations of a training step on `batch`, without padding.
+
+        Args:
+            trained: for each component, the share of its parameters that is trained.
+        """
         ...

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.components import network_of
+from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.checkpoint import (
     NF4,
     VOCABULARY,
@@ -56,6 +57,10 @@ class QwenVLFamily:
         "language": "transformer.h",
         "embeddings": "transformer.wte",
         "head": "lm_head",
+    }
+    lora_targets: Mapping[str, str] = {
+        "attention": r"transformer\.h\.\d+\.attn\.c_attn",
+        "language": r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2)",
     }
     supports_packing = True
 
@@ -170,12 +175,17 @@ class QwenVLFamily:
         stored = self.folder is not None and (self.folder / "generation_config.json").exists()
         return GenerationConfig.from_pretrained(self.folder) if stored else GenerationConfig()
 
-    def processor(self) -> QwenVLProcessor:
+    def processor(self, features: FeatureSource | None = None) -> QwenVLProcessor:
         assert self.config.visual is not None
         window = self.window or getattr(self.generation, "max_window_size", 6144)
         side = self.config.visual["image_size"]
         return QwenVLProcessor(
-            self.tokenizer, span=self.config.n_queries, side=side, window=window, **self.prompting
+            self.tokenizer,
+            span=self.config.n_queries,
+            side=side,
+            window=window,
+            features=features,
+            **self.prompting,
         )
 
     def meta_model(self) -> QwenVLForCausalLM:

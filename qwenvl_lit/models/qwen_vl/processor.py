@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -13,6 +13,7 @@ import torch
 
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.chatml import ChatML, Message, Piece, Supervise, truncate_left, with_system
+from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resized
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import (
@@ -57,7 +58,11 @@ class QwenVLProcessor:
         too_long: what becomes of longer ones: "error"; "drop": they are left out; or "truncate_left": the last tokens are kept, and
             images whole or not at all.
         window: a prompt's system message and earlier exchanges have fewer tokens than this; older exchanges are left out. Not for "raw".
+        features: computes or looks up the vision features of images, in place of their pixels.
+            While it returns None, samples have pixels.
     """
+
+    supports_packing = True
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class QwenVLProcessor:
         max_length: int | None = None,
         too_long: TooLong = "error",
         window: int = 6144,
+        features: FeatureSource | None = None,
     ):
         for name, value, choices in (
             ("template", template, Template),
@@ -94,9 +100,7 @@ class QwenVLProcessor:
             end=tokenizer.im_end_id,
             supervise=supervise,
         )
-        self.features: Callable[[Sequence[ImageSource]], torch.Tensor] | None = (
-            None  # set while a vision cache has all images
-        )
+        self.features = features
         self.pad_id = tokenizer.pad_id
         self.stop_ids = (
             (tokenizer.pad_id,)
@@ -317,8 +321,9 @@ class QwenVLProcessor:
         )
 
     def _seen(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
-        if self.features is not None:
-            return {"vision_features": self.features(images)}
+        features = self.features(images) if self.features is not None else None
+        if features is not None:
+            return {"vision_features": features}
         pixels = [self.pixels(image) for image in images]
         return {
             "pixel_values": torch.stack(pixels)
