@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from qwenvl_lit.runs.run import Run
-    from qwenvl_lit.training.adapters import Adapter
+    from qwenvl_lit.training.adapters.methods import Adapter
     from qwenvl_lit.training.module import VisionLanguageModule
     from qwenvl_lit.types import Batch
 
@@ -58,9 +58,9 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.data.download.files import in_bytes
     from qwenvl_lit.models.qwen_vl.export import PROJECTION
     from qwenvl_lit.reports.model_card import model_card
-    from qwenvl_lit.runs.peft_folder import weights_file
+    from qwenvl_lit.training.adapters.peft_files import weights_file
     from qwenvl_lit.runs.run import SETTINGS, find_run
-    from qwenvl_lit.training.adapters import read_peft_file
+    from qwenvl_lit.training.adapters.peft_files import read_peft_file
 
     build.start(config)
     run = find_run(config.ckpt) if config.ckpt else None
@@ -201,7 +201,7 @@ def write_model(task: VisionLanguageModule, folder: Path, dtype: str) -> None:
         write_weights,
     )
     from qwenvl_lit.models.qwen_vl.network import file_shapes
-    from qwenvl_lit.training.adapters import MergedWeights
+    from qwenvl_lit.training.adapters.merging import MergedWeights
 
     family, target = task.family, getattr(torch, dtype)
     shapes = file_shapes(family.meta_model())
@@ -250,7 +250,7 @@ def write_adapter(task: VisionLanguageModule, folder: Path) -> None:
         DataError: there is none, or it is for weights that another run has changed.
     """
     from qwenvl_lit.callbacks.checkpoint import save_adapter
-    from qwenvl_lit.training.adapters import load_trained_state
+    from qwenvl_lit.training.adapters.merging import load_trained_state
 
     if task.init:
         raise DataError(

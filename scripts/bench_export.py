@@ -27,7 +27,7 @@ def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
     import torch
 
     from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-    from qwenvl_lit.training.adapters import LoRA
+    from qwenvl_lit.training.adapters.methods import LoRA
 
     family = QwenVLFamily(path=str(base), dtype="bfloat16")
     adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(

@@ -13,7 +13,7 @@ from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters import LoRA
+from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Conversation, ImageSource, Turn

@@ -339,7 +339,7 @@ def run_file(path, adapter="Full", **options):
             "vocabulary": "tiny",
             "system": "",
         },
-        "adapter": {"_target_": f"qwenvl_lit.training.adapters.{adapter}", **options},
+        "adapter": {"_target_": f"qwenvl_lit.training.adapters.methods.{adapter}", **options},
         "generation": {
             "_target_": "qwenvl_lit.generation.generation.Generation",
             "max_new_tokens": 3,

@@ -25,7 +25,7 @@ ALLOWED_IN = {  # third-party package -> where it may be imported
     | {"train", "test", "predict", "chat", "check", "export", "__main__"},
     "lightning": {"data.datamodule", "training", "callbacks", "build", "cli", "evaluation.sets"}
     | {"train", "test", "predict"},
-    "peft": {"training.adapters", "runs.peft_folder"},
+    "peft": {"training.adapters.methods", "training.adapters.peft_files"},
     "tiktoken": {"models"},
 }
 STARTS_FAST = {  # at import time, nothing heavy

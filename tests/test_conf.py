@@ -147,7 +147,7 @@ def test_a_file_says_when_to_pick_it_and_its_package_stands_first(path: Path):
 def test_the_model_chooses_its_recipe_and_the_command_line_wins():
     tiny, chat = composed("train"), composed("train", "model=qwen_vl_chat")
     assert (tiny.adapter._target_, tiny.optim.lr, tiny.trainer.accumulate_grad_batches) == (
-        "qwenvl_lit.training.adapters.Full",
+        "qwenvl_lit.training.adapters.methods.Full",
         2e-3,
         1,
     )
@@ -164,7 +164,7 @@ def test_the_model_chooses_its_recipe_and_the_command_line_wins():
         chat.trainer.precision,
     ) == (16, 1.0, "bf16-mixed")
     own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=2e-5")
-    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.training.adapters.Full", 2e-5)
+    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.training.adapters.methods.Full", 2e-5)
 
 
 @pytest.mark.parametrize(

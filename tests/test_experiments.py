@@ -127,7 +127,7 @@ def test_the_settings_of_ms_swift():
     assert (lora.optim.lr, full.optim.lr) == (1e-4, 1e-5)
     assert (lora.trainer.val_check_interval, full.trainer.val_check_interval) == (16 * 50, 16 * 200)
     assert (lora.adapter.rank, lora.adapter.alpha, lora.adapter.dropout) == (8, 32, 0.05)
-    assert (full.adapter._target_, full.adapter.freeze) == ("qwenvl_lit.training.adapters.Full", [])
+    assert (full.adapter._target_, full.adapter.freeze) == ("qwenvl_lit.training.adapters.methods.Full", [])
     assert full.trainer.strategy._target_ == "qwenvl_lit.training.strategies.FSDP2Strategy"
 
 

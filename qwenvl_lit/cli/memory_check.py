@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.models.protocols import Family
-from qwenvl_lit.training.adapters import Adapter
+from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.memory import (
     GIB,
     MemoryEstimate,

@@ -118,7 +118,7 @@ def find_run(ckpt: str) -> Run:
 
 def init_from(run: Run) -> dict[str, Any]:
     """What a run learned as plain data, for the config of a run that starts from it; with the runs that it had started from."""
-    from qwenvl_lit.training.adapters import StartingCheckpoint, fingerprint
+    from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
 
     assert run.checkpoint is not None  # a whole model is a base by itself
     return {
@@ -231,7 +231,7 @@ def _composed(folder: Path) -> dict[str, Any]:
 
 
 def _adapter_folder(folder: Path) -> Run:
-    from qwenvl_lit.runs.peft_folder import adapter_node, read_config, weights_file
+    from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
 
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == "checkpoints" and (run / ".hydra/config.yaml").exists():

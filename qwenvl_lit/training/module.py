@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.metrics.token_scores import TokenScores
-from qwenvl_lit.training.adapters import Full, StartingCheckpoint, read_trained_state
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, read_trained_state
+from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.strategies import summed
 from qwenvl_lit.types import DataError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.models.protocols import Family
-    from qwenvl_lit.training.adapters import Adapter
+    from qwenvl_lit.training.adapters.methods import Adapter
     from qwenvl_lit.training.optim import AdamW
     from qwenvl_lit.training.speed import Speed
     from qwenvl_lit.types import Batch, Prediction

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import lightning
 
     from qwenvl_lit.models.protocols import Family
-    from qwenvl_lit.training.adapters import Adapter
+    from qwenvl_lit.training.adapters.methods import Adapter
 
 Checkpointing = Literal["auto", "none", "full"]
 PAYS_FROM = (

@@ -22,7 +22,7 @@ from toy_task import ToyData, ToyTask, conversation, trainer
 from qwenvl_lit.callbacks.checkpoint import INTERRUPTED, STOPPED, AtomicCheckpointIO, RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.types import DataError
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_run import DROPOUT, At, Killed, kills_at, run, same
 
 from qwenvl_lit.callbacks.throughput import Throughput
-from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.training.strategies import FSDP2Strategy
 from qwenvl_lit.types import DataError
 

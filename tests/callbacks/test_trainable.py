@@ -5,7 +5,7 @@ import torch
 
 from qwenvl_lit.callbacks.trainable import Trainable, Trained, trainable_table, what_is_trained
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from tests.small_network import small_network
 
 

@@ -14,7 +14,7 @@ from tiny import read_letters, tiny_task
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.adapters.methods import Full
 
 
 class Watch(lightning.Callback):

@@ -4,7 +4,7 @@ from qwenvl_lit.reports.model_card import model_card
 from qwenvl_lit.runs.run import Run
 
 ADAPTER = {
-    "_target_": "qwenvl_lit.training.adapters.LoRA",
+    "_target_": "qwenvl_lit.training.adapters.methods.LoRA",
     "rank": 8,
     "targets": "a|b",
     "options": {},

@@ -92,7 +92,7 @@ def test_what_a_run_learned_is_described_with_the_runs_before_it(tmp_path):
     described = init_from(run)
     assert described.pop("sha256") == hashlib.sha256(b"weights").hexdigest()
     assert described == {
-        "_target_": "qwenvl_lit.training.adapters.StartingCheckpoint",
+        "_target_": "qwenvl_lit.training.adapters.merging.StartingCheckpoint",
         "checkpoint": str(tmp_path / "model.ckpt"),
         "adapter": adapter,
         "init": base,

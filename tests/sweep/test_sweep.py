@@ -365,7 +365,7 @@ def test_lora_rank_is_swept_from_the_command_line(tmp_path):
     for number, rank in enumerate((2, 4)):
         config = OmegaConf.load(folder / str(number) / "config.yaml")
         assert (config.adapter._target_, config.adapter.rank) == (
-            "qwenvl_lit.training.adapters.LoRA",
+            "qwenvl_lit.training.adapters.methods.LoRA",
             rank,
         )
         assert (folder / str(number) / "checkpoints/best.ckpt").exists()

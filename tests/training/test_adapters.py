@@ -7,7 +7,8 @@ from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
-from qwenvl_lit.training.adapters import Full, LoRA, StartingCheckpoint, fingerprint
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import DataError
 from tests.small_network import QUERIES, images, small_network, tensor, text

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.float8 import (
     FORMAT,
     Float8Linear,

@@ -8,7 +8,7 @@ from torch import nn
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.memory import (
     CONTEXT,
     GIB,

@@ -13,7 +13,7 @@ from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import nothing
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 
 
 @pytest.mark.parametrize(

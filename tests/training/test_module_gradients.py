@@ -20,7 +20,7 @@ from toy_task import trainer
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Batch, Conversation, DataError, Turn

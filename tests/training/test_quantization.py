@@ -14,7 +14,8 @@ from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.checkpoint import NF4
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
-from qwenvl_lit.training.adapters import Full, LoRA, StartingCheckpoint, fingerprint
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 

@@ -23,7 +23,7 @@ from qwenvl_lit.metrics.captions import Bleu, CIDEr
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.reports.scores import answers, score
-from qwenvl_lit.training.adapters import Full
+from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 

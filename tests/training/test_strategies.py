@@ -18,7 +18,7 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW, StochasticAdamW
 from qwenvl_lit.training.speed import Speed

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from small_network import small_network
 
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.runs.peft_folder import adapter_node, read_config, weights_file
-from qwenvl_lit.training.adapters import LoRA, read_trained_state
+from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
+from qwenvl_lit.training.adapters.merging import read_trained_state
+from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.types import DataError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
@@ -42,7 +43,7 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
         rank_pattern={"w1": 8},
     )
     assert adapter_node(made) == {
-        "_target_": "qwenvl_lit.training.adapters.LoRA",
+        "_target_": "qwenvl_lit.training.adapters.methods.LoRA",
         "rank": 4,
         "alpha": 16,
         "dropout": 0.0,

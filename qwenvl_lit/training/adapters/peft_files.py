@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.training.adapters import PEFT_FILES, LoRA, read_peft_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.types import DataError
 
+PEFT_FILES = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)  # the weights of peft's folders, the better one first
 CONFIG = "adapter_config.json"
 SIZES = {
     "r": "rank",
@@ -116,3 +126,40 @@ def weights_file(folder: Path) -> Path:
             f"out_proj and kv_proj of the resampler, and on every layer elsewhere, can be used"
         )
     return file
+
+
+def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors that peft wrote, by their names there.
+
+    Raises:
+        DataError: the file is incomplete, or not what its name says.
+    """
+    try:
+        safe = file.suffix == ".safetensors"
+        tensors = (
+            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise DataError(f"{file} cannot be read: {error}; is it complete?") from error
+    return {
+        name.replace(".default.", "."): tensor for name, tensor in tensors.items()
+    }  # scripts of their own keep the adapter's name
+
+
+def peft_names(adapted: nn.Module) -> dict[str, str]:
+    """The names that peft's files have for the tensors of a `PeftModel`, and those that they have in it; none for other models."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(adapted, PeftModel):
+        return {}
+    state = adapted.state_dict()
+    inside = {id(tensor): name for name, tensor in state.items()}
+    written = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    return {name: inside[id(tensor)] for name, tensor in written.items()}
