@@ -16,7 +16,7 @@ from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
-from qwenvl_lit.metrics.proposal import proposals
+from qwenvl_lit.metrics.suggest import suggested_metrics
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.reports.scores import Scored, answers, read_predictions, score
 from qwenvl_lit.reports.scores_page import Earlier
@@ -103,7 +103,7 @@ def _refuse(data: DataModule) -> None:
     said = [
         f"\n  metrics={metrics}  {why}" + (f" ({name})" if len(data.test) > 1 else "")
         for name, rows in data.test.items()
-        for metrics, why in proposals(rows)
+        for metrics, why in suggested_metrics(rows)
     ]
     fitting = (
         f"What would fit these answers:{''.join(said)}"

@@ -1,1 +1,1 @@
-"""Scores of predictions: `update(predictions)` takes a batch of `types.Prediction`, `compute()` gives one number."""
+"""Metrics: `update` takes a batch of `types.Prediction`, `compute` returns one score."""

@@ -1,58 +1,68 @@
-"""ANLS: answers that were read, forgiving a few wrong characters."""
+"""ANLS: accuracy of text that was read from an image, tolerant of a few wrong characters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torchmetrics.functional.text import edit_distance
 
-from qwenvl_lit.metrics.sample_mean import ProtocolMean, Scoring
-from qwenvl_lit.metrics.sample_rows import reference_texts, said
+from qwenvl_lit.metrics.per_sample import Where, answer_text, reference_texts
+from qwenvl_lit.metrics.sample_mean import ProtocolMean, ScoringProtocol
 from qwenvl_lit.types import Prediction
 
 
 def anls(
-    answer: str, answers: Sequence[str], threshold: float = 0.5, *, protocol: Scoring = "correct"
+    answer: str,
+    references: Sequence[str],
+    threshold: float = 0.5,
+    *,
+    protocol: ScoringProtocol = "correct",
 ) -> float:
-    """1 minus the edit distance to the closest of `answers` as a share of the longer of the two; 0 below `threshold`. Case and the width
-    of white space do not count.
+    """Returns 1 minus the normalized edit distance to the closest reference; 0 below `threshold`.
 
-    The published script measures the longer one with that white space: the more there is, the less an error costs.
+    The distance is divided by the length of the longer text. Case and the amount of white space are
+    ignored. The published script ignores white space in the distance but not in the length, so that
+    more white space makes an error cheaper.
 
     >>> anls("Helo world", ["hello world"]), anls("abc", ["xyz"])
     (0.9090909090909091, 0.0)
     """
-    best = max(_similarity(answer, other, raw=protocol == "official") for other in answers)
+    official = protocol == "official"
+    best = max(_similarity(answer, text, official=official) for text in references)
     return best if best >= threshold else 0.0
 
 
-def _similarity(a: str, b: str, *, raw: bool) -> float:
-    short_a, short_b = (" ".join(text.lower().split()) for text in (a, b))
-    longer = max(len(a.upper()), len(b.upper())) if raw else max(len(short_a), len(short_b))
-    if short_a == short_b or not longer:
+def _similarity(a: str, b: str, *, official: bool) -> float:
+    plain_a, plain_b = " ".join(a.lower().split()), " ".join(b.lower().split())
+    longer = max(len(plain_a), len(plain_b))
+    if official:
+        longer = max(len(a.upper()), len(b.upper()))
+    if plain_a == plain_b or not longer:
         return 1.0
-    return 1 - float(edit_distance([short_a], [short_b], reduction="sum")) / longer
+    return 1 - float(edit_distance([plain_a], [plain_b], reduction="sum")) / longer
 
 
 class ANLS(ProtocolMean):
-    """Average normalised Levenshtein similarity: the measure of DocVQA and InfographicVQA (Biten et al., ICCV 2019)."""
+    """Average normalized Levenshtein similarity: the metric of DocVQA and InfographicVQA.
+
+    Biten et al., ICCV 2019.
+    """
 
     needs = "expected answer"
 
     def __init__(
         self,
         threshold: float = 0.5,
-        protocol: Scoring = "correct",
+        protocol: ScoringProtocol = "correct",
         *,
-        where: Mapping[str, str | Sequence[str]] | None = None,
+        where: Where | None = None,
     ):
         super().__init__(protocol, where=where)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:
-        answers = reference_texts(prediction)
-        return (
-            anls(said(prediction), answers, self.threshold, protocol=self.protocol)
-            if answers
-            else None
-        )
+        references = reference_texts(prediction)
+        if not references:
+            return None
+        answer = answer_text(prediction)
+        return anls(answer, references, self.threshold, protocol=self.protocol)

@@ -1,88 +1,121 @@
-"""Scores of grounded answers: is the box right, and are all objects found?"""
+"""Metrics of grounded answers: overlap of the first box, and agreement of all objects."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from qwenvl_lit.grounding import iou, object_in_frame
+from qwenvl_lit.metrics.per_sample import Where
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Prediction, Quad
 
 LabelledBox = tuple[str | None, Box | None]
 
 
-def labelled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabelledBox]:
-    """Label and box of each object among `parts`, in reading order: one pair a box, or one with None for an object without any.
+def predicted_boxes(prediction: Prediction) -> list[LabelledBox]:
+    """Returns label and box of each object in the answer, as `labelled_boxes` does."""
+    return labelled_boxes(prediction.parts, prediction.conversation)
 
-    Boxes are in shares of the sides of their image: the IoU is that in pixels, and answers in markup that cannot say which of several
-    images it means are compared all the same. A quad becomes the smallest box around it.
+
+def expected_boxes(prediction: Prediction) -> list[LabelledBox]:
+    """Returns label and box of each object in the expected answer, as `labelled_boxes` does."""
+    expected = prediction.conversation.answer
+    return labelled_boxes(expected.parts if expected else (), prediction.conversation)
+
+
+def labelled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabelledBox]:
+    """Returns (label, box) for each box of each object in reading order.
+
+    An object without boxes gives one pair, with None as its box. Boxes are in the unit frame of
+    their image. The IoU is the same there as in pixels, and answers are comparable although markup
+    cannot say which of several images it means. A quad becomes the smallest box around it.
     """
     pairs: list[LabelledBox] = []
     for part in parts:
-        if isinstance(part, GroundedObject):
-            label = part.label.strip() if part.label else None
-            boxes = object_in_frame(part, "unit", conversation.images).boxes
-            pairs += [(label, _around(box)) for box in boxes] or [(label, None)]
+        if not isinstance(part, GroundedObject):
+            continue
+        label = part.label.strip() if part.label else None
+        regions = object_in_frame(part, "unit", conversation.images).boxes
+        for region in regions:
+            pairs.append((label, _box_around(region)))
+        if not regions:
+            pairs.append((label, None))
     return pairs
 
 
-def _around(region: Box | Quad) -> Box:
+def _box_around(region: Box | Quad) -> Box:
     if isinstance(region, Box):
         return region
     xs, ys = zip(*region.points, strict=True)
     return Box(x0=min(xs), y0=min(ys), x1=max(xs), y1=max(ys), frame=region.frame)
 
 
+def first_box(pairs: Iterable[LabelledBox]) -> Box | None:
+    """Returns the first box, if there is any."""
+    return next((box for _, box in pairs if box), None)
+
+
 def first_box_iou(prediction: Prediction) -> float | None:
-    """IoU of the first predicted box with the first box of the expected answer: 0 without a predicted, None without an expected one."""
-    answer = prediction.conversation.answer
-    expected = [
-        box
-        for _, box in labelled_boxes(answer.parts if answer else (), prediction.conversation)
-        if box
-    ]
-    if not expected:
+    """Returns the IoU of the first predicted box with the first expected box.
+
+    0 if the answer has no box; None if the expected answer has none.
+    """
+    expected = first_box(expected_boxes(prediction))
+    if expected is None:
         return None
-    predicted = [box for _, box in labelled_boxes(prediction.parts, prediction.conversation) if box]
-    return iou(predicted[0], expected[0]) if predicted else 0.0
+    predicted = first_box(predicted_boxes(prediction))
+    if predicted is None:
+        return 0.0
+    return iou(predicted, expected)
 
 
 def same_objects(
     predicted: Sequence[LabelledBox], expected: Sequence[LabelledBox], threshold: float
 ) -> bool:
-    """Whether both name the same objects: a one-to-one pairing exists with equal labels and an IoU of at least `threshold` in each pair.
+    """Tells whether both sequences name the same objects, in any order.
+
+    They do if a one-to-one pairing exists in which the labels of each pair are equal and the IoU of
+    its boxes is at least `threshold`.
 
     >>> box = Box(x0=0, y0=0, x1=1, y1=1, frame="unit")
     >>> same_objects([("cat", box), ("dog", None)], [("dog", None), ("cat", box)], 0.5)
     True
     """
+    if len(predicted) != len(expected):
+        return False
+    predicted_of: dict[int, int] = {}  # index in `expected` -> index of its partner in `predicted`
 
-    def alike(a: LabelledBox, b: LabelledBox) -> bool:
-        if a[0] != b[0] or (a[1] is None) != (b[1] is None):
-            return False
-        return a[1] is None or b[1] is None or iou(a[1], b[1]) >= threshold
-
-    partner: dict[int, int] = {}  # place in `expected` -> place in `predicted`
-
-    def pair(place: int, tried: set[int]) -> bool:
-        """Find a partner for a predicted object, moving earlier ones to another where that helps (augmenting paths, Kuhn 1955)."""
-        for other, wanted in enumerate(expected):
-            if other not in tried and alike(predicted[place], wanted):
-                tried.add(other)
-                if other not in partner or pair(partner[other], tried):
-                    partner[other] = place
-                    return True
+    def find_partner(index: int, tried: set[int]) -> bool:
+        """Pairs a predicted object, moving earlier ones if needed (augmenting paths, Kuhn 1955)."""
+        for candidate, wanted in enumerate(expected):
+            if candidate in tried or not _matches(predicted[index], wanted, threshold):
+                continue
+            tried.add(candidate)
+            is_free = candidate not in predicted_of
+            if is_free or find_partner(predicted_of[candidate], tried):
+                predicted_of[candidate] = index
+                return True
         return False
 
-    return len(predicted) == len(expected) and all(
-        pair(place, set()) for place in range(len(predicted))
-    )
+    return all(find_partner(index, set()) for index in range(len(predicted)))
+
+
+def _matches(predicted: LabelledBox, expected: LabelledBox, threshold: float) -> bool:
+    """Whether labels are equal and either boxes overlap enough or neither object has a box."""
+    predicted_label, predicted_box = predicted
+    expected_label, expected_box = expected
+    if predicted_label != expected_label:
+        return False
+    if predicted_box is None or expected_box is None:
+        return predicted_box is expected_box
+    return iou(predicted_box, expected_box) >= threshold
 
 
 class MeanIoU(SampleMean):
-    """Mean IoU of the first predicted box with the first expected one; an answer without a box counts 0.
+    """Mean IoU of the first predicted box with the first expected box; 0 for answers without a box.
 
-    Each row weighs the same, as "mIoU" of referring expression comprehension; it is no mean over classes.
+    Each row has the same weight, as in the "mIoU" of referring expression comprehension. It is not
+    a mean over classes.
     """
 
     needs = "expected box"
@@ -92,46 +125,47 @@ class MeanIoU(SampleMean):
 
 
 class BoxAccuracy(SampleMean):
-    """Acc@IoU: share of rows whose first predicted box has an IoU of at least `threshold` with the first expected one.
+    """Acc@IoU: share of rows whose first predicted box overlaps the first expected box enough.
 
-    The measure of RefCOCO, RefCOCO+ and RefCOCOg (Mao et al., CVPR 2016), with >= as in `eval_mm/evaluate_grounding.py` of Qwen-VL.
+    The metric of RefCOCO, RefCOCO+ and RefCOCOg (Mao et al., CVPR 2016).
+
+    Args:
+        threshold: lowest IoU of a right answer, itself included as in
+            `eval_mm/evaluate_grounding.py` of Qwen-VL.
     """
 
     needs = "expected box"
 
-    def __init__(
-        self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None
-    ):
+    def __init__(self, threshold: float = 0.5, *, where: Where | None = None):
         super().__init__(where=where)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:
         overlap = first_box_iou(prediction)
-        return None if overlap is None else float(overlap >= self.threshold)
+        if overlap is None:
+            return None
+        return float(overlap >= self.threshold)
 
 
 class GroundedAccuracy(SampleMean):
-    """Share of rows whose answer names every expected object, no other, and boxes each with an IoU of at least `threshold`.
+    """Share of rows whose answer names and boxes every expected object and no other.
 
-    Objects are compared as a multiset of (label, box), in any order; labels exactly, but for white space around them. Our own measure for
-    answers with several objects: Acc@IoU looks at the first box alone, and average precision needs confidences, which text has none of.
+    Objects are compared as a multiset of (label, box), in any order. Labels must be equal, except
+    for white space around them. This is our own metric for answers with several objects: Acc@IoU
+    looks at the first box alone, and average precision needs confidences, which text does not have.
+
+    Args:
+        threshold: lowest IoU of a right box.
     """
 
     needs = "expected object"
 
-    def __init__(
-        self, threshold: float = 0.5, *, where: Mapping[str, str | Sequence[str]] | None = None
-    ):
+    def __init__(self, threshold: float = 0.5, *, where: Where | None = None):
         super().__init__(where=where)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:
-        answer = prediction.conversation.answer
-        expected = labelled_boxes(answer.parts if answer else (), prediction.conversation)
+        expected = expected_boxes(prediction)
         if not expected:
             return None
-        return float(
-            same_objects(
-                labelled_boxes(prediction.parts, prediction.conversation), expected, self.threshold
-            )
-        )
+        return float(same_objects(predicted_boxes(prediction), expected, self.threshold))

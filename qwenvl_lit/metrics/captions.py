@@ -1,183 +1,234 @@
-"""Scores of captions as the COCO caption tools give them: CIDEr, BLEU, ROUGE-L.
+"""Metrics of captions as the COCO caption tools compute them: CIDEr, BLEU and ROUGE-L.
 
-They are the definition that papers compare by, small constants included, so there is one protocol. torchmetrics' BLEU and ROUGE are others:
-its BLEU is 0 where no 4-gram is right, its ROUGE-L weighs precision and recall alike and takes both from one reference.
+Papers compare scores of these tools, so their constants are kept and there is a single protocol.
+BLEU and ROUGE of torchmetrics are different: its BLEU is 0 without a matching 4-gram, and its
+ROUGE-L weights precision and recall equally and takes both from one reference.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import torch
 
+from qwenvl_lit.metrics.per_sample import (
+    PerSampleMetric,
+    Where,
+    answer_text,
+    reference_texts,
+    sample_key,
+)
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import PerSampleMetric, reference_texts, said, sample_key
 from qwenvl_lit.types import DataError, Prediction
 
-N = 4  # the longest n-grams
-SIGMA = 6.0  # of CIDEr-D's penalty for another length
-BETA = 1.2  # how much more ROUGE-L cares for recall than for precision
+N = 4  # length of the longest n-grams
+SIGMA = 6.0  # width of CIDEr-D's length penalty
+BETA = 1.2  # ROUGE-L: weight of recall relative to precision
+
+# Shape suffixes: R rows; T texts, of each row its caption and then its references; W words of all
+# texts; K distinct n-grams of a length; P distinct pairs of a text and an n-gram that it has.
 
 
 def cider(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> torch.Tensor:
-    """CIDEr-D of each caption of a corpus, 0 to 10, (rows,) float64; the corpus has their mean. What an n-gram weighs depends on all
-    references of the corpus; a corpus of one row scores 0.
+    """Computes CIDEr-D of each caption of a corpus: (rows,) float64, 0 to 10.
+
+    The corpus scores the mean. The weight of an n-gram depends on all references of the corpus, so
+    a corpus of one row scores 0.
 
     >>> cider([["a", "dog"], ["a", "cat"]], [[["a", "dog"]], [["the", "cat"]]])
     tensor([5.0000, 1.2500], dtype=torch.float64)
     """
-    texts = [
-        list(chain([caption], others)) for caption, others in zip(captions, references, strict=True)
-    ]
-    number: dict[str, int] = {}
-    words = [number.setdefault(word, len(number)) for row in texts for text in row for word in text]
-    lengths = [len(text) for row in texts for text in row]
-    return _cider(*map(torch.tensor, (words, lengths, [len(row) for row in texts])))
+    texts: list[Sequence[str]] = []
+    texts_per_row = []
+    for caption, others in zip(captions, references, strict=True):
+        texts += [caption, *others]
+        texts_per_row.append(1 + len(others))
+    word_ids: dict[str, int] = {}
+    words = [word_ids.setdefault(word, len(word_ids)) for text in texts for word in text]
+    words_per_text = torch.tensor(list(map(len, texts)))
+    return _cider(torch.tensor(words), words_per_text, torch.tensor(texts_per_row))
 
 
-def _cider(words: torch.Tensor, lengths: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """The same of numbered words.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Texts:
+    """The texts of a corpus by row."""
+
+    rows: int
+    row: torch.Tensor  # (T,) the row that each text belongs to
+    is_reference: torch.Tensor  # (T,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _WeightedNGrams:
+    """The n-grams of each text for one length n, sorted by text and then by kind."""
+
+    kinds: int
+    text: torch.Tensor  # (P,)
+    kind: torch.Tensor  # (P,) 0 ... kinds - 1
+    weight: torch.Tensor  # (P,) tf-idf
+
+
+def _cider(
+    words_W: torch.Tensor, words_per_text_T: torch.Tensor, texts_per_row_R: torch.Tensor
+) -> torch.Tensor:
+    """Computes CIDEr-D of each row from integer words.
 
     Args:
-        words: (W,) int64, of all texts of all rows; the first text of a row is its caption, the others are its references.
-        lengths: (T,) how many words each text has.
-        texts: (R,) how many texts each row has.
+        words_W: int64, the words of all texts of all rows, text after text.
+        words_per_text_T: int64.
+        texts_per_row_R: int64. The first text of a row is its caption.
     """
-    rows = len(texts)
-    row_of = torch.arange(rows).repeat_interleave(texts)  # (T,)
-    captions = texts.cumsum(0) - texts  # (R,) their places among the texts
-    is_reference = torch.ones(len(lengths), dtype=torch.bool).index_fill(0, captions, False)
-    text_of = torch.arange(len(lengths)).repeat_interleave(lengths)  # (W,)
-    vocabulary, words = words.long().unique(return_inverse=True)
-    # the published length counts pairs of words: one fewer than the words, but none of none
-    pairs = (lengths - 1).clamp(min=0).double()
-    penalty = (-((pairs[captions][row_of] - pairs) ** 2) / (2 * SIGMA**2)).exp()  # (T,)
-    similarity = torch.zeros(len(lengths), dtype=torch.float64)
-    gram = words
+    rows, text_count = len(texts_per_row_R), len(words_per_text_T)
+    row_T = torch.arange(rows).repeat_interleave(texts_per_row_R)
+    caption_R = texts_per_row_R.cumsum(0) - texts_per_row_R  # index of each caption in T
+    is_reference_T = torch.ones(text_count, dtype=torch.bool).index_fill(0, caption_R, False)
+    texts = _Texts(rows=rows, row=row_T, is_reference=is_reference_T)
+
+    # The published length counts pairs of neighboring words, and 0 for a text without words.
+    length_T = (words_per_text_T - 1).clamp(min=0).double()
+    penalty_T = (-((length_T[caption_R][row_T] - length_T) ** 2) / (2 * SIGMA**2)).exp()
+
+    text_W = torch.arange(text_count).repeat_interleave(words_per_text_T)
+    vocabulary, words_W = words_W.long().unique(return_inverse=True)
+    similarity_T = torch.zeros(text_count, dtype=torch.float64)
+    grams = words_W  # a number for each n-gram, at the word it begins with
     for n in range(1, N + 1):
-        if n > 1:  # each n-gram is one of n - 1 words and the word behind it
-            gram = gram[:-1] * len(vocabulary) + words[n - 1 :]
-        inside = text_of[: len(gram)] == text_of[n - 1 :]
-        if not inside.any():
+        if n > 1:  # an n-gram is an (n - 1)-gram and the word that follows it
+            grams = grams[:-1] * len(vocabulary) + words_W[n - 1 :]
+        text_of_gram = text_W[: len(grams)]
+        in_one_text = text_of_gram == text_W[n - 1 :]
+        if not in_one_text.any():
             break
-        kinds, numbered = gram[inside].unique(return_inverse=True)
-        weighed = _weigh(
-            text_of[: len(gram)][inside] * len(kinds) + numbered,
-            len(kinds),
-            row_of,
-            is_reference,
-            rows,
-        )
-        similarity += _cosine(*weighed, len(kinds), row_of, is_reference)
-        gram = torch.zeros_like(gram).masked_scatter(
-            inside, numbered
-        )  # small numbers again; those across texts stay outside
-    scores = torch.zeros(rows, dtype=torch.float64).index_add(
-        0, row_of, similarity * penalty * is_reference
-    )
-    return scores / (texts - 1) / N * 10
+        distinct, kinds_of_grams = grams[in_one_text].unique(return_inverse=True)
+        weighted = _tf_idf(text_of_gram[in_one_text], kinds_of_grams, len(distinct), texts)
+        similarity_T += _cosine(weighted, texts)
+        # Renumber, so that numbers stay small. N-grams across texts stay excluded.
+        grams = torch.zeros_like(grams).masked_scatter(in_one_text, kinds_of_grams)
+
+    reference_scores_T = similarity_T * penalty_T * is_reference_T
+    scores_R = torch.zeros(rows, dtype=torch.float64).index_add(0, row_T, reference_scores_T)
+    return scores_R / (texts_per_row_R - 1) / N * 10
 
 
-def _weigh(
-    found: torch.Tensor, kinds: int, row_of: torch.Tensor, is_reference: torch.Tensor, rows: int
-) -> tuple[torch.Tensor, ...]:
-    """Text, kind and tf-idf weight of the different n-grams of each text, sorted by text and kind; `found`: text * kinds + kind."""
-    different, times = found.unique(return_counts=True)
-    text, kind = different // kinds, different % kinds
-    in_rows = (row_of[text] * kinds + kind)[is_reference[text]].unique() % kinds
-    rows_with = torch.bincount(in_rows, minlength=kinds).clamp(min=1)
-    return text, kind, times * (math.log(rows) - rows_with.double().log())[kind]
+def _tf_idf(
+    text_of_gram: torch.Tensor, kind_of_gram: torch.Tensor, kinds: int, texts: _Texts
+) -> _WeightedNGrams:
+    """Weights each distinct n-gram of each text by term and inverse document frequency.
+
+    A document is a row: its references count together.
+    """
+    pairs_P, counts_P = (text_of_gram * kinds + kind_of_gram).unique(return_counts=True)
+    text_P, kind_P = pairs_P // kinds, pairs_P % kinds
+    row_and_kind_P = texts.row[text_P] * kinds + kind_P
+    kinds_in_rows = row_and_kind_P[texts.is_reference[text_P]].unique() % kinds
+    rows_with_K = torch.bincount(kinds_in_rows, minlength=kinds).clamp(min=1)
+    idf_K = math.log(texts.rows) - rows_with_K.double().log()
+    return _WeightedNGrams(kinds=kinds, text=text_P, kind=kind_P, weight=counts_P * idf_K[kind_P])
 
 
-def _cosine(
-    text: torch.Tensor,
-    kind: torch.Tensor,
-    weight: torch.Tensor,
-    kinds: int,
-    row_of: torch.Tensor,
-    is_reference: torch.Tensor,
-) -> torch.Tensor:
-    """(T,) similarity of each reference to the caption of its row, which gets nothing for saying an n-gram more often."""
-    norm = torch.zeros(len(row_of), dtype=torch.float64).index_add(0, text, weight**2).sqrt()
-    place = row_of[text] * kinds + kind
-    of_reference = is_reference[text]
-    caption_place, caption_weight = (
-        place[~of_reference],
-        weight[~of_reference],
-    )  # sorted: one caption a row, rows in order
-    norm_of_row = torch.zeros_like(norm).index_add(0, row_of, norm * ~is_reference)
-    text, place, weight = text[of_reference], place[of_reference], weight[of_reference]
-    if not len(caption_place):
-        return torch.zeros_like(norm)
-    at = torch.searchsorted(caption_place, place).clamp(max=len(caption_place) - 1)
-    shared = torch.minimum(caption_weight[at], weight) * weight * (caption_place[at] == place)
-    products = norm * norm_of_row[row_of]
-    return torch.zeros_like(norm).index_add(0, text, shared) / torch.where(
-        products == 0, 1, products
-    )
+def _cosine(ngrams: _WeightedNGrams, texts: _Texts) -> torch.Tensor:
+    """Cosine similarity of each reference to the caption of its row, (T,).
+
+    Weights of the caption are clipped to those of the reference: repeating an n-gram gains nothing.
+    """
+    text_P, weight_P = ngrams.text, ngrams.weight
+    zeros_T = torch.zeros(len(texts.row), dtype=torch.float64)
+    norm_T = zeros_T.index_add(0, text_P, weight_P**2).sqrt()
+    zeros_R = torch.zeros(texts.rows, dtype=torch.float64)
+    caption_norm_R = zeros_R.index_add(0, texts.row, norm_T * ~texts.is_reference)
+
+    row_and_kind_P = texts.row[text_P] * ngrams.kinds + ngrams.kind
+    of_reference = texts.is_reference[text_P]
+    # Sorted, because a row has one caption and rows are in order.
+    in_captions, caption_weights = row_and_kind_P[~of_reference], weight_P[~of_reference]
+    in_references, weights = row_and_kind_P[of_reference], weight_P[of_reference]
+    if not len(in_captions):
+        return zeros_T
+    nearest = torch.searchsorted(in_captions, in_references).clamp(max=len(in_captions) - 1)
+    is_shared = in_captions[nearest] == in_references
+    shared = torch.minimum(caption_weights[nearest], weights) * weights * is_shared
+    dot_T = zeros_T.index_add(0, text_P[of_reference], shared)
+    norms_T = norm_T * caption_norm_R[texts.row]
+    return dot_T / torch.where(norms_T == 0, 1, norms_T)
 
 
-@lru_cache(maxsize=1 << 12)  # BLEU-1 to 4 ask one after the other
+@lru_cache(maxsize=1 << 12)  # BLEU-1 to BLEU-4 ask for the same captions in turn
 def bleu_counts(caption: str, references: tuple[str, ...]) -> tuple[int, ...]:
-    """Of a caption: its length, that of the reference closest in length, its n-grams for n = 1 to 4, and those of them that are right."""
-    words, others = ptb_words(caption), [ptb_words(reference) for reference in references]
-    closest = min((abs(len(other) - len(words)), len(other)) for other in others)[1]
-    most: Counter[tuple[str, ...]] = Counter()
+    """Returns the counts that BLEU of a caption is computed from.
+
+    Returns:
+        Words of the caption; words of the reference whose length is closest, the shorter of two;
+        n-grams of the caption for n = 1 to 4; n-grams that a reference has too, for n = 1 to 4.
+    """
+    words = ptb_words(caption)
+    others = list(map(ptb_words, references))
+    _, closest = min((abs(len(other) - len(words)), len(other)) for other in others)
+    highest_counts: Counter[tuple[str, ...]] = Counter()
     for other in others:
-        most |= _grams(other)
-    right = [0] * N
-    for gram, times in _grams(words).items():
-        right[len(gram) - 1] += min(times, most[gram])
-    return len(words), closest, *(max(len(words) - n, 0) for n in range(N)), *right
+        highest_counts |= _ngram_counts(other)
+    totals = [max(len(words) - n, 0) for n in range(N)]
+    matches = [0] * N
+    for gram, times in _ngram_counts(words).items():
+        matches[len(gram) - 1] += min(times, highest_counts[gram])
+    return len(words), closest, *totals, *matches
 
 
-def _grams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(words[start : start + n])
-        for n in range(1, N + 1)
-        for start in range(len(words) - n + 1)
-    )
+def _ngram_counts(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    counts: Counter[tuple[str, ...]] = Counter()
+    for n in range(1, N + 1):
+        counts.update(zip(*(words[start:] for start in range(n)), strict=False))
+    return counts
 
 
 def bleu(counts: Sequence[float], n: int) -> float:
-    """BLEU-n of `bleu_counts`, of one caption or summed over a corpus."""
-    length, closest, *grams = counts
-    product = math.prod(
-        (grams[N + k] + 1e-15) / (grams[k] + 1e-9) for k in range(n)
-    )  # constants of the published tools
+    """Computes BLEU-n from `bleu_counts` of a caption, or from their sum over a corpus."""
+    length, closest, *ngrams = counts
+    # The small constants are those of the published tools.
+    precisions = [(ngrams[N + k] + 1e-15) / (ngrams[k] + 1e-9) for k in range(n)]
     ratio = (length + 1e-15) / (closest + 1e-9)
-    return product ** (1 / n) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
+    brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1
+    return math.prod(precisions) ** (1 / n) * brevity_penalty
 
 
 def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L: the F-measure of the best precision and the best recall by longest common subsequences, be they of different references.
+    """Computes ROUGE-L: the F-measure of precision and recall by longest common subsequences.
+
+    Precision and recall are the best over all references, possibly of different ones.
 
     >>> rouge_l(["a", "b", "c"], [["a", "x", "c"], ["a", "b"]])
     0.8299319727891156
     """
-    caption = caption or ("",)  # the published tools split "" into one empty word
-    common = [(_common(caption, other or ("",)), len(other or ("",))) for other in references]
-    precision, recall = (
-        max(c for c, _ in common) / len(caption),
-        max(c / length for c, length in common),
-    )
-    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision) if precision else 0.0
+    empty = ("",)  # the published tools split "" into one empty word
+    caption = caption or empty
+    precisions, recalls = [], []
+    for reference in references:
+        reference = reference or empty
+        common = _longest_common_subsequence(caption, reference)
+        precisions.append(common / len(caption))
+        recalls.append(common / len(reference))
+    precision, recall = max(precisions), max(recalls)
+    if not precision:
+        return 0.0
+    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, by dynamic programming row by row."""
     above = [0] * (len(b) + 1)
     for word in a:
         row = [0]
-        for place, other in enumerate(b):
-            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        for index, other in enumerate(b):
+            if word == other:
+                row.append(above[index] + 1)
+            else:
+                row.append(max(above[index + 1], row[index]))
         above = row
     return above[-1]
 
@@ -185,27 +236,32 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
 class CIDEr(PerSampleMetric):
     """CIDEr-D of the captions against their references, 0 to 10; papers print 100 times that.
 
-    The score needs the words of all captions and references of all ranks at once: each is kept as a hash of 64 bits, as row ids are.
+    The score needs the words of all captions and references of all ranks at once. Each word is kept
+    as a 64-bit hash, as row ids are.
     """
 
     needs = "reference caption"
     dtype_of_rows = torch.int64
 
     def measure(self, prediction: Prediction) -> list[int] | None:
+        """Returns the number of texts, the number of words of each, and all their words as keys."""
         references = reference_texts(prediction)
         if not references:
             return None
-        texts = [ptb_words(text) for text in (said(prediction), *references)]
-        return [len(texts), *map(len, texts), *(_word_key(word) for text in texts for word in text)]
+        texts = list(map(ptb_words, (answer_text(prediction), *references)))
+        numbers = [len(texts), *map(len, texts)]
+        for text in texts:
+            numbers.extend(map(_word_key, text))
+        return numbers
 
     def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        texts = torch.stack([row[0] for row in rows])
-        heads = [(row, 1 + int(row[0])) for row in rows]
-        return _cider(
-            torch.cat([row[end:] for row, end in heads]),
-            torch.cat([row[1:end] for row, end in heads]),
-            texts,
-        )
+        words, words_per_text, texts_per_row = [], [], []
+        for row in rows:
+            words_start = 1 + int(row[0])
+            texts_per_row.append(row[0])
+            words_per_text.append(row[1:words_start])
+            words.append(row[words_start:])
+        return _cider(torch.cat(words), torch.cat(words_per_text), torch.stack(texts_per_row))
 
     def total(self, rows: Sequence[torch.Tensor]) -> float:
         return math.fsum(self.row_scores(rows).tolist()) / len(rows)
@@ -219,15 +275,17 @@ class Bleu(PerSampleMetric):
 
     needs = "reference caption"
 
-    def __init__(self, n: int = N, *, where: Mapping[str, str | Sequence[str]] | None = None):
+    def __init__(self, n: int = N, *, where: Where | None = None):
         super().__init__(where=where)
         if n not in range(1, N + 1):
-            raise DataError(f"n={n}: BLEU is counted up to n-grams of 1 to {N} words")
+            raise DataError(f"n={n}: BLEU is computed with n-grams of up to 1 to {N} words")
         self.n = n
 
     def measure(self, prediction: Prediction) -> tuple[int, ...] | None:
         references = reference_texts(prediction)
-        return bleu_counts(said(prediction), references) if references else None
+        if not references:
+            return None
+        return bleu_counts(answer_text(prediction), references)
 
     def total(self, rows: Sequence[torch.Tensor]) -> float:
         return bleu(torch.stack(list(rows)).sum(0).tolist(), self.n)
@@ -240,8 +298,7 @@ class RougeL(SampleMean):
 
     def score(self, prediction: Prediction) -> float | None:
         references = reference_texts(prediction)
-        return (
-            rouge_l(ptb_words(said(prediction)), [ptb_words(text) for text in references])
-            if references
-            else None
-        )
+        if not references:
+            return None
+        caption = ptb_words(answer_text(prediction))
+        return rouge_l(caption, list(map(ptb_words, references)))

@@ -1,29 +1,37 @@
-"""Accuracy on multiple choice, where the answer is the letter of an option."""
+"""Accuracy on multiple-choice questions whose answer is the letter of an option."""
 
 from __future__ import annotations
 
 import re
 
+from qwenvl_lit.metrics.per_sample import answer_text, reference_texts
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
+_INTRODUCTION = r"(?i:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?)\s*:?\s*"
 _LETTER = re.compile(
-    r"\s*(?:(?:(?i:the\s+)?(?i:correct\s+)?(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*)?\(?([A-Za-z])(?:\)|[.:](?!\w)|,?\s*$)"
-    r"|(?i:(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([A-Z])\b)"
+    r"\s*(?:"
+    rf"(?:{_INTRODUCTION})?\(?([A-Za-z])(?:\)|[.:](?!\w)|,?\s*$)"  # "b.", "(B)", "Answer: b"
+    rf"|{_INTRODUCTION}\(?([A-Z])\b"  # "The answer is B because"
+    r")"
 )
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter that an answer begins with, alone or marked as one: `B`, `b.`, `(B)`, `B: a dog`, `Answer: B`, `The answer is B`.
+    """Returns the letter that an answer begins with, in upper case.
 
-    None if there is no such letter; the article of `A dog` is none.
+    The letter stands alone or is marked as a choice: `B`, `b.`, `(B)`, `B: a dog`, `Answer: B`,
+    `The answer is B`. None if there is no such letter; the article of `A dog` is not one.
 
-    >>> [chosen_letter(text) for text in ("B", "(b) two", "C. a dog", "The answer is D because", "A dog", "Both")]
-    ['B', 'B', 'C', 'D', None, None]
+    >>> [chosen_letter(text) for text in ("B", "(b) two", "C. a dog", "The answer is D because")]
+    ['B', 'B', 'C', 'D']
+    >>> [chosen_letter(text) for text in ("A dog", "Both")]
+    [None, None]
     """
-    found = _LETTER.match(text)
-    return (found[1] or found[2]).upper() if found else None
+    match = _LETTER.match(text)
+    if match is None:
+        return None
+    return (match[1] or match[2]).upper()
 
 
 class ChoiceAccuracy(SampleMean):
@@ -32,5 +40,7 @@ class ChoiceAccuracy(SampleMean):
     needs = "expected letter"
 
     def score(self, prediction: Prediction) -> float | None:
-        expected = {chosen_letter(answer) for answer in reference_texts(prediction)} - {None}
-        return float(chosen_letter(said(prediction)) in expected) if expected else None
+        expected = {chosen_letter(text) for text in reference_texts(prediction)} - {None}
+        if not expected:
+            return None
+        return float(chosen_letter(answer_text(prediction)) in expected)

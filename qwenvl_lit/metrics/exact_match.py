@@ -1,43 +1,45 @@
-"""Exact match: the answer is right when it is, character by character, an expected one."""
+"""Exact match: an answer is right if it equals an expected one character by character."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from qwenvl_lit.metrics.per_sample import Where
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import Prediction
 
 
-def exact_match(text: str, answers: Sequence[str], *, ignore_case: bool = False) -> bool:
-    """Whether `text` equals one of `answers`; white space around either does not count, case does unless told otherwise.
+def exact_match(text: str, references: Sequence[str], *, ignore_case: bool = False) -> bool:
+    """Tells whether `text` equals one of `references`, apart from white space around them.
 
-    >>> exact_match("two ", ["2", "two"]), exact_match("Two", ["2", "two"]), exact_match("Two", ["2", "two"], ignore_case=True)
-    (True, False, True)
+    >>> exact_match("two ", ["2", "two"]), exact_match("Two", ["2", "two"])
+    (True, False)
+    >>> exact_match("Two", ["2", "two"], ignore_case=True)
+    True
     """
-    changed = str.lower if ignore_case else str
-    return changed(text.strip()) in {changed(answer.strip()) for answer in answers}
+    normalize = str.lower if ignore_case else str
+    return normalize(text.strip()) in {normalize(other.strip()) for other in references}
 
 
 class ExactMatch(SampleMean):
-    """Share of answers that equal the expected one or one of the row's references, in the family's markup, boxes included.
+    """Share of answers that equal the expected answer or one of the row's references.
+
+    Answers are compared in the markup of the model family, boxes included.
 
     Args:
-        ignore_case: as Qwen-VL's `eval_mm` does for AI2D and OCR-VQA.
+        ignore_case: compare as `eval_mm` of Qwen-VL does for AI2D and OCR-VQA.
     """
 
     needs = "expected answer"
 
-    def __init__(
-        self, ignore_case: bool = False, *, where: Mapping[str, str | Sequence[str]] | None = None
-    ):
+    def __init__(self, ignore_case: bool = False, *, where: Where | None = None):
         super().__init__(where=where)
         self.ignore_case = ignore_case
 
     def score(self, prediction: Prediction) -> float | None:
-        expected = () if prediction.reference is None else (prediction.reference,)
-        answers = (*expected, *prediction.conversation.references)
-        return (
-            float(exact_match(prediction.text, answers, ignore_case=self.ignore_case))
-            if answers
-            else None
-        )
+        references = list(prediction.conversation.references)
+        if prediction.reference is not None:
+            references.append(prediction.reference)
+        if not references:
+            return None
+        return float(exact_match(prediction.text, references, ignore_case=self.ignore_case))

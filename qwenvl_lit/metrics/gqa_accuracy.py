@@ -1,17 +1,19 @@
-"""Accuracy on GQA, whose expected answers are a word or two, of models that answer in sentences."""
+"""Accuracy on GQA, which expects a word or two, for models that answer in sentences."""
 
 from __future__ import annotations
 
 import re
 
 from qwenvl_lit.metrics.exact_match import exact_match
+from qwenvl_lit.metrics.per_sample import answer_text, reference_texts
 from qwenvl_lit.metrics.sample_mean import ProtocolMean
-from qwenvl_lit.metrics.sample_rows import reference_texts, said
 from qwenvl_lit.types import Prediction
 
 
 def first_clause(text: str) -> str:
-    """What stands before the first full stop, comma or exclamation mark, lower-cased, without an article in front.
+    """Returns the text before the first full stop, comma or exclamation mark.
+
+    The clause is in lower case and without a leading article.
 
     >>> first_clause("The panda, probably.")
     'panda'
@@ -21,43 +23,48 @@ def first_clause(text: str) -> str:
 
 
 def core_of(text: str) -> str:
-    """What a first clause says: behind `is` or `are`, without an article in front, before `of`.
+    """Returns the part of the first clause after `is` or `are` and before `of`, without an article.
 
     >>> core_of("It is a piece of cake."), core_of("panda")
     ('piece', 'panda')
     """
-    said_of_it = re.split(r"\b(?:is|are)\s+", first_clause(text), maxsplit=1)[-1]
-    return re.split(r"\s+of\b", first_clause(said_of_it), maxsplit=1)[0]
+    predicate = re.split(r"\b(?:is|are)\s+", first_clause(text), maxsplit=1)[-1]
+    return re.split(r"\s+of\b", first_clause(predicate), maxsplit=1)[0]
 
 
 def gqa_answer_official(text: str) -> str:
-    """What Qwen-VL's script compares: it looks for these words inside others too, so that `panda is` becomes nothing but `is`."""
+    """Returns what Qwen-VL's script compares.
+
+    The script finds `is`, `a` and the like inside other words too: "sea horse" becomes "horse".
+    """
     text = re.split("[.,!]", text.strip())[0].lower()
     for mark in ("is ", "are ", "a ", "an ", "the "):
-        text = [*text.split(mark), ""][1] if mark in text else text
+        if mark in text:
+            text = text.split(mark)[1]
     return text.split(" of")[0].strip()
 
 
 def gqa_match(answer: str, expected: str) -> bool:
-    """Whether the first clause of an answer, or the core of it, is the expected answer.
+    """Tells whether the first clause of an answer, or its core, is the expected answer.
 
-    >>> gqa_match("It is a dog.", "dog"), gqa_match("Yes.", "yes"), gqa_match("left side of the road", "right side of the road")
-    (True, True, False)
+    >>> gqa_match("It is a dog.", "dog"), gqa_match("Yes.", "yes")
+    (True, True)
+    >>> gqa_match("left side of the road", "right side of the road")
+    False
     """
     return first_clause(expected) in (first_clause(answer), core_of(answer))
 
 
 class GQAAccuracy(ProtocolMean):
-    """Share of answers that say the expected one."""
+    """Share of answers that give the expected answer, possibly in a sentence."""
 
     needs = "expected answer"
 
     def score(self, prediction: Prediction) -> float | None:
-        answers = reference_texts(prediction)
-        if not answers:
+        references = reference_texts(prediction)
+        if not references:
             return None
+        answer = answer_text(prediction)
         if self.protocol == "official":
-            return float(
-                exact_match(gqa_answer_official(said(prediction)), answers, ignore_case=True)
-            )
-        return float(any(gqa_match(said(prediction), answer) for answer in answers))
+            return float(exact_match(gqa_answer_official(answer), references, ignore_case=True))
+        return float(any(gqa_match(answer, reference) for reference in references))

@@ -1,9 +1,11 @@
-"""Captions to words as the COCO caption tools do, which call Stanford's PTBTokenizer 3.4.1 (`-lowerCase`) and drop punctuation.
+"""Splits captions into words as the COCO caption tools do.
 
-Written from what that program answers, in Java's absence: 114,000 words with and without a full stop, contractions, numbers, quotes, and
-sentences made of them. Known to differ, all of it rare in captions: a tag with attributes stays one token there, a fraction or telephone
-number with a space in it too, and whether the full stop after a single letter at the very end belongs to it depends there on the caption
-of the next line.
+These tools call Stanford's PTBTokenizer 3.4.1 (`-lowerCase`), which needs Java, and drop
+punctuation. This module was written from the output of that program: 114,000 words with and without
+a full stop, contractions, numbers, quotes, and sentences made of them. Known differences, all rare
+in captions: PTBTokenizer keeps a tag with attributes, a fraction with a space and a telephone
+number with a space as one token each; and whether the full stop after a single letter at the very
+end belongs to that letter depends on the caption of the next line.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import re
 import unicodedata
 from functools import lru_cache
 
-_DROPPED = frozenset(
-    ("''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "---", "----", "...", ";")
-)  # `!!`, `?!` and brackets stay, as there
+# Tokens that the COCO tools drop. They keep `!!`, `?!` and brackets.
+_DROPPED_TOKENS = "'' ' `` ` \" . ? ! , : - -- --- ---- ... ;"
+_DROPPED = frozenset(_DROPPED_TOKENS.split())
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_SPELLED = {
+_REPLACEMENTS = {
     **dict.fromkeys("’‘‛", "'"),
     **dict.fromkeys("“”«»`", '"'),
     **dict.fromkeys("‒–—―", " -- "),
@@ -32,89 +34,117 @@ _SPELLED = {
     "\u200b": " ",
     **dict.fromkeys("\u00ad\ufe0f「」『』", ""),
 }
-_SPELL = str.maketrans(_SPELLED)
-_UNKNOWN = re.compile("[\U00010000-\U0010ffff]")  # emoji and the like vanish
+_REPLACED_CHARACTERS = str.maketrans(_REPLACEMENTS)
+_DELETED = re.compile("[\U00010000-\U0010ffff]")  # emoji and the like
 
-# Words whose full stop belongs to them: in any case, as they stand, and before a number.
+# Abbreviations that keep their full stop: in any case, in this case only, and before a number only.
 _ABBREVIATIONS = """
-adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bldg blvd brig bros calif capt cf cie cmdr co col colo comdr conn
-corp cos cpl ct dak dec dept dr drs elec ens esq est etc ext feb fla fri ft gen gov govs hon inc ind insp intl jan jos jr jul jun kan kans
-ky lieut lt ltd maj mar md messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc pres prof
-profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel tenn thu thurs treas tue tues univ va vs vt wed
-wis wisc wm wyo
+adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bldg blvd brig bros calif capt
+cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept dr drs elec ens esq est etc ext feb
+fla fri ft gen gov govs hon inc ind insp intl jan jos jr jul jun kan kans ky lieut lt ltd maj mar md
+messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph plc
+pres prof profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel
+tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo
 """
-_CASED = "Ark ARK Bhd BHD Del DEL Det DET Ga GA Ill ILL La LA Mass MASS mfg Mfg Miss MISS Mtg Ore ORE Pa PA pte Pte pty Pty Tex TEX Wash WASH"
-_NUMBERED = "art ca fig figs no nos op pp prop"
-_STARTERS = """
-A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once One Other Our She Since So Some Such That
-The Their Then There These They This We What When While Yet You
-"""  # of sentences: before these, the full stop after a single letter ends one
+_CASED_ABBREVIATIONS = """
+Ark ARK Bhd BHD Del DEL Det DET Ga GA Ill ILL La LA Mass MASS mfg Mfg Miss MISS Mtg Ore ORE Pa PA
+pte Pte pty Pty Tex TEX Wash WASH
+"""
+_NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
+# Words that begin a sentence: before them, the full stop after a single letter ends a sentence.
+_SENTENCE_STARTS = """
+A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once
+One Other Our She Since So Some Such That The Their Then There These They This We What When While
+Yet You
+"""
 
 
-def _any(words: str) -> str:
+def _any_of(words: str) -> str:
     return "|".join(words.split())
 
 
-_MARKS = "".join(
-    sign for sign in map(chr, range(0x300, 0xFE00)) if unicodedata.category(sign)[0] == "M"
-)  # vowel signs, accents
-_W = rf"(?:[^\W_²³¹⁰-₟]|[{_MARKS}])"  # a letter with what is written around it, or a digit
+def _combining_marks() -> str:
+    """Vowel signs and accents."""
+    signs = map(chr, range(0x300, 0xFE00))
+    return "".join(sign for sign in signs if unicodedata.category(sign)[0] == "M")
+
+
+_W = rf"(?:[^\W_²³¹⁰-₟]|[{_combining_marks()}])"  # a letter with the marks around it, or a digit
 _HYPHEN = "[-‐‑_/]"
-_JOINED = rf"(?:[^\W\d_]{_W}*(?:{_HYPHEN}{_W}+|(?<=[A-Za-z])[.!?](?=[A-Za-z]){_W}+)*|{_W}+(?:{_HYPHEN}{_W}+)*)"  # t-shirt, the.dog
-_KINDS = (
+_STOP_INSIDE = rf"(?<=[A-Za-z])[.!?](?=[A-Za-z]){_W}+"  # the.dog
+_COMPOUND = (  # a word or number, with those that hyphens join to it: t-shirt
+    rf"(?:[^\W\d_]{_W}*(?:{_HYPHEN}{_W}+|{_STOP_INSIDE})*|{_W}+(?:{_HYPHEN}{_W}+)*)"
+)
+_ABBREVIATION = (
+    rf"(?:(?i:{_any_of(_ABBREVIATIONS)})|{_any_of(_CASED_ABBREVIATIONS)}"
+    rf"|(?i:{_any_of(_NUMBERED_ABBREVIATIONS)})(?=\.\s*\d))\.(?!-?[A-Za-z])"
+)
+_INITIAL = (  # a single letter with a full stop
+    rf"[A-Za-z]\.(?!{_W}*[A-Za-z])"
+    rf"(?!\s+(?:(?:{_any_of(_SENTENCE_STARTS)})(?![\w'])|M[rs]\.\s))"
+)
+_TOKEN_PATTERNS = (  # the first one that matches
     r"(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)[A-Za-z]+(?=[\s,;]|$)",  # most words, fast
     r"</?[A-Za-z!?][^<>\s]*>",
     r"(?i:https?)://[^\s\"<>]*[^\s\"<>.,;:!?()']",
     rf"{_W}[\w.+-]*@{_W}[\w-]*(?:\.{_W}[\w-]*)*",
     r"[#@][A-Za-z_]\w*",
-    r"(?i:can(?=not\b)|gon(?=na\b)|got(?=ta\b)|wan(?=na\b)|lem(?=me\b)|gim(?=me\b)|'t(?=is\b|was\b))",
+    r"(?i:can(?=not\b)|gon(?=na\b)|got(?=ta\b)|wan(?=na\b)|lem(?=me\b)|gim(?=me\b)"
+    r"|'t(?=is\b|was\b))",
     rf"[A-Za-z]+?(?=[nN]'[tT](?!{_W}))|[nN]'[tT](?!{_W})",
     rf"'(?i:s|m|d|ll|re|ve)(?!{_W})",
     rf"'[nN]'|'(?i:em|till?|cause|n|\d\ds|\d\d(?!'))(?!{_W})",
-    rf"(?i:[odl]'[a-z]{_W}*(?:-{_W}+)*|[dl]'|ma'am|hallowe'en|ne'er|e'er|li'l|nat'l|s'mores|ol'|y'(?=[a-z]))",
+    rf"(?i:[odl]'[a-z]{_W}*(?:-{_W}+)*|[dl]'|ma'am|hallowe'en|ne'er|e'er|li'l|nat'l|s'mores|ol'"
+    r"|y'(?=[a-z]))",
     rf"[A-Za-z](?:\.[A-Za-z])+\.?(?!{_W})|(?i:ph\.d)\b\.?",
-    rf"(?:(?i:{_any(_ABBREVIATIONS)})|{_any(_CASED)}|(?i:{_any(_NUMBERED)})(?=\.\s*\d))\.(?!-?[A-Za-z])",
-    rf"[A-Za-z]\.(?!{_W}*[A-Za-z])(?!\s+(?:(?:{_any(_STARTERS)})(?![\w'])|M[rs]\.\s))",
+    _ABBREVIATION,
+    _INITIAL,
     rf"[-+]?\d*(?:[.,:]\d+)+(?:-[A-Za-z]{_W}*)*|[-+]\d+(?:[-/]\d+)*(?!{_W})",
     r"[A-Z]+(?:&[A-Z]+)+|[Cc](?:\+\+|#)|[A-Z]{1,2}\$",
-    rf"{_JOINED}\.(?=[,;:])",  # as it is, so there
-    _JOINED,
+    rf"{_COMPOUND}\.(?=[,;:])",  # PTBTokenizer keeps this full stop with the word
+    _COMPOUND,
     rf"[:;=][-o]?(?:[()]|[DPO](?!{_W}))|\^_\^",
     r"[!?]+|\.{3,}|-{2,}|\*+|_+|'+",
     r"\S",
-)  # of tokens; the first that fits
-_SPECIAL = frozenset(
-    f"cannot gonna gotta wanna lemme gimme {_ABBREVIATIONS} {_CASED}".lower().split()
 )
-_TOKEN = re.compile(rf"\s*({'|'.join(_KINDS)})")
+_TOKEN = re.compile(rf"\s*({'|'.join(_TOKEN_PATTERNS)})")
+_CONTRACTED = "cannot gonna gotta wanna lemme gimme"
+# Words that need the patterns, even in a caption of plain letters.
+_SPECIAL = frozenset(f"{_CONTRACTED} {_ABBREVIATIONS} {_CASED_ABBREVIATIONS}".lower().split())
 
 
-@lru_cache(maxsize=1 << 14)  # several metrics ask for the same captions, one after the other
+@lru_cache(maxsize=1 << 14)  # several metrics ask for the same captions in turn
 def ptb_words(caption: str) -> tuple[str, ...]:
-    """The words of a caption, lower-cased, without punctuation.
+    """Returns the words of a caption in lower case, without punctuation.
 
     >>> " ".join(ptb_words('A "man" isn\\'t riding (his) horse.'))
     "a man is n't riding -lrb- his -rrb- horse"
     """
-    plain = caption.rstrip().removesuffix(".").lower().split()
-    if (
-        plain and len(plain[-1]) > 1 and _letters("".join(plain)) and _SPECIAL.isdisjoint(plain)
-    ):  # as most are: ten times faster
-        return tuple(plain)
-    text = caption.replace("&amp;", "&").translate(_SPELL)
-    tokens = (_BRACKETS.get(token, token) for token in _TOKEN.findall(_UNKNOWN.sub("", text)))
-    return tuple(
-        _lowered(token)
-        for token in tokens
-        if token not in _DROPPED and not token.startswith(("...", "''"))
-    )
+    words = caption.rstrip().removesuffix(".").lower().split()
+    if _splits_at_spaces(words):
+        return tuple(words)
+    text = caption.replace("&amp;", "&").translate(_REPLACED_CHARACTERS)
+    words = []
+    for token in _TOKEN.findall(_DELETED.sub("", text)):
+        token = _BRACKETS.get(token, token)
+        if token not in _DROPPED and not token.startswith(("...", "''")):
+            words.append(_lower(token))
+    return tuple(words)
 
 
-def _letters(text: str) -> bool:
-    return text.isascii() and text.isalpha()
+def _splits_at_spaces(words: list[str]) -> bool:
+    """Whether the patterns would find exactly these words, which takes ten times longer.
+
+    True for most captions: plain letters without abbreviations and contractions.
+    """
+    if not words or len(words[-1]) <= 1:
+        return False
+    letters = "".join(words)
+    return letters.isascii() and letters.isalpha() and _SPECIAL.isdisjoint(words)
 
 
-def _lowered(token: str) -> str:
-    if token[0] in ":;=" and token[-1] in "()":  # a smiley: brackets are spelled in it too
+def _lower(token: str) -> str:
+    """Lower case; the bracket of a smiley is spelled out."""
+    if token[0] in ":;=" and token[-1] in "()":
         token = token[:-1] + _BRACKETS[token[-1]]
     return token.lower()

@@ -1,18 +1,18 @@
-"""Scores that each row has by itself, and their mean."""
+"""Metrics that score each row by itself and average the rows."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from qwenvl_lit.metrics.sample_rows import PerSampleMetric
+from qwenvl_lit.metrics.per_sample import PerSampleMetric, Where
 from qwenvl_lit.types import DataError, Prediction
 
-Scoring = Literal["correct", "official"]
+ScoringProtocol = Literal["correct", "official"]
 
 
 class SampleMean(PerSampleMetric):
@@ -20,7 +20,7 @@ class SampleMean(PerSampleMetric):
 
     @abstractmethod
     def score(self, prediction: Prediction) -> float | None:
-        """The score of one row; None if the row lacks what it needs, which leaves the row out."""
+        """Returns the score of one row; None leaves out a row that lacks what the score needs."""
 
     def measure(self, prediction: Prediction) -> tuple[float] | None:
         value = self.score(prediction)
@@ -34,21 +34,17 @@ class SampleMean(PerSampleMetric):
 
 
 class ProtocolMean(SampleMean):
-    """Such a mean, where the script that published scores come from has faults.
+    """A `SampleMean` for a score whose published script deviates from its definition.
 
     Args:
-        protocol: `correct`: what the score is defined as; `official`: what the published script computes, faults included.
+        protocol: `correct` computes the score as it is defined, `official` as the published script
+            computes it, faults included.
 
     Raises:
         DataError: `protocol` is neither.
     """
 
-    def __init__(
-        self,
-        protocol: Scoring = "correct",
-        *,
-        where: Mapping[str, str | Sequence[str]] | None = None,
-    ):
+    def __init__(self, protocol: ScoringProtocol = "correct", *, where: Where | None = None):
         super().__init__(where=where)
         if protocol not in ("correct", "official"):
             raise DataError(f"protocol={protocol}: expected correct or official")

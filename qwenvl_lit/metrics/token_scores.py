@@ -1,4 +1,4 @@
-"""How well a model foresees the tokens of the expected answers."""
+"""Loss, perplexity and next-token accuracy on the expected answers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torchmetrics import Metric
 
 
 class TokenScores(Metric):
-    """Loss, perplexity and accuracy of the next token, each over all supervised tokens of all batches and ranks; nan without any.
+    """Loss, perplexity and next-token accuracy over the supervised tokens of all batches and ranks.
 
-    The sums of a batch say nothing of its rows, so a row that arrives twice counts twice: the sampler must not repeat any.
+    NaN without any token. The state is sums over batches, which do not tell rows apart. A row that
+    arrives twice therefore counts twice: the sampler must not repeat any.
     """
 
     is_differentiable = False
@@ -28,13 +29,19 @@ class TokenScores(Metric):
     def update(
         self, loss_sum: torch.Tensor, tokens: int | torch.Tensor, correct: int | torch.Tensor
     ) -> None:
-        """Adds a batch: the sum of its tokens' losses (in nats), how many there are, and how many of them were the likeliest."""
+        """Adds a batch.
+
+        Args:
+            loss_sum: sum of the losses of its supervised tokens, in nats.
+            tokens: number of supervised tokens.
+            correct: how many of them the model predicted as the most likely token.
+        """
         self.loss += loss_sum.detach().double()
         self.tokens += tokens
         self.correct += correct
 
     def compute(self) -> dict[str, torch.Tensor]:
-        loss = self.loss / self.tokens  # 0 / 0 is nan
+        loss = self.loss / self.tokens  # 0 / 0 is NaN
         return {
             "loss": loss,
             "perplexity": loss.exp(),

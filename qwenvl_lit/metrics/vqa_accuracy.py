@@ -1,130 +1,156 @@
-"""VQA accuracy: how many of ten people gave the same answer."""
+"""VQA accuracy: agreement of an answer with the answers of ten people."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
+from qwenvl_lit.metrics.per_sample import answer_text
 from qwenvl_lit.metrics.sample_mean import ProtocolMean
-from qwenvl_lit.metrics.sample_rows import said
 from qwenvl_lit.types import Prediction
 
-PEOPLE = 4  # at least: with fewer, no answer has three others who agree whoever is left out
+MIN_PEOPLE = 4  # with fewer, three of the others can never agree, whoever is left out
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = {
-    word: str(n)
-    for n, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-} | {"none": "0"}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's
-isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
-should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
+might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
 
-def _spellings(words: Sequence[str]) -> dict[str, str]:
-    """From a contraction with one of its apostrophes missing to the contraction."""
-    return {
-        word[:at] + word[at + 1 :]: word
-        for word in words
-        for at, sign in enumerate(word)
-        if sign == "'"
-    }
+def _contractions_by_misspelling(contractions: Sequence[str]) -> dict[str, str]:
+    """Maps each contraction without one of its apostrophes to the contraction."""
+    contraction_of = {}
+    for contraction in contractions:
+        for index, sign in enumerate(contraction):
+            if sign == "'":
+                misspelling = contraction[:index] + contraction[index + 1 :]
+                contraction_of[misspelling] = contraction
+    return contraction_of
 
 
-_SPELLED = _spellings([*_CONTRACTIONS.split(), "somebody'd", "i'm", "i've"])
-_SPELLED_OFFICIAL = {
-    **_spellings(_CONTRACTIONS.split()),
+_SPELLING = _contractions_by_misspelling([*_CONTRACTIONS.split(), "somebody'd", "i'm", "i've"])
+# The script maps "somebody'd" the other way round. Its entries for `Im` and `Ive` never apply,
+# because answers are in lower case.
+_SPELLING_OFFICIAL = {
+    **_contractions_by_misspelling(_CONTRACTIONS.split()),
     "somebody'd": "somebodyd",
-}  # the other way round there; `Im` never meets lower case
+}
 
 
-def normalised(text: str) -> str:
-    """An answer as VQA's page defines it for comparing: lower case, no full stops but decimal points, no commas within numbers, other
-    punctuation as spaces, digits for numbers up to ten, no articles, contractions with their apostrophes.
+def normalize_answer(text: str) -> str:
+    """Normalizes an answer as the VQA evaluation page defines it.
 
-    >>> normalised("The T-shirt, size 1,000."), normalised("Dont know")
+    Lower case; no full stops except decimal points; no commas inside numbers; other punctuation
+    becomes a space; digits for numbers up to ten; no articles; contractions with apostrophes.
+
+    >>> normalize_answer("The T-shirt, size 1,000."), normalize_answer("Dont know")
     ('t shirt size 1000', "don't know")
     """
-    text = re.sub(r"\.(?!\d)", "", re.sub(r"(?<=\d),(?=\d)", "", text.lower()))
-    return _reworded(text.translate(dict.fromkeys(map(ord, _PUNCTUATION), " ")), _SPELLED)
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())
+    text = re.sub(r"\.(?!\d)", "", text)
+    punctuation_to_space = dict.fromkeys(map(ord, _PUNCTUATION), " ")
+    return _replace_words(text.translate(punctuation_to_space), _SPELLING)
 
 
 def without_punctuation_official(text: str) -> str:
-    """Punctuation as the published script treats it: deleted where the mark stands next to a space anywhere in the text or any comma
-    between digits, else a space; at most 32 full stops go."""
-    numbers = re.search(r"\d,\d", text)
-    left = text
+    """Removes punctuation as the published script does.
+
+    A mark is deleted if it stands next to a space anywhere in the text, or if the text has a comma
+    between digits; otherwise it becomes a space. At most 32 full stops are deleted.
+    """
+    has_comma_in_number = re.search(r"\d,\d", text)
+    result = text
     for mark in _PUNCTUATION:
-        left = left.replace(
-            mark, "" if numbers or f"{mark} " in text or f" {mark}" in text else " "
-        )
-    return re.sub(r"\.(?!\d)", "", left, count=32)
+        deleted = has_comma_in_number or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if deleted else " ")
+    return re.sub(r"\.(?!\d)", "", result, count=32)
 
 
 def reworded_official(text: str) -> str:
-    """Lower case, numbers, articles and contractions as the published script treats them."""
-    return _reworded(text.lower(), _SPELLED_OFFICIAL)
+    """Replaces capitals, numbers, articles and contractions as the published script does."""
+    return _replace_words(text.lower(), _SPELLING_OFFICIAL)
 
 
-def _reworded(text: str, spelled: Mapping[str, str]) -> str:
-    words = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(spelled.get(word, word) for word in words if word not in _ARTICLES)
+def _replace_words(text: str, spelling: Mapping[str, str]) -> str:
+    words = []
+    for word in text.split():
+        word = _DIGITS.get(word, word)
+        if word not in _ARTICLES:
+            words.append(spelling.get(word, word))
+    return " ".join(words)
 
 
-def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """The share of three people who agree, 1 at most, averaged over leaving each of `answers` out; compared as `normalised`.
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Returns the accuracy of an answer: min(agreeing people / 3, 1), averaged over subsets.
+
+    Each subset leaves one of `references` out. Answers are compared after `normalize_answer`.
 
     >>> vqa_accuracy("Two", ["2", "2", "2", "3", "3", "3", "3", "4", "5", "6"])
     0.9
     """
-    answer, people = normalised(answer), [normalised(text) for text in answers]
-    return _leaving_one_out([person == answer for person in people])
+    people = list(map(normalize_answer, references))
+    return _agreement(normalize_answer(answer), people)
 
 
-def vqa_accuracy_official(answer: str, answers: Sequence[str], *, numbered: bool = True) -> float:
-    """The same as the published script counts it: people's answers lose punctuation, if they are not all equal, and are else as written.
+def vqa_accuracy_official(
+    answer: str, references: Sequence[str], *, numbered: bool = True
+) -> float:
+    """Returns the accuracy as the published script computes it.
+
+    The script removes punctuation from `references` if they are not all equal. Apart from that it
+    compares them as written.
 
     Args:
-        numbered: the annotations give each answer an id; without ids the script leaves out all answers that equal the one left out.
+        numbered: the annotations give each reference an id. Without ids the script leaves out all
+            references that equal the one left out.
     """
-    answer = reworded_official(
-        without_punctuation_official(answer.replace("\n", " ").replace("\t", " ").strip())
-    )
-    people = (
-        [without_punctuation_official(text) for text in answers]
-        if len(set(answers)) > 1
-        else list(answers)
-    )
-    if numbered:
-        return _leaving_one_out([person == answer for person in people])
-    return sum(
-        min(sum(other == answer != person for other in people) / 3, 1) for person in people
-    ) / len(people)
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    answer = reworded_official(without_punctuation_official(answer))
+    people = list(references)
+    if len(set(people)) > 1:
+        people = list(map(without_punctuation_official, people))
+    return _agreement(answer, people, equal_answers_stay=numbered)
 
 
-def _leaving_one_out(agree: Sequence[bool]) -> float:
-    return sum(min((sum(agree) - own) / 3, 1) for own in agree) / len(agree)
+def _agreement(answer: str, people: Sequence[str], *, equal_answers_stay: bool = True) -> float:
+    """Averages min(agreeing people / 3, 1) over the subsets that leave one person out.
+
+    Args:
+        equal_answers_stay: only the one person is left out, not everyone with the same answer.
+    """
+    agreeing = people.count(answer)
+    accuracies = []
+    for person in people:
+        others = agreeing
+        if person == answer:
+            others = agreeing - 1 if equal_answers_stay else 0
+        accuracies.append(min(others / 3, 1))
+    return sum(accuracies) / len(people)
 
 
 class VQAAccuracy(ProtocolMean):
-    """Mean VQA accuracy against the answers of several people: the references of a row, ten in VQAv2, OK-VQA, TextVQA and VizWiz.
+    """Mean VQA accuracy against the answers of several people.
 
-    Four at least, or no answer can be wholly right; rows with fewer are left out. Of one expected answer, ask for the exact match.
+    The references of a row are these answers: ten in VQAv2, OK-VQA, TextVQA and VizWiz. Rows with
+    fewer than four are left out, because no answer could be fully right. For rows with a single
+    expected answer use `ExactMatch`.
     """
 
     needs = "answers of four people or more"
 
     def score(self, prediction: Prediction) -> float | None:
         people = prediction.conversation.references
-        if len(people) < PEOPLE:
+        if len(people) < MIN_PEOPLE:
             return None
-        return (vqa_accuracy if self.protocol == "correct" else vqa_accuracy_official)(
-            said(prediction), people
-        )
+        if self.protocol == "official":
+            return vqa_accuracy_official(answer_text(prediction), people)
+        return vqa_accuracy(answer_text(prediction), people)

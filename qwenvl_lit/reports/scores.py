@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_lit.metrics.boxes import first_box_iou, labelled_boxes
-from qwenvl_lit.metrics.sample_rows import PerSampleMetric, sample_key
+from qwenvl_lit.metrics.per_sample import PerSampleMetric, sample_key
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Prediction
 

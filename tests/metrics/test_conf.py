@@ -4,9 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from qwenvl_lit.metrics.per_sample import PerSampleMetric
 
-from qwenvl_lit.cli.command import config_folder
-from qwenvl_lit.metrics.sample_rows import PerSampleMetric
+from qwenvl_lit.runs.run import config_folder
 
 FILES = sorted((config_folder() / "metrics").glob("*.yaml"))
 

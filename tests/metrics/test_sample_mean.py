@@ -5,7 +5,7 @@ import torch
 from toy_task import conversation
 
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.metrics.sample_rows import sample_key
+from qwenvl_lit.metrics.per_sample import sample_key
 from qwenvl_lit.types import Conversation, Prediction
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from qwenvl_lit.metrics.vqa_accuracy import (
     VQAAccuracy,
-    normalised,
+    normalize_answer,
     vqa_accuracy,
     vqa_accuracy_official,
 )
@@ -35,7 +35,7 @@ from qwenvl_lit.types import Conversation, DataError, Prediction
     ],
 )
 def test_answers_are_compared_in_one_form(text, words):
-    assert normalised(text) == words
+    assert normalize_answer(text) == words
 
 
 def test_accuracy_is_averaged_over_leaving_each_person_out():

@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 from html_tags import EVIL, Tags
+from qwenvl_lit.metrics.suggest import suggested_metrics
 from toy_task import conversation, grounded
 
 from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
-from qwenvl_lit.metrics.proposal import proposals
 from qwenvl_lit.reports.scores import (
     answers,
     bootstrap,
@@ -24,7 +24,7 @@ from qwenvl_lit.reports.scores import (
     score,
 )
 from qwenvl_lit.reports.scores_page import Earlier, Report, write_report
-from qwenvl_lit.runs.predictions import config_beside, predictions_file, scored_arguments
+from qwenvl_lit.runs.predictions import config_beside, predictions_file
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Prediction, Turn
 
 
@@ -208,9 +208,6 @@ def test_a_folder_or_a_file_gives_answers_and_their_config(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/config.yaml").write_text("data: {root: '${paths.cache}'}\n")
     assert config_beside(str(file)) == {"data": {"root": "${paths.cache}"}}
-    assert scored_arguments(["ckpt=x", "compare=['a']"]) == ["ckpt=x", "compare=['a']"]
-    with pytest.raises(DataError, match="two runs at least"):
-        scored_arguments(["compare=['a']"])
 
 
 def row(*answers: str, boxes=False, options=()) -> Conversation:
@@ -238,11 +235,11 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
     ],
 )
 def test_metrics_are_proposed_by_the_form_of_the_answers(rows, first):
-    assert proposals(rows)[0][0] == first
+    assert suggested_metrics(rows)[0][0] == first
 
 
 def test_nothing_is_proposed_where_nothing_is_expected():
-    assert proposals([row()]) == []
+    assert suggested_metrics([row()]) == []
 
 
 @pytest.fixture
