@@ -27,7 +27,7 @@ from training_rows import write_images
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
+from qwenvl_lit.models.qwen_vl.image_processing import normalized, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = QwenTokenizer(TINY_VOCABULARY)
-    processor = QwenVLProcessor(tokenizer, span=SPAN, side=SIDE)
+    processor = QwenVLProcessor(tokenizer, tokens_per_image=SPAN, image_size=SIDE)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, arguments.rows)
@@ -153,7 +153,7 @@ def main() -> None:
 
         def load() -> int:
             return sum(
-                len(normalised(batch.vision["pixel_values"])) for batch in loader
+                len(normalized(batch.vision["pixel_values"])) for batch in loader
             )  # on a GPU this costs next to nothing
 
         load()  # workers are started once a run, and files are in the page cache for all alike

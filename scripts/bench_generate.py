@@ -26,7 +26,7 @@ import transformers
 from PIL import Image
 
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.checkpoint import NF4
+from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 
 GiB = 2**30

@@ -200,7 +200,7 @@ def test_a_long_conversation_is_answered_without_its_oldest_images(task):
         Turn(role="assistant", parts=("yes",)),
         Turn(role="user", parts=(blue, "?")),
     ]
-    task.processor.window = 60
+    task.processor.max_window_size = 60
     task.eval()
     sample = task.processor.encode(Conversation(id="a", turns=tuple(turns)), prompt=True)
     assert len(sample.vision["pixel_values"]) == 1

@@ -1,4 +1,4 @@
-"""ChatML: messages to token ids and to what is learned of them, in one pass."""
+"""ChatML: turns messages into token ids, and marks which ids are supervised, in one pass."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from typing import Literal, NamedTuple
 from qwenvl_lit.types import DataError, Role, Turn
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+REPEATED = 8  # a token that is repeated more often than this is shown once, with a count
+
 Supervise = Literal["answers", "official"]
 
 
 class Piece(NamedTuple):
-    """A run of token ids with one fate."""
+    """Consecutive token ids that are all supervised or all not."""
 
     ids: Sequence[int]
-    learned: bool = False
-    image: int | None = (
-        None  # the ids are the span of this image of the conversation, tags included; never parted, never learned
-    )
+    supervised: bool = False
+    image: int | None = None
+    """Index of the image, among those of the conversation, whose span these ids are.
+
+    The span includes the image's two tags. It is never split and never supervised.
+    """
 
 
 class Message(NamedTuple):
-    """A turn whose content is encoded; what is learned of it is decided here."""
+    """A turn with encoded content; `ChatML.render` decides which of its ids are supervised."""
 
     role: Role
     body: Sequence[Piece]
 
 
 def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
-    """`turns` with a system message in front: their own, else `system`, else the default sentence; "" is written as an empty message.
+    """Returns `turns` with a system message in front.
+
+    Turns that have a system message are returned unchanged. Else the message is `system`, or the
+    default sentence if that is None; "" gives an empty message.
 
     Raises:
-        DataError: a system message stands further back.
+        DataError: a system message is not the first turn.
     """
     if any(turn.role == "system" for turn in turns[1:]):
         raise DataError(
@@ -41,17 +48,23 @@ def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
         )
     if turns and turns[0].role == "system":
         return tuple(turns)
-    return (Turn(role="system", parts=(DEFAULT_SYSTEM if system is None else system,)), *turns)
+    text = DEFAULT_SYSTEM if system is None else system
+    return (Turn(role="system", parts=(text,)), *turns)
 
 
 class ChatML:
-    """The markup around messages: `<|im_start|>`, role, newline, content, `<|im_end|>`, newline, each tokenised on its own.
+    """The markup around messages.
+
+    A message is `<|im_start|>`, its role, a newline, its content, `<|im_end|>` and a newline, each
+    tokenized on its own.
 
     Args:
-        encode: plain text to ids.
+        encode: converts plain text to ids.
         start, end: ids of `<|im_start|>` and `<|im_end|>`.
-        supervise: "answers": answers and their end marks are learned, as by ms-swift, and nothing follows the last end mark.
-            "official": besides, both marks and the last newline of every message, as by the script published with the model.
+        supervise: "answers" supervises answers and their end-of-turn tokens, as ms-swift does, and
+            writes nothing after the last end-of-turn token. "official" also supervises
+            `<|im_start|>`, `<|im_end|>` and the last newline of every message, as the fine-tuning
+            script published with the model does.
     """
 
     def __init__(
@@ -67,47 +80,49 @@ class ChatML:
         self.official = supervise == "official"
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Iterator[Piece]:
-        """The pieces of a conversation; `prompt` opens an answer at its end."""
-        for place, (role, body) in enumerate(messages, 1):
+        """Yields the pieces of a conversation; with `prompt`, ends with an open answer."""
+        for number, (role, body) in enumerate(messages, 1):
             answer = role == "assistant"
             yield Piece(self.start, self.official)
             yield Piece(self.roles[role] + self.newline)
             for piece in body:
-                yield piece._replace(learned=answer and piece.image is None)
+                yield piece._replace(supervised=answer and piece.image is None)
             yield Piece(self.end, answer or self.official)
-            if self.official or prompt or place < len(messages):
+            if self.official or prompt or number < len(messages):
                 yield Piece(self.newline, self.official)
         if prompt:
             yield Piece(self.start + self.roles["assistant"] + self.newline)
 
     def recent(self, messages: Sequence[Message], limit: int) -> list[Message]:
-        """`messages` without the oldest exchanges. A leading system message and the last question always stay.
+        """Returns `messages` without the oldest exchanges.
 
-        Backwards from the newest exchange, one stays while it, what stays already and the system message are fewer than `limit` tokens
-        together (the last question does not count); the first that does not fit ends it, as in the published `chat`.
+        A leading system message and the last question always stay. Exchanges are kept from the
+        newest back to the oldest, while they and the system message have fewer than `limit` tokens
+        together; the last question does not count. The first exchange that does not fit ends this,
+        as in the published `chat`.
         """
         system, rest = list(messages[:1]), list(messages[1:])
         if system and system[0].role != "system":
             system, rest = [], list(messages)
-        starts = sorted(
-            {0, *(place for place, message in enumerate(rest) if message.role == "user")}
-        )
-        kept = starts.pop()
-        used = sum(map(self._length, system)) - len(self.newline)  # none before the first message
+        questions = {index for index, message in enumerate(rest) if message.role == "user"}
+        starts = sorted({0} | questions)
+        first_kept = starts.pop()
+        # The first message has no newline in front.
+        used = sum(map(self._length, system)) - len(self.newline)
         for start in reversed(starts):
-            used += sum(map(self._length, rest[start:kept]))
+            used += sum(map(self._length, rest[start:first_kept]))
             if used >= limit:
                 break
-            kept = start
-        return system + rest[kept:]
+            first_kept = start
+        return system + rest[first_kept:]
 
     def _length(self, message: Message) -> int:
-        around = self.newline + self.start + self.roles[message.role] + self.newline + self.end
-        return len(around) + sum(len(piece.ids) for piece in message.body)
+        markup = self.newline + self.start + self.roles[message.role] + self.newline + self.end
+        return len(markup) + sum(len(piece.ids) for piece in message.body)
 
 
 def truncate_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
-    """The last `limit` tokens; fewer where the cut would part an image's span, which then goes as a whole."""
+    """Returns the last `limit` tokens, or fewer: an image's span that would be cut is removed."""
     excess = sum(len(piece.ids) for piece in pieces) - limit
     kept = list(pieces)
     while excess > 0:
@@ -119,28 +134,34 @@ def truncate_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
 
 
 def show(ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
-    """A sample for the terminal: what is learned in green, the rest dim (see `runs`)."""
-    return "".join(
-        f"\x1b[{32 if learned else 2}m{text}\x1b[0m" for text, learned in runs(ids, labels, decode)
-    )
+    """Returns a sample as colored text for a terminal: supervised tokens green, the rest dim."""
+    text = ""
+    for run, supervised in runs(ids, labels, decode):
+        color = 32 if supervised else 2
+        text += f"\x1b[{color}m{run}\x1b[0m"
+    return text
 
 
 def runs(
     ids: Sequence[int], labels: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> Iterator[tuple[str, bool]]:
-    """A sample's text in runs that are learned or not; a token that repeats is written once, with a count."""
+    """Yields a sample's text in runs of tokens that are all supervised (True) or all not.
 
-    def text(run: Sequence[int]) -> str:
-        written = ""
-        plain: list[int] = []
-        for id, same in groupby(run):
-            count = len(list(same))
-            if count > 8:
-                written += f"{decode(plain)}{decode([id])} x {count} "
-                plain = []
-            else:
-                plain += [id] * count
-        return written + decode(plain)
+    A token that is repeated many times in a row is written once, with a count.
+    """
+    pairs = zip(ids, labels, strict=True)
+    for supervised, run in groupby(pairs, key=lambda pair: pair[1] >= 0):
+        yield _with_counts([token_id for token_id, _ in run], decode), supervised
 
-    for learned, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] >= 0):
-        yield text([id for id, _ in run]), learned
+
+def _with_counts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
+    text = ""
+    plain: list[int] = []
+    for token_id, group in groupby(ids):
+        count = len(list(group))
+        if count > REPEATED:
+            text += f"{decode(plain)}{decode([token_id])} x {count} "
+            plain = []
+        else:
+            plain += [token_id] * count
+    return text + decode(plain)

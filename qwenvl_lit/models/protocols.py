@@ -6,7 +6,8 @@ A new family is a folder beside `qwen_vl`, whose classes have these members, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Processor(Protocol):
         ...
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
-        """Converts the text of an answer to the prediction that `decode` returned with this text."""
+        """Converts the text of an answer to the prediction that `decode` gives with this text."""
         ...
 
     def option_ids(self, conversation: Conversation) -> list[list[int]]:
@@ -121,9 +122,15 @@ class Family(Protocol):
     lora_targets: Mapping[str, str]
     """Named groups of linear layers for adapters: regular expressions that match module paths."""
     quantization: Mapping[str, Any] | None
-    """The default for `load(quantization=)`; an adapter trained on a quantized base overrides it."""
+    """Default of `load(quantization=)`. An adapter trained on a quantized base overrides it."""
     supports_packing: bool
     """True if several samples may share a row, separated by positions that start again at 0."""
+    fsdp_units: Collection[str]
+    """Class names of the modules whose weights FSDP gathers together, such as blocks."""
+    machine_settings: Sequence[str]
+    """Constructor arguments that depend on the machine, and are no property of a trained model."""
+    base_settings: Sequence[str]
+    """Constructor arguments that choose the base weights; an exported model has its own weights."""
 
     def processor(self, features: FeatureSource | None = None) -> Processor:
         """Returns a processor.
@@ -155,7 +162,7 @@ class Family(Protocol):
         ...
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
-        """Returns the keyword arguments of the network's `forward`, or of `generate`, for a batch."""
+        """Returns the arguments of the network's `forward`, or of `generate`, for a batch."""
         ...
 
     def image_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -171,5 +178,36 @@ class Family(Protocol):
 
         Args:
             trained: for each component, the share of its parameters that is trained.
+        """
+        ...
+
+    def base_reader(self, device: torch.device | str = "cpu") -> Callable[[str], torch.Tensor]:
+        """Returns a function that reads a base weight into host memory, by its name in the network.
+
+        Weights of a checkpoint are read when they are asked for, and few are in memory at once.
+
+        Args:
+            device: where random weights are made.
+        """
+        ...
+
+    def export(
+        self, read: Callable[[str], torch.Tensor], folder: Path, *, dtype: torch.dtype
+    ) -> None:
+        """Writes a whole model into a folder, in the layout in which the family is published.
+
+        Args:
+            read: returns a weight by its name in the network.
+
+        Raises:
+            DataError: the disk is too small.
+        """
+        ...
+
+    def adapter_caveat(self, tensors: Iterable[str]) -> str | None:
+        """Returns what limits the use of an exported adapter elsewhere; None if nothing does.
+
+        Args:
+            tensors: the names of the adapter's tensors.
         """
         ...

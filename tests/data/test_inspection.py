@@ -12,7 +12,7 @@ from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
-PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=4, side=32)
+PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=4, image_size=32)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def written(pieces) -> str:
 
 
 def learned(pieces) -> str:
-    return decode(id for piece in pieces if piece.learned for id in piece.ids)
+    return decode(id for piece in pieces if piece.supervised for id in piece.ids)
 
 
 def turn(role: str, *parts) -> Turn:
@@ -116,11 +116,11 @@ def test_the_question_and_the_system_message_are_never_left_out():
 
 
 def test_cutting_on_the_left_keeps_the_last_tokens():
-    pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], learned=True)]
+    pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], supervised=True)]
     assert truncate_left(pieces, 9) == pieces
-    assert truncate_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], learned=True)]
-    assert truncate_left(pieces, 3) == [Piece([4]), Piece([5, 6], learned=True)]
-    assert truncate_left(pieces, 1) == [Piece([6], learned=True)]
+    assert truncate_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], supervised=True)]
+    assert truncate_left(pieces, 3) == [Piece([4]), Piece([5, 6], supervised=True)]
+    assert truncate_left(pieces, 1) == [Piece([6], supervised=True)]
     assert truncate_left(pieces, 0) == []
 
 

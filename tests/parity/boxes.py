@@ -92,7 +92,7 @@ def response_boxes(path: Path) -> Iterator[Result]:
 
 def swift_objects(path: Path) -> Iterator[Result]:
     file = opened(path)
-    processor = QwenVLProcessor(file.tokenizer, side=14)
+    processor = QwenVLProcessor(file.tokenizer, image_size=14)
     for case in file.data["cases"]:
         ours = swift_sample(processor, case, file.data["image_sizes"])
         yield same(

@@ -22,7 +22,7 @@ from parity.network import before_stop, load
 from parity.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.image_processing import normalised
+from qwenvl_lit.models.qwen_vl.image_processing import normalized
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
@@ -45,7 +45,7 @@ def make_context(path: Path) -> Iterator[Result]:
             ]
             talk = conversation(case["name"], contents, case["system"])
         processor = QwenVLProcessor(
-            tokenizer, side=14, template=case["chat_format"], window=case["max_window_size"]
+            tokenizer, image_size=14, template=case["chat_format"], max_window_size=case["max_window_size"]
         )
         ours = sample(processor, talk, prompt=True)
         yield same(case["name"], "ids", ours, {"ids": spans_closed(case["ids"], tokenizer)})
@@ -54,7 +54,7 @@ def make_context(path: Path) -> Iterator[Result]:
 def decode_tokens(path: Path) -> Iterator[Result]:
     file = opened(path)
     for case in file.data["cases"]:
-        processor = QwenVLProcessor(file.tokenizer, side=14, template=case["chat_format"])
+        processor = QwenVLProcessor(file.tokenizer, image_size=14, template=case["chat_format"])
         ours = processor.decode(case["generated_ids"], Conversation(id="", turns=())).text
         yield same(f"{case['raw_text']} + {case['generated_ids']}", "text", ours, case["response"])
 
@@ -85,7 +85,7 @@ def train_finetune(path: Path) -> Iterator[Result]:
             "max_length": case.get("max_len"),
             "supervise": "official",
         }
-        ours = sample(QwenVLProcessor(file.tokenizer, side=14, **options), talk)
+        ours = sample(QwenVLProcessor(file.tokenizer, image_size=14, **options), talk)
         if "ids" in ours:  # the original pads every sample; here the collator does, for a batch
             padding = len(case.get("attention_mask", ())) - len(ours["ids"])
             ours["ids"] += [file.tokenizer.pad_id] * padding
@@ -104,7 +104,7 @@ def train_swift(path: Path) -> Iterator[Result]:
             "max_length": case.get("max_length"),
             "too_long": too_long,
         }
-        processor = QwenVLProcessor(file.tokenizer, side=14, **options)
+        processor = QwenVLProcessor(file.tokenizer, image_size=14, **options)
         yield same(
             case["name"],
             "ids and labels",
@@ -125,7 +125,7 @@ def train_differences(path: Path) -> Iterator[Result]:
             for message in source["conversations"]
         ]
         talk = Conversation(id=case["name"], turns=tuple(turns))
-        options = {"side": 14, "system": source.get("system_message")}
+        options = {"image_size": 14, "system": source.get("system_message")}
         finetune = QwenVLProcessor(file.tokenizer, supervise="official", **options).encode(talk)
         swift = QwenVLProcessor(file.tokenizer, supervise="answers", **options).encode(talk)
         same_ids = finetune.input_ids[:-1].equal(swift.input_ids)
@@ -166,14 +166,14 @@ def chat(path: Path) -> Iterator[Result]:
         talk = conversation(
             "", [parts(text, lambda name: ImageSource(path.parent / name)) for text in texts]
         )
-        processor = QwenVLProcessor(file.tokenizer, span=span, side=side, system=case["system"])
+        processor = QwenVLProcessor(file.tokenizer, tokens_per_image=span, image_size=side, system=case["system"])
         prompt = processor.encode(talk, prompt=True)
         batch = Pad(pad_id=processor.pad_id, side="left")([prompt])
         stops = [*processor.stop_ids, *extra]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
             inputs |= {
-                "pixel_values": normalised(batch.vision["pixel_values"]),
+                "pixel_values": normalized(batch.vision["pixel_values"]),
                 "vision_positions": batch.vision_positions,
             }
         generate = Generation(max_new_tokens=case["max_new_tokens"])

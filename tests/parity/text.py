@@ -82,7 +82,7 @@ def special_tokens(path: Path) -> Iterator[Result]:
         "image_start_id": tokenizer.img_start_id,
         "image_end_id": tokenizer.img_end_id,
         "image_pad_id": tokenizer.img_pad_id,
-        "image_token_span": QwenVLProcessor(tokenizer).span,
+        "image_token_span": QwenVLProcessor(tokenizer).tokens_per_image,
         "special_tokens": tokenizer.special,
     }
     yield from (same(key, "ids", value, data[key]) for key, value in ours.items())
@@ -120,7 +120,7 @@ def written(content: Sequence[Part]) -> str:
     tokenizer = QwenTokenizer(TINY_VOCABULARY)
     turn = Turn(role="assistant", parts=tuple(content))
     return (
-        QwenVLProcessor(tokenizer, side=14).decode([], Conversation(id="", turns=(turn,))).reference
+        QwenVLProcessor(tokenizer, image_size=14).decode([], Conversation(id="", turns=(turn,))).reference
         or ""
     )
 

@@ -11,7 +11,7 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.reports.data_page import examples, write_page
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
-PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=16, side=32)
+PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=16, image_size=32)
 GREY = ImageSource(Image.new("RGB", (400, 400), "grey"))
 
 

@@ -1,8 +1,10 @@
-"""Checkpoints in the published layout: found in a folder, in the hub's cache or on the hub; checked before a byte of weights is read."""
+"""Finds checkpoints in the published layout, fetches them from the hub, and opens their tensors.
+
+A checkpoint is checked for completeness before any weights are read.
+"""
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -10,7 +12,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,84 +22,79 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
 
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)
-NETWORK_ERRORS = (
-    *HfHubHTTPError.__bases__,
-    OSError,
-)  # the first is of the HTTP client that huggingface_hub uses, httpx or httpx2
+
+# The first base class is the error of the HTTP client that huggingface_hub uses, httpx or httpx2.
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)
 
 VOCABULARY = "qwen.tiktoken"
-WEIGHTS = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # in this order; each also as INDEX that names shards
 INDEX = "{}.index.json"
-COMPANIONS = (
-    "*.json",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)  # small files of a repository; some are needed to export it again
-PUBLISHED_GB = 19.3  # of Qwen-VL and Qwen-VL-Chat: 9.657 B parameters of two bytes
+# Looked for in this order, each as one file or as shards that its INDEX lists.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# The small files of a repository. An export copies some of them.
+COMPANIONS = ("*.json", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+PUBLISHED_GB = 19.3  # of Qwen-VL and of Qwen-VL-Chat: 9.657 B parameters of two bytes
+SHOWN_NAMES = 8  # of tensors, in an error message
 
 
 def find_checkpoint(path: str, *, download: bool = True) -> Path:
-    """The folder of a checkpoint: `path` itself, or a hub name's folder in the hub's cache, filled first if it is not complete there.
+    """Returns the folder of a checkpoint.
 
-    Offline (`HF_HUB_OFFLINE=1`) and with `download` False, nothing is fetched. A connection that breaks is taken up again; after
-    a download that failed, the files that had arrived are not fetched again.
+    This is `path` itself, or the folder of a hub name in the hub's cache, which is completed first.
+    Offline (`HF_HUB_OFFLINE=1`) or without `download` nothing is fetched. A broken connection is
+    resumed, and after a failed download the files that have arrived are not fetched again.
 
     Raises:
-        DataError: no such folder or name, files are missing, or the disk is too small.
+        DataError: there is no such folder or name, files are missing, or the disk is too small.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if missing := missing_files(folder):
             raise DataError(
-                f"the folder {path} lacks {', '.join(missing)}; expected config.json, {VOCABULARY}, and weights as "
-                f"{' or '.join(WEIGHTS)}, or as shards with an index"
+                f"the folder {path} lacks {', '.join(missing)}; expected config.json, "
+                f"{VOCABULARY}, and weights as {' or '.join(WEIGHTS)}, or as shards with an index"
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise DataError(
-            f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as Qwen/Qwen-VL-Chat"
+            f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as "
+            f"Qwen/Qwen-VL-Chat"
         )
     cached = _cached(path)
     missing = missing_files(cached) if cached else ["config.json", VOCABULARY, "the weights"]
     if cached and not missing:
         return cached
-    if not download or constants.is_offline_mode():
-        why = (
-            "is not to be fetched (download=false)"
-            if not download
-            else "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
-        )
+    reason = None
+    if not download:
+        reason = "is not to be fetched (download=false)"
+    elif constants.is_offline_mode():
+        reason = "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
+    if reason:
         raise DataError(
-            f"{path} is not complete in {constants.HF_HUB_CACHE}: it lacks {', '.join(missing)}, and {why}. The published checkpoints are "
-            f"{PUBLISHED_GB} GB; fetch with:  hf download {path}   (or name a folder that has it)"
+            f"{path} is not complete in {constants.HF_HUB_CACHE}: it lacks {', '.join(missing)}, "
+            f"and {reason}. The published checkpoints are {PUBLISHED_GB} GB; fetch with:  "
+            f"hf download {path}   (or name a folder that has it)"
         )
-    return _downloaded(path)
+    return _download(path)
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Names of what a folder lacks to be a checkpoint; of weights, the shards that its index lists."""
+    """Returns the names of the files that a folder lacks to be a checkpoint.
+
+    If its weights have an index, these include the shards that the index lists.
+    """
     missing = [name for name in ("config.json", VOCABULARY) if not (folder / name).exists()]
-    index = next(
-        (folder / INDEX.format(name) for name in WEIGHTS if (folder / INDEX.format(name)).exists()),
-        None,
-    )
     if any((folder / name).exists() for name in WEIGHTS):
         return missing
-    if index is None:
-        return [*missing, "the weights"]
-    return missing + [
-        name for name in sorted(set(_weight_map(index).values())) if not (folder / name).exists()
-    ]
+    for name in WEIGHTS:
+        index = folder / INDEX.format(name)
+        if index.exists():
+            shards = sorted(set(_weight_map(index).values()))
+            return missing + [shard for shard in shards if not (folder / shard).exists()]
+    return [*missing, "the weights"]
 
 
 def _cached(name: str) -> Path | None:
@@ -107,78 +104,84 @@ def _cached(name: str) -> Path | None:
         return None
 
 
-def _downloaded(name: str) -> Path:
+def _download(name: str) -> Path:
     try:
-        files = {
-            file.rfilename: file.size or 0
-            for file in HfApi().model_info(name, files_metadata=True).siblings or ()
-        }
-        kind = next(
-            (kind for kind in WEIGHTS if kind in files or INDEX.format(kind) in files), None
-        )
-        if kind is None or VOCABULARY not in files:
+        siblings = HfApi().model_info(name, files_metadata=True).siblings or ()
+        sizes = {file.rfilename: file.size or 0 for file in siblings}
+        weights = _weight_files(sizes)
+        if not weights or VOCABULARY not in sizes:
             raise DataError(
-                f"{name} on the hub is no Qwen-VL checkpoint: it has {', '.join(sorted(files))}"
+                f"{name} on the hub is no Qwen-VL checkpoint: it has {', '.join(sorted(sizes))}"
             )
-        weights = [
-            file
-            for file in files
-            if re.fullmatch(re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1), file)
-        ]
-        size = sum(files[file] for file in weights)
-        target = Path(constants.HF_HUB_CACHE)
-        target.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(target).free) < size:
+        size = sum(sizes[file] for file in weights)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(cache).free) < size:
             raise DataError(
-                f"{name} takes {size / 1e9:.1f} GB, and {target} has {free / 1e9:.1f} GB left; set HF_HOME to a larger disk"
+                f"{name} takes {size / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB left; "
+                f"set HF_HOME to a larger disk"
             )
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            log.warning(
-                "downloading %s: %.1f GB in %d files to %s", name, size / 1e9, len(weights), target
-            )
+            count = len(weights)
+            log.warning("downloading %s: %.1f GB in %d files to %s", name, size / 1e9, count, cache)
         return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, *weights]))
     except NETWORK_ERRORS as error:
         raise DataError(
-            f"{name} could not be fetched from {constants.ENDPOINT}: {error}\nFiles that have arrived are kept; start again."
+            f"{name} could not be fetched from {constants.ENDPOINT}: {error}\n"
+            f"Files that have arrived are kept; start again."
         ) from error
 
 
+def _weight_files(files: Iterable[str]) -> list[str]:
+    """Returns the names of a repository's weights: one file, or the shards of one format."""
+    names = list(files)
+    for kind in WEIGHTS:
+        if kind in names or INDEX.format(kind) in names:
+            pattern = re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1)
+            return [name for name in names if re.fullmatch(pattern, name)]
+    return []
+
+
 def stored_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, not read yet.
+    """Returns the tensors of a checkpoint by name, not read yet.
 
     Args:
-        shapes: what the network expects, by name.
+        shapes: the tensors that the network expects.
 
     Raises:
-        DataError: a file is broken, or tensors are missing, unexpected or of another shape; all are named.
+        DataError: a file is broken, or tensors are missing, unexpected or of another shape. The
+            message names them.
     """
     tensors = {name: StoredTensor(file, name) for name, file in _files(folder).items()}
-    missing = [name for name in shapes if name not in tensors]
-    unexpected = [name for name in tensors if name not in shapes]
-    found = {name: tensors[name].shape for name in shapes if name in tensors}
-    misshapen = [
-        f"{name} {found[name]}, expected {shapes[name]}"
-        for name in found
-        if found[name] != shapes[name]
-    ]
+    other_shape: list[str] = []
+    for name, expected in shapes.items():
+        if name in tensors and (shape := tensors[name].shape) != expected:
+            other_shape.append(f"{name} {shape}, expected {expected}")
     faults = [
-        f"{what} {len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )
-        if names
+        _listed("missing", [name for name in shapes if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in shapes]),
+        _listed("of another shape", other_shape),
     ]
-    if faults:
+    if any(faults):
         raise DataError(
-            f"{folder} does not hold this network's tensors. {'; '.join(faults)}. Is config.json that of these weights?"
+            f"{folder} does not hold this network's tensors. {'; '.join(filter(None, faults))}. "
+            f"Is config.json that of these weights?"
         )
     return tensors
 
 
+def _listed(fault: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    return f"{fault} {len(names)}: {', '.join(names[:SHOWN_NAMES])}{more}"
+
+
 class StoredTensor:
-    """A tensor in a file. Indexing reads it, which is how transformers reads the slices of safetensors, one after the other."""
+    """A tensor in a file, read when it is indexed.
+
+    transformers reads the slices of safetensors files in this way, one after the other.
+    """
 
     def __init__(self, file: Path, name: str):
         self.file = file
@@ -195,57 +198,27 @@ class StoredTensor:
         tensors = open_shard(self.file)
         if self.name not in tensors:
             raise DataError(
-                f"{self.file} lacks {self.name}, which the index promises there; fetch the file again"
+                f"{self.file} lacks {self.name}, which the index says is there; "
+                f"fetch the file again"
             )
         return tensors[self.name]
 
 
-NF4: Mapping[str, Any] = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-}
-
-
-def bnb_config(
-    settings: Mapping[str, Any], *, dtype: torch.dtype, but: Sequence[str]
-) -> BitsAndBytesConfig:
-    """How transformers holds linear layers in few bits, all `but` the named ones, and computes in `dtype`.
-
-    Raises:
-        ValueError: bitsandbytes is not installed, or does not know a setting.
-    """
-    known = inspect.signature(BitsAndBytesConfig).parameters
-    if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(
-            f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}"
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "holding weights in few bits needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'"
-        ) from error
-    return BitsAndBytesConfig(
-        **{"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(but), **settings}
-    )
-
-
-@lru_cache(
-    maxsize=2
-)  # neighbouring tensors share a shard; more open ones would count as memory in use
+# Consecutive tensors share a shard. More open shards would count as memory in use.
+@lru_cache(maxsize=2)
 def open_shard(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name, mapped into memory: a page is read when it is touched, and shared by all processes.
+    """Returns the tensors of a file by name, mapped into memory.
+
+    A page is read when it is first used, and shared by all processes.
 
     Raises:
-        DataError: the file is incomplete, or not what its name says.
+        DataError: the file is incomplete or of another format than its name says.
     """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
+        zipped = zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise DataError(
             f"{file} cannot be read: {error}; is it complete? Fetch it again"

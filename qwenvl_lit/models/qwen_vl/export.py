@@ -1,4 +1,7 @@
-"""Checkpoints in the published layout, written a shard at a time: what the original code, and whatever was made for it, can load."""
+"""Writes checkpoints in the published layout, a shard at a time.
+
+The original code, and software made for it, can load them.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,14 @@ from qwenvl_lit.models.qwen_vl.checkpoint import (
     open_shard,
 )
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.types import DataError
 
-Read = Callable[[str], torch.Tensor]  # a tensor of the network by its name there, on the CPU
+# Reads a tensor by its name in the network, into host memory.
+Read = Callable[[str], torch.Tensor]
 
-SHARD_BYTES = (
-    10**9
-)  # with a shard of two times this being read, less than two of those are in memory
-# Settings that the published config.json has besides those of the network
+# While a published shard of 2 GB is read, less than two such shards are in memory.
+SHARD_BYTES = 10**9
+# Settings of the published config.json that are none of the network's.
 PUBLISHED_CONFIG = {
     "architectures": ["QWenLMHeadModel"],
     "auto_map": {
@@ -57,39 +61,53 @@ PUBLISHED_GENERATION = {
 PUBLISHED_TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
 FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-FONT = "*.ttf"  # of the original's tokenizer, which draws with it
-PROJECTION = re.compile(r"attn\.([qkv])_proj\.")  # of the resampler: files have the three as one
+FONT = "*.ttf"  # the original's tokenizer draws boxes with it
+NOT_COPIED = ("config.json", "adapter_config.json")
+# The input projections of the resampler, which are one tensor in files.
+PROJECTION = re.compile(r"attn\.([qkv])_proj\.")
 
 
 def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtype) -> Read:
-    """The tensors of files by their names in the network; no more than one file is mapped into memory."""
-    last: Path | None = None
+    """Returns a function that reads the tensors of files by their names in the network.
+
+    At most one file is mapped into memory.
+    """
+    last_file: Path | None = None
 
     def read(name: str) -> torch.Tensor:
-        nonlocal last
+        nonlocal last_file
         projection = PROJECTION.search(name)
-        stored = tensors[name.replace(f"{projection[1]}_proj.", "in_proj_") if projection else name]
-        if isinstance(stored, StoredTensor) and stored.file != last:
+        if projection:
+            stored = tensors[name.replace(f"{projection[1]}_proj.", "in_proj_")]
+        else:
+            stored = tensors[name]
+        if isinstance(stored, StoredTensor) and stored.file != last_file:
             open_shard.cache_clear()
-            last = stored.file
-        whole = stored[...]
-        return (whole.chunk(3)["qkv".index(projection[1])] if projection else whole).to(
-            "cpu", dtype
-        )
+            last_file = stored.file
+        tensor = stored[...]
+        if projection:
+            tensor = tensor.chunk(3)["qkv".index(projection[1])]
+        return tensor.to("cpu", dtype)
 
     return read
 
 
-def packed(read: Read, name: str) -> torch.Tensor:
-    """A tensor as files have it, by its name there."""
-    head, joined, kind = name.rpartition(
-        "attn.in_proj_"
-    )  # the tower's own `attn.in_proj` is one in the network too
-    return (
-        torch.cat([read(f"{head}attn.{letter}_proj.{kind}") for letter in "qkv"])
-        if joined
-        else read(name)
-    )
+def read_as_stored(read: Read, name: str) -> torch.Tensor:
+    """Reads a tensor by its name in files: the resampler's three input projections as one."""
+    # The vision tower's `attn.in_proj.` does not match: it is one tensor in the network too.
+    prefix, projections, kind = name.rpartition("attn.in_proj_")
+    if not projections:
+        return read(name)
+    return torch.cat([read(f"{prefix}attn.{letter}_proj.{kind}") for letter in "qkv"])
+
+
+def check_disk(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Raises a DataError if tensors of `shapes` do not fit on the disk of `folder`."""
+    size, free = total_bytes(shapes, dtype), shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(
+            f"{folder.parent} has {free / 1e9:.1f} GB left, and the model takes {size / 1e9:.1f} GB"
+        )
 
 
 def write_weights(
@@ -101,33 +119,29 @@ def write_weights(
     kind: Literal["safetensors", "bin"] = "safetensors",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Shards and their index; what is in memory at once is a shard, or a tensor that is larger.
+    """Writes shards and their index. In memory are a shard, or a tensor if that is larger.
 
     Args:
-        shapes: of the tensors by their names in files, in the order in which they are read and written.
+        shapes: the tensors by their names in files, in the order in which they are written.
     """
     name = next(name for name in WEIGHTS if name.endswith(kind))
     shards = list(shards_of(shapes, shard_bytes, dtype.itemsize))
-    files = [
-        name.replace(".", f"-{number:05}-of-{len(shards):05}.")
-        for number in range(1, len(shards) + 1)
-    ]
-    for file, names in zip(files, shards, strict=True):
-        tensors = {
-            tensor: packed(read, tensor).to(dtype).clone(memory_format=torch.contiguous_format)
-            for tensor in names
-        }
+    weight_map: dict[str, str] = {}
+    for number, tensor_names in enumerate(shards, 1):
+        file = name.replace(".", f"-{number:05}-of-{len(shards):05}.")
+        tensors: dict[str, torch.Tensor] = {}
+        for tensor_name in tensor_names:
+            tensor = read_as_stored(read, tensor_name).to(dtype)
+            tensors[tensor_name] = tensor.clone(memory_format=torch.contiguous_format)
+            weight_map[tensor_name] = file
         if kind == "safetensors":
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors lets nobody else read it
+            (folder / file).chmod(0o644)  # safetensors makes it readable by its owner only
         else:
             torch.save(tensors, folder / file)
         del tensors
-    index: dict[str, Any] = {"metadata": {"total_size": total_bytes(shapes, dtype)}}
-    index["weight_map"] = {
-        tensor: file for file, names in zip(files, shards, strict=True) for tensor in names
-    }
-    write_json(folder / INDEX.format(name), index)
+    metadata = {"total_size": total_bytes(shapes, dtype)}
+    write_json(folder / INDEX.format(name), {"metadata": metadata, "weight_map": weight_map})
 
 
 def write_companions(
@@ -139,36 +153,43 @@ def write_companions(
     base: Path | None,
     template: str,
 ) -> None:
-    """Everything that the published folder has but the weights: configs, the vocabulary, and code, where `base` has it.
+    """Writes everything that the published folder has besides weights.
+
+    These are the configs, the vocabulary, and code and licence if `base` has them.
 
     Args:
-        base: the checkpoint that the weights come from; None: there is none.
+        base: the checkpoint that the weights come from, if any.
+        template: the prompt format that the weights were trained with.
     """
-    for pattern in (*COMPANIONS, FONT):
-        for file in base.glob(pattern) if base else ():
-            if not file.name.endswith(INDEX.format("")) and file.name not in (
-                "config.json",
-                "adapter_config.json",
-            ):
-                shutil.copyfile(file, folder / file.name)
+    if base is not None:
+        _copy_companions(base, folder)
     shutil.copyfile(vocabulary, folder / VOCABULARY)
-    stored = json.loads((base / "config.json").read_text(encoding="utf-8")) if base else {}
+    stored: dict[str, Any] = {}
+    if base is not None:
+        stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
     code = runnable(stored.pop("auto_map", {}), folder)
-    write_json(
-        folder / "config.json",
-        published_config(config, stored, dtype=dtype) | ({"auto_map": code} if code else {}),
-    )
-    write_generation(folder / "generation_config.json", config, template)
+    settings = published_config(config, stored, dtype=dtype)
+    _write_with_code(folder / "config.json", settings, code)
+    _write_generation(folder / "generation_config.json", config, template)
     if not (folder / "tokenizer_config.json").exists():
         code = runnable(TOKENIZER_CODE, folder)
-        write_json(
-            folder / "tokenizer_config.json",
-            PUBLISHED_TOKENIZER | ({"auto_map": code} if code else {}),
-        )
+        _write_with_code(folder / "tokenizer_config.json", PUBLISHED_TOKENIZER, code)
 
 
-def write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
-    """The published settings, unless there are others; `template` is what the weights were trained with."""
+def _copy_companions(base: Path, folder: Path) -> None:
+    for pattern in (*COMPANIONS, FONT):
+        for file in base.glob(pattern):
+            is_index = file.name.endswith(INDEX.format(""))
+            if not is_index and file.name not in NOT_COPIED:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_with_code(file: Path, settings: Mapping[str, Any], code: Mapping[str, Any]) -> None:
+    write_json(file, {**settings, "auto_map": code} if code else settings)
+
+
+def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
+    """Writes the published settings, or corrects the template of those that were copied."""
     if not file.exists():
         ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
         write_json(file, {**PUBLISHED_GENERATION, "chat_format": template, **ids})
@@ -180,43 +201,44 @@ def write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
 def published_config(
     config: QwenVLConfig, stored: Mapping[str, Any], *, dtype: str
 ) -> dict[str, Any]:
-    """`config.json` as the original code reads it; without `auto_map`.
+    """Returns the content of `config.json` as the original code reads it, without `auto_map`.
 
     Args:
-        stored: further settings, as a checkpoint has them.
+        stored: further settings, from the `config.json` of a checkpoint.
     """
-    kept = {
-        key: value
-        for key, value in {**PUBLISHED_CONFIG, **stored}.items()
-        if key not in ("auto_map", "dtype", "_name_or_path")
-    }
-    sizes = {
-        key: value for key, value in config.to_dict().items() if key in QwenVLConfig.__annotations__
-    }
-    flags = {flag: name == dtype for flag, name in FLAGS.items()}
+    settings = {**PUBLISHED_CONFIG, **stored}
+    for key in ("auto_map", "dtype", "_name_or_path"):
+        settings.pop(key, None)
+    for key, value in config.to_dict().items():
+        if key in QwenVLConfig.__annotations__:
+            settings[key] = value
+    settings |= {flag: name == dtype for flag, name in FLAGS.items()}
     fixed = {
         "architectures": PUBLISHED_CONFIG["architectures"],
         "model_type": config.model_type,
         "torch_dtype": dtype,
     }
-    return {**kept, **sizes, **flags, **fixed}
+    return {**settings, **fixed}
 
 
 def runnable(auto_map: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Of `auto_map` those classes whose code is in `folder`, without the name of a repository in front."""
-    found = {}
+    """Returns the entries of `auto_map` whose code is in `folder`, without repository names."""
+    kept: dict[str, Any] = {}
     for name, classes in auto_map.items():
-        local = [
-            one and one.rpartition("--")[2]
-            for one in ([classes] if isinstance(classes, str) else classes)
-        ]
-        if all(one is None or (folder / f"{one.rpartition('.')[0]}.py").exists() for one in local):
-            found[name] = local[0] if isinstance(classes, str) else local
-    return found
+        several = classes if isinstance(classes, list) else [classes]
+        local = [reference and reference.rpartition("--")[2] for reference in several]
+        if all(_has_code(folder, reference) for reference in local):
+            kept[name] = local if isinstance(classes, list) else local[0]
+    return kept
+
+
+def _has_code(folder: Path, reference: str | None) -> bool:
+    """Returns whether the module of "module.Class" is in `folder`; None needs no code."""
+    return reference is None or (folder / f"{reference.rpartition('.')[0]}.py").exists()
 
 
 def end_of_text(config: QwenVLConfig) -> int:
-    """The id of `<|endoftext|>`, the first of the special tokens: 214 before `<img>`."""
+    """Returns the id of `<|endoftext|>`, the first special token, 214 before `<img>`."""
     assert config.visual is not None  # the config fills it in
     return config.visual["image_start_id"] - 214
 
@@ -228,16 +250,16 @@ def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> in
 def shards_of(
     shapes: Mapping[str, tuple[int, ...]], limit: int, element_bytes: int
 ) -> Iterator[list[str]]:
-    """Names of consecutive tensors that take at most `limit` bytes together; a larger tensor is alone."""
+    """Yields names of consecutive tensors of at most `limit` bytes; a larger tensor is alone."""
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():
-        needed = torch.Size(shape).numel() * element_bytes
-        if names and size + needed > limit:
+        tensor_bytes = torch.Size(shape).numel() * element_bytes
+        if names and size + tensor_bytes > limit:
             yield names
             names, size = [], 0
         names.append(name)
-        size += needed
+        size += tensor_bytes
     yield names
 
 

@@ -1,8 +1,8 @@
-"""Qwen-VL and Qwen-VL-Chat: a checkpoint's weights and vocabulary, or random weights of any size."""
+"""Qwen-VL and Qwen-VL-Chat: from a checkpoint, or with random weights of any size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,40 +15,56 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.protocols import FeatureSource
+from qwenvl_lit.models.quantization import NF4, bnb_config
 from qwenvl_lit.models.qwen_vl.checkpoint import (
-    NF4,
     VOCABULARY,
-    bnb_config,
     find_checkpoint,
     open_shard,
     stored_tensors,
 )
 from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
+from qwenvl_lit.models.qwen_vl.export import (
+    PROJECTION,
+    Read,
+    check_disk,
+    reader,
+    write_companions,
+    write_weights,
+)
 from qwenvl_lit.models.qwen_vl.flops import training_flops
-from qwenvl_lit.models.qwen_vl.image_processing import normalised
+from qwenvl_lit.models.qwen_vl.image_processing import normalized
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Batch
 
+WINDOW = 6144  # `max_window_size` of the published generation_config.json
+# Networks below this size are initialized on the CPU, so that their weights depend on the seed
+# alone; the weights of larger ones also depend on the device.
+LARGE = 1e9  # parameters
+
 
 class QwenVLFamily:
-    """The family: a checkpoint's weights and vocabulary, or random weights of any size.
+    """Builds the network and the processor of Qwen-VL.
 
     Args:
-        path: a checkpoint's folder or its name on the hub; None for random weights.
-        weights: "checkpoint", or "random": the network of `path` (a folder's, else the published one) as it starts, to try and to measure.
-        config: fields of `QwenVLConfig` for random weights without `path`; `vocab_size` and `image_start_id` follow from the vocabulary.
-        vocabulary: a file in tiktoken's format, or "tiny" for the one of the demo; None: the checkpoint's `qwen.tiktoken`.
+        path: folder of a checkpoint, or its name on the hub; None: random weights.
+        weights: "checkpoint"; or "random", an untrained network of the size of `path` (that of the
+            folder, else the published one), for tests and measurements.
+        config: fields of `QwenVLConfig`, for random weights without `path`. `vocab_size` and
+            `image_start_id` follow from the vocabulary.
+        vocabulary: a file in tiktoken's format, or "tiny" for that of the demo; None: the
+            checkpoint's `qwen.tiktoken`.
         download: whether a hub name may be fetched.
-        device_map, max_memory: how transformers spreads the network over cards and host memory, say "auto" and {0: "10GiB"}; to predict and
-            to chat only. None: all of it on one device.
-        dtype: of the weights, by torch's name.
-        load_in_4bit: to answer, hold linear layers but the head in 4 bits, the tower's too; to train over 4 bits, an adapter says so.
+        device_map, max_memory: how transformers distributes the network over GPUs and host memory,
+            for example "auto" and {0: "10GiB"}; for inference only. None: all of it on one device.
+        template, system, supervise, max_length, too_long: see `QwenVLProcessor`.
+        max_window_size: see `QwenVLProcessor`; None: the value in the checkpoint's
+            `generation_config.json`, else the published 6144.
+        dtype: of the weights, as torch names it.
+        load_in_4bit: quantize the linear layers except the head, those of the vision tower
+            included, for inference. To train over 4-bit weights, use an adapter that says so.
         seed: of random weights.
-        window: as for `QwenVLProcessor`; None: that of the checkpoint's `generation_config.json`, else the published 6144.
-
-    The others are those of `QwenVLProcessor`.
     """
 
     components: Mapping[str, str] = {
@@ -62,7 +78,10 @@ class QwenVLFamily:
         "attention": r"transformer\.h\.\d+\.attn\.c_attn",
         "language": r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.w1|mlp\.w2)",
     }
+    machine_settings = ("device_map", "max_memory", "download", "load_in_4bit")
+    base_settings = ("path", "config", "weights", "vocabulary", "seed")
     supports_packing = True
+    fsdp_units = ("LanguageBlock", "VisionBlock", "Resampler")
 
     def __init__(
         self,
@@ -79,7 +98,7 @@ class QwenVLFamily:
         supervise: Supervise = "answers",
         max_length: int | None = None,
         too_long: TooLong = "error",
-        window: int | None = None,
+        max_window_size: int | None = None,
         dtype: str = "float32",
         load_in_4bit: bool = False,
         seed: int = 0,
@@ -90,44 +109,33 @@ class QwenVLFamily:
             raise ValueError(f"weights is checkpoint or random, got {weights!r}")
         self.random = weights == "random" or path is None
         if self.random and device_map is not None:
-            raise ValueError(
-                "random weights are drawn on one device; device_map is for checkpoints"
-            )
+            raise ValueError("device_map is for checkpoints; random weights are made on one device")
         if path is None and vocabulary is None:
             raise ValueError('random weights need a `vocabulary`: a file, or "tiny"')
-        if not (
-            isinstance(named := getattr(torch, dtype, None), torch.dtype)
-            and named.is_floating_point
-        ):
-            raise ValueError(f"dtype is a name of torch's, as float32 or bfloat16, got {dtype!r}")
         self.path = path
         self.sizes = dict(config or {})
         self.vocabulary = vocabulary
         self.download = download
         self.device_map = device_map
         self.max_memory = max_memory
-        self.prompting: dict[str, Any] = {
-            "template": template,
-            "system": system,
-            "supervise": supervise,
-            "max_length": max_length,
-            "too_long": too_long,
-        }
-        self.window = window
-        self.dtype = dtype
+        self.template = template
+        self.system = system
+        self.supervise = supervise
+        self.max_length = max_length
+        self.too_long = too_long
+        self.max_window_size = max_window_size
+        self.dtype = _float_dtype(dtype)
         self.quantization = NF4 if load_in_4bit else None
         self.seed = seed
 
     @cached_property
     def folder(self) -> Path | None:
-        """Where the checkpoint is, fetched if need be; None if all there is are the published sizes and random weights."""
+        """The folder of the checkpoint, fetched if necessary; None: there is only a config."""
         if not self.random:
             return find_checkpoint(str(self.path), download=self.download)
-        return (
-            Path(self.path).expanduser()
-            if self.path and Path(self.path).expanduser().is_dir()
-            else None
-        )
+        if self.path and Path(self.path).expanduser().is_dir():
+            return Path(self.path).expanduser()
+        return None
 
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
@@ -135,181 +143,241 @@ class QwenVLFamily:
             return QwenTokenizer(TINY_VOCABULARY if self.vocabulary == "tiny" else self.vocabulary)
         if self.folder is None:
             raise ValueError(
-                f"random weights of {self.path} come without a vocabulary: give model.vocabulary=FILE, a copy of its {VOCABULARY}, or "
-                f"model.vocabulary=tiny, which cuts words into more tokens"
+                f"random weights of {self.path} come without a vocabulary: give "
+                f"model.vocabulary=FILE, a copy of its {VOCABULARY}, or model.vocabulary=tiny, "
+                f"which splits words into more tokens"
             )
         return QwenTokenizer(self.folder / VOCABULARY)
 
     @cached_property
     def config(self) -> QwenVLConfig:
-        """The network's config.
+        """The config of the network.
 
         Raises:
-            ValueError: it and the vocabulary disagree.
+            ValueError: config and vocabulary do not match.
         """
         tokenizer = self.tokenizer
         if self.folder is not None:
             config = QwenVLConfig.from_pretrained(self.folder)
+        elif self.path is not None:  # the published sizes, with the published number of embeddings
+            visual = {**QWEN_VL_VISUAL, "image_start_id": tokenizer.img_start_id}
+            config = QwenVLConfig(visual=visual)
         else:
-            start = {"image_start_id": tokenizer.img_start_id}
-            if self.path is not None:  # the published sizes, embeddings included
-                config = QwenVLConfig(visual={**QWEN_VL_VISUAL, **start})
-            else:
-                ids = -(-tokenizer.vocab_size // 16) * 16  # a round number of rows
-                visual = {**start, **self.sizes.get("visual", {**QWEN_VL_VISUAL, **start})}
-                config = QwenVLConfig(**{"vocab_size": ids, **self.sizes, "visual": visual})
+            config = self._config_from_sizes(tokenizer)
         assert config.visual is not None  # the config fills it in
         configured = config.visual["image_start_id"]
-        if (
-            configured != tokenizer.img_start_id
-        ):  # the last ids but two, hence this covers the number of ids
+        # Only two ids follow this one, so that the number of ids is checked too.
+        if configured != tokenizer.img_start_id:
             raise ValueError(
-                f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of the model's config is {configured}; "
-                f"choose the vocabulary of this model"
+                f"<img> is {tokenizer.img_start_id} in {tokenizer.path}, but `image_start_id` of "
+                f"the model's config is {configured}; choose the vocabulary of this model"
             )
         return config
 
+    def _config_from_sizes(self, tokenizer: QwenTokenizer) -> QwenVLConfig:
+        multiple_of_16 = -(-tokenizer.vocab_size // 16) * 16
+        visual = {"image_start_id": tokenizer.img_start_id}
+        if "visual" in self.sizes:
+            visual |= self.sizes["visual"]
+        else:
+            visual = {**QWEN_VL_VISUAL, **visual}
+        return QwenVLConfig(**{"vocab_size": multiple_of_16, **self.sizes, "visual": visual})
+
     @cached_property
     def generation(self) -> GenerationConfig:
-        """What `generation_config.json` of the checkpoint says; without the file, what transformers does by itself."""
-        stored = self.folder is not None and (self.folder / "generation_config.json").exists()
-        return GenerationConfig.from_pretrained(self.folder) if stored else GenerationConfig()
+        """The checkpoint's `generation_config.json`, or transformers' defaults without the file."""
+        if self.folder is not None and (self.folder / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig()
 
     def processor(self, features: FeatureSource | None = None) -> QwenVLProcessor:
+        """Returns a processor; see `Family.processor`."""
         assert self.config.visual is not None
-        window = self.window or getattr(self.generation, "max_window_size", 6144)
-        side = self.config.visual["image_size"]
+        window = self.max_window_size or getattr(self.generation, "max_window_size", WINDOW)
         return QwenVLProcessor(
             self.tokenizer,
-            span=self.config.n_queries,
-            side=side,
-            window=window,
+            tokens_per_image=self.config.n_queries,
+            image_size=self.config.visual["image_size"],
+            template=self.template,
+            system=self.system,
+            supervise=self.supervise,
+            max_length=self.max_length,
+            too_long=self.too_long,
+            max_window_size=window,
             features=features,
-            **self.prompting,
         )
 
     def meta_model(self) -> QwenVLForCausalLM:
-        """The network on the meta device: names, shapes and types, without weights."""
+        """Returns the network on the meta device: names, shapes and dtypes without weights."""
         with torch.device("meta"):
-            return QwenVLForCausalLM(self.config).to(getattr(torch, self.dtype))
+            return QwenVLForCausalLM(self.config).to(self.dtype)
 
     def load(
         self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
     ) -> QwenVLForCausalLM:
-        """The network in evaluation mode on `device`, or spread out by `device_map`. Weights go there tensor by tensor, and those of linear
-        layers but the head become what `quantization` says, settings of `BitsAndBytesConfig`, on their way.
+        """Returns the network in evaluation mode on `device`, or distributed by `device_map`.
 
-        Random weights depend on `seed` alone up to 1 B parameters; larger networks are drawn on `device`, by its own generator.
+        Tensors are moved one by one, and quantized on the way.
+
+        Args:
+            quantization: settings of `BitsAndBytesConfig` for the linear layers except the head.
 
         Raises:
-            DataError: the checkpoint's tensors are not those of its config.
+            DataError: the checkpoint's tensors do not match its config.
         """
-        dtype = getattr(torch, self.dtype)
         if self.random:
-            model = self._drawn(torch.device(device), dtype)
+            model = self._random_model(torch.device(device))
             return self.quantized(model, device, quantization) if quantization else model
         assert self.folder is not None
         shapes = file_shapes(self.meta_model())
         try:
             tensors = stored_tensors(self.folder, shapes)
             if self.device_map is None:
-                model = self._placed(tensors, device, quantization)
+                model = self._from_tensors(tensors, device, quantization)
             else:
-                offloaded = TemporaryDirectory()  # what fits neither cards nor memory
-                places = {
-                    "device_map": self.device_map,
-                    "max_memory": self.max_memory,
-                    "offload_folder": offloaded.name,
-                }
-                places["quantization_config"] = self._bnb_config(quantization)
-                model = QwenVLForCausalLM.from_pretrained(self.folder, dtype=dtype, **places)
-                model.offloaded = offloaded  # removed with the model
+                model = self._distributed(quantization)
         finally:
-            open_shard.cache_clear()  # which keeps the last files mapped
+            open_shard.cache_clear()  # it keeps the last files mapped
         model.generation_config = self.generation
         return model.eval()
 
     def quantized(
         self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]
     ) -> QwenVLForCausalLM:
-        """The network with the weights of `model`, which may be elsewhere, as `load` gives it."""
-        placed = self._placed(model.state_dict(), device, quantization)
-        placed.generation_config = model.generation_config
-        return placed.eval()
+        """Returns a quantized network with the weights of `model`, which may be on any device."""
+        quantized = self._from_tensors(model.state_dict(), device, quantization)
+        quantized.generation_config = model.generation_config
+        return quantized.eval()
 
-    def _placed(
+    def _from_tensors(
         self,
         tensors: Mapping[str, Any],
         device: torch.device | str,
         quantization: Mapping[str, Any] | None,
     ) -> QwenVLForCausalLM:
-        options = {
-            "config": self.config,
-            "dtype": getattr(torch, self.dtype),
-            "quantization_config": self._bnb_config(quantization),
-        }
         return QwenVLForCausalLM.from_pretrained(
-            None, state_dict=tensors, device_map={"": device}, **options
+            None,
+            state_dict=tensors,
+            device_map={"": device},
+            config=self.config,
+            dtype=self.dtype,
+            quantization_config=self._bnb_config(quantization),
         )
+
+    def _distributed(self, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
+        offload_folder = TemporaryDirectory()  # for what fits neither on GPUs nor in host memory
+        model = QwenVLForCausalLM.from_pretrained(
+            self.folder,
+            dtype=self.dtype,
+            device_map=self.device_map,
+            max_memory=self.max_memory,
+            offload_folder=offload_folder.name,
+            quantization_config=self._bnb_config(quantization),
+        )
+        model.offload_folder = offload_folder  # deleted with the model
+        return model
 
     def _bnb_config(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
-        return (
-            bnb_config(
-                quantization, dtype=getattr(torch, self.dtype), but=[self.components["head"]]
-            )
-            if quantization
-            else None
-        )
+        if not quantization:
+            return None
+        return bnb_config(quantization, dtype=self.dtype, skip=[self.components["head"]])
 
-    def _drawn(self, device: torch.device, dtype: torch.dtype) -> QwenVLForCausalLM:
+    def _random_model(self, device: torch.device) -> QwenVLForCausalLM:
         with torch.device("meta"):
             parameters = QwenVLForCausalLM(self.config).num_parameters()
-        place = torch.device("cpu") if parameters < 1e9 else device
-        drawn_in = (
-            torch.float32 if parameters < 1e9 else dtype
-        )  # a second copy of a large one would not fit
-        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
-            generator = (
-                torch.cuda.default_generators[place.index or 0]
-                if place.type == "cuda"
-                else torch.default_generator
-            )
+        if parameters < LARGE:
+            made_on, made_in = torch.device("cpu"), torch.float32
+        else:
+            made_on, made_in = device, self.dtype  # a second, float32 copy would not fit
+        generator, forked = torch.default_generator, []
+        if made_on.type == "cuda":
+            generator, forked = torch.cuda.default_generators[made_on.index or 0], [made_on]
+        with torch.random.fork_rng(devices=forked), made_on:
             generator.manual_seed(self.seed)
-            model = AutoModelForCausalLM.from_config(self.config, dtype=drawn_in)
-        return model.to(device=device, dtype=dtype).eval()
+            model = AutoModelForCausalLM.from_config(self.config, dtype=made_in)
+        return model.to(device=device, dtype=self.dtype).eval()
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
-        """Arguments of `forward`, for rows padded on the right, or of `generate`, for rows padded on the left.
+        """Returns arguments of `forward`, for right-padded rows, or of `generate`, for left-padded.
 
-        The former get no mask: causal attention never sees what follows a token, and runs faster without. Packed rows have the bounds of
-        their segments under the names that transformers' kernels know.
+        Those of `forward` have no attention mask: causal attention never looks at what follows a
+        token, and is faster without one. Packed rows have the bounds of their segments under the
+        names that transformers' attention kernels use.
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         if generate:
-            inputs |= {"attention_mask": batch.attention_mask}
-        if (
-            len(batch.vision_positions) or "vision_features" in batch.vision
-        ):  # even of no images: they say that no tower is needed
-            seen = dict(batch.vision)
-            if (pixels := seen.get("pixel_values")) is not None and pixels.dtype == torch.uint8:
-                seen["pixel_values"] = normalised(pixels)
-            inputs |= {**seen, "vision_positions": batch.vision_positions}
+            inputs["attention_mask"] = batch.attention_mask
+        # Features of no images are passed on too: without them the vision tower would run.
+        if len(batch.vision_positions) or "vision_features" in batch.vision:
+            inputs |= batch.vision
+            inputs["vision_positions"] = batch.vision_positions
+            pixels = batch.vision.get("pixel_values")
+            if pixels is not None and pixels.dtype == torch.uint8:
+                inputs["pixel_values"] = normalized(pixels)
         if batch.segment_bounds is not None:
             inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.segment_bounds)
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_segment)
         if len(batch.target_positions) and not generate:
             inputs |= {"labels": batch.labels, "target_positions": batch.target_positions}
         elif not generate:
-            inputs |= {"logits_to_keep": 1}  # of a row of padding, all would fill the memory
+            # Without targets one position is enough; the logits of all would fill the memory.
+            inputs["logits_to_keep"] = 1
         return {name: value for name, value in inputs.items() if value is not None}
 
     def image_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, side, side, 3) uint8 -> (N, Q, D)."""
-        return network_of(model).get_image_features(normalised(pixels))
+        """(N, size, size, 3) uint8 -> (N, Q, D)."""
+        return network_of(model).get_image_features(normalized(pixels))
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
-        counts = {
-            "images": len(batch.vision.get("pixel_values", ())),
-            "targets": len(batch.target_positions),
-        }
-        return training_flops(self.config, lengths=batch.lengths, **counts, trained=trained)
+        """Returns the floating-point operations of a training step; see `Family.flops`."""
+        return training_flops(
+            self.config,
+            lengths=batch.lengths,
+            images=len(batch.vision.get("pixel_values", ())),
+            targets=len(batch.target_positions),
+            trained=trained,
+        )
+
+    def base_reader(self, device: torch.device | str = "cpu") -> Read:
+        """Returns a function that reads the base weights; see `Family.base_reader`."""
+        if self.random:
+            state = self.load(device).state_dict()
+            return lambda name: state[name].cpu()
+        assert self.folder is not None
+        tensors = stored_tensors(self.folder, file_shapes(self.meta_model()))
+        return reader(tensors, self.dtype)
+
+    def export(self, read: Read, folder: Path, *, dtype: torch.dtype) -> None:
+        """Writes a model in the published layout, a shard at a time; see `Family.export`."""
+        shapes = file_shapes(self.meta_model())
+        check_disk(folder, shapes, dtype)
+        try:
+            write_weights(read, shapes, folder, dtype=dtype)
+        finally:
+            open_shard.cache_clear()
+        write_companions(
+            folder,
+            self.config,
+            dtype=str(dtype).removeprefix("torch."),
+            vocabulary=self.tokenizer.path,
+            base=None if self.random else self.folder,
+            template=self.template,
+        )
+
+    def adapter_caveat(self, tensors: Iterable[str]) -> str | None:
+        """Names what limits the use of an exported adapter; see `Family.adapter_caveat`."""
+        if any(map(PROJECTION.search, tensors)):
+            return (
+                "the adapters on q_proj, k_proj and v_proj of the resampler load here only, "
+                "elsewhere these are one tensor"
+            )
+        return None
+
+
+def _float_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype is torch's name of a floating-point type, as float32 or bfloat16, got {name!r}"
+        )
+    return dtype

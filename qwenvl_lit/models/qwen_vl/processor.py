@@ -1,4 +1,7 @@
-"""Conversations as Qwen-VL reads them: an image is a span of 256 tokens, a box is tagged text, turns are ChatML or plain text."""
+"""Converts conversations to what Qwen-VL reads, and its answers back.
+
+An image is a span of 256 tokens, a box is tagged text, and turns are ChatML or plain text.
+"""
 
 from __future__ import annotations
 
@@ -29,35 +32,38 @@ from qwenvl_lit.types import (
 )
 
 NAMED_IMAGE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
+IGNORED = -100  # the label of a token that is not supervised
 
 Template = Literal["chatml", "raw"]
 TooLong = Literal["error", "drop", "truncate_left"]
 
 
 @contextmanager
-def _naming(conversation: Conversation) -> Iterator[None]:
-    """Faults get the name of the row they are in."""
+def _locating(conversation: Conversation) -> Iterator[None]:
+    """Prefixes errors with the row's file, line and id."""
     try:
         yield
-    except DataError as fault:
-        raise type(fault)(
-            f"{conversation.where}: sample {conversation.id!r}: {fault}".removeprefix(": ")
-        ) from fault
+    except DataError as error:
+        message = f"{conversation.where}: sample {conversation.id!r}: {error}".removeprefix(": ")
+        raise type(error)(message) from error
 
 
 class QwenVLProcessor:
-    """Conversations to tensors, and generated ids to text and boxes.
+    """Converts conversations to tensors, and generated ids to text and boxes.
 
     Args:
-        span: tokens of an image, its two tags not counted.
-        side: width and height of the resized images, in pixels.
-        template: "chatml"; or "raw", for the base model: the texts one after the other, an answer ends with `<|endoftext|>`.
-        system: the system message of conversations without one: None is the default sentence, "" an empty message. Not for "raw".
-        supervise: see `ChatML`; "raw" learns answers and their end marks.
-        max_length: most tokens of a training sample.
-        too_long: what becomes of longer ones: "error"; "drop": they are left out; or "truncate_left": the last tokens are kept, and
-            images whole or not at all.
-        window: a prompt's system message and earlier exchanges have fewer tokens than this; older exchanges are left out. Not for "raw".
+        tokens_per_image: length of an image's span, without its two tags.
+        image_size: width and height of the resized images, in pixels.
+        template: "chatml"; or "raw" for the base model: the texts one after the other, and an
+            answer ends with `<|endoftext|>`.
+        system: the system message of conversations without one. None is the default sentence, ""
+            an empty message. Unused with "raw".
+        supervise: see `ChatML`. With "raw", answers and their `<|endoftext|>` are supervised.
+        max_length: largest number of tokens of a training sample.
+        too_long: what happens to longer samples. "error" raises, "drop" leaves the row out,
+            "truncate_left" keeps the last tokens, and every image as a whole or not at all.
+        max_window_size: a prompt's system message and earlier exchanges have fewer tokens than
+            this; the oldest exchanges are left out. Unused with "raw".
         features: computes or looks up the vision features of images, in place of their pixels.
             While it returns None, samples have pixels.
     """
@@ -68,120 +74,116 @@ class QwenVLProcessor:
         self,
         tokenizer: QwenTokenizer,
         *,
-        span: int = 256,
-        side: int = 448,
+        tokens_per_image: int = 256,
+        image_size: int = 448,
         template: Template = "chatml",
         system: str | None = None,
         supervise: Supervise = "answers",
         max_length: int | None = None,
         too_long: TooLong = "error",
-        window: int = 6144,
+        max_window_size: int = 6144,
         features: FeatureSource | None = None,
     ):
-        for name, value, choices in (
-            ("template", template, Template),
-            ("supervise", supervise, Supervise),
-            ("too_long", too_long, TooLong),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} is one of {', '.join(get_args(choices))}, got {value!r}")
+        _check_choice("template", template, get_args(Template))
+        _check_choice("supervise", supervise, get_args(Supervise))
+        _check_choice("too_long", too_long, get_args(TooLong))
         self.tokenizer = tokenizer
-        self.span = span
-        self.side = side
+        self.tokens_per_image = tokens_per_image
+        self.image_size = image_size
         self.template = template
         self.system = system
         self.supervise = supervise
         self.max_length = max_length
         self.too_long = too_long
-        self.window = window
+        self.max_window_size = max_window_size
+        self.features = features
         self.chatml = ChatML(
             tokenizer.encode,
             start=tokenizer.im_start_id,
             end=tokenizer.im_end_id,
             supervise=supervise,
         )
-        self.features = features
         self.pad_id = tokenizer.pad_id
-        self.stop_ids = (
-            (tokenizer.pad_id,)
-            if template == "raw"
-            else (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
-        )
+        self.stop_ids: tuple[int, ...] = (tokenizer.pad_id,)
+        if template == "chatml":
+            self.stop_ids = (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
-        """Ids and labels in one pass; `prompt` leaves the answer out and opens the assistant's turn.
+        """Returns the ids, labels and images of a conversation.
 
-        An image is introduced by `Picture k: ` and followed by a newline, unless the text before it does the former, or in "raw".
+        With the chat template, `Picture k: ` is written before image k and a newline after it,
+        unless the text before it ends with such words already.
+
+        Args:
+            prompt: leave out the answer and open a turn of the assistant.
 
         Raises:
-            Dropped: the sample is too long, and that is what `too_long` says.
-            DataError: an image is unreadable, a box names one that does not exist, the sample is too long, or nothing can be learned.
+            Dropped: the sample is too long and `too_long` is "drop".
+            DataError: an image cannot be read, a box refers to an image that does not exist, the
+                sample is too long, or no token is supervised.
         """
-        with _naming(conversation):
-            return self._sample(conversation, self._fated(conversation, prompt))
+        with _locating(conversation):
+            return self._sample(conversation, self._pieces(conversation, prompt))
 
     def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Tokens of `encode(conversation, prompt=prompt)`, and how many of them are learned, without decoding an image.
+        """Returns the number of tokens and of supervised tokens that `encode` would give.
+
+        No image is decoded.
 
         Raises:
-            DataError: as `encode`, but for images that cannot be decoded.
+            DataError: as `encode`, except for images that cannot be decoded.
         """
-        with _naming(conversation):
-            pieces = self._fated(conversation, prompt)
-        tokens, learned = (
-            sum(len(piece.ids) for piece in some)
-            for some in (pieces, [piece for piece in pieces if piece.learned])
-        )
-        return tokens, learned - pieces[0].learned  # nothing predicts the first token
+        with _locating(conversation):
+            pieces = self._pieces(conversation, prompt)
+        tokens = sum(len(piece.ids) for piece in pieces)
+        supervised = sum(len(piece.ids) for piece in pieces if piece.supervised)
+        # The first token has nothing before it that could predict it.
+        return tokens, supervised - pieces[0].supervised
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides ids and labels, as plain data: two processors with equal settings encode alike."""
-        vocabulary = hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest()
-        names = (
-            "span",
-            "side",
-            "template",
-            "system",
-            "supervise",
-            "max_length",
-            "too_long",
-            "window",
-        )
+        """Plain data that determines ids and labels; see `Processor.settings`."""
         return {
             "processor": type(self).__name__,
-            "vocabulary": vocabulary,
-            **{name: getattr(self, name) for name in names},
+            "vocabulary": hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest(),
+            "tokens_per_image": self.tokens_per_image,
+            "image_size": self.image_size,
+            "template": self.template,
+            "system": self.system,
+            "supervise": self.supervise,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "max_window_size": self.max_window_size,
         }
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        return {"side": self.side}
+        """Plain data that determines the result of `pixels`."""
+        return {"image_size": self.image_size}
 
     def pixels(self, image: ImageSource) -> torch.Tensor:
-        """(side, side, 3) uint8."""
-        return resized(image.open(), self.side)
+        """Returns the resized image, (image_size, image_size, 3) uint8."""
+        return resized(image.open(), self.image_size)
 
     def text(self, ids: Sequence[int]) -> str:
-        """Ids as text, special tokens by their names; an image's span shows nothing between its tags."""
+        """Returns ids as text; special tokens by name, nothing between the tags of an image."""
         return self.tokenizer.decode(ids)
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
-        """The answer up to the first stop id. Boxes are taken to be in the last image of the prompt."""
-        answer = takewhile(lambda id: id not in self.stop_ids, ids)
-        return self.read(
-            self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids).strip(),
-            conversation,
-        )
+        """Converts generated ids, up to the first stop id, to a prediction.
+
+        Boxes are taken to be on the last image of the prompt.
+        """
+        answer = takewhile(lambda token_id: token_id not in self.stop_ids, ids)
+        text = self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids)
+        return self.read(text.strip(), conversation)
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
+        """Converts the text of an answer to a prediction."""
         images = conversation.prompt().images
-        parts: Sequence[Part] = objects_from_tags(text, image=max(len(images) - 1, 0))
+        parts = objects_from_tags(text, image=max(len(images) - 1, 0))
         if images:
-            parts = [
-                object_in_frame(part, "pixel", images) if isinstance(part, GroundedObject) else part
-                for part in parts
-            ]
+            parts = [_in_pixels(part, images) for part in parts]
         return Prediction(
             conversation=conversation,
             text=text,
@@ -190,62 +192,64 @@ class QwenVLProcessor:
         )
 
     def option_ids(self, conversation: Conversation) -> list[list[int]]:
-        """Ids of each of the conversation's options, as they follow its prompt; after a raw one, which ends in a word, with a space."""
-        return [
-            self.tokenizer.encode(f" {option}" if self.template == "raw" else option)
-            for option in conversation.options
-        ]
+        """Returns the ids of each option of a multiple-choice conversation.
+
+        A raw prompt ends with a word, so that a space is written before the option.
+        """
+        before = " " if self.template == "raw" else ""
+        return [self.tokenizer.encode(before + option) for option in conversation.options]
 
     def _reference(self, conversation: Conversation) -> str | None:
         if conversation.answer is None:
             return None
-        written = self._written(
-            conversation.answer, len(conversation.prompt().images), conversation.images
-        )
-        return "".join(
-            item.value
-            if isinstance(item, Tag)
-            else "<img></img>"
-            if isinstance(item, int)
-            else item
-            for item in written
-        )
-
-    def _fated(self, conversation: Conversation, prompt: bool) -> list[Piece]:
-        pieces = self._pieces(conversation, prompt)
-        return (
-            [piece._replace(learned=False) for piece in pieces] if prompt else self._fitted(pieces)
-        )
+        images_before = len(conversation.prompt().images)
+        reference = ""
+        for item in self._items(conversation.answer, images_before, conversation.images):
+            if isinstance(item, Tag):
+                reference += item.value
+            elif isinstance(item, int):
+                reference += "<img></img>"
+            else:
+                reference += item
+        return reference
 
     def _pieces(self, conversation: Conversation, prompt: bool) -> list[Piece]:
         turns: Sequence[Turn] = conversation.prompt().turns if prompt else conversation.turns
         if self.template == "chatml":
             turns = with_system(turns, self.system)
-        messages, images_before = [], 0
+        messages: list[Message] = []
+        images_before = 0
         for turn in turns:
-            messages.append(
-                Message(turn.role, list(self._body(turn, images_before, conversation.images)))
-            )
+            body = list(self._body(turn, images_before, conversation.images))
+            messages.append(Message(turn.role, body))
             images_before += sum(isinstance(part, ImageSource) for part in turn.parts)
         if self.template == "raw":
-            return list(self._raw(messages))
+            pieces = list(self._render_raw(messages))
+        else:
+            if prompt:
+                messages = self.chatml.recent(messages, self.max_window_size)
+            pieces = list(self.chatml.render(messages, prompt=prompt))
         if prompt:
-            messages = self.chatml.recent(messages, self.window)
-        return list(self.chatml.render(messages, prompt=prompt))
+            return [piece._replace(supervised=False) for piece in pieces]
+        return self._limited(pieces)
 
-    def _raw(self, messages: Sequence[Message]) -> Iterator[Piece]:
+    def _render_raw(self, messages: Sequence[Message]) -> Iterator[Piece]:
         for role, body in messages:
+            answer = role == "assistant"
             for piece in body:
-                yield piece._replace(learned=role == "assistant" and piece.image is None)
-            if role == "assistant":
-                yield Piece([self.pad_id], learned=True)
+                yield piece._replace(supervised=answer and piece.image is None)
+            if answer:
+                yield Piece([self.pad_id], supervised=True)
 
     def _body(
         self, turn: Turn, images_before: int, images: Sequence[ImageSource]
     ) -> Iterator[Piece]:
-        """Texts that stand side by side are one run for the tokenizer; only tags and images become special ids."""
+        """Yields the content of a turn.
+
+        Adjacent texts are tokenized together. Only tags and images become special ids.
+        """
         special, text = self.tokenizer.special, ""
-        for item in self._written(turn, images_before, images):
+        for item in self._items(turn, images_before, images):
             if isinstance(item, str):
                 text += item
                 continue
@@ -255,17 +259,15 @@ class QwenVLProcessor:
             if isinstance(item, Tag):
                 yield Piece([special[item.value]])
             else:
-                yield Piece(
-                    [special["<img>"], *[special["<imgpad>"]] * self.span, special["</img>"]],
-                    image=item,
-                )
+                padding = [special["<imgpad>"]] * self.tokens_per_image
+                yield Piece([special["<img>"], *padding, special["</img>"]], image=item)
         if text:
             yield Piece(self.tokenizer.encode(text))
 
-    def _written(
+    def _items(
         self, turn: Turn, images_before: int, images: Sequence[ImageSource]
     ) -> Iterator[str | Tag | int]:
-        """A turn as text, tags, and images by index."""
+        """Yields a turn as texts, tags, and images by index."""
         index, before = images_before, ""
         for part in turn.parts:
             if isinstance(part, str):
@@ -284,7 +286,8 @@ class QwenVLProcessor:
                 index += 1
             before = ""
 
-    def _fitted(self, pieces: list[Piece]) -> list[Piece]:
+    def _limited(self, pieces: list[Piece]) -> list[Piece]:
+        """Applies `max_length` to a training sample, and checks that tokens are supervised."""
         length = sum(len(piece.ids) for piece in pieces)
         if self.max_length and length > self.max_length:
             excess = f"{length} tokens are more than max_length={self.max_length}"
@@ -293,11 +296,11 @@ class QwenVLProcessor:
             if self.too_long == "error":
                 raise DataError(f"{excess}; raise it, or set too_long=drop or truncate_left")
             pieces = truncate_left(pieces, self.max_length)
-        if not any(
-            piece.learned for piece in pieces[1:]
-        ):  # the first token has nothing before it to be predicted from
+        # The first token has nothing before it that could predict it.
+        if not any(piece.supervised for piece in pieces[1:]):
             raise DataError(
-                "no answer to learn from; is the last turn the assistant's, and is max_length above the answer's length?"
+                "no answer to learn from; is the last turn the assistant's, and is max_length "
+                "above the answer's length?"
             )
         return pieces
 
@@ -308,25 +311,33 @@ class QwenVLProcessor:
         images: list[ImageSource] = []
         for piece in pieces:
             if piece.image is not None:
-                positions += range(len(ids) + 1, len(ids) + 1 + self.span)
+                first = len(ids) + 1  # after <img>
+                positions += range(first, first + self.tokens_per_image)
                 images.append(conversation.images[piece.image])
             ids += piece.ids
-            labels += piece.ids if piece.learned else [-100] * len(piece.ids)
+            labels += piece.ids if piece.supervised else [IGNORED] * len(piece.ids)
         return Sample(
             conversation=conversation,
             input_ids=torch.tensor(ids, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             vision_positions=torch.tensor(positions, dtype=torch.int64),
-            vision=self._seen(images),
+            vision=self._vision(images),
         )
 
-    def _seen(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
+    def _vision(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
         features = self.features(images) if self.features is not None else None
         if features is not None:
             return {"vision_features": features}
-        pixels = [self.pixels(image) for image in images]
-        return {
-            "pixel_values": torch.stack(pixels)
-            if pixels
-            else torch.empty(0, self.side, self.side, 3, dtype=torch.uint8)
-        }
+        if images:
+            return {"pixel_values": torch.stack([self.pixels(image) for image in images])}
+        nothing = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        return {"pixel_values": nothing}
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+
+
+def _in_pixels(part: Part, images: Sequence[ImageSource]) -> Part:
+    return object_in_frame(part, "pixel", images) if isinstance(part, GroundedObject) else part

@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a vocabulary file in tiktoken's format."""
+"""Converts text to token ids and back, with a vocabulary file in tiktoken's format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pathlib import Path
 
 import tiktoken
 
-TINY_VOCABULARY = Path(__file__).with_name(
-    "tiny.tiktoken"
-)  # made by scripts/make_tiny_vocabulary.py
+# Written by scripts/make_tiny_vocabulary.py.
+TINY_VOCABULARY = Path(__file__).with_name("tiny.tiktoken")
 
-# Pre-tokens. As GPT-4's pattern, but every digit stands alone, so that coordinates share ten tokens.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Splits text into pre-tokens. This is GPT-4's pattern, except that every digit is a pre-token, so
+# that coordinates share ten tokens.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -35,9 +38,9 @@ SPECIALS = (
 
 
 class QwenTokenizer:
-    """Byte-pair encoding of NFC-normalised text; the special ids follow the ranks of the file.
+    """Byte-pair encoding of NFC-normalized text. The special ids follow the ranks of the file.
 
-    A pickle holds the path only, so that data workers read the file themselves.
+    A pickle holds only the path, so that data workers read the file themselves.
 
     >>> tokenizer = QwenTokenizer(TINY_VOCABULARY)
     >>> tokenizer.decode(tokenizer.encode("a cat"))
@@ -54,7 +57,7 @@ class QwenTokenizer:
         self._encoding = tiktoken.Encoding(
             "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special
         )
-        self._names = {id: name.encode() for name, id in self.special.items()}
+        self._names = {token_id: name.encode() for name, token_id in self.special.items()}
 
     def __reduce__(self):
         return type(self), (self.path,)
@@ -85,11 +88,14 @@ class QwenTokenizer:
 
     @property
     def tag_ids(self) -> tuple[int, ...]:
-        """`<ref>` to `</quad>`: the tags that a grounded text is made of."""
+        """`<ref>` to `</quad>`, the tags of grounded text."""
         return tuple(range(self.special["<ref>"], self.special["</quad>"] + 1))
 
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
-        """Ids of the normalised text. Names of special tokens in it are plain text, but for those in `allowed_special`."""
+        """Returns the ids of the normalized text.
+
+        Names of special tokens in `text` are plain text, except those in `allowed_special`.
+        """
         text = unicodedata.normalize("NFC", text)
         if not allowed_special:
             return self._encoding.encode_ordinary(text)
@@ -105,13 +111,18 @@ class QwenTokenizer:
         keep: Collection[int] = (),
         errors: str = "replace",
     ) -> str:
-        """Text of `ids`. `skip_special` leaves special tokens out, but for those in `keep`.
+        """Returns the text of `ids`.
 
-        A path written into an image span, as the original model has it, is read; other fillings of a span show nothing.
-        `errors` says what becomes of bytes that are no UTF-8 and of ids that the vocabulary lacks: "replace", "ignore" or "strict".
+        A path that is written into an image's span, as the original model does it, is decoded;
+        padding in a span gives no text.
+
+        Args:
+            skip_special: leave out special tokens, except those in `keep`.
+            errors: "replace", "ignore" or "strict", for bytes that are not UTF-8 and for ids that
+                the vocabulary does not have.
 
         Raises:
-            ValueError: with "strict", an id is not in the vocabulary, or the bytes are no UTF-8.
+            ValueError: with "strict", the bytes are not UTF-8 or an id is not in the vocabulary.
         """
         return b"".join(self._bytes(ids, skip_special, keep, errors)).decode("utf-8", errors)
 
@@ -123,7 +134,10 @@ class QwenTokenizer:
         keep: Collection[int] = (),
         errors: str = "replace",
     ) -> Iterator[str]:
-        """Pieces of `decode(ids)` as soon as they are certain: a character whose bytes are incomplete waits for the next id."""
+        """Yields `decode(ids)` in pieces, each as soon as it is certain.
+
+        A character whose bytes are incomplete is yielded after the id that completes it.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors)
         for piece in self._bytes(ids, skip_special, keep, errors):
             if text := decoder.decode(piece):
@@ -134,34 +148,46 @@ class QwenTokenizer:
     def _bytes(
         self, ids: Iterable[int], skip_special: bool, keep: Collection[int], errors: str
     ) -> Iterator[bytes]:
-        def tokens(ids: Iterable[int]) -> Iterator[bytes]:
-            for id in ids:
-                if id in self._names:
-                    if not skip_special or id in keep:
-                        yield self._names[id]
-                elif 0 <= id < self.vocab_size:
-                    yield self._encoding.decode_single_token_bytes(id)
-                elif errors == "strict":
-                    raise ValueError(
-                        f"token id {id} is not among the {self.vocab_size} ids of {self.path}"
-                    )
-                elif errors == "replace":
-                    yield "\ufffd".encode()
-
         remaining = iter(ids)
-        for id in remaining:
-            yield from tokens([id])
-            if id == self.img_start_id:
-                span = []
-                for id in remaining:
-                    span.append(id)
-                    if id == self.img_end_id:
-                        break
-                path = self._written_path(span)
-                yield from tokens(span) if path is None else (path, *tokens(span[-1:]))
+        for token_id in remaining:
+            yield self._token_bytes(token_id, skip_special, keep, errors)
+            if token_id == self.img_start_id:
+                span = self._read_span(remaining)
+                path = self._path_in(span)
+                if path is not None:
+                    yield path
+                    span = span[-1:]
+                for inner in span:
+                    yield self._token_bytes(inner, skip_special, keep, errors)
 
-    def _written_path(self, span: Sequence[int]) -> bytes | None:
-        """What stands before the first `<imgpad>` of a closed span: byte values as ids, which are not the ids of the byte tokens."""
+    def _token_bytes(
+        self, token_id: int, skip_special: bool, keep: Collection[int], errors: str
+    ) -> bytes:
+        if token_id in self._names:
+            skipped = skip_special and token_id not in keep
+            return b"" if skipped else self._names[token_id]
+        if 0 <= token_id < self.vocab_size:
+            return self._encoding.decode_single_token_bytes(token_id)
+        if errors == "strict":
+            raise ValueError(
+                f"token id {token_id} is not among the {self.vocab_size} ids of {self.path}"
+            )
+        return "\ufffd".encode() if errors == "replace" else b""
+
+    def _read_span(self, ids: Iterator[int]) -> list[int]:
+        """Returns the ids up to `</img>`, included; all ids if there is none."""
+        span: list[int] = []
+        for token_id in ids:
+            span.append(token_id)
+            if token_id == self.img_end_id:
+                break
+        return span
+
+    def _path_in(self, span: Sequence[int]) -> bytes | None:
+        """Returns the path that is written before the first `<imgpad>` of a closed span.
+
+        Its bytes are written as ids 0 to 255, which are not the ids of the tokens of single bytes.
+        """
         if not span or span[-1] != self.img_end_id or self.img_pad_id not in span:
             return None
         values = span[: span.index(self.img_pad_id)]
@@ -169,10 +195,11 @@ class QwenTokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes to rank, from lines of base64, a blank and the rank.
+    """Returns the rank of every token, from lines of base64, a blank and the rank.
 
     Raises:
-        ValueError: a line is malformed or out of order, a token comes twice, or a single byte is missing; with file and line.
+        ValueError: a line is malformed or out of order, a token is repeated, or a single byte has
+            no token. The message names file and line.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -181,15 +208,18 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path}:{number}: expected base64, a blank and a rank, got {line[:80]!r}; is the file complete?"
+                f"{path}:{number}: expected base64, a blank and a rank, got {line[:80]!r}; "
+                f"is the file complete?"
             ) from None
         if value != number - 1 or token in ranks:
             raise ValueError(
-                f"{path}:{number}: expected a new token of rank {number - 1}, got {token!r} of rank {value}"
+                f"{path}:{number}: expected a new token of rank {number - 1}, "
+                f"got {token!r} of rank {value}"
             )
         ranks[token] = value
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(
-            f"{path}:{len(ranks)}: the file ends without the single bytes {missing[:8]}; is it complete?"
+            f"{path}:{len(ranks)}: the file ends without the single bytes {missing[:8]}; "
+            f"is it complete?"
         )
     return ranks

@@ -125,7 +125,7 @@ def test_a_split_that_does_not_exist_is_an_error_that_names_those_that_do(root):
 
 
 def test_lengths_in_the_cache_are_those_of_their_split(root):
-    processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), span=2, side=8)
+    processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=2, image_size=8)
     refs = [
         REFS[0] | {"sentences": REFS[0]["sentences"][:1]},
         REFS[1],

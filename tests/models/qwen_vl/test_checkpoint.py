@@ -87,7 +87,7 @@ def test_the_published_layout_loads_to_the_number(folder, model):
     assert len(list(folder.glob("*-of-*"))) > 3
     family = QwenVLFamily(path=str(folder))
     assert_same(family.load(), model)
-    assert family.processor().window == 6144
+    assert family.processor().max_window_size == 6144
     assert family.load().generation_config.top_p == 0.3
 
 
@@ -111,8 +111,8 @@ def test_the_auto_classes_know_the_model_and_run_no_remote_code(folder, model):
 def test_a_window_of_the_checkpoint_is_obeyed(copy):
     settings = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 100}))
-    assert QwenVLFamily(path=str(copy)).processor().window == 100
-    assert QwenVLFamily(path=str(copy), window=50).processor().window == 50
+    assert QwenVLFamily(path=str(copy)).processor().max_window_size == 100
+    assert QwenVLFamily(path=str(copy), max_window_size=50).processor().max_window_size == 50
 
 
 def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(copy):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.image_processing import normalised, preprocess
+from qwenvl_lit.models.qwen_vl.image_processing import normalized, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import (
@@ -44,7 +44,7 @@ CONFIG = {
 
 
 def processor(**options) -> QwenVLProcessor:
-    return QwenVLProcessor(TOKENIZER, span=SPAN, side=SIDE, **options)
+    return QwenVLProcessor(TOKENIZER, tokens_per_image=SPAN, image_size=SIDE, **options)
 
 
 def talk(*contents, system=None) -> Conversation:
@@ -194,12 +194,12 @@ def test_raw_prompts_have_no_markup_but_for_images_and_objects():
 
 def test_a_long_history_leaves_a_prompt_but_its_images_keep_their_numbers():
     conversation = talk((RED, "first"), "a", (BLUE, "second"))
-    prompt = processor(system="", window=20).encode(conversation, prompt=True)
+    prompt = processor(system="", max_window_size=20).encode(conversation, prompt=True)
     assert (
         written(prompt)
         == "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nPicture 2: <img></img>\nsecond<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert torch.equal(normalised(prompt.vision["pixel_values"])[0], preprocess(BLUE.open(), SIDE))
+    assert torch.equal(normalized(prompt.vision["pixel_values"])[0], preprocess(BLUE.open(), SIDE))
     assert len(prompt.vision_positions) == SPAN
 
 
@@ -251,7 +251,7 @@ def test_settings_tell_processors_apart():
         {"system": ""},
         {"supervise": "official"},
         {"max_length": 9},
-        {"window": 100},
+        {"max_window_size": 100},
     ):
         assert processor(**options).settings != processor().settings
 
@@ -371,7 +371,7 @@ def test_ids_of_random_weights_follow_from_the_vocabulary():
     config = family().config
     assert config.vocab_size == -(-TOKENIZER.vocab_size // 16) * 16
     assert config.visual["image_start_id"] == TOKENIZER.img_start_id
-    assert (family().processor().span, family().processor().side) == (SPAN, SIDE)
+    assert (family().processor().tokens_per_image, family().processor().image_size) == (SPAN, SIDE)
 
 
 def test_a_config_that_does_not_fit_the_vocabulary_is_refused():
@@ -393,7 +393,7 @@ def test_misspelt_choices_are_refused():
     for options in ({"template": "chatlm"}, {"supervise": "all"}, {"too_long": "cut"}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is one of"):
             processor(**options)
-    with pytest.raises(ValueError, match="dtype is a name of torch's"):
+    with pytest.raises(ValueError, match="dtype is torch's name of a floating-point type"):
         family(dtype="bf16")
 
 
@@ -422,7 +422,7 @@ def test_a_checkpoint_brings_its_vocabulary(tmp_path):
     (tmp_path / "qwen.tiktoken").write_bytes(TINY_VOCABULARY.read_bytes())
     loaded = QwenVLFamily(path=str(tmp_path))
     assert loaded.processor().tokenizer.vocab_size == TOKENIZER.vocab_size
-    assert (loaded.processor().span, loaded.processor().side) == (SPAN, SIDE)
+    assert (loaded.processor().tokens_per_image, loaded.processor().image_size) == (SPAN, SIDE)
     assert all(
         torch.equal(tensor, loaded.load().state_dict()[name])
         for name, tensor in made.load().state_dict().items()

@@ -23,7 +23,7 @@ IMAGE = ImageSource(Image.new("RGB", (8, 8)))
 
 
 def processor(**options) -> QwenVLProcessor:
-    return QwenVLProcessor(TOKENIZER, span=2, side=8, **options)
+    return QwenVLProcessor(TOKENIZER, tokens_per_image=2, image_size=8, **options)
 
 
 def specials(sample) -> list[int]:

@@ -1,0 +1,44 @@
+"""4-bit weights by bitsandbytes, for any family."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+NF4: Mapping[str, Any] = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+
+
+def bnb_config(
+    settings: Mapping[str, Any], *, dtype: torch.dtype, skip: Sequence[str]
+) -> BitsAndBytesConfig:
+    """Returns the config with which transformers quantizes the linear layers of a model.
+
+    Args:
+        settings: arguments of `BitsAndBytesConfig`; they override the others.
+        dtype: the quantized layers compute in this.
+        skip: modules that are not quantized.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or there is no such setting.
+    """
+    known = inspect.signature(BitsAndBytesConfig).parameters
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(
+            f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "quantization needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'"
+        ) from error
+    defaults = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(skip)}
+    return BitsAndBytesConfig(**{**defaults, **settings})
