@@ -1,13 +1,13 @@
-"""What images became in a frozen tower, kept on disk: computed once, and mapped into memory from then on."""
+"""Image features of a frozen vision tower, stored on disk and read memory-mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qwenvl_lit.atomic import atomic_file, disk_errors, write_text
 from qwenvl_lit.types import DataError, ImageSource
 
-SHARD = 512  # images of a file, at most: 1 GB of Qwen-VL's
+IMAGES_PER_FILE = 512  # at most; 1 GB of Qwen-VL's features
 SETTINGS = "settings.json"
+ABANDONED_S = 3600  # age of an unfinished file whose process was killed; writing takes seconds
 
-# N images, Q tokens of an image, D width
+# N images, Q tokens of an image, D model width
 
 
 class FeatureStore:
-    """Features (Q, D) of images by `ImageSource.key`, in files of up to `SHARD` images below `folder`; other settings are another store.
+    """A folder of image features (Q, D), found by `ImageSource.key`.
 
-    A file appears whole or not at all, under a name that no other process takes: several may add at a time, and what a process that was
-    stopped has added stays. Images that another process has added are known after `refresh`. A copy in a data worker opens its files
-    itself.
+    Features are in files of up to `IMAGES_PER_FILE` images. Each combination of settings, shape and
+    dtype has a subfolder of its own below `folder`.
+
+    A file appears complete and under a name that no other process uses. Several processes may add
+    images at once, and a killed process leaves the files that it has finished. `refresh` finds the
+    images that other processes have added. A copy in a data worker opens its own files.
 
     Args:
-        settings: what the features depend on, as plain data.
+        settings: plain data that determines the features, such as a fingerprint of the weights.
         shape, dtype: of the features of one image.
     """
 
@@ -45,14 +50,13 @@ class FeatureStore:
     ):
         self.shape = tuple(shape)
         self.dtype = dtype
-        content = json.dumps(
-            {**settings, "shape": self.shape, "dtype": str(dtype)}, sort_keys=True, indent=2
-        )
+        described = {**settings, "shape": self.shape, "dtype": str(dtype)}
+        content = json.dumps(described, sort_keys=True, indent=2)
         self.folder = Path(folder, hashlib.sha256(content.encode()).hexdigest()[:16])
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / SETTINGS).exists():
-            _write(self.folder / SETTINGS, lambda file: file.write_text(content + "\n"))
-        self._files: dict[str, str] = {}  # by key, the name of the file that has it
+            write_text(self.folder / SETTINGS, content + "\n", concurrent=True)
+        self._files: dict[str, str] = {}  # image key -> name of the file that holds its features
         self._opened: dict[str, safe_open] = {}
         self.refresh()
 
@@ -64,91 +68,112 @@ class FeatureStore:
 
     @property
     def image_bytes(self) -> int:
+        """Bytes that the features of one image take on disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def refresh(self) -> None:
-        """Look again which images there are.
+        """Reads again which images the folder has.
 
         Raises:
             DataError: a file cannot be read.
         """
-        names = [file.name for file in sorted(self.folder.glob("*.safetensors"))]
-        self._files = {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 - not a dict
+        files: dict[str, str] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            files |= dict.fromkeys(self._open(file.name).keys(), file.name)
+        self._files = files
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that are not there, each once, in their order."""
+        """Returns the keys that are not stored, each once, in their order."""
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 
     def add(self, features: Mapping[str, torch.Tensor]) -> None:
-        """Write images, in one file.
+        """Writes the features of images to a new file.
 
         Raises:
-            DataError: it cannot be written; the disk may be full.
+            DataError: the file cannot be written, for example because the disk is full.
         """
         if not features:
             return
+        tensors = {}
         for key, tensor in features.items():
             assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype), key
+            tensors[key] = tensor.contiguous()
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
-
-        def save(unfinished: Path) -> None:
-            save_file({key: tensor.contiguous() for key, tensor in features.items()}, unfinished)
-            unfinished.chmod(
-                (self.folder / SETTINGS).stat().st_mode
-            )  # others may read it where they may read that
-
-        try:
-            for left in self.folder.glob("*.unfinished"):
-                if (
-                    time.time() - left.stat().st_mtime > 3600
-                ):  # by a process that was killed: writing takes seconds
-                    left.unlink(missing_ok=True)
-            _write(file, save)
-        except (OSError, SafetensorError) as fault:
-            raise DataError(
-                f"{file} cannot be written: {fault}; make room, or train with speed.vision_cache=false"
-            ) from fault
+        with disk_errors(file, "make room, or train with speed.vision_cache=false"):
+            self._remove_abandoned_files()
+            with atomic_file(file, durable=True) as unfinished:
+                try:
+                    save_file(tensors, unfinished)
+                except SafetensorError as error:
+                    raise OSError(str(error)) from error
+                # safetensors lets the owner alone read its files; give them the usual permissions
+                unfinished.chmod((self.folder / SETTINGS).stat().st_mode)
         self._files |= dict.fromkeys(features, file.name)
 
     def of(self, images: Sequence[ImageSource]) -> torch.Tensor:
-        """Features (N, Q, D) of images.
+        """Returns the features (N, Q, D) of images.
 
         Raises:
-            BadImage: an image cannot be opened, and hence is not there.
-            DataError: one is not there, though it can be opened.
+            BadImage: an image is not stored because it cannot be opened.
+            DataError: an image can be opened, but is not stored.
         """
-        found = [self._read(image) for image in images]
-        return torch.stack(found) if found else torch.empty(0, *self.shape, dtype=self.dtype)
+        if not images:
+            return torch.empty(0, *self.shape, dtype=self.dtype)
+        return torch.stack([self._read(image) for image in images])
 
     def _read(self, image: ImageSource) -> torch.Tensor:
+        """The features (Q, D) of an image, mapped: they are read from the disk at first use."""
         key = image.key
         if key not in self._files:
             image.open()
             raise DataError(
-                f"image {image.name} is not in the vision cache {self.folder}; did it change after the run began? start the run again"
+                f"image {image.name} is not in the vision cache {self.folder}; "
+                "did it change after the run began? start the run again"
             )
-        return self._open(self._files[key]).get_tensor(
-            key
-        )  # mapped: read from the disk when it is looked at
+        return self._open(self._files[key]).get_tensor(key)
 
     def _open(self, name: str) -> safe_open:
         if name not in self._opened:
+            path = self.folder / name
             try:
-                self._opened[name] = safe_open(self.folder / name, framework="pt")
-            except (OSError, SafetensorError) as fault:
+                self._opened[name] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
                 raise DataError(
-                    f"{self.folder / name} cannot be read: {fault}; delete it, and its images are encoded again"
-                ) from fault
+                    f"{path} cannot be read: {error}; delete it, and its images are encoded again"
+                ) from error
         return self._opened[name]
 
+    def _remove_abandoned_files(self) -> None:
+        for unfinished in self.folder.glob("*.part"):
+            with suppress(FileNotFoundError):  # another process has just finished this file
+                if time.time() - unfinished.stat().st_mtime > ABANDONED_S:
+                    unfinished.unlink()
 
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    """`write(path)`, under another name until all of it is on the disk."""
-    unfinished = file.with_name(f"{uuid.uuid4().hex}.unfinished")
-    try:
-        write(unfinished)
-        with unfinished.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+class CachedFeatures:
+    """The feature source that a processor and the vision cache share.
+
+    It is closed at first, and the processor decodes images. Once the store has every image of a run
+    the vision cache opens it, and the processor takes the features from there until it is closed.
+    """
+
+    def __init__(self) -> None:
+        self._store: FeatureStore | None = None
+
+    def __call__(self, images: Sequence[ImageSource]) -> torch.Tensor | None:
+        """Returns the features (N, Q, D) of images, or None while the source is closed.
+
+        Raises:
+            BadImage, DataError: see `FeatureStore.of`.
+        """
+        return None if self._store is None else self._store.of(images)
+
+    @property
+    def is_open(self) -> bool:
+        return self._store is not None
+
+    def open(self, store: FeatureStore) -> None:
+        self._store = store
+
+    def close(self) -> None:
+        self._store = None

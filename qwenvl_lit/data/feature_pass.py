@@ -1,0 +1,231 @@
+"""The pass of the vision cache over a run's images: find them, encode them, store the features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
+from qwenvl_lit.data.split import Concat, Rows, Subset, places
+from qwenvl_lit.data.survey import Finding, survey
+from qwenvl_lit.types import BadImage, Conversation, DataError
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Processor
+
+BATCH_SIZE = 16  # images that go through the encoder at once
+
+Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (N, ...) -> features (N, Q, D)
+Locations = dict[str, tuple[int, int]]  # image key -> a row that has the image, and its index there
+ReportProgress = Callable[[str, int, int], object]  # name of the work, how much is done, how much
+
+
+def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:
+    """Returns each row of training and validation once, and how often an epoch trains on it."""
+    sources, positions = places(Concat([*train, validation]))
+    distinct, index = np.unique(positions, return_inverse=True)
+    train_rows = sum(map(len, train))
+    repeats = np.bincount(index[:train_rows], minlength=len(distinct))
+    return Subset(Concat(sources), distinct), repeats
+
+
+def find_images(
+    rows: Rows,
+    repeats: np.ndarray,
+    *,
+    rank: int,
+    world_size: int,
+    workers: int,
+    drop_bad: bool,
+    progress: ReportProgress,
+) -> tuple[Locations, int]:
+    """Returns the distinct images of all rows in their order, and the images an epoch trains on.
+
+    Each rank reads a share of the rows; all ranks return the same.
+
+    Args:
+        repeats: (rows,) how often an epoch trains on each row; its images count as often.
+        workers: processes that read rows.
+        drop_bad: leave out rows whose images cannot be read.
+
+    Raises:
+        DataError: an image cannot be read, and `drop_bad` is False.
+    """
+    share = range(rank, len(rows), world_size)
+    locations: Locations = {}
+    errors, uses = [], 0
+
+    def report(done: int) -> None:
+        progress("images looked up", done, len(share))
+
+    report(0)
+    results = survey(Subset(rows, share), _image_keys, workers=workers, progress=report)
+    for row, result in zip(share, results, strict=True):
+        if isinstance(result, Finding):
+            errors.append(result.message)
+            continue
+        uses += int(repeats[row]) * len(result)
+        for index, key in enumerate(result):
+            locations.setdefault(key, (row, index))
+    return _merge(_all_gather((locations, uses, errors), world_size), drop_bad)
+
+
+def encode_padded(encode: Encode, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the features of up to `BATCH_SIZE` images, on the CPU.
+
+    The batch is padded to a fixed size, so that the encoder is compiled at most once.
+    """
+    padding = pixels[-1:].expand(BATCH_SIZE - len(pixels), *pixels.shape[1:])
+    return encode(torch.cat([pixels, padding]))[: len(pixels)].cpu()
+
+
+def encode_images(
+    store: FeatureStore,
+    encode: Encode,
+    rows: Rows,
+    locations: Locations,
+    processor: Processor,
+    *,
+    num_workers: int,
+    drop_bad: bool,
+    progress: ReportProgress,
+) -> None:
+    """Encodes images and adds their features to `store`.
+
+    Features that have been computed are stored even if an exception ends the pass.
+
+    Raises:
+        BadImage: an image cannot be decoded, and `drop_bad` is False.
+        DataError: the store cannot be written.
+    """
+    loader = DataLoader(
+        _ImageDataset(rows, locations, processor),
+        batch_size=BATCH_SIZE,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        # The default generator would advance, and training would draw other random numbers.
+        generator=torch.Generator(),
+    )
+    features: dict[str, torch.Tensor] = {}
+    writing: Future | None = None
+    done = 0
+    progress("images encoded", 0, len(locations))
+    with ThreadPoolExecutor(1) as writer:
+        try:
+            for keys, pixels, errors in loader:
+                if errors and not drop_bad:
+                    raise BadImage(errors[0])
+                if keys:
+                    features |= zip(keys, encode_padded(encode, pixels), strict=True)
+                if len(features) > IMAGES_PER_FILE - BATCH_SIZE:
+                    # Two files in the queue would take twice the memory.
+                    _wait(writing)
+                    writing, features = writer.submit(store.add, features), {}
+                done += len(keys) + len(errors)
+                progress("images encoded", done, len(locations))
+        finally:
+            last = writer.submit(store.add, features)
+            _wait(writing)
+            _wait(last)
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns a SHA-256 over the names, dtypes, shapes and checksums of tensors.
+
+    Two checksums of the bits, one weighted by position, are computed on the tensor's device.
+    """
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    described, sums = [], []
+    for name, tensor in sorted(tensors.items()):
+        described.append([name, str(tensor.dtype), list(tensor.shape)])
+        bits = tensor.reshape(-1).view(integers[tensor.element_size()]).long()
+        positions = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums.append(torch.stack([bits.sum(), (bits * positions).sum()]))  # overflow is harmless
+    content = json.dumps([described, torch.stack(sums).tolist()])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _merge(
+    shares: Sequence[tuple[Locations, int, list[str]]], drop_bad: bool
+) -> tuple[Locations, int]:
+    """Joins what the ranks found in their rows."""
+    merged: Locations = {}
+    errors: list[str] = []
+    total_uses = 0
+    for locations, uses, errors_of_rank in shares:
+        total_uses += uses
+        errors += errors_of_rank
+        for key, location in locations.items():
+            merged[key] = min(location, merged.get(key, location))
+    if errors and not drop_bad:
+        raise DataError(
+            f"{errors[0]}; the vision cache needs every image, and {len(errors)} rows have images "
+            "that cannot be read"
+        )
+    return dict(sorted(merged.items(), key=lambda item: item[1])), total_uses
+
+
+def _all_gather(value: Any, world_size: int) -> list[Any]:
+    values = [value] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _image_keys(conversation: Conversation) -> tuple[str, ...]:
+    try:
+        return tuple(image.key for image in conversation.images)
+    except BadImage as error:
+        raise BadImage(_with_row(conversation, error)) from error
+
+
+def _with_row(conversation: Conversation, error: BadImage) -> str:
+    """The message of `error` with the file, line and id of the row in front."""
+    return f"{conversation.where}: sample {conversation.id!r}: {error}".removeprefix(": ")
+
+
+def _wait(writing: Future | None) -> None:
+    if writing is not None:
+        writing.result()
+
+
+class _ImageDataset(Dataset):
+    """Pairs of an image key and the pixels, or the message of why the image cannot be decoded."""
+
+    def __init__(self, rows: Rows, locations: Locations, processor: Processor):
+        self.rows = rows
+        self.locations = list(locations.items())
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
+        key, (row, image) = self.locations[index]
+        conversation = self.rows[row]
+        try:
+            return key, self.processor.pixels(conversation.images[image])
+        except BadImage as error:
+            return key, _with_row(conversation, error)
+
+
+def _collate(
+    items: Sequence[tuple[str, torch.Tensor | str]],
+) -> tuple[list[str], torch.Tensor, list[str]]:
+    """Keys and pixels of the images that could be decoded, and messages about the others."""
+    keys, pixels, errors = [], [], []
+    for key, content in items:
+        if isinstance(content, str):
+            errors.append(content)
+        else:
+            keys.append(key)
+            pixels.append(content)
+    return keys, torch.stack(pixels) if pixels else torch.empty(0), errors

@@ -1,0 +1,54 @@
+"""Progress bars for work outside of Lightning's loops."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def progress_bars(
+    *, enabled: bool = True, seconds_per_line: float | None = None
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function `report(name, done, total)` that draws a bar for each name.
+
+    The bars are drawn on a terminal only, and disappear at the end of the block.
+
+    Args:
+        enabled: False shows nothing, for ranks other than 0.
+        seconds_per_line: how often to print a line where standard output is not a terminal; None
+            prints nothing.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    on_terminal = sys.stdout.isatty()
+    prints_lines = enabled and not on_terminal and seconds_per_line is not None
+    bars: dict[str, TaskID] = {}
+    last_line = time.monotonic()
+    with Progress(*columns, transient=True, disable=not (enabled and on_terminal)) as progress:
+
+        def report(name: str, done: int, total: int) -> None:
+            nonlocal last_line
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done)
+            if prints_lines and time.monotonic() - last_line > seconds_per_line:
+                last_line = time.monotonic()
+                print(f"{name}: {done:,} of {total:,}", flush=True)
+
+        yield report
