@@ -1,4 +1,4 @@
-"""Fine-tune, run and score Qwen-VL on today's stack: a native network, a Lightning task, Hydra configs."""
+"""Fine-tune, run and score Qwen-VL: a native network, a Lightning module and Hydra configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["QwenVL", "__version__"]
 
 
 def __getattr__(name: str) -> type[QwenVL]:
-    """`from qwenvl_lit import QwenVL` brings in torch and transformers; importing the package alone does not."""
+    """Hands on `QwenVL` lazily: importing the package alone imports neither torch nor transformers."""
     if name == "QwenVL":
         from qwenvl_lit.api import QwenVL
 

@@ -1,4 +1,4 @@
-"""`python -m qwenvl_lit`: which commands there are."""
+"""`python -m qwenvl_lit`: lists the commands."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit.runs.run import config_folder
 
-VERBS = ("train", "test", "predict", "chat", "check", "export")
+COMMANDS = ("train", "test", "predict", "chat", "check", "export")
 
 
 def main() -> None:
-    """Each with the first line of its help. Where one was named after a blank instead of the dot, this is a mistake."""
-    for verb in VERBS:
-        what = OmegaConf.load(config_folder() / f"{verb}.yaml").hydra.help.header.splitlines()[0]
-        print(f"python -m qwenvl_lit.{verb:8} {what}")
-    print("\nEach says more with --help.")
+    """Prints each command with the first line of its help.
+
+    Exits with status 1 if a command was given as an argument: commands are modules of their own.
+    """
+    for command in COMMANDS:
+        config = OmegaConf.load(config_folder() / f"{command}.yaml")
+        summary = config.hydra.help.header.splitlines()[0]
+        print(f"python -m qwenvl_lit.{command:8} {summary}")
+    print("\nEach command has --help.")
     if sys.argv[1:]:
-        sys.exit(
-            f"error: there is no command {sys.argv[1]!r} here; write it behind a dot, as above"
-        )
+        name = sys.argv[1]
+        sys.exit(f"error: there is no command {name!r} here; a dot comes before it, as above")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""`python -m qwenvl_lit.chat model=qwen_vl_chat`, or `ckpt=RUN`: talk to a model, at a terminal or through a pipe."""
+"""`python -m qwenvl_lit.chat`: a conversation with a model, at a terminal or through a pipe."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +22,18 @@ COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit"
 
 
 class Chat:
-    """Reads questions line by line, shows answers while they are decoded, and keeps the conversation.
+    """Reads questions line by line, prints answers while they are generated, keeps the history.
 
-    Each answer is a line of `conversation.jsonl`, a row that `data=jsonl` reads, and its boxes are drawn to
-    `boxes/NUMBER.png`, or `NUMBER_k.png` where they are in image k > 0 of the conversation.
+    Each answer becomes a line of `conversation.jsonl`, a row that `data=jsonl` reads. Its boxes are
+    drawn to `boxes/NUMBER.png`; for image k > 0 of the conversation to `NUMBER_k.png`.
 
     Args:
-        folder: for these files.
-        system: the system message; None: the model's own.
-        multiline: a question goes on until a line that ends in `#`.
-        terminal: somebody is typing: there are prompts and remarks, and Ctrl-C stops an answer only. Else answers alone are printed, and
-            the rest goes to standard error.
+        folder: where these files are written.
+        system: the system message; None: the model's default.
+        multiline: a question ends with a line that ends in `#`.
+        terminal: a person is typing. Prompts and remarks are shown, and Ctrl-C stops an answer
+            only. Without a terminal, standard output holds nothing but answers, and remarks go to
+            standard error.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class Chat:
         self.answers = 0
 
     def run(self) -> None:
-        """Until `exit`, or the end of the input."""
+        """Answers questions until `exit` or the end of the input."""
         self._welcome()
         while True:
             try:
-                said = self._read("you> ")
+                text = self._read("you> ")
             except EOFError:
                 if self.terminal:
                     self.remark("")  # Ctrl-D leaves the cursor behind the prompt
@@ -67,44 +68,52 @@ class Chat:
                     raise
                 self.remark("\nexit, quit or Ctrl-D ends the chat")
                 continue
-            match said.strip().lower():
-                case "exit" | "quit":
-                    return
-                case "multi-line" | "single-line" as mode:
-                    self.multiline = mode == "multi-line"
-                    self.remark(
-                        "a line that ends in # ends a question"
-                        if self.multiline
-                        else "each line is a question"
-                    )
-                case "clear":
-                    self.history = []
-                    self.remark("the history is empty")
-                case "reset-system":
-                    self._reset_system()
-                case "":
-                    pass
-                case _:
-                    self._answer(said)
+            word = text.strip().lower()
+            if word in ("exit", "quit"):
+                return
+            if word in COMMANDS:
+                self._obey(word)
+            elif word:
+                self._answer(text)
 
     def remark(self, text: str) -> None:
-        """Say what is no answer."""
+        """Prints something that is not part of an answer."""
         print(text, file=sys.stdout if self.terminal else sys.stderr, flush=True)
 
     def _welcome(self) -> None:
         if self.terminal:
             self.remark(
-                f"An image is <img>path or address</img>. Commands: {', '.join(COMMANDS)}. Ctrl-C stops an answer."
+                f"An image is <img>path or address</img>. Commands: {', '.join(COMMANDS)}. "
+                f"Ctrl-C stops an answer."
             )
             if self.multiline:
                 self.remark("A line that ends in # ends a question.")
         if self.model.is_base_model:
             self.remark(
-                "This is a base model: it continues each text as it stands, without chat markup, system message and history."
+                "This is a base model: it continues each text as it stands, without chat markup, "
+                "system message and history."
             )
 
+    def _obey(self, word: str) -> None:
+        match word:
+            case "multi-line":
+                self.multiline = True
+                self.remark("a line that ends in # ends a question")
+            case "single-line":
+                self.multiline = False
+                self.remark("each line is a question")
+            case "clear":
+                self.history = []
+                self.remark("the history is empty")
+            case "reset-system":
+                self._reset_system()
+
     def _read(self, prompt: str) -> str:
-        """A line, or several; EOFError where there is none. The end of the input ends several."""
+        """One line, or several in multi-line mode; the end of the input ends those, too.
+
+        Raises:
+            EOFError: the input has ended.
+        """
         lines = [self._line(prompt)]
         while self.multiline and not lines[-1].rstrip().endswith("#"):
             if len(lines) == 1 and lines[0].strip().lower() in COMMANDS:
@@ -125,14 +134,13 @@ class Chat:
             self.remark("a base model has no system message")
             return
         try:
-            said = self._read("system> ")
+            text = self._read("system> ")
         except (EOFError, KeyboardInterrupt):
-            self.remark("\nthe system message stays as it was")
+            self.remark("\nthe system message is unchanged")
             return
-        self.system, self.history = said.strip() or None, []
-        self.remark(
-            f"the system message is {'the default' if self.system is None else 'set'}, the history is empty"
-        )
+        self.system, self.history = text.strip() or None, []
+        state = "the default" if self.system is None else "set"
+        self.remark(f"the system message is {state}, the history is empty")
 
     def _answer(self, query: str) -> None:
         import torch
@@ -142,11 +150,8 @@ class Chat:
         before, shown = self.history, ""
         try:
             for text, history in self.model.stream(query, before, system=self.system):
-                new, shown, self.history = (
-                    text[len(shown) :],
-                    text,
-                    history,
-                )  # first: Ctrl-C may come while it is printed
+                # The state is complete before the text is printed, where Ctrl-C may arrive.
+                new, shown, self.history = text[len(shown) :], text, history
                 print(self._printable(new), end="", flush=True)
             print(flush=True)
             files = self._draw(text)
@@ -156,66 +161,49 @@ class Chat:
             self.remark("\n(stopped)")
             if shown:
                 self._record(query, before, shown, stopped=True)
-        except (DataError, torch.OutOfMemoryError) as fault:
+        except (DataError, torch.OutOfMemoryError) as error:
             self.history = before
-            self.remark(("\n" if shown else "") + f"error: {str(fault).splitlines()[0]}")
+            start = "\n" if shown else ""
+            self.remark(f"{start}error: {str(error).splitlines()[0]}")
         else:
-            self._record(query, before, text, **self._measured(text), boxes=files)
+            self._record(query, before, text, **_measurements(text), boxes=files)
 
     def _printable(self, text: str) -> str:
-        """A terminal would obey control characters."""
-        return (
-            "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
-            if self.terminal
-            else text
-        )
-
-    @staticmethod
-    def _measured(answer: Answer) -> dict[str, float]:
-        seconds = {
-            "seconds": round(answer.seconds, 3),
-            "first_seconds": round(answer.first_seconds or 0.0, 3),
-        }
-        return {"prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens, **seconds}
+        """For a terminal, `text` without control characters, which it would obey."""
+        if not self.terminal:
+            return text
+        return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
     def _draw(self, answer: Answer) -> list[str]:
-        """Names of the files."""
+        """Draws the boxes of an answer; returns the file names, relative to the folder."""
         from qwenvl_lit.build import shown
-        from qwenvl_lit.grounding import GRID, objects_from_tags
         from qwenvl_lit.rendering.drawing import draw_prediction
-        from qwenvl_lit.rendering.text import box_numbers, images_with_boxes
-        from qwenvl_lit.types import GroundedObject
+        from qwenvl_lit.rendering.text import images_with_boxes
 
         files = []
         for image in images_with_boxes(answer.prediction):
-            further = f"_{image}" if image else ""
-            file = self.folder / "boxes" / f"{self.answers:06d}{further}.png"
+            suffix = f"_{image}" if image else ""
+            file = self.folder / "boxes" / f"{self.answers:06d}{suffix}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             draw_prediction(answer.prediction, image).save(file)
             files.append(str(file.relative_to(self.folder)))
             self.remark(f"boxes: {shown(str(file))}")
-        placed = [part for part in objects_from_tags(answer) if isinstance(part, GroundedObject)]
-        numbers = [number for thing in placed for box in box_numbers(thing) for number in box]
-        if files and not all(0 <= number <= GRID for number in numbers):
-            self.remark(
-                f"(a box of the answer reaches beyond 0..{GRID}, and so its image: it is drawn up to the edge)"
-            )
+        if files and _leaves_the_grid(answer):
+            self.remark("(a box reaches beyond its image; it is drawn up to the edge)")
         return files
 
     def _record(
-        self, query: str, history: list[list[str]], response: str, **further: object
+        self, query: str, history: Sequence[Sequence[str]], response: str, **details: object
     ) -> None:
-        earlier = (
-            []
-            if self.model.is_base_model
-            else [[images_in_full(asked), said] for asked, said in history]
-        )
+        earlier = []
+        if not self.model.is_base_model:
+            earlier = [[with_absolute_paths(asked), answer] for asked, answer in history]
         row = {
-            "query": images_in_full(query),
+            "query": with_absolute_paths(query),
             "response": response,
             "history": earlier,
             "system": self.system,
-            **further,
+            **details,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "conversation.jsonl").open("a", encoding="utf-8") as file:
@@ -223,19 +211,45 @@ class Chat:
         self.answers += 1
 
 
-def images_in_full(query: str) -> str:
-    """A question whose paths of images hold in every folder; addresses are left as they are."""
+def _measurements(answer: Answer) -> dict[str, float]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": answer.new_tokens,
+        "seconds": round(answer.seconds, 3),
+        "first_seconds": round(answer.first_seconds or 0.0, 3),
+    }
 
-    def tag(found: re.Match[str]) -> str:
-        file = Path(found[1].strip()).expanduser()
-        return f"<img>{file.absolute()}</img>" if file.is_file() else found[0]
+
+def _leaves_the_grid(answer: str) -> bool:
+    """Whether a box of the answer has coordinates outside 0..999."""
+    from qwenvl_lit.grounding import GRID, objects_from_tags
+    from qwenvl_lit.rendering.text import box_numbers
+    from qwenvl_lit.types import GroundedObject
+
+    for part in objects_from_tags(answer):
+        if isinstance(part, GroundedObject):
+            for box in box_numbers(part):
+                if min(box) < 0 or max(box) > GRID:
+                    return True
+    return False
+
+
+def with_absolute_paths(query: str) -> str:
+    """A question whose image files are found from every folder; addresses stay as they are."""
+
+    def tag(match: re.Match[str]) -> str:
+        file = Path(match[1].strip()).expanduser()
+        return f"<img>{file.absolute()}</img>" if file.is_file() else match[0]
 
     return re.sub(r"<img>(.*?)</img>", tag, query, flags=re.DOTALL)
 
 
 @contextmanager
 def line_editing(history: Path) -> Iterator[None]:
-    """`input` with arrow keys and with the lines of earlier chats, by the standard library's readline; Windows has its own."""
+    """Gives `input` arrow keys and the lines of earlier chats, through readline.
+
+    Windows has no readline; its console edits lines by itself.
+    """
     try:
         import readline
     except ImportError:
@@ -252,27 +266,24 @@ def line_editing(history: Path) -> Iterator[None]:
 
 
 def main(config: DictConfig) -> None:
-    from contextlib import nullcontext
-
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
     from qwenvl_lit.data.readers.rows import ReadOptions
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    task = build.module(config, adapted=config.ckpt is not None)
-    cache, folder = Path(config.paths.cache), Path(config.paths.run)
-    model = QwenVL.from_module(
-        task,
-        checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
-        device=device_named(config.device),
-        read_options=ReadOptions(cache=cache),
+    module = build.module(
+        config,
+        adapted=config.ckpt is not None,
+        trained_checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
+        load_device=device_named(config.device),
     )
+    cache, folder = Path(config.paths.cache), Path(config.paths.run)
+    model = QwenVL.from_module(module, read_options=ReadOptions(cache=cache))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(
-            errors="replace"
-        )  # a chat does not end for a character that the terminal cannot show
+        # A character that the terminal cannot show must not end the chat.
+        stream.reconfigure(errors="replace")
     chat = Chat(model, folder, system=config.system, multiline=config.multiline, terminal=terminal)
     with line_editing(cache / "chat_history") if terminal else nullcontext():
         try:
@@ -280,8 +291,8 @@ def main(config: DictConfig) -> None:
         except KeyboardInterrupt:
             sys.exit(130)
     if chat.answers:
-        chat.remark(f"The conversation: {build.shown(str(folder / 'conversation.jsonl'))}")
+        chat.remark(f"Conversation: {build.shown(str(folder / 'conversation.jsonl'))}")
 
 
 if __name__ == "__main__":
-    command("chat", main, needs_run=True)
+    command("chat", main, run="needed")

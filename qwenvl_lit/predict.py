@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.cli.overrides import value_of
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    task = build.module(config, adapted=config.ckpt is not None)
+    checkpoint = find_run(config.ckpt).checkpoint if config.ckpt else None
+    module = build.module(
+        config, adapted=config.ckpt is not None, trained_checkpoint=checkpoint
+    )
     if asked:
         files = [config.image] if isinstance(config.image, str) else list(config.image or ())
         read_options = ReadOptions(cache=Path(config.paths.cache))
@@ -38,23 +42,22 @@ def main(config: DictConfig) -> None:
             [*({"image": file} for file in files), config.prompt], read_options=read_options
         )
         data = DataModule(
-            processor=task.processor,
+            processor=module.processor,
             read=lambda source, read_options: [question],
             test={"question": ""},
         )
     else:
-        data = build.data(config, task.processor)
+        data = build.data(config, module.processor)
     if config.answered is not None:
         earlier = answered_rows(Path(config.answered))
         data.answered = {
             name: {index: row["id"] for index, row in rows.items()}
             for name, rows in earlier.items()
         }
-    task.trained = find_run(config.ckpt).checkpoint if config.ckpt else None
     trainer = build.trainer(config)
     if asked:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))
-    trainer.predict(task, data, return_predictions=False)
+    trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
         answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
         drawn = ", and images with boxes" if Path(config.paths.run, "boxes").exists() else ""
@@ -83,5 +86,26 @@ def print_answers(
         print(f"\n{prediction.text}\n")
 
 
+def adjust_arguments(arguments: list[str]) -> list[str]:
+    """Refuses a dataset beside a question; a named test file replaces the run's validation rows.
+
+    Raises:
+        DataError: the arguments ask a question and name rows of a dataset.
+    """
+    asks_a_question = value_of(arguments, "prompt") is not None
+    for argument in arguments:
+        about_rows = argument.startswith(("data=", "data.", "answered="))
+        if about_rows and asks_a_question and not argument.endswith("=null"):
+            has_image = value_of(arguments, "image") is not None
+            question = "image= with prompt=" if has_image else "prompt="
+            raise DataError(
+                f"{question} asks one question, and {argument} is for the rows of a dataset: "
+                f"give one or the other"
+            )
+    if value_of(arguments, "data.test") is not None:
+        return [*arguments, "data.validation=null"]
+    return arguments
+
+
 if __name__ == "__main__":
-    command("predict", main, needs_run=True)
+    command("predict", main, run="needed", adjust=adjust_arguments)

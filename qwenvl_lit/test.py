@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.cli.overrides import has_any
+from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+SOURCES = ("ckpt=", "model=", "predictions=")  # arguments that say whose answers are scored
 
 
 def main(config: DictConfig) -> None:
@@ -36,7 +41,6 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.reports.scores_page import Report, write_report
     from qwenvl_lit.runs.predictions import predictions_file
     from qwenvl_lit.runs.run import find_run
-    from qwenvl_lit.types import DataError
 
     if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
         raise DataError(
@@ -61,17 +65,18 @@ def main(config: DictConfig) -> None:
                 f"{one.name}/rows": len(one.predictions)
             }
     else:
-        task = build.module(config, adapted=run is not None)
-        source = build.shown(str(run.checkpoint)) if run and run.checkpoint else config.model.path
+        checkpoint = run.checkpoint if run else None
+        source = build.shown(str(checkpoint)) if checkpoint else config.model.path
         if config.baseline:
+            untrained = build.module(config, adapted=run is not None)
             for test in asked:
-                baseline |= {
-                    _name(test, name): value
-                    for name, value in answer(task, test, baseline=True).items()
-                }
-        task.trained = run.checkpoint if run else None
+                scores = answer(untrained, test, baseline=True)
+                baseline |= {_name(test, name): value for name, value in scores.items()}
+            untrained.unload_model()
+        module = build.module(config, adapted=run is not None, trained_checkpoint=checkpoint)
         for test in asked:
-            results |= {_name(test, name): value for name, value in answer(task, test).items()}
+            scores = answer(module, test)
+            results |= {_name(test, name): value for name, value in scores.items()}
     if rank_zero_only.rank:
         return
     scores = {
@@ -130,5 +135,35 @@ def _name(test, logged: str) -> str:
     return f"{test.named(set)}/{metric}"
 
 
+def adjust_arguments(arguments: list[str]) -> list[str]:
+    """Completes what the arguments imply.
+
+    Without a model, `compare=[A,B]` scores the answers of B and compares them with those of A.
+    Benchmarks share the keys of `data=jsonl`, which the command line may change.
+
+    Raises:
+        DataError: `compare=` names one folder and nothing to compare it with.
+
+    >>> adjust_arguments(["compare=['a','b']"])
+    ["compare=['a']", "predictions='b'"]
+    """
+    adjusted = []
+    for argument in arguments:
+        if argument.startswith("compare=[") and not has_any(arguments, *SOURCES):
+            folders = re.findall(r"'(?:[^'\\]|\\.)*'", argument)
+            if len(folders) < 2:
+                raise DataError(
+                    "compare=[RUN1,RUN2] takes two runs at least; beside ckpt= or predictions= "
+                    "it takes those to compare with"
+                )
+            adjusted.append(f"compare=[{','.join(folders[:-1])}]")
+            adjusted.append(f"predictions={folders[-1]}")
+        else:
+            adjusted.append(argument)
+    if has_any(arguments, "benchmarks=") and not has_any(arguments, "data="):
+        adjusted.append("data=jsonl")
+    return adjusted
+
+
 if __name__ == "__main__":
-    command("test", main, needs_run=True)
+    command("test", main, run="needed", adjust=adjust_arguments)

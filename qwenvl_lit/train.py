@@ -1,4 +1,4 @@
-"""`python -m qwenvl_lit.train`: fine-tune a model on a dataset."""
+"""`python -m qwenvl_lit.train`: fine-tunes a model on a dataset."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import contents
 
     build.start(config)
-    task = build.module(config)
-    data = build.data(config, task.processor)
-    trainer = build.trainer(config)
-    check_memory(config, task, data, trainer)
+    features = build.cached_features(config)
+    module = build.module(config, features=features)
+    data = build.data(config, module.processor)
+    trainer = build.trainer(config, features=features)
+    check_memory(config, module, data, trainer)
     build.save_config(config)
     checkpoint = checkpoint_of(config)
-    steps_before = steps_of(checkpoint)  # the run writes another checkpoint under this name
-    trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        run = build.shown(config.paths.run)
-        if checkpoint and trainer.global_step == steps_before:
-            limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
-            print(
-                f"\nNothing was left to train: the run has made its {steps_before} steps; trainer.{limit}=... goes further."
-            )
-        print(f"\nTrained, {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
-        print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
+    steps_before = steps_of(checkpoint)  # read now: the run replaces this file
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if not trainer.is_global_zero:
+        return
+    run = build.shown(config.paths.run)
+    if checkpoint and trainer.global_step == steps_before:
+        limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
+        print(
+            f"\nNothing was left to train: the run has made its {steps_before} steps. "
+            f"To train further: trainer.{limit}=..."
+        )
+    print(f"\nTrained {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
+    print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 
 
 if __name__ == "__main__":
-    command("train", main, starts_from_run=True)
+    command("train", main, run="start")

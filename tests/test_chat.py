@@ -356,7 +356,7 @@ def test_a_person_at_a_terminal_edits_recalls_stops_and_leaves(tmp_path):
         terminal.type("\x03")
         terminal.until(r"ends the chat\s+you> ")
         terminal.type("\x04")
-        terminal.until("The conversation: outputs/chat/")
+        terminal.until("Conversation: outputs/chat/")
         assert terminal.process.wait(timeout=60) == 0
     finally:
         terminal.close()

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from qwenvl_lit import build
-from qwenvl_lit.cli import command
-from qwenvl_lit.cli.command import config_folder
+from qwenvl_lit.cli.command import offer_groups, prepare
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.runs.run import config_folder
 
 
 def small_checkpoint(folder: Path) -> Path:
@@ -127,10 +127,10 @@ def test_a_run_on_top_of_a_run_rebuilds_itself(home):
 
 def composed(monkeypatch, *arguments: str):
     """The config of `train` with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    command._start_from_run()
+    line = prepare("train", arguments, run="start")
+    offer_groups(line)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose("train", sys.argv[1:])
+        return compose("train", line.arguments)
 
 
 def test_a_run_is_a_model_with_a_recipe_and_the_command_line_and_presets_win(monkeypatch, home):

@@ -8,7 +8,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qwenvl_lit.cli.command import FROM_RUN, config_folder, name_datasets, quote_free_text
+from qwenvl_lit.cli.from_run import FROM_RUN
+from qwenvl_lit.cli.mixture import expand_datasets
+from qwenvl_lit.cli.overrides import quote_free_text
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()
@@ -164,7 +167,10 @@ def test_the_model_chooses_its_recipe_and_the_command_line_wins():
         chat.trainer.precision,
     ) == (16, 1.0, "bf16-mixed")
     own = composed("train", "model=qwen_vl_chat", "adapter=full", "optim.lr=2e-5")
-    assert (own.adapter._target_, own.optim.lr) == ("qwenvl_lit.training.adapters.methods.Full", 2e-5)
+    assert (own.adapter._target_, own.optim.lr) == (
+        "qwenvl_lit.training.adapters.methods.Full",
+        2e-5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,7 @@ def test_a_mixture_holds_what_the_files_of_its_datasets_say():
         "data=mixture",
         "data.datasets={demo:2000,mine:{use:jsonl,rows:0.5,train:my.jsonl,root:/my},other:{use:jsonl}}",
     )
-    name_datasets(config)
+    expand_datasets(config)
     once = OmegaConf.to_container(config)
     demo, mine, other = once["data"]["datasets"].values()
     assert demo["_target_"] == "qwenvl_lit.data.mixture.DatasetSpec"
@@ -270,7 +276,7 @@ def test_a_mixture_holds_what_the_files_of_its_datasets_say():
     )
     assert (other["rows"], other["split_file"]) == (None, "${paths.run}/split_other.json")
     assert not {"batch_size", "order", "_partial_"} & set(mine)
-    name_datasets(config)
+    expand_datasets(config)
     assert OmegaConf.to_container(config) == once, "what is complete stays as it is"
 
 
@@ -284,4 +290,4 @@ def test_a_mixture_holds_what_the_files_of_its_datasets_say():
 def test_a_mistake_in_a_mixture_is_named(datasets, says):
     config = composed("train", "data=mixture", f"data.datasets={datasets}")
     with pytest.raises(DataError, match=says):
-        name_datasets(config)
+        expand_datasets(config)

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from scripted import CONFIG
 
 from qwenvl_lit import QwenVL, export, predict, test, train
-from qwenvl_lit.cli import command
-from qwenvl_lit.cli.command import config_folder, quote_free_text
+from qwenvl_lit.cli.command import offer_groups, prepare
 from qwenvl_lit.models.qwen_vl.export import runnable
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
-from qwenvl_lit.runs.run import find_run
+from qwenvl_lit.runs.run import config_folder, find_run
 from qwenvl_lit.types import DataError
 
 QUIET = ["logger=none", "strategy=cpu"]
@@ -53,10 +52,10 @@ def home(tmp_path_factory) -> Path:
 
 def config_of(verb: str, *arguments: str, monkeypatch, run_folder: Path | str = "out"):
     """The config that a command line gives."""
-    monkeypatch.setattr(sys, "argv", [verb, *map(quote_free_text, arguments)])
-    command._start_from_run() if verb == "train" else command._offer_run(verb)
+    line = prepare(verb, arguments, run="start" if verb == "train" else "needed")
+    offer_groups(line)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose(verb, [*sys.argv[1:], f"paths.run={run_folder}"])
+        return compose(verb, [*line.arguments, f"paths.run={run_folder}"])
 
 
 @pytest.fixture
@@ -302,12 +301,11 @@ def test_the_base_that_an_adapter_expects_is_said_and_taken(home, does, tmp_path
         export, f"ckpt={tmp_path / 'swift'}", "model.path=F", "model.dtype=float32", "out=M2", *ONCE
     )
     capsys.readouterr()
-    command._say_what_it_expects("swift", find_run(str(tmp_path / "swift")))
-    said = capsys.readouterr().err
-    assert (
-        said
-        == "swift is an adapter for /home/them/hub/qwen/Qwen-VL-Chat; its base here: model.path=F\n"
-    )
+    line = prepare("export", [f"ckpt={tmp_path / 'swift'}", "model.path=F"], run="needed")
+    assert line.notes == [
+        f"{tmp_path / 'swift'} is an adapter for /home/them/hub/qwen/Qwen-VL-Chat; "
+        f"the base model here: model.path=F"
+    ]
     with pytest.raises(MissingMandatoryValue, match="path"):
         does(export, f"ckpt={tmp_path / 'nameless'}", "out=M3", *ONCE)
 

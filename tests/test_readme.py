@@ -13,7 +13,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scripted import tiny_checkpoint
 
-from qwenvl_lit.cli.command import FROM_RUN, config_folder, name_datasets, quote_free_text
+from qwenvl_lit.cli.from_run import FROM_RUN
+from qwenvl_lit.cli.mixture import expand_datasets
+from qwenvl_lit.cli.overrides import quote_free_text
+from qwenvl_lit.runs.run import config_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -86,7 +89,7 @@ def test_a_command_of_the_readme_composes(command):
     for overrides in jobs(verb, arguments):
         config = compose(verb, overrides)
         if config.get("data") and config.data.get("datasets"):
-            name_datasets(config)
+            expand_datasets(config)
 
 
 @pytest.mark.parametrize("page", PYTHON)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,23 +38,3 @@ def config_beside(place: str) -> dict[str, Any] | None:
         if file.exists()
         else None
     )
-
-
-def scored_arguments(arguments: Sequence[str]) -> list[str]:
-    """`compare=[A,B]` without a model and without answers means: score the answers of B, against those of A.
-
-    >>> scored_arguments(["compare=['a','b']"])
-    ["predictions='b'", "compare=['a']"]
-    """
-    given = next((argument for argument in arguments if argument.startswith("compare=[")), None)
-    if given is None or any(
-        argument.startswith(("ckpt=", "model=", "predictions=")) for argument in arguments
-    ):
-        return list(arguments)
-    places = re.findall(r"'(?:[^'\\]|\\.)*'", given)
-    if len(places) < 2:
-        raise DataError(
-            "compare=[RUN1,RUN2] takes two runs at least; with ckpt= or predictions= it takes those to compare with"
-        )
-    rest = [argument for argument in arguments if argument is not given]
-    return [*rest, f"predictions={places[-1]}", f"compare=[{','.join(places[:-1])}]"]
