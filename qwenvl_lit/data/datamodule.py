@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.collate import Pack, Pad
+from qwenvl_lit.data.loop_state import data_position
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.samplers import BatchSampler, Position
 from qwenvl_lit.data.split import Concat, Rows, Subset, places
@@ -307,12 +308,7 @@ class DataModule(lightning.LightningDataModule):
         ), longest
 
     def _position(self) -> Position:
-        """Where Lightning's own counters stand, which it restores from a checkpoint; `processed` counts batches whose step was made."""
-        fit = self.trainer.fit_loop
-        epoch = fit.epoch_progress.current
-        unfinished = fit.restarting and epoch.ready != epoch.processed
-        done = fit.epoch_loop.batch_progress.current.processed if unfinished else 0
-        return (0 if self.trainer.overfit_batches else epoch.processed), done
+        return data_position(self.trainer)
 
     def val_dataloader(self) -> list[DataLoader]:
         """Two loaders: every row with its answer, for the loss; prompts of the first `generated_validation_rows`, to generate."""
