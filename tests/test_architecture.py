@@ -23,8 +23,8 @@ ALLOWED_IN = {  # third-party package -> where it may be imported
     | {"train", "test", "predict"},
     "omegaconf": {"build", "cli", "evaluation", "runs", "sweep"}
     | {"train", "test", "predict", "chat", "check", "export", "__main__"},
-    "lightning": {"data.datamodule", "training", "callbacks", "build", "cli", "evaluation.sets"}
-    | {"train", "test", "predict"},
+    "lightning": {"data.datamodule", "data.loop_state", "training", "callbacks", "build", "cli"}
+    | {"evaluation.sets", "train", "test", "predict"},
     "peft": {"training.adapters.methods", "training.adapters.peft_files"},
     "tiktoken": {"models"},
 }
@@ -45,7 +45,10 @@ STARTS_FAST = {  # at import time, nothing heavy
     "export",
     "__main__",
 }
-LIFTED_OUT = {"network", "language", "vision", "config", "flops"}  # of models/qwen_vl: torch only
+LIFTED_OUT = {  # of models/qwen_vl: torch and transformers only
+    *("network", "language", "vision", "config", "flops"),
+    *("dynamic_ntk", "image_tokens", "initialization"),
+}
 
 
 def modules() -> dict[str, Path]:

@@ -19,8 +19,9 @@ from transformers import DynamicCache
 
 from parity.result import Result, UnreadableError, distance, read, same, tensors_of, worst
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.image_processing import preprocess
-from qwenvl_lit.models.qwen_vl.language import ntk_alpha, rotary_tables
+from qwenvl_lit.models.qwen_vl.language import rotary_tables
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import resize_positions, sine_cosine_positions
 

@@ -1,4 +1,4 @@
-"""Sizes of a Qwen-VL network, in the layout of the published `config.json`."""
+"""The sizes of a Qwen-VL network, in the layout of the published `config.json`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ QWEN_VL_VISUAL = {
     "output_dim": 4096,
     "image_start_id": 151857,
 }
-# Ours, for small networks. Written to `config.json` only if they were given.
+# Options of ours, for small networks. `config.json` holds them only if they were given.
 VISUAL_OPTIONS = ("n_queries", "resampler_heads", "spatial_start")
-# Settings of the published files for which the network knows no other value.
-FIXED = {
+# Settings of the published files for which the network supports one value only.
+FIXED_SETTINGS = {
     "attn_dropout_prob": 0,
     "emb_dropout_prob": 0,
     "no_bias": True,
@@ -30,16 +30,17 @@ FIXED = {
 
 
 class QwenVLConfig(PreTrainedConfig):
-    """Qwen-VL's configuration; the defaults are the published 9.66 B network.
+    """The configuration of a Qwen-VL network; the defaults are the published one of 9.66 B.
 
-    `intermediate_size` counts both branches of the language MLP, as in the published files. `visual` holds the sizes of the tower, the
-    images' `image_size` in pixels, and `image_start_id`: the id of `<img>`; those of `</img>` and `<imgpad>` follow it.
+    `intermediate_size` counts both branches of the language MLP, as in the published files.
+    `visual` holds the sizes of the vision tower, `image_size` in pixels, and `image_start_id`, the
+    token id of `<img>`. The ids of `</img>` and `<imgpad>` follow it.
 
     >>> QwenVLConfig(num_hidden_layers=2).visual["layers"]
     48
 
     Raises:
-        ValueError: sizes that do not fit together, and settings the network does not have.
+        ValueError: sizes do not fit together, or the network does not support a setting.
     """
 
     model_type = "qwen"
@@ -51,9 +52,7 @@ class QwenVLConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     kv_channels: int = 128
     intermediate_size: int = 22016
-    seq_length: int = (
-        2048  # the length the network was trained on; dynamic NTK and log-n scaling begin above it
-    )
+    seq_length: int = 2048  # of training; dynamic NTK and log-n scaling begin above it
     max_position_embeddings: int = 8192
     rotary_emb_base: float = 10000
     layer_norm_epsilon: float = 1e-6
@@ -72,86 +71,84 @@ class QwenVLConfig(PreTrainedConfig):
 
     @property
     def tower(self) -> dict[str, Any]:
-        """Arguments of `models.vision.VisionTower`: of `visual`, what concerns the network, and defaults for our options."""
-        given = {
-            key: value
-            for key, value in self.visual.items()
-            if key not in ("image_size", "image_start_id") and value is not None
-        }
+        """The arguments of `VisionTower`: the sizes in `visual`, and defaults for our options."""
         heads = max(self.visual["output_dim"] // 128, 1)
-        return {"n_queries": 256, "resampler_heads": heads, "spatial_start": None} | given
+        tower = {"n_queries": 256, "resampler_heads": heads, "spatial_start": None}
+        for key, value in self.visual.items():
+            if key not in ("image_size", "image_start_id") and value is not None:
+                tower[key] = value
+        return tower
 
     @property
     def n_queries(self) -> int:
         """Tokens of an image between `<img>` and `</img>`."""
         return self.tower["n_queries"]
 
-    def _check_language(self):
-        require(
-            self.kv_channels * self.num_attention_heads == self.hidden_size,
-            f"hidden_size={self.hidden_size} must be num_attention_heads * kv_channels = {self.num_attention_heads} * {self.kv_channels}",
+    def _check_language(self) -> None:
+        heads, head_dim = self.num_attention_heads, self.kv_channels
+        _require(
+            head_dim * heads == self.hidden_size,
+            f"hidden_size={self.hidden_size} must be num_attention_heads * kv_channels = "
+            f"{heads} * {head_dim}",
         )
-        require(
-            self.kv_channels % 2 == 0 and self.kv_channels > 2,
-            f"kv_channels={self.kv_channels} must be even and above 2: rotary positions turn pairs of channels",
+        _require(
+            head_dim % 2 == 0 and head_dim > 2,
+            f"kv_channels={head_dim} must be even and above 2: rotary positions rotate pairs of "
+            "channels",
         )
-        require(
+        _require(
             self.intermediate_size % 2 == 0,
-            f"intermediate_size={self.intermediate_size} must be even: it counts both branches of the MLP",
+            f"intermediate_size={self.intermediate_size} must be even: it counts both branches of "
+            "the MLP",
         )
-        for key, value in FIXED.items():
-            found = getattr(self, key, value)
-            require(
-                found == value,
-                f"{key}={found} is not supported; the network is the published one, where it is {value}",
+        for key, expected in FIXED_SETTINGS.items():
+            value = getattr(self, key, expected)
+            _require(
+                value == expected,
+                f"{key}={value} is not supported; the network is the published one, where it is "
+                f"{expected}",
             )
 
-    def _check_visual(self):
-        visual = self.visual
+    def _check_visual(self) -> None:
+        visual, known = self.visual, (*QWEN_VL_VISUAL, *VISUAL_OPTIONS)
         missing = [key for key in QWEN_VL_VISUAL if key not in visual]
-        unknown = [key for key in visual if key not in QWEN_VL_VISUAL and key not in VISUAL_OPTIONS]
-        require(not missing, f"visual lacks {', '.join(missing)}")
-        require(
+        unknown = [key for key in visual if key not in known]
+        _require(not missing, f"visual lacks {', '.join(missing)}")
+        _require(
             not unknown,
-            f"visual has unknown keys {', '.join(unknown)}; known are {', '.join((*QWEN_VL_VISUAL, *VISUAL_OPTIONS))}",
+            f"visual has unknown keys {', '.join(unknown)}; known are {', '.join(known)}",
         )
-
-        size, patch, width, dim = (
-            visual[key] for key in ("image_size", "patch_size", "width", "output_dim")
-        )
-        heads = self.tower["resampler_heads"]
-        require(
-            size % patch == 0,
-            f"visual.image_size={size} must be a multiple of visual.patch_size={patch}",
-        )
-        require(
-            width % visual["heads"] == 0,
-            f"visual.width={width} must be a multiple of visual.heads={visual['heads']}",
-        )
-        require(
+        self._require_multiple("image_size", "patch_size")
+        self._require_multiple("width", "heads")
+        dim, last_id = visual["output_dim"], visual["image_start_id"] + 2
+        _require(
             dim == self.hidden_size,
             f"visual.output_dim={dim} must be hidden_size={self.hidden_size}",
         )
-        require(
-            dim % heads == 0,
-            f"visual.output_dim={dim} must be a multiple of visual.resampler_heads={heads}",
-        )
-        require(
+        self._require_multiple("output_dim", "resampler_heads")
+        _require(
             dim % 4 == 0,
             f"visual.output_dim={dim} must be a multiple of 4: sine and cosine of two coordinates",
         )
-        require(
+        _require(
             math.isqrt(self.n_queries) ** 2 == self.n_queries,
             f"visual.n_queries={self.n_queries} must be a square number: 16, 256, ...",
         )
-        last = visual["image_start_id"] + 2
-        require(
-            last < self.vocab_size,
-            f"visual.image_start_id={last - 2} leaves no room for </img>, <imgpad> in vocab_size={self.vocab_size}",
+        _require(
+            last_id < self.vocab_size,
+            f"visual.image_start_id={last_id - 2} leaves no room for </img>, <imgpad> in "
+            f"vocab_size={self.vocab_size}",
+        )
+
+    def _require_multiple(self, size_key: str, divisor_key: str) -> None:
+        sizes = self.visual | self.tower
+        size, divisor = sizes[size_key], sizes[divisor_key]
+        _require(
+            size % divisor == 0,
+            f"visual.{size_key}={size} must be a multiple of visual.{divisor_key}={divisor}",
         )
 
 
-def require(condition: bool, message: str):
-    """Raises ValueError with `message` unless `condition` holds."""
+def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(f"Qwen-VL config: {message}")

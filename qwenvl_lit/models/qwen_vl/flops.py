@@ -1,10 +1,22 @@
-"""How much work a pass through Qwen-VL is: matrix products, a multiplication and an addition each; what is recomputed is not counted."""
+"""The work of a pass through Qwen-VL, in floating-point operations of its matmuls.
+
+A multiplication and an addition are two operations. Recomputed activations are not counted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+
+# Components, and those whose output reaches their input.
+EARLIER_COMPONENTS: dict[str, tuple[str, ...]] = {
+    "vision": (),
+    "resampler": ("vision",),
+    "embeddings": (),
+    "language": ("vision", "resampler", "embeddings"),
+    "head": ("vision", "resampler", "embeddings", "language"),
+}
 
 
 def training_flops(
@@ -15,31 +27,32 @@ def training_flops(
     targets: int,
     trained: Mapping[str, float],
 ) -> float:
-    """Operations of a training step.
+    """Returns the operations of a training step.
 
     Args:
-        lengths: tokens of each sample, however they are padded or packed.
-        targets: positions that have logits.
+        lengths: tokens of each sample, whether padded or packed.
+        targets: positions whose logits are computed.
         trained: see `training_passes`.
     """
     lengths = tuple(lengths)
     squares = sum(length**2 for length in lengths)
-    work = forward_flops(
+    flops = forward_flops(
         config, tokens=sum(lengths), squares=squares, images=images, targets=targets
     )
     passes = training_passes(trained)
-    return sum(work[part] * passes[part] for part in work)
+    return sum(flops[component] * passes[component] for component in flops)
 
 
 def forward_flops(
     config: QwenVLConfig, *, tokens: int, squares: int, images: int, targets: int
 ) -> dict[str, float]:
-    """Operations of a forward pass, by part.
+    """Returns the operations of a forward pass by component.
 
     Args:
-        tokens: of all samples, padding left out.
-        squares: the sum of the squares of the samples' lengths. Attention is causal, so that half of the pairs count.
-        targets: positions that have logits.
+        tokens: of all samples, without padding.
+        squares: the sum of the squares of the samples' lengths. Attention is causal, so half of the
+            pairs of tokens count.
+        targets: positions whose logits are computed.
     """
     tower, width, dim = config.tower, config.visual["width"], config.hidden_size
     patch, queries = config.visual["patch_size"], config.n_queries
@@ -57,25 +70,20 @@ def forward_flops(
 
 
 def training_passes(trained: Mapping[str, float]) -> dict[str, int]:
-    """How many times the work of a forward pass each part does in a step: once more where gradients flow through it, and once more where
-    its own weights get them. An adapter's own work is not counted.
+    """Returns how often a training step does the work of each component's forward pass.
 
-    Frozen, the resampler is not counted: so do the rates that these are compared with.
+    The forward pass counts once, a backward pass to the inputs once more, and one to the weights
+    once more. An adapter's own work is not counted. Neither is a resampler that no gradient passes
+    through, because the rates that these figures are compared with do not count it.
 
     Args:
-        trained: for each part, the share of its numbers that is trained; an adapter is less than half.
+        trained: for each component, the share of its parameters that is trained. A share below one
+            half is an adapter.
     """
-    order: dict[str, tuple[str, ...]] = {
-        "vision": (),
-        "resampler": ("vision",),
-        "embeddings": (),
-    }  # and what comes before each
-    order["language"] = ("vision", "resampler", "embeddings")
-    order["head"] = (*order["language"], "language")
     passes = {}
-    for part, before in order.items():
-        flows = any(trained.get(one, 0) > 0 for one in (part, *before))
-        passes[part] = 1 + flows + (trained.get(part, 0) >= 0.5)
+    for component, earlier in EARLIER_COMPONENTS.items():
+        reached = any(trained.get(name, 0) > 0 for name in (component, *earlier))
+        passes[component] = 1 + reached + (trained.get(component, 0) >= 0.5)
     if passes["resampler"] == 1:
         passes["resampler"] = 0
     return passes

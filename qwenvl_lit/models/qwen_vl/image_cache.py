@@ -1,4 +1,4 @@
-"""Images as the language model sees them, each encoded once."""
+"""A cache of encoded images, so that an image which is asked about repeatedly is encoded once."""
 
 # N images, S side in pixels, Q tokens of an image, D width
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-REMEMBERED = 256  # images; 2 MiB each in bfloat16
-TOGETHER = 32  # images that go through the tower at a time
+MAX_IMAGES = 256  # images in the cache; 2 MiB each in bfloat16
+IMAGES_PER_PASS = 32  # images that go through the tower at a time
 
 
 class ImageCache:
-    """Encodes images, and remembers the latest by their keys."""
+    """Encodes images, and keeps the features of the latest ones by key."""
 
     def __init__(self):
-        self.known: OrderedDict[str, torch.Tensor] = OrderedDict()  # key -> (Q, D)
+        self.features: OrderedDict[str, torch.Tensor] = OrderedDict()  # key -> (Q, D)
 
     def __call__(
         self,
@@ -25,28 +25,38 @@ class ImageCache:
         keys: Sequence[str] | None,
         encode: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Images (N, 3, S, S) as (N, Q, D). Of those with equal keys the first is encoded; None: all are, and none is remembered."""
+        """Returns the features (N, Q, D) of images (N, 3, S, S).
+
+        Args:
+            keys: equal for equal images, of which only the first is encoded. With None every image
+                is encoded and none is kept.
+
+        Raises:
+            ValueError: there are not as many keys as images.
+        """
         if keys is None:
-            return _in_parts(pixel_values, encode)
+            return _encode_in_passes(pixel_values, encode)
         if len(keys) != len(pixel_values):
             raise ValueError(f"{len(keys)} keys for {len(pixel_values)} images")
-        first: dict[str, int] = {}
-        for place, key in enumerate(keys):
-            first.setdefault(key, place)
-        new = [place for key, place in first.items() if key not in self.known]
+        first_index: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            first_index.setdefault(key, index)
+        new = [index for key, index in first_index.items() if key not in self.features]
         if new:
-            chosen = pixel_values if len(new) == len(pixel_values) else pixel_values[new]
-            for place, features in zip(new, _in_parts(chosen, encode), strict=True):
-                self.known[keys[place]] = features
-        for key in first:
-            self.known.move_to_end(key)
-        found = torch.stack([self.known[key] for key in keys])
-        while len(self.known) > REMEMBERED:
-            self.known.popitem(last=False)
-        return found
+            all_new = len(new) == len(pixel_values)
+            new_pixels = pixel_values if all_new else pixel_values[new]
+            encoded = _encode_in_passes(new_pixels, encode)
+            for index, features in zip(new, encoded, strict=True):
+                self.features[keys[index]] = features
+        for key in first_index:
+            self.features.move_to_end(key)
+        result = torch.stack([self.features[key] for key in keys])
+        while len(self.features) > MAX_IMAGES:
+            self.features.popitem(last=False)
+        return result
 
 
-def _in_parts(
+def _encode_in_passes(
     pixel_values: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    return torch.cat([encode(some) for some in pixel_values.split(TOGETHER)])
+    return torch.cat([encode(part) for part in pixel_values.split(IMAGES_PER_PASS)])

@@ -1,18 +1,21 @@
-"""Qwen-VL: a language model that reads images, as a transformers model. Files written by it carry the original parameter names."""
+"""Qwen-VL as a transformers model: a language model that reads images.
 
-# B rows, T tokens, D width, V vocabulary, N images, Q tokens of an image, S side of an image in pixels, M = N * Q
+Weights are saved under their original names, in the layout of the published files.
+"""
+
+# B rows, T tokens, D width, V vocabulary, N images, Q tokens of an image, S side in pixels,
+# M = N * Q, K width of an attention head
 
 from __future__ import annotations
 
-import math
 import re
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
@@ -22,29 +25,30 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.dynamic_ntk import alpha_after, forget_alpha
+from qwenvl_lit.models.qwen_vl.image_tokens import (
+    find_image_tokens,
+    repeat_positions,
+    write_image_tokens,
+)
+from qwenvl_lit.models.qwen_vl.initialization import initialize
 from qwenvl_lit.models.qwen_vl.language import (
-    MLP,
     Attention,
     LanguageBlock,
     RMSNorm,
     has_segments_kernel,
-    ntk_alpha,
     rotary_tables,
 )
-from qwenvl_lit.models.qwen_vl.vision import (
-    CrossAttention,
-    Resampler,
-    VisionBlock,
-    VisionTower,
-    computed_as_stored,
-    sine_cosine_positions,
-)
+from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionTower, no_autocast
 
 IMAGES = ("pixel_values", "vision_positions", "vision_features")  # arguments of `forward`
 
 
 class QwenVLPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the network, and how its weights start."""
+    """Declares to transformers what the network supports, and initializes its weights.
+
+    The attributes and methods with an underscore are those that transformers asks its models for.
+    """
 
     config_class = QwenVLConfig
     base_model_prefix = "transformer"
@@ -60,59 +64,27 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def _initialize_weights(self, module: nn.Module, *_):
-        """As for transformers' own models. For others it passes over modules without tensors of their own, `CrossAttention` among them."""
+        """Initializes as for transformers' own models.
+
+        For other packages' models, transformers passes `is_custom_code=True` and then skips modules
+        that have no tensors of their own, such as `CrossAttention`.
+        """
         super()._initialize_weights(module)
 
     def _init_weights(self, module: nn.Module):
-        """The original's start. Children are initialised before their parents; a tensor that was loaded is left as it is."""
-        super()._init_weights(
-            module
-        )  # linear layers and embeddings: normal with `initializer_range`; norms: ones; biases: zeros
-        if isinstance(module, (Attention, MLP)):
-            self._init_residual(module.c_proj)
-        elif isinstance(module, VisionBlock):
-            self._init_residual(module.mlp.c_proj)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-        elif isinstance(module, VisionTower):
-            positions, width = module.positional_embedding.shape
-            if module.spatial_start:
-                init.copy_(module.positional_embedding, sine_cosine_positions(positions, width))
-            else:
-                init.normal_(module.positional_embedding, std=width**-0.5)
-            init.normal_(module.proj, std=len(module.proj) ** -0.5)
-        elif isinstance(module, Resampler):
-            init.trunc_normal_(module.query, std=0.02)
-            init.copy_(module.pos_embed, sine_cosine_positions(*module.pos_embed.shape))
-            if module.spatial_start:
-                self._init_spatial(module.attn, module.spatial_start)
-        elif isinstance(module, CrossAttention):
-            gain = math.sqrt(0.5)  # Xavier of the three projections as one matrix
-            for layer in (module.v_proj, module.q_proj, module.k_proj):
-                init.xavier_uniform_(layer.weight, gain)
-
-    def _init_spatial(self, attention: CrossAttention, strength: float):
-        """Not the original's start: queries and keys are projected alike, so that equal positions attract each other."""
-        init.orthogonal_(attention.q_proj.weight, gain=strength)
-        init.copy_(attention.k_proj.weight, attention.q_proj.weight)
-
-    def _init_residual(self, layer: nn.Linear):
-        """GPT-2's smaller start of what is added to the residual stream; the original counts the language blocks, in the tower too."""
-        init.normal_(
-            layer.weight,
-            std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers),
-        )
+        super()._init_weights(module)
+        initialize(module, self.config)
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
-    """Tokens and images to hidden states; a part of `QwenVLForCausalLM`, not loaded alone."""
+    """Tokens and images to hidden states: `QwenVLForCausalLM` without its head."""
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.h = nn.ModuleList(
-            LanguageBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
+        self.h = nn.ModuleList()
+        for layer_idx in range(config.num_hidden_layers):
+            self.h.append(LanguageBlock(config, layer_idx))
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.visual = VisionTower(**config.tower)
         self.post_init()
@@ -132,26 +104,25 @@ class QwenVLModel(QwenVLPreTrainedModel):
         use_cache: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """The arguments are those of `QwenVLForCausalLM.forward`; returns hidden states (B, T, D) after the last norm, with
-        `target_positions` those of these tokens, (count, D): nothing looks at the others once the last block has attended to them."""
+        """Returns the hidden states (B, T, D) after the last norm.
+
+        The arguments are those of `QwenVLForCausalLM.forward`. With `target_positions`, the last
+        block returns only these tokens, (count, D): no later layer needs the others.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
 
         packed = position_ids is not None and attention_mask is None and past_key_values is None
-        if use_cache and past_key_values is None and not packed:
-            past_key_values = DynamicCache(config=self.config)
         if not packed:
             position_ids = None
-        # Before the images: making a mask may wait for the device, which has nothing to do yet.
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+        # Rotary tables and mask come before the images: making a mask may synchronize, which costs
+        # nothing while the device has no work yet.
         rotary = self._rotary(x_BTD, position_ids, past_key_values)
         segments = None
-        if (
-            packed
-            and "cu_seq_lens_q" in kwargs
-            and self.config._attn_implementation == "sdpa"
-            and has_segments_kernel(x_BTD)
-        ):
+        if packed and "cu_seq_lens_q" in kwargs and self._attends_in_segments(x_BTD):
             segments = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
         else:
             attention_mask = create_causal_mask(
@@ -161,15 +132,11 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-        x_BTD = self._write_images(
+        x_BTD = self.insert_images(
             x_BTD, input_ids, past_key_values, pixel_values, vision_positions, vision_features
         )
         for block in self.h:
-            last = (
-                {"kept": target_positions}
-                if target_positions is not None and block is self.h[-1]
-                else {}
-            )
+            kept = target_positions if block is self.h[-1] else None
             x_BTD = block(
                 x_BTD,
                 rotary=rotary,
@@ -177,69 +144,69 @@ class QwenVLModel(QwenVLPreTrainedModel):
                 position_ids=position_ids,  # FlashAttention finds packed samples by them
                 past_key_values=past_key_values,
                 segments=segments,
-                **last,
+                kept=kept,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(x_BTD), past_key_values=past_key_values
         )
 
+    def _attends_in_segments(self, x_BTD: torch.Tensor) -> bool:
+        return self.config._attn_implementation == "sdpa" and has_segments_kernel(x_BTD)
+
     def _rotary(
         self, x_BTD: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary tables of all layers for packed samples (`position_ids` (B, T)) or, without, for the slots that follow the cache."""
-        if position_ids is None:
+        """Returns the rotary tables of all layers.
+
+        They are those of `position_ids` (B, T) for packed samples, and otherwise (None) those of
+        the slots that follow the cache.
+        """
+        config, length, packed = self.config, x_BTD.shape[1], position_ids is not None
+        if not packed:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(x_BTD.shape[1], device=x_BTD.device) + past)[None]
-            alpha = self._alpha(x_BTD.shape[1], cache)
-        else:
-            alpha = 1 if self.training else self._alpha(int(position_ids.max()) + 1, None)
-        logn_above = (
-            self.config.seq_length if self.config.use_logn_attn and not self.training else None
-        )
+            position_ids = (torch.arange(length, device=x_BTD.device) + past)[None]
+        alpha, logn_above = 1, None  # the original applies neither rule in training
+        if config.use_dynamic_ntk and not self.training:
+            if packed:
+                length = int(position_ids.max()) + 1
+            alpha = alpha_after(cache, length, config.seq_length)
+        if config.use_logn_attn and not self.training:
+            logn_above = config.seq_length
         return rotary_tables(
             position_ids,
-            self.config.kv_channels,
-            self.config.rotary_emb_base,
+            config.kv_channels,
+            config.rotary_emb_base,
             alpha=alpha,
             logn_above=logn_above,
         )
 
-    def _alpha(self, length: int, cache: Cache | None) -> int:
-        """Dynamic NTK's alpha for `length` tokens after the cache.
+    def encode_images(
+        self, pixel_values: torch.Tensor, run_block: RunBlock | None = None
+    ) -> torch.Tensor:
+        """Encodes images (N, 3, S, S) as (N, Q, D); `run_block` as in `VisionTower.encode`.
 
-        It follows from the length of the prompt and stays for all that is decoded after it: keys in the cache are not turned again. One
-        generation is one cache, so the cache keeps it, and no other text and no training step can meet it.
+        A frozen tower saves nothing for gradients and computes in its own precision, not in that of
+        autocast. Its features are then the same in every run, so they may be stored.
         """
-        if self.training or not self.config.use_dynamic_ntk:
-            return 1
-        if cache is None:
-            return ntk_alpha(length, self.config.seq_length)
-        past = cache.get_seq_length()
-        # A static cache counts on the device. A decoding step must not wait for that, and need not: it is no prompt.
-        known = isinstance(past, int) or (length > 1 and not torch.compiler.is_compiling())
-        if not hasattr(cache, "ntk_alpha") or (known and past == 0):
-            cache.ntk_alpha = ntk_alpha(length, self.config.seq_length)
-        return cache.ntk_alpha
+        encode = self.visual
+        if run_block is not None:
+            encode = partial(self.visual.encode, run_block=run_block)
+        trains = any(tensor.requires_grad for tensor in self.visual.parameters())
+        if trains or pixel_values.requires_grad:
+            return encode(pixel_values)
+        with torch.no_grad(), no_autocast(pixel_values.device):
+            return encode(pixel_values)
 
-    def see(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, S, S) -> (N, Q, D). A tower that does not train keeps nothing for gradients and computes in its own precision,
-        whatever trains after it: so its features are always the same, and may be stored."""
-        if pixel_values.requires_grad or any(
-            tensor.requires_grad for tensor in self.visual.parameters()
-        ):
-            return self.visual(pixel_values)
-        with torch.no_grad(), computed_as_stored(pixel_values.device):
-            return self.visual(pixel_values)
-
-    def _others_wait_for_the_tower(self) -> bool:
-        """For this rank's part of its gradients; or, where ranks share the weights, of its weights."""
+    def _other_ranks_wait_for_tower(self) -> bool:
+        """Whether other ranks would block on this rank's vision tower: on its gradients (DDP) or on
+        its shards (FSDP)."""
         return any(
             tensor.requires_grad or isinstance(tensor, DTensor)
             for tensor in self.visual.parameters()
         )
 
-    def _write_images(
+    def insert_images(
         self,
         x_BTD: torch.Tensor,
         input_ids: torch.Tensor | None,
@@ -248,45 +215,34 @@ class QwenVLModel(QwenVLPreTrainedModel):
         positions: torch.Tensor | None,
         features: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The embeddings with the tokens of images written over those at `positions`."""
+        """Returns the embeddings with image tokens written over those at `positions`."""
         if pixel_values is not None and features is not None:
             raise ValueError("give either pixel_values or vision_features")
-        if (
-            (pixel_values is not None or features is not None)
-            and cache is not None
-            and cache.get_seq_length() > 0
-        ):
-            pixel_values = features = None  # they are in the cache
+        has_images = pixel_values is not None or features is not None
+        if has_images and cache is not None and cache.get_seq_length() > 0:
+            pixel_values = features = None  # the cache contains them already
         if pixel_values is not None and len(pixel_values):
-            features = self.see(pixel_values)
-        elif features is None and self.training and self._others_wait_for_the_tower():
+            features = self.encode_images(pixel_values)
+        elif features is None and self.training and self._other_ranks_wait_for_tower():
             # Other ranks may have images. One patch is enough to reach every parameter.
-            nothing = x_BTD.new_zeros(1, 3, self.visual.patch_size, self.visual.patch_size)
-            x_BTD = x_BTD + 0 * self.see(nothing).mean()
+            patch_size = self.visual.patch_size
+            blank = x_BTD.new_zeros(1, 3, patch_size, patch_size)
+            x_BTD = x_BTD + 0 * self.encode_images(blank).mean()
         if features is None or not len(features):
             return x_BTD
         if positions is None:
             positions = find_image_tokens(input_ids, len(features), self.config)
-        if features.shape[:2].numel() != len(positions):
-            raise ValueError(
-                f"vision_positions has {len(positions)} entries, but {features.shape[0]} images have {features.shape[1]} tokens each"
-            )
-        return (
-            x_BTD.flatten(0, 1)
-            .index_copy(0, positions, features.flatten(0, 1).to(x_BTD.dtype))
-            .view_as(x_BTD)
-        )
+        return write_image_tokens(x_BTD, features, positions)
 
 
 class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
-    """Qwen-VL with its head: losses, and `generate`.
+    """Qwen-VL with its language model head: logits, losses and `generate`.
 
     >>> model = QwenVLForCausalLM.from_pretrained("Qwen/Qwen-VL-Chat")  # doctest: +SKIP
     """
 
-    _tied_weights_keys: ClassVar = {
-        "lm_head.weight": "transformer.wte.weight"
-    }  # only if `tie_word_embeddings`
+    # Applies only if `config.tie_word_embeddings`.
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
@@ -312,35 +268,42 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits, and a loss where `labels` are given.
+        """Computes logits, and a loss if `labels` are given.
 
         Args:
             input_ids, inputs_embeds: (B, T) or (B, T, D), one of the two.
-            attention_mask: (B, past + T), 0 at padding; or what `generate` made of it.
-            position_ids: (B, T), restarting with every sample of packed rows. They count only without mask and cache; else positions
-                are slots, counted from the start of the row with its padding, as in the original.
+            attention_mask: (B, past + T), 0 at padding; or the mask that `generate` made of it.
+            position_ids: (B, T), restarting with every sample of packed rows. They are used only
+                without mask and cache. Otherwise positions are slots, counted from the start of
+                the row with its padding, as in the original.
             past_key_values: a cache; images are ignored unless it is empty.
-            pixel_values: (N, 3, S, S), all images in the order of their spans.
-            vision_positions: (M,), the tokens that they take the place of, as flat indices into B * T. Without them, the spans are
-                looked for in `input_ids`, which waits for the device.
+            pixel_values: (N, 3, S, S), all images in the order of their tokens.
+            vision_positions: (M,), flat indices into B * T of the image tokens. Without them the
+                tokens are located in `input_ids`, which synchronizes.
             vision_features: (N, Q, D) from `get_image_features`, in place of `pixel_values`.
-            labels: (B, T), not shifted; -100 where nothing is learned.
-            target_positions: (count,), the tokens whose successors are learned, as flat indices into B * T. Logits are then computed for
-                these alone, (count, V); the loss is the same.
-            num_items_in_batch: the loss is the sum over all learned tokens divided by this; left out, it is their mean.
-            use_cache: fill a cache and return it. Left out, this is done in evaluation without labels if the config says so; packed
-                rows never have one.
-            logits_to_keep: compute the logits of the last so many tokens (0: all) or at these indices.
-            kwargs: beside `position_ids`, the bounds (n + 1,) of packed samples as `cu_seq_lens_q` and `cu_seq_lens_k`, and the longest as
-                `max_length_q` and `max_length_k`, for kernels that need no mask then. They change nothing but the time.
+            labels: (B, T), not shifted; -100 where a token is not supervised.
+            target_positions: (count,), flat indices into B * T of the tokens whose successors are
+                supervised. Logits are then computed for these alone, (count, V); the loss is the
+                same.
+            num_items_in_batch: divides the sum of the losses of all supervised tokens; without it
+                the loss is their mean.
+            use_cache: whether to fill and return a cache. By default it follows the config in
+                evaluation without labels, and is off otherwise; packed rows never have a cache.
+            logits_to_keep: how many logits to compute, counted from the end (0: all), or their
+                indices.
+            kwargs: with `position_ids`, the bounds (n + 1,) of packed samples as `cu_seq_lens_q`
+                and `cu_seq_lens_k`, and the longest sample as `max_length_q` and `max_length_k`.
+                Kernels that take them need no mask; the results are the same.
 
         Raises:
-            ValueError: images, spans and positions that disagree; no target at all.
+            ValueError: images, their tokens and positions disagree, or no token is supervised.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         targeted = labels is not None and target_positions is not None
-        if targeted and not len(target_positions):
+        if not targeted:
+            target_positions = None
+        elif not len(target_positions):
             raise ValueError("target_positions is empty: no token of this batch is supervised")
         outputs = self.transformer(
             input_ids=input_ids,
@@ -351,26 +314,25 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             vision_positions=vision_positions,
             vision_features=vision_features,
-            target_positions=target_positions if targeted else None,
+            target_positions=target_positions,
             use_cache=use_cache,
             **kwargs,
         )
+        loss = None
         x_BTD = outputs.last_hidden_state  # (count, D) if targeted
-        loss, sizes = (
-            None,
-            {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch},
-        )
+        kwargs["vocab_size"] = self.config.vocab_size
+        kwargs["num_items_in_batch"] = num_items_in_batch
         if targeted:
             logits = self.lm_head(x_BTD)
             targets = labels.flatten().index_select(0, target_positions + 1)
-            loss = self.loss_function(logits, labels=None, shift_labels=targets, **sizes, **kwargs)
+            loss = self.loss_function(logits, labels=None, shift_labels=targets, **kwargs)
         else:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
+            kept = logits_to_keep
+            if isinstance(logits_to_keep, int):
+                kept = slice(-logits_to_keep, None)
             logits = self.lm_head(x_BTD[:, kept])
             if labels is not None:
-                loss = self.loss_function(logits, labels=labels, **sizes, **kwargs)
+                loss = self.loss_function(logits, labels=labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -386,47 +348,52 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         vision_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Ids (B, T) as what the first block reads, (B, T, D); images (N, Q, D) from `get_image_features` in their places."""
+        """Returns the input (B, T, D) of the first block for ids (B, T) and encoded images."""
         x_BTD = self.transformer.wte(input_ids)
-        return self.transformer._write_images(
+        return self.transformer.insert_images(
             x_BTD, input_ids, None, None, vision_positions, vision_features
         )
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, S, S) -> what `forward` takes as `vision_features`, (N, Q, D)."""
-        return self.transformer.see(pixel_values)
+    def get_image_features(
+        self, pixel_values: torch.Tensor, run_block: RunBlock | None = None
+    ) -> torch.Tensor:
+        """Encodes images (N, 3, S, S) as the `vision_features` (N, Q, D) of `forward`.
+
+        `run_block` is the one of `VisionTower.encode`.
+        """
+        return self.transformer.encode_images(pixel_values, run_block)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, prompt_length=None, **kwargs
     ):
-        """Images go in with the prompt; after it they are in the cache. Without one they go in each time, and rows get longer."""
+        """Passes images with the prompt alone, because afterwards the cache contains them.
+
+        Without a cache they are passed in every step, in rows that have become longer.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         if kwargs.get("is_first_iteration"):
-            cache = kwargs.get("past_key_values")
-            if cache is not None and cache.get_seq_length() == 0:
-                vars(cache).pop(
-                    "ntk_alpha", None
-                )  # transformers uses a static cache again for the next prompt
+            if kwargs.get("past_key_values") is not None:
+                forget_alpha(kwargs["past_key_values"])
         elif kwargs.get("use_cache", True):
             for name in IMAGES:
                 inputs.pop(name, None)
-        elif (positions := inputs.get("vision_positions")) is not None:
-            inputs["vision_positions"] = positions + positions // prompt_length * (
-                input_ids.shape[1] - prompt_length
-            )
+        elif inputs.get("vision_positions") is not None:
+            positions = inputs["vision_positions"]
+            rows = positions // prompt_length
+            new_tokens = input_ids.shape[1] - prompt_length
+            inputs["vision_positions"] = positions + rows * new_tokens
         return inputs
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
     ):
-        """Repeats rows for beams and for several answers. The images go through the tower once, whatever the number of rows."""
+        """Repeats rows for beams and for several answers to a row; each image is encoded once."""
         pixel_values, positions, features = (kwargs.pop(name, None) for name in IMAGES)
         images = pixel_values if features is None else features
-        length = (
-            input_ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        ).shape[1]
+        embeds = kwargs.get("inputs_embeds")
+        length = (input_ids if embeds is None else embeds).shape[1]
         ids, kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **kwargs
         )
@@ -438,44 +405,18 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             if features is None:
                 pixel_values, features = None, self.get_image_features(pixel_values)
             features = features.repeat(expand_size, 1, 1)
-            copies = torch.arange(expand_size, device=positions.device)[:, None]
-            rows = (
-                positions // length * expand_size + copies
-            )  # row r becomes the rows r * expand_size, r * expand_size + 1, ...
-            positions = (rows * length + positions % length).flatten()
-        return ids, kwargs | dict(zip(IMAGES, (pixel_values, positions, features), strict=True)) | {
-            "prompt_length": length
+            positions = repeat_positions(positions, expand_size, length)
+        kwargs |= {
+            "pixel_values": pixel_values,
+            "vision_positions": positions,
+            "vision_features": features,
+            "prompt_length": length,
         }
-
-
-def find_image_tokens(
-    input_ids: torch.Tensor | None, images: int, config: QwenVLConfig
-) -> torch.Tensor:
-    """Flat indices (M,) into `input_ids` (B, T) of the tokens between `<img>` and `</img>`, in reading order. Waits for the device.
-
-    Raises:
-        ValueError: not one span of `config.n_queries` tokens for each image.
-    """
-    if input_ids is None:
-        raise ValueError(
-            "inputs_embeds with images need vision_positions: there are no ids to find the images' places by"
-        )
-    start = config.visual["image_start_id"]
-    starts, ends = ((input_ids.flatten() == tag).nonzero().squeeze(1) for tag in (start, start + 1))
-    if not len(starts) == len(ends) == images:
-        raise ValueError(
-            f"{images} images, but the text has {len(starts)} <img> and {len(ends)} </img>"
-        )
-    lengths = ends - starts - 1
-    if (lengths != config.n_queries).any():
-        raise ValueError(
-            f"an image takes {config.n_queries} tokens, but those between <img> and </img> are {lengths.tolist()}"
-        )
-    return (starts[:, None] + torch.arange(1, config.n_queries + 1, device=starts.device)).flatten()
+        return ids, kwargs
 
 
 def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the network's weights have in files, the published layout."""
+    """Returns names and shapes of the network's tensors in files, the published layout."""
     shapes = {}
     for name, tensor in model.state_dict().items():
         projection = re.search(r"attn\.([qkv])_proj\.", name)
@@ -489,15 +430,17 @@ def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# By class and not by model type, because peft rewrites the adapters of model types that have conversions.
+def _join_projections(kind: str) -> WeightConverter:
+    """In files, the input projections of `CrossAttention` are one tensor: q, k and v in a row."""
+    names = [f"attn.{letter}_proj.{kind}" for letter in "qkv"]
+    return WeightConverter(f"attn.in_proj_{kind}", names, [Chunk(dim=0)])
+
+
+# By class and not by model type, because peft rewrites the adapters of model types that have
+# conversions.
 register_checkpoint_conversion_mapping(
     QwenVLForCausalLM.__name__,
-    [
-        WeightConverter(
-            f"attn.in_proj_{kind}", [f"attn.{name}_proj.{kind}" for name in "qkv"], [Chunk(dim=0)]
-        )
-        for kind in ("weight", "bias")
-    ],
+    [_join_projections("weight"), _join_projections("bias")],
     overwrite=True,
 )
 AutoConfig.register(QwenVLConfig.model_type, QwenVLConfig, exist_ok=True)

@@ -1,13 +1,17 @@
-"""The image side of Qwen-VL: a vision transformer, and a resampler that makes the tokens of an image from its patches."""
+"""The image side of Qwen-VL: a vision transformer encodes patches, a resampler turns the patches of
+an image into a fixed number of tokens."""
 
-# N images, S side in pixels, P patches, Q queries (tokens of an image), C tower's width, D language model's width, H heads, K head width
+# N images, S side of an image in pixels, P patches, Q queries (tokens of an image),
+# C width of the tower, D width of the language model, H heads, K head width
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -17,14 +21,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 EPSILON = 1e-6
 POSITIONS = 256  # entries of the tower's position table, 16 x 16 in every published file
 
+RunBlock: TypeAlias = "Callable[[VisionBlock, torch.Tensor], torch.Tensor]"
+
 
 class VisionTower(nn.Module):
-    """Images (N, 3, S, S) to the tokens that stand for them (N, Q, D). S may be any multiple of the patch size.
+    """Images (N, 3, S, S) -> image tokens (N, Q, D). S may be any multiple of the patch size.
 
     Args:
-        spatial_start: a start for small networks that learn to see from nothing; the published ones have None. The tower's positions begin
-            as sines and cosines, and the resampler's projections of queries and keys as the same matrix, so many times as large as a
-            rotation: a query leans towards its own place in the image.
+        spatial_start: scale of a spatial initialization for small networks trained from scratch;
+            None in the published networks. Position embeddings start as sines and cosines, and
+            query and key projections of the resampler as one orthogonal matrix times this scale,
+            so that each query attends to its own location.
     """
 
     def __init__(
@@ -46,36 +53,30 @@ class VisionTower(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(POSITIONS, width))
         self.ln_pre = nn.LayerNorm(width, eps=EPSILON)
-        self.transformer = nn.ModuleDict(
-            {
-                "resblocks": nn.ModuleList(
-                    VisionBlock(width, heads, mlp_ratio) for _ in range(layers)
-                )
-            }
-        )
+        blocks = nn.ModuleList(VisionBlock(width, heads, mlp_ratio) for _ in range(layers))
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.attn_pool = Resampler(output_dim, width, n_queries, resampler_heads, spatial_start)
         self.ln_post = nn.LayerNorm(output_dim, eps=EPSILON)
         self.proj = nn.Parameter(torch.empty(output_dim, output_dim))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (N, 3, S, S) -> (N, Q, D).
+        """Encodes normalized pixels (N, 3, S, S) as (N, Q, D).
 
         Raises:
-            ValueError: another shape, or a side that is no multiple of the patch size.
+            ValueError: the pixels have another shape, or S is no multiple of the patch size.
         """
-        if (
-            pixel_values.dim() != 4
-            or pixel_values.shape[2] != pixel_values.shape[3]
-            or pixel_values.shape[3] % self.patch_size
-        ):
+        return self.encode(pixel_values)
+
+    def encode(self, pixel_values: torch.Tensor, run_block: RunBlock | None = None) -> torch.Tensor:
+        """`forward` with a choice of how each block runs, for example compiled."""
+        shape = pixel_values.shape
+        if len(shape) != 4 or shape[2] != shape[3] or shape[3] % self.patch_size:
             expected = f"(N, 3, S, S) with S a multiple of {self.patch_size}"
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}"
-            )
+            raise ValueError(f"pixel_values has shape {tuple(shape)}, expected {expected}")
         x_NPC = self.conv1(pixel_values.to(self.conv1.weight.dtype)).flatten(2).mT
         x_NPC = self.ln_pre(x_NPC + resize_positions(self.positional_embedding, x_NPC.shape[1]))
         for block in self.transformer["resblocks"]:
-            x_NPC = block(x_NPC)
+            x_NPC = block(x_NPC) if run_block is None else run_block(block, x_NPC)
         return self.ln_post(self.attn_pool(x_NPC)) @ self.proj
 
 
@@ -88,23 +89,25 @@ class VisionBlock(GradientCheckpointingLayer):
         self.ln_1 = nn.LayerNorm(width, eps=EPSILON)
         self.attn = VisionAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=EPSILON)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width)
-            ),
+        layers = OrderedDict(
+            c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width)
         )
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
         return self.compute(x_NPC)
 
     def compute(self, x_NPC: torch.Tensor) -> torch.Tensor:
-        """As `LanguageBlock.compute`."""
+        """The part of `forward` that may be compiled, as `LanguageBlock.compute`."""
         x_NPC = x_NPC + self.attn(self.ln_1(x_NPC))
         return x_NPC + self.mlp(self.ln_2(x_NPC))
 
 
 class VisionAttention(nn.Module):
-    """Every patch attends to every patch, (N, P, C) -> (N, P, C). `in_proj` is interleaved: q, k, v of head 0, then of head 1, ..."""
+    """Self-attention over all patches, (N, P, C) -> (N, P, C).
+
+    The rows of `in_proj` are interleaved: q, k, v of head 0, then q, k, v of head 1, ...
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -113,17 +116,17 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
-        q_NHPK, k_NHPK, v_NHPK = (
-            self.in_proj(x_NPC).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        )
+        qkv_NPH3K = self.in_proj(x_NPC).unflatten(-1, (self.heads, 3, -1))
+        q_NHPK, k_NHPK, v_NHPK = qkv_NPH3K.permute(3, 0, 2, 1, 4)
         attended_NHPK = scaled_dot_product_attention(q_NHPK, k_NHPK, v_NHPK)
         return self.out_proj(attended_NHPK.transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
-    """Learned queries gather the patches, (N, P, C) -> (N, Q, D).
+    """Trained queries attend to the patches of an image, (N, P, C) -> (N, Q, D).
 
-    Positions join queries and keys, not values. Their table is stored with the weights but never trained, hence a buffer.
+    Positions are added to queries and keys, not to values. Their table is stored with the weights
+    but never trained, hence a buffer.
     """
 
     def __init__(
@@ -132,9 +135,9 @@ class Resampler(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(n_queries, dim))
         self.register_buffer("pos_embed", torch.empty(n_queries, dim))
-        self.kv_proj = (
-            nn.Linear(patch_dim, dim, bias=False) if patch_dim != dim else nn.Identity()
-        )  # no weight, as the original
+        self.kv_proj = nn.Identity()  # as the original, which then has no weight either
+        if patch_dim != dim:
+            self.kv_proj = nn.Linear(patch_dim, dim, bias=False)
         self.spatial_start = spatial_start
         self.attn = CrossAttention(dim, heads)
         self.ln_q = nn.LayerNorm(dim, eps=EPSILON)
@@ -151,8 +154,9 @@ class Resampler(nn.Module):
 class CrossAttention(nn.Module):
     """Q queries attend to P patches.
 
-    In files the three input projections are one tensor, `in_proj_weight`, and one bias; here each is a linear layer of its own, so that
-    adapters reach it and nothing is computed in vain. `models.qwen_vl` tells transformers to split and to join them.
+    In files the three input projections are one tensor, `in_proj_weight`, and one bias. Here each
+    is a linear layer, so that adapters reach it and each input is projected only as needed.
+    `models.qwen_vl.network` has transformers split them on loading and join them on saving.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -166,48 +170,51 @@ class CrossAttention(nn.Module):
     def forward(
         self, query_QD: torch.Tensor, key_NPD: torch.Tensor, value_NPD: torch.Tensor
     ) -> torch.Tensor:
-        """The queries are the same for all images; returns (N, Q, D)."""
+        """Returns (N, Q, D); all images share the queries."""
         q_HQK = self.q_proj(query_QD).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         k_NHPK = self.k_proj(key_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v_NHPK = self.v_proj(value_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attended_NHQK = scaled_dot_product_attention(
-            q_HQK.expand(len(k_NHPK), -1, -1, -1), k_NHPK, v_NHPK
-        )
+        q_NHQK = q_HQK.expand(len(k_NHPK), -1, -1, -1)
+        attended_NHQK = scaled_dot_product_attention(q_NHQK, k_NHPK, v_NHPK)
         return self.out_proj(attended_NHQK.transpose(1, 2).flatten(2))
 
 
 def resize_positions(table: torch.Tensor, patches: int) -> torch.Tensor:
-    """A square grid of positions, one per row (G * G, C), interpolated bicubically to the square grid of patches (P, C)."""
+    """Interpolates a square grid of positions (G * G, C) bicubically to (P, C).
+
+    A table that has as many positions as there are patches is returned itself.
+    """
     if len(table) == patches:
         return table
-    with computed_as_stored(table.device):
+    with no_autocast(table.device):
         return (_interpolation(len(table), patches, table.device) @ table.float()).to(table.dtype)
 
 
 @lru_cache
 def _interpolation(positions: int, patches: int, device: torch.device) -> torch.Tensor:
-    """What each of the patches takes from each of the positions, (P, G * G): torch's own kernel takes 14 ms for a table on an H100, more
-    than a product."""
+    """Bicubic interpolation as a matrix: the weight of each position for each patch, (P, G * G).
+
+    Torch's own kernel takes 14 ms for a table on an H100, more than a matmul.
+    """
     grid, side = math.isqrt(positions), math.isqrt(patches)
-    with torch.inference_mode(False):  # it may be kept for a gradient later
-        each = (
-            torch.eye(positions).unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
-        )  # (1, G * G, G, G)
-        share = interpolate(each, size=(side, side), mode="bicubic", align_corners=False)
-        return share[0].flatten(1).t().contiguous().to(device)
+    with torch.inference_mode(False):  # the matrix may be saved for a backward pass later
+        one_hot = torch.eye(positions).unflatten(0, (grid, grid))
+        one_hot = one_hot.permute(2, 0, 1)[None]  # (1, G * G, G, G)
+        weights = interpolate(one_hot, size=(side, side), mode="bicubic", align_corners=False)
+        return weights[0].flatten(1).t().contiguous().to(device)
 
 
-def computed_as_stored(device: torch.device) -> AbstractContextManager:
-    """No autocast inside."""
-    return (
-        torch.autocast(device.type, enabled=False)
-        if torch.amp.is_autocast_available(device.type)
-        else nullcontext()
-    )
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Disables autocast on `device`, so that modules compute in the precision of their weights."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def sine_cosine_positions(positions: int, dim: int) -> torch.Tensor:
-    """Fixed embedding (positions, dim) of a square grid in reading order: sines and cosines of x, then those of y.
+    """Returns the fixed embedding (positions, dim) of a square grid in reading order.
+
+    The first half of the channels are sines and cosines of x, the second half those of y.
 
     >>> sine_cosine_positions(4, 4)[1]  # at x = 1, y = 0
     tensor([0.8415, 0.5403, 0.0000, 1.0000])
