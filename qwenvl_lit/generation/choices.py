@@ -1,54 +1,92 @@
-"""Multiple choice without generating: how likely each option is after the prompt, token by token."""
+"""Multiple choice without decoding: the likelihood of each option after the prompt."""
+
+# B rows, T tokens of the prompts, L tokens of an option, V vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-# B rows, T tokens of the prompts, L tokens of an option
+from qwenvl_lit.types import DataError
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Processor
+    from qwenvl_lit.types import Conversation, Prediction
+
+
+def choose(
+    model: nn.Module,
+    processor: Processor,
+    inputs: Mapping[str, Any],
+    conversations: Sequence[Conversation],
+) -> list[Prediction]:
+    """Answers multiple-choice prompts with the option that has the lowest mean loss.
+
+    Args:
+        inputs: the prompts of `conversations`, as for `option_losses`.
+
+    Raises:
+        DataError: a conversation has no options.
+    """
+    for row in conversations:
+        if not row.options:
+            raise DataError(
+                f"{row.where or 'data'}: row {row.id!r} has no options, but other rows of its set "
+                f"have; put rows without options into a set of their own"
+            )
+    options = [processor.option_ids(conversation) for conversation in conversations]
+    losses_of_rows = option_losses(model, inputs, options)
+    predictions = []
+    for conversation, losses in zip(conversations, losses_of_rows, strict=True):
+        best = losses.index(min(losses))
+        predictions.append(processor.read(conversation.options[best], conversation))
+    return predictions
 
 
 @torch.inference_mode()
 def option_losses(
     model: nn.Module, inputs: Mapping[str, Any], options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    """The mean negative log-likelihood of the tokens of each option of each row, in nats.
+    """Returns the mean negative log-likelihood, in nats, of each option of each row.
 
-    The prompts go through the network once. It then goes on from them with each option in turn, where that has more than one token.
+    The prompts go through the network once. The first token of an option is scored by their last
+    logits; the tokens after it continue from the cache.
 
     Args:
         inputs: B left-padded prompts, as for `model.generate`.
-        options: ids, without an end mark: for each row, of each of its options. Rows may have different numbers of them.
+        options: for each row, the token ids of each of its options, without end-of-turn token. Rows
+            may have different numbers of options.
     """
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, mask_BT = outputs.past_key_values, inputs["attention_mask"]
     losses: list[list[float]] = [[] for _ in options]
-    for number in range(max(map(len, options))):
-        # a row with fewer options takes part with its first one
-        ids = [
-            torch.tensor(own[number if number < len(own) else 0], device=mask_BT.device)
-            for own in options
-        ]
+    for option_index in range(max(map(len, options))):
+        ids = []
+        for row_options in options:
+            # A row with fewer options takes part with its first one.
+            index = option_index if option_index < len(row_options) else 0
+            ids.append(torch.tensor(row_options[index], device=mask_BT.device))
         ids_BL = pad_sequence(ids, batch_first=True, padding_value=-100)
-        logits = outputs.logits
+        logits_BLV = outputs.logits
         if ids_BL.shape[1] > 1:
-            inside = ids_BL[:, :-1].clamp(
-                min=0
-            )  # what is padding stands behind all that counts, and is seen by nothing
+            # Padding follows the tokens that count, so none of them attends to it.
+            inside = ids_BL[:, :-1].clamp(min=0)
             mask = torch.cat([mask_BT, torch.ones_like(inside)], dim=1)
             rest = model(
                 input_ids=inside, attention_mask=mask, past_key_values=cache, use_cache=True
             )
-            logits = torch.cat([logits, rest.logits], dim=1)
+            logits_BLV = torch.cat([logits_BLV, rest.logits], dim=1)
             cache.crop(-inside.shape[1])
-        of_tokens = cross_entropy(logits.float().mT, ids_BL, ignore_index=-100, reduction="none")
-        means = of_tokens.sum(1) / (ids_BL != -100).sum(1)
-        for own, row, mean in zip(options, losses, means.tolist(), strict=True):
-            if number < len(own):
-                row.append(mean)
+        token_losses_BL = cross_entropy(
+            logits_BLV.float().mT, ids_BL, ignore_index=-100, reduction="none"
+        )
+        means = token_losses_BL.sum(1) / (ids_BL != -100).sum(1)
+        for row_options, row_losses, mean in zip(options, losses, means.tolist(), strict=True):
+            if option_index < len(row_options):
+                row_losses.append(mean)
     return losses

@@ -1,6 +1,6 @@
-"""The next token of each row from its logits, and when all rows have ended; on the device, without waiting for it."""
+"""The next token of each row, and which rows have ended; computed without synchronizing."""
 
-# n rows, V vocabulary
+# n rows, T tokens of the prompts, V vocabulary
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-LOOK_EVERY = 2  # steps between two looks at what has ended; up to twice as many are made in vain, and none waits
+from qwenvl_lit.models.host_copy import HostCopy
+
+# Steps between two checks for ended rows on a GPU. At most twice as many steps are wasted, and no
+# step synchronizes.
+CHECK_EVERY = 2
 
 
-class Choice:
-    """Greedy or sampled ids (n,) from logits (n, V), as transformers chooses them; it remembers what each row has said.
+class NextToken:
+    """Chooses ids (n,) from logits (n, V), greedily or by sampling, as transformers does.
+
+    It has state: the tokens that each row has had, for the repetition penalty, and their number.
 
     Args:
-        inputs: of the prompt; its tokens, but not its padding, count for the repetition penalty.
-        logits: any that the choice will be given, for their shape.
+        inputs: the prompts. Their tokens, but not their padding, count for the repetition penalty.
+        logits: the first logits; only their shape and device are used.
     """
 
     def __init__(
@@ -41,21 +47,14 @@ class Choice:
     ):
         self.min_new_tokens = min_new_tokens
         self.do_sample = do_sample
-        self.penalty = repetition_penalty
-        self.chosen = 0
+        self.repetition_penalty = repetition_penalty
+        self.chosen = 0  # tokens of each row so far
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=logits.device)
-        self.seen: torch.Tensor | None = None  # (n, V)
+        self.seen_nV: torch.Tensor | None = None
         self.generator: torch.Generator | None = None
         self.warpers: list[Any] = []
         if repetition_penalty != 1:
-            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
-            self.seen = (
-                counts.scatter_add_(
-                    1, ids, torch.ones_like(ids, dtype=torch.int32) if mask is None else mask.int()
-                )
-                > 0
-            )
+            self.seen_nV = _tokens_seen(inputs, logits)
         if do_sample:
             if temperature != 1:
                 self.warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -69,24 +68,26 @@ class Choice:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         scores = self.scores(logits)
         if self.do_sample:
-            # The largest of p / e, with e from the exponential distribution, is a draw from p; `multinomial` would wait for the device.
+            # The index of the largest p / e, with e from the exponential distribution, is a draw
+            # from p. `multinomial` would synchronize.
             scores = scores.softmax(-1)
             scores = scores / torch.empty_like(scores).exponential_(generator=self.generator)
         ids = scores.argmax(-1)
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
+        if self.seen_nV is not None:
+            self.seen_nV.scatter_(1, ids[:, None], True)
         self.chosen += 1
         return ids
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits that are chosen from, (n, V) float32: penalised, warped, -inf where a token must not come."""
+        """Returns the scores (n, V) to choose from, float32.
+
+        They are the logits after the repetition penalty and the warpers; -inf excludes a token.
+        """
         scores = logits.float()
-        if self.seen is not None:
-            scores = torch.where(
-                self.seen,
-                torch.where(scores < 0, scores * self.penalty, scores / self.penalty),
-                scores,
-            )
+        if self.seen_nV is not None:
+            penalty = self.repetition_penalty
+            penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(self.seen_nV, penalized, scores)
         if self.chosen < self.min_new_tokens:
             scores = scores.index_fill(1, self.stop_ids, -torch.inf)
         for warp in self.warpers:
@@ -94,34 +95,37 @@ class Choice:
         return scores
 
 
+def _tokens_seen(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:
+    """Returns which tokens the prompts contain, (n, V)."""
+    ids_nT, mask_nT = inputs["input_ids"], inputs.get("attention_mask")
+    if mask_nT is None:
+        mask_nT = torch.ones_like(ids_nT)
+    counts_nV = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+    return counts_nV.scatter_add_(1, ids_nT, mask_nT.int()) > 0
+
+
 class Stops:
-    """Which of n rows have come to a stop id."""
+    """Records which of n rows have produced a stop id."""
 
     def __init__(self, rows: int, stop_ids: Iterable[int], device: torch.device):
-        on_gpu = device.type == "cuda"
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.every = LOOK_EVERY if on_gpu else 1
         self.steps = 0
-        self.told = torch.zeros(
-            (), dtype=torch.bool, pin_memory=on_gpu
-        )  # whether all had ended when it was last asked
-        self.arrived = torch.cuda.Event() if on_gpu else None
+        self.last_check: HostCopy | None = None
 
-    def all_seen(self, ids: torch.Tensor) -> bool:
-        """Whether every row, with the latest ids (n,), is known to have ended. On a GPU this is `LOOK_EVERY` to twice as many steps old:
-        while the host reads it, the device has steps left to make.
+    def all_ended(self, ids: torch.Tensor) -> bool:
+        """Adds the latest ids (n,), and returns whether every row is known to have ended.
+
+        On a GPU the answer is `CHECK_EVERY` to twice as many steps old, so that the device has work
+        queued while the host reads it.
         """
         self.ended |= (ids[:, None] == self.stop_ids).any(1)
         self.steps += 1
-        if self.steps % self.every:
-            return False
-        if self.arrived is None:
+        if not self.ended.is_cuda:
             return bool(self.ended.all())
-        if self.steps > self.every:
-            self.arrived.synchronize()
-            if self.told:
-                return True
-        self.told.copy_(self.ended.all(), non_blocking=True)
-        self.arrived.record()
+        if self.steps % CHECK_EVERY:
+            return False
+        if self.last_check is not None and self.last_check.read():
+            return True
+        self.last_check = HostCopy(self.ended.all())
         return False

@@ -6,10 +6,10 @@ import torch
 
 
 class HostCopy:
-    """A copy of a tensor on its way to host memory.
+    """An asynchronous copy of a tensor to host memory.
 
-    The copy is queued at once and read later, when the device has long made it, so that the host
-    does not wait for the kernels queued before. A tensor on a CPU is copied immediately.
+    The copy is queued at once and read later, when the device has finished it, so that the host
+    does not block on kernels that were queued before. A tensor on a CPU is copied immediately.
     """
 
     def __init__(self, tensor: torch.Tensor):
@@ -21,7 +21,7 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> torch.Tensor:
-        """The tensor in host memory; waits only if the copy has not arrived yet."""
+        """Returns the tensor in host memory; blocks only if the copy has not arrived yet."""
         if self._arrived:
             self._arrived.synchronize()
         return self._copy
