@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,15 +16,10 @@ from torch import nn
 
 from qwenvl_lit import build
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, ask
-from qwenvl_lit.data.readers.question import (
-    History,
-    ImageLike,
-    Query,
-    conversation,
-    image_of,
-)
+from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
+from qwenvl_lit.data.readers.question import History, ImageLike, Query, conversation, image_of
 from qwenvl_lit.data.readers.rows import ReadOptions
+from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
@@ -33,69 +27,36 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.processor import Template
 from qwenvl_lit.runs.run import Run, find_run, stored_settings
 from qwenvl_lit.training.module import VisionLanguageModule
-from qwenvl_lit.types import Conversation, DataError, GroundedObject, Part, Prediction, Sample, Turn
+from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
 
-FIND_PROMPT = "{image}Find {question}"  # as training rows for chat ask for a box
-
-
-class Answer(str):
-    """The text of an answer, in the family's markup, with what else is known of it.
-
-    Args:
-        prediction: the answer with its conversation; boxes are in pixels of the conversation's images.
-        prompt_tokens: images included.
-        new_tokens: without the end mark.
-        seconds: from the question to the whole answer; in a batch, to those of all its rows.
-        first_seconds: to the first token; None in a batch.
-    """
-
-    def __new__(cls, prediction: Prediction, *measured: float | None) -> Answer:
-        return super().__new__(cls, prediction.text)
-
-    def __init__(
-        self,
-        prediction: Prediction,
-        prompt_tokens: int,
-        new_tokens: int,
-        seconds: float,
-        first_seconds: float | None = None,
-    ):
-        self.prediction = prediction
-        self.prompt_tokens = prompt_tokens
-        self.new_tokens = new_tokens
-        self.seconds = seconds
-        self.first_seconds = first_seconds
-
-    def __getnewargs__(self):  # of copies and pickles
-        return (
-            self.prediction,
-            self.prompt_tokens,
-            self.new_tokens,
-            self.seconds,
-            self.first_seconds,
-        )
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The answer as text and objects, in order."""
-        return self.prediction.parts
-
-    @property
-    def objects(self) -> list[GroundedObject]:
-        """What the answer names or places; boxes in pixels, or on the grid of 0..999 where there is no image."""
-        return [part for part in self.parts if isinstance(part, GroundedObject)]
+FIND_PROMPT = "{image}Find {question}"  # how rows for chat ask for a box
+LOAD_ARGUMENTS = (  # of `QwenVL.load`, for the hint at a misspelt one
+    "device",
+    "dtype",
+    "device_map",
+    "max_memory",
+    "load_in_4bit",
+    "template",
+    "base_model",
+    "download",
+    "cache",
+)
 
 
 class QwenVL:
-    """A model to talk to.
+    """A model that answers questions about images.
 
-    A question is text, in which `<img>path-or-address</img>` is an image and `<ref>`, `<box>` and `<quad>` are read; or a list of such
-    texts and of images: paths, encoded bytes, PIL images, `{"image": path-or-address}`. A history is a list of [question, answer] pairs;
-    none is changed, each call returns a longer one. `settings` are fields of `Generation`, as `max_new_tokens`, `do_sample` or `seed`.
+    A question is text, in which `<img>path-or-address</img>` is an image and `<ref>`, `<box>` and
+    `<quad>` are read as markup. Or it is a list of texts and images: paths, encoded bytes, PIL
+    images, `{"image": path-or-address}`. A history is a list of [question, answer] pairs; calls do
+    not change it, they return a longer one. `settings` are fields of `Generation`, such as
+    `max_new_tokens`, `do_sample` and `seed`.
 
-    The base model (`is_base_model`) continues a text as it stands: without chat markup, system message and history.
+    A base model (`is_base_model`) continues a text as it stands, without chat markup, system
+    message and history.
 
-    Whatever is asked, an image that cannot be read and a prompt that is too long are a `DataError`.
+    Every method raises a `DataError` for an image that cannot be read and for a prompt that is too
+    long.
     """
 
     def __init__(
@@ -109,7 +70,7 @@ class QwenVL:
     ):
         self.family = family
         self.model = model
-        self.device = device  # where prompts go
+        self.device = device  # of the prompts
         self.generation = generation
         self.read_options = read_options
         self.processor = family.processor()
@@ -130,125 +91,103 @@ class QwenVL:
         cache: str | Path | None = None,
         **settings: Any,
     ) -> QwenVL:
-        """A checkpoint or a run, in evaluation mode.
+        """Loads a checkpoint or a run, in evaluation mode.
 
         Args:
-            source: a checkpoint's folder or its name on the hub; or a run folder, a checkpoint file of a run, "latest", or an adapter
-                folder of peft.
+            source: a checkpoint folder or its name on the hub; or a run folder, a checkpoint file
+                of a run, "latest", or an adapter folder of peft.
             device: None: the first GPU if there is one.
             dtype: of the weights; None: that of the run, bfloat16 for a checkpoint.
-            device_map, max_memory: as transformers has them, to spread a model over cards and host memory; then `device` is None.
-            load_in_4bit: hold linear layers but the head in 4 bits: a third of the memory. Needs bitsandbytes. A run whose adapter was
-                trained over 4 bits is always held so.
-            template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json says.
-            base_model: the checkpoint below an adapter folder; None: the one that the folder names.
-            download: whether a checkpoint may be fetched.
-            cache: folder of remote images; None: the one that the commands use.
-            settings: how answers are decoded, unless a call says otherwise. Greedy, up to 512 tokens, or as the run says.
+            device_map, max_memory: as in transformers, to spread a model over GPUs and host
+                memory. They exclude `device`.
+            load_in_4bit: quantize all linear layers but the head to 4 bits, a third of the memory.
+                Needs bitsandbytes. A run whose adapter was trained on a 4-bit model always does.
+            template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json
+                says.
+            base_model: the checkpoint that an adapter folder belongs to; None: the one it names.
+            download: whether a checkpoint may be downloaded.
+            cache: folder for downloaded images; None: the one that the commands use.
+            settings: defaults of generation for all calls. Without them greedy and at most 512
+                tokens, or as in the run.
 
         Raises:
-            DataError: there is nothing there, or it is incomplete or something else.
+            DataError: `source` does not exist, is incomplete or is something else.
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
-        own = (
-            "device",
-            "dtype",
-            "device_map",
-            "max_memory",
-            "load_in_4bit",
-            "template",
-            "base_model",
-            "download",
-            "cache",
-        )
-        with_settings(
-            Generation(), settings, *own
-        )  # what is unknown is refused before weights are read
+        # Unknown settings are refused before weights are read.
+        with_settings(Generation(), settings, *LOAD_ARGUMENTS)
         device = device_named(device)
-        changes: dict[str, Any] = {
+        given = {
+            "path": None if base_model is None else str(base_model),
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             "device_map": device_map,
             "max_memory": max_memory,
+            "load_in_4bit": load_in_4bit or None,
             "download": download,
         }
-        changes["load_in_4bit"] = load_in_4bit or None
-        if dtype is not None:
-            changes["dtype"] = str(dtype).removeprefix("torch.")
-        if base_model is not None:
-            changes["path"] = str(base_model)
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {name: value for name, value in given.items() if value is not None}
         read_options = ReadOptions(cache=Path(cache) if cache else default_cache())
-        if run := _run(source):
+        run = _find_run(source)
+        if run is not None:
             if template:
                 raise ValueError("template is for a checkpoint; a run has its own")
-            model = cls.from_module(
-                build.trained(run, changes),
-                checkpoint=run.checkpoint,
-                device=device,
-                read_options=read_options,
-            )
+            module = build.trained_module(run, changes, load_device=device)
+            model = cls.from_module(module, read_options=read_options)
         elif base_model is not None:
-            raise ValueError("base_model is for an adapter folder; a checkpoint stands on its own")
+            raise ValueError("base_model is for an adapter folder; a checkpoint needs none")
         else:
             folder = find_checkpoint(str(source), download=download)
-            stored = _stored(folder)
-            prompting = {
-                "dtype": "bfloat16",
-                **stored.get("model", {}),
-                **changes,
-                "path": str(folder),
-            }
-            family = QwenVLFamily(
-                **{
-                    **prompting,
-                    "template": template or prompting.get("template") or _template(folder),
-                }
-            )
-            network = family.load(device, quantization=family.quantization)
-            answering = Generation(**stored.get("generation", {}))
-            model = cls(
-                family=family,
-                model=network,
-                device=device,
-                generation=answering,
-                read_options=read_options,
-            )
+            model = cls._from_checkpoint(folder, changes, template, device, read_options)
         model.generation = replace(model.generation, **settings)
         return model
 
     @classmethod
-    def from_module(
+    def _from_checkpoint(
         cls,
-        task: VisionLanguageModule,
-        *,
-        checkpoint: Path | None,
+        folder: Path,
+        changes: Mapping[str, Any],
+        template: Template | None,
         device: torch.device,
         read_options: ReadOptions,
     ) -> QwenVL:
-        """The model of a task whose weights are not loaded yet; with the tensors of `checkpoint`, if there is one."""
-        task.home = device
-        task.trained = checkpoint
-        task.configure_model()
+        stored = _stored_arguments(folder)
+        arguments = {"dtype": "bfloat16", **stored.get("model", {}), **changes}
+        arguments["path"] = str(folder)
+        arguments["template"] = template or arguments.get("template") or _template(folder)
+        family = QwenVLFamily(**arguments)
         return cls(
-            family=task.family,
-            model=task.model.eval(),
+            family=family,
+            model=family.load(device, quantization=family.quantization),
             device=device,
-            generation=task.generation,
+            generation=Generation(**stored.get("generation", {})),
+            read_options=read_options,
+        )
+
+    @classmethod
+    def from_module(cls, module: VisionLanguageModule, *, read_options: ReadOptions) -> QwenVL:
+        """Loads the weights of `module`, and returns its model in evaluation mode."""
+        module.configure_model()
+        return cls(
+            family=module.family,
+            model=module.model.eval(),
+            device=module.load_device,
+            generation=module.generation,
             read_options=read_options,
         )
 
     @property
     def is_base_model(self) -> bool:
-        """Whether it is the base model, which continues texts instead of answering."""
+        """Whether the model continues texts instead of answering questions."""
         return self.processor.template == "raw"
 
     def chat(
         self, query: Query, history: History = (), *, system: str | None = None, **settings: Any
     ) -> tuple[Answer, History]:
-        """The answer to a question, and the history with both.
+        """Answers a question; returns the answer and the history with both.
 
         Args:
-            system: the system message; None: the model's own.
+            system: the system message; None: the model's default.
         """
         *_, last = self.stream(query, history, system=system, **settings)
         return last
@@ -256,41 +195,39 @@ class QwenVL:
     def stream(
         self, query: Query, history: History = (), *, system: str | None = None, **settings: Any
     ) -> Iterator[tuple[str, History]]:
-        """The answer so far, never with half a character, and the history with it, while it is being decoded.
+        """Yields the answer so far, with the history, while it is generated.
 
-        Each text begins with the one before; the last is the `Answer`. The iteration may be left at any point.
+        Each text begins with the one before and never ends within a character; the last one is the
+        `Answer`. The caller may leave the iteration at any point.
         """
-        began = perf_counter()
+        start = perf_counter()
         generation = with_settings(self.generation, settings, "system")
-        sample = self.processor.encode(self._asked(query, history, system), prompt=True)
-        generation = self._limited(generation, len(sample.input_ids))
+        sample = self.processor.encode(self._conversation(query, history, system), prompt=True)
+        generation = self._within_limit(generation, len(sample.input_ids))
         earlier = [list(pair) for pair in history]
-        asked = list(query) if isinstance(query, list | tuple) else query
-        first = began
-        new: list[int] = []
+        question = list(query) if isinstance(query, list | tuple) else query
+        token_ids: list[int] = []
+        first_token = start
 
-        def arriving() -> Iterator[int]:
-            nonlocal first
-            for id in chain.from_iterable(
-                self._ids(generation, [sample], whole=generation.num_beams > 1)
-            ):
-                first = first if new else perf_counter()
-                new.append(id)
-                yield id
+        def arriving_ids() -> Iterator[int]:
+            nonlocal first_token
+            for ids in self._generate_ids(generation, [sample], whole=generation.num_beams > 1):
+                for token_id in ids:
+                    if not token_ids:
+                        first_token = perf_counter()
+                    token_ids.append(token_id)
+                    yield token_id
 
         text = ""
         tokenizer = self.processor.tokenizer
-        for piece in tokenizer.stream(arriving(), skip_special=True, keep=tokenizer.tag_ids):
+        for piece in tokenizer.stream(arriving_ids(), skip_special=True, keep=tokenizer.tag_ids):
             text += piece
-            yield (
-                text.strip(),
-                [*earlier, [asked, text.strip()]],
-            )  # an answer begins and ends without blanks
-        prediction = self.processor.decode(new, sample.conversation)
-        answer = Answer(
-            prediction, len(sample.input_ids), len(new), perf_counter() - began, first - began
-        )
-        yield answer, [*earlier, [asked, str(answer)]]
+            stripped = text.strip()  # as in the finished answer
+            yield stripped, [*earlier, [question, stripped]]
+        prediction = self.processor.decode(token_ids, sample.conversation)
+        counts = (len(sample.input_ids), len(token_ids))
+        answer = Answer(prediction, *counts, perf_counter() - start, first_token - start)
+        yield answer, [*earlier, [question, str(answer)]]
 
     def generate(
         self,
@@ -300,134 +237,137 @@ class QwenVL:
         batch_size: int = 8,
         **settings: Any,
     ) -> list[Answer]:
-        """The answers to many questions, each on its own, in order.
+        """Answers many independent questions; returns the answers in their order.
 
         Args:
-            prompts: questions; or conversations, which are answered after their last question.
-            system: of the questions; conversations have their own.
+            prompts: questions, or conversations, whose last question is answered.
+            system: the system message of the questions; conversations have their own.
             batch_size: questions that are answered together.
         """
         if isinstance(prompts, str):
-            raise ValueError(
-                "generate answers a list of questions; of a single one: generate([question])"
-            )
+            raise ValueError("generate takes a list of questions; for one: generate([question])")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         generation = with_settings(self.generation, settings, "system", "batch_size")
-        asked = [
-            one if isinstance(one, Conversation) else self._asked(one, (), system)
-            for one in prompts
-        ]
-        lengths = [self.processor.length(one, prompt=True)[0] for one in asked]
-        longest_first = sorted(
-            range(len(asked)), key=lambda place: -lengths[place]
-        )  # rows of a batch are of a length, about
+        conversations = []
+        for prompt in prompts:
+            if not isinstance(prompt, Conversation):
+                prompt = self._conversation(prompt, (), system)
+            conversations.append(prompt)
+        lengths = [self.processor.length(row, prompt=True)[0] for row in conversations]
+        # Rows of a batch have similar lengths.
+        longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         answers: dict[int, Answer] = {}
-        for start in range(0, len(asked), batch_size):
-            places, began = longest_first[start : start + batch_size], perf_counter()
-            samples = [self.processor.encode(asked[place], prompt=True) for place in places]
-            rows = list(
-                self._ids(self._limited(generation, lengths[places[0]]), samples, whole=True)
-            )
-            seconds = perf_counter() - began
-            for place, ids in zip(places, rows, strict=True):
-                prediction = self.processor.decode(ids, asked[place])
-                answers[place] = Answer(prediction, lengths[place], len(ids), seconds)
-        return [answers[place] for place in range(len(asked))]
+        for first in range(0, len(longest_first), batch_size):
+            indices = longest_first[first : first + batch_size]
+            start = perf_counter()
+            samples = [self.processor.encode(conversations[i], prompt=True) for i in indices]
+            limited = self._within_limit(generation, lengths[indices[0]])
+            rows = list(self._generate_ids(limited, samples, whole=True))
+            seconds = perf_counter() - start
+            for index, ids in zip(indices, rows, strict=True):
+                prediction = self.processor.decode(ids, conversations[index])
+                answers[index] = Answer(prediction, lengths[index], len(ids), seconds)
+        return [answers[index] for index in range(len(conversations))]
 
     def ground(
         self, image: ImageLike, label: str, *, prompt: str | None = None, **settings: Any
     ) -> list[GroundedObject]:
-        """Where in an image something is: objects with boxes in its pixels; none, if the answer has no box.
+        """Locates something in an image.
 
         Args:
-            prompt: how it is asked, with `{image}` and `{question}`, which is `<ref>label</ref>`; None: as the model has learned it.
+            prompt: the question with `{image}` and `{question}`, which becomes
+                `<ref>label</ref>`; None: the wording that the model was trained with.
+
+        Returns:
+            Objects with boxes in pixels of the image; none if the answer has no box.
         """
         if not label.strip():
-            raise ValueError("label is empty: say what is to be found")
+            raise ValueError("label is empty: say what to look for")
         with_settings(self.generation, settings, "prompt")
-        wanted = GroundedObject(label=label)
-        parts = ask(
-            prompt or (REFERRING_PROMPT if self.is_base_model else FIND_PROMPT),
+        if prompt is None:
+            prompt = REFERRING_PROMPT if self.is_base_model else FIND_PROMPT
+        parts = fill_prompt(
+            prompt,
             image=image_of(image, self.read_options),
-            question=wanted,
+            question=GroundedObject(label=label),
         )
-        [answer] = self.generate(
-            [Conversation(id="question", turns=(Turn(role="user", parts=parts),))], **settings
-        )
-        return [
-            thing if thing.label else replace(thing, label=label)
-            for thing in answer.objects
-            if thing.boxes
-        ]
+        question = Conversation(id="question", turns=(Turn(role="user", parts=parts),))
+        [answer] = self.generate([question], **settings)
+        with_boxes = [found for found in answer.objects if found.boxes]
+        return [replace(found, label=found.label or label) for found in with_boxes]
 
     def draw(
         self, image: ImageLike, objects: Iterable[GroundedObject], path: str | Path | None = None
     ) -> Image.Image:
-        """A copy of an image with the boxes and labels of `objects` on it; also written to `path`, if given.
+        """Draws the boxes and labels of `objects` on a copy of an image.
+
+        Args:
+            path: also write the drawing to this file.
 
         Raises:
-            ValueError: `path` is in a folder that is not there, or no image by its name.
+            ValueError: the folder of `path` does not exist, or its ending names no image format.
         """
         from qwenvl_lit.rendering.drawing import draw_objects
 
         if path is not None:
             check_image_name(Path(path))
         opened = image_of(image, self.read_options).open()
-        placed = [
-            replace(
-                thing, boxes=tuple(to_frame(box, "pixel", size=opened.size) for box in thing.boxes)
-            )
-            for thing in objects
-        ]
-        drawn = draw_objects(opened, placed)
+        in_pixels = []
+        for located in objects:
+            boxes = [to_frame(box, "pixel", size=opened.size) for box in located.boxes]
+            in_pixels.append(replace(located, boxes=tuple(boxes)))
+        drawing = draw_objects(opened, in_pixels)
         if path is not None:
-            drawn.save(path)
-        return drawn
+            drawing.save(path)
+        return drawing
 
-    def _asked(self, query: Query, history: History, system: str | None) -> Conversation:
-        if self.is_base_model and system is not None:
-            raise ValueError(
-                "the base model has no system message; write what it should know into the text"
-            )
-        history = () if self.is_base_model else history  # as published, it reads the question alone
+    def _conversation(self, query: Query, history: History, system: str | None) -> Conversation:
+        if self.is_base_model:
+            if system is not None:
+                raise ValueError("a base model has no system message; write it into the text")
+            history = ()  # as published, it reads the question alone
         return conversation(query, history, system=system, read_options=self.read_options)
 
-    def _limited(self, generation: Generation, prompt_tokens: int) -> Generation:
-        """Answers end where the model's positions do."""
+    def _within_limit(self, generation: Generation, prompt_tokens: int) -> Generation:
+        """Limits the new tokens to the positions that the model has left."""
         limit = self.family.config.max_position_embeddings
         if prompt_tokens == 0:
             raise DataError("there is nothing to continue: the text is empty")
         if prompt_tokens >= limit:
             raise DataError(
-                f"the prompt has {prompt_tokens} tokens, and {limit} are the most that the model reads; shorten it, or give fewer images"
+                f"the prompt has {prompt_tokens} tokens, and the model reads fewer than {limit}; "
+                f"shorten it, or give fewer images"
             )
-        most = min(generation.max_new_tokens, limit - prompt_tokens)
-        return replace(
-            generation, max_new_tokens=most, min_new_tokens=min(generation.min_new_tokens, most)
-        )
+        max_new = min(generation.max_new_tokens, limit - prompt_tokens)
+        min_new = min(generation.min_new_tokens, max_new)
+        return replace(generation, max_new_tokens=max_new, min_new_tokens=min_new)
 
-    def _ids(
+    def _generate_ids(
         self, generation: Generation, samples: Sequence[Sample], *, whole: bool
     ) -> Iterator[list[int]]:
-        """New ids of each sample; not `whole`, those of the only one, a few at a time."""
+        """New ids of each sample; unless `whole`, those of the only sample, a few at a time."""
         batch = Pad(pad_id=self.processor.pad_id, side="left")(samples).to(self.device)
-        decode = generation if whole else generation.stream
-        keys = [key for sample in samples for key in _image_keys(sample)]
-        yield from decode(
+        generate = generation if whole else generation.stream
+        image_keys: list[str] = []
+        for sample in samples:
+            image_keys += _image_keys(sample)
+        yield from generate(
             self.model,
             self.family.inputs(batch, generate=True),
             stop_ids=self.processor.stop_ids,
             pad_id=self.processor.pad_id,
-            image_keys=keys,
+            image_keys=image_keys,
         )
 
 
-def with_settings(generation: Generation, settings: Mapping[str, Any], *own: str) -> Generation:
-    """`generation` with other `settings`.
+def with_settings(
+    generation: Generation, settings: Mapping[str, Any], *arguments: str
+) -> Generation:
+    """Returns `generation` with other `settings`.
 
     Args:
-        own: arguments of the call that it does not know, which one may have meant as well.
+        arguments: names that the caller takes itself, for the hint at a misspelt one.
 
     Raises:
         TypeError: there is no such setting.
@@ -435,75 +375,75 @@ def with_settings(generation: Generation, settings: Mapping[str, Any], *own: str
     known = [field.name for field in fields(generation)]
     for name in settings:
         if name not in known:
-            [nearest, *_] = [*get_close_matches(name, [*known, *own], n=1), None]
-            hint = (
-                f"did you mean {nearest}?" if nearest else f"there are {', '.join([*own, *known])}"
-            )
+            nearest = get_close_matches(name, [*known, *arguments], n=1)
+            hint = f"there are {', '.join([*arguments, *known])}"
+            if nearest:
+                hint = f"did you mean {nearest[0]}?"
             raise TypeError(f"there is no setting {name!r}; {hint}")
     return replace(generation, **settings)
 
 
 def check_image_name(path: Path) -> None:
     """Raises a ValueError if no image can be written to `path`."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
         raise ValueError(
-            f"path={str(path)!r}: its end says which kind of image it is to be, as .png or .jpg, got {path.suffix!r}"
+            f"path={str(path)!r}: the ending names the image format, such as .png or .jpg, "
+            f"got {path.suffix!r}"
         )
     if not path.parent.is_dir():
-        raise ValueError(f"path={str(path)!r}: there is no folder {path.parent}; make it first")
+        raise ValueError(f"path={str(path)!r}: the folder {path.parent} does not exist")
 
 
 def device_named(name: torch.device | str | None) -> torch.device:
-    """None: the first GPU if there is one.
+    """The device of that name; for None the first GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: it is no name of torch's, or names a GPU that is not here.
+        ValueError: torch knows no such name, or the GPU does not exist here.
     """
     try:
         device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise ValueError(f"device is a name of torch's, as cpu or cuda:0, got {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device is a torch device such as cpu or cuda:0, got {name!r}") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
-            f"device={name}: torch {torch.__version__} sees {count} GPUs here; leave device out to take what there is"
+            f"device={name}: torch {torch.__version__} sees {count} GPUs here; "
+            f"leave device out to take what there is"
         )
     return device
 
 
 def default_cache() -> Path:
-    """What conf/verb.yaml has as `paths.cache`."""
+    """The folder that conf/common.yaml names `paths.cache`."""
     return Path(os.environ.get("QWENVL_LIT_CACHE") or Path.home() / ".cache/qwenvl_lit")
 
 
-def _run(source: str | Path) -> Run | None:
-    """The run that `source` names, if it is none of a checkpoint's names."""
+def _find_run(source: str | Path) -> Run | None:
+    """The run that `source` names; None if it names a checkpoint."""
     path = Path(source).expanduser()
-    is_run = (
-        source == "latest"
-        or path.is_file()
-        or (path.is_dir() and not (path / "config.json").exists())
-    )
-    return find_run(str(source)) if is_run else None
+    is_run_folder = path.is_dir() and not (path / "config.json").exists()
+    if source == "latest" or path.is_file() or is_run_folder:
+        return find_run(str(source))
+    return None
 
 
-def _stored(folder: Path) -> dict[str, dict[str, Any]]:
-    """How an exported model is prompted and answers, as arguments."""
-    stored = stored_settings(folder)
-    return {
-        part: {key: value for key, value in node.items() if key != "_target_"}
-        for part, node in stored.items()
-    }
+def _stored_arguments(folder: Path) -> dict[str, dict[str, Any]]:
+    """Arguments of the family and of `Generation` that an exported folder stores."""
+    arguments: dict[str, dict[str, Any]] = {}
+    for group, node in stored_settings(folder).items():
+        arguments[group] = {key: value for key, value in node.items() if key != "_target_"}
+    return arguments
 
 
 def _template(folder: Path) -> Template:
-    """What a checkpoint's generation_config.json says; the base model is published with "raw"."""
+    """The template that generation_config.json names; base models are published with "raw"."""
     settings = QwenVLFamily(path=str(folder)).generation
     return "raw" if getattr(settings, "chat_format", "chatml") == "raw" else "chatml"
 
 
 def _image_keys(sample: Sample) -> list[str]:
-    """Of the images that are in the prompt: the last ones, since a window leaves out the oldest turns."""
+    """Keys of the images in the prompt: the last ones, because long prompts drop old turns."""
     count = len(sample.vision["pixel_values"])
     images = sample.conversation.prompt().images
     return [image.key for image in images[len(images) - count :]]

@@ -16,7 +16,8 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from qwenvl_lit.api import Answer, QwenVL
+    from qwenvl_lit.api import QwenVL
+    from qwenvl_lit.generation.answer import Answer
 
 COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit")
 

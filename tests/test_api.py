@@ -13,7 +13,7 @@ from scripted import CONFIG, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
-from qwenvl_lit.api import Answer
+from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.types import (
     BadImage,
     Box,
@@ -415,7 +415,7 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, message in (
         (tmp_path / "adapter", "only LORA"),
-        (tmp_path / "empty", "is no run folder"),
+        (tmp_path / "empty", "is not a run folder"),
         ("outputs/train/nothing", "is no folder"),
     ):
         with pytest.raises(DataError, match=message):
