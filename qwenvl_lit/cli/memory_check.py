@@ -1,9 +1,9 @@
-"""Does a run fit on its cards? Told before anything is loaded, with what would fit if it does not."""
+"""Checks that a run fits into GPU memory before anything is loaded, and suggests what would fit."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import hydra
@@ -34,120 +34,130 @@ from qwenvl_lit.types import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSetup:
-    """What decides how much memory a card needs."""
+    """What the memory per GPU depends on, besides the model and the length of a row."""
 
     adapter: Adapter
-    rows: int  # of a batch, on each card
-    recompute: bool  # all blocks, for their gradients
-    compiled: bool  # perhaps
-    spread: Sharding
-    cards: int
+    rows: int  # per batch, on each GPU
+    checkpointed: bool  # activation checkpointing of all blocks
+    compiled: bool
+    sharding: Sharding
+    gpus: int
 
-    def estimate_memory(self, family: Family, row: Mapping[str, int]) -> MemoryEstimate:
+    def estimate(self, family: Family, row: Mapping[str, int]) -> MemoryEstimate:
+        """Estimates the memory per GPU.
+
+        Args:
+            row: tokens, images and targets of a row, see `training_inputs`.
+        """
         return estimate_memory(
-            self.adapter.apply(family.meta_model(), family.components).train(),
+            self.adapter.apply(family.meta_model(), family).train(),
             training_inputs(family, self.rows, **row),
             family.components,
-            four_bits=self.adapter.quantization is not None,
-            recomputed=None if self.recompute else 0,
+            quantized=self.adapter.quantization is not None,
+            checkpointed=None if self.checkpointed else 0,
             compiled=self.compiled,
-            spread=self.spread,
-            cards=self.cards,
+            sharding=self.sharding,
+            gpus=self.gpus,
         )
 
 
 def check_memory(
-    config: DictConfig, task: VisionLanguageModule, data: DataModule, trainer: lightning.Trainer
+    config: DictConfig, module: VisionLanguageModule, data: DataModule, trainer: lightning.Trainer
 ) -> None:
-    """Print what a card needs; nothing for a run of less than a GiB.
+    """Prints the estimated memory per GPU, if it is 1 GiB or more.
 
     Raises:
-        DataError: a GPU has less, and `memory.check` is on. Of the host's memory there is only a warning.
+        DataError: a GPU has less memory, and `memory.check` is on. Too little memory of the host
+            only triggers a warning.
     """
-    spread, cards = sharding_of(trainer)
-    rows = (
-        data.batch_size
-        if data.max_tokens is None
-        else max(1, data.max_tokens // config.memory.tokens)
-    )
     row = {name: config.memory[name] for name in ("tokens", "images", "targets")}
+    rows = data.batch_size
+    if data.max_tokens is not None:
+        rows = max(1, data.max_tokens // row["tokens"])
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
-    room = (
-        available_gpu_memory()
-        if on_gpu
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / trainer.num_devices
+    if on_gpu:
+        device, available = "GPU", available_gpu_memory()
+    else:
+        device, available = "process", _host_memory() / trainer.num_devices
+    sharding, gpus = sharding_of(trainer)
+    setup = TrainingSetup(
+        adapter=module.adapter,
+        rows=rows,
+        checkpointed=module.speed.checkpointing == "full",
+        compiled=on_gpu and module.speed.compile is not False,
+        sharding=sharding,
+        gpus=gpus,
     )
-    speed = {
-        "recompute": task.speed.checkpointing == "full",
-        "compiled": on_gpu and task.speed.compile is not False,
-    }
-    plan = TrainingSetup(adapter=task.adapter, rows=rows, **speed, spread=spread, cards=cards)
-    found = plan.estimate_memory(task.family, row)
-    if on_gpu and task.speed.checkpointing == "auto" and not fits(found, room):
-        plan = replace(plan, recompute=True)
-        found = plan.estimate_memory(task.family, row)
-    if found.total < GIB:
+    estimate = setup.estimate(module.family, row)
+    if on_gpu and module.speed.checkpointing == "auto" and not fits(estimate, available):
+        setup = replace(setup, checkpointed=True)
+        estimate = setup.estimate(module.family, row)
+    if estimate.total < GIB:
         return
-    console = Console(stderr=True)
+    message = (
+        f"this run needs about {estimate.total / GIB:.1f} GiB per {device}, "
+        f"of {available / GIB:.1f} GiB available"
+    )
+    refused = on_gpu and config.memory.check
     if rank_zero_only.rank == 0:  # the trainer does not know its rank yet
-        console.print(memory_table(found, room, f"batches of {rows} x {row['tokens']} tokens"))
-    if fits(found, room):
-        return
-    message = f"this run needs about {found.total / GIB:.1f} GiB on each card, which has {room / GIB:.1f} GiB"
-    if not on_gpu or not config.memory.check:
-        if rank_zero_only.rank == 0:
-            console.print(f"warning: {message if on_gpu else message.replace('card', 'process')}")
-        return
-    raise DataError(
-        f"{message}. {_advice(plan, task.family, row, room)}. To start it all the same: memory.check=false"
-    )
+        console = Console(stderr=True)
+        batches = f"batches of {rows} x {row['tokens']} tokens"
+        console.print(memory_table(estimate, available, device=device, batches=batches))
+        if not fits(estimate, available) and not refused:
+            console.print(f"warning: {message}")
+    if refused and not fits(estimate, available):
+        suggestion = _suggest(setup, module.family, row, available)
+        raise DataError(f"{message}. {suggestion}. To start it anyway: memory.check=false")
 
 
-def _advice(plan: TrainingSetup, family: Family, row: Mapping[str, int], room: float) -> str:
-    """Less of the same if that is enough; else what one can do with more cards, and with another adapter."""
-    small, arguments = replace(plan, recompute=True), "speed.checkpointing=auto"
-    savings = [] if plan.recompute else [(arguments, small)]
-    if plan.rows > 1:
-        small, arguments = (
-            replace(small, rows=1),
-            f"{arguments} data.batch_size=1, with more trainer.accumulate_grad_batches",
-        )
-        savings.append((arguments, small))
-    more_cards = [
-        (
-            f"strategy=fsdp trainer.devices={cards} {arguments}",
-            replace(small, spread="sharded", cards=cards),
-        )
-        for cards in (2, 4, 8)
-        if plan.spread != "sharded" or cards > plan.cards
-    ]
-    adapters = [
-        (f"adapter={name} {arguments}", replace(small, adapter=_adapter(name)))
-        for name in ("lora", "qlora")
-    ]
-    if enough := _first_that_fits(savings, family, row, room):
-        return f"What fits: {enough}"
-    found = [_first_that_fits(choices, family, row, room) for choices in (more_cards, adapters)]
-    return (
-        f"What fits: {' or '.join(filter(None, found))}"
-        if any(found)
-        else "Nothing here fits: it takes larger cards"
-    )
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _suggest(setup: TrainingSetup, family: Family, row: Mapping[str, int], available: float) -> str:
+    """Suggests cheaper settings first, then more GPUs, then another adapter."""
+    cheapest, arguments = replace(setup, checkpointed=True), "speed.checkpointing=auto"
+    cheaper = {}
+    if not setup.checkpointed:
+        cheaper[arguments] = cheapest
+    if setup.rows > 1:
+        cheapest = replace(cheapest, rows=1)
+        arguments += " data.batch_size=1, with more trainer.accumulate_grad_batches"
+        cheaper[arguments] = cheapest
+    if cheaper_that_fits := _first_that_fits(cheaper, family, row, available):
+        return f"This fits: {cheaper_that_fits}"
+    more_gpus = {}
+    for gpus in (2, 4, 8):
+        if setup.sharding != "fsdp" or gpus > setup.gpus:
+            changed = replace(cheapest, sharding="fsdp", gpus=gpus)
+            more_gpus[f"strategy=fsdp trainer.devices={gpus} {arguments}"] = changed
+    adapters = {}
+    for name in ("lora", "qlora"):
+        adapters[f"adapter={name} {arguments}"] = replace(cheapest, adapter=_adapter(name))
+    suggestions = []
+    for choices in (more_gpus, adapters):
+        if suggestion := _first_that_fits(choices, family, row, available):
+            suggestions.append(suggestion)
+    if not suggestions:
+        return "Neither strategy=fsdp on 8 GPUs nor adapter=qlora fits: use larger GPUs"
+    return f"This fits: {' or '.join(suggestions)}"
 
 
 def _first_that_fits(
-    choices: Iterable[tuple[str, TrainingSetup]],
+    choices: Mapping[str, TrainingSetup],
     family: Family,
     row: Mapping[str, int],
-    room: float,
+    available: float,
 ) -> str | None:
-    for arguments, plan in choices:
-        if fits(found := plan.estimate_memory(family, row), room):
-            return f"{arguments} (about {found.total / GIB:.1f} GiB)"
+    """The first of `choices`, arguments -> setup, that fits, with its estimate."""
+    for arguments, setup in choices.items():
+        estimate = setup.estimate(family, row)
+        if fits(estimate, available):
+            return f"{arguments} (about {estimate.total / GIB:.1f} GiB)"
     return None
 
 
 def _adapter(name: str) -> Adapter:
-    return instantiate(
-        hydra.compose("train", overrides=[f"adapter={name}"]).adapter, _convert_="all"
-    )
+    """Builds an adapter from its file in conf/adapter."""
+    config = hydra.compose("train", overrides=[f"adapter={name}"])
+    return instantiate(config.adapter, _convert_="all")

@@ -1,11 +1,10 @@
-"""What a run needs on each card, found out on the meta device before any weight is loaded."""
+"""Estimates the memory a run needs per GPU, on the meta device, before any weights are loaded."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,61 +16,66 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.models.components import component_of_tensor
+from qwenvl_lit.models.components import blocks_of, component_of_tensor
 from qwenvl_lit.training.optim import CHUNK
-from qwenvl_lit.types import Conversation, ImageSource, Turn
+from qwenvl_lit.types import Conversation, ImageSource, Part, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
 
 GIB = 2**30
-NF4 = (
-    0.5 + 1 / 64 + 1 / 4096
-)  # bytes of a weight in NF4 with double quantization: its bits, a byte for 64, a float for 16,384
-SPARE = 1.04  # of what is estimated: memory in pieces too small to be used
-CONTEXT = 0.5 * GIB  # what CUDA itself takes of a card
-Sharding = Literal["one", "replicated", "sharded"]  # over the cards: a single one, DDP, FSDP
+# Bytes of a weight in NF4 with double quantization: 4 bits, a byte of scale for 64 weights, and a
+# float32 for 16,384.
+NF4_BYTES = 0.5 + 1 / 64 + 1 / 4096
+FRAGMENTATION = 1.04  # allowance for fragmentation, a factor
+CUDA_CONTEXT = 0.5 * GIB  # what CUDA itself takes of a GPU
+Sharding = Literal["none", "ddp", "fsdp"]  # how several GPUs hold the weights; "none": a single GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes on each card, at the moment when most are in use."""
+    """Peak memory of training in bytes per GPU."""
 
-    weights: Mapping[str, float]  # part -> bytes
+    weights: Mapping[str, float]  # component -> bytes
     gradients: float
-    states: float  # of the optimizer
+    optimizer_states: float
     activations: float
-    workspace: float  # buffers of the step or of the exchange between cards, whichever is larger
+    workspace: float  # buffers of the optimizer step or of communication, whichever is larger
 
     @property
     def total(self) -> float:
-        return (
-            sum(self.weights.values())
-            + self.gradients
-            + self.states
-            + self.activations
-            + self.workspace
-        )
+        weights_and_gradients = sum(self.weights.values()) + self.gradients
+        return weights_and_gradients + self.optimizer_states + self.activations + self.workspace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockActivations:
+    """Bytes that the forward pass of one block saves for the backward pass."""
+
+    input: int  # all that a checkpointed block saves
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
     """Bytes that one forward and backward pass holds besides weights and their gradients."""
 
-    blocks: Mapping[
-        str, tuple[int, int]
-    ]  # module path of each block that keeps anything -> of its input, and of all that it keeps
-    beside: int
+    blocks: Mapping[str, BlockActivations]  # by module path; blocks that save nothing are left out
+    outside_blocks: int
 
-    def bytes(self, recomputed: int | None = 0, *, compiled: bool = False) -> int:
-        """The most at any moment, if so many blocks, the first ones, keep their input and one at a time runs again; None: all. Compiled
-        ones keep what attention found too, which is as large: `speed.attention_is_kept`."""
+    def bytes(self, checkpointed: int | None = 0, *, compiled: bool = False) -> int:
+        """Peak bytes if the first `checkpointed` blocks are checkpointed (None: all of them).
+
+        One checkpointed block at a time is recomputed. A compiled one saves its attention output
+        too, which is as large as its input: see `speed.keep_attention_outputs`.
+        """
         blocks = list(self.blocks.values())
-        again = blocks[:recomputed]
-        kept = sum(every for _, every in blocks[len(again) :]) + sum(
-            given for given, _ in again
-        ) * (2 if compiled else 1)
-        return self.beside + kept + max((every for _, every in again), default=0)
+        recomputed = blocks[:checkpointed]
+        saved = sum(block.total for block in blocks[len(recomputed) :])
+        inputs = sum(block.input for block in recomputed)
+        saved += 2 * inputs if compiled else inputs
+        largest = max((block.total for block in recomputed), default=0)
+        return self.outside_blocks + saved + largest
 
 
 def estimate_memory(
@@ -79,127 +83,141 @@ def estimate_memory(
     inputs: Mapping[str, Any],
     components: Mapping[str, str],
     *,
-    four_bits: bool = False,
-    recomputed: int | None = 0,
+    quantized: bool = False,
+    checkpointed: int | None = 0,
     compiled: bool = False,
     activations: Activations | None = None,
-    spread: Sharding = "one",
-    cards: int = 1,
+    sharding: Sharding = "none",
+    gpus: int = 1,
 ) -> MemoryEstimate:
-    """What it takes to train `model`, on the meta device with its adapter, with `inputs` on each card.
+    """Estimates what it takes to train `model` with `inputs` on each GPU.
 
     Args:
-        parts: of the family, name -> module path.
-        four_bits: linear layers but the head are held in 4 bits.
-        recomputed: see `Activations.bytes`, as for `compiled`.
+        model: a network on the meta device, with its adapter.
+        components: component -> module path, of the family.
+        quantized: whether the frozen linear layers except the head are held in 4 bits.
+        checkpointed, compiled: see `Activations.bytes`.
         activations: those of `model` and `inputs`, if they are known already.
     """
-    share = cards if spread == "sharded" else 1
-    narrow = _narrow(model, components) if four_bits else set()
+    shards = gpus if sharding == "fsdp" else 1
+    quantized_ids: set[int] = set()
+    if quantized:
+        quantized_ids = _quantized_weights(model, components)
     weights: dict[str, float] = defaultdict(float)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        size = tensor.numel() * (NF4 if id(tensor) in narrow else tensor.dtype.itemsize)
-        weights[component_of_tensor(name, components) or "other"] += size / share
+        itemsize = NF4_BYTES if id(tensor) in quantized_ids else tensor.dtype.itemsize
+        component = component_of_tensor(name, components) or "other"
+        weights[component] += tensor.numel() * itemsize / shards
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    gradients = sum(map(_bytes, trained)) / share
-    held = (activations or activations_of(model, inputs)).bytes(recomputed, compiled=compiled)
-    workspace = _workspace(model, trained, gradients, spread) + max(
-        (_bytes(t) for t in model.parameters() if id(t) in narrow), default=0
-    )
-    if (
-        spread == "sharded"
-    ):  # to validate, every rank has all weights; stochastic rounding has given the gradients back by then
-        at_rest = 0 if any(tensor.dtype == torch.bfloat16 for tensor in trained) else gradients
-        workspace = max(workspace, sum(weights.values()) * (cards - 1) + at_rest - gradients - held)
+    gradients = sum(map(_bytes, trained)) / shards
+    activations = activations or activations_of(model, inputs)
+    saved = activations.bytes(checkpointed, compiled=compiled)
+    workspace = _workspace(model, trained, gradients, sharding)
+    # One quantized weight at a time is dequantized
+    workspace += max((_bytes(t) for t in model.parameters() if id(t) in quantized_ids), default=0)
+    if sharding == "fsdp":
+        # To validate, every rank gathers all weights. Gradients are held meanwhile, except those
+        # of bfloat16 weights: `StochasticAdamW` has freed them.
+        held_gradients = 0 if _has_bfloat16(trained) else gradients
+        gathered = sum(weights.values()) * (gpus - 1) + held_gradients
+        workspace = max(workspace, gathered - gradients - saved)
+    present = [component for component in (*components, "other") if component in weights]
     return MemoryEstimate(
-        weights={part: weights[part] for part in (*components, "other") if part in weights},
+        weights={component: weights[component] for component in present},
         gradients=gradients,
-        states=2 * gradients,  # of the type of the weights, as AdamW keeps them
-        activations=held,
+        optimizer_states=2 * gradients,  # AdamW's two moments, in the dtype of the weights
+        activations=saved,
         workspace=workspace,
     )
 
 
 def _workspace(
-    model: nn.Module, trained: list[nn.Parameter], gradients: float, spread: Sharding
+    model: nn.Module, trained: list[nn.Parameter], gradients: float, sharding: Sharding
 ) -> float:
-    rounding = 10 * 4 * CHUNK if any(tensor.dtype == torch.bfloat16 for tensor in trained) else 0
-    if spread == "replicated":
+    rounding = 10 * 4 * CHUNK if _has_bfloat16(trained) else 0
+    if sharding == "ddp":
         return max(rounding, gradients)  # DDP's buckets
-    if (
-        spread == "sharded"
-    ):  # the largest unit and the next one, gathered; its gradients, and their sum in float32
-        largest = max(_units(model), key=lambda unit: unit[0])
-        return max(rounding, 2 * largest[0] + (largest[0] + 4 * largest[1] if trained else 0))
+    if sharding == "fsdp":
+        # The largest unit and the next one are gathered; the gradients of the largest, and their
+        # sum over the ranks in float32.
+        size, elements = max(_fsdp_units(model), key=lambda unit: unit[0])
+        gathered = 2 * size
+        if trained:
+            gathered += size + 4 * elements
+        return max(rounding, gathered)
     return rounding
 
 
-def _units(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Bytes and elements of what FSDP gathers at once: blocks, and the large tables beside them."""
+def _has_bfloat16(tensors: list[nn.Parameter]) -> bool:
+    return any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+def _fsdp_units(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Bytes and elements of what FSDP gathers at once: blocks, and large tables outside them."""
     for module in model.modules():
-        if isinstance(module, (GradientCheckpointingLayer, nn.Embedding)) or module is model:
+        if isinstance(module, GradientCheckpointingLayer | nn.Embedding) or module is model:
             tensors = list(module.parameters(recurse=module is not model))
             yield sum(map(_bytes, tensors)), sum(tensor.numel() for tensor in tensors)
 
 
 def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
-    """A forward pass on the meta device tells what autograd keeps for each block."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage gets its address
-    bytes_of: dict[nn.Module | None, int] = defaultdict(int)
-    inside: list[nn.Module | None] = [None]
-    entered: dict[nn.Module, int] = {}
+    """Counts what autograd saves for each block, by a forward pass on the meta device."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # `_cdata` is the address of a storage. The public `data_ptr()` is 0 on the meta device.
+    weights = {tensor.untyped_storage()._cdata for tensor in tensors}
+    # Storages are kept alive, so that no other storage gets the address of one that was counted
+    counted: dict[int, torch.UntypedStorage] = {}
+    saved_bytes: dict[nn.Module | None, int] = defaultdict(int)
+    current: list[nn.Module | None] = [None]
+    input_bytes: dict[nn.Module, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = storage
-            bytes_of[inside[-1]] += storage.nbytes()
+        if storage._cdata not in weights and storage._cdata not in counted:
+            counted[storage._cdata] = storage
+            saved_bytes[current[-1]] += storage.nbytes()
         return tensor
 
     def enter(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inside.append(block)
-        entered[block] = _bytes(args[0])
+        current.append(block)
+        input_bytes[block] = _bytes(args[0])
 
     def leave(block: nn.Module, args: Any, output: Any) -> None:
-        inside.pop()
+        current.pop()
 
-    blocks = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
-    hooks = [
-        (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
-        for block in blocks.values()
-    ]
+    blocks = blocks_of(model)
+    hooks = []
+    for block in blocks.values():
+        hooks.append(block.register_forward_pre_hook(enter))
+        hooks.append(block.register_forward_hook(leave))
     try:
-        with saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
+        with saved_tensors_hooks(count, lambda tensor: tensor), FusedAttention():
             output = model(**inputs)
     finally:
-        for handle in chain(*hooks):
-            handle.remove()
-    backward = 2 * max(
-        _bytes(output.logits) * 4 // output.logits.dtype.itemsize, max(entered.values(), default=0)
-    )
-    found = {
-        name: (entered[block], bytes_of[block])
-        for name, block in blocks.items()
-        if bytes_of.get(block)
-    }
-    return Activations(blocks=found, beside=bytes_of[None] + backward)
+        for hook in hooks:
+            hook.remove()
+    float32_logits = _bytes(output.logits) * 4 // output.logits.dtype.itemsize
+    backward = 2 * max(float32_logits, max(input_bytes.values(), default=0))
+    saved = {}
+    for path, block in blocks.items():
+        if saved_bytes.get(block):
+            saved[path] = BlockActivations(input=input_bytes[block], total=saved_bytes[block])
+    return Activations(blocks=saved, outside_blocks=saved_bytes[None] + backward)
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention that keeps what fused kernels keep; on the meta device torch itself would keep all weights of all heads."""
+    """Makes attention save what fused kernels save.
+
+    On the meta device torch itself would save the attention weights of all heads.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.scaled_dot_product_attention:
-            return _Attended.apply(*args[:3])
+            return _SavedByAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-class _Attended(torch.autograd.Function):
+class _SavedByAttention(torch.autograd.Function):
     @staticmethod
     def forward(context, query, key, value):
         attended = torch.empty_like(query)
@@ -208,100 +226,109 @@ class _Attended(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        raise NotImplementedError("nothing is computed here: only what would be kept is counted")
+        raise NotImplementedError("only what the forward pass saves is counted")
 
 
-def blocks_to_recompute(
+def blocks_to_checkpoint(
     model: nn.Module,
     inputs: Mapping[str, Any],
     components: Mapping[str, str],
-    room: float,
+    available: float,
     **options: Any,
 ) -> list[str]:
-    """Module paths of the fewest blocks that have to run again for their gradients, so that training fits into `room` bytes of a card; all
-    if nothing is enough. `options` are those of `estimate_memory`."""
+    """Finds the fewest blocks to checkpoint so that training fits into `available` bytes per GPU.
+
+    Args:
+        options: those of `estimate_memory`.
+
+    Returns:
+        Their module paths; those of all blocks if not even that is enough.
+    """
     activations = activations_of(model, inputs)
     blocks = list(activations.blocks)
-    needs = (
-        estimate_memory(
-            model, inputs, components, recomputed=count, activations=activations, **options
+    for count in range(len(blocks)):
+        estimate = estimate_memory(
+            model, inputs, components, checkpointed=count, activations=activations, **options
         )
-        for count in range(len(blocks) + 1)
-    )
-    return blocks[
-        : next((count for count, found in enumerate(needs) if fits(found, room)), len(blocks))
-    ]
+        if fits(estimate, available):
+            return blocks[:count]
+    return blocks
 
 
-def memory_table(found: MemoryEstimate, room: float | None, what: str) -> Table:
-    """For people, in GiB. `room` is the memory of a card."""
-    table = Table(title=f"Memory on each card, estimated for {what}")
-    table.add_column("what")
+def memory_table(estimate: MemoryEstimate, available: float, *, device: str, batches: str) -> Table:
+    """Formats an estimate in GiB.
+
+    Args:
+        available: the memory of one device, in bytes.
+        device: what the estimate is for one of, "GPU" or "process".
+        batches: a description of the batches, for the title.
+    """
+    table = Table(title=f"Estimated memory per {device} for {batches}")
+    table.add_column("use")
     table.add_column("GiB", justify="right")
-    for part, size in found.weights.items():
-        table.add_row(f"weights: {part}", f"{size / GIB:.2f}")
-    for name in ("gradients", "states", "activations", "workspace"):
-        title = {"states": "optimizer states"}.get(name, name)
-        table.add_row(title, f"{getattr(found, name) / GIB:.2f}")
+    for component, size in estimate.weights.items():
+        table.add_row(f"weights: {component}", f"{size / GIB:.2f}")
+    table.add_row("gradients", f"{estimate.gradients / GIB:.2f}")
+    table.add_row("optimizer states", f"{estimate.optimizer_states / GIB:.2f}")
+    table.add_row("activations", f"{estimate.activations / GIB:.2f}")
+    table.add_row("workspace", f"{estimate.workspace / GIB:.2f}")
     table.add_section()
-    table.add_row(
-        "all" if room is None else f"all, of {room / GIB:.1f}", f"{found.total / GIB:.2f}"
-    )
+    table.add_row(f"total, of {available / GIB:.1f}", f"{estimate.total / GIB:.2f}")
     return table
 
 
-def _narrow(model: nn.Module, components: Mapping[str, str]) -> set[int]:
-    """Ids of the weights that `bnb_config` packs: those of linear layers, but the head and adapters."""
-    return {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not module.weight.requires_grad
-        and component_of_tensor(f"{name}.weight", components) != "head"
-    }
+def _quantized_weights(model: nn.Module, components: Mapping[str, str]) -> set[int]:
+    """Ids of the weights that `bnb_config` quantizes: frozen linear layers except the head."""
+    ids = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+            continue
+        if component_of_tensor(f"{name}.weight", components) != "head":
+            ids.add(id(module.weight))
+    return ids
 
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
 
 
-def fits(found: MemoryEstimate, room: float) -> bool:
-    return found.total * SPARE + CONTEXT <= room
+def fits(estimate: MemoryEstimate, available: float) -> bool:
+    """Whether a GPU with `available` bytes has room for an estimate, fragmentation and CUDA."""
+    return estimate.total * FRAGMENTATION + CUDA_CONTEXT <= available
 
 
 def available_gpu_memory() -> float:
     """Bytes of the smallest GPU that this process sees."""
-    return min(
-        torch.cuda.get_device_properties(number).total_memory
-        for number in range(torch.cuda.device_count())
-    )
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return min(gpu.total_memory for gpu in gpus)
 
 
 def training_inputs(
     family: Family, rows: int, *, tokens: int, images: int = 1, targets: int = 64
 ) -> dict[str, Any]:
-    """Arguments of the network for `rows` equal rows, on the meta device: of about so many tokens, so many of them learned."""
+    """Makes arguments of the network's `forward` for `rows` equal rows, on the meta device.
+
+    Args:
+        tokens: per row; at most `max_length` of the processor, at least what the images need.
+        targets: supervised tokens per row.
+    """
     processor = family.processor()
-    if most := processor.settings.get("max_length"):
-        tokens = min(tokens, most)
-    answer = "1" * max(
-        1, targets - 1
-    )  # a digit is a token in every vocabulary, and an end mark is learned too
+    if max_length := processor.settings.get("max_length"):
+        tokens = min(tokens, max_length)
+    # A digit is one token in every vocabulary. The end-of-turn token is supervised too.
+    answer = "1" * max(1, targets - 1)
     length = processor.length(_row(images, "", answer))[0]
     sample = processor.encode(_row(images, "1" * max(0, tokens - length), answer))
     inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * rows))
-    return {
-        name: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            inputs[name] = value.to("meta")
+    return inputs
 
 
 def _row(images: int, question: str, answer: str) -> Conversation:
-    parts = (*(ImageSource(Image.new("RGB", (8, 8))) for _ in range(images)), question)
-    return Conversation(
-        id="a row",
-        turns=(
-            Turn(role="user", parts=parts),
-            Turn(role="assistant", parts=(answer,)),
-        ),
-    )
+    parts: list[Part] = [ImageSource(Image.new("RGB", (8, 8))) for _ in range(images)]
+    parts.append(question)
+    user = Turn(role="user", parts=tuple(parts))
+    assistant = Turn(role="assistant", parts=(answer,))
+    return Conversation(id="estimate", turns=(user, assistant))

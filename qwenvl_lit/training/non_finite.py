@@ -1,5 +1,7 @@
-"""What the host learns of a step one step later, so that it never waits for the device; and steps whose gradient is not finite, which the
-optimizer leaves out before the run stops."""
+"""Detects non-finite gradients without synchronizing.
+
+The optimizer skips the step on the device; the host finds out one step later and stops the run.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,25 @@ from qwenvl_lit.types import Batch, DataError
 
 
 class NonFiniteGuard:
-    """Remembers whether the last gradient was finite."""
+    """Remembers whether the last gradient was finite, and the batches that it came from."""
 
     def __init__(self) -> None:
         self._finite: HostCopy | None = None
+        self._step = 0
+        self._batches: Sequence[Batch] = ()
 
     def note(self, finite: torch.Tensor, *, step: int, batches: Sequence[Batch]) -> None:
-        """`finite` (on the device) is the verdict on the gradient of `batches`, which would have made `step`."""
+        """Queues the verdict on a gradient, to be read by the next `check`.
+
+        Args:
+            finite: () on the device; true if the gradient of `batches` is finite.
+            step: the optimizer step that this gradient is for.
+        """
         self._finite = HostCopy(finite)
         self._step, self._batches = step, batches
 
     def check(self, folder: Path, rank: int) -> None:
-        """Read what was noted last.
+        """Reads the verdict that was noted last.
 
         Raises:
             DataError: that gradient was not finite; its batches are saved in `folder`.
@@ -32,26 +41,21 @@ class NonFiniteGuard:
         noted, self._finite = self._finite, None
         if noted is None or noted.read():
             return
-        rows = [
-            conversation.where or conversation.id
-            for batch in self._batches
-            for conversation in batch.conversations
-        ]
+        rows = []
+        for batch in self._batches:
+            for conversation in batch.conversations:
+                rows.append(conversation.where or conversation.id)
         file = folder / f"not_finite_step_{self._step}.rank{rank}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = [
-            {"input_ids": batch.input_ids, "labels": batch.labels, **batch.vision}
-            for batch in self._batches
-        ]
-        torch.save(
-            {
-                "step": self._step,
-                "rows": rows,
-                "batches": [{k: v.cpu() for k, v in batch.items()} for batch in tensors],
-            },
-            file,
-        )
+        batches = [_tensors_on_cpu(batch) for batch in self._batches]
+        torch.save({"step": self._step, "rows": rows, "batches": batches}, file)
         raise DataError(
-            f"the gradient of step {self._step} is not finite and was not applied. Its rows on rank {rank}: {', '.join(rows)}; saved as "
-            f"{file}. Look at these rows; then go on from the last checkpoint, with a smaller optim.lr if they are in order"
+            f"the gradient of step {self._step} is not finite and was not applied. Its rows on "
+            f"rank {rank}: {', '.join(rows)}; saved as {file}. Check these rows, then resume from "
+            "the last checkpoint, with a smaller optim.lr if the rows are correct"
         )
+
+
+def _tensors_on_cpu(batch: Batch) -> dict[str, torch.Tensor]:
+    tensors = {"input_ids": batch.input_ids, "labels": batch.labels, **batch.vision}
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

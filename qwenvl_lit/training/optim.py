@@ -14,18 +14,20 @@ from transformers import get_scheduler
 
 from qwenvl_lit.models.components import component_of_tensor
 
-CHUNK = 2**24  # elements that a stochastically rounded step works on at a time: 0.6 GiB of float32
+CHUNK = 2**24  # elements that a stochastically rounded step updates at once: 0.6 GiB of float32
 
 
 class AdamW:
-    """AdamW with warm-up; matrices decay, vectors (biases, norms) do not.
+    """AdamW with warm-up. Weight decay applies to matrices, not to vectors (biases, norms).
 
     Args:
-        lr: peak rate a step.
-        component_lr: peak rates of parts of the model that have their own, {"vision": 1e-5}; a part inside another one goes with the inner.
+        lr: peak learning rate.
+        component_lr: peak learning rate per component, e.g. {"vision": 1e-5}; nested components
+            use the innermost entry.
         warmup: steps (1 or more), or their share of all steps (below 1).
         schedule: what follows the warm-up; "cosine" and "linear" end at zero.
-        rounding: of trained tensors that are bfloat16. At small rates "nearest" leaves most of them as they are.
+        rounding: how updates of trained bfloat16 tensors are rounded. With "nearest", small
+            learning rates leave most of these weights unchanged.
         seed: of stochastic rounding.
     """
 
@@ -43,9 +45,9 @@ class AdamW:
         seed: int = 0,
     ):
         if rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"optim.rounding is stochastic or nearest, got {rounding!r}")
+            raise ValueError(f"optim.rounding must be stochastic or nearest, got {rounding!r}")
         if not isinstance(lr, int | float) or lr < 0:
-            raise ValueError(f"optim.lr is a number, 0 or more, got {lr!r}")
+            raise ValueError(f"optim.lr must be a number that is 0 or more, got {lr!r}")
         self.lr = lr
         self.component_lr = dict(component_lr or {})
         self.betas = (betas[0], betas[1])
@@ -62,83 +64,93 @@ class AdamW:
         total_steps: int,
         components: Mapping[str, str] | None = None,
         *,
-        compile: bool = False,
+        compiled: bool = False,
     ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """Optimizer over the trainable tensors of `model`, and its schedule, to be stepped `total_steps` times.
+        """Makes an optimizer of the trainable tensors of `model`, and its schedule.
 
-        Both kinds of optimizer leave everything as it is where their attribute `found_inf` is set, to a tensor () that is 1.
+        Both kinds of optimizer skip the step if their attribute `found_inf`, a tensor (), is 1.
 
         Args:
-            parts: the family's modules by name, for `component_lr`. Its groups have their name as `part`, the others None.
-            compile: whether what torch has no fused kernel for is compiled.
+            total_steps: how often the schedule will be stepped.
+            components: component -> module path, of the family. A parameter group has the name of
+                its component in `component_lr` as "part", or None.
+            compiled: whether to compile what torch has no fused kernel for.
 
         Raises:
-            ValueError: nothing is trainable, or nothing of a part that has a rate of its own.
+            ValueError: nothing is trainable, or nothing of a component in `component_lr`.
         """
-        trainable = {
-            name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad
-        }
+        trainable = {}
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad:
+                trainable[name] = tensor
         if not trainable:
             raise ValueError("nothing is trainable: check the adapter")
         groups = list(self._groups(trainable, components or {}))
         settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
-        if self.rounding == "stochastic" and any(
-            tensor.dtype == torch.bfloat16 for tensor in trainable.values()
-        ):
-            optimizer: torch.optim.Optimizer = StochasticAdamW(
-                groups, **settings, seed=self.seed, compile=compile
-            )
+        has_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in trainable.values())
+        optimizer: torch.optim.Optimizer
+        if self.rounding == "stochastic" and has_bfloat16:
+            optimizer = StochasticAdamW(groups, **settings, seed=self.seed, compiled=compiled)
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=True)
         warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
-        return optimizer, get_scheduler(
+        schedule = get_scheduler(
             self.schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
         )
+        return optimizer, schedule
 
     def _groups(
         self, trainable: Mapping[str, nn.Parameter], components: Mapping[str, str]
     ) -> Iterator[dict[str, Any]]:
+        """Parameter groups: for each learning rate the matrices, then the vectors."""
         if unknown := sorted(set(self.component_lr) - set(components)):
             raise ValueError(
-                f"optim.component_lr: the model has no part {', '.join(unknown)}; its parts are {', '.join(components)}"
+                f"optim.component_lr: the model has no component {', '.join(unknown)}; its "
+                f"components are {', '.join(components)}"
             )
-        part_of = {
-            name: component_of_tensor(name, {part: components[part] for part in self.component_lr})
-            for name in trainable
-        }
-        if idle := sorted(set(self.component_lr) - {part for part in part_of.values() if part}):
-            raise ValueError(f"optim.component_lr: the adapter trains nothing of {', '.join(idle)}")
-        for part in (None, *self.component_lr):
-            for decay, of_dimension in (
-                (self.weight_decay, lambda count: count >= 2),
-                (0.0, lambda count: count < 2),
-            ):
-                tensors = [
-                    tensor
-                    for name, tensor in trainable.items()
-                    if part_of[name] == part and of_dimension(tensor.ndim)
-                ]
+        with_lr = {component: components[component] for component in self.component_lr}
+        component_of = {name: component_of_tensor(name, with_lr) for name in trainable}
+        if untrained := sorted(set(self.component_lr) - set(component_of.values())):
+            raise ValueError(
+                f"optim.component_lr: the adapter trains nothing of {', '.join(untrained)}"
+            )
+        for component in (None, *self.component_lr):
+            matrices: list[nn.Parameter] = []
+            vectors: list[nn.Parameter] = []
+            for name, tensor in trainable.items():
+                if component_of[name] != component:
+                    continue
+                if tensor.ndim >= 2:
+                    matrices.append(tensor)
+                else:
+                    vectors.append(tensor)
+            lr = self.component_lr[component] if component else self.lr
+            for tensors, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
                 if tensors:
-                    yield {
-                        "params": tensors,
-                        "lr": self.component_lr.get(part, self.lr) if part else self.lr,
-                        "weight_decay": decay,
-                        "part": part,
-                    }
+                    # "part" is in the checkpoints of earlier runs, hence not "component"
+                    yield {"params": tensors, "lr": lr, "weight_decay": decay, "part": component}
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bfloat16 weights without a float32 copy: what is computed in float32 is rounded up or down at random, right on average.
+    """AdamW for bfloat16 weights without a float32 copy, by stochastic rounding.
 
-    Neighbours of a bfloat16 number are 0.4 to 0.8 % away, and plain rounding loses an update below half of that: a weight of 0.02 ignores
-    steps of 1e-5. States have the type of their weight and are rounded as it is. Tensors may be sharded: a rank updates what it holds.
-    Replicas of a tensor stay equal, since all ranks draw from `seed` and the number of the step.
+    The step is computed in float32 and rounded up or down at random, which is right on average.
+    Neighboring bfloat16 values are 0.4 to 0.8 % apart, and rounding to the nearest loses an update
+    below half of that: a weight of 0.02 ignores steps of 1e-5. The moments have the dtype of their
+    weight and are rounded in the same way.
 
-    Gradients are given back as soon as they are used. Tensors are worked on in chunks, which take their count of steps from their first
-    tensor: a tensor is expected to have a gradient in every step, or in none.
+    torchao's AdamW with stochastic rounding is private, draws from the global RNG, and knows
+    nothing of `found_inf`. Here the noise follows from a seed and the number of the step, so that
+    replicas and resumed runs round alike, and a step with a non-finite gradient is skipped on the
+    device.
+
+    Tensors may be sharded: a rank updates its own shard. Gradients are freed as soon as they have
+    been used. Tensors are updated in chunks, which take the step count of their first tensor: a
+    tensor is expected to have a gradient in every step or in none.
 
     Args:
-        compile: the arithmetic of a chunk becomes one kernel: a fifth of the traffic of memory, which is what a step waits for.
+        compiled: whether to compile the update of a chunk to one kernel. It needs a fifth of the
+            memory traffic, which is what limits the speed of a step.
     """
 
     def __init__(
@@ -150,22 +162,20 @@ class StochasticAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         seed: int = 0,
-        compile: bool = False,
+        compiled: bool = False,
     ):
-        self._stepped: Callable[..., tuple[torch.Tensor, ...]] = (
-            torch.compile(stepped) if compile else stepped
-        )
-        settings = {
+        self._adamw_step: Callable[..., tuple[torch.Tensor, ...]]
+        self._adamw_step = torch.compile(adamw_step) if compiled else adamw_step
+        defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "seed": seed,
             "calls": 0,
+            "capturable": True,  # makes torch load the step counts to the device
         }
-        super().__init__(
-            params, {**settings, "capturable": True}
-        )  # so that torch loads "step" to the device
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -174,59 +184,53 @@ class StochasticAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
-        for number, group in enumerate(self.param_groups):
+        for group_index, group in enumerate(self.param_groups):
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
             for tensor in tensors:
                 if not self.state[tensor]:
-                    moments = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
-                    self.state[tensor] = {"step": torch.zeros((), device=tensor.device), **moments}
-            seed = (group["seed"] * 1_000_003 + group["calls"]) * 1009 + number
+                    self.state[tensor] = _initial_state(tensor)
+            seed = (group["seed"] * 1_000_003 + group["calls"]) * 1009 + group_index
             group["calls"] += 1
-            for alike in _by_kind(tensors):
-                device = alike[0].device
-                keep = 1 - (
-                    torch.zeros((), device=device) if found_inf is None else found_inf.to(device)
-                )
-                torch._foreach_add_([self.state[tensor]["step"] for tensor in alike], keep)
-                for place, chunk in enumerate(self._chunks(alike)):
-                    self._update(chunk, group, keep, seed * 10_007 + place)
+            for same_kind in _by_device_and_dtype(tensors):
+                # 0 skips the step. A tensor, since reading `found_inf` would synchronize.
+                keep = torch.ones((), device=same_kind[0].device)
+                if found_inf is not None:
+                    keep = 1 - found_inf.to(keep.device)
+                torch._foreach_add_([self.state[tensor]["step"] for tensor in same_kind], keep)
+                for chunk_index, chunk in enumerate(self._chunks(same_kind)):
+                    self._update(chunk, group, keep, seed * 10_007 + chunk_index)
         return result
 
     def _update(
         self, chunk: Chunk, group: Mapping[str, Any], keep: torch.Tensor, seed: int
     ) -> None:
-        """Replace weights, means and squares of `chunk`; `keep` is 1, or 0 if nothing may change."""
-        flat = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in chunk[1:]]
-        drawn = torch.full(
-            (), seed % 2**31, dtype=torch.int32, device=keep.device
-        )  # as a tensor, or each would be compiled for
-        rate = group["lr"] * keep
-        new = self._stepped(
-            *flat,
-            chunk.step,
-            keep,
-            rate,
-            drawn,
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-        )
+        """Replaces the weights and moments of `chunk`; leaves them unchanged if `keep` is 0."""
+        flat = []
+        for pieces in chunk[1:]:
+            flat.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        # The seed is a tensor: a number would be compiled in, with a recompilation per step
+        seed_tensor = torch.full((), seed % 2**31, dtype=torch.int32, device=keep.device)
+        lr = group["lr"] * keep
+        betas, eps, weight_decay = group["betas"], group["eps"], group["weight_decay"]
+        new = self._adamw_step(*flat, chunk.step, keep, lr, seed_tensor, betas, eps, weight_decay)
         for pieces, values in zip(chunk[1:4], new, strict=True):
             torch._foreach_copy_(pieces, values.split([len(piece) for piece in pieces]))
 
     def _chunks(self, tensors: list[nn.Parameter]) -> Iterator[Chunk]:
-        """Pieces of tensors of `CHUNK` elements together. A gradient goes when its last piece is done."""
+        """Cuts and joins tensors to chunks of `CHUNK` elements.
+
+        Frees a gradient once the last chunk that has a piece of it is done.
+        """
         chunk, size = None, 0
         for tensor in tensors:
             state, gradient = self.state[tensor], tensor.grad
             assert gradient is not None
-            flat = [_own(t).view(-1) for t in (tensor, state["exp_avg"], state["exp_avg_sq"])] + [
-                _own(gradient).reshape(-1)
-            ]
+            updated = (tensor, state["exp_avg"], state["exp_avg_sq"])
+            flat = [local_tensor(t).view(-1) for t in updated]
+            flat.append(local_tensor(gradient).reshape(-1))
             tensor.grad = gradient = None
-            for start, end in pairwise(
-                [0, *range(CHUNK - size, len(flat[0]), CHUNK), len(flat[0])]
-            ):
+            bounds = [0, *range(CHUNK - size, len(flat[0]), CHUNK), len(flat[0])]
+            for start, end in pairwise(bounds):
                 chunk = chunk or Chunk(state["step"], [], [], [], [])
                 for pieces, whole in zip(chunk[1:], flat, strict=True):
                     pieces.append(whole[start:end])
@@ -239,7 +243,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 class Chunk(NamedTuple):
-    """Flat pieces of tensors and of what belongs to them, and the count of steps of the first."""
+    """Flat pieces of tensors and of their moments and gradients; the first one's step count."""
 
     step: torch.Tensor
     weights: list[torch.Tensor]
@@ -248,63 +252,75 @@ class Chunk(NamedTuple):
     gradients: list[torch.Tensor]
 
 
-def stepped(
-    weights, means, squares, gradients, step, keep, rate, seed, betas, eps, weight_decay
+def adamw_step(
+    weights, means, squares, gradients, step, keep, lr, seed, betas, eps, weight_decay
 ) -> tuple[torch.Tensor, ...]:
-    """Weights, means and squares (n,) after a step, of the type that they have. All that changes from step to step is a tensor ()."""
-    kinds = [values.dtype for values in (weights, means, squares)]
-    weights, means, squares, gradients = (
-        values.float() for values in (weights, means, squares, gradients)
-    )
+    """Computes weights, means and squares (n,) after a step, in the dtypes that they had.
+
+    What changes from step to step is a tensor (), so that it is not compiled in.
+    """
+    dtypes = (weights.dtype, means.dtype, squares.dtype)
+    weights, means, squares = weights.float(), means.float(), squares.float()
     step = step.clamp(min=1)
-    gradients = torch.where(keep > 0, gradients, 0)  # they may not be finite
+    gradients = torch.where(keep > 0, gradients.float(), 0)  # a skipped step's may not be finite
     means = means.lerp(gradients, (1 - betas[0]) * keep)
     squares = squares.lerp(gradients.square(), (1 - betas[1]) * keep)
     scale = (squares / (1 - betas[1] ** step)).sqrt() + eps
-    weights = weights * (1 - rate * weight_decay) - means / scale * (rate / (1 - betas[0] ** step))
-    made = zip((weights, means, squares), kinds, strict=True)
-    return tuple(
-        new if kind == torch.float32 else round_stochastically(new, seed + place)
-        for place, (new, kind) in enumerate(made)
-    )
+    weights = weights * (1 - lr * weight_decay) - means / scale * (lr / (1 - betas[0] ** step))
+    new = [weights, means, squares]
+    for index, dtype in enumerate(dtypes):
+        if dtype != torch.float32:
+            new[index] = round_stochastically(new[index], seed + index)
+    return tuple(new)
 
 
 def round_stochastically(values: torch.Tensor, seed: torch.Tensor | int = 0) -> torch.Tensor:
-    """float32 to bfloat16: to one of the two neighbours, to the nearer one more often, so that the mean is kept. What is bfloat16 stays.
+    """Rounds float32 to one of the two neighboring bfloat16 values, with the right mean.
+
+    The nearer neighbor is more likely. Values that bfloat16 can represent stay as they are.
 
     Args:
-        seed: () int32; the same one rounds the same way, on any device.
+        seed: () int32; the same seed rounds in the same way, on any device.
     """
-    bits = (values.view(torch.int32) + noise(values, seed)) & (
-        -1 << 16
-    )  # a bfloat16 is the upper half of a float32
+    noisy = values.view(torch.int32) + noise(values, seed)
+    bits = noisy & (-1 << 16)  # a bfloat16 is the upper half of a float32
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def noise(like: torch.Tensor, seed: torch.Tensor | int) -> torch.Tensor:
-    """int32 from 0 to 65535 in the shape of `like`, a hash of each place and the seed: a generator could not be compiled.
+    """Uniform int32 noise from 0 to 65535 in the shape of `like`: a hash of index and seed.
 
-    The hash is lowbias32, by C. Wellons (https://nullprogram.com/blog/2018/07/31/).
+    A hash, because torch.compile cannot compile a random generator of our own. It is lowbias32 by
+    C. Wellons (https://nullprogram.com/blog/2018/07/31/).
     """
-    bits = torch.arange(like.numel(), dtype=torch.int32, device=like.device) + _scattered(
-        torch.as_tensor(seed, device=like.device)
-    )
-    return (_scattered(bits) & 0xFFFF).view(like.shape)
+    indices = torch.arange(like.numel(), dtype=torch.int32, device=like.device)
+    hashed = _hash(indices + _hash(torch.as_tensor(seed, device=like.device)))
+    return (hashed & 0xFFFF).view(like.shape)
 
 
-def _scattered(bits: torch.Tensor) -> torch.Tensor:
+def _hash(bits: torch.Tensor) -> torch.Tensor:
+    # `>>` copies the sign bit into the upper bits; the masks remove it
     bits = bits.to(torch.int32)
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D  # the sign is shifted in, and masked away
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 
-def _by_kind(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    kinds: dict[Any, list[nn.Parameter]] = {}
+def _initial_state(tensor: nn.Parameter) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros((), device=tensor.device),
+        "exp_avg": torch.zeros_like(tensor),
+        "exp_avg_sq": torch.zeros_like(tensor),
+    }
+
+
+def _by_device_and_dtype(tensors: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[Any, list[nn.Parameter]] = {}
     for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return list(kinds.values())
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
-"""Where Lightning leaves a model: strategies of ours beside Lightning's own."""
+"""Lightning strategies: FSDP2 for training, and a model that transformers spread over devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,143 +20,167 @@ from qwenvl_lit.types import DataError
 
 
 class DeviceMapStrategy(SingleDeviceStrategy):
-    """One process for a model that is spread over several cards and host memory already: nothing is moved. Not for training."""
+    """One process for a model that `device_map` has spread over GPUs and host memory.
+
+    Lightning moves no tensor of the model. For testing and predicting only.
+    """
 
     def __init__(self):
         super().__init__(device="cuda:0" if torch.cuda.is_available() else "cpu")
 
-    def setup(self, trainer) -> None:
-        """As Lightning's.
+    def setup(self, trainer: lightning.Trainer) -> None:
+        """Sets the strategy up as Lightning does.
 
         Raises:
-            DataError: training was asked for.
+            DataError: the trainer is about to train.
         """
         if trainer.state.fn == "fit":
             raise DataError(
-                "model.device_map spreads a model to predict and to chat; train with strategy=ddp, or leave device_map out"
+                "model.device_map is for testing, predicting and chatting; to train on several "
+                "GPUs use strategy=ddp and leave model.device_map out"
             )
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Its tensors stay where they are."""
+        """Does nothing: the tensors stay where they are."""
 
     def teardown(self) -> None:
-        """Lightning would call the model back to the host, and parts of it have no tensor to call."""
+        """Does nothing.
+
+        Lightning would move the model to the host, which offloaded layers on the meta device
+        cannot follow.
+        """
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimizer states are divided among all ranks (FSDP2); a block's weights are gathered when they are needed.
+    """Shards weights, gradients and optimizer states across all ranks (FSDP2).
 
-    To validate, test and predict, every rank gathers all weights once: ranks then answer as many rows as they have, in as many steps as
-    the answers are long, without waiting for each other.
+    In training, the weights of a block are gathered when they are needed. To validate, test and
+    predict, every rank gathers all weights once, so that ranks can generate different numbers of
+    rows and tokens without blocking each other.
 
-    Checkpoints are as those of one process: whole tensors, gathered one by one and written by rank 0, of what is trained. They load
-    with any number of ranks.
+    Checkpoints are those of a single process: the trained tensors, gathered one by one to rank 0,
+    which writes them whole. They can be loaded with any number of ranks.
 
     Args:
-        process_group_backend: "gloo" to run it on the CPU.
+        process_group_backend: "gloo" to run on the CPU.
     """
 
     def __init__(self, process_group_backend: str | None = None, **options: Any):
         super().__init__(
+            tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
             **options,
         )
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = (
-            self.num_nodes * self.num_processes,
-            1,
-        )
+        # Lightning's "auto" is the number of nodes. The constructor's argument cannot be used: the
+        # trainer tells a strategy the numbers of nodes and processes only after it was built.
+        # test_strategies.py checks the shape of the mesh that follows from this private attribute.
+        self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        shard(self.lightning_module.model, self.device_mesh["data_parallel"])
+        module = self.lightning_module
+        shard(module.model, self.device_mesh["data_parallel"], module.family.fsdp_units)
         super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors of what is trained, on rank 0; nothing on the others."""
+        """Returns the trained tensors, whole, on rank 0; an empty dictionary on other ranks."""
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
         return get_model_state_dict(self.model, options=options)
 
     def on_validation_start(self) -> None:
-        self._gather()
+        self._gather_weights()
 
     def on_validation_end(self) -> None:
-        self._divide()
+        self._reshard_weights()
 
     def on_test_start(self) -> None:
-        self._gather()
+        self._gather_weights()
 
     def on_test_end(self) -> None:
-        self._divide()
+        self._reshard_weights()
 
     def on_predict_start(self) -> None:
-        self._gather()
+        self._gather_weights()
 
     def on_predict_end(self) -> None:
-        self._divide()
+        self._reshard_weights()
 
-    def _gather(self) -> None:
-        with ordinary_tensors():
-            for module in self._units():
-                module.set_reshard_after_forward(False, recurse=False)
-                module.unshard()
+    def _gather_weights(self) -> None:
+        with outside_inference_mode():
+            for unit in self._units():
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
 
-    def _divide(self) -> None:
-        with ordinary_tensors():
+    def _reshard_weights(self) -> None:
+        with outside_inference_mode():
             *blocks, root = reversed(self._units())
-            for module in blocks:
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
-            root.reshard()  # whose weights stay from the forward to the backward pass, as FSDP has it
+            for unit in blocks:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+            # FSDP's default for the root is to keep its weights from forward to backward
+            root.reshard()
 
     def _units(self) -> list[FSDPModule]:
-        return [
-            module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)
-        ]
+        modules = self.lightning_module.modules()
+        return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 def sharding_of(trainer: lightning.Trainer) -> tuple[Sharding, int]:
-    """How a trainer's strategy spreads the weights, and over how many cards."""
-    cards = trainer.num_devices * trainer.num_nodes
-    return "sharded" if isinstance(
-        trainer.strategy, FSDP2Strategy
-    ) else "replicated" if cards > 1 else "one", cards
+    """Returns how a trainer's strategy distributes the weights, and the number of devices."""
+    devices = trainer.num_devices * trainer.num_nodes
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        return "fsdp", devices
+    if devices > 1:
+        return "ddp", devices
+    return "none", devices
 
 
-def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, which becomes the sum of those of all ranks. Lightning's `reduce` has each host wait for its device first."""
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all ranks, in place.
+
+    Lightning's `reduce` would make each host synchronize with its device first.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide the network in `model`, a PreTrainedModel or one inside adapters, among the ranks of `mesh`, block by block; once.
+def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[str]) -> None:
+    """Shards the network in `model` across the ranks of `mesh`, block by block; once.
 
-    Weights are gathered in their own type, gradients summed in float32. What is passed between modules keeps its type: rotary
-    tables are float32.
+    Weights are gathered in their own dtype and gradients are summed in float32. Inputs of modules
+    are not cast: rotary tables are float32.
+
+    Args:
+        model: a transformers model, or one inside adapters.
+        units: class names of the modules that are gathered as a whole, see `Family.fsdp_units`.
     """
     network = network_of(model)
     if isinstance(network, FSDPModule):
         return
-    blocks = set(network._no_split_modules)
-    units = [module for module in network.modules() if type(module).__name__ in blocks]
-    if not network.config.tie_word_embeddings:  # two thirds of what the blocks leave
-        units += [network.get_input_embeddings(), network.get_output_embeddings()]
+    modules = [module for module in network.modules() if type(module).__name__ in units]
+    if not network.config.tie_word_embeddings:
+        # Embeddings and head are two thirds of the parameters outside the blocks
+        modules += [network.get_input_embeddings(), network.get_output_embeddings()]
     policy = MixedPrecisionPolicy(
         param_dtype=network.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for module in (*units, network):
+    for module in (*modules, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 @contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Tensors made inside can be trained, also where Lightning infers: FSDP keeps those that it gathers weights into."""
+def outside_inference_mode() -> Iterator[None]:
+    """Leaves inference mode, without recording gradients.
+
+    FSDP reuses its gather buffers for training, and tensors created in inference mode cannot be
+    trained.
+    """
     with torch.inference_mode(False), torch.no_grad():
         yield

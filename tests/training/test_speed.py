@@ -1,7 +1,8 @@
-"""What is done to a model before it trains changes neither what it computes nor what is trained."""
+"""Speed-ups change neither what a model computes nor what is trained."""
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import lightning
 import pytest
@@ -10,23 +11,25 @@ from small_network import CLOSE, IMAGE, image_positions, images, small_network, 
 from small_run import family, read
 from torch import nn
 from torch._dynamo.exc import Unsupported
-from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_task import trainer
 
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.models.components import blocks_of, replace_method
+from qwenvl_lit.models.dynamo import compiled_graphs
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.training.speed import (
     Speed,
-    blocks_of,
+    attention_kernels,
+    checkpoint_blocks,
     compile_blocks,
-    recompute_blocks,
-    replay_tower,
+    graph_vision_tower,
 )
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
@@ -35,7 +38,7 @@ EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
 
 def adapted(adapter) -> nn.Module:
     torch.manual_seed(0)
-    model = adapter.apply(small_network(), QwenVLFamily.components).train()
+    model = adapter.apply(small_network(), QwenVLFamily).train()
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(tensor, std=0.1)
@@ -60,41 +63,49 @@ def gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, to
 
 
 @pytest.fixture
-def fast_compiler(monkeypatch):
-    """Graphs are captured and differentiated as ever, and run as they are: kernels would take minutes to be written."""
-    torch._dynamo.reset()
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="aot_eager"))
-    counters.clear()
+def graphs(monkeypatch) -> Callable[[], int]:
+    """Makes compilation fast, and counts the graphs compiled in a test.
+
+    Graphs are captured and differentiated as usual, but no kernels are generated, which would take
+    minutes.
+    """
+    torch.compiler.reset()
+    torch_compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function: torch_compile(function, backend="aot_eager")
+    )
+    before = compiled_graphs()
+    return lambda: compiled_graphs() - before
 
 
 @pytest.mark.parametrize("adapter", [Full(), LORA, EVERYWHERE], ids=["full", "lora", "lora_all"])
-def test_compiled_blocks_compute_what_they_are(adapter, fast_compiler):
+def test_compiled_blocks_give_the_same_gradients(adapter, graphs):
     model = adapted(adapter)
     expected = gradients(model, batch(2, 7))
     compile_blocks(model)
-    found = gradients(model, batch(2, 7))
-    assert counters["stats"]["unique_graphs"] == 2  # the tower's block, and the language model's
+    compiled = gradients(model, batch(2, 7))
+    assert graphs() == 2  # one for the blocks of the tower, one for those of the language model
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, **CLOSE)
+        torch.testing.assert_close(compiled[name], gradient, **CLOSE)
 
 
-def test_sizes_that_change_are_compiled_for_once_more(fast_compiler):
+def test_blocks_are_recompiled_once_for_dynamic_shapes(graphs):
     model = adapted(LORA)
     compile_blocks(model)
     for rows, length in ((2, 7), (3, 9), (4, 5), (2, 11), (5, 20), (3, 3)):
         gradients(model, batch(rows, length))
-    assert counters["stats"]["unique_graphs"] == 4
+    assert graphs() == 4
     with torch.no_grad():
         for rows in (2, 3, 4):
             model(**batch(rows, 6))
-    assert counters["stats"]["unique_graphs"] <= 6
+    assert graphs() <= 6
 
 
-def test_compiled_blocks_run_again_for_their_gradients(fast_compiler):
+@pytest.mark.usefixtures("graphs")
+def test_compiled_checkpointed_blocks_give_the_same_gradients():
     model = adapted(LORA)
     expected = gradients(model, batch(2, 7))
-    recompute_blocks(model)
+    checkpoint_blocks(model)
     compile_blocks(model)
     for name, gradient in gradients(model, batch(2, 7)).items():
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
@@ -104,9 +115,9 @@ def test_compiled_blocks_run_again_for_their_gradients(fast_compiler):
     "device",
     [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)],
 )
-def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout(device):
-    """Gradients against differences of the loss, with kernels that the compiler writes."""
-    torch._dynamo.reset()
+def test_compiled_checkpointed_blocks_save_less_and_recompute_the_same_dropout(device):
+    """Compares gradients with differences of the loss; the compiler generates kernels."""
+    torch.compiler.reset()
     model = adapted(LoRA(rank=2, alpha=4, dropout=0.5, targets=LORA.targets)).to(device)
     inputs = {name: tensor.to(device) for name, tensor in batch(2, 7).items()}
     weight = next(tensor for name, tensor in model.named_parameters() if "lora_B" in name)
@@ -116,39 +127,53 @@ def test_what_runs_again_in_compiled_blocks_is_not_kept_and_has_the_same_dropout
         with torch.no_grad():
             weight.add_(direction, alpha=step)
         torch.manual_seed(7)
-        found = model(**inputs).loss
+        value = model(**inputs).loss
         with torch.no_grad():
             weight.sub_(direction, alpha=step)
-        return found
+        return value
 
-    def kept() -> int:
+    def saved_bytes() -> int:
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (sizes.append(tensor.nbytes), tensor)[1], lambda tensor: tensor
-        ):
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss(0.0)
         return sum(sizes)
 
     torch.manual_seed(7)
     compile_blocks(model)
-    usual = kept()
+    usual = saved_bytes()
     for block in blocks_of(model).values():
-        del block.compute
-    recompute_blocks(model)
+        replace_method(block, "compute", None)
+    checkpoint_blocks(model)
     compile_blocks(model)
-    assert kept() < 0.8 * usual  # weights are counted, too
+    assert saved_bytes() < 0.8 * usual  # weights are counted, too
     torch.manual_seed(7)
     model(**inputs).loss.backward()
     slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
-    rtol = (
-        0.02 if device == "cpu" else 0.05
-    )  # 0.022 off on an H100; gradients of another dropout are 0.6 off and more
-    torch.testing.assert_close(
-        (weight.grad * direction).sum(), slope.detach(), rtol=rtol, atol=1e-3
-    )
+    # 0.022 off on an H100; gradients with other dropout masks are 0.6 off and more
+    rtol = 0.02 if device == "cpu" else 0.05
+    expected = (weight.grad * direction).sum()
+    torch.testing.assert_close(expected, slope.detach(), rtol=rtol, atol=1e-3)
 
 
-def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+def test_attention_outputs_that_checkpointing_keeps_are_those_of_torch():
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    calls: list[object] = []
+    query = torch.ones(1, 2, 8, 16)
+    with Calls():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert set(calls) & set(attention_kernels())
+
+
+def test_a_block_that_cannot_be_compiled_runs_uncompiled_with_a_warning(monkeypatch, caplog):
     def refused(function):
         def compiled(*args, **kwargs):
             raise Unsupported("a layer of another package")
@@ -160,24 +185,24 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(torch, "compile", refused)
     compile_blocks(model)
     with caplog.at_level(logging.WARNING):
-        found = gradients(model, batch(2, 7))
+        uncompiled = gradients(model, batch(2, 7))
     assert "a layer of another package" in caplog.text
-    for name, gradient in found.items():
+    for name, gradient in uncompiled.items():
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
 
 
 @pytest.mark.parametrize("adapter", [Full(), LORA], ids=["full", "lora"])
-def test_every_block_or_some_run_again_and_embeddings_get_no_gradient_for_it(adapter):
+def test_all_or_some_blocks_are_checkpointed_and_embeddings_get_no_gradient_for_it(adapter):
     model = adapted(adapter)
     runs = Counter()
     for path, block in blocks_of(model).items():
         block.ln_1.register_forward_pre_hook(lambda norm, args, path=path: runs.update([path]))
-    recompute_blocks(model, list(blocks_of(model))[:1])
+    checkpoint_blocks(model, list(blocks_of(model))[:1])
     gradients(model, batch(1, 5))
     first, *others = blocks_of(model)
     assert runs[first] == 2
     assert {runs[path] for path in others} == {1}
-    recompute_blocks(model)
+    checkpoint_blocks(model)
     assert all(block.gradient_checkpointing for block in blocks_of(model).values())
     assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad == isinstance(
         adapter, Full
@@ -185,31 +210,32 @@ def test_every_block_or_some_run_again_and_embeddings_get_no_gradient_for_it(ada
 
 
 @pytest.mark.parametrize(
-    ("choices", "says"),
+    ("choices", "message"),
     [
-        ({"compile": "always"}, "speed.compile is auto, true, false, got 'always'"),
-        ({"checkpointing": True}, "speed.checkpointing is auto, none, full, got True"),
-        ({"float8": "yes"}, "speed.float8 is true, false, got 'yes'"),
+        ({"compile": "always"}, "speed.compile must be one of auto, true, false, got 'always'"),
+        ({"checkpointing": True}, "speed.checkpointing must be one of auto, none, full, got True"),
+        ({"float8": "yes"}, "speed.float8 must be one of true, false, got 'yes'"),
     ],
 )
-def test_other_choices_are_refused(choices, says):
-    with pytest.raises(ValueError, match=says):
+def test_unknown_choices_are_refused(choices, message):
+    with pytest.raises(ValueError, match=message):
         Speed(**choices)
 
 
-class Watch(lightning.Callback):
-    """Makes every wait of the host for the device an error, from the fifth batch to the end of the twelfth, loading included."""
+class ForbidSynchronization(lightning.Callback):
+    """Makes every synchronization an error, data loading included, from batch 4 to batch 11."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        torch.cuda.set_sync_debug_mode(
-            {3: "error", 11: "default"}.get(batch_idx, torch.cuda.get_sync_debug_mode())
-        )
+        if batch_idx == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        elif batch_idx == 11:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packing", [False, True])
-def test_no_step_waits_for_the_device(tmp_path, packing):
-    task = VisionLanguageModule(
+def test_no_training_step_synchronizes(tmp_path, packing):
+    module = VisionLanguageModule(
         family=family(),
         adapter=LoRA(rank=2, alpha=4, dropout=0.1, targets="all-linear"),
         generation=Generation(),
@@ -219,7 +245,7 @@ def test_no_step_waits_for_the_device(tmp_path, packing):
     )
     sizes = {"max_tokens": 128, "packing": True} if packing else {"batch_size": 2}
     data = DataModule(
-        processor=task.processor,
+        processor=module.processor,
         read=read,
         train="abcdefghijklmnopqrstuvwxyz" * 2,
         num_workers=1,
@@ -231,33 +257,33 @@ def test_no_step_waits_for_the_device(tmp_path, packing):
         "log_every_n_steps": 1000,
         "max_steps": 8,
     }
-    made = trainer(
+    fitting = trainer(
         tmp_path,
         Throughput(),
         RunLog(),
-        Watch(),
+        ForbidSynchronization(),
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         max_epochs=-1,
         **options,
     )
     try:
-        made.fit(task, data)
+        fitting.fit(module, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert made.global_step == 8
+    assert fitting.global_step == 8
 
 
 @pytest.mark.gpu
-def test_a_recorded_tower_sees_what_the_tower_sees():
+def test_a_graphed_tower_gives_the_features_of_the_tower():
     tower = small_network().cuda().transformer.visual
-    alone = tower.forward
-    replay_tower(tower)
-    for number, count in enumerate((1, 2, 1, 2, 1, 2, 7, 1)):
-        given = images(count, seed=number).cuda()
-        with torch.inference_mode() if number == 4 else torch.no_grad():
-            torch.testing.assert_close(tower(given), alone(given), **CLOSE)
-    assert {kind[0][0] for kind in tower.forward.recorded} == {1, 2}
-    given = images(1).cuda().requires_grad_()
-    tower(given).sum().backward()
-    assert given.grad.any()
+    plain_forward = tower.forward
+    graph_vision_tower(tower)
+    for seed, count in enumerate((1, 2, 1, 2, 1, 2, 7, 1)):
+        pixels = images(count, seed=seed).cuda()
+        with torch.inference_mode() if seed == 4 else torch.no_grad():
+            torch.testing.assert_close(tower(pixels), plain_forward(pixels), **CLOSE)
+    assert {shape[0] for shape, _ in tower.forward.recorded} == {1, 2}
+    pixels = images(1).cuda().requires_grad_()
+    tower(pixels).sum().backward()
+    assert pixels.grad.any()
