@@ -31,7 +31,7 @@ def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
 
     family = QwenVLFamily(path=str(base), dtype="bfloat16")
     adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(
-        family.meta_model(), family.components
+        family.meta_model(), family
     )
     draw = torch.Generator().manual_seed(0)
     learned = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}

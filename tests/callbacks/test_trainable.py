@@ -11,7 +11,7 @@ from tests.small_network import small_network
 
 def listed(adapter) -> tuple[list[Trained], int]:
     return what_is_trained(
-        adapter.apply(small_network(), QwenVLFamily.components).named_parameters(),
+        adapter.apply(small_network(), QwenVLFamily).named_parameters(),
         QwenVLFamily.components,
     )
 
@@ -71,7 +71,7 @@ def test_weights_of_four_bits_count_as_what_they_stand_for():
 
 def test_the_table_is_printed_and_kept_with_the_run(tmp_path, capsys):
     model = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear").apply(
-        small_network(), QwenVLFamily.components
+        small_network(), QwenVLFamily
     )
     task = SimpleNamespace(model=model, family=QwenVLFamily)
     Trainable().on_fit_start(

@@ -147,7 +147,7 @@ def test_processes_can_share_it():
 
 def network(adapter) -> nn.Module:
     torch.manual_seed(0)
-    return adapter.apply(small_network(**SIZES), QwenVLFamily.components).train()
+    return adapter.apply(small_network(**SIZES), QwenVLFamily).train()
 
 
 def test_frozen_layers_are_replaced_and_adapters_learn_on_them():

@@ -25,7 +25,7 @@ META = torch.device("meta")
 def network(adapter, config: QwenVLConfig | None = None, dtype=torch.bfloat16) -> nn.Module:
     with META:
         model = QwenVLForCausalLM(config or QwenVLConfig()).to(dtype)
-    return adapter.apply(model, QwenVLFamily.components).train()
+    return adapter.apply(model, QwenVLFamily).train()
 
 
 def rows(

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from small_network import small_network
 
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
 from qwenvl_lit.training.adapters.merging import read_trained_state
 from qwenvl_lit.training.adapters.methods import LoRA
+from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
 from qwenvl_lit.types import DataError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
@@ -56,14 +56,14 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"peft_type": "IA3"}, "of the kind IA3; only LORA"),
-        ({"peft_type": None}, "of the kind None"),
+        ({"peft_type": "IA3"}, "peft_type IA3; only LORA"),
+        ({"peft_type": None}, "peft_type None"),
         ({"target_modules": None}, "lacks target_modules"),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights=pissa_niter_4 has changed the base too",
+            "init_lora_weights=pissa_niter_4 has changed the base weights too",
         ),
-        ({"use_magic": True}, "says use_magic=True, which the peft installed here does not know"),
+        ({"use_magic": True}, "has use_magic=True, which the installed peft does not know"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder, changes, says):
@@ -79,31 +79,31 @@ def test_broken_and_missing_files_are_named(folder):
     with pytest.raises(DataError, match=r"adapter_model\.bin cannot be read"):
         weights_file(made)
     (made / "adapter_config.json").write_text("{")
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         read_config(made)
 
 
 def test_an_adapter_on_the_resamplers_attention_as_a_whole_is_refused(folder):
     made = folder(["base_model.model.transformer.visual.attn_pool.attn.lora_A.weight"])
-    with pytest.raises(DataError, match="adapts the resampler's attention as a whole"):
+    with pytest.raises(DataError, match="adapts the resampler's attention as one module"):
         weights_file(made)
 
 
 def test_tensors_without_a_place_in_the_model_are_named(folder):
     adapted = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"]).apply(
-        small_network(), QwenVLFamily.components
+        small_network(), QwenVLFamily
     )
     file = weights_file(folder(["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"]))
     with pytest.raises(
-        DataError, match=r"1 tensors for which this model has no place \(.*h\.7.*is it the base"
+        DataError, match=r"1 tensors that this model does not have \(.*h\.7.*is it the base"
     ):
         read_trained_state(file, adapted)
 
 
 def test_a_target_that_is_no_linear_layer_is_named():
     with pytest.raises(
-        ValueError, match=r"matches transformer\.visual.*attn, which is no linear layer"
+        ValueError, match=r"matches transformer\.visual.*attn, which is not a linear layer"
     ):
         LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn").apply(
-            small_network(), QwenVLFamily.components
+            small_network(), QwenVLFamily
         )

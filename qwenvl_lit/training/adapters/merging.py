@@ -1,10 +1,11 @@
-"""What earlier runs learned, merged into the base weights."""
+"""Checkpoints that a run starts from, and how they are merged into the base weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,15 +15,18 @@ from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.adapters.peft_files import PEFT_FILES, peft_names, read_peft_file
 from qwenvl_lit.types import DataError
 
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Family
+
 
 class StartingCheckpoint:
-    """What an earlier run learned: folded into the weights before another adapter is applied to them.
+    """The checkpoint of an earlier run, merged into the weights before another adapter is applied.
 
     Args:
-        checkpoint: of that run.
-        sha256: `fingerprint` of the checkpoint when the later run began; None: whatever it is now.
-        adapter: what that run trained.
-        init: the run that it had started from in its turn.
+        checkpoint: a checkpoint file of the earlier run.
+        sha256: `fingerprint` of the file when the later run started; None: not checked.
+        adapter: the method that trained the checkpoint.
+        init: the checkpoint that the earlier run had started from.
     """
 
     def __init__(
@@ -38,140 +42,161 @@ class StartingCheckpoint:
         self.adapter = adapter
         self.init = init or None
 
-    def merge_into(self, model: nn.Module, components: Mapping[str, str]) -> nn.Module:
-        """The model with everything learned in it, of the original class, with the same tensors open to training as before.
+    def merge_into(self, model: nn.Module, family: Family) -> nn.Module:
+        """Returns `model`, the family's network, with this checkpoint and those before it merged.
+
+        The model keeps its class, and the same tensors require gradients as before.
 
         Raises:
-            DataError: the checkpoint is not there, is not the one that it was, or is not this model's.
+            DataError: the checkpoint is missing, has changed, or belongs to another model.
         """
         if self.init:
-            model = self.init.merge_into(model, components)
+            model = self.init.merge_into(model, family)
         self.check()
-        learns = {name: tensor.requires_grad for name, tensor in model.named_parameters()}
-        adapted = self.adapter.apply(model, components)
+        trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        adapted = self.adapter.apply(model, family)
         load_trained_state(adapted, self.checkpoint)
         merged = self.adapter.merge(adapted)
         for name, tensor in merged.named_parameters():
-            tensor.requires_grad_(learns[name])
+            tensor.requires_grad_(name in trainable)
         return merged
 
     def check(self) -> None:
-        """Raises a DataError unless the checkpoint is the one that it was."""
+        """Raises DataError if the checkpoint is missing or has changed."""
         if not self.checkpoint.exists():
             raise DataError(
-                f"{self.checkpoint} is not there, and the run started from it: put it back, or say where it is with init.checkpoint=PATH"
+                f"{self.checkpoint} is missing, and the run started from it: "
+                f"put it back, or give its new path with init.checkpoint=PATH"
             )
         if self.sha256 is not None and fingerprint(self.checkpoint) != self.sha256:
             raise DataError(
-                f"{self.checkpoint} is not the checkpoint that the run started from: its content has changed (sha256)"
+                f"{self.checkpoint} is not the checkpoint that the run started from: "
+                f"its content has changed (sha256)"
             )
 
 
 class MergedWeights:
-    """The weights of a network with what was learned folded in, one after the other: no more than a layer is in memory at once.
+    """Merges a checkpoint into weights that are read one tensor at a time.
+
+    At most one layer is in memory at once, so that a model can be exported on a small machine. An
+    instance is a function from the name of a tensor in the family's network to its merged value.
 
     Args:
-        read: a tensor of the weights before, by its name in the network.
-        outline: the network on the meta device.
-        checkpoint: whose tensors are folded in; a run's, or peft's file.
-        dtype: in which layers with adapters are summed; None: that of the weights before, as `Adapter.merge` does it.
+        read: returns a tensor of the weights before the merge, by its name in the network.
+        adapter: the method that trained the checkpoint.
+        checkpoint: a run's checkpoint, or the weights file of a peft folder.
+        dtype: the precision in which adapters are added to their layers; None: that of the
+            layer's weights, as in `Adapter.merge`.
 
     Raises:
-        DataError: the checkpoint is not this model's.
+        DataError: the checkpoint belongs to another model.
     """
 
     def __init__(
         self,
         read: Callable[[str], torch.Tensor],
         *,
-        outline: nn.Module,
-        components: Mapping[str, str],
+        family: Family,
         adapter: Adapter,
         checkpoint: Path,
         dtype: torch.dtype | None = None,
     ):
         self.read = read
         self.dtype = dtype
-        adapted = adapter.apply(outline, components)
+        # The trained tensors have values from the checkpoint; all others stay on the meta device.
+        adapted = adapter.apply(family.meta_model(), family)
         load_trained_state(adapted, checkpoint, assign=True)
-        self.network = network_of(adapted)
-        self._merged: tuple[str, dict[str, torch.Tensor]] = (
-            "",
-            {},
-        )  # of the last layer with an adapter: its weight and its bias
+        self._network = network_of(adapted)
+        # The last merged layer: a name is read for the weight of a layer, then for its bias.
+        self._merged_path = ""
+        self._merged_tensors: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
         path, _, leaf = name.rpartition(".")
-        module = self.network.get_submodule(path)
-        if hasattr(module, "modules_to_save"):  # peft's word for layers that are trained whole
+        module = self._network.get_submodule(path)
+        # peft wraps a layer that is trained whole (`modules_to_save`) or has an adapter on it
+        # (`base_layer`).
+        if hasattr(module, "modules_to_save"):
             return module.modules_to_save["default"].get_parameter(leaf)
         if not hasattr(module, "base_layer"):
-            own = getattr(module, leaf)
-            return self.read(name) if own.is_meta else own.detach()
-        if self._merged[0] != path:
-            self._merged = (path, self._merge(path, module))
-        return self._merged[1][leaf]
+            return self._value(name, getattr(module, leaf))
+        if self._merged_path != path:
+            self._merged_tensors = self._merge(path, module)
+            self._merged_path = path
+        return self._merged_tensors[leaf]
+
+    def _value(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The trained value of a tensor, or the one from before the merge."""
+        return self.read(name) if tensor.is_meta else tensor.detach()
 
     def _merge(self, path: str, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Fills a layer with weights, lets peft merge them, and leaves the layer as it was."""
         inner = layer.base_layer
-        before = dict(inner.named_parameters())
-        for leaf, own in before.items():
-            tensor = (
-                self.read(f"{path}.{leaf}") if own.is_meta else own.detach()
-            )  # biases may be trained beside the adapter
-            setattr(
-                inner,
-                leaf,
-                nn.Parameter(tensor.to(self.dtype or tensor.dtype, copy=True), requires_grad=False),
-            )
+        original = dict(inner.named_parameters())
+        for leaf, tensor in original.items():
+            value = self._value(f"{path}.{leaf}", tensor)
+            value = value.to(self.dtype or value.dtype, copy=True)
+            setattr(inner, leaf, nn.Parameter(value, requires_grad=False))
         layer.merge()
-        layer.merged_adapters.clear()
+        layer.merged_adapters.clear()  # else peft would skip the layer if it is merged again
         merged = {leaf: tensor.detach() for leaf, tensor in inner.named_parameters()}
-        for leaf, own in before.items():
-            setattr(inner, leaf, own)
+        for leaf, tensor in original.items():
+            setattr(inner, leaf, tensor)
         return merged
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """sha256 of a checkpoint's content."""
+    """Returns the sha256 of a file's content."""
     with checkpoint.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_trained_state(adapted: nn.Module, checkpoint: Path, *, assign: bool = False) -> None:
-    """Put the trained tensors of a checkpoint into a model that `Adapter.apply` returned; `assign` puts them in place of its own.
+    """Loads the trained tensors of a checkpoint into a model that `Adapter.apply` returned.
+
+    Args:
+        assign: replace the model's tensors, which may be on the meta device, instead of copying.
 
     Raises:
-        DataError: they are not those that this model trains.
+        DataError: the checkpoint does not hold exactly the tensors that the model trains.
     """
-    trained = {name for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+    trained = [name for name, tensor in adapted.named_parameters() if tensor.requires_grad]
     tensors = read_trained_state(checkpoint, adapted)
-    if set(tensors) != trained:
-        names = sorted(set(tensors) ^ trained)
-        raise DataError(
-            f"{checkpoint} is of another model or adapter: they differ in {len(names)} tensors ({names[0]}, ...)"
-        )
     try:
+        check_trained_names(tensors, trained)
         adapted.load_state_dict(tensors, strict=False, assign=assign)
-    except RuntimeError as error:  # tensors of other shapes
-        raise DataError(f"{checkpoint} is of another model or adapter: {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for other shapes
+        raise DataError(f"{checkpoint} belongs to another model or adapter: {error}") from error
+
+
+def check_trained_names(stored: Iterable[str], trained: Iterable[str]) -> None:
+    """Raises ValueError unless a checkpoint holds exactly the tensors that a model trains."""
+    stored, trained = set(stored), set(trained)
+    for problem, names in (("lacks", trained - stored), ("has unknown", stored - trained)):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise ValueError(f"the checkpoint {problem} trained tensors, {len(names)}: {shown}")
 
 
 def read_trained_state(checkpoint: Path, adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained tensors of a checkpoint, or of peft's file in an adapter folder, by their names in `adapted`, what `Adapter.apply` gave.
+    """Returns the tensors of a run's checkpoint, or of the weights file of a peft folder.
+
+    Args:
+        adapted: the model that `Adapter.apply` returned, whose names the tensors get.
 
     Raises:
-        DataError: peft's file cannot be read, or has a tensor that this model does not.
+        DataError: peft's file cannot be read, or has a tensor that the model does not have.
     """
     if checkpoint.name not in PEFT_FILES:
-        tensors = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[
-            "state_dict"
-        ]
-        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    tensors, inside = read_peft_file(checkpoint), peft_names(adapted)
-    if unknown := sorted(set(tensors) - set(inside)):
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        tensors = stored["state_dict"].items()
+        return {name.removeprefix("model."): tensor for name, tensor in tensors}
+    tensors = read_peft_file(checkpoint)
+    names = peft_names(adapted)
+    unknown = sorted(set(tensors) - set(names))
+    if unknown:
         raise DataError(
-            f"{checkpoint} has {len(unknown)} tensors for which this model has no place ({', '.join(unknown[:3])}, ...): "
-            f"is it the base that the adapter was made for?"
+            f"{checkpoint} has {len(unknown)} tensors that this model does not have "
+            f"({', '.join(unknown[:3])}, ...): is it the base model that the adapter was made for?"
         )
-    return {inside[name]: tensor for name, tensor in tensors.items()}
+    return {names[name]: tensor for name, tensor in tensors.items()}

@@ -1,65 +1,80 @@
-"""What is trained: an adapter turns a loaded model into one whose trainable tensors are exactly those of the method."""
+"""Fine-tuning methods: each decides which tensors of a model are trained."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Family
+
 
 class Adapter(Protocol):
-    """How a model is fine-tuned."""
+    """A fine-tuning method: prepares a loaded model for training, and merges what was trained."""
+
+    trains_base_weights: bool
+    """Whether trained tensors replace base weights, which quantized base weights do not allow."""
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """How the base is held, as settings of transformers' `BitsAndBytesConfig`; None: in the precision of the model."""
+        """Settings of transformers' `BitsAndBytesConfig` for the base weights, or None."""
         ...
 
-    def apply(self, model: nn.Module, components: Mapping[str, str]) -> nn.Module:
-        """The model to train. `components` names the family's modules: "vision", "language", ... -> path.
+    def apply(self, model: nn.Module, family: Family) -> nn.Module:
+        """Returns the model to train, in which exactly the trained tensors require gradients.
+
+        Args:
+            model: the network that `family` loaded; it is changed in place.
 
         Raises:
-            ValueError: a part or a target that does not exist.
+            ValueError: the method names a component or a target that the model does not have.
         """
         ...
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """The model that `apply` returned, as one of the original class with everything learned folded in."""
+        """Returns the model that `apply` returned as one of its original class.
+
+        What was trained is merged into the weights.
+        """
         ...
 
 
 class Full:
-    """Train every tensor but those of the frozen parts, and those that the network itself never trains.
+    """Trains all tensors except those of frozen components.
+
+    Tensors that the network itself never trains, such as position tables, stay frozen.
 
     Args:
-        freeze: names of parts ("vision", "resampler", "language", "embeddings", "head"), or "all". A part inside a frozen one stays
-            trainable if `train` names it: `freeze=["vision"], train=["resampler"]` is the recipe of the official full fine-tuning.
+        freeze: components ("vision", "resampler", "language", "embeddings", "head"), or "all".
+        train: components inside frozen ones that are trained nevertheless.
+            `freeze=["vision"], train=["resampler"]` is the official full fine-tuning.
     """
 
+    trains_base_weights = True
     quantization = None
 
     def __init__(self, freeze: Sequence[str] = (), train: Sequence[str] = ()):
         self.freeze = tuple(freeze)
         self.train = tuple(train)
 
-    def apply(self, model: nn.Module, components: Mapping[str, str]) -> nn.Module:
-        components = {**components, "all": ""}
+    def apply(self, model: nn.Module, family: Family) -> nn.Module:
+        components = {**family.components, "all": ""}
         unknown = sorted({*self.freeze, *self.train} - set(components))
         if unknown:
             raise ValueError(
-                f"the model has no part {', '.join(unknown)}; its parts are {', '.join(components)}"
+                f"the model has no component {', '.join(unknown)}; "
+                f"its components are {', '.join(components)}"
             )
-        learns = {
-            name for name, tensor in model.named_parameters() if tensor.requires_grad
-        }  # not the fixed position tables
-        for name in self.freeze:
-            model.get_submodule(components[name]).requires_grad_(False)
-        for name in self.train:
-            prefix = components[name]
-            for inner, tensor in model.get_submodule(prefix).named_parameters(prefix):
-                tensor.requires_grad_(inner in learns)
+        trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        for component in self.freeze:
+            model.get_submodule(components[component]).requires_grad_(False)
+        for component in self.train:
+            path = components[component]
+            for name, tensor in model.get_submodule(path).named_parameters(path):
+                tensor.requires_grad_(name in trainable)
         return model
 
     def merge(self, model: nn.Module) -> nn.Module:
@@ -67,14 +82,20 @@ class Full:
 
 
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) on linear layers, through peft; the base is frozen, the adapters are float32.
+    """Low-rank adapters (arXiv:2106.09685) on linear layers, through peft.
+
+    The base weights are frozen. The adapters are float32.
 
     Args:
-        rank, alpha, dropout: of every adapter; its output is scaled by `alpha / rank`.
-        targets: a regular expression for whole module paths, a list of their ends, or "all-linear" for every linear layer but the head.
-        options: further settings of peft's `LoraConfig`, as `use_dora` or `use_rslora`.
-        quantization: settings of transformers' `BitsAndBytesConfig` for the base; None: it is held as it is loaded.
+        rank, alpha, dropout: of every adapter, whose output is scaled by `alpha / rank`.
+        targets: the adapted layers: a group in `Family.lora_targets` such as "attention";
+            "all-linear" for every linear layer except the head; a regular expression that matches
+            whole module paths; or a list of endings of module paths.
+        options: further settings of peft's `LoraConfig`, such as `use_dora` or `use_rslora`.
+        quantization: settings of transformers' `BitsAndBytesConfig` for the base weights.
     """
+
+    trains_base_weights = False
 
     def __init__(
         self,
@@ -95,62 +116,80 @@ class LoRA:
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets if isinstance(targets, str) else list(targets)
-        try:
-            re.compile(self.targets if isinstance(self.targets, str) else "")
-        except re.error as fault:
-            raise ValueError(
-                f"adapter.targets={targets!r} is no regular expression: {fault}"
-            ) from None
+        if isinstance(self.targets, str):
+            _check_pattern(self.targets)
         self.options = dict(options or {})
         self.quantization = dict(quantization) if quantization else None
 
-    def apply(self, model: nn.Module, components: Mapping[str, str]) -> nn.Module:
+    def apply(self, model: nn.Module, family: Family) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        matched = {name: module for name, module in model.named_modules() if self._is_target(name)}
-        if isinstance(self.targets, list) and (
-            idle := [end for end in self.targets if not any(_ends(name, end) for name in matched)]
-        ):
-            raise ValueError(f"adapter.targets names {', '.join(idle)}, which no module ends in")
-        if not matched and self.targets != "all-linear":
-            linear = sorted(
-                {
-                    re.sub(r"\d+", "N", name)
-                    for name, module in model.named_modules()
-                    if isinstance(module, nn.Linear)
-                }
-            )
-            raise ValueError(
-                f"adapter.targets={self.targets!r} matches no module; linear layers are {', '.join(linear)}"
-            )
-        if other := [
-            name
-            for name, module in matched.items()
-            if not isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
-        ]:
-            raise ValueError(
-                f"adapter.targets={self.targets!r} matches {other[0]}, which is no linear layer"
-            )
-        if unknown := sorted(set(self.options) - set(LoraConfig.__dataclass_fields__)):
+        targets = self.targets
+        if isinstance(targets, str):
+            targets = family.lora_targets.get(targets, targets)
+        if targets != "all-linear":
+            self._check_targets(targets, model, family)
+        unknown = sorted(set(self.options) - set(LoraConfig.__dataclass_fields__))
+        if unknown:
             raise ValueError(
                 f"adapter.options has {', '.join(unknown)}, which peft's LoraConfig does not know"
             )
-        sizes = {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": self.targets,
-        }
-        return get_peft_model(model, LoraConfig(**sizes, **self.options))
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            **self.options,
+        )
+        return get_peft_model(model, config)
 
     def merge(self, model: nn.Module) -> nn.Module:
         return model.merge_and_unload()
 
-    def _is_target(self, name: str) -> bool:
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
-        return any(_ends(name, end) for end in self.targets)
+    def _check_targets(
+        self, targets: str | Sequence[str], model: nn.Module, family: Family
+    ) -> None:
+        """Raises ValueError unless `targets` select linear layers of `model`, and all do."""
+        modules = dict(model.named_modules())
+        matched, unused = [], []
+        for target, pattern in _path_patterns(targets).items():
+            paths = [path for path in modules if re.fullmatch(pattern, path)]
+            matched += paths
+            if not paths:
+                unused.append(target)
+        if unused or not matched:
+            raise ValueError(
+                f"adapter.targets={self.targets!r}: {', '.join(unused) or 'it'} matches no module; "
+                f"choose {', '.join(family.lora_targets)}, all-linear, or some of the linear "
+                f"layers {', '.join(_linear_layers(model))}"
+            )
+        for path in matched:
+            if not isinstance(modules[path], nn.Linear | nn.Embedding | nn.Conv2d):
+                raise ValueError(
+                    f"adapter.targets={self.targets!r} matches {path}, which is not a linear layer"
+                )
 
 
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+def _check_pattern(targets: str) -> None:
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise ValueError(
+            f"adapter.targets={targets!r} is not a regular expression: {error}"
+        ) from None
+
+
+def _path_patterns(targets: str | Sequence[str]) -> dict[str, str]:
+    """A regular expression for whole module paths, for each target: see `LoRA`."""
+    if isinstance(targets, str):
+        return {targets: targets}
+    return {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers, with N in place of block numbers."""
+    layers = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            layers.add(re.sub(r"\d+", "N", path))
+    return sorted(layers)

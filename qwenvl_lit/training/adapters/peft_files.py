@@ -1,9 +1,13 @@
-"""Adapter folders of peft, whoever wrote them: ms-swift, Qwen-VL's own finetune.py, peft itself, or this package."""
+"""Adapter folders in peft's format: their configuration, their weights and the names of tensors.
+
+The folders may be written by this package, peft, ms-swift or Qwen-VL's own finetune.py.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,130 +19,126 @@ from torch import nn
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.types import DataError
 
-PEFT_FILES = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)  # the weights of peft's folders, the better one first
+# Names of the weights file, in the order in which they are looked for
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 CONFIG = "adapter_config.json"
-SIZES = {
+# peft's name of a setting -> the argument of `LoRA`
+ARGUMENTS = {
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",
-}  # peft's words and ours
-# What says nothing about how the adapter computes
-ABOUT = (
-    "peft_type",
-    "task_type",
+}
+# Settings that do not change what the adapter computes; the last three are written by ms-swift
+IGNORED = (
+    "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "revision",
-    "auto_mapping",
-    "peft_version",
-)
-ABOUT += (
     "init_lora_weights",
+    "peft_type",
+    "peft_version",
+    "revision",
     "runtime_config",
-    "lorap_lr_ratio",
-    "lorap_emb_lr",
+    "task_type",
     "lora_dtype",
-)  # the last three are of ms-swift
-CHANGES_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # ways to begin that take from the weights what they give the adapter
-WHOLE_ATTENTION = "attn_pool.attn.lora_"  # peft's adapter on a `MultiheadAttention`
+    "lorap_emb_lr",
+    "lorap_lr_ratio",
+)
+# Initializations that subtract the initial adapter from the base weights
+CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Tensors of peft's adapter on a `torch.nn.MultiheadAttention`
+ADAPTER_ON_ATTENTION = "attn_pool.attn.lora_"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """
+    """Reads the configuration of an adapter folder.
+
     Raises:
-        DataError: the file is broken, or of something else than LoRA.
+        DataError: the file is broken, or describes another method than LoRA.
     """
     file = folder / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is no JSON: {error}; is it complete?") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise DataError(f"{file} is not JSON: {error}; is it complete?") from error
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if method != "LORA":
         raise DataError(
-            f"{file} is of an adapter of the kind {kind}; only LORA (with its variants, as DoRA) can be used"
+            f"{file} has peft_type {method}; only LORA and its variants, such as DoRA, can be used"
         )
     return config
 
 
 def adapter_node(folder: Path) -> dict[str, Any]:
-    """The adapter of a folder, as configs have it.
+    """Returns the config node, with `_target_`, that builds the adapter of a folder.
 
     Raises:
-        DataError: it is of a kind that cannot be used.
+        DataError: the adapter cannot be used here.
     """
-    from dataclasses import MISSING, fields
-
     from peft import LoraConfig
 
     config, file = read_config(folder), folder / CONFIG
     if not config.get("target_modules"):
         raise DataError(f"{file} lacks target_modules: which layers does it adapt?")
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+    initialization = config.get("init_lora_weights")
+    if str(initialization).lower().startswith(CHANGES_BASE_WEIGHTS):
         raise DataError(
-            f"{file}: init_lora_weights={config['init_lora_weights']} has changed the base too; convert the adapter first (peft's "
-            f"save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{file}: init_lora_weights={initialization} has changed the base weights too; "
+            f"convert the adapter first (peft's save_pretrained with "
+            f"path_initial_model_for_weight_conversion)"
         )
-    defaults = {
-        field.name: field.default_factory()
-        if field.default_factory is not MISSING
-        else field.default
-        for field in fields(LoraConfig)
-    }
-    others = {key: value for key, value in config.items() if key not in SIZES and key not in ABOUT}
-    options = {key: value for key, value in others.items() if value and value != defaults.get(key)}
-    if unknown := sorted(set(options) - set(defaults)):
+    defaults = {}
+    for field in fields(LoraConfig):
+        has_factory = field.default_factory is not MISSING
+        defaults[field.name] = field.default_factory() if has_factory else field.default
+    options = {}
+    for key, value in config.items():
+        known_elsewhere = key in ARGUMENTS or key in IGNORED
+        if not known_elsewhere and value and value != defaults.get(key):
+            options[key] = value
+    unknown = sorted(set(options) - set(defaults))
+    if unknown:
         settings = ", ".join(f"{key}={options[key]}" for key in unknown)
         raise DataError(
-            f"{file} says {settings}, which the peft installed here does not know; a newer one may: pip install -U peft"
+            f"{file} has {settings}, which the installed peft does not know; "
+            f"a newer one may: pip install -U peft"
         )
-    sizes = {ours: config.get(theirs, defaults[theirs]) for theirs, ours in SIZES.items()}
-    return {
-        "_target_": f"{LoRA.__module__}.{LoRA.__name__}",
-        **sizes,
-        "options": options,
-        "quantization": None,
-    }
+    node: dict[str, Any] = {"_target_": f"{LoRA.__module__}.{LoRA.__name__}"}
+    for key, argument in ARGUMENTS.items():
+        node[argument] = config.get(key, defaults[key])
+    return {**node, "options": options, "quantization": None}
 
 
 def weights_file(folder: Path) -> Path:
-    """Where the weights of an adapter are.
+    """Returns the weights file of an adapter folder.
 
     Raises:
-        DataError: they are missing, broken or of a layer that the network does not have.
+        DataError: the file is missing or broken, or adapts a layer that the network does not have.
     """
     file = next((folder / name for name in PEFT_FILES if (folder / name).exists()), None)
     if file is None:
         raise DataError(f"{folder} has {CONFIG}, but no {' or '.join(PEFT_FILES)}")
-    if whole := next((name for name in read_peft_file(file) if WHOLE_ATTENTION in name), None):
-        raise DataError(
-            f"{file} adapts the resampler's attention as a whole ({whole}); here its projections are separate linear layers. Adapters on "
-            f"out_proj and kv_proj of the resampler, and on every layer elsewhere, can be used"
-        )
+    for name in read_peft_file(file):
+        if ADAPTER_ON_ATTENTION in name:
+            raise DataError(
+                f"{file} adapts the resampler's attention as one module ({name}); here its "
+                f"projections are separate linear layers. Adapters on out_proj and kv_proj of the "
+                f"resampler, and on every layer elsewhere, can be used"
+            )
     return file
 
 
 def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors that peft wrote, by their names there.
+    """Reads the weights file of an adapter folder; returns tensors by peft's names.
 
     Raises:
-        DataError: the file is incomplete, or not what its name says.
+        DataError: the file is incomplete or not in the format that its name promises.
     """
     try:
-        safe = file.suffix == ".safetensors"
-        tensors = (
-            load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        )
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (
         SafetensorError,
         OSError,
@@ -148,18 +148,20 @@ def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
         pickle.UnpicklingError,
     ) as error:
         raise DataError(f"{file} cannot be read: {error}; is it complete?") from error
-    return {
-        name.replace(".default.", "."): tensor for name, tensor in tensors.items()
-    }  # scripts of their own keep the adapter's name
+    # peft leaves the adapter's name, "default", out; scripts that save a state dict keep it.
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
 
 
 def peft_names(adapted: nn.Module) -> dict[str, str]:
-    """The names that peft's files have for the tensors of a `PeftModel`, and those that they have in it; none for other models."""
+    """Returns peft's name in files -> the name in the state dict, for the tensors of an adapter.
+
+    Empty for a model without peft's adapters.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(adapted, PeftModel):
         return {}
     state = adapted.state_dict()
-    inside = {id(tensor): name for name, tensor in state.items()}
-    written = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
-    return {name: inside[id(tensor)] for name, tensor in written.items()}
+    name_of_tensor = {id(tensor): name for name, tensor in state.items()}
+    saved = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    return {name: name_of_tensor[id(tensor)] for name, tensor in saved.items()}
