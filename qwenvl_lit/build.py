@@ -1,4 +1,7 @@
-"""Objects from a composed config. Hydra stops here: everything below takes plain values."""
+"""Builds objects from a composed config.
+
+Hydra stops here: the modules below take plain values.
+"""
 
 from __future__ import annotations
 
@@ -19,58 +22,107 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
+from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.features import CachedFeatures
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.runs.run import Run, save_versions
+from qwenvl_lit.models.protocols import FeatureSource, Processor
+from qwenvl_lit.runs.run import Run
+from qwenvl_lit.runs.versions import save_versions
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
 
+IGNORED_WARNINGS = (  # regular expressions
+    ".*does not have many workers.*",
+    ".*LeafSpec.*",
+    "Total length of .* across ranks is zero.*",  # without validation
+    ".*gradient_checkpointing.* is deprecated.*",  # peft uses a name that transformers renamed
+    ".*sync_dist=True.*",  # our metrics are reduced across ranks by torchmetrics
+    ".*FSDP2-wrapped module .* returned a view.*",  # we change no output in place
+)
 
-def module(config: DictConfig, *, adapted: bool = True) -> VisionLanguageModule:
-    """The task of `config`, without weights yet: `configure_model` loads them. Not `adapted`, it is the model as published.
+
+def module(
+    config: DictConfig,
+    *,
+    adapted: bool = True,
+    trained_checkpoint: Path | None = None,
+    load_device: torch.device | str = "cpu",
+    features: FeatureSource | None = None,
+) -> VisionLanguageModule:
+    """Builds the LightningModule of `config`. Its weights are loaded by `configure_model`.
+
+    Args:
+        adapted: False for the published model, without adapter and starting checkpoint.
+        trained_checkpoint, load_device, features: as for `VisionLanguageModule`.
 
     Raises:
-        DataError: it is to train, and its model is for answers only.
+        DataError: the config is for training, and its model can only answer.
     """
     if "speed" in config and config.model.get("load_in_4bit"):
         raise DataError(
-            "model.load_in_4bit holds a model in 4 bits to answer; to train adapters over 4 bits: adapter=qlora"
+            "model.load_in_4bit quantizes a model that only answers; "
+            "to train adapters on a 4-bit model: adapter=qlora"
         )
+    adapter, init = None, None
+    if adapted:
+        adapter = _instantiate(config.adapter) or None
+        init = _instantiate(config.init) or None
     return VisionLanguageModule(
-        speed=_object(config.speed) if "speed" in config else None,  # first what is refused at once
+        family=_instantiate(config.model),
+        adapter=adapter,
         generation=generation(config),
-        family=_object(config.model),
-        adapter=(_object(config.adapter) or None) if adapted else None,
         metrics=metrics(config),
-        optim=_object(config.optim) if "optim" in config else None,
-        init=(_object(config.init) or None) if adapted else None,
+        optim=_instantiate(config.get("optim")),
+        speed=_instantiate(config.get("speed")),
+        init=init,
+        trained_checkpoint=trained_checkpoint,
+        load_device=load_device,
         config=OmegaConf.to_container(config),
+        features=features,
     )
 
 
-def trained(run: Run, changes: Mapping[str, Any]) -> VisionLanguageModule:
-    """The task of a run, to use what it has learned (`run.checkpoint`); `changes` are fields of its model."""
-    config = {name: value for name, value in run.config.items() if name not in ("optim", "speed")}
-    whole = {"init": None, **config, "model": {**config["model"], **changes}, "metrics": {}}
-    return module(OmegaConf.create(whole), adapted=run.checkpoint is not None)
+def trained_module(
+    run: Run, changes: Mapping[str, Any], *, load_device: torch.device | str = "cpu"
+) -> VisionLanguageModule:
+    """Builds the module of a run, with the tensors that the run has trained, to answer.
+
+    Args:
+        changes: settings of the model that replace those of the run.
+    """
+    config = {"init": None, **run.config, "metrics": {}}
+    config["model"] = {**config["model"], **changes}
+    for group in ("optim", "speed"):  # for training
+        config.pop(group, None)
+    return module(
+        OmegaConf.create(config),
+        adapted=run.checkpoint is not None,
+        trained_checkpoint=run.checkpoint,
+        load_device=load_device,
+    )
 
 
 def metrics(config: DictConfig) -> dict[str, Metric]:
-    """How answers are scored, by name."""
-    return _object(config.metrics) or {}
+    """Builds the metrics of answers, by name."""
+    return _instantiate(config.metrics) or {}
 
 
 def generation(config: DictConfig) -> Generation:
-    """How answers are decoded."""
-    return _object(config.generation)
+    """Builds the settings of generation."""
+    return _instantiate(config.generation)
 
 
 def processor(config: DictConfig) -> Processor:
-    """How the model of `config` reads rows; no weights are loaded."""
-    return _object(config.model).processor()
+    """Builds the processor of the config's model; no weights are loaded."""
+    return _instantiate(config.model).processor()
+
+
+def cached_features(config: DictConfig) -> CachedFeatures | None:
+    """Returns the feature source that `module` and `trainer` share; None without vision cache."""
+    return CachedFeatures() if config.speed.vision_cache else None
 
 
 def data(config: DictConfig, processor: Processor) -> DataModule:
@@ -87,83 +139,94 @@ def data(config: DictConfig, processor: Processor) -> DataModule:
         raise DataError(
             "data.datasets is missing: which, and how much of each, for example data.datasets={coco_en_mini:2000,refcoco:0.5}"
         )
-    return _object(config.data)(processor=processor)
+    return _instantiate(config.data)(processor=processor)
 
 
-def trainer(config: DictConfig, *, callbacks: Mapping[str, Any] | None = None) -> lightning.Trainer:
-    """Lightning's trainer, writing into the run folder; `callbacks` replaces those of the config."""
-    chosen = dict(config.callbacks if callbacks is None else callbacks)
+def trainer(
+    config: DictConfig,
+    *,
+    callbacks: Mapping[str, Any] | None = None,
+    features: CachedFeatures | None = None,
+) -> lightning.Trainer:
+    """Builds Lightning's trainer, which writes into the run folder.
+
+    Args:
+        callbacks: config nodes that replace the callbacks of the config.
+        features: filled by the vision cache before the first step; see `cached_features`.
+
+    Raises:
+        DataError: a GPU is asked for and there is none, or a limit is not a whole number.
+    """
+    nodes = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
-        chosen.pop("progress", None)  # a bar needs a terminal; elsewhere `RunLog` prints lines
-    built = [_object(node) for node in chosen.values()]
-    if config.get("speed") and config.speed.vision_cache:
-        built.append(
-            VisionCache(Path(config.paths.cache, "vision"), limit_gb=config.speed.vision_cache_gb)
-        )
-    spread = {"strategy": DeviceMapStrategy()} if config.model.get("device_map") else {}
+        nodes.pop("progress", None)  # a progress bar needs a terminal; `RunLog` prints lines
+    built = [_instantiate(node) for node in nodes.values()]
+    if features is not None:
+        folder = Path(config.paths.cache, "vision")
+        built.append(VisionCache(features, folder, limit_gb=config.speed.vision_cache_gb))
     if config.trainer.accelerator == "gpu" and not torch.accelerator.is_available():
         raise DataError(
-            "there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu and fsdp_cpu try distributed code without"
+            "there is no GPU: strategy=auto uses what there is; "
+            "strategy=ddp_cpu and strategy=fsdp_cpu run distributed code on the CPU"
         )
-    make = _object(config.trainer)
+    make_trainer = _instantiate(config.trainer)
     for name in ("max_steps", "max_epochs"):
-        if not isinstance(value := config.trainer[name], int | None):
-            raise DataError(f"trainer.{name} is a whole number, got {value!r}")
-    return make(
+        value = config.trainer[name]
+        if not isinstance(value, int | None):
+            raise DataError(f"trainer.{name} must be a whole number, got {value!r}")
+    options: dict[str, Any] = {}
+    if config.model.get("device_map"):
+        options["strategy"] = DeviceMapStrategy()
+    if not config.trainer.get("profiler"):
+        options["profiler"] = DataWaitProfiler()  # `Throughput` reads it
+    options["logger"] = False
+    if config.get("logger"):
+        options["logger"] = list(_instantiate(config.logger).values())
+    return make_trainer(
         default_root_dir=config.paths.run,
-        enable_progress_bar="progress" in chosen,
-        enable_checkpointing=any(
-            isinstance(callback, Checkpoint) for callback in built
-        ),  # else Lightning adds one of its own
+        enable_progress_bar="progress" in nodes,
+        # If it is enabled without such a callback, Lightning adds its own.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),
         callbacks=built,
-        logger=list(_object(config.logger).values()) if config.get("logger") else False,
-        **spread,
+        **options,
     )
 
 
 def start(config: DictConfig) -> None:
-    """Seed every generator, and silence what libraries say that no user can act on."""
+    """Seeds all random generators, and silences warnings that a user cannot act on."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if not sys.stderr.isatty():
-        disable_progress_bar()  # of weights that are loaded
+        disable_progress_bar()  # transformers' bar of loaded weights
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(
-        logging.ERROR
-    )  # blocks should change nothing in place: ours do not
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings(
-        "ignore", message="Total length of .* across ranks is zero.*"
-    )  # no validation was asked for
-    warnings.filterwarnings(
-        "ignore", message=".*gradient_checkpointing.* is deprecated.*"
-    )  # peft asks by the name that is old in 5.2x
-    warnings.filterwarnings(
-        "ignore", message=".*sync_dist=True.*"
-    )  # metrics join the ranks themselves
-    warnings.filterwarnings(
-        "ignore", message=".*FSDP2-wrapped module .* returned a view.*"
-    )  # nothing of ours changes it in place
+    # Says that checkpointed blocks must not have side effects; ours have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 @rank_zero_only
 def save_config(config: DictConfig) -> None:
-    """Write the resolved config, and versions, into the run folder, for people to read; one process does."""
+    """Writes the resolved config and the versions of libraries into the run folder (rank 0)."""
     OmegaConf.save(config, Path(config.paths.run) / "config.yaml", resolve=True)
     save_versions(Path(config.paths.run))
 
 
 def shown(path: str) -> str:
-    """A path as a person would type it: relative to here, if it is below."""
+    """Returns `path` to be printed: relative to the current folder if it is inside."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
-def _object(node: DictConfig) -> Any:
+def _instantiate(node: DictConfig | None) -> Any:
+    """Builds what a config node describes; plain values become dicts and lists, None stays None.
+
+    Raises:
+        ValueError: a constructor refused a value; Hydra's wrapper around this error is removed.
+    """
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if not isinstance(error.__cause__, ValueError):
             raise
-        raise error.__cause__ from None  # a refused value, in the words of what refused it
+        raise error.__cause__ from None

@@ -32,9 +32,7 @@ def main(config: DictConfig) -> None:
 
     build.start(config)
     checkpoint = find_run(config.ckpt).checkpoint if config.ckpt else None
-    module = build.module(
-        config, adapted=config.ckpt is not None, trained_checkpoint=checkpoint
-    )
+    module = build.module(config, adapted=config.ckpt is not None, trained_checkpoint=checkpoint)
     if asked:
         files = [config.image] if isinstance(config.image, str) else list(config.image or ())
         read_options = ReadOptions(cache=Path(config.paths.cache))

@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
         tests,
     )
     from qwenvl_lit.rendering.table import plain_table, score_table
-    from qwenvl_lit.reports.scores_page import Report, write_report
+    from qwenvl_lit.reports.scores_page import ScoreReport, write_report
     from qwenvl_lit.runs.predictions import predictions_file
     from qwenvl_lit.runs.run import find_run
 
@@ -104,7 +104,7 @@ def main(config: DictConfig) -> None:
         notes.append(
             "Questions were asked in chat markup; published scores, Qwen-VL-Chat's too, are without: model.template=raw"
         )
-    report = Report(
+    report = ScoreReport(
         title=f"Scores of {source}",
         sets=sets,
         published=rows,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torchmetrics import Metric
 
 from qwenvl_lit import build
@@ -18,8 +17,8 @@ from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
 from qwenvl_lit.metrics.suggest import suggested_metrics
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.reports.scores import Scored, answers, read_predictions, score
-from qwenvl_lit.reports.scores_page import Earlier
+from qwenvl_lit.reports.scores import ScoredSet, answers, read_predictions, score
+from qwenvl_lit.reports.scores_page import EarlierRun
 from qwenvl_lit.runs.predictions import predictions_file
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
@@ -123,7 +122,7 @@ def answer(
     Args:
         baseline: it is the model before training, which leaves its answers beside those of the trained one, and nothing else.
     """
-    task.metrics, task.generation = nn.ModuleDict(test.metrics), build.generation(test.config)
+    task.evaluate_with(generation=build.generation(test.config), metrics=test.metrics)
     writer = {"_target_": "qwenvl_lit.callbacks.predictions.PredictionWriter", "filename": BASELINE}
     trainer = build.trainer(
         test.config, callbacks={"predictions": OmegaConf.create(writer)} if baseline else None
@@ -169,7 +168,7 @@ def open_answered(data: DataModule, file: Path) -> None:
     )
 
 
-def scored(test: EvaluationSet, file: Path, processor: Processor) -> list[Scored]:
+def scored(test: EvaluationSet, file: Path, processor: Processor) -> list[ScoredSet]:
     """The answers in a file, scored; sets that are not open are left out."""
     found = answers(file, test.data.test, processor)
     return [
@@ -180,20 +179,20 @@ def scored(test: EvaluationSet, file: Path, processor: Processor) -> list[Scored
 
 def earlier(
     config: DictConfig, all_tests: Sequence[EvaluationSet], processor: Processor
-) -> Iterator[Earlier]:
+) -> Iterator[EarlierRun]:
     """The runs to compare with: the model before training, if it was asked for, and those that `compare=` names."""
     if (
         before := [test for test in all_tests if (test.folder / BASELINE).exists()]
     ) and config.baseline:
         sets = [one for test in before for one in scored(test, test.folder / BASELINE, processor)]
-        yield Earlier(name="the model before training", sets={one.name: one for one in sets})
+        yield EarlierRun(name="the model before training", sets={one.name: one for one in sets})
     for place in config.compare or ():
         sets = [
             one
             for test, file in _files_of(place, all_tests)
             for one in scored(test, file, processor)
         ]
-        yield Earlier(name=str(place), sets={one.name: one for one in sets})
+        yield EarlierRun(name=str(place), sets={one.name: one for one in sets})
 
 
 def answered_file(test: EvaluationSet) -> Path | None:

@@ -1,9 +1,10 @@
-"""The Lightning task: one module trains, validates, tests and predicts, whatever the family and the adapter."""
+"""The LightningModule of all families and adapters: it trains, validates, tests and predicts."""
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,38 +14,47 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.generation.choices import option_losses
+from qwenvl_lit.generation.choices import choose
 from qwenvl_lit.metrics.token_scores import TokenScores
-from qwenvl_lit.training.adapters.merging import StartingCheckpoint, read_trained_state
-from qwenvl_lit.training.adapters.methods import Full
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_trained_names
+from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.non_finite import NonFiniteGuard
-from qwenvl_lit.training.strategies import summed
+from qwenvl_lit.training.optim import local_tensor
+from qwenvl_lit.training.strategies import sum_over_ranks
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from qwenvl_lit.generation.generation import Generation
-    from qwenvl_lit.models.protocols import Family
+    from qwenvl_lit.models.protocols import Family, FeatureSource
     from qwenvl_lit.training.adapters.methods import Adapter
     from qwenvl_lit.training.optim import AdamW
     from qwenvl_lit.training.speed import Speed
-    from qwenvl_lit.types import Batch, Prediction
+    from qwenvl_lit.types import Batch, ImageSource, Prediction
 
 
 class VisionLanguageModule(lightning.LightningModule):
-    """Steps and lean checkpoints; everything that is a choice is handed in.
+    """Steps and lean checkpoints; every choice is an argument.
+
+    The weights are loaded by `configure_model`, which Lightning calls when a run starts.
 
     Args:
-        adapter: what is trained; None for a model that is used as it was published.
-        speed: how the model is made fast to train; a task that only answers has none.
-        init: what an earlier run learned, which this one starts from.
-        metrics: scores of predictions by name; each set of rows gets copies of its own.
-        config: plain data that is stored in every checkpoint, from which the run can be built again.
+        adapter: the fine-tuning method; None for the published model.
+        metrics: scores of answers by name. Each set of rows is scored by its own copies.
+        optim, speed: needed for training only.
+        init: the checkpoint of an earlier run that is merged into the base weights.
+        trained_checkpoint: the checkpoint with the tensors that `adapter` trains; None to start
+            from an untrained adapter.
+        load_device: where the weights are loaded to. With a trainer, its device is used instead.
+        config: plain data stored in every checkpoint, from which the run can be built again.
+        features: where the processor gets vision features from, in place of pixels.
 
-    Logs of each optimizer step `train/loss`, `train/accuracy` (of the next supervised token), `train/grad_norm` (before clipping);
-    of all held-out tokens `val/loss`, `val/perplexity`, `val/token_accuracy`; `val/NAME` of answers; and `SET/NAME` for each test set, with
-    `SET/rows`. A metric that found no row it could score is not logged.
+    Logs, per optimizer step: `train/loss`, `train/accuracy` (of next-token prediction) and
+    `train/grad_norm` (before clipping). Per validation: `val/loss`, `val/perplexity` and
+    `val/token_accuracy` on all held-out tokens, and `val/NAME` for each metric of the generated
+    answers. Per test set: `SET/NAME` for each metric, and `SET/rows`. A metric that found no row to
+    score is not logged.
     """
 
     def __init__(
@@ -57,207 +67,200 @@ class VisionLanguageModule(lightning.LightningModule):
         optim: AdamW | None = None,
         speed: Speed | None = None,
         init: StartingCheckpoint | None = None,
+        trained_checkpoint: Path | None = None,
+        load_device: torch.device | str = "cpu",
         config: Mapping[str, Any] | None = None,
+        features: FeatureSource | None = None,
     ):
         super().__init__()
         self.family = family
         self.adapter = adapter
         self.init = init
+        self.trained_checkpoint = trained_checkpoint
+        self.load_device = torch.device(load_device)
         self.generation = generation
         self.optim = optim
         self.speed = speed
         self.config = config
-        self.processor = family.processor()
+        self.processor = family.processor(features=features)
         self.model: nn.Module | None = None
-        self.home = torch.device(
-            "cpu"
-        )  # where `configure_model` puts the weights; a trainer says so in `setup`
-        self.trained: Path | None = None  # a checkpoint whose tensors `configure_model` is to load
         self.metrics = nn.ModuleDict(metrics)
-        self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set being scored
+        self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set that is scored
         self.set_rows: list[int] = []
         self.val_tokens = TokenScores()
         self.guard = NonFiniteGuard()
-        self.window: list[Batch] = []  # of the optimizer step that is being made
-        self.register_buffer(
-            "window_sums", torch.zeros(2), persistent=False
-        )  # its losses and right predictions
-        self.strict_loading = (
-            False  # frozen tensors are not in checkpoints; `load_state_dict` checks the rest
-        )
+        # The micro-batches of the current optimizer step, and their sums of losses and of
+        # correctly predicted tokens
+        self.step_batches: list[Batch] = []
+        self.register_buffer("step_sums", torch.zeros(2), persistent=False)
+        self.gradient_norm = torch.zeros(())
+        # Checkpoints have no frozen tensors; `load_state_dict` checks that they have all others.
+        self.strict_loading = False
 
     def setup(self, stage: str) -> None:
-        self.home = self.trainer.strategy.root_device
+        self.load_device = self.trainer.strategy.root_device
 
     def configure_model(self) -> None:
-        """Load the base weights, straight to the device that a trainer gave this process, and apply the adapter, once; then the trained
-        tensors of `trained`, once.
+        """Loads the model and applies the adapter, unless that was done before.
 
         Raises:
-            DataError: a checkpoint that is not this network's, or not this adapter's.
+            DataError: a checkpoint is missing, or belongs to another model or adapter.
         """
-        if self.trained is not None and self.family.quantization and isinstance(self.adapter, Full):
-            # no other weights can be put in place of those of few bits: what was learned comes before
-            self.init = StartingCheckpoint(
-                checkpoint=str(self.trained), sha256=None, adapter=self.adapter, init=self.init
-            )
-            self.adapter = self.trained = self.model = None
-        if self.model is None:
-            model = self._load_base()
-            self.model = (
-                self.adapter.apply(model, self.family.components) if self.adapter else model
-            ).train()
-            if self.adapter and self.speed:
-                self.speed.apply(
-                    self.model, family=self.family, adapter=self.adapter, trainer=self.trainer
-                )
-        if self.trained is not None:
-            checkpoint, self.trained = self.trained, None
-            try:
-                self.load_state_dict(
-                    {
-                        f"model.{name}": tensor
-                        for name, tensor in read_trained_state(checkpoint, self.model).items()
-                    }
-                )
-            except (ValueError, RuntimeError) as error:
-                raise DataError(f"{checkpoint}: {error}") from error
-
-    def _load_base(self) -> nn.Module:
-        quantization = (self.adapter and self.adapter.quantization) or self.family.quantization
-        if self.init is None:
-            return self.family.load(self.home, quantization=quantization)
-        # folded at full precision: on the host, where the few bits are all that the device has room for
-        model = self.init.merge_into(
-            self.family.load("cpu" if quantization else self.home), self.family.components
+        if self.model is not None:
+            return
+        model = load_model(
+            self.family,
+            self.adapter,
+            self.load_device,
+            init=self.init,
+            trained_checkpoint=self.trained_checkpoint,
         )
-        return self.family.quantized(model, self.home, quantization) if quantization else model
+        self.model = model.train()
+        if self.adapter and self.speed:
+            self.speed.apply(model, family=self.family, adapter=self.adapter, trainer=self.trainer)
+
+    def unload_model(self) -> None:
+        """Frees the memory of the model; `configure_model` loads it again."""
+        self.model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def evaluate_with(self, *, generation: Generation, metrics: Mapping[str, Metric]) -> None:
+        """Replaces how answers are generated and scored, for the next test run."""
+        self.generation = generation
+        self.metrics = nn.ModuleDict(metrics)
 
     def trainable_names(self) -> set[str]:
-        """Names, as in `state_dict`, of the tensors that are trained: what a checkpoint holds."""
+        """Returns the names, as in `state_dict`, of the trained tensors."""
         return {name for name, tensor in self.named_parameters() if tensor.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        keep = self.trainable_names()
-        checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in keep
-        }
+        """Keeps the trained tensors only, and adds the config."""
+        trainable, state = self.trainable_names(), checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trainable}
         checkpoint["config"] = self.config
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = False, assign: bool = False
     ):
-        """Load what a checkpoint holds: all trainable tensors and nothing else.
+        """Loads the tensors of a checkpoint: all trained ones and nothing else.
 
         Raises:
-            ValueError: a trainable tensor is missing, or the checkpoint has one that this model does not train.
+            ValueError: a trained tensor is missing, or there is one that this model does not train.
         """
-        missing, unexpected = (
-            self.trainable_names() - set(state_dict),
-            set(state_dict) - self.trainable_names(),
-        )
-        for what, names in (("lacks", missing), ("has unknown", unexpected)):
-            if names:
-                shown = ", ".join(sorted(names)[:5])
-                raise ValueError(
-                    f"the checkpoint {what} {len(names)} tensors ({shown}, ...); was it made with this model and adapter?"
-                )
+        check_trained_names(state_dict, self.trainable_names())
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def configure_optimizers(self):
         optimizer, schedule = self.optim.build(
             self.model,
-            self._steps(),
+            self._total_steps(),
             self.family.components,
-            compile=self.speed is not None and self.speed.compiled,
+            compiled=self.speed is not None and self.speed.compiled,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _steps(self) -> int:
+    def _total_steps(self) -> int:
         data = self.trainer.datamodule
         steps = data.steps_of_run() if data else self.trainer.estimated_stepping_batches
         if steps == math.inf:
             raise DataError(
-                "a rate that falls needs an end: give trainer.max_epochs or trainer.max_steps"
+                "the learning-rate schedule needs the number of steps: "
+                "set trainer.max_epochs or trainer.max_steps"
             )
         return int(steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """The sum of the losses of a batch: the mean over all supervised tokens of the step is known at its end only."""
+        """Returns the sum of the losses of a batch.
+
+        How many supervised tokens the loss is to be averaged over is known at the end of the
+        optimizer step only, see `on_before_optimizer_step`.
+        """
         output = self.model(**self.family.inputs(batch), num_items_in_batch=1)
-        self.window.append(batch)
-        if not len(
-            batch.target_positions
-        ):  # every row was dropped: a step all the same, since other ranks wait for its gradients
+        self.step_batches.append(batch)
+        if not len(batch.target_positions):
+            # Every row was dropped. The other ranks wait for gradients all the same.
             return output.logits.sum() * 0
         targets = batch.labels.flatten()[batch.target_positions + 1]
         correct = (output.logits.detach().argmax(-1) == targets).sum()
-        self.window_sums = self.window_sums + torch.stack(
-            (output.loss.detach().float(), correct.float())
-        )
+        sums = torch.stack((output.loss.detach().float(), correct.float()))
+        self.step_sums = self.step_sums + sums
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes the gradient that of the mean over the supervised tokens of all batches and ranks of the step, whatever their number.
+        """Scales the gradient to that of the mean loss over all supervised tokens of the step.
+
+        Batches and ranks may have different numbers of supervised tokens.
 
         Raises:
-            DataError: a trainable tensor got no gradient, or the gradient before this one was not finite.
+            DataError: a trained tensor has no gradient, or the gradient of the step before was not
+                finite.
         """
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
-        tokens = self.window_sums.new_full(
-            (1,), sum(len(batch.target_positions) for batch in self.window)
-        )  # a copy would be waited for
-        loss, correct, tokens = summed(torch.cat((self.window_sums, tokens)))
+        supervised = sum(len(batch.target_positions) for batch in self.step_batches)
+        # `new_full`, not a copy: a host-to-device copy would synchronize
+        tokens = self.step_sums.new_full((1,), supervised)
+        loss, correct, tokens = sum_over_ranks(torch.cat((self.step_sums, tokens)))
         gradients = self._gradients()
-        # Lightning has divided by the number of batches, and the ranks' sums were averaged
-        factor = (
-            self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)
-        )
-        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+        # Lightning divided the loss by the number of micro-batches; DDP and FSDP average over ranks
+        averaged_over = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        _scale(gradients, averaged_over / tokens.clamp(min=1))
         norm = torch.nn.utils.get_total_norm(gradients)
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = self.gradient_norm.isfinite()
-        optimizer.found_inf = (
-            ~finite
-        ).float()  # torch's own sign to leave a step out, which is obeyed on the device
-        self.guard.note(finite, step=self.trainer.global_step + 1, batches=self.window)
+        # As GradScaler does: where `found_inf` is 1, the optimizer skips the step on the device.
+        optimizer.found_inf = (~finite).float()
+        self.guard.note(finite, step=self.trainer.global_step + 1, batches=self.step_batches)
         self.log("train/loss", loss / tokens.clamp(min=1))
         self.log("train/accuracy", correct / tokens.clamp(min=1))
         self.log("train/grad_norm", self.gradient_norm)
-        self.window, self.window_sums = [], torch.zeros_like(self.window_sums)
+        self.step_batches, self.step_sums = [], torch.zeros_like(self.step_sums)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clips to the norm `gradient_clip_val`, with the norm that is known already; also where parameters are sharded."""
+        """Clips gradients, which may be sharded, to the norm `gradient_clip_val`."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(
-                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: gradients are clipped by their norm only"
+                f"trainer.gradient_clip_algorithm={gradient_clip_algorithm}: "
+                f"gradients can be clipped by their norm only"
             )
         if gradient_clip_val:
-            factor = (gradient_clip_val / (self.gradient_norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_([local(gradient) for gradient in self._gradients()], factor)
+            factor = gradient_clip_val / (self.gradient_norm + 1e-6)
+            _scale(self._gradients(), factor.clamp(max=1))
 
     def on_train_end(self) -> None:
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
-        if self.home.type == "cuda":
-            self.trainer.strategy.optimizers = []  # what is to be kept is saved by now; see `cpu`
+        if self.load_device.type == "cuda":
+            # Else Lightning would move the optimizer's state to the host, like the model: see `cpu`
+            self.trainer.strategy.optimizers = []
 
     def cpu(self) -> VisionLanguageModule:
-        """Where a GPU has the weights, they stay there. Lightning calls them, and the optimizer's states, to the host when a run ends: tens
-        of gigabytes, which take long and may find no room."""
-        return self if self.home.type == "cuda" else super().cpu()
+        """Does nothing for a model on a GPU.
+
+        Lightning calls this when a run ends, in the `teardown` of each of its strategies. It would
+        move tens of gigabytes to the host, which is slow and may exceed its memory.
+        """
+        return self if self.load_device.type == "cuda" else super().cpu()
 
     def _gradients(self) -> list[torch.Tensor]:
-        trained = {
-            name: tensor for name, tensor in self.model.named_parameters() if tensor.requires_grad
-        }
-        if without := [name for name, tensor in trained.items() if tensor.grad is None]:
+        gradients, missing = [], []
+        for name, tensor in self.model.named_parameters():
+            if not tensor.requires_grad:
+                continue
+            if tensor.grad is None:
+                missing.append(name)
+            else:
+                gradients.append(tensor.grad)
+        if missing:
+            more = ", ..." if len(missing) > 5 else ""
             raise DataError(
-                f"{len(without)} trainable tensors got no gradient: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}. "
-                f"Nothing in the batch reaches them: choose an adapter without them, or data that does"
+                f"{len(missing)} trainable tensors got no gradient: {', '.join(missing[:5])}{more}."
+                f" Nothing in the batch depends on them: choose an adapter that does not train "
+                f"them, or data that uses them"
             )
-        return [tensor.grad for tensor in trained.values()]
+        return gradients
 
     def on_validation_epoch_start(self) -> None:
         self._start_scoring(1)
@@ -265,17 +268,15 @@ class VisionLanguageModule(lightning.LightningModule):
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[Prediction] | None:
-        if dataloader_idx == 0:  # all rows with their answers; loader 1 has prompts of some
-            output = self.model(**self.family.inputs(batch))
-            if output.loss is not None:  # else every row was dropped
-                targets = batch.labels.flatten()[batch.target_positions + 1]
-                self.val_tokens.update(
-                    output.loss * len(targets),
-                    len(targets),
-                    (output.logits.argmax(-1) == targets).sum(),
-                )
-            return None
-        return self._answer(batch, 0)
+        """Scores the reference answers of all rows (loader 0); answers some prompts (loader 1)."""
+        if dataloader_idx == 1:
+            return self._answer(batch, 0)
+        output = self.model(**self.family.inputs(batch))
+        if output.loss is not None:  # else every row was dropped
+            targets = batch.labels.flatten()[batch.target_positions + 1]
+            correct = (output.logits.argmax(-1) == targets).sum()
+            self.val_tokens.update(output.loss * len(targets), len(targets), correct)
+        return None
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_tokens.compute().items():
@@ -283,7 +284,7 @@ class VisionLanguageModule(lightning.LightningModule):
         self.val_tokens.reset()
         if len(self.trainer.num_val_batches) > 1:
             self._log_scores(["val"])
-            self.generation.release(self.model)  # training has other uses for the memory
+            self.generation.release(self.model)  # training needs the memory
 
     def on_test_epoch_start(self) -> None:
         self._start_scoring(len(self.trainer.datamodule.test_names))
@@ -303,71 +304,60 @@ class VisionLanguageModule(lightning.LightningModule):
         return self.predict(batch)
 
     def predict(self, batch: Batch) -> list[Prediction]:
-        """The model's answer to each row of a batch of prompts."""
+        """Answers each row of a batch of prompts."""
         if not batch.conversations:
             return []
         inputs = self.family.inputs(batch, generate=True)
         if any(conversation.options for conversation in batch.conversations):
-            return self._choose(batch, inputs)
-        images = [
-            image for conversation in batch.conversations for image in conversation.prompt().images
-        ]
-        whole = len(images) == len(
-            inputs.get("pixel_values", ())
-        )  # old turns of a long conversation are left out with their images
-        rows = self.generation(
+            return choose(self.model, self.processor, inputs, batch.conversations)
+        ids_of_rows = self.generation(
             self.model,
             inputs,
             stop_ids=self.processor.stop_ids,
             pad_id=self.processor.pad_id,
-            image_keys=[image.key for image in images] if whole else None,
+            image_keys=_image_keys(batch, len(inputs.get("pixel_values", ()))),
         )
-        return [
-            replace(self.processor.decode(ids, conversation), tokens=len(ids))
-            for ids, conversation in zip(rows, batch.conversations, strict=True)
-        ]
+        predictions = []
+        for ids, conversation in zip(ids_of_rows, batch.conversations, strict=True):
+            prediction = self.processor.decode(ids, conversation)
+            predictions.append(replace(prediction, tokens=len(ids)))
+        return predictions
 
-    def _choose(self, batch: Batch, inputs: Mapping[str, Any]) -> list[Prediction]:
-        """The option with the lowest mean loss of its tokens."""
-        if without := [
-            conversation for conversation in batch.conversations if not conversation.options
-        ]:
-            row = without[0]
-            raise DataError(
-                f"{row.where or 'data'}: row {row.id!r} has no options and others of its set have; keep them in sets of their own"
-            )
-        options = [self.processor.option_ids(conversation) for conversation in batch.conversations]
-        return [
-            self.processor.read(conversation.options[losses.index(min(losses))], conversation)
-            for conversation, losses in zip(
-                batch.conversations, option_losses(self.model, inputs, options), strict=True
-            )
-        ]
-
-    def _answer(self, batch: Batch, scored_set: int) -> list[Prediction]:
+    def _answer(self, batch: Batch, set_index: int) -> list[Prediction]:
         predictions = self.predict(batch)
-        for metric in self.set_metrics[scored_set].values():
+        for metric in self.set_metrics[set_index].values():
             metric.update(predictions)
-        self.set_rows[scored_set] += len(predictions)
+        self.set_rows[set_index] += len(predictions)
         return predictions
 
     def _start_scoring(self, sets: int) -> None:
-        self.generation.release(
-            self.model
-        )  # the weights may be others than those that images were encoded with
-        self.set_metrics = nn.ModuleList(
-            nn.ModuleDict({name: metric.clone() for name, metric in self.metrics.items()})
-            for _ in range(sets)
-        ).to(self.device)
+        # Images may have been encoded with other weights, those of an earlier validation
+        self.generation.release(self.model)
+        self.set_metrics = nn.ModuleList()
+        for _ in range(sets):
+            copies = {name: metric.clone() for name, metric in self.metrics.items()}
+            self.set_metrics.append(nn.ModuleDict(copies))
+        self.set_metrics.to(self.device)
         self.set_rows = [0] * sets
 
-    def _log_scores(self, names: list[str]) -> None:
+    def _log_scores(self, names: Sequence[str]) -> None:
         for set_name, metrics in zip(names, self.set_metrics, strict=True):
             for name, metric in metrics.items():
                 if (value := metric.compute()).isfinite():
                     self.log(f"{set_name}/{name}", value.float())
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _scale(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiplies all gradients in place, with a few kernels as torch's own clipping does."""
+    torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)
+
+
+def _image_keys(batch: Batch, count: int) -> list[str] | None:
+    """Keys of the images of a batch's prompts, or None if these are not the `count` inputs.
+
+    A long conversation loses its first turns, and their images.
+    """
+    images: list[ImageSource] = []
+    for conversation in batch.conversations:
+        images += conversation.prompt().images
+    return [image.key for image in images] if len(images) == count else None

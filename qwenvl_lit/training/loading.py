@@ -1,0 +1,56 @@
+"""Loads a model to train or to answer: base weights, earlier checkpoints, quantization, adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, load_trained_state
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Family
+    from qwenvl_lit.training.adapters.methods import Adapter
+
+
+def load_model(
+    family: Family,
+    adapter: Adapter | None,
+    device: torch.device | str,
+    *,
+    init: StartingCheckpoint | None = None,
+    trained_checkpoint: Path | None = None,
+) -> nn.Module:
+    """Loads the family's network to `device` and applies `adapter` to it.
+
+    Args:
+        init: a checkpoint that is merged into the base weights before the adapter is applied.
+        trained_checkpoint: a checkpoint with the tensors that `adapter` trains.
+
+    Raises:
+        DataError: a checkpoint is missing, or belongs to another model or adapter.
+    """
+    if trained_checkpoint and adapter and adapter.trains_base_weights and family.quantization:
+        # 4-bit weights cannot be overwritten: the trained weights are merged before quantizing.
+        init = StartingCheckpoint(
+            checkpoint=str(trained_checkpoint), sha256=None, adapter=adapter, init=init
+        )
+        adapter = trained_checkpoint = None
+    quantization = family.quantization
+    if adapter and adapter.quantization:
+        quantization = adapter.quantization
+    if init is None:
+        model = family.load(device, quantization=quantization)
+    elif quantization is None:
+        model = init.merge_into(family.load(device), family)
+    else:
+        # Merging needs full precision, for which `device` may lack the memory.
+        model = init.merge_into(family.load("cpu"), family)
+        model = family.quantized(model, device, quantization)
+    if adapter:
+        model = adapter.apply(model, family)
+    if trained_checkpoint:
+        load_trained_state(model, trained_checkpoint)
+    return model
