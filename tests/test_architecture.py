@@ -34,6 +34,7 @@ STARTS_FAST = {  # at import time, nothing heavy
     "cli.resume",
     "runs.predictions",
     "runs.run",
+    "runs.versions",
     "sweep.results",
     "sweep.sweep",
     "types",

@@ -134,7 +134,7 @@ def _checkpoint_argument(run: Run, ckpt: str) -> str:
 
 
 def _notes(arguments: Sequence[str], ckpt: str, run: Run) -> list[str]:
-    if not run.expects:
+    if not run.base_model:
         return []
     path = value_of(arguments, "model.path") or run.config["model"]["path"]
-    return [f"{ckpt} is an adapter for {run.expects}; the base model here: model.path={path}"]
+    return [f"{ckpt} is an adapter for {run.base_model}; the base model here: model.path={path}"]

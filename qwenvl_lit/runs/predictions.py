@@ -1,4 +1,7 @@
-"""Answers that an earlier run left: where they are, and the config they were given with. Nothing here imports torch."""
+"""Finds the predictions that an earlier command wrote, and the config that it ran with.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.types import DataError
 
 
-def predictions_file(place: str | Path) -> Path:
-    """The file of predictions that a folder of `test` or `predict` has, or that `place` is.
+def predictions_file(path: str | Path) -> Path:
+    """Returns the predictions file in the folder of a `test` or `predict` run, or `path` itself.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such file.
     """
-    path = Path(place).expanduser()
-    file = path / FILENAME if path.is_dir() else path
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / FILENAME
     if not file.is_file():
         raise DataError(
             f"there is no {file}; give a folder that `predict` or `test` wrote, or its {FILENAME}"
@@ -26,15 +30,15 @@ def predictions_file(place: str | Path) -> Path:
     return file
 
 
-def config_beside(place: str) -> dict[str, Any] | None:
-    """The config of the run that wrote these predictions, interpolations kept; None where the file lies elsewhere now.
+def config_beside(path: str) -> dict[str, Any] | None:
+    """Returns the config of the run that wrote a predictions file, with its interpolations.
+
+    None if the file is no longer in the folder of the run.
 
     Raises:
         DataError: as `predictions_file`.
     """
-    file = predictions_file(place).parent / ".hydra" / "config.yaml"
-    return (
-        cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))
-        if file.exists()
-        else None
-    )
+    file = predictions_file(path).parent / ".hydra" / "config.yaml"
+    if not file.exists():
+        return None
+    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))

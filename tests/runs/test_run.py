@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from qwenvl_lit.runs.run import Run, contents, find_run, init_from, save_versions
+from qwenvl_lit.runs.run import Run, contents, find_run, init_from
+from qwenvl_lit.runs.versions import save_versions
 from qwenvl_lit.types import DataError
 
 
@@ -69,11 +70,11 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
     ("make", "says"),
     [
         (lambda path: None, "does not exist; train one first"),
-        (lambda path: path.mkdir(), "is no run folder"),
+        (lambda path: path.mkdir(), "is not a run folder"),
         (lambda path: holding(path, "adapter_config.json"), "only LORA"),
         (lambda path: write_run(path), "stopped before it saved one"),
         (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
-        (lambda path: torch.save({"state_dict": {}}, path), "holds no config"),
+        (lambda path: torch.save({"state_dict": {}}, path), "has no config"),
         (lambda path: torch.save([1], path), "cannot be read as a checkpoint"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Writes `versions.json`: the libraries, the commit and the machine that results depend on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwenvl_lit.atomic import write_text
+
+LIBRARIES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "pillow",
+)
+log = logging.getLogger(__name__)
+
+
+def save_versions(folder: Path) -> None:
+    """Writes `versions.json`; warns if a resumed run started with other versions."""
+    file = folder / "versions.json"
+    now = versions()
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = []
+        for name in now:
+            if name != "command" and before.get(name) != now[name]:
+                changed.append(f"{name} {before.get(name)} -> {now[name]}")
+        if changed:
+            log.warning(
+                "%s was started with other versions; results may differ in the last digits: %s",
+                folder,
+                ", ".join(changed),
+            )
+    write_text(file, json.dumps(now, indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Returns what results depend on besides the config.
+
+    `git` is the commit of this package, with "+" if files in this folder were changed since. It is
+    None if the package is not in a git repository.
+    """
+    import torch
+
+    import qwenvl_lit
+
+    return {
+        "qwenvl_lit": qwenvl_lit.__version__,
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        **{library: _version(library) for library in LIBRARIES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+    }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    # Installed packages may be inside the repository of another project, which does not track them.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str | None:
+    """Runs git in this folder; returns its output, or None if it fails or is not installed."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return None if result.returncode else result.stdout.strip()
