@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.callbacks.checkpoint import INTERRUPTED
-from qwenvl_lit.data.download.files import in_bytes
+from qwenvl_lit.callbacks.stop_signals import INTERRUPTED
+from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.data.feature_pass import (
     ReportProgress,
     distinct_rows,
@@ -26,7 +26,7 @@ from qwenvl_lit.data.feature_pass import (
     fingerprint,
 )
 from qwenvl_lit.data.features import CachedFeatures, FeatureStore
-from qwenvl_lit.data.inspection import workers_here
+from qwenvl_lit.data.survey import available_cores
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.types import DataError, ImageSource
@@ -83,7 +83,7 @@ class VisionCache(lightning.Callback):
                 repeats,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
-                workers=max(1, workers_here() // trainer.num_devices),
+                workers=max(1, available_cores() // trainer.num_devices),
                 drop_bad=drop_bad,
                 progress=report,
             )
@@ -153,20 +153,20 @@ class VisionCache(lightning.Callback):
         )
 
     def _check_size(self, store: FeatureStore, images: int, missing: int) -> None:
-        described = f"{images:,} images of {in_bytes(store.image_bytes)}"
+        described = f"{images:,} images of {format_bytes(store.image_bytes)}"
         size, missing_size = images * store.image_bytes, missing * store.image_bytes
         free = shutil.disk_usage(store.folder).free
         if size > self.limit_gb * 1e9:
             raise DataError(
-                f"the vision cache needs {in_bytes(size)} for {described}, more than "
+                f"the vision cache needs {format_bytes(size)} for {described}, more than "
                 f"speed.vision_cache_gb={self.limit_gb:g} allows: raise it, or train with "
                 "speed.vision_cache=false"
             )
         if missing_size > free:
             raise DataError(
-                f"the vision cache needs {in_bytes(missing_size)} more for {described}, and the "
-                f"disk of {store.folder} has {in_bytes(free)} left: make room, choose another disk "
-                "with paths.cache=FOLDER, or train with speed.vision_cache=false"
+                f"the vision cache needs {format_bytes(missing_size)} more for {described}, and "
+                f"the disk of {store.folder} has {format_bytes(free)} left: make room, choose "
+                "another disk with paths.cache=FOLDER, or train with speed.vision_cache=false"
             )
 
 
@@ -222,7 +222,7 @@ def _unsharded(model: nn.Module, family: Family, tensors: dict[str, torch.Tensor
 
 
 def _announce(store: FeatureStore, images: int, missing: int, uses: float) -> None:
-    size = in_bytes(images * store.image_bytes)
+    size = format_bytes(images * store.image_bytes)
     print(
         f"Vision cache: {images:,} images, {size}, in {store.folder}; "
         f"{missing:,} of them are to be encoded"

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
-from qwenvl_lit.data.split import Concat, Rows, Subset, places
+from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
 from qwenvl_lit.data.survey import Finding, survey
 from qwenvl_lit.types import BadImage, Conversation, DataError
 
@@ -29,7 +29,7 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 
 def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:
     """Returns each row of training and validation once, and how often an epoch trains on it."""
-    sources, positions = places(Concat([*train, validation]))
+    sources, positions = flatten(Concat([*train, validation]))
     distinct, index = np.unique(positions, return_inverse=True)
     train_rows = sum(map(len, train))
     repeats = np.bincount(index[:train_rows], minlength=len(distinct))

@@ -16,12 +16,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
-from small_run import At, Killed, family, history, kills_at, run, same
+from small_run import At, Killed, history, kills_at, run, same
+from tiny import tiny_family
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.checkpoint import INTERRUPTED, STOPPED, AtomicCheckpointIO, RunCheckpoint
+from qwenvl_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog
-from qwenvl_lit.cli.command import config_folder
+from qwenvl_lit.callbacks.stop_signals import INTERRUPTED, STOPPED
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.types import DataError
 
@@ -50,7 +52,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_a_killed_run_that_goes_on_ends_as_one_that_was_not(whole, tmp_path, hook, nth):
     with pytest.raises(Killed):
         run(tmp_path, kills_at(hook, nth))
-    assert same(run(tmp_path, goes_on=True), whole[1])
+    assert same(run(tmp_path, resume=True), whole[1])
     assert history(tmp_path) == history(whole[0])
     best = [
         torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
@@ -64,7 +66,7 @@ def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path
     whole = run(tmp_path / "whole", val_check_interval=4)
     with pytest.raises(Killed):
         run(tmp_path / "killed", kills_at("on_train_batch_start", 6), val_check_interval=4)
-    assert same(run(tmp_path / "killed", goes_on=True, val_check_interval=4), whole)
+    assert same(run(tmp_path / "killed", resume=True, val_check_interval=4), whole)
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     steps = [record["step"] for record in history(tmp_path / "whole") if "val/loss" in record]
     assert steps == [2, 6], "none was left out or made twice"
@@ -95,8 +97,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
     for batches in (3, 6, 5, None):
         deaths = [kills_at("on_train_batch_start", batches)] if batches else []
         with pytest.raises(Killed) if batches else nullcontext():
-            goes_on = (tmp_path / "killed/checkpoints/last.ckpt").exists()
-            weights = run(tmp_path / "killed", *deaths, every=every, goes_on=goes_on, **options)
+            resume = (tmp_path / "killed/checkpoints/last.ckpt").exists()
+            weights = run(tmp_path / "killed", *deaths, every=every, resume=resume, **options)
     assert same(weights, whole)
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
 
@@ -115,7 +117,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longe
     run(tmp_path / "whole", Rows(), **longer)
     whole, rows[:] = list(rows), []
     run(tmp_path / "parts", Rows(), **shorter)
-    run(tmp_path / "parts", Rows(), goes_on=True, **longer)
+    run(tmp_path / "parts", Rows(), resume=True, **longer)
     assert rows == whole
     steps = [
         [record["step"] for record in history(tmp_path / name) if "loss" in record]
@@ -146,7 +148,7 @@ def test_a_run_killed_in_the_middle_of_writing_a_checkpoint_has_the_one_before(w
         torch.multiprocessing.spawn(kills_itself_while_writing, args=(tmp_path, 4))
     assert (tmp_path / "checkpoints/last.ckpt.part").exists()
     assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
-    assert same(run(tmp_path, goes_on=True), whole[1])
+    assert same(run(tmp_path, resume=True), whole[1])
     assert not list(tmp_path.glob("checkpoints/*.part"))
 
 
@@ -243,7 +245,7 @@ def test_an_adapter_is_also_left_for_peft(whole):
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
         weights = load_file(folder / "adapter_model.safetensors")
         assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in weights
-        loaded = dict(PeftModel.from_pretrained(family().load(), folder).named_parameters())
+        loaded = dict(PeftModel.from_pretrained(tiny_family().load(), folder).named_parameters())
         stored = torch.load(whole[0] / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
         assert len(weights) == len(stored)
         for key, tensor in stored.items():
@@ -254,7 +256,7 @@ def test_full_fine_tuning_goes_on_too_and_leaves_no_adapter(tmp_path):
     whole = run(tmp_path / "whole", adapter=Full())
     with pytest.raises(Killed):
         run(tmp_path / "killed", kills_at("on_train_batch_start", 10), adapter=Full())
-    assert same(run(tmp_path / "killed", goes_on=True, adapter=Full()), whole)
+    assert same(run(tmp_path / "killed", resume=True, adapter=Full()), whole)
     assert not list(tmp_path.rglob("*adapter*"))
 
 
@@ -277,10 +279,10 @@ def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(
         signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     ] == handlers
     assert (
-        f"saved after step 3. Go on:  python -m qwenvl_lit.train resume={tmp_path}"
+        f"saved after step 3. Resume:  python -m qwenvl_lit.train resume={tmp_path}"
         in capsys.readouterr().out
     )
-    assert same(run(tmp_path, goes_on=True, every=1000), whole[1])
+    assert same(run(tmp_path, resume=True, every=1000), whole[1])
     assert history(tmp_path) == history(whole[0])
 
 
@@ -298,7 +300,7 @@ def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_makes_that_step_agai
         torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
         == steps
     )
-    assert same(run(tmp_path / "stopped", goes_on=True, **options), whole)
+    assert same(run(tmp_path / "stopped", resume=True, **options), whole)
     assert history(tmp_path / "stopped") == history(tmp_path / "whole")
 
 
@@ -334,7 +336,7 @@ def test_another_number_of_processes_is_an_error(whole, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
     with pytest.raises(DataError, match="had 2 processes, this one has 1"):
-        run(tmp_path, goes_on=True)
+        run(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": -1}, {"mode": "lowest"}])
