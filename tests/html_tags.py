@@ -1,4 +1,4 @@
-"""What the tests of HTML reports share: hostile text, and the tags and text of a page."""
+"""Shared by the tests of HTML reports: hostile text, and a parser of a page's tags and text."""
 
 from html.parser import HTMLParser
 
@@ -18,3 +18,9 @@ class Tags(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.tags}
+
+    def attribute_names(self) -> set[str]:
+        return {name for _, attributes in self.tags for name in attributes}

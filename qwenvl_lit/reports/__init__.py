@@ -1,1 +1,1 @@
-"""What people read: data and scores as pages and in the terminal, and the card of an exported model."""
+"""Reports for people: datasets and scores as HTML pages and in the terminal, and model cards."""

@@ -1,4 +1,4 @@
-"""An inspected dataset for the terminal, and its findings as a file."""
+"""Prints the summary of an inspected dataset, and writes its findings to a file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.data.survey import Kind
 
 SHOWN_ERRORS = 20
-SETS_ABREAST = 4  # columns of a table; more would not fit into 80 characters
-BAR = 40  # characters of the longest bar
+SETS_PER_TABLE = 4  # more columns would not fit into 80 characters
+BAR_LENGTH = 40  # characters
 HEADINGS: dict[Kind, str] = {
     "error": "Errors",
     "dropped": "Rows left out",
@@ -28,71 +28,82 @@ HEADINGS: dict[Kind, str] = {
 }
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_PLACE = re.compile(rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+: ")
-_OWN = re.compile(
-    rf"(?<!\w){_QUOTED}(?!\w)|(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*|(?<!\w)-?\d[\d.]*"
-)
+_LOCATION = re.compile(rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+: ")
+_PATH = r"(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*"
+_NUMBER = r"(?<!\w)-?\d[\d.]*"
+_SPECIFIC = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|{_PATH}|{_NUMBER}")
 
 
 def reason(message: str) -> str:
-    """What a message has in common with others of its kind: without place, names and numbers.
+    """Returns what a message shares with others of its kind: no location, names and numbers.
 
-    >>> reason("a.jsonl:3: row 'x': image /data/7.jpg does not exist; check the path and `data.root`")
-    'image … does not exist; check the path and `data.root`'
-    >>> reason("a.jsonl:3: row 'x': is the last turn the assistant's, and is max_length above the answer's length of 7?")
-    "is the last turn the assistant's, and is max_length above the answer's length of …?"
+    >>> reason("a.jsonl:3: row 'x': image /data/7.jpg does not exist; check `data.root`")
+    'image … does not exist; check `data.root`'
+    >>> reason("a.jsonl:3: row 'x': the answer's length is 7")
+    "the answer's length is …"
     """
-    return _OWN.sub("…", _PLACE.sub("", message))
+    return _SPECIFIC.sub("…", _LOCATION.sub("", message))
 
 
 def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
-    """The reasons of all findings of a kind and how often each was found, the most frequent first."""
-    counts = Counter(
-        reason(finding.message)
-        for facts in inspection.sets
-        for finding in facts.findings
-        if finding.kind == kind
-    )
+    """Returns the reasons of all findings of a kind with their counts, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for facts in inspection.sets:
+        for finding in facts.findings:
+            if finding.kind == kind:
+                counts[reason(finding.message)] += 1
     return counts.most_common()
 
 
 def printable(text: str) -> str:
-    """Text of the data for a terminal: control characters and what UTF-8 cannot write are escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    """Escapes control characters and characters that UTF-8 cannot encode, for a terminal."""
+    characters = []
+    for character in text:
+        if not character.isprintable():
+            character = ascii(character)[1:-1]
+        characters.append(character)
+    return "".join(characters)
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
-    """(first, last, how many) of intervals of equal, round width from the shortest to the longest.
+    """Returns (first, last, count) of intervals of equal, round width that cover all lengths.
 
     >>> histogram(np.array([3, 5, 12, 29]), bins=5)
     [(0, 9, 2), (10, 19, 1), (20, 29, 1)]
     """
     if not len(lengths):
         return []
-    low, high = int(lengths.min()), int(lengths.max())
-    width = next(
-        step
-        for power in range(10)
-        for step in (10**power, 10**power * 2, 10**power * 5)
-        if (high - low) / step <= bins - 2
-    )
-    start = low // width * width
-    counts = np.bincount((lengths - start) // width)
-    return [
-        (start + place * width, start + (place + 1) * width - 1, int(count))
-        for place, count in enumerate(counts)
-    ]
+    width = _round_width(int(lengths.max() - lengths.min()), bins)
+    start = int(lengths.min()) // width * width
+    intervals = []
+    for count in np.bincount((lengths - start) // width):
+        intervals.append((start, start + width - 1, int(count)))
+        start += width
+    return intervals
+
+
+def _round_width(span: int, bins: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... of which `bins - 2` cover `span`."""
+    for power in range(10):
+        for factor in (1, 2, 5):
+            width = 10**power * factor
+            if span / width <= bins - 2:
+                return width
+    raise AssertionError(f"no row has {span} tokens")
 
 
 def percentiles(lengths: np.ndarray) -> tuple[int, int, int]:
-    """Median, 99th percentile and longest; zeros if there is none."""
-    median, most, longest = np.percentile(lengths, (50, 99, 100)) if len(lengths) else (0, 0, 0)
-    return int(median), int(most), int(longest)
+    """Returns the median, the 99th percentile and the maximum; zeros without any length."""
+    if not len(lengths):
+        return 0, 0, 0
+    median, percentile_99, maximum = np.percentile(lengths, (50, 99, 100))
+    return int(median), int(percentile_99), int(maximum)
 
 
 def set_facts(facts: SetFacts) -> dict[str, str]:
-    """A set in numbers, by what they are."""
-    median, most, longest = percentiles(facts.lengths)
+    """Returns the figures of a set by their names."""
+    median, percentile_99, maximum = percentiles(facts.lengths)
+    supervised = f"{int(facts.supervised.sum(dtype=np.int64)):,}"
     return {
         "rows": f"{facts.rows:,}",
         "rows with errors": f"{facts.affected['error']:,}",
@@ -102,85 +113,105 @@ def set_facts(facts: SetFacts) -> dict[str, str]:
         "images": f"{facts.images:,}",
         "boxes": f"{facts.boxes:,}",
         "tokens": f"{int(facts.lengths.sum(dtype=np.int64)):,}",
-        "tokens learned": "-"
-        if facts.prompts
-        else f"{int(facts.supervised.sum(dtype=np.int64)):,}",
-        "tokens of a row: median": f"{median:,}",
-        "99 of 100 rows up to": f"{most:,}",
-        "longest row": f"{longest:,}",
+        "supervised tokens": "-" if facts.prompts else supervised,
+        "tokens per row: median": f"{median:,}",
+        "tokens per row: 99 %": f"{percentile_99:,}",
+        "tokens per row: max": f"{maximum:,}",
     }
 
 
 def error_count(inspection: Inspection) -> str:
-    """How many errors there are, in words."""
-    count = len(inspection.errors)
-    return "1 error" if count == 1 else f"{count:,} errors"
+    """Returns the number of errors in words."""
+    return _counted(len(inspection.errors), "error")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def overlap_lines(inspection: Inspection) -> list[str]:
-    """What sets have in common, in words."""
-    return [
-        f"{overlap.first} and {overlap.second}: rows of {overlap.second} that ask the same of the same images: {overlap.rows:,}; "
-        f"images in both: {overlap.images:,}"
-        for overlap in inspection.overlaps
-    ]
+    """Returns a line for each two sets that have rows or images in common."""
+    lines = []
+    for overlap in inspection.overlaps:
+        lines.append(
+            f"{overlap.first} and {overlap.second}: rows of {overlap.second} with the images and "
+            f"the question of a row of {overlap.first}: {overlap.rows:,}; "
+            f"images in both: {overlap.images:,}"
+        )
+    return lines
 
 
 def print_summary(inspection: Inspection, console: Console) -> None:
-    """All that a person has to know; of the errors the first ones."""
-    for part in _parts(inspection):
+    """Prints what a person needs to know about a dataset, with its first errors."""
+    for part in _summary(inspection):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def _parts(inspection: Inspection) -> Iterator[RenderableType]:
-    for start in range(0, len(inspection.sets), SETS_ABREAST):
-        sets = inspection.sets[start : start + SETS_ABREAST]
-        table = Table("", *(Column(Text(printable(facts.name)), justify="right") for facts in sets))
-        columns = [set_facts(facts) for facts in sets]
-        for name in columns[0]:
-            table.add_row(name, *(facts[name] for facts in columns))
-        yield table
-    for facts in inspection.sets:
+def _summary(inspection: Inspection) -> Iterator[RenderableType]:
+    sets = inspection.sets
+    for start in range(0, len(sets), SETS_PER_TABLE):
+        yield _table(sets[start : start + SETS_PER_TABLE])
+    for facts in sets:
         for file in facts.files:
-            yield _line(
-                f"{facts.name}: {file.path}: {file.rows:,} {'row' if file.rows == 1 else 'rows'}, layout {file.layout}"
-            )
-    for facts in inspection.sets:
-        yield _line(f"\nTokens of a row of {facts.name}", "bold")
+            rows = _counted(file.rows, "row")
+            yield _line(f"{facts.name}: {file.path}: {rows}, layout {file.layout}")
+    for facts in sets:
+        yield _heading(f"Tokens per row of {facts.name}")
         yield from map(_line, _bars(histogram(facts.lengths)))
     for kind in ("note", "dropped"):
-        if found := reasons(inspection, kind):
-            yield _line(f"\n{HEADINGS[kind]}", "bold")
-            yield from (_line(f"{count:>9,}  {why}") for why, count in found[:SHOWN_ERRORS])
+        if lines := _reason_lines(inspection, kind):
+            yield _heading(HEADINGS[kind])
+            yield from map(_line, lines)
     if lines := overlap_lines(inspection):
-        yield _line("\nIn two sets", "bold")
+        yield _heading("In two sets")
         yield from map(_line, lines)
     if errors := inspection.errors:
-        yield _line(f"\n{error_count(inspection)}", "bold red")
-        yield from (
-            _line(f"{count:>9,}  {why}")
-            for why, count in reasons(inspection, "error")[:SHOWN_ERRORS]
-        )
+        yield _heading(error_count(inspection), "bold red")
+        yield from map(_line, _reason_lines(inspection, "error"))
         more = f" (the first {SHOWN_ERRORS})" if len(errors) > SHOWN_ERRORS else ""
         yield _line(f"One by one{more}", "bold red")
-        yield from (_line(f"{name}: {finding.message}") for name, finding in errors[:SHOWN_ERRORS])
+        for name, finding in errors[:SHOWN_ERRORS]:
+            yield _line(f"{name}: {finding.message}")
+
+
+def _table(sets: Sequence[SetFacts]) -> Table:
+    """The figures of a few sets side by side."""
+    headings = [Column(Text(printable(facts.name)), justify="right") for facts in sets]
+    table = Table("", *headings)
+    columns = list(map(set_facts, sets))
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table
+
+
+def _reason_lines(inspection: Inspection, kind: Kind) -> list[str]:
+    most_frequent = reasons(inspection, kind)[:SHOWN_ERRORS]
+    return [f"{count:>9,}  {shared}" for shared, count in most_frequent]
+
+
+def _heading(text: str, style: str = "bold") -> Text:
+    return Text("\n" + printable(text), style=style)
 
 
 def _line(text: str, style: str = "") -> Text:
-    start = "\n" if text.startswith("\n") else ""
-    return Text(start + printable(text.removeprefix("\n")), style=style)
+    return Text(printable(text), style=style)
 
 
 def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
-    most = max((count for *_, count in intervals), default=0)
-    digits = len(f"{intervals[-1][1]:,}") if intervals else 0
+    """A histogram as lines of text."""
+    if not intervals:
+        return
+    highest = max(count for _, _, count in intervals)
+    digits = len(f"{intervals[-1][1]:,}")
     for first, last, count in intervals:
-        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+        bar = "█" * round(BAR_LENGTH * count / highest)
+        if count and not bar:
+            bar = "▏"
         yield f"{first:>{digits},} - {last:>{digits},}  {bar} {count:,}"
 
 
 def write_findings(inspection: Inspection, file: Path) -> None:
-    """One line of JSON for every finding: set, index, id, kind, message."""
+    """Writes a line of JSON for each finding: set, kind, index, id and message."""
     with file.open("w") as stream:
         for facts in inspection.sets:
             for finding in facts.findings:

@@ -1,4 +1,4 @@
-"""An inspected dataset as one HTML page that needs no server, no network and no script. Whatever comes from the data is escaped."""
+"""Writes an inspected dataset as an HTML page (see `page`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.models.chatml import runs
 from qwenvl_lit.models.protocols import Processor
@@ -21,7 +22,16 @@ from qwenvl_lit.reports.data import (
     reasons,
     set_facts,
 )
-from qwenvl_lit.reports.page import IMAGE_SIDE_PX, bars, embedded_image, page, table, text
+from qwenvl_lit.reports.page import (
+    IMAGE_SIDE_PX,
+    embedded_image,
+    example,
+    histogram_figure,
+    page,
+    paragraph,
+    table,
+    text,
+)
 from qwenvl_lit.types import Conversation
 
 SHOWN_ERRORS = 200
@@ -31,12 +41,12 @@ SHOWN_ERRORS = 200
 class Example:
     """A row as the model gets it."""
 
-    set: str
+    set_name: str
     conversation: Conversation
-    runs: tuple[tuple[str, bool], ...]  # text, and whether it is learned
+    runs: tuple[tuple[str, bool], ...]  # text of consecutive tokens, and whether it is supervised
     tokens: int
-    expected: str | None  # of a prompt: the answer it is compared with, in the model's markup
-    images: tuple[Image.Image, ...]  # boxes drawn
+    reference: str | None  # of a prompt: the expected answer in the model's markup
+    images: tuple[Image.Image, ...]  # with boxes drawn
 
 
 def examples(
@@ -47,131 +57,141 @@ def examples(
     count: int = 10,
     seed: int = 0,
 ) -> list[Example]:
-    """Usable rows drawn at random, an equal share from each set as far as its rows go."""
-    shares = {facts.name: 0 for facts in inspection.sets}
-    while sum(shares.values()) < count:
-        open_sets = [
-            facts.name for facts in inspection.sets if shares[facts.name] < len(facts.usable)
-        ]
-        if not open_sets:
-            break
-        for name in open_sets[: count - sum(shares.values())]:
-            shares[name] += 1
-    chosen = random.Random(seed)
-    return [
-        _example(facts, sets[facts.name][int(index)], processor)
-        for facts in inspection.sets
-        for index in sorted(chosen.sample(facts.usable.tolist(), shares[facts.name]))
-    ]
+    """Draws usable rows at random, the same number from each set that has enough."""
+    shares = _equal_shares(inspection, count)
+    generator = random.Random(seed)
+    drawn = []
+    for facts in inspection.sets:
+        for index in sorted(generator.sample(facts.usable.tolist(), shares[facts.name])):
+            drawn.append(_example(facts, sets[facts.name][int(index)], processor))
+    return drawn
+
+
+def _equal_shares(inspection: Inspection, count: int) -> dict[str, int]:
+    """How many of `count` rows to draw from each set; the sets take turns."""
+    capacities = {facts.name: len(facts.usable) for facts in inspection.sets}
+    shares = dict.fromkeys(capacities, 0)
+    total = min(count, sum(capacities.values()))
+    while sum(shares.values()) < total:
+        for name, capacity in capacities.items():
+            if shares[name] < capacity and sum(shares.values()) < total:
+                shares[name] += 1
+    return shares
 
 
 def _example(facts: SetFacts, conversation: Conversation, processor: Processor) -> Example:
     sample = processor.encode(conversation, prompt=facts.prompts)
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     parts = [part for turn in conversation.turns for part in turn.parts]
-    images = [image.open() for image in conversation.images]
-    drawn = [
-        draw_objects(
-            image, objects_of_image(parts, number, image.size), largest_side_px=IMAGE_SIDE_PX
-        )
-        for number, image in enumerate(images)
-    ]
+    images = []
+    for index, source in enumerate(conversation.images):
+        image = source.open()
+        objects = objects_of_image(parts, index, image.size)
+        images.append(draw_objects(image, objects, largest_side_px=IMAGE_SIDE_PX))
+    reference = None
+    if facts.prompts:
+        reference = processor.decode((), conversation).reference
     return Example(
-        set=facts.name,
+        set_name=facts.name,
         conversation=conversation,
         runs=tuple(runs(ids, labels, processor.text)),
         tokens=len(ids),
-        expected=processor.decode((), conversation).reference if facts.prompts else None,
-        images=tuple(drawn),
+        reference=reference,
+        images=tuple(images),
     )
 
 
 def write_page(inspection: Inspection, shown: Sequence[Example], file: Path, *, title: str) -> None:
-    """The page: verdict, sets, files, lengths, what was found, and `shown`."""
-    file.write_text(page(title, _body(inspection, shown, title)), encoding="utf-8")
+    """Writes the page: verdict, sets, files, lengths, findings and the examples `shown`."""
+    write_text(file, page(title, _body(inspection, shown, title)))
 
 
 def _body(inspection: Inspection, shown: Sequence[Example], title: str) -> Iterator[str]:
-    errors = inspection.errors
-    verdict = (
-        f'<b class="bad">{error_count(inspection)}</b>: this data cannot be used as it is.'
-        if errors
-        else '<b class="good">No errors.</b>'
-    )
-    yield f"<h1>{text(title)}</h1><p>{verdict} Every finding, one by one, is in <code>findings.jsonl</code> beside this page.</p>"
-    yield "<h2>Sets</h2>" + _sets(inspection)
-    files = [
-        {
-            "set": facts.name,
-            "file": str(file.path),
-            "layout": file.layout,
-            "rows of the file": f"{file.rows:,}",
-        }
-        for facts in inspection.sets
-        for file in facts.files
-    ]
-    if files:
-        yield "<h2>Files</h2>" + table(files, left=("set", "file", "layout"))
-    yield (
-        '<h2>Tokens of a row</h2><div class="plots">'
-        + "".join(map(_plot, inspection.sets))
-        + "</div>"
-    )
+    yield f"<h1>{text(title)}</h1>"
+    yield paragraph(_verdict(inspection) + " <code>findings.jsonl</code> lists every finding.")
+    yield "<h2>Sets</h2>" + _sets_table(inspection)
+    yield from _files(inspection)
+    figures = "".join(map(_lengths_figure, inspection.sets))
+    yield f'<h2>Tokens per row</h2><div class="plots">{figures}</div>'
     if lines := overlap_lines(inspection):
-        yield "<h2>In two sets</h2>" + "".join(f"<p>{text(line)}</p>" for line in lines)
+        yield "<h2>In two sets</h2>" + "".join(paragraph(text(line)) for line in lines)
     for kind in ("error", "dropped", "note"):
-        if found := reasons(inspection, kind):
-            rows = [{"times": f"{count:,}", "what": why} for why, count in found]
-            yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, left=("what",))
-    if errors:
-        more = f", the first {SHOWN_ERRORS}" if len(errors) > SHOWN_ERRORS else ""
-        yield f"<h3>One by one{more}</h3>"
-        yield table(
-            [{"set": name, "error": finding.message} for name, finding in errors[:SHOWN_ERRORS]],
-            left=("set", "error"),
-        )
+        if counts := reasons(inspection, kind):
+            rows = [{"times": f"{count:,}", "finding": shared} for shared, count in counts]
+            yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, text_columns=["finding"])
+    yield from _errors(inspection)
     if shown:
         yield f"<h2>{len(shown)} rows as the model gets them</h2>"
-        yield '<p>What is <span class="learned">learned</span> is marked; boxes of question and answer are drawn into the images.</p>'
+        yield paragraph(
+            '<span class="supervised">Supervised text</span> is marked. Boxes of the question and '
+            "of the answer are drawn into the images."
+        )
         yield from map(_shown, shown)
 
 
-def _sets(inspection: Inspection) -> str:
-    columns = {facts.name: set_facts(facts) for facts in inspection.sets}
-    names = next(iter(columns.values()))
-    return table(
-        [{"": name, **{of: values[name] for of, values in columns.items()}} for name in names],
-        left=("",),
-    )
+def _verdict(inspection: Inspection) -> str:
+    if inspection.errors:
+        return f'<b class="bad">{error_count(inspection)}</b>: this data cannot be used as it is.'
+    return '<b class="good">No errors.</b>'
 
 
-def _shown(example: Example) -> str:
-    images = "".join(map(embedded_image, example.images))
-    words = "".join(
-        f'<span class="learned">{text(words)}</span>' if learned else text(words)
-        for words, learned in example.runs
-    )
-    expected = (
-        f'<h3>Expected</h3><pre><span class="learned">{text(example.expected)}</span></pre>'
-        if example.expected
-        else ""
-    )
-    where = f"{example.conversation.where} " if example.conversation.where else ""
-    return (
-        f'<section class="example"><header><b>{text(example.set)}</b> {text(example.conversation.id)} '
-        f'<span class="faint">{text(where)}({example.tokens:,} tokens)</span></header>'
-        f'<div class="images">{images}</div><div class="words"><pre>{words}</pre>{expected}</div></section>'
-    )
+def _sets_table(inspection: Inspection) -> str:
+    """A column for each set, a row for each figure."""
+    figures_by_set = {facts.name: set_facts(facts) for facts in inspection.sets}
+    rows = []
+    for name in next(iter(figures_by_set.values())):
+        row = {"": name}
+        for set_name, figures in figures_by_set.items():
+            row[set_name] = figures[name]
+        rows.append(row)
+    return table(rows, text_columns=[""])
 
 
-def _plot(facts: SetFacts) -> str:
+def _files(inspection: Inspection) -> Iterator[str]:
+    rows = []
+    for facts in inspection.sets:
+        for file in facts.files:
+            row = {"set": facts.name, "file": str(file.path), "layout": file.layout}
+            rows.append({**row, "rows in the file": f"{file.rows:,}"})
+    if rows:
+        yield "<h2>Files</h2>" + table(rows, text_columns=["set", "file", "layout"])
+
+
+def _errors(inspection: Inspection) -> Iterator[str]:
+    errors = inspection.errors
+    if not errors:
+        return
+    more = f", the first {SHOWN_ERRORS}" if len(errors) > SHOWN_ERRORS else ""
+    yield f"<h3>One by one{more}</h3>"
+    rows = [{"set": name, "error": finding.message} for name, finding in errors[:SHOWN_ERRORS]]
+    yield table(rows, text_columns=["set", "error"])
+
+
+def _shown(row: Example) -> str:
+    conversation = row.conversation
+    source = f"{conversation.where} " if conversation.where else ""
+    header = (
+        f"<b>{text(row.set_name)}</b> {text(conversation.id)} "
+        f'<span class="faint">{text(source)}({row.tokens:,} tokens)</span>'
+    )
+    content = ""
+    for run, supervised in row.runs:
+        content += _supervised(run) if supervised else text(run)
+    words = f"<pre>{content}</pre>"
+    if row.reference:
+        words += f"<h3>Expected</h3><pre>{_supervised(row.reference)}</pre>"
+    return example(header, "".join(map(embedded_image, row.images)), words)
+
+
+def _supervised(content: str) -> str:
+    return f'<span class="supervised">{text(content)}</span>'
+
+
+def _lengths_figure(facts: SetFacts) -> str:
     intervals = histogram(facts.lengths, bins=40)
     if not intervals:
-        return f"<figure><p>nothing usable</p><figcaption>{text(facts.name)}</figcaption></figure>"
+        caption = f"<figcaption>{text(facts.name)}</figcaption>"
+        return f"<figure><p>no usable rows</p>{caption}</figure>"
     counts = [(f"{first:,} to {last:,} tokens", count) for first, last, count in intervals]
-    return bars(
-        counts,
-        ends=(f"{intervals[0][0]:,}", f"{intervals[-1][1]:,} tokens"),
-        what="rows",
-        caption=facts.name,
-    )
+    ends = (f"{intervals[0][0]:,}", f"{intervals[-1][1]:,} tokens")
+    return histogram_figure(counts, ends=ends, unit="rows", caption=facts.name)

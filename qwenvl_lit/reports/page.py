@@ -1,10 +1,13 @@
-"""What HTML pages share: one file each, without server, network or script. Whatever comes from the data is escaped."""
+"""Builds HTML pages of a single file each, which need no server, network or script.
+
+Everything that comes from the data is escaped: pass it through `text`.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from PIL import Image
@@ -14,90 +17,133 @@ from qwenvl_lit.reports.data import printable
 IMAGE_SIDE_PX = 480
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d5dae1 }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff;
+  max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d5dae1 }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } th { color: #5a6675; font-weight: 600 }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e8ed; text-align: right; vertical-align: top }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { color: #5a6675; font-weight: 600 }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e8ed;
+  text-align: right; vertical-align: top }
 td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 5rem }
+.wide { overflow-x: auto }
 .good { color: #00695c } .bad { color: #b3261e } .faint { color: #5a6675 }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 } figcaption { color: #5a6675 }
+.plots { display: flex; flex-wrap: wrap; gap: 1.5rem }
+figure { margin: 0 } figcaption { color: #5a6675 }
 svg text { font: 11px system-ui, sans-serif; fill: #5a6675 } svg rect { fill: #3b6ea8 }
-.example { border: 1px solid #d5dae1; border-radius: 6px; padding: .8rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: 1rem }
-.example header { flex-basis: 100%; overflow-wrap: anywhere } .example .images { display: flex; flex-direction: column; gap: .5rem }
-.example img { max-width: 100%; width: 340px; height: auto } .example .words { flex: 1 1 20rem; min-width: 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0; color: #5a6675;
-  max-height: 30rem; overflow: auto }
-.learned { color: #064e3b; background: #c8efdd; border-radius: 2px }
-.answers { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .8rem } .answers > div { flex: 1 1 10rem; min-width: 0 }
-.answers h3 { margin: 0 } .answers pre { color: #1c2430 } .wide { overflow-x: auto }
+.example { border: 1px solid #d5dae1; border-radius: 6px; padding: .8rem; margin: 1rem 0;
+  display: flex; flex-wrap: wrap; gap: 1rem }
+.example header { flex-basis: 100%; overflow-wrap: anywhere }
+.example .images { display: flex; flex-direction: column; gap: .5rem }
+.example img { max-width: 100%; width: 340px; height: auto }
+.example .words { flex: 1 1 20rem; min-width: 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace;
+  margin: 0; color: #5a6675; max-height: 30rem; overflow: auto }
+.supervised { color: #064e3b; background: #c8efdd; border-radius: 2px }
+.answers { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .8rem }
+.answers > div { flex: 1 1 10rem; min-width: 0 }
+.answers h3 { margin: 0 } .answers pre { color: #1c2430 }
 .predicted { color: #d81b60 } .expected { color: #00695c }
 """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page around `parts`, which are HTML."""
+    """Returns a whole page with `parts`, which are HTML, as its body."""
     body = "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{text(title)}</title><style>{STYLE}</style></head><body>
 {body}
 </body></html>
 """
 
 
-def table(rows: Sequence[Mapping[str, str]], *, left: Iterable[str]) -> str:
-    """Rows that all have the columns of the first; `left` names those of text, the others are numbers."""
+def text(content: str) -> str:
+    """Escapes text from the data.
 
-    def cells(tag: str, values: Iterable[tuple[str, str]]) -> str:
-        return "".join(
-            f"<{tag}{' class=text' if name in left else ''}>{text(value)}</{tag}>"
-            for name, value in values
-        )
+    Line breaks stay. Other control characters and lone surrogates are written as escape sequences.
+    """
+    return escape("\n".join(map(printable, content.split("\n"))))
 
-    head = cells("th", ((name, name) for name in rows[0]))
+
+def paragraph(html: str, style: str = "") -> str:
+    """Returns a paragraph; `style` is a class of the style sheet."""
+    return f'<p class="{style}">{html}</p>' if style else f"<p>{html}</p>"
+
+
+def table(rows: Sequence[Mapping[str, str]], *, text_columns: Collection[str]) -> str:
+    """Returns a table of rows that all have the columns of the first one.
+
+    Args:
+        text_columns: aligned to the left; the other columns are numbers, aligned to the right.
+    """
+    html = '<div class="wide"><table>'
+    names = list(rows[0])
+    html += _table_row("th", dict(zip(names, names, strict=True)), text_columns)
+    for row in rows:
+        html += _table_row("td", row, text_columns)
+    return html + "</table></div>"
+
+
+def _table_row(tag: str, cells: Mapping[str, str], text_columns: Collection[str]) -> str:
+    html = ""
+    for name, content in cells.items():
+        style = " class=text" if name in text_columns else ""
+        html += f"<{tag}{style}>{text(content)}</{tag}>"
+    return f"<tr>{html}</tr>"
+
+
+def example(header: str, images: str, words: str) -> str:
+    """Returns a framed row of a dataset: `header` above, `images` beside `words`, all HTML."""
     return (
-        f'<div class="wide"><table><tr>{head}</tr>'
-        + "".join(f"<tr>{cells('td', row.items())}</tr>" for row in rows)
-        + "</table></div>"
+        f'<section class="example"><header>{header}</header>'
+        f'<div class="images">{images}</div><div class="words">{words}</div></section>'
     )
-
-
-def text(words: str) -> str:
-    """Text of the data for the page; line breaks stay, other control characters and lone surrogates are written out."""
-    return escape("\n".join(map(printable, words.split("\n"))))
 
 
 def embedded_image(image: Image.Image) -> str:
-    """The image itself, as part of the page."""
+    """Returns an image whose JPEG data is part of the page."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
-    return (
-        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
-    )
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
-def bars(
+def histogram_figure(
     counts: Sequence[tuple[str, int]],
     *,
     ends: tuple[str, str],
-    what: str,
+    unit: str,
     caption: str,
     width: int = 340,
     height: int = 150,
 ) -> str:
-    """A histogram: for each interval what is said where the mouse rests, and how many; `ends` of the axis, `what` is counted."""
-    most, step = max(1, *(count for _, count in counts)), width / len(counts)
-    drawn = "".join(
-        f'<rect x="{place * step:.1f}" width="{max(1, step - 1):.1f}" y="{15 + height * (1 - count / most):.1f}" '
-        f'height="{height * count / most:.1f}"><title>{text(said)}: {count:,} {what}</title></rect>'
-        for place, (said, count) in enumerate(counts)
-    )
+    """Returns a histogram as SVG.
+
+    Args:
+        counts: name of each interval, shown when the mouse is over it, and its count.
+        ends: labels of the two ends of the axis.
+        unit: what is counted.
+    """
+    highest = max(1, *(count for _, count in counts))
+    step = width / len(counts)
+    bars = ""
+    for index, (name, count) in enumerate(counts):
+        bar_height = height * count / highest
+        bar_top = 15 + height * (1 - count / highest)
+        bars += (
+            f'<rect x="{index * step:.1f}" width="{max(1, step - 1):.1f}" '
+            f'y="{bar_top:.1f}" height="{bar_height:.1f}">'
+            f"<title>{text(name)}: {count:,} {unit}</title></rect>"
+        )
+    start, end = ends
     return (
-        f'<figure><svg width="{width}" height="{height + 32}">{drawn}'
-        f'<text x="0" y="10">{most:,} {what}</text>'
-        f'<text x="0" y="{height + 28}">{text(ends[0])}</text>'
-        f'<text x="{width}" y="{height + 28}" text-anchor="end">{text(ends[1])}</text></svg>'
+        f'<figure><svg width="{width}" height="{height + 32}">{bars}'
+        f'<text x="0" y="10">{highest:,} {unit}</text>'
+        f'<text x="0" y="{height + 28}">{text(start)}</text>'
+        f'<text x="{width}" y="{height + 28}" text-anchor="end">{text(end)}</text></svg>'
         f"<figcaption>{text(caption)}</figcaption></figure>"
     )

@@ -1,30 +1,32 @@
-"""Scores as numbers to trust: those of each row, how sure their mean is, what they are by group, and how two runs differ."""
+"""Analyses scores: of each row, with confidence intervals, by group, and between two runs."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_lit.metrics.boxes import first_box_iou, labelled_boxes
+from qwenvl_lit.metrics.boxes import expected_boxes, first_box, first_box_iou
 from qwenvl_lit.metrics.per_sample import PerSampleMetric, sample_key
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Prediction
 
 RESAMPLES = 1000
-SURE = 0.95
-MOST_GROUPS = 12  # of a column; one with more values names rows and does not group them
+CONFIDENCE = 0.95
+MAX_GROUPS = 12  # a column with more distinct values identifies rows and does not group them
 
 Rows = Sequence[Conversation]
 
 
 class Mean(NamedTuple):
-    """A score of some rows and the interval that it is in, 95 % sure."""
+    """The mean score of some rows, with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -33,41 +35,40 @@ class Mean(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
-    """The answers to one set."""
+class ScoredSet:
+    """The answers to one set, with their scores by metric."""
 
     name: str
     predictions: Sequence[Prediction]
-    totals: Mapping[str, float]  # what each metric says of them together
-    scores: Mapping[
-        str, np.ndarray
-    ]  # of each prediction by each metric; nan where it does not count
-    unanswered: int = 0  # rows of the set that no answer was there for
+    totals: Mapping[str, float]  # by metric: the score of the whole set
+    scores: Mapping[str, np.ndarray]  # by metric: the score of each prediction; NaN if not counted
+    unanswered: int = 0  # rows of the set without a prediction
 
     def is_mean(self, metric: str) -> bool:
-        """Whether the score is the mean of what each row scores, as of most metrics; BLEU is of all rows together."""
-        return bool(
-            np.isclose(np.nanmean(self.scores[metric]), self.totals[metric], rtol=1e-5, atol=1e-7)
-        )
+        """Tells whether the score is the mean over rows; BLEU, for instance, is not."""
+        mean = np.nanmean(self.scores[metric])
+        return bool(np.isclose(mean, self.totals[metric], rtol=1e-5, atol=1e-7))
 
     def mean(self, metric: str) -> Mean:
-        """A metric's score, with its interval where it is a mean."""
+        """Returns a score; its interval is NaN if the score is not a mean over rows."""
         mean = bootstrap(self.scores[metric])._replace(value=self.totals[metric])
-        return mean if self.is_mean(metric) else mean._replace(low=np.nan, high=np.nan)
+        if not self.is_mean(metric):
+            return mean._replace(low=np.nan, high=np.nan)
+        return mean
 
 
 class Difference(NamedTuple):
-    """How a metric changed from one run to another, on the rows that both have answered."""
+    """The change of a metric between two runs, on the rows that both have answered."""
 
     before: float
     now: float
     change: Mean
-    better: int
+    better: int  # rows
     worse: int
 
 
-class Changed(NamedTuple):
-    """A row whose score by `metric` is another now."""
+class ChangedRow(NamedTuple):
+    """A row whose score by `metric` has changed."""
 
     metric: str
     by: float
@@ -76,83 +77,84 @@ class Changed(NamedTuple):
 
 
 def bootstrap(values: np.ndarray, *, seed: int = 0) -> Mean:
-    """The mean of what is not nan, and the percentile interval of the means of samples drawn from it with replacement.
+    """Returns the mean of all values except NaN, with its percentile bootstrap interval.
 
     >>> bootstrap(np.array([0.0, 1.0, 1.0, 1.0, np.nan]))
     Mean(value=0.75, low=0.25, high=1.0, rows=4)
     """
     values = values[~np.isnan(values)]
-    if not len(values):
+    count = len(values)
+    if not count:
         return Mean(np.nan, np.nan, np.nan, 0)
-    distinct, counts = np.unique(
-        values, return_counts=True
-    )  # how often each value is drawn is all that matters
-    drawn = np.random.default_rng(seed).multinomial(
-        len(values), counts / len(values), size=RESAMPLES
-    )
-    low, high = np.quantile(drawn @ distinct / len(values), [(1 - SURE) / 2, (1 + SURE) / 2])
-    return Mean(float(values.mean()), float(low), float(high), len(values))
+    # A resample is determined by how often it draws each distinct value.
+    distinct, counts = np.unique(values, return_counts=True)
+    generator = np.random.default_rng(seed)
+    resamples = generator.multinomial(count, counts / count, size=RESAMPLES)
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.quantile(resamples @ distinct / count, tails)
+    return Mean(float(values.mean()), float(low), float(high), count)
 
 
 def read_predictions(file: Path) -> dict[str, dict[int, tuple[str, str]]]:
-    """Id and text of the answers in a `predictions.jsonl`, by set and by the row's place in it.
+    """Reads id and text of the answers in a `predictions.jsonl`, by set and row index.
 
     Raises:
-        DataError: it cannot be read, or a line is no prediction.
+        DataError: the file cannot be read, or a line is not a prediction.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise DataError(f"predictions={file} cannot be read: {fault}") from None
-    found: dict[str, dict[int, tuple[str, str]]] = {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"predictions={file} cannot be read: {error}") from None
+    answers_by_set: dict[str, dict[int, tuple[str, str]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found.setdefault(row["set"], {})[int(row["index"])] = (
-                row["id"],
-                str(row["prediction"]),
-            )
-        except (ValueError, TypeError, KeyError) as fault:
+            answers_of_set = answers_by_set.setdefault(row["set"], {})
+            answers_of_set[int(row["index"])] = (row["id"], str(row["prediction"]))
+        except (ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{file}:{number}: expected {{set, index, id, prediction}} as `predict` writes them: {fault!r}"
+                f"{file}:{number}: expected {{set, index, id, prediction}} "
+                f"as `predict` writes them: {error!r}"
             ) from None
-    if not found:
+    if not answers_by_set:
         raise DataError(f"predictions={file} has no rows")
-    return found
+    return answers_by_set
 
 
 def answers(
     file: Path, sets: Mapping[str, Rows], processor: Processor
 ) -> dict[str, list[Prediction]]:
-    """The predictions in a file as they were made, in the order of the rows that they answer; by set.
+    """Restores the predictions in a file: by set, sorted by row index.
 
     Raises:
-        DataError: as `read_predictions`, or they answer other rows.
+        DataError: as `read_predictions`, or the file answers other rows than those of `sets`.
     """
-    found = read_predictions(file)
-    if unknown := sorted(set(found) - set(sets)):
+    answers_by_set = read_predictions(file)
+    if unknown := sorted(set(answers_by_set) - set(sets)):
         raise DataError(
-            f"{file} answers the sets {', '.join(unknown)}, the data has {', '.join(sets)}; give the data= it was made with"
+            f"{file} answers the sets {', '.join(unknown)}, the data has {', '.join(sets)}; "
+            "give the data= it was made with"
         )
-    return {
-        name: [
-            _answer(file, sets[name], name, index, *row, processor)
-            for index, row in sorted(found[name].items())
-        ]
-        for name in found
-    }
+    predictions: dict[str, list[Prediction]] = {}
+    for name, answers_of_set in answers_by_set.items():
+        predictions[name] = []
+        for index, (row_id, text) in sorted(answers_of_set.items()):
+            row = _row(sets[name], index, row_id, source=f"{file}: row {index} of {name}")
+            predictions[name].append(processor.read(text, row))
+    return predictions
 
 
-def _answer(
-    file: Path, rows: Rows, name: str, index: int, id: str, text: str, processor: Processor
-) -> Prediction:
-    row = rows[index] if 0 <= index < len(rows) else None
-    if row is None or row.id != id:
-        here = "does not exist" if row is None else f"is {row.id!r}"
-        raise DataError(
-            f"{file}: row {index} of {name} is {id!r}, which {here} in the data; give the data= it was made with"
-        )
-    return processor.read(text, replace(row, index=index))
+def _row(rows: Rows, index: int, row_id: str, *, source: str) -> Conversation:
+    """The row at `index`; raises an error that begins with `source` if it has another id."""
+    state = "does not exist"
+    if 0 <= index < len(rows):
+        row = rows[index]
+        if row.id == row_id:
+            return replace(row, index=index)
+        state = f"is {row.id!r}"
+    raise DataError(
+        f"{source} is {row_id!r}, which {state} in the data; give the data= it was made with"
+    )
 
 
 def score(
@@ -161,21 +163,19 @@ def score(
     metrics: Mapping[str, PerSampleMetric],
     *,
     rows: int | None = None,
-) -> Scored:
-    """What `metrics` say of the answers to a set of so many `rows`; as in a test, one that found no row it could score is left out."""
+) -> ScoredSet:
+    """Scores the answers to a set of `rows` rows.
+
+    A metric without any row that it can score is left out, as in a test.
+    """
     totals, scores = {}, {}
     for title, metric in metrics.items():
-        own = metric.clone()
-        own.distributed_available_fn = lambda: (
-            False
-        )  # all answers are here; other processes may be there and do not take part
-        own.reset()
-        own.update(predictions)
-        total = float(own.compute().float())  # as the task logs it, to the last digit
+        total, row_scores = metric.evaluate(predictions)
+        total = float(np.float32(total))  # as Lightning logs it, to the last digit
         if np.isfinite(total):
             totals[title] = total
-            scores[title] = row_scores(own, predictions)
-    return Scored(
+            scores[title] = _scores_of(predictions, row_scores)
+    return ScoredSet(
         name=name,
         predictions=predictions,
         totals=totals,
@@ -184,155 +184,164 @@ def score(
     )
 
 
-def row_scores(metric: PerSampleMetric, predictions: Sequence[Prediction]) -> np.ndarray:
-    """What an updated metric says of each of the predictions; nan where it does not count, or where another with the same id does."""
-    kept = {key: numbers for key, numbers in metric.rows().items() if len(numbers)}
-    of_key = dict(
-        zip(kept, metric.row_scores(list(kept.values())).tolist() if kept else (), strict=True)
-    )
+def _scores_of(predictions: Sequence[Prediction], row_scores: Mapping[int, float]) -> np.ndarray:
+    """The score of each prediction; NaN if it is not counted or a later one has the same id."""
+    last_of_id = {row.conversation.id: index for index, row in enumerate(predictions)}
     values = np.full(len(predictions), np.nan)
-    for id, place in {
-        prediction.conversation.id: place for place, prediction in enumerate(predictions)
-    }.items():
-        values[place] = of_key.get(sample_key(id), np.nan)
+    for row_id, index in last_of_id.items():
+        values[index] = row_scores.get(sample_key(row_id), np.nan)
     return values
 
 
 def groups(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
-    """What group each answer is in, by what it is grouped by; "" where that says nothing. Only what tells rows apart is there."""
-    named = sorted(
-        {column for prediction in predictions for column in prediction.conversation.columns}
-    )
-    by: dict[str, Callable[[Prediction], str]] = {
-        **{
-            column: lambda p, column=column: p.conversation.columns.get(column, "")
-            for column in named
-        },
-        "images": lambda p: str(len(p.conversation.images)),
-        "words of the expected answer": lambda p: _interval(_words(p), (1, 2, 4, 8, 16), ""),
-        "box, % of the image": lambda p: _interval(_expected_share(p), (0, 1, 5, 20, 50), ""),
-        "choices": lambda p: str(len(p.conversation.options) or ""),
-    }
-    found = {
-        title: np.array([group(prediction) for prediction in predictions], dtype=object)
-        for title, group in by.items()
-    }
-    return {
-        title: labels
-        for title, labels in found.items()
-        if 2 <= len(set(labels) - {""}) <= MOST_GROUPS
-    }
+    """Groups predictions by each column of the data, and by properties of the row.
+
+    Returns:
+        By title: the name of each prediction's group, "" if it is in none. Groupings that do not
+        tell rows apart are left out, and so are those into more than `MAX_GROUPS` groups.
+    """
+    columns: set[str] = set()
+    for prediction in predictions:
+        columns.update(prediction.conversation.columns)
+    groupings: dict[str, list[str]] = {}
+    for column in sorted(columns):
+        groupings[column] = [row.conversation.columns.get(column, "") for row in predictions]
+    rows = [prediction.conversation for prediction in predictions]
+    groupings["images"] = [str(len(row.images)) for row in rows]
+    groupings["words of the expected answer"] = list(map(_words_group, predictions))
+    groupings["box, % of the image"] = list(map(_area_group, predictions))
+    groupings["choices"] = [str(len(row.options) or "") for row in rows]
+
+    useful = {}
+    for title, names in groupings.items():
+        if 2 <= len(set(names) - {""}) <= MAX_GROUPS:
+            useful[title] = np.array(names, dtype=object)
+    return useful
 
 
-def in_order(labels: Iterable[str]) -> list[str]:
-    """Each group once: numbers and intervals by size, names by letter."""
-
-    def place(label: str) -> tuple[bool, float, str]:
-        number = label.split(" ")[0].replace("–", " ").split(" ")[0]
-        return (
-            (False, float(number), "")
-            if number.replace(".", "", 1).isdigit()
-            else (True, 0.0, label)
-        )
-
-    return sorted(set(labels) - {""}, key=place)
+def sorted_groups(names: Iterable[str]) -> list[str]:
+    """Returns each group once: numbers and intervals by size, then names in alphabetical order."""
+    return sorted(set(names) - {""}, key=_group_order)
 
 
-def _words(prediction: Prediction) -> float | None:
+def _group_order(name: str) -> tuple[bool, float, str]:
+    number = re.split("[ –]", name)[0]
+    if number.replace(".", "", 1).isdigit():
+        return False, float(number), ""
+    return True, 0.0, name
+
+
+def _words_group(prediction: Prediction) -> str:
+    """The interval of the number of words expected; "" if boxes are expected or no answer is."""
     answer = prediction.conversation.answer
-    if answer is None or any(
-        isinstance(part, GroundedObject) and part.boxes for part in answer.parts
-    ):
-        return None
-    return len((prediction.reference or "").split())
+    if answer is None:
+        return ""
+    if any(isinstance(part, GroundedObject) and part.boxes for part in answer.parts):
+        return ""
+    words = len((prediction.reference or "").split())
+    first, last = _interval(words, (1, 2, 4, 8, 16))
+    if last is None:
+        return f"{first} and more"
+    return f"{first}" if last == first + 1 else f"{first}–{last - 1}"
 
 
-def _expected_share(prediction: Prediction) -> float | None:
-    answer = prediction.conversation.answer
-    boxes = [
-        box
-        for _, box in labelled_boxes(answer.parts if answer else (), prediction.conversation)
-        if box
-    ]
-    return 100 * abs((boxes[0].x1 - boxes[0].x0) * (boxes[0].y1 - boxes[0].y0)) if boxes else None
+def _area_group(prediction: Prediction) -> str:
+    """The interval of the area of the first expected box in percent; "" if none is expected."""
+    box = first_box(expected_boxes(prediction))
+    if box is None:
+        return ""
+    area = 100 * abs((box.x1 - box.x0) * (box.y1 - box.y0))
+    low, high = _interval(area, (0, 1, 5, 20, 50))
+    return f"{low} and more" if high is None else f"{low}–{high}"
 
 
-def _interval(value: float | None, starts: Sequence[int], nothing: str) -> str:
-    if value is None:
-        return nothing
-    place = max((number for number, start in enumerate(starts) if value >= start), default=0)
-    if place == len(starts) - 1:
-        return f"{starts[place]} and more"
-    last = starts[place + 1]
-    return (
-        f"{starts[place]}"
-        if last == starts[place] + 1 and starts[0]
-        else f"{starts[place]}–{last - (1 if starts[0] else 0)}"
-    )
+def _interval(value: float, starts: Sequence[int]) -> tuple[int, int | None]:
+    """The start of the interval that holds `value`, and the start of the next one, if any."""
+    index = max(0, bisect_right(starts, value) - 1)
+    if index == len(starts) - 1:
+        return starts[index], None
+    return starts[index], starts[index + 1]
 
 
 def ious(predictions: Sequence[Prediction]) -> np.ndarray:
-    """IoU of the first predicted with the first expected box, of those answers that have an expected one."""
-    return np.array([iou for iou in map(first_box_iou, predictions) if iou is not None])
+    """Returns the IoU of first predicted and first expected box, of rows that expect a box."""
+    values = map(first_box_iou, predictions)
+    return np.array([value for value in values if value is not None])
 
 
-def extremes(scored: Scored, count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Places of the `count` worst and the `count` best answers, by the first metric that scores a row; drawn at random among equals."""
+def extremes(scored: ScoredSet, count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Returns indices of the `count` worst and the `count` best answers, no index in both.
+
+    A row counts by its score of the first metric that has one. Ties are broken at random.
+    """
     values = first_scores(scored)
     known = np.random.default_rng(seed).permutation(np.flatnonzero(~np.isnan(values)))
-    ranked = known[np.argsort(values[known], kind="stable")]
+    ranked = known[np.argsort(values[known], kind="stable")].tolist()
     half = len(ranked) // 2
-    return ranked[: min(count, len(ranked) - half)].tolist(), ranked[::-1][
-        : min(count, half)
-    ].tolist()
+    worst = ranked[: min(count, len(ranked) - half)]
+    best = ranked[::-1][: min(count, half)]
+    return worst, best
 
 
-def first_scores(scored: Scored) -> np.ndarray:
-    """Of each answer, its score by the first metric that has one."""
+def first_scores(scored: ScoredSet) -> np.ndarray:
+    """Returns the score of each answer by the first metric that has one."""
     values = np.full(len(scored.predictions), np.nan)
-    for own in scored.scores.values():
-        values = np.where(np.isnan(values), own, values)
+    for metric_scores in scored.scores.values():
+        values = np.where(np.isnan(values), metric_scores, values)
     return values
 
 
-def compare(before: Scored, now: Scored) -> tuple[dict[str, Difference], list[Changed]]:
-    """What changed between two runs, on the rows that both answered: by metric, and row by row, the largest changes first."""
-    places = {
-        prediction.conversation.index: place for place, prediction in enumerate(before.predictions)
-    }
-    both = [
-        (places[p.conversation.index], place)
-        for place, p in enumerate(now.predictions)
-        if p.conversation.index in places
-    ]
-    old, new = np.array([a for a, _ in both], dtype=int), np.array([b for _, b in both], dtype=int)
-    differences, changed = {}, []
+def compare(before: ScoredSet, now: ScoredSet) -> tuple[dict[str, Difference], list[ChangedRow]]:
+    """Compares two runs on the rows that both have answered.
+
+    Returns:
+        The difference by metric, and each row that has changed, by its largest change.
+    """
+    before_indices, now_indices = _common_rows(before.predictions, now.predictions)
+    differences: dict[str, Difference] = {}
+    changed: list[ChangedRow] = []
     for metric in now.scores:
-        if metric not in before.scores or not len(both):
+        if metric not in before.scores:
             continue
-        was, is_ = before.scores[metric][old], now.scores[metric][new]
-        by = is_ - was
-        known = ~np.isnan(by)
+        old = before.scores[metric][before_indices]
+        new = now.scores[metric][now_indices]
+        change = new - old
+        known = ~np.isnan(change)
         if not known.any():
             continue
-        better, worse = int((by > 0).sum()), int((by < 0).sum())
         differences[metric] = Difference(
-            float(was[known].mean()), float(is_[known].mean()), bootstrap(by), better, worse
+            before=float(old[known].mean()),
+            now=float(new[known].mean()),
+            change=bootstrap(change),
+            better=int((change > 0).sum()),
+            worse=int((change < 0).sum()),
         )
-        changed += [
-            Changed(
-                metric,
-                float(by[place]),
-                before.predictions[old[place]],
-                now.predictions[new[place]],
-            )
-            for place in np.flatnonzero(known & (by != 0))
-        ]
-    random.Random(0).shuffle(changed)  # among equals
-    changed.sort(key=lambda change: -abs(change.by))
-    seen: set[int] = set()  # several metrics may tell of one row
-    return differences, [
-        c
-        for c in changed
-        if not (c.now.conversation.index in seen or seen.add(c.now.conversation.index))
-    ]
+        for index in np.flatnonzero(known & (change != 0)):
+            old_prediction = before.predictions[before_indices[index]]
+            new_prediction = now.predictions[now_indices[index]]
+            row = ChangedRow(metric, float(change[index]), old_prediction, new_prediction)
+            changed.append(row)
+    random.Random(0).shuffle(changed)  # the sort is stable: ties are in random order
+    changed.sort(key=lambda row: -abs(row.by))
+    return differences, _first_of_each_row(changed)
+
+
+def _common_rows(
+    before: Sequence[Prediction], now: Sequence[Prediction]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices in `before` and in `now` of the rows that both have."""
+    index_before = {row.conversation.index: index for index, row in enumerate(before)}
+    before_indices, now_indices = [], []
+    for index, prediction in enumerate(now):
+        if prediction.conversation.index in index_before:
+            before_indices.append(index_before[prediction.conversation.index])
+            now_indices.append(index)
+    return np.array(before_indices, dtype=int), np.array(now_indices, dtype=int)
+
+
+def _first_of_each_row(changed: Iterable[ChangedRow]) -> list[ChangedRow]:
+    """Several metrics may have changed for one row."""
+    by_index: dict[int, ChangedRow] = {}
+    for row in changed:
+        by_index.setdefault(row.now.conversation.index, row)
+    return list(by_index.values())

@@ -1,219 +1,255 @@
-"""Scores as one HTML page that needs no server, no network and no script."""
+"""Writes scores as an HTML page (see `page`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.rendering.text import images_with_boxes, prompt_text
-from qwenvl_lit.reports.page import IMAGE_SIDE_PX, bars, embedded_image, page, table, text
+from qwenvl_lit.reports.page import (
+    IMAGE_SIDE_PX,
+    embedded_image,
+    example,
+    histogram_figure,
+    page,
+    paragraph,
+    table,
+    text,
+)
 from qwenvl_lit.reports.scores import (
-    Changed,
+    ChangedRow,
+    Difference,
     Mean,
-    Scored,
+    ScoredSet,
     bootstrap,
     compare,
     extremes,
     first_scores,
     groups,
-    in_order,
     ious,
+    sorted_groups,
 )
 from qwenvl_lit.types import BadImage, Prediction
 
-SHOWN = 6  # of the best, of the worst, and of those that changed, of each set
-MOST_IMAGES = 4  # of a row
-MOST_REFERENCES = 10
-LEGEND = '<p class="faint">Boxes are <span class="predicted">solid</span> as predicted, <span class="expected">dashed</span> as expected.</p>'
+MAX_EXAMPLES = 6  # of each set: worst, best, worse than before, better than before
+MAX_IMAGES = 4  # of a row
+MAX_REFERENCES = 10
+INTERVAL = "95 % interval"
+LEGEND = paragraph(
+    'Predicted boxes are <span class="predicted">solid</span>, '
+    'expected boxes are <span class="expected">dashed</span>.',
+    "faint",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Earlier:
-    """Another run's answers to the same sets."""
+class EarlierRun:
+    """The answers of another run to the same sets."""
 
     name: str
-    sets: Mapping[str, Scored]
+    sets: Mapping[str, ScoredSet]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What a page tells."""
+class ScoreReport:
+    """The content of a page."""
 
     title: str
-    sets: Sequence[Scored]
+    sets: Sequence[ScoredSet]
     published: Sequence[Mapping[str, str]] = ()  # rows of the table of benchmarks
     notes: Sequence[str] = ()
-    earlier: Sequence[Earlier] = field(default=())
+    earlier: Sequence[EarlierRun] = ()
 
 
-def write_report(report: Report, file: Path) -> None:
-    """The page: scores, comparisons, and for each set groups, boxes, and its worst and best answers."""
-    file.write_text(page(report.title, _body(report)), encoding="utf-8")
+def write_report(report: ScoreReport, file: Path) -> None:
+    """Writes the page: scores, comparisons with earlier runs, and details of each set."""
+    write_text(file, page(report.title, _body(report)))
 
 
-def _body(report: Report) -> Iterator[str]:
+def _body(report: ScoreReport) -> Iterator[str]:
     yield f"<h1>{text(report.title)}</h1>"
-    yield from (f'<p class="bad">{text(note)}</p>' for note in report.notes)
+    for note in report.notes:
+        yield paragraph(text(note), "bad")
     if report.published:
-        yield "<h2>Benchmarks</h2>" + table(report.published, left=("benchmark", "metric"))
-    scores = [_score_row(scored, metric) for scored in report.sets for metric in scored.totals]
-    if scores:
-        yield "<h2>Scores</h2>" + table(scores, left=("set", "metric"))
-        yield '<p class="faint">The interval tells how far the score may move with other rows of the same kind (bootstrap over rows).</p>'
+        yield "<h2>Benchmarks</h2>" + table(report.published, text_columns=["benchmark", "metric"])
+    yield from _scores(report.sets)
     for scored in report.sets:
         if scored.unanswered:
-            yield f'<p class="bad">{scored.unanswered:,} rows of {text(scored.name)} have no answer and do not count.</p>'
-    for other in report.earlier:
-        yield from _comparison(other, report.sets)
+            count = f"{scored.unanswered:,} rows of {text(scored.name)}"
+            yield paragraph(f"{count} have no answer and are not counted.", "bad")
+    for earlier in report.earlier:
+        yield from _comparison(earlier, report.sets)
     for scored in report.sets:
         yield f"<h2>{text(scored.name)}</h2>"
-        yield from _set(scored)
+        yield from _scores_by_group(scored)
+        yield from _overlaps(scored)
+        yield from _extremes(scored)
 
 
-def _score_row(scored: Scored, metric: str) -> dict[str, str]:
-    mean = scored.mean(metric)
+def _scores(sets: Sequence[ScoredSet]) -> Iterator[str]:
+    rows = []
+    for scored in sets:
+        for metric in scored.totals:
+            mean = scored.mean(metric)
+            row = {"set": scored.name, "metric": metric, "score": _number(mean.value)}
+            rows.append({**row, INTERVAL: _interval(mean), "rows": f"{mean.rows:,}"})
+    if rows:
+        yield "<h2>Scores</h2>" + table(rows, text_columns=["set", "metric"])
+        yield paragraph(
+            "The interval shows how far the score may move with other rows of the same kind "
+            "(bootstrap over rows).",
+            "faint",
+        )
+
+
+def _scores_by_group(scored: ScoredSet) -> Iterator[str]:
+    groupings = groups(scored.predictions)
+    for metric in filter(scored.is_mean, scored.totals):
+        rows = []
+        for title, names in groupings.items():
+            group_rows = _group_rows(metric, scored.scores[metric], title, names)
+            if len(group_rows) > 1:
+                rows += group_rows
+        if rows:
+            yield f"<h3>{text(metric)} by group</h3>" + table(rows, text_columns=["by", "group"])
+
+
+def _group_rows(
+    metric: str, scores: np.ndarray, title: str, names: np.ndarray
+) -> list[dict[str, str]]:
+    """A table row for each group that has scores."""
+    rows = []
+    for name in sorted_groups(names):
+        mean = bootstrap(scores[names == name])
+        if mean.rows:
+            row = {"by": title, "group": name, metric: _number(mean.value)}
+            rows.append({**row, INTERVAL: _interval(mean), "rows": f"{mean.rows:,}"})
+    return rows
+
+
+def _overlaps(scored: ScoredSet) -> Iterator[str]:
+    overlaps = ious(scored.predictions)
+    if not len(overlaps):
+        return
+    counts, edges = np.histogram(overlaps, bins=20, range=(0, 1))
+    named_counts = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        named_counts.append((f"IoU {low:.2f} to {high:.2f}", int(count)))
+    caption = "IoU of the first predicted box"
+    figure = histogram_figure(named_counts, ends=("0", "1"), unit="rows", caption=caption)
+    yield f'<h3>Overlap of boxes</h3><div class="plots">{figure}</div>'
+
+
+def _extremes(scored: ScoredSet) -> Iterator[str]:
+    worst, best = extremes(scored, MAX_EXAMPLES)
+    scores = first_scores(scored)
+    for heading, indices in (("Worst answers", worst), ("Best answers", best)):
+        if indices:
+            yield f"<h3>{heading}</h3>{LEGEND}"
+        for index in indices:
+            yield _example(scored.predictions[index], f"score {_number(scores[index])}")
+
+
+def _comparison(earlier: EarlierRun, sets: Sequence[ScoredSet]) -> Iterator[str]:
+    rows, worse, better = [], [], []
+    for now in sets:
+        if now.name not in earlier.sets:
+            continue
+        differences, changed = compare(earlier.sets[now.name], now)
+        for metric, difference in differences.items():
+            rows.append(_difference_row(now.name, metric, difference))
+        worse += _changed_examples(now.name, (row for row in changed if row.by < 0))
+        better += _changed_examples(now.name, (row for row in changed if row.by > 0))
+    yield f"<h2>Against {text(earlier.name)}</h2>"
+    if not rows:
+        yield paragraph("The two runs have no rows in common that can be compared.")
+        return
+    yield table(rows, text_columns=["set", "metric"])
+    yield paragraph(
+        "Differences are taken row by row, on the rows that both runs have answered. "
+        "An interval without 0 is more than chance.",
+        "faint",
+    )
+    for heading, shown in (("Worse now", worse), ("Better now", better)):
+        if shown:
+            yield f"<h3>{heading}</h3>"
+            yield from shown
+
+
+def _difference_row(set_name: str, metric: str, difference: Difference) -> dict[str, str]:
     return {
-        "set": scored.name,
+        "set": set_name,
         "metric": metric,
-        "score": _number(mean.value),
-        "95 % interval": _range(mean),
-        "rows": f"{mean.rows:,}",
+        "before": _number(difference.before),
+        "now": _number(difference.now),
+        "difference": f"{difference.change.value:+.3f}",
+        INTERVAL: _interval(difference.change, sign="+"),
+        "better": f"{difference.better:,}",
+        "worse": f"{difference.worse:,}",
+        "rows": f"{difference.change.rows:,}",
     }
 
 
-def _set(scored: Scored) -> Iterator[str]:
-    by = groups(scored.predictions)
-    for metric in filter(scored.is_mean, scored.totals):
-        rows = []
-        for title, labels in by.items():
-            for label in in_order(labels):
-                mean = bootstrap(scored.scores[metric][labels == label])
-                if mean.rows:
-                    group = {
-                        "by": title,
-                        "group": label,
-                        metric: _number(mean.value),
-                        "95 % interval": _range(mean),
-                    }
-                    rows.append({**group, "rows": f"{mean.rows:,}"})
-        rows = [row for row in rows if sum(other["by"] == row["by"] for other in rows) > 1]
-        if rows:
-            yield f"<h3>{text(metric)} by group</h3>" + table(rows, left=("by", "group"))
-    overlaps = ious(scored.predictions)
-    if len(overlaps):
-        counts, edges = np.histogram(overlaps, bins=20, range=(0, 1))
-        said = [
-            (f"IoU {low:.2f} to {high:.2f}", int(count))
-            for low, high, count in zip(edges, edges[1:], counts, strict=False)
-        ]
-        yield "<h3>Overlap of boxes</h3>"
-        yield (
-            '<div class="plots">'
-            + bars(said, ends=("0", "1"), what="rows", caption="IoU of the first predicted box")
-            + "</div>"
-        )
-    worst, best = extremes(scored, SHOWN)
-    values = first_scores(scored)
-    for heading, places in (("Worst answers", worst), ("Best answers", best)):
-        if places:
-            yield f"<h3>{heading}</h3>{LEGEND}"
-            for place in places:
-                yield _example(scored.predictions[place], f"score {_number(values[place])}")
+def _changed_examples(set_name: str, changed: Iterable[ChangedRow]) -> list[str]:
+    shown = []
+    for row in islice(changed, MAX_EXAMPLES):
+        remark = f"{set_name}: {row.metric} {row.by:+.3f}"
+        shown.append(_example(row.now, remark, before=row.before))
+    return shown
 
 
-def _comparison(other: Earlier, sets: Sequence[Scored]) -> Iterator[str]:
-    rows, shown = [], []
-    for now in sets:
-        if now.name not in other.sets:
-            continue
-        differences, changed = compare(other.sets[now.name], now)
-        for metric, found in differences.items():
-            row = {
-                "set": now.name,
-                "metric": metric,
-                "before": _number(found.before),
-                "now": _number(found.now),
-            }
-            row |= {
-                "difference": f"{found.change.value:+.3f}",
-                "95 % interval": _range(found.change, signed=True),
-            }
-            rows.append(
-                row
-                | {
-                    "better": f"{found.better:,}",
-                    "worse": f"{found.worse:,}",
-                    "rows": f"{found.change.rows:,}",
-                }
-            )
-        for up in (False, True):
-            shown += [(now.name, change) for change in changed if (change.by > 0) == up][:SHOWN]
-    yield f"<h2>Against {text(other.name)}</h2>"
-    if not rows:
-        yield "<p>The two have no rows in common that can be compared.</p>"
-        return
-    yield table(rows, left=("set", "metric"))
-    yield '<p class="faint">Differences are taken row by row, on rows that both answered; an interval without 0 is more than chance.</p>'
-    for heading, some in (
-        ("Worse now", [s for s in shown if s[1].by < 0]),
-        ("Better now", [s for s in shown if s[1].by > 0]),
-    ):
-        if some:
-            yield f"<h3>{heading}</h3>"
-            yield from (
-                _example(change.now, f"{name}: {_said(change)}", before=change.before)
-                for name, change in some
-            )
-
-
-def _said(change: Changed) -> str:
-    return f"{change.metric} {change.by:+.3f}"
-
-
-def _example(prediction: Prediction, said: str, *, before: Prediction | None = None) -> str:
+def _example(prediction: Prediction, remark: str, *, before: Prediction | None = None) -> str:
     conversation = prediction.conversation
-    expected = [prediction.reference] if prediction.reference is not None else []
-    expected += [
-        reference
-        for reference in dict.fromkeys(conversation.references)
-        if reference not in expected
-    ]
-    columns = {"Before": before.text} if before else {}
-    boxed = '<h3 class="predicted">', '<h3 class="expected">'
-    answers = "".join(
-        f"<div><h3>{title}</h3><pre>{text(words)}</pre></div>" for title, words in columns.items()
-    )
-    answers += f"<div>{boxed[0]}Prediction</h3><pre>{text(prediction.text)}</pre></div>"
-    if expected:
-        answers += f"<div>{boxed[1]}Expected</h3><pre>{text(chr(10).join(expected[:MOST_REFERENCES]))}</pre></div>"
-    return (
-        f'<section class="example"><header><b>{text(conversation.id)}</b> <span class="faint">{text(said)}</span></header>'
-        f'<div class="images">{"".join(_images(prediction))}</div>'
-        f'<div class="words"><pre>{text(prompt_text(conversation))}</pre><div class="answers">{answers}</div></div></section>'
-    )
+    answers = ""
+    if before:
+        answers += _answer("<h3>Before</h3>", before.text)
+    answers += _answer('<h3 class="predicted">Prediction</h3>', prediction.text)
+    if expected := _expected_answers(prediction):
+        listed = "\n".join(expected[:MAX_REFERENCES])
+        answers += _answer('<h3 class="expected">Expected</h3>', listed)
+    prompt = f"<pre>{text(prompt_text(conversation))}</pre>"
+    header = f'<b>{text(conversation.id)}</b> <span class="faint">{text(remark)}</span>'
+    words = f'{prompt}<div class="answers">{answers}</div>'
+    return example(header, "".join(_images(prediction)), words)
+
+
+def _answer(heading: str, content: str) -> str:
+    return f"<div>{heading}<pre>{text(content)}</pre></div>"
+
+
+def _expected_answers(prediction: Prediction) -> list[str]:
+    """The expected answer and the references, each text once."""
+    texts = [*prediction.conversation.references]
+    if prediction.reference is not None:
+        texts.insert(0, prediction.reference)
+    return list(dict.fromkeys(texts))
 
 
 def _images(prediction: Prediction) -> Iterator[str]:
-    """Those with boxes, else all; the predicted boxes solid, the expected ones dashed."""
+    """The images with boxes, or all images if none has boxes."""
     shown = images_with_boxes(prediction) or range(len(prediction.conversation.images))
-    for number in list(shown)[:MOST_IMAGES]:
+    for index in shown[:MAX_IMAGES]:
         try:
-            yield embedded_image(draw_prediction(prediction, number, largest_side_px=IMAGE_SIDE_PX))
-        except BadImage as fault:  # it may have been here when the question was answered, and is not needed for the scores
-            yield f'<p class="bad">{text(str(fault))}</p>'
+            image = draw_prediction(prediction, index, largest_side_px=IMAGE_SIDE_PX)
+        except BadImage as error:
+            # The scores do not need the image: it may have been deleted after the model answered.
+            yield paragraph(text(str(error)), "bad")
+        else:
+            yield embedded_image(image)
 
 
 def _number(value: float) -> str:
     return "–" if np.isnan(value) else f"{round(value, 6):.3f}"
 
 
-def _range(mean: Mean, *, signed: bool = False) -> str:
-    return (
-        "–"
-        if np.isnan(mean.low)
-        else " to ".join(f"{value:{'+' if signed else ''}.3f}" for value in (mean.low, mean.high))
-    )
+def _interval(mean: Mean, *, sign: str = "-") -> str:
+    """The limits of the interval; with `sign="+"` positive numbers get a sign too."""
+    if np.isnan(mean.low):
+        return "–"
+    return f"{mean.low:{sign}.3f} to {mean.high:{sign}.3f}"
