@@ -1,4 +1,4 @@
-"""Boxes: their frames, their overlap, and the markup Qwen-VL writes them in."""
+"""Boxes: conversion between frames, overlap, and the markup in which Qwen-VL writes them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from enum import Enum
 
 from qwenvl_lit.types import Box, DataError, Frame, GroundedObject, ImageSource, Quad
 
-GRID = 999  # coordinates in text run from 0 to this
+GRID = 999  # coordinates in text run from 0 to this value
 
 
 def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Quad:
-    """The same place in another frame, for an image of `size` (width, height) in pixels.
+    """Returns the same region in another frame, for an image of `size` (width, height) in pixels.
 
-    Grid values become whole numbers by truncation, as ms-swift writes them; nothing is clipped or put in order. A box that is in `frame`
-    already comes back as it is: through pixels, 12 % of grid values would lose a step.
+    Grid values become integers by truncation, as ms-swift writes them. Values are neither clipped
+    nor put in order. A box that is already in `frame` is returned unchanged: a round trip through
+    pixels would lower 12 % of the grid values by one.
 
     >>> to_frame(Box(x0=138, y0=136, x1=235, y1=359), "grid", size=(640, 427))
     Box(x0=215, y0=318, x1=366, y1=839, frame='grid')
@@ -24,28 +25,26 @@ def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Q
     if box.frame == frame:
         return box
 
-    def convert(value: float, side: int) -> float:
+    def convert(value: float, size_px: int) -> float:
         match box.frame, frame:
             case "pixel", "grid":
-                return int(value / side * GRID)
+                return int(value / size_px * GRID)
             case "unit", "grid":
                 return int(value * GRID)
             case "pixel", "unit":
-                return value / side
+                return value / size_px
             case "grid", "unit":
                 return value / GRID
             case "grid", "pixel":
-                return value / GRID * side
+                return value / GRID * size_px
             case "unit", "pixel":
-                return value * side
+                return value * size_px
         raise ValueError(f"frames are pixel, grid and unit, got {box.frame!r} and {frame!r}")
 
     width, height = size
     if isinstance(box, Quad):
-        return Quad(
-            points=tuple((convert(x, width), convert(y, height)) for x, y in box.points),
-            frame=frame,
-        )
+        points = tuple((convert(x, width), convert(y, height)) for x, y in box.points)
+        return Quad(points=points, frame=frame)
     return Box(
         x0=convert(box.x0, width),
         y0=convert(box.y0, height),
@@ -56,42 +55,56 @@ def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Q
 
 
 def object_in_frame(
-    thing: GroundedObject, frame: Frame, images: Sequence[ImageSource]
+    obj: GroundedObject, frame: Frame, images: Sequence[ImageSource]
 ) -> GroundedObject:
-    """`thing` with all its boxes in `frame`. The size of its image is read only if a box is in another frame.
+    """Returns `obj` with all boxes in `frame`.
+
+    The size of its image is read only if a box is in another frame.
 
     Raises:
-        DataError: that image does not exist or cannot be read.
+        DataError: the image does not exist or cannot be read.
     """
-    if all(box.frame == frame for box in thing.boxes):
-        return thing
-    if not 0 <= thing.image < len(images):
+    if all(box.frame == frame for box in obj.boxes):
+        return obj
+    if not 0 <= obj.image < len(images):
         raise DataError(
-            f"object {thing.label!r} names image {thing.image}, counted from 0, of {len(images)}; check its `image`"
+            f"object {obj.label!r} names image {obj.image}, counted from 0, of {len(images)}; "
+            "check its `image`"
         )
-    size = images[thing.image].size
-    return replace(thing, boxes=tuple(to_frame(box, frame, size=size) for box in thing.boxes))
+    size = images[obj.image].size
+    return replace(obj, boxes=tuple(to_frame(box, frame, size=size) for box in obj.boxes))
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union, in [0, 1]; 0 for boxes that only touch or are inverted. Both in one frame.
+    """Intersection over union, in [0, 1]; 0 for boxes that only touch or are inverted.
 
     >>> iou(Box(x0=0, y0=0, x1=2, y1=2), Box(x0=1, y0=0, x1=3, y1=2))
     0.3333333333333333
+
+    Raises:
+        ValueError: the boxes are in different frames.
     """
     if a.frame != b.frame:
         raise ValueError(f"boxes need one frame, got {a.frame} and {b.frame}; use to_frame first")
-    shared = _side(max(a.x0, b.x0), min(a.x1, b.x1)) * _side(max(a.y0, b.y0), min(a.y1, b.y1))
-    union = _side(a.x0, a.x1) * _side(a.y0, a.y1) + _side(b.x0, b.x1) * _side(b.y0, b.y1) - shared
-    return shared / union if union else 0.0
+    width = _length(max(a.x0, b.x0), min(a.x1, b.x1))
+    height = _length(max(a.y0, b.y0), min(a.y1, b.y1))
+    shared = width * height
+    union = _area(a) + _area(b) - shared
+    if union == 0:
+        return 0.0
+    return shared / union
 
 
-def _side(low: float, high: float) -> float:
+def _area(box: Box) -> float:
+    return _length(box.x0, box.x1) * _length(box.y0, box.y1)
+
+
+def _length(low: float, high: float) -> float:
     return max(0.0, high - low)
 
 
 class Tag(Enum):
-    """A mark of the markup. Not a string, so that a label which spells one stays text."""
+    """A tag of the markup. It is not a str, so that a label that spells a tag stays text."""
 
     REF = "<ref>"
     REF_END = "</ref>"
@@ -101,75 +114,84 @@ class Tag(Enum):
     QUAD_END = "</quad>"
 
 
-def tags_from_object(thing: GroundedObject, images: Sequence[ImageSource]) -> Iterator[Tag | str]:
-    """`<ref>label</ref><box>(x0,y0),(x1,y1)</box>...` as tags and text. `images`: all of the conversation.
+def tags_from_object(obj: GroundedObject, images: Sequence[ImageSource]) -> Iterator[Tag | str]:
+    """Yields `<ref>label</ref><box>(x0,y0),(x1,y1)</box>...` as tags and text.
+
+    Args:
+        images: all images of the conversation.
 
     Raises:
-        DataError: a box in another frame names an image that does not exist.
+        DataError: a box is not on the grid, and its image does not exist or cannot be read.
     """
-    if thing.label is not None:
-        yield from (Tag.REF, thing.label, Tag.REF_END)
-    for box in object_in_frame(thing, "grid", images).boxes:
+    if obj.label is not None:
+        yield from (Tag.REF, obj.label, Tag.REF_END)
+    for box in object_in_frame(obj, "grid", images).boxes:
         if isinstance(box, Quad):
             yield from (Tag.QUAD, ",".join(map(_point, box.points)), Tag.QUAD_END)
         else:
-            yield from (
-                Tag.BOX,
-                f"{_point((box.x0, box.y0))},{_point((box.x1, box.y1))}",
-                Tag.BOX_END,
-            )
+            corners = f"{_point((box.x0, box.y0))},{_point((box.x1, box.y1))}"
+            yield from (Tag.BOX, corners, Tag.BOX_END)
 
 
 def _point(point: tuple[float, float]) -> str:
-    x, y = (int(value) if value == int(value) else value for value in point)
+    x, y = map(_number, point)
     return f"({x},{y})"
+
+
+def _number(value: float) -> float:
+    """Returns 3 for 3.0, so that whole numbers are written without a decimal point."""
+    return int(value) if value == int(value) else value
 
 
 _LABEL = r"<ref>((?:(?!</?ref>).)*)</ref>"
 
 
 def _patterns(digits: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What finds objects, and what parts their boxes."""
+    """Returns the pattern of an object (label and boxes, or one of them) and that of a box."""
     number = rf"[\s()]*-?{digits}[\s()]*"
     box = rf"<box>{number}(?:,{number}){{3}}</box>|<quad>{number}(?:,{number}){{7}}</quad>"
     return re.compile(rf"(?:{_LABEL})?((?:{box})+)|{_LABEL}", re.DOTALL), re.compile(box)
 
 
-_WHOLE = _patterns(r"[0-9]{1,6}")
-_FRACTIONS = _patterns(r"[0-9]{1,6}(?:\.[0-9]{1,17})?")
+_INTEGERS = _patterns(r"[0-9]{1,6}")
+_DECIMALS = _patterns(r"[0-9]{1,6}(?:\.[0-9]{1,17})?")
 
 
 def objects_from_tags(
     text: str, *, image: int = 0, fractions: bool = False
 ) -> tuple[str | GroundedObject, ...]:
-    """`text` parted at its objects, all of them in `image` and with boxes on the grid.
+    """Splits `text` into plain text and objects, with boxes on the grid. Never raises.
 
-    A label right before boxes belongs to all of them. Markup that cannot be read stays text, as do boxes with fractions unless `fractions`
-    are asked for; inverted boxes stay inverted. Never raises.
+    A label directly before boxes belongs to all of them. Markup that cannot be read stays text.
+    Inverted boxes stay inverted.
+
+    Args:
+        image: index of the image that all objects are in.
+        fractions: also read boxes with decimal fractions; otherwise these stay text.
 
     >>> objects_from_tags("see <ref>a cat</ref><box>(1,2),(3,4)</box>")[1].label
     'a cat'
     """
-    whole, one_box = _FRACTIONS if fractions else _WHOLE
+    object_pattern, box_pattern = _DECIMALS if fractions else _INTEGERS
     parts: list[str | GroundedObject] = []
     end = 0
-    for match in whole.finditer(text):
+    for match in object_pattern.finditer(text):
         if before := text[end : match.start()]:
             parts.append(before)
         end = match.end()
-        label, boxes, lone_label = match.groups()
-        found = tuple(_box_from_tags(m.group()) for m in one_box.finditer(boxes or ""))
-        parts.append(GroundedObject(label=label if boxes else lone_label, boxes=found, image=image))
+        label, box_tags, lone_label = match.groups()
+        boxes = tuple(_box_from_tags(box.group()) for box in box_pattern.finditer(box_tags or ""))
+        label = label if box_tags else lone_label
+        parts.append(GroundedObject(label=label, boxes=boxes, image=image))
     if rest := text[end:]:
         parts.append(rest)
     return tuple(parts)
 
 
 def _box_from_tags(tags: str) -> Box | Quad:
-    values = [
-        float(value) if "." in value else int(value)
-        for value in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags)
-    ]
+    values: list[float] = []
+    for number in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags):
+        values.append(float(number) if "." in number else int(number))
     if len(values) == 8:
         return Quad(points=tuple(zip(values[::2], values[1::2], strict=True)), frame="grid")
     return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame="grid")

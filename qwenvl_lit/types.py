@@ -1,4 +1,7 @@
-"""Values that cross stages. They know no model's markup and check only what they can know alone."""
+"""The values that stages pass to each other: images, boxes, conversations, samples, batches.
+
+These types know nothing about the markup of a model. They check only what they can check alone.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
@@ -21,28 +24,42 @@ if TYPE_CHECKING:
 Frame = Literal["pixel", "grid", "unit"]  # pixels of the image | integers 0..999 | 0..1
 Role = Literal["system", "user", "assistant"]
 
-MAX_IMAGE_PIXELS = (
-    100_000_000  # 300 MB as RGB: what claims to be larger is broken, or made to fill the memory
+# 300 MB as RGB. A file that claims to be larger is broken, or made to exhaust the memory.
+MAX_IMAGE_PIXELS = 100_000_000
+
+# Pillow's readers raise all of these for broken files.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
 )
 
 
 class DataError(ValueError):
-    """Input that cannot be used; the message names file, line, id, what was expected and what to do."""
+    """Input that cannot be used.
+
+    The message names the file, line and row id, what was expected, what was found and what to do.
+    """
 
 
 class BadImage(DataError):  # noqa: N818 - a kind of DataError
-    """An image that is missing, cannot be fetched or cannot be read as one."""
+    """An image that is missing, cannot be downloaded or cannot be decoded."""
 
 
 class Dropped(DataError):  # noqa: N818 - a decision, not an error
-    """A row that the config says to leave out; the message names file, line, id and why."""
+    """A row that the config says to leave out; the message names file, line, row id and reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
-    """Axis-aligned box in the frame it was measured in; origin top-left.
+    """Axis-aligned box in the frame it was measured in; the origin is the top-left corner.
 
-    A model's answer may be inverted: readers check the order, the type does not.
+    A model may answer with an inverted box: readers check the order of the corners, the type does
+    not.
     """
 
     x0: float
@@ -58,49 +75,59 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quad:
-    """Four corners (x, y) in reading order, for rotated text and the like."""
+    """Four corners (x, y) in reading order, for example of rotated text."""
 
     points: tuple[tuple[float, float], ...]
     frame: Frame = "pixel"
 
     def __post_init__(self):
-        if len(self.points) != 4 or not all(
-            math.isfinite(v) for point in self.points for v in point
-        ):
+        finite = all(math.isfinite(value) for point in self.points for value in point)
+        if len(self.points) != 4 or not finite:
             raise DataError(f"quad needs four points of finite numbers, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroundedObject:
-    """A phrase and where it is. A question may hold only one of the two: `label` None, or no `boxes`."""
+    """A phrase and where its objects are in an image.
+
+    A question may hold only one of the two: then `label` is None or `boxes` is empty.
+    """
 
     label: str | None = None
     boxes: tuple[Box | Quad, ...] = ()
-    image: int = 0  # index among the images of the conversation
+    image: int = 0  # index into the images of the conversation
 
 
-class Stored(Protocol):
-    """An image that has to be brought before it can be opened."""
+class RemoteImage(Protocol):
+    """An image that has to be downloaded before it can be opened."""
 
     @property
     def name(self) -> str:
         """Its address, for messages and written predictions."""
 
     def path(self) -> Path:
-        """The file on disk, fetched if it is not there yet; raises DataError if that fails."""
+        """Returns the file on disk, after downloading it if it is missing.
+
+        Raises:
+            DataError: the download fails.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image by file, encoded bytes, PIL image or address. It is fetched and decoded late, in the worker that needs it."""
+    """An image given as file, encoded bytes, PIL image or address.
 
-    source: Path | bytes | Image.Image | Stored
-    _size: tuple[int, int] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )  # read once, a header costs a file access
+    It is downloaded and decoded when it is first opened, in the data worker that needs it.
+    """
+
+    source: Path | bytes | Image.Image | RemoteImage
+    # The size is cached, since reading a header costs a file access.
+    _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def open(self) -> Image.Image:
-        """The decoded image as stored (mode kept, no EXIF rotation: the original model does none).
+        """Returns the decoded image in its own mode.
+
+        An EXIF rotation is not applied, because the original model applies none.
 
         Raises:
             BadImage: the file is missing, broken, no image, or has more than `MAX_IMAGE_PIXELS`.
@@ -111,7 +138,7 @@ class ImageSource:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, from the header alone.
+        """Width and height in pixels, read from the header alone.
 
         Raises:
             BadImage: as `open`.
@@ -119,8 +146,28 @@ class ImageSource:
         if self._size is not None:
             return self._size
         with self._opened() as image:
+            # A frozen dataclass can fill a cache in no other way. `_size` follows from `source`,
+            # so the value itself does not change.
             object.__setattr__(self, "_size", image.size)
             return image.size
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the content: equal images have equal keys, wherever they are stored.
+
+        Raises:
+            BadImage: the file cannot be read.
+        """
+        return hashlib.sha256(self._content()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Path or address of the image, else its kind; for messages and written predictions."""
+        if isinstance(self.source, Path):
+            return str(self.source)
+        if isinstance(self.source, bytes | Image.Image):
+            return f"<{type(self.source).__name__}>"
+        return self.source.name
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
@@ -132,7 +179,8 @@ class ImageSource:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError(
-                        f"{image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}; scale it down"
+                        f"{image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}; "
+                        "scale it down"
                     )
                 yield image
         except FileNotFoundError:
@@ -143,8 +191,24 @@ class ImageSource:
             raise BadImage(
                 f"image {self.name} cannot be read as an image: its format is unknown"
             ) from None
-        except (*_BROKEN, Image.DecompressionBombError) as error:
+        except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
             raise BadImage(f"image {self.name} cannot be read as an image: {error}") from error
+
+    def _content(self) -> bytes:
+        if isinstance(self.source, Image.Image):
+            # Equal indices under different palettes are different images.
+            header = repr((self.source.mode, self.source.size, self.source.getpalette()))
+            return header.encode() + self.source.tobytes()
+        file = self._file()
+        if isinstance(file, bytes):
+            return file
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise BadImage(
+                f"image {self.name} cannot be read: {error.strerror}; "
+                "check the path and `data.root`"
+            ) from None
 
     def _file(self) -> Path | bytes:
         assert not isinstance(self.source, Image.Image)
@@ -152,59 +216,16 @@ class ImageSource:
             return self.source
         try:
             return self.source.path()
-        except DataError as fault:
-            raise BadImage(str(fault)) from fault
+        except DataError as error:
+            raise BadImage(str(error)) from error
 
-    @property
-    def key(self) -> str:
-        """SHA-256 of the content: equal images have equal keys, wherever they are stored.
-
-        Raises:
-            BadImage: its file cannot be read.
-        """
-        if isinstance(self.source, Image.Image):
-            content = (
-                repr((self.source.mode, self.source.size, self.source.getpalette())).encode()
-                + self.source.tobytes()
-            )
-        else:
-            file = self._file()
-            try:
-                content = file if isinstance(file, bytes) else file.read_bytes()
-            except OSError as fault:
-                raise BadImage(
-                    f"image {self.name} cannot be read: {fault.strerror}; check the path and `data.root`"
-                ) from None
-        return hashlib.sha256(content).hexdigest()
-
-    @property
-    def name(self) -> str:
-        """For messages and written predictions: the path or address, or what kind of image it is."""
-        if isinstance(self.source, Path):
-            return str(self.source)
-        return (
-            f"<{type(self.source).__name__}>"
-            if isinstance(self.source, bytes | Image.Image)
-            else self.source.name
-        )
-
-
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-)  # what Pillow's readers raise for bad files
 
 Part = str | ImageSource | GroundedObject
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What one speaker says."""
+    """The text, images and objects that one speaker contributes."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -212,41 +233,38 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """One row of a dataset, or one user's question."""
+    """One row of a dataset, or one question of a user."""
 
     id: str
     turns: tuple[Turn, ...]
-    references: tuple[
-        str, ...
-    ] = ()  # further right answers as plain text (captions, VQA's ten answers)
-    options: tuple[
-        str, ...
-    ] = ()  # answers to choose from: the likeliest is the prediction, nothing is generated
-    columns: Mapping[str, str] = field(
-        default_factory=dict
-    )  # further columns of the row, for selecting and grouping scores
-    index: int = 0  # place in its dataset; predictions are written in this order
-    where: str = field(
-        default="", compare=False
-    )  # the file and line it was read from, for messages
-    notes: tuple[
-        str, ...
-    ] = ()  # what a reader repaired in this row or kept against better knowledge
+    references: tuple[str, ...] = ()
+    """Further correct answers as plain text: captions, or the ten answers of VQA."""
+    options: tuple[str, ...] = ()
+    """Answers to choose from. The likeliest one is the prediction; nothing is generated."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Further columns of the row, by which scores are selected and grouped."""
+    index: int = 0
+    """Position in the dataset. Predictions are written in this order."""
+    where: str = field(default="", compare=False)
+    """The file and line that the row was read from, for messages."""
+    notes: tuple[str, ...] = ()
+    """What a reader repaired in this row, or kept although it looks wrong."""
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
-        """All images in reading order; `GroundedObject.image` counts in this tuple."""
-        return tuple(
-            part for turn in self.turns for part in turn.parts if isinstance(part, ImageSource)
-        )
+        """All images in reading order; `GroundedObject.image` is an index into this tuple."""
+        parts = (part for turn in self.turns for part in turn.parts)
+        return tuple(part for part in parts if isinstance(part, ImageSource))
 
     @property
     def answer(self) -> Turn | None:
-        """The last turn, if it is the assistant's: what a prediction is compared with."""
-        return self.turns[-1] if self.turns and self.turns[-1].role == "assistant" else None
+        """The last turn if it is the assistant's, which predictions are compared with."""
+        if self.turns and self.turns[-1].role == "assistant":
+            return self.turns[-1]
+        return None
 
     def prompt(self) -> Conversation:
-        """The conversation up to the answer."""
+        """Returns the conversation without its answer."""
         return replace(self, turns=self.turns[:-1]) if self.answer else self
 
 
@@ -256,63 +274,70 @@ class Sample:
 
     conversation: Conversation
     input_ids: torch.Tensor  # (T,) int64
-    labels: torch.Tensor  # (T,) int64, -100 where nothing is learned; not shifted
-    vision_positions: (
-        torch.Tensor
-    )  # (M,) int64: tokens that vision features overwrite, in image order
-    vision: Mapping[str, torch.Tensor]  # the family's own tensors; concatenate along dimension 0
+    labels: torch.Tensor  # (T,) int64, not shifted; -100 where a token is not supervised
+    vision_positions: torch.Tensor
+    """(M,) int64: the tokens that vision features replace, in the order of the images."""
+    vision: Mapping[str, torch.Tensor]
+    """Tensors that the model family defines; a batch concatenates them along dimension 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """B padded rows of T tokens, or one packed row. Positions are flat indices into (B * T), so that no step has to search for them, and
-    what is counted is known without the device.
+    """B padded rows of T tokens, or one packed row of T tokens (B = 1).
 
-    A packed row is cut into segments that do not see each other: one for each sample, and those of padding.
+    Positions are flat indices into (B * T). They are computed on the host, so that a step neither
+    searches for them nor synchronizes to count them.
+
+    A packed row consists of segments that do not attend to each other: one for each sample, then
+    those of the padding.
     """
 
     conversations: tuple[Conversation, ...]
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64, not shifted
-    attention_mask: torch.Tensor | None  # (B, T) int64; None when packed
-    position_ids: (
-        torch.Tensor | None
-    )  # (B, T) int64, restarting with each packed sample, 0 at padding; None when padded
-    lengths: tuple[int, ...]  # tokens of each sample, padding left out
+    attention_mask: torch.Tensor | None
+    """(B, T) int64; None for a packed row."""
+    position_ids: torch.Tensor | None
+    """(B, T) int64, restarting with each packed sample, 0 at padding; None for padded rows."""
+    lengths: tuple[int, ...]  # tokens of each sample without padding
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
     vision: Mapping[str, torch.Tensor]
-    dropped: tuple[str, ...] = ()  # why rows that belong to this batch are not in it
-    segment_bounds: torch.Tensor | None = (
-        None  # (n + 1,) int32, cumulative lengths of segments, the last of them empty; when packed
-    )
-    longest_segment: int | None = (
-        None  # no segment has more tokens; as T and n the same for all batches of a run; when packed
-    )
-
-    def _map(self, change) -> Batch:
-        def visit(value):
-            if isinstance(value, Mapping):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if hasattr(value, "device") else value
-
-        return Batch(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
+    dropped: tuple[str, ...] = ()
+    """For each row of this batch that was left out, the reason."""
+    segment_bounds: torch.Tensor | None = None
+    """(n + 1,) int32: cumulative lengths of the n segments of a packed row, of which the last are
+    empty; None for padded rows."""
+    longest_segment: int | None = None
+    """Upper bound on the tokens of a segment of a packed row; None for padded rows. Bound, T and n
+    are the same for all batches of a run."""
 
     def to(self, device, non_blocking: bool = True) -> Batch:
-        """A copy on `device`; Lightning calls this."""
+        """Returns a copy on `device`; Lightning calls this method."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; the DataLoader calls this."""
+        """Returns a copy in page-locked memory; the DataLoader calls this method."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Mapping):
+                value = {name: change(tensor) for name, tensor in value.items()}
+            elif hasattr(value, "device"):
+                value = change(value)
+            values[item.name] = value
+        return Batch(**values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A model's answer to a conversation."""
+    """The answer of a model to a conversation."""
 
-    conversation: Conversation  # with its expected answer, if it has one
-    text: str  # the answer in the family's markup, without end marks
-    parts: tuple[Part, ...]  # `text` parsed back: str, and GroundedObject in pixels
-    reference: str | None = None  # the expected answer in the same markup
-    tokens: int | None = None  # that were decoded, without the end mark
+    conversation: Conversation  # with its reference answer, if it has one
+    text: str  # the answer in the markup of the family, without end-of-turn tokens
+    parts: tuple[Part, ...]  # `text`, parsed to str and GroundedObject in pixels
+    reference: str | None = None  # the reference answer in the same markup
+    tokens: int | None = None  # number of generated tokens, without the end-of-turn token

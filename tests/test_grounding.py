@@ -25,19 +25,16 @@ def box(x0, y0, x1, y1, frame="pixel") -> Box:
     return Box(x0=x0, y0=y0, x1=x1, y1=y1, frame=frame)
 
 
-def markup(thing: GroundedObject) -> str:
-    return "".join(
-        piece.value if isinstance(piece, Tag) else piece
-        for piece in tags_from_object(thing, IMAGES)
-    )
+def markup(obj: GroundedObject) -> str:
+    pieces = tags_from_object(obj, IMAGES)
+    return "".join(piece.value if isinstance(piece, Tag) else piece for piece in pieces)
 
 
 def test_pixels_become_grid_values_by_truncation():
     assert to_frame(box(138, 136, 235, 359), "grid", size=SIZE) == box(215, 318, 366, 839, "grid")
     assert to_frame(box(0, 0, 640, 427), "grid", size=SIZE) == box(0, 0, 999, 999, "grid")
-    assert to_frame(box(-13, -5.5, 740, 530), "grid", size=(640, 480)) == box(
-        -20, -11, 1155, 1103, "grid"
-    )  # towards zero, not clipped
+    outside = to_frame(box(-13, -5.5, 740, 530), "grid", size=(640, 480))
+    assert outside == box(-20, -11, 1155, 1103, "grid"), "truncated towards zero, not clipped"
 
 
 def test_other_frames_convert_without_rounding():
@@ -54,9 +51,9 @@ def test_other_frames_convert_without_rounding():
 
 
 @given(grid_values, grid_values)
-def test_values_on_the_grid_are_untouched(x, y):
-    thing = GroundedObject(boxes=(box(x, y, y, x, "grid"),), image=0)
-    assert objects_from_tags(markup(thing)) == (thing,)
+def test_values_on_the_grid_survive_a_round_trip_through_markup(x, y):
+    obj = GroundedObject(boxes=(box(x, y, y, x, "grid"),), image=0)
+    assert objects_from_tags(markup(obj)) == (obj,)
 
 
 def test_quads_convert_point_by_point():
@@ -71,7 +68,7 @@ def test_an_unknown_frame_is_named():
         to_frame(box(0, 0, 1, 1), "percent", size=SIZE)
 
 
-def test_iou():
+def test_iou_is_zero_for_boxes_without_a_shared_area_and_needs_one_frame():
     square = box(0, 0, 2, 2)
     assert iou(square, square) == 1
     assert iou(square, box(1, 0, 3, 2)) == 1 / 3
@@ -83,7 +80,7 @@ def test_iou():
         iou(square, box(0, 0, 1, 1, "unit"))
 
 
-def test_an_object_is_written_with_its_label_and_boxes_in_a_row():
+def test_an_object_is_written_as_its_label_followed_by_its_boxes():
     people = GroundedObject(
         label="people", boxes=(box(5, 6, 70, 80, "grid"), box(320, 0, 640, 427))
     )
@@ -96,7 +93,7 @@ def test_an_object_is_written_with_its_label_and_boxes_in_a_row():
     assert markup(GroundedObject(boxes=(quad,))) == "<quad>(1,2),(3,4),(5,6),(7,8)</quad>"
 
 
-def test_a_box_is_measured_in_its_own_image():
+def test_a_box_is_converted_with_the_size_of_its_own_image():
     assert (
         markup(GroundedObject(boxes=(box(0, 0, 100, 100),), image=1))
         == "<box>(0,0),(999,499)</box>"
@@ -111,22 +108,22 @@ def test_a_label_that_spells_a_tag_stays_text():
     ]
 
 
-def test_a_box_in_a_image_that_does_not_exist_is_an_error():
+def test_a_box_in_an_image_that_does_not_exist_is_an_error():
     with pytest.raises(DataError, match=r"object 'a cat' names image 2, counted from 0, of 2"):
         markup(GroundedObject(label="a cat", boxes=(box(0, 0, 1, 1),), image=2))
     with pytest.raises(DataError, match="names image -1"):
         object_in_frame(GroundedObject(boxes=(box(0, 0, 1, 1),), image=-1), "grid", IMAGES)
 
 
-def test_the_size_of_a_image_is_read_only_when_needed(tmp_path):
+def test_the_size_of_an_image_is_read_only_when_needed(tmp_path):
     missing = (ImageSource(tmp_path / "missing.png"),)
-    thing = GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),))
-    assert object_in_frame(thing, "grid", missing) is thing
+    obj = GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),))
+    assert object_in_frame(obj, "grid", missing) is obj
     with pytest.raises(DataError, match=r"missing\.png does not exist"):
-        object_in_frame(thing, "pixel", missing)
+        object_in_frame(obj, "pixel", missing)
 
 
-def test_text_is_parted_at_its_objects():
+def test_text_is_split_at_its_objects():
     cat = GroundedObject(
         label="a cat", boxes=(box(1, 2, 3, 4, "grid"), box(5, 6, 7, 8, "grid")), image=3
     )
@@ -164,16 +161,16 @@ def test_markup_that_cannot_be_read_stays_text(text):
 @pytest.mark.parametrize(
     "text", ["<box>1,2,3,4</box>", "<box>(1,2,3,4)</box>", "<box>( 1 , 2 ),\n( 3 , 4 )</box>"]
 )
-def test_other_ways_to_write_a_box_are_read(text):
+def test_other_spellings_of_a_box_are_read(text):
     assert objects_from_tags(text) == (GroundedObject(boxes=(box(1, 2, 3, 4, "grid"),)),)
 
 
-def test_inverted_and_outside_boxes_are_kept_as_they_are():
-    (thing,) = objects_from_tags("<box>(300,400),(-1,1400)</box>")
-    assert thing.boxes == (box(300, 400, -1, 1400, "grid"),)
+def test_inverted_boxes_and_boxes_outside_the_grid_are_kept_unchanged():
+    (obj,) = objects_from_tags("<box>(300,400),(-1,1400)</box>")
+    assert obj.boxes == (box(300, 400, -1, 1400, "grid"),)
 
 
-def test_the_nearest_label_belongs_to_a_box():
+def test_a_box_belongs_to_the_nearest_label_before_it():
     assert objects_from_tags("<ref>a<ref>b</ref><box>(1,2),(3,4)</box>") == (
         "<ref>a",
         GroundedObject(label="b", boxes=(box(1, 2, 3, 4, "grid"),)),
@@ -200,7 +197,7 @@ pieces = st.sampled_from(
 
 
 @given(st.lists(pieces, max_size=30).map("".join))
-def test_any_answer_can_be_read_and_written_again(text):
+def test_reading_and_writing_any_answer_is_a_round_trip(text):
     parts = objects_from_tags(text)
     again = "".join(part if isinstance(part, str) else markup(part) for part in parts)
     assert objects_from_tags(again) == parts

@@ -22,7 +22,7 @@ def test_boxes_need_finite_numbers():
         Quad(points=((0, 0), (1, 1)))
 
 
-def test_a_image_is_one_from_file_bytes_or_memory(image_file):
+def test_an_image_opens_from_a_file_bytes_or_memory(image_file):
     content = image_file.read_bytes()
     for source in (image_file, content, Image.open(io.BytesIO(content))):
         image = ImageSource(source)
@@ -34,20 +34,17 @@ def test_a_image_is_one_from_file_bytes_or_memory(image_file):
 def test_equal_images_have_equal_keys(image_file, tmp_path):
     copy = tmp_path / "b.png"
     copy.write_bytes(image_file.read_bytes())
-    assert (
-        ImageSource(copy).key == ImageSource(image_file).key == ImageSource(copy.read_bytes()).key
-    )
+    key = ImageSource(image_file).key
+    assert ImageSource(copy).key == ImageSource(copy.read_bytes()).key == key
     assert ImageSource(Image.new("L", (5, 3), 7)).key == ImageSource(Image.new("L", (5, 3), 7)).key
     assert ImageSource(Image.new("L", (5, 3), 7)).key != ImageSource(Image.new("L", (3, 5), 7)).key
     red, blue = (Image.new("RGB", (5, 3), colour).quantize(2) for colour in ("red", "blue"))
-    assert (
-        red.tobytes() == blue.tobytes()
-    )  # of an image with a palette, the numbers alone do not tell
+    assert red.tobytes() == blue.tobytes(), "both hold palette index 0 only"
     assert ImageSource(red).key != ImageSource(blue).key
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"not an image"])
-def test_a_broken_image_is_named(content, tmp_path):
+def test_the_error_about_a_broken_image_names_it(content, tmp_path):
     file = tmp_path / "broken.png"
     file.write_bytes(content)
     for use in (lambda: ImageSource(file).open(), lambda: ImageSource(file).size):
@@ -55,14 +52,14 @@ def test_a_broken_image_is_named(content, tmp_path):
             use()
 
 
-def test_half_a_image_is_not_shown(image_file):
+def test_a_truncated_image_is_refused(image_file):
     Image.effect_noise((64, 64), 50).save(image_file)
     image_file.write_bytes(image_file.read_bytes()[:1000])
     with pytest.raises(BadImage, match="cannot be read"):
         ImageSource(image_file).open()
 
 
-def test_a_missing_image_is_named(tmp_path):
+def test_the_error_about_a_missing_image_names_it(tmp_path):
     with pytest.raises(BadImage, match=r"none\.png does not exist"):
         ImageSource(tmp_path / "none.png").open()
     with pytest.raises(BadImage, match=r"none\.png cannot be read: .*check the path"):
@@ -78,30 +75,30 @@ def test_the_prompt_is_everything_before_the_answer():
     assert conversation.prompt().prompt() == conversation.prompt()
 
 
-def test_a_image_may_be_brought_when_it_is_first_opened(image_file):
-    class Lent:
-        name = "lent"
+def test_a_remote_image_is_downloaded_when_it_is_first_opened(image_file):
+    class Remote:
+        name = "remote"
 
         def path(self):
             return image_file
 
-    assert ImageSource(Lent()).size == (5, 3)
-    assert ImageSource(Lent()).key == ImageSource(image_file).key
-    assert ImageSource(Lent()).name == "lent"
+    assert ImageSource(Remote()).size == (5, 3)
+    assert ImageSource(Remote()).key == ImageSource(image_file).key
+    assert ImageSource(Remote()).name == "remote"
 
 
-def test_a_image_that_cannot_be_brought_is_a_bad_one():
-    class Lost:
-        name = "lost"
+def test_an_image_that_cannot_be_downloaded_is_a_bad_image():
+    class Unreachable:
+        name = "unreachable"
 
         def path(self):
-            raise DataError("nobody has it")
+            raise DataError("no server has it")
 
-    with pytest.raises(BadImage, match="nobody has it"):
-        _ = ImageSource(Lost()).size
+    with pytest.raises(BadImage, match="no server has it"):
+        _ = ImageSource(Unreachable()).size
 
 
-def test_a_image_of_too_many_pixels_is_refused_before_it_is_decoded(image_file, monkeypatch):
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(image_file, monkeypatch):
     monkeypatch.setattr(types, "MAX_IMAGE_PIXELS", 14)
     with pytest.raises(
         DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"
