@@ -125,11 +125,21 @@ def cached_features(config: DictConfig) -> CachedFeatures | None:
     return CachedFeatures() if config.speed.vision_cache else None
 
 
-def data(config: DictConfig, processor: Processor) -> DataModule:
-    """The datamodule of `config`; its yaml is a `_partial_`, since built objects must not pass through `instantiate`.
+def data(
+    config: DictConfig,
+    processor: Processor,
+    answered: Mapping[str, Mapping[int, str]] | None = None,
+) -> DataModule:
+    """Builds the DataModule of `config`.
+
+    Its node is a `_partial_`, since objects that are already built must not pass through
+    `instantiate`.
+
+    Args:
+        answered: rows that `predict` leaves out, see `DataModule`.
 
     Raises:
-        DataError: there is no run to take the data from, and none was chosen.
+        DataError: no data was chosen, and there is no run to take it from.
     """
     if not config.data:
         raise DataError(
@@ -137,9 +147,10 @@ def data(config: DictConfig, processor: Processor) -> DataModule:
         )
     if "datasets" in config.data and not config.data.datasets:
         raise DataError(
-            "data.datasets is missing: which, and how much of each, for example data.datasets={coco_en_mini:2000,refcoco:0.5}"
+            "data.datasets is missing: name the datasets and how many rows an epoch takes of each, "
+            "for example data.datasets={coco_en_mini:2000,refcoco:0.5}"
         )
-    return _instantiate(config.data)(processor=processor)
+    return _instantiate(config.data)(processor=processor, answered=answered)
 
 
 def trainer(

@@ -24,7 +24,8 @@ def main(config: DictConfig) -> None:
     )
 
     from qwenvl_lit import build
-    from qwenvl_lit.data.inspection import inspect, workers_here
+    from qwenvl_lit.data.inspection import inspect
+    from qwenvl_lit.data.survey import available_cores
     from qwenvl_lit.reports.data import print_summary, write_findings
     from qwenvl_lit.reports.data_page import examples, write_page
 
@@ -39,7 +40,7 @@ def main(config: DictConfig) -> None:
             "there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE"
         )
     bad = data.max_bad_fraction if data.on_bad_image == "drop" else 0.0
-    workers = config.workers or workers_here()
+    workers = config.workers or available_cores()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -45,13 +45,11 @@ def main(config: DictConfig) -> None:
             test={"question": ""},
         )
     else:
-        data = build.data(config, module.processor)
-    if config.answered is not None:
-        earlier = answered_rows(Path(config.answered))
-        data.answered = {
-            name: {index: row["id"] for index, row in rows.items()}
-            for name, rows in earlier.items()
-        }
+        answered_ids: dict[str, dict[int, str]] = {}
+        if config.answered is not None:
+            for name, rows in answered_rows(Path(config.answered)).items():
+                answered_ids[name] = {index: row["id"] for index, row in rows.items()}
+        data = build.data(config, module.processor, answered=answered_ids)
     trainer = build.trainer(config)
     if asked:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))

@@ -67,8 +67,16 @@ def task() -> VisionLanguageModule:
     return made
 
 
-def data(task: VisionLanguageModule, batch_size: int = 2, rows: str = " ".join(ROWS)) -> DataModule:
-    return DataModule(processor=task.processor, read=read, test=rows, eval_batch_size=batch_size)
+def data(
+    task: VisionLanguageModule, batch_size: int = 2, rows: str = " ".join(ROWS), answered=None
+) -> DataModule:
+    return DataModule(
+        processor=task.processor,
+        read=read,
+        test=rows,
+        eval_batch_size=batch_size,
+        answered=answered,
+    )
 
 
 class Asked(lightning.Callback):
@@ -143,10 +151,10 @@ def test_an_interrupted_prediction_goes_on_where_it_stopped(task, tmp_path, caps
     earlier = answered_rows(tmp_path / "first")
     assert {name: sorted(rows) for name, rows in earlier.items()} == {"test": [1, 3, 4, 5, 6]}
 
-    rest, asked = data(task), Asked()
-    rest.answered = {
+    answered = {
         name: {index: row["id"] for index, row in rows.items()} for name, rows in earlier.items()
     }
+    rest, asked = data(task, answered=answered), Asked()
     writer = PredictionWriter(answered=str(tmp_path / "first"))
     trainer(tmp_path / "second", writer, asked).predict(task, rest, return_predictions=False)
     assert asked.ids == [["a", "c"]]
@@ -158,8 +166,7 @@ def test_a_prediction_that_was_interrupted_at_its_very_end_becomes_whole(task, t
     trainer(tmp_path / "whole", PredictionWriter()).predict(
         task, data(task), return_predictions=False
     )
-    rest, asked = data(task), Asked()
-    rest.answered = {"test": dict(enumerate(ROWS))}
+    rest, asked = data(task, answered={"test": dict(enumerate(ROWS))}), Asked()
     writer = PredictionWriter(answered=str(tmp_path / "whole"))
     trainer(tmp_path / "again", writer, asked).predict(task, rest, return_predictions=False)
     assert asked.ids == [["ggg"]]
@@ -167,11 +174,10 @@ def test_a_prediction_that_was_interrupted_at_its_very_end_becomes_whole(task, t
 
 
 def test_answers_to_other_rows_are_not_taken_over(task, tmp_path):
-    other = data(task, rows="a bb x")
-    other.answered = {"test": {2: "c"}}
+    other = data(task, rows="a bb x", answered={"test": {2: "c"}})
     with pytest.raises(DataError, match="row 2 of test is 'c', which is 'x' now"):
         trainer(tmp_path).predict(task, other, return_predictions=False)
-    other.answered = {"test": {3: "ddd"}}
+    other = data(task, rows="a bb x", answered={"test": {3: "ddd"}})
     with pytest.raises(DataError, match="row 3 of test is 'ddd', which does not exist now"):
         trainer(tmp_path).predict(task, other, return_predictions=False)
     with pytest.raises(DataError, match=r"no predictions\.jsonl"):

@@ -1,10 +1,14 @@
-"""Samples to a batch. Positions become flat indices here, in the worker, so that nothing in a training step has to search for them."""
+"""Collates samples into batches.
+
+Positions become flat indices here, in the data worker, so that no training step searches for them.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -12,12 +16,15 @@ from torch.utils.data import get_worker_info
 
 from qwenvl_lit.types import Batch, Dropped, Sample
 
-IGNORED = -100  # label of a token that is not learned
+IGNORED = -100  # label of a token that is not supervised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pad:
-    """One row a sample, filled up to the longest: on the right to train, on the left to generate. Dropped rows are left out.
+    """Makes one row of each sample, padded to the longest; dropped rows are left out.
+
+    Training pads on the right, generation on the left. A batch whose rows were all dropped is an
+    `empty_batch`.
 
     >>> Pad(pad_id=0, side="left")([sample_of_2, sample_of_3]).attention_mask      # doctest: +SKIP
     tensor([[0, 1, 1], [1, 1, 1]])
@@ -27,52 +34,55 @@ class Pad:
     side: Literal["left", "right"] = "right"
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
-        samples, dropped = _parted(rows)
+        samples, dropped = _separate(rows)
         if not samples:
-            return nothing(self.pad_id, dropped)
-        length = max(len(sample.input_ids) for sample in samples)
-        input_ids = torch.full((len(samples), length), self.pad_id)
+            return empty_batch(self.pad_id, dropped)
+        lengths = tuple(len(sample.input_ids) for sample in samples)
+        width = max(lengths)
+        input_ids = torch.full((len(samples), width), self.pad_id)
         labels = torch.full_like(input_ids, IGNORED)
         attention_mask = torch.zeros_like(input_ids)
         vision_positions = []
-        for row, sample in enumerate(samples):
-            start = length - len(sample.input_ids) if self.side == "left" else 0
-            stop = start + len(sample.input_ids)
+        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            start = width - length if self.side == "left" else 0
+            stop = start + length
             input_ids[row, start:stop] = sample.input_ids
             labels[row, start:stop] = sample.labels
             attention_mask[row, start:stop] = 1
-            vision_positions.append(sample.vision_positions + row * length + start)
+            vision_positions.append(sample.vision_positions + row * width + start)
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
             input_ids=input_ids,
             labels=labels,
             attention_mask=attention_mask,
             position_ids=None,
-            lengths=tuple(len(sample.input_ids) for sample in samples),
+            lengths=lengths,
             vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels),
-            vision=_concatenate(samples),
+            vision=_concatenate_vision(samples),
             dropped=dropped,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """All samples in one row, padded to `max_tokens`; positions restart with each, and none sees another. Dropped rows are left out; if no
-    row is left, all is padding, so that a step can be made and no rank waits.
+    """Packs all samples into one row, padded to `max_tokens`; dropped rows are left out.
 
-    Whatever the samples, the row and its bounds have the same shapes: code for them is compiled once.
+    Position ids restart with each sample, and no sample attends to another. A batch whose rows were
+    all dropped is all padding: the step is made, and no other rank blocks.
 
-    >>> batch = Pack(pad_id=0, max_tokens=6, max_rows=2, longest=3)([sample_of_2, sample_of_3])      # doctest: +SKIP
-    >>> batch.position_ids, batch.segment_bounds      # doctest: +SKIP
+    The row and its bounds have the same shapes for all batches, so that code is compiled once.
+
+    >>> batch = Pack(pad_id=0, max_tokens=6, max_rows=2, longest=3)([two, three])  # doctest: +SKIP
+    >>> batch.position_ids, batch.segment_bounds  # doctest: +SKIP
     (tensor([[0, 1, 0, 1, 2, 0]]), tensor([0, 2, 5, 6, 6, 6]))
 
     Args:
-        max_rows: no batch has more samples.
-        longest: no sample has more tokens; segments of padding have no more either.
+        max_rows: most samples of a batch.
+        longest: most tokens of a sample, and of a segment of padding.
 
     Raises:
-        ValueError: samples that are more or longer.
+        ValueError: the samples exceed one of the limits.
     """
 
     pad_id: int
@@ -81,48 +91,63 @@ class Pack:
     longest: int
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
-        samples, dropped = _parted(rows)
-        lengths = [len(sample.input_ids) for sample in samples]
-        if (
-            sum(lengths) > self.max_tokens
-            or len(lengths) > self.max_rows
-            or max(lengths, default=0) > self.longest
-        ):
-            raise ValueError(
-                f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {max(lengths)}, do not fit into {self}"
-            )
-        starts = [sum(lengths[:place]) for place in range(len(lengths))]
-        places = [
-            sample.vision_positions + start for sample, start in zip(samples, starts, strict=True)
-        ]
-        rest = self.max_tokens - sum(lengths)
-        segments = [*lengths, *[self.longest] * (rest // self.longest), rest % self.longest]
-        empty = self.max_rows + self.max_tokens // self.longest + 1 - len(segments)
-        bounds = torch.tensor([0, *segments, *[0] * empty]).cumsum(0, dtype=torch.int32)
-        labels = torch.cat([*(sample.labels for sample in samples), torch.full((rest,), IGNORED)])
-        labels[starts] = IGNORED  # else the sample before would learn to predict them
+        samples, dropped = _separate(rows)
+        lengths = tuple(len(sample.input_ids) for sample in samples)
+        self._check(lengths)
+        *starts, end = accumulate(lengths, initial=0)
+        padding = self.max_tokens - end
+        input_ids, label_parts, position_ids = [], [], []
+        vision_positions = [torch.empty(0, dtype=torch.int64)]  # for a batch without samples
+        for sample, start, length in zip(samples, starts, lengths, strict=True):
+            input_ids.append(sample.input_ids)
+            label_parts.append(sample.labels)
+            position_ids.append(torch.arange(length))
+            vision_positions.append(sample.vision_positions + start)
+        input_ids.append(torch.full((padding,), self.pad_id))
+        label_parts.append(torch.full((padding,), IGNORED))
+        position_ids.append(torch.zeros(padding, dtype=torch.int64))
+        labels = torch.cat(label_parts)
+        labels[starts] = IGNORED  # otherwise the sample before would learn to predict these tokens
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
-            input_ids=torch.cat(
-                [*(sample.input_ids for sample in samples), torch.full((rest,), self.pad_id)]
-            )[None],
+            input_ids=torch.cat(input_ids)[None],
             labels=labels[None],
             attention_mask=None,
-            position_ids=torch.cat(
-                [*map(torch.arange, lengths), torch.zeros(rest, dtype=torch.int64)]
-            )[None],
-            lengths=tuple(lengths),
-            vision_positions=torch.cat(places) if places else torch.empty(0, dtype=torch.int64),
+            position_ids=torch.cat(position_ids)[None],
+            lengths=lengths,
+            vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels[None]),
-            vision=_concatenate(samples) if samples else {},
+            vision=_concatenate_vision(samples),
             dropped=dropped,
-            segment_bounds=bounds,
+            segment_bounds=self._segment_bounds(lengths),
             longest_segment=self.longest,
         )
 
+    def _check(self, lengths: Sequence[int]) -> None:
+        longest = max(lengths, default=0)
+        if sum(lengths) > self.max_tokens or len(lengths) > self.max_rows or longest > self.longest:
+            raise ValueError(
+                f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {longest}, "
+                f"do not fit into {self}"
+            )
 
-def nothing(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
-    """What a padded batch is of which no row is left: nothing to learn, and yet a step can be made, so that no rank waits."""
+    def _segment_bounds(self, lengths: Sequence[int]) -> torch.Tensor:
+        """Returns cumulative lengths of the segments, as many for any samples.
+
+        The padding is cut into segments of at most `longest` tokens. Empty segments follow.
+        """
+        padding = self.max_tokens - sum(lengths)
+        segments = [*lengths, *[self.longest] * (padding // self.longest), padding % self.longest]
+        most_segments = self.max_rows + self.max_tokens // self.longest + 1
+        empty = [0] * (most_segments - len(segments))
+        return torch.tensor([0, *segments, *empty]).cumsum(0, dtype=torch.int32)
+
+
+def empty_batch(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
+    """Returns a padded batch without any row and without a supervised token.
+
+    Its two tokens of padding allow a training step, so that no other rank blocks.
+    """
     input_ids = torch.full((1, 2), pad_id)
     empty = torch.empty(0, dtype=torch.int64)
     return Batch(
@@ -140,7 +165,9 @@ def nothing(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
 
 
 def target_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Flat indices (S,) into `labels` (B, T) of the tokens whose successor in the same row is supervised.
+    """Returns flat indices (S,) into `labels` (B, T) of the tokens that predict a supervised one.
+
+    Those are the tokens whose successor in the same row is supervised.
 
     >>> target_positions(torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]]))
     tensor([1, 2, 4])
@@ -150,23 +177,40 @@ def target_positions(labels: torch.Tensor) -> torch.Tensor:
     return predicts.flatten().nonzero().squeeze(1)
 
 
-def _parted(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[str, ...]]:
-    return [row for row in rows if not isinstance(row, Dropped)], tuple(
-        str(row) for row in rows if isinstance(row, Dropped)
-    )
+def _separate(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[str, ...]]:
+    """Returns the samples, and the reasons why the other rows were dropped."""
+    samples, reasons = [], []
+    for row in rows:
+        if isinstance(row, Dropped):
+            reasons.append(str(row))
+        else:
+            samples.append(row)
+    return samples, tuple(reasons)
 
 
-def _concatenate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    return {
-        name: _joined([sample.vision[name] for sample in samples]) for name in samples[0].vision
-    }
+def _concatenate_vision(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    if not samples:
+        return {}
+    concatenate = _concatenate
+    if get_worker_info() is not None:
+        concatenate = _concatenate_in_shared_memory
+    vision = {}
+    for name in samples[0].vision:
+        vision[name] = concatenate([sample.vision[name] for sample in samples])
+    return vision
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat`, in a worker straight into the memory through which it reaches the trainer: one copy, not two."""
-    first = parts[0]
-    if get_worker_info() is None:
-        return torch.cat(parts) if len(parts) > 1 else first
-    shape = (sum(map(len, parts)), *first.shape[1:])
-    shared = first._typed_storage()._new_shared(math.prod(shape), device=first.device)
-    return torch.cat(parts, out=first.new(shared).resize_(shape))
+def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _concatenate_in_shared_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` in a data worker, directly into the memory shared with the trainer process.
+
+    Torch's own `default_collate` does the same with the same private methods. It saves the copy
+    into shared memory that sending an ordinary tensor makes.
+    """
+    first = tensors[0]
+    shape = (sum(map(len, tensors)), *first.shape[1:])
+    storage = first._typed_storage()._new_shared(math.prod(shape), device=first.device)
+    return torch.cat(tensors, out=first.new(storage).resize_(shape))

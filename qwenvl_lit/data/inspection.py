@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from qwenvl_lit.data.split import Concat, Subset
+from qwenvl_lit.data.selection import Concat, Rows, Subset
 from qwenvl_lit.data.survey import Finding, Kind, survey
 from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, ImageSource, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
-Rows = Sequence[Conversation]
+
 Progress = Callable[
     [str, int, int], object
 ]  # what is read, how much of it is done, how much there is
@@ -394,8 +393,3 @@ def _asked(some: _Gathered, contents: Mapping[str, str | Finding]) -> dict[int, 
                 question + repr(keys).encode(), digest_size=16
             ).digest()
     return digests
-
-
-def workers_here() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

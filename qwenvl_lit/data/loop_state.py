@@ -7,6 +7,7 @@ Lightning changes it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning
@@ -24,6 +25,24 @@ def data_position(trainer: lightning.Trainer) -> tuple[int, int]:
     if fit_loop.restarting and epochs.ready != epochs.processed:  # within an epoch
         batches_done = fit_loop.epoch_loop.batch_progress.current.processed
     return 0 if trainer.overfit_batches else epochs.processed, batches_done
+
+
+def optimizer_steps(trainer: lightning.Trainer, batches: int) -> float:
+    """Returns the number of optimizer steps of a run; inf if neither steps nor epochs limit it.
+
+    Lightning's own `estimated_stepping_batches` starts the data workers, which then miss what is
+    set up later.
+
+    Args:
+        batches: batches per rank and epoch, before `limit_train_batches`.
+    """
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return steps
+    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    return min(steps, steps_per_epoch * max(1, trainer.max_epochs))
 
 
 def state_after_batch(trainer: lightning.Trainer) -> dict[str, Any]:

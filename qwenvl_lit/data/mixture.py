@@ -1,4 +1,4 @@
-"""Datasets, one or several: which of their rows are learned from, held out and tested on, and how many an epoch takes of each."""
+"""One dataset of a run: its training, held-out and test rows, and how many an epoch takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from qwenvl_lit.data.readers.rows import ReadOptions
-from qwenvl_lit.data.split import Concat, Rows, Subset, counted, hold_out, places, take
-from qwenvl_lit.data.survey import Finding, measure, stamp
+from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten, parse_count, take
+from qwenvl_lit.data.split import hold_out
+from qwenvl_lit.data.survey import Finding, Measured, measure_lengths, stamp
 from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped
 
 if TYPE_CHECKING:
@@ -25,34 +26,41 @@ Files = str | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedDataset:
-    """What one dataset gives to training."""
+    """The rows that one dataset gives to training."""
 
-    stages: tuple[Rows, ...]  # rows to learn from, in the order of its files
+    stages: tuple[Rows, ...]
+    """Training rows, in the order of the dataset's files."""
     validation: Rows = ()
-    lengths: tuple[
-        np.ndarray, ...
-    ] = ()  # tokens of the rows of each stage, and last those of `validation`; nothing before `measured`
+    lengths: tuple[np.ndarray, ...] = ()
+    """Tokens of the rows of each stage, then of the validation rows; empty before `measure`."""
     findings: tuple[Finding, ...] = ()
     distinct: int = 0  # rows that were measured
-    bad: int = 0  # of these, how many have an image that cannot be found
+    bad: int = 0  # measured rows that have a missing image
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """One dataset: its files, how their rows are read, and how many of them an epoch takes.
+    """Describes one dataset: its files, how their rows are read, and how many an epoch takes.
 
     Args:
         read: opens files, `read(files, read_options)`.
         root, path_map, on_bad_box, prompt, cache, download: see `ReadOptions`.
-        train: a path or a glob, or several. `#N` behind one: N rows of it, as many whole passes as fit in and a random rest.
-        validation: the same; or how many rows (int) or which share of them (float below 1) are held out from `train`. What `#N` repeats is
-            repeated after that, so that no row is on both sides; the N rows count those that are held out.
-        test: a path or a glob, or several by name, each scored apart.
-        prepare: called once a machine before anything is read, `prepare(root, download)`: writes or fetches files.
-        rows: how many rows (int) an epoch takes of what `train` gives, or how often it takes each (float: 2.0 is twice; 0.5 is half of the
-            rows, the same ones in every epoch). None: what `train` gives.
-        seed: of what is drawn: held-out rows, and the rest that is no whole pass.
-        split_file: where held-out rows are remembered (see `hold_out`).
+        train: a path or a glob pattern, or several. A path may end in `#N`, which takes N rows:
+            as many whole passes as fit, then a random rest.
+        validation: files, given as for `train`; or the number (int) or share (float below 1) of
+            the rows of `train` to hold out. Rows are held out before `#N` repeats them, so no row
+            is in both splits; N includes the held-out rows.
+        test: a path or a glob pattern, or several by name, each scored separately.
+        prepare: writes or downloads files, `prepare(root, download)`; called once per machine
+            before anything is read.
+        rows: how many of the training rows an epoch takes (int), or how often it takes each
+            (float: 2.0 is twice; 0.5 is half of the rows, the same half in every epoch). None: all
+            rows, once.
+        seed: seed of the random choices: held-out rows, and the rest beyond whole passes.
+        split_file: where held-out rows are remembered, see `hold_out`.
+
+    Raises:
+        DataError: `rows` is neither a number of rows nor a factor.
     """
 
     read: Callable[[str, ReadOptions], Rows]
@@ -71,181 +79,216 @@ class DatasetSpec:
     split_file: str | Path | None = None
 
     def __post_init__(self):
-        if (self.rows is not None and self.rows <= 0) or (
-            isinstance(self.rows, int) and self.rows < 2
-        ):
+        if self.rows is None:
+            return
+        # `rows=1` could mean one row or every row once.
+        if self.rows <= 0 or (isinstance(self.rows, int) and self.rows < 2):
             raise DataError(
-                f"rows={self.rows}: give a number of rows such as 2000, or how often to take each, with a point: 0.5, 1.0"
+                f"rows={self.rows}: give a number of rows such as 2000, or how often to take each, "
+                "with a decimal point: 0.5, 1.0"
             )
 
     @cached_property
     def read_options(self) -> ReadOptions:
         return ReadOptions(
-            root=None if self.root is None else Path(self.root),
+            root=_path(self.root),
             path_map=dict(self.path_map or {}),
             on_bad_box=self.on_bad_box,
             prompt=self.prompt,
-            cache=None if self.cache is None else Path(self.cache),
+            cache=_path(self.cache),
             download=self.download,
             seed=self.seed,
         )
+
+    @property
+    def holds_out_rows(self) -> bool:
+        """True if the validation rows are drawn from the training rows."""
+        return isinstance(self.validation, int | float) and bool(self.validation)
 
     def prepare_files(self) -> None:
         if self.prepare is not None:
             self.prepare(self.read_options.root, self.download)
 
     def open_training(self) -> OpenedDataset:
-        """Rows to learn from and rows held out.
+        """Opens the training rows and the validation rows.
 
         Raises:
-            DataError: files cannot be read, nothing is left to learn from, or held-out rows are others now.
+            DataError: files cannot be read, no row is left to train on, or the held-out rows are
+                not those of `split_file`.
         """
-        named = [counted(files) for files in _several(self.train)]
-        opened = [self.read(files, self.read_options) for files, _ in named]
-        counts = [
-            len(rows) if count is None else count
-            for rows, (_, count) in zip(opened, named, strict=True)
-        ]
-        distinct = [
-            rows if count >= len(rows) else take(rows, count, self.seed)
-            for rows, count in zip(opened, counts, strict=True)
-        ]
-        stages, validation = distinct, self.open_validation_files()
-        if self.draws_validation and distinct:
-            stages, validation = hold_out(
-                distinct,
-                self.validation,
-                seed=self.seed,
-                file=self.split_file and Path(self.split_file),
-            )
-        held = [len(rows) - len(rest) for rows, rest in zip(distinct, stages, strict=True)]
-        stages = [
-            take(rest, count - out, self.seed) if count > len(rows) else rest
-            for rows, rest, count, out in zip(opened, stages, counts, held, strict=True)
-        ]
-        if self.rows is not None:
-            every = Concat(stages)
-            stages = [
-                take(
-                    every,
-                    self.rows if isinstance(self.rows, int) else round(self.rows * len(every)),
-                    self.seed,
-                )
-            ]
-        return OpenedDataset(stages=tuple(stages), validation=validation)
-
-    @property
-    def draws_validation(self) -> bool:
-        return isinstance(self.validation, int | float) and bool(self.validation)
-
-    def open_validation_files(self) -> Rows:
-        return () if self.draws_validation or not self.validation else self._opened(self.validation)
+        files, counts, distinct = [], [], []
+        for source in _as_list(self.train):
+            name, count = parse_count(source)
+            rows = self.read(name, self.read_options)
+            if count is None:
+                count = len(rows)
+            files.append(rows)
+            counts.append(count)
+            # A count above the number of rows repeats them below, after rows were held out.
+            distinct.append(take(rows, count, self.seed) if count < len(rows) else rows)
+        rest, validation = distinct, self._open_validation_files()
+        if self.holds_out_rows and distinct:
+            split_file = Path(self.split_file) if self.split_file else None
+            rest, validation = hold_out(distinct, self.validation, seed=self.seed, file=split_file)
+        stages = []
+        for rows, count, before, after in zip(files, counts, distinct, rest, strict=True):
+            if count > len(rows):
+                held_out = len(before) - len(after)
+                after = take(after, count - held_out, self.seed)
+            stages.append(after)
+        return OpenedDataset(stages=tuple(self._rows_per_epoch(stages)), validation=validation)
 
     def open_validation(self) -> Rows:
-        """The validation rows of the run: of their own files, or held out."""
-        return (
-            self.open_training().validation
-            if self.draws_validation
-            else self.open_validation_files()
-        )
+        """Opens the validation rows: held-out ones, or those of files of their own."""
+        if self.holds_out_rows:
+            return self.open_training().validation
+        return self._open_validation_files()
 
     def open_tests(self) -> dict[str, Rows]:
-        """Test sets by name; one without a name is called `test`."""
-        sets = {"test": self.test} if isinstance(self.test, str) else dict(self.test or {})
-        return {name: self._opened(files) for name, files in sets.items()}
+        """Opens the test sets by name; a set without a name is called `test`."""
+        if isinstance(self.test, str):
+            return {"test": self._open(self.test)}
+        return {name: self._open(files) for name, files in (self.test or {}).items()}
 
-    def _opened(self, files: Files) -> Rows:
-        parts = [self.read(one, self.read_options) for one in _several(files)]
-        return parts[0] if len(parts) == 1 else Concat(parts)
-
-    def measured(
+    def measure(
         self, opened: OpenedDataset, processor: Processor, *, workers: int, drop_bad: bool = False
     ) -> OpenedDataset:
-        """`opened` without the rows that are to be left out, and with the lengths of the others; every row is read once, or the lengths are
-        in the cache.
+        """Returns `opened` with the lengths of its rows and without the rows to leave out.
+
+        Every row is read once, unless the lengths are in the cache.
 
         Args:
-            drop_bad: rows whose images are missing are left out.
+            drop_bad: leave out rows whose images are missing.
 
         Raises:
-            DataError: rows cannot be used.
+            DataError: some rows cannot be used.
         """
         parts = [*opened.stages, opened.validation]
-        bottoms, place = places(Concat(parts))
-        distinct, which = np.unique(place, return_inverse=True)
-        # what decides the rows: their `file`, or `files` where there are several, and which `part` of them it is
-        named = [rows for rows in bottoms if len(rows)]
-        known = all(hasattr(rows, "file") for rows in named)
-        stamps = (
-            stamp([file for rows in named for file in getattr(rows, "files", (rows.file,))])
-            if known
-            else None
-        )
-        options = (
-            (repr(self.read.args), repr(self.read.keywords))
-            if isinstance(self.read, partial)
-            else ()
-        )
-        rows: Rows = Subset(Concat(bottoms), distinct)
-        found = measure(
-            Forgiving(rows) if drop_bad else rows,
-            processor,
-            workers=workers,
-            cache=self.read_options.cache / "lengths"
-            if self.read_options.cache and stamps
-            else None,
-            identity=[
-                stamps,
-                [getattr(rows, "part", None) for rows in named],
-                hashlib.sha256(distinct.tobytes()).hexdigest(),
-                asdict(self.read_options),
-                options,
-                drop_bad,
-            ],
-        )
+        sources, positions = flatten(Concat(parts))
+        distinct, index = np.unique(positions, return_inverse=True)
+        rows: Rows = Subset(Concat(sources), distinct)
+        measured = self._lengths(rows, sources, distinct, processor, workers, drop_bad)
         ends = list(accumulate(map(len, parts)))
-        lengths = np.split(found.lengths[which], ends[:-1])
-        used = [np.flatnonzero(some) for some in lengths]
-        kept = [
-            rows if len(some) == len(rows) else Subset(rows, some)
-            for rows, some in zip(parts, used, strict=True)
-        ]
+        kept, lengths = [], []
+        for part, tokens in zip(parts, np.split(measured.lengths[index], ends[:-1]), strict=True):
+            usable = np.flatnonzero(tokens)
+            lengths.append(tokens[usable])
+            if len(usable) < len(part):
+                part = Subset(part, usable)
+            kept.append(part)
         return OpenedDataset(
             stages=tuple(kept[:-1]),
             validation=kept[-1],
-            lengths=tuple(some[where] for some, where in zip(lengths, used, strict=True)),
-            findings=found.findings,
+            lengths=tuple(lengths),
+            findings=measured.findings,
             distinct=len(rows),
-            bad=sum(
-                finding.kind == "dropped" and _lacks_a_image(rows, finding.index)
-                for finding in found.findings
-            ),
+            bad=_count_bad_images(rows, measured.findings),
         )
+
+    def _rows_per_epoch(self, stages: list[Rows]) -> list[Rows]:
+        if self.rows is None:
+            return stages
+        every_row = Concat(stages)
+        count = self.rows
+        if isinstance(count, float):
+            count = round(count * len(every_row))
+        return [take(every_row, count, self.seed)]
+
+    def _open_validation_files(self) -> Rows:
+        if self.holds_out_rows or not self.validation:
+            return ()
+        return self._open(self.validation)
+
+    def _open(self, files: Files) -> Rows:
+        parts = [self.read(name, self.read_options) for name in _as_list(files)]
+        if len(parts) == 1:
+            return parts[0]
+        return Concat(parts)
+
+    def _lengths(
+        self,
+        rows: Rows,
+        sources: Sequence[Rows],
+        distinct: np.ndarray,
+        processor: Processor,
+        workers: int,
+        drop_bad: bool,
+    ) -> Measured:
+        """Measures `rows`, which are the rows of the joined `sources` at the indices `distinct`."""
+        files = _files_of(sources)
+        stamps = None if files is None else stamp(files)
+        identity = [
+            stamps,
+            [getattr(source, "split", None) for source in sources if len(source)],
+            hashlib.sha256(distinct.tobytes()).hexdigest(),
+            asdict(self.read_options),
+            self._reader_arguments(),
+            drop_bad,
+        ]
+        cache = None
+        if self.read_options.cache and stamps:
+            cache = self.read_options.cache / "lengths"
+        if drop_bad:
+            rows = DroppingBadImages(rows)
+        return measure_lengths(rows, processor, workers=workers, cache=cache, identity=identity)
+
+    def _reader_arguments(self) -> tuple[str, ...]:
+        if isinstance(self.read, partial):
+            return repr(self.read.args), repr(self.read.keywords)
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
-class Forgiving(Sequence[Conversation]):
-    """Rows of which those with a missing image are to be left out."""
+class DroppingBadImages(Sequence[Conversation]):
+    """The rows of a dataset; reading one with a missing image raises `Dropped`."""
 
     rows: Rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> Conversation:
+    def __getitem__(self, index: int) -> Conversation:
         try:
-            return self.rows[place]
-        except BadImage as fault:
-            raise Dropped(str(fault)) from fault
+            return self.rows[index]
+        except BadImage as error:
+            raise Dropped(str(error)) from error
 
 
-def _lacks_a_image(rows: Rows, place: int) -> bool:
-    try:
-        rows[place]
-    except DataError as fault:
-        return isinstance(fault, BadImage)
-    return False
+def _files_of(sources: Sequence[Rows]) -> list[Path] | None:
+    """Returns the files that rows are read from; None if a source does not name its files.
+
+    A source names its `file`, or its `files` if it reads several; `part` tells apart sources that
+    read the same file.
+    """
+    files: list[Path] = []
+    for source in sources:
+        if not len(source):
+            continue
+        if not hasattr(source, "file"):
+            return None
+        files += getattr(source, "files", (source.file,))
+    return files
 
 
-def _several(files: Files | None) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or ())
+def _count_bad_images(rows: Rows, findings: Sequence[Finding]) -> int:
+    count = 0
+    for finding in findings:
+        if finding.kind != "dropped":
+            continue
+        try:
+            rows[finding.index]
+        except BadImage:
+            count += 1
+        except DataError:
+            pass  # dropped for another reason
+    return count
+
+
+def _as_list(files: Files | None) -> list[str]:
+    if isinstance(files, str):
+        return [files]
+    return list(files or ())
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,20 +1,23 @@
-"""`predictions.jsonl`: one answer a line, in the order of the dataset, merged from all ranks."""
+"""`predictions.jsonl`: one answer per line, in the order of the dataset, merged from all ranks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.types import DataError
+
+if TYPE_CHECKING:
+    from qwenvl_lit.data.selection import Rows
 
 FILENAME = "predictions.jsonl"
 
 
 def rank_file(file: Path, rank: int | str) -> Path:
-    """The file that `rank` appends to while it predicts, beside `file`; `*` for a glob pattern.
+    """Returns the file beside `file` that a rank appends to; with `*`, the pattern of all of them.
 
     >>> rank_file(Path("predictions.jsonl"), 1).name
     'predictions.rank1.jsonl'
@@ -23,15 +26,17 @@ def rank_file(file: Path, rank: int | str) -> Path:
 
 
 def merge_rank_files(files: Sequence[Path], target: Path) -> int:
-    """Joins the files of all ranks into `target`, then removes them.
+    """Merges the files of all ranks into `target`, and removes them.
 
-    Rows are sorted by set, in the order in which sets first appear, and index; each row once.
+    Rows are sorted by set, in the order in which sets first appear, and by index. A row that occurs
+    several times is written once.
 
     Returns:
         The number of rows.
 
     Raises:
-        FileNotFoundError: a rank's file is missing, as when ranks do not share a file system.
+        FileNotFoundError: the file of a rank is missing, for example because the ranks do not
+            share a file system.
     """
     lines: dict[tuple[int, int], str] = {}
     set_order: dict[str, int] = {}
@@ -49,7 +54,9 @@ def merge_rank_files(files: Sequence[Path], target: Path) -> int:
 
 
 def answered_rows(folder: Path, filename: str = FILENAME) -> dict[str, dict[int, dict[str, Any]]]:
-    """The rows that a run in `folder` has answered, by set and index, also if it was interrupted.
+    """Returns the rows that a run in `folder` has answered, by set and index.
+
+    The run may have been interrupted.
 
     Raises:
         DataError: the folder holds no predictions.
@@ -61,13 +68,36 @@ def answered_rows(folder: Path, filename: str = FILENAME) -> dict[str, dict[int,
     if not files:
         raise DataError(
             f"answered={folder}: there is no {filename} and no {rank_file(merged, 0).name}; "
-            f"give the folder of a prediction"
+            "give the folder of a run of predict"
         )
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for file in files:
-        # Behind the last line break is nothing, or a line that a kill cut off.
+        # After the last line break comes nothing, or a line cut off when the process was killed.
         complete_lines = file.read_text(encoding="utf-8").split("\n")[:-1]
         for line in complete_lines:
             row = json.loads(line)
             rows.setdefault(row["set"], {})[row["index"]] = row
     return rows
+
+
+def unanswered(name: str, rows: Rows, answered: Mapping[int, str]) -> list[int]:
+    """Returns the indices of the rows of set `name` that an earlier run has not answered.
+
+    Args:
+        answered: index and id of the rows that it has answered.
+
+    Raises:
+        DataError: `rows` are not the rows that were answered.
+    """
+    for index, row_id in answered.items():
+        if index >= len(rows):
+            found = "does not exist"
+        elif rows[index].id != row_id:
+            found = f"is {rows[index].id!r}"
+        else:
+            continue
+        raise DataError(
+            f"answered: its row {index} of {name} is {row_id!r}, which {found} now; "
+            "do these answers belong to other data?"
+        )
+    return [index for index in range(len(rows)) if index not in answered]

@@ -1,4 +1,4 @@
-"""Which rows make up which batch: the same for the same seed, alike for all ranks, and to be taken up again at any batch."""
+"""A deterministic batch sampler: seeded, the same on all ranks, resumable at any batch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from itertools import cycle, islice
 import numpy as np
 from torch.utils.data import Sampler
 
-WINDOW = 64  # batches a rank of which the rows are sorted by length, or packed, together
-Position = tuple[int, int]  # epoch, and how many of its batches are done
+WINDOW = 64  # batches per rank whose rows are sorted by length, or packed, together
+Position = tuple[int, int]  # epoch, and the number of its batches that are done
 
 
 class BatchSampler(Sampler[list[int]]):
-    """Batches of row numbers for one rank, an epoch at a time.
+    """Yields the batches of one rank as lists of row indices, one epoch per iteration.
 
-    Stages come one after the other, each shuffled anew every epoch; a batch has rows of one stage. All ranks get the same number of
-    batches: where they do not divide evenly, the first of the epoch are repeated at its end. One process has every row exactly once.
+    Stages follow each other; each is shuffled anew every epoch, and a batch has rows of one stage.
+    All ranks get the same number of batches: if they do not divide evenly, the first batches of the
+    epoch are repeated at its end. A single process gets every row exactly once.
 
-    With `max_tokens` the rows of a batch stay together in every epoch, since the number of batches may not change; their order does.
+    With `max_tokens` the same rows form a batch in every epoch, since the number of batches may not
+    change; only the order of the batches is shuffled.
 
     Args:
-        stages: how many rows each stage has; they are numbered through.
-        batch_size: rows of a batch without `max_tokens`; the last batch of a stage may have fewer.
-        lengths: (rows,) tokens of each, needed by all that follows.
-        group_by_length: rows of a batch, and batches of a step, are alike in length; still in random order.
-        max_tokens: as many rows as fit in: the rows times the longest, or with `packing` their sum.
-        packing: rows are put together so that their sum comes close to `max_tokens`.
-        position: asked whenever an epoch is begun; by default the start of the epoch that `set_epoch` gave.
+        stages: number of rows of each stage. Row indices run over all stages.
+        batch_size: rows per batch without `max_tokens`; the last batch of a stage may have fewer.
+        lengths: (rows,) tokens of each row; required by the options below.
+        group_by_length: rows of a batch, and batches of a step, have similar lengths. The order of
+            the batches stays random.
+        max_tokens: most tokens of a batch: number of rows times the longest, or with `packing` the
+            sum of the lengths.
+        packing: choose the rows of a batch so that the sum of their lengths is close to
+            `max_tokens`.
+        position: returns where an epoch starts, called at the start of each iteration. By default
+            the epoch given to `set_epoch` starts at its first batch.
 
     Raises:
-        ValueError: options that do not go together, or a row has more than `max_tokens`.
+        ValueError: an option lacks one that it requires, or a row has more than `max_tokens`.
     """
 
     def __init__(
@@ -50,12 +56,13 @@ class BatchSampler(Sampler[list[int]]):
         position: Callable[[], Position] | None = None,
     ):
         if packing and max_tokens is None:
-            raise ValueError(
-                "data.packing needs data.max_tokens: how many tokens a packed row has at most"
-            )
+            raise ValueError("data.packing needs data.max_tokens, the most tokens of a packed row")
         if lengths is None and (group_by_length or max_tokens is not None):
+            raise ValueError("group_by_length and max_tokens need the length of each row")
+        if max_tokens is not None and len(lengths) and lengths.max() > max_tokens:
             raise ValueError(
-                "grouping by length, and a budget of tokens, need the length of each row"
+                f"row {lengths.argmax()} has {lengths.max()} tokens, "
+                f"more than max_tokens={max_tokens}"
             )
         self.stages = stages
         self.batch_size = batch_size
@@ -68,131 +75,130 @@ class BatchSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.epoch = 0
         self.position = position or (lambda: (self.epoch, 0))
-        if (
-            max_tokens is not None
-            and lengths is not None
-            and len(lengths)
-            and lengths.max() > max_tokens
-        ):
-            raise ValueError(
-                f"row {lengths.argmax()} has {lengths.max()} tokens, more than max_tokens={max_tokens}"
-            )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches a rank and epoch."""
-        each = (
-            (-(-rows // self.batch_size) for rows in self.stages)
-            if self.max_tokens is None
-            else map(len, self._fixed)
-        )
-        return -(-sum(each) // self.world_size)
+        """Number of batches per rank and epoch."""
+        if self.max_tokens is None:
+            batches = sum(-(-rows // self.batch_size) for rows in self.stages)
+        else:
+            batches = sum(map(len, self._fixed_batches))
+        return -(-batches // self.world_size)
 
     @property
     def max_rows(self) -> int:
-        """No batch has more rows."""
-        return (
-            self.batch_size
-            if self.max_tokens is None
-            else max((len(batch) for stage in self._fixed for batch in stage), default=0)
-        )
+        """Upper bound on the rows of a batch."""
+        if self.max_tokens is None:
+            return self.batch_size
+        sizes = (len(batch) for stage in self._fixed_batches for batch in stage)
+        return max(sizes, default=0)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Not a generator: the position is read now, not when the first batch is fetched.
         epoch, done = self.position()
-        batches = self._of_all_ranks(epoch)
-        every = len(self) * self.world_size
-        return (
-            batch.tolist()
-            for batch in islice(
-                cycle(batches), self.rank + done * self.world_size, every, self.world_size
-            )
-        )
+        batches = cycle(self._epoch_batches(epoch))
+        first = self.rank + done * self.world_size
+        stop = len(self) * self.world_size
+        return (batch.tolist() for batch in islice(batches, first, stop, self.world_size))
 
-    def _of_all_ranks(self, epoch: int) -> list[np.ndarray]:
-        draw = np.random.default_rng((self.seed, epoch))
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        """Returns the batches of all ranks: batch k belongs to rank k modulo `world_size`."""
+        generator = np.random.default_rng((self.seed, epoch))
+        batches: list[np.ndarray] = []
         if self.max_tokens is not None:
-            return [batch for stage in self._fixed for batch in self._shuffled(stage, draw)]
-        batches = []
-        for rows in self._orders(draw):
-            for window in self._windows(rows, self.batch_size) if self.group_by_length else [rows]:
-                cut = [
-                    window[start : start + self.batch_size]
-                    for start in range(0, len(window), self.batch_size)
-                ]
-                batches += self._shuffled(cut, draw) if self.group_by_length else cut
+            for stage in self._fixed_batches:
+                batches += self._shuffle_steps(stage, generator)
+            return batches
+        for rows in self._shuffled_stages(generator):
+            if not self.group_by_length:
+                batches += _cut(rows, self.batch_size)
+                continue
+            for window in self._sorted_windows(rows, self.batch_size):
+                batches += self._shuffle_steps(_cut(window, self.batch_size), generator)
         return batches
 
     @cached_property
-    def _fixed(self) -> list[list[np.ndarray]]:
-        """The batches of each stage within `max_tokens`."""
-        draw, typical = (
-            np.random.default_rng(self.seed),
-            self.max_tokens // max(1, int(self.lengths.mean())) if len(self.lengths) else 1,
-        )
+    def _fixed_batches(self) -> list[list[np.ndarray]]:
+        """The batches of each stage with `max_tokens`, before their order is shuffled."""
+        generator = np.random.default_rng(self.seed)
+        fill = _pack if self.packing else _fill
         stages = []
-        for rows in self._orders(draw):
+        for rows in self._shuffled_stages(generator):
             stage: list[np.ndarray] = []
-            for window in (
-                self._windows(rows, max(1, typical))
-                if self.group_by_length or self.packing
-                else [rows]
-            ):
-                stage += (
-                    _packed(window, self.lengths, self.max_tokens)
-                    if self.packing
-                    else _filled(window, self.lengths, self.max_tokens)
-                )
+            for window in self._budget_windows(rows):
+                stage += fill(window, self.lengths, self.max_tokens)
             stages.append(stage)
         return stages
 
-    def _orders(self, draw: np.random.Generator) -> Iterator[np.ndarray]:
+    def _budget_windows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        if not (self.group_by_length or self.packing):
+            yield rows
+        elif len(rows):
+            typical_size = self.max_tokens // max(1, int(self.lengths.mean()))
+            yield from self._sorted_windows(rows, max(1, typical_size))
+
+    def _shuffled_stages(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         start = 0
         for rows in self.stages:
-            yield draw.permutation(rows) + start
+            yield generator.permutation(rows) + start
             start += rows
 
-    def _windows(self, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-        """Consecutive runs of `rows`, each from the longest to the shortest."""
-        size = WINDOW * self.world_size * batch_size
-        for start in range(0, len(rows), size):
-            window = rows[start : start + size]
+    def _sorted_windows(self, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields consecutive pieces of `rows`, each sorted from the longest row to the shortest."""
+        for window in _cut(rows, WINDOW * self.world_size * batch_size):
             yield window[np.argsort(-self.lengths[window], kind="stable")]
 
-    def _shuffled(self, batches: list[np.ndarray], draw: np.random.Generator) -> list[np.ndarray]:
-        """In another order; those that the ranks take in one step stay together."""
-        steps = [
-            batches[start : start + self.world_size]
-            for start in range(0, len(batches), self.world_size)
-        ]
-        whole = [steps[place] for place in draw.permutation(len(batches) // self.world_size)]
-        return [batch for step in [*whole, *steps[len(whole) :]] for batch in step]
+    def _shuffle_steps(
+        self, batches: list[np.ndarray], generator: np.random.Generator
+    ) -> list[np.ndarray]:
+        """Shuffles `batches`; those that the ranks train on in one step stay together.
+
+        An incomplete step stays at the end.
+        """
+        whole_steps = len(batches) // self.world_size
+        shuffled: list[np.ndarray] = []
+        for step in generator.permutation(whole_steps):
+            start = step * self.world_size
+            shuffled += batches[start : start + self.world_size]
+        return shuffled + batches[whole_steps * self.world_size :]
 
 
-def _filled(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Consecutive runs of `rows` that have at most `max_tokens` when padded to their longest."""
-    batches, start, longest = [], 0, 0
-    for place, length in enumerate(lengths[rows].tolist()):
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Splits `rows` into consecutive pieces of `size` rows; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _fill(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Splits `rows` into consecutive batches of at most `max_tokens`, padding included."""
+    batches: list[np.ndarray] = []
+    start, longest = 0, 0
+    for stop, length in enumerate(lengths[rows].tolist()):
         longest = max(longest, length)
-        if longest * (place + 1 - start) > max_tokens:
-            batches.append(rows[start:place])
-            start, longest = place, length
-    return [*batches, rows[start:]] if start < len(rows) else batches
+        if longest * (stop + 1 - start) > max_tokens:
+            batches.append(rows[start:stop])
+            start, longest = stop, length
+    if start < len(rows):
+        batches.append(rows[start:])
+    return batches
 
 
-def _packed(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """`rows`, from the longest to the shortest, each put where it leaves the least room (best fit)."""
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+def _pack(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Puts each row, from the longest to the shortest, into the fullest batch that can hold it.
+
+    This is best-fit decreasing bin packing; `rows` are sorted by length already.
+    """
+    batches: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, batch), sorted
     for row in rows.tolist():
         length = int(lengths[row])
-        place = bisect_left(room, (length, -1))
-        if place < len(room):
-            left, chosen = room.pop(place)
-            bins[chosen].append(row)
+        fullest = bisect_left(free, (length, -1))
+        if fullest < len(free):
+            left, batch = free.pop(fullest)
+            batches[batch].append(row)
         else:
-            left, chosen = max_tokens, len(bins)
-            bins.append([row])
-        insort(room, (left - length, chosen))
-    return [np.array(rows) for rows in bins]
+            left, batch = max_tokens, len(batches)
+            batches.append([row])
+        insort(free, (left - length, batch))
+    return [np.array(batch) for batch in batches]

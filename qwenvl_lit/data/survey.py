@@ -1,4 +1,4 @@
-"""One pass over all rows before they are used: what each would cost, which are to be left out, and what is wrong with them."""
+"""Reads all rows before they are used: their lengths, and the rows to leave out or to report."""
 
 from __future__ import annotations
 
@@ -19,60 +19,68 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from qwenvl_lit.types import Conversation, DataError, Dropped
+from qwenvl_lit.atomic import atomic_file
+from qwenvl_lit.types import Conversation, DataError, Dropped, ImageSource
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 T = TypeVar("T")
-Kind = Literal[
-    "error", "dropped", "note", "duplicate"
-]  # unusable | left out, as the config asks | not as it was written | also in another set
+# unusable | left out as the config asks | repaired or suspicious | also in another set
+Kind = Literal["error", "dropped", "note", "duplicate"]
 Look = Callable[[Conversation], T]
-Progress = Callable[[int], object]  # called with the number of rows that are done, now and then
+Progress = Callable[[int], object]  # called now and then with the number of rows done so far
 
-CHUNK = 256  # rows that a process takes at a time, at most
-SHOWN = 5  # errors that `measure` writes out
-FORMAT = 1  # of the cached files
+CHUNK = 256  # most rows that a process takes at a time
+SHOWN = 5  # errors that the message of `measure_lengths` quotes
+PROMPT_LENGTH_UNIT = 64  # characters
+FORMAT = 1  # version of the cached files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What is to be said about one row."""
+    """Something wrong or unusual about one row."""
 
     kind: Kind
-    index: int  # place among the rows
-    id: str  # "" where the row could not be read
+    index: int  # position among the rows
+    id: str  # "" if the row could not be read
     message: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Lengths of all rows, and what is to be said about some."""
+    """The lengths of all rows, and the findings about some of them."""
 
-    lengths: np.ndarray  # (rows,) int32, tokens; 0 where a row is left out
-    supervised: np.ndarray  # (rows,) int32, tokens that are learned
-    findings: tuple[Finding, ...]  # dropped rows and notes, by index
+    lengths: np.ndarray  # (rows,) int32, tokens; 0 for a row that is left out
+    supervised: np.ndarray  # (rows,) int32, supervised tokens
+    findings: tuple[Finding, ...]  # dropped rows and notes, ordered by index
+
+
+def available_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def survey(
     rows: Sequence[Conversation], look: Look[T], *, workers: int, progress: Progress | None = None
 ) -> Iterator[T | Finding]:
-    """`look(row)` of every row, in order, or the `Finding` of a row that could not be read or looked at.
+    """Yields `look(row)` for every row in order, or a `Finding` for a row that raised `DataError`.
 
     Args:
-        look: can be pickled, as can `rows`, where processes are not forked.
-        workers: processes; with one or none, and for few rows, the work is done in this one.
+        look: pickled, as is `rows`, on platforms that do not fork.
+        workers: number of processes. With fewer than two, or with few rows, this process does the
+            work.
 
     Raises:
-        DataError: a process died, for want of memory as a rule.
+        DataError: a process died, usually for lack of memory.
     """
     size = min(CHUNK, -(-len(rows) // max(1, 4 * workers)))
     starts = range(0, len(rows), max(1, size))
+    chunks: Iterable[list[T | Finding]]
     if workers < 2 or len(rows) < CHUNK:
-        chunks: Iterable[list[T | Finding]] = (
-            _look_at(rows, look, start, size) for start in starts
-        )
+        chunks = (_look_at(rows, look, start, size) for start in starts)
     else:
         chunks = _in_processes(rows, look, workers, starts, size)
     done = 0
@@ -83,7 +91,7 @@ def survey(
         yield from chunk
 
 
-def measure(
+def measure_lengths(
     rows: Sequence[Conversation],
     processor: Processor,
     *,
@@ -92,60 +100,88 @@ def measure(
     identity: Any,
     progress: Progress | None = None,
 ) -> Measured:
-    """Tokens of every row as training would encode it; no image is decoded.
+    """Counts the tokens of every row as training encodes it, without decoding an image.
 
     Args:
-        cache: folder where the result is kept; None: nowhere.
-        identity: plain data that decides what the rows are: their files (see `stamp`) and how they are read. The processor's own settings
-            are added here.
+        cache: folder in which the result is kept; None: nowhere.
+        identity: plain data that determines the rows: their files (see `stamp`) and how they are
+            read. The settings of the processor are added here.
 
     Raises:
-        DataError: rows cannot be used; the message has the first of them and says how many there are.
+        DataError: some rows cannot be used; the message quotes the first of them and counts all.
     """
-    file = (
-        cache / f"lengths_{_key([FORMAT, len(rows), processor.settings, identity])}.npz"
-        if cache
-        else None
-    )
-    if file and (known := _load(file, len(rows))):
-        return known
+    file = None
+    if cache:
+        key = _key([FORMAT, len(rows), processor.settings, identity])
+        file = cache / f"lengths_{key}.npz"
+        if known := _load(file, len(rows)):
+            return known
     counts = np.zeros((2, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
-    for index, result in enumerate(
-        survey(rows, _Count(processor), workers=workers, progress=progress)
-    ):
+    results = survey(rows, _CountTokens(processor), workers=workers, progress=progress)
+    for index, result in enumerate(results):
         if isinstance(result, Finding):
             findings.append(result)
-        else:
-            counts[:, index] = result.tokens, result.supervised
-            findings += [
-                Finding(kind="note", index=index, id=result.id, message=note)
-                for note in result.notes
-            ]
-    if errors := [finding.message for finding in findings if finding.kind == "error"]:
-        more = f"\n... and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
-        raise DataError(
-            f"{len(errors)} of {len(rows)} rows cannot be used:\n"
-            + "\n".join(errors[:SHOWN])
-            + more
-        )
+            continue
+        counts[:, index] = result.tokens, result.supervised
+        for note in result.notes:
+            findings.append(Finding(kind="note", index=index, id=result.id, message=note))
+    _raise_errors(findings, len(rows))
     measured = Measured(lengths=counts[0], supervised=counts[1], findings=tuple(findings))
     if file:
         _save(file, measured)
     return measured
 
 
+def prompt_lengths(rows: Sequence[Conversation]) -> np.ndarray:
+    """Estimates the lengths (rows,) int64 of prompts without encoding them.
+
+    The estimate is coarse, so that a stable sort by length leaves questions about the same image
+    together.
+    """
+    characters = [_prompt_characters(rows, index) for index in range(len(rows))]
+    return np.array(characters, dtype=np.int64) // PROMPT_LENGTH_UNIT
+
+
 def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time of the last change of each file, in order: what an `identity` needs to notice that a file is another one now."""
-    return [
-        (str(file.resolve()), status.st_size, status.st_mtime_ns)
-        for file in files
-        for status in [file.stat()]
-    ]
+    """Returns path, size and modification time of each file; part of an `identity`."""
+    stamps = []
+    for file in files:
+        status = file.stat()
+        stamps.append((str(file.resolve()), status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def _prompt_characters(rows: Sequence[Conversation], index: int) -> int:
+    """Counts an image as 1024 characters and an object as 32."""
+    try:
+        prompt = rows[index].prompt()
+    except DataError:
+        return 0  # the error is raised when the row is loaded
+    characters = 0
+    for turn in prompt.turns:
+        for part in turn.parts:
+            if isinstance(part, str):
+                characters += len(part)
+            elif isinstance(part, ImageSource):
+                characters += 1024
+            else:
+                characters += 32
+    return characters
+
+
+def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
+    errors = [finding.message for finding in findings if finding.kind == "error"]
+    if not errors:
+        return
+    lines = [f"{len(errors)} of {rows} rows cannot be used:", *errors[:SHOWN]]
+    if len(errors) > SHOWN:
+        lines.append(f"... and {len(errors) - SHOWN} more")
+    raise DataError("\n".join(lines))
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
+class _RowTokens:
     tokens: int
     supervised: int
     id: str
@@ -153,12 +189,12 @@ class _Counted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Count:
+class _CountTokens:
     processor: Processor
 
-    def __call__(self, conversation: Conversation) -> _Counted:
+    def __call__(self, conversation: Conversation) -> _RowTokens:
         tokens, supervised = self.processor.length(conversation)
-        return _Counted(tokens, supervised, conversation.id, conversation.notes)
+        return _RowTokens(tokens, supervised, conversation.id, conversation.notes)
 
 
 def _look_at(
@@ -166,37 +202,32 @@ def _look_at(
 ) -> list[T | Finding]:
     results: list[T | Finding] = []
     for index in range(start, min(start + size, len(rows))):
-        name = ""
+        row_id = ""
         try:
             conversation = rows[index]
-            name = conversation.id
+            row_id = conversation.id
             results.append(look(conversation))
-        except DataError as fault:
-            results.append(
-                Finding(
-                    kind="dropped" if isinstance(fault, Dropped) else "error",
-                    index=index,
-                    id=name,
-                    message=str(fault),
-                )
-            )
+        except DataError as error:
+            kind: Kind = "dropped" if isinstance(error, Dropped) else "error"
+            results.append(Finding(kind=kind, index=index, id=row_id, message=str(error)))
     return results
 
 
-_work: tuple[Sequence[Conversation], Look] | None = (
-    None  # of a worker process: sent once, not with every chunk
-)
+# The rows of a worker process and what to do with each. They are sent once, not with every chunk.
+_work: tuple[Sequence[Conversation], Look] | None = None
 
 
 def _start_worker(rows: Sequence[Conversation], look: Look) -> None:
     global _work
     _work = rows, look
+    # There are as many processes as cores, so each one needs a single thread. A process in which
+    # nothing has imported torch has no threads to limit, and importing it would take seconds.
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # the processes are as many as the cores already
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _look_in_worker(start: int, size: int) -> list:
-    assert _work is not None  # the pool's initializer ran
+    assert _work is not None  # the initializer of the pool has run
     return _look_at(*_work, start, size)
 
 
@@ -208,49 +239,44 @@ def _in_processes(
         ahead: deque[Future[list[T | Finding]]] = deque()
         for start in starts:
             ahead.append(pool.submit(_look_in_worker, start, size))
-            if len(ahead) > 4 * workers:  # no further: results wait in memory
+            if len(ahead) > 4 * workers:  # a limit, since results wait in memory
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-    except BrokenProcessPool as fault:
+    except BrokenProcessPool as error:
         raise DataError(
-            "a process that read rows died, as a rule for want of memory; give it fewer workers"
-        ) from fault
+            "a process that read rows died, usually for lack of memory; use fewer workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _key(identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[
-        :32
-    ]
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _load(file: Path, rows: int) -> Measured | None:
-    """What `_save` wrote; None if there is nothing, or nothing whole: it is computed again then."""
+    """Returns what `_save` wrote, or None if the file is missing or damaged."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            lengths, supervised, findings = (
-                content[name] for name in ("lengths", "supervised", "findings")
-            )
-        known = tuple(Finding(**finding) for finding in json.loads(findings.tobytes()))
+            lengths, supervised = content["lengths"], content["supervised"]
+            findings = json.loads(content["findings"].tobytes())
+        known = tuple(Finding(**finding) for finding in findings)
     except (FileNotFoundError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
         return None
-    return (
-        Measured(lengths=lengths, supervised=supervised, findings=known)
-        if len(lengths) == rows
-        else None
-    )
+    if len(lengths) != rows:
+        return None
+    return Measured(lengths=lengths, supervised=supervised, findings=known)
 
 
 def _save(file: Path, measured: Measured) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    findings = np.frombuffer(
-        json.dumps([asdict(finding) for finding in measured.findings]).encode(), dtype=np.uint8
-    )
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    with unfinished.open("wb") as stream:
-        np.savez_compressed(
-            stream, lengths=measured.lengths, supervised=measured.supervised, findings=findings
-        )
-    unfinished.replace(file)  # another process sees all of it or nothing
+    findings = json.dumps([asdict(finding) for finding in measured.findings])
+    arrays = {
+        "lengths": measured.lengths,
+        "supervised": measured.supervised,
+        "findings": np.frombuffer(findings.encode(), dtype=np.uint8),
+    }
+    with atomic_file(file, concurrent=True) as unfinished, unfinished.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)

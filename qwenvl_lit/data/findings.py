@@ -1,0 +1,108 @@
+"""Lists the rows that a run leaves out or repairs in `findings.jsonl` of the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenvl_lit.data.mixture import OpenedDataset
+from qwenvl_lit.types import DataError
+
+FILENAME = "findings.jsonl"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Writer:
+    """The process that writes findings.
+
+    Every rank writes a file of its own: rank 0 `findings.jsonl`, rank 1 `findings.rank1.jsonl`.
+    """
+
+    folder: Path | None = None  # the run folder; None: write nothing
+    rank: int = 0
+    world_size: int = 1
+
+    def append(self, findings: Iterable[dict[str, Any]]) -> None:
+        if self.folder is None:
+            return
+        file = self.folder / FILENAME
+        if self.rank:
+            file = file.with_stem(f"{file.stem}.rank{self.rank}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as stream:
+            for finding in findings:
+                stream.write(json.dumps(finding, ensure_ascii=False) + "\n")
+
+
+class FindingsLog:
+    """Logs and lists findings, and stops the run if too many rows have bad images.
+
+    Args:
+        max_bad_fraction: largest share of the rows of a set that may be dropped for their images.
+    """
+
+    def __init__(self, max_bad_fraction: float):
+        self.max_bad_fraction = max_bad_fraction
+        self._dropped: dict[str, set[str]] = {}  # by set: messages of rows dropped by the loaders
+
+    def add_measured(self, name: str, dataset: OpenedDataset, writer: Writer) -> None:
+        """Reports the findings of a dataset whose rows have just been measured (rank 0 writes).
+
+        Raises:
+            DataError: too many of its rows have images that cannot be opened.
+        """
+        if dataset.findings and not writer.rank:
+            dropped = sum(finding.kind == "dropped" for finding in dataset.findings)
+            noted = {finding.index for finding in dataset.findings if finding.kind == "note"}
+            log.warning(
+                "%s: %d rows are left out, %d are repaired or kept although they look wrong; "
+                "%s in the run folder lists them. The first: %s",
+                name,
+                dropped,
+                len(noted),
+                FILENAME,
+                dataset.findings[0].message,
+            )
+            writer.append({"set": name, **asdict(finding)} for finding in dataset.findings)
+        if dataset.bad > self.max_bad_fraction * dataset.distinct:
+            raise DataError(
+                f"{dataset.bad} of {dataset.distinct} rows of {name} have images that cannot be "
+                f"opened, more than data.max_bad_fraction={self.max_bad_fraction} allows; "
+                f"{FILENAME} in the run folder lists them"
+            )
+
+    def add_dropped(self, name: str, rows: int, messages: Sequence[str], writer: Writer) -> None:
+        """Reports rows that a loader has dropped, each once.
+
+        Args:
+            name: the set that the rows belong to.
+            rows: number of rows of the set, on all ranks.
+            messages: for each row, why it was dropped.
+
+        Raises:
+            DataError: too many rows of the set were dropped by now.
+        """
+        known = self._dropped.setdefault(name, set())
+        new = [message for message in dict.fromkeys(messages) if message not in known]
+        if new and not known:
+            log.warning(
+                "a row of %s is left out, as further ones will be; "
+                "%s in the run folder lists them. %s",
+                name,
+                FILENAME,
+                new[0],
+            )
+        known.update(new)
+        writer.append({"set": name, "kind": "dropped", "message": message} for message in new)
+        if len(known) > self.max_bad_fraction * rows / writer.world_size:
+            share = f", in the share of rank {writer.rank}," if writer.world_size > 1 else ""
+            raise DataError(
+                f"{len(known)} of {rows} rows of {name}{share} had to be left out, more than "
+                f"data.max_bad_fraction={self.max_bad_fraction} allows; "
+                f"{FILENAME} in the run folder lists them. The last: {messages[-1]}"
+            )

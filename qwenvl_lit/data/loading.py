@@ -1,0 +1,102 @@
+"""Encodes rows in data workers, and loads batches from the position of a resumed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from torch.utils.data import DataLoader, Dataset
+
+from qwenvl_lit.data.samplers import BatchSampler
+from qwenvl_lit.data.selection import Rows
+from qwenvl_lit.types import BadImage, DataError, Dropped, Sample
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Processor
+
+
+class EncodedDataset(Dataset):
+    """Rows as samples, encoded when they are fetched.
+
+    A row that is left out becomes the `Dropped` that gives the reason.
+
+    Args:
+        prompt: encode the prompts without their answers.
+        renumber: set the index of a conversation to its position among `rows`; readers number the
+            rows of each file from 0.
+        drop_bad: leave out rows whose images cannot be opened.
+    """
+
+    def __init__(
+        self, rows: Rows, processor: Processor, *, prompt: bool, renumber: bool, drop_bad: bool
+    ):
+        self.rows = rows
+        self.processor = processor
+        self.prompt = prompt
+        self.renumber = renumber
+        self.drop_bad = drop_bad
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample | Dropped:
+        try:
+            conversation = self.rows[index]
+            if self.renumber:
+                conversation = replace(conversation, index=index)
+            return self.processor.encode(conversation, prompt=self.prompt)
+        except Dropped as reason:
+            return reason
+        except BadImage as error:
+            if self.drop_bad:
+                return Dropped(str(error))
+            raise
+
+
+class ResumableDataLoader(DataLoader):
+    """A loader that refuses to resume a run with other batches than the run was started with.
+
+    The position to resume at is not part of its state: the batch sampler reads it from the counters
+    of the trainer, see `data_position`.
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns what determines the batches; Lightning stores it in checkpoints of training."""
+        state = {"batches": len(self)}
+        sampler = self.batch_sampler
+        if isinstance(sampler, BatchSampler):
+            state |= {"processes": sampler.world_size, "seed": sampler.seed}
+        return state
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Checks the state of the run that is resumed.
+
+        Raises:
+            DataError: the batches would not be those of that run.
+        """
+        now = self.state_dict()
+        if state != now:
+            raise DataError(
+                f"an epoch of the run to resume had {state}, one of this run has {now}; "
+                "resume with the same data and the same number of processes"
+            )
+
+
+def ignore_cluster_signals(worker_id: int) -> None:
+    """Makes a data worker ignore SIGTERM and SIGUSR1 unless its parent process sent them.
+
+    A cluster that stops a run signals the whole process group. The trainer still needs its workers,
+    to finish the step and to save a checkpoint.
+    """
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=wait_for_parent, daemon=True).start()

@@ -1,0 +1,101 @@
+"""Selections of rows: subsets, concatenations and repetitions, which copy no row."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwenvl_lit.types import Conversation
+
+Rows = Sequence[Conversation]
+
+
+@dataclass(frozen=True, slots=True)
+class Subset(Sequence[Conversation]):
+    """The rows at `indices`, in that order; an index may occur several times."""
+
+    rows: Rows
+    indices: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.rows[int(self.indices[index])]
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Sequence[Conversation]):
+    """The rows of several sources, one source after the other."""
+
+    sources: Sequence[Rows]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index: int) -> Conversation:
+        for rows in self.sources:
+            if index < len(rows):
+                return rows[index]
+            index -= len(rows)
+        raise IndexError(index)
+
+
+def parse_count(files: str) -> tuple[str, int | None]:
+    """Splits `FILES#N` into the files and the number of rows to take; None stands for all rows.
+
+    >>> parse_count("rows.jsonl#2000")
+    ('rows.jsonl', 2000)
+    """
+    match = re.fullmatch(r"(.*?)(?:#(\d+))?", files, re.DOTALL)
+    assert match is not None  # every string matches
+    name, count = match.groups()
+    return name, None if count is None else int(count)
+
+
+def take(rows: Rows, count: int, seed: int = 0) -> Rows:
+    """Returns `count` rows: as many whole passes as fit, then a random rest without repetition.
+
+    >>> "".join(take("abc", 6))
+    'abcabc'
+    """
+    if not count or not len(rows):
+        return Subset(rows, [])
+    passes, rest = divmod(count, len(rows))
+    repeated = [*range(len(rows))] * passes
+    drawn = random.Random(seed).sample(range(len(rows)), rest)
+    return Subset(rows, np.array(repeated + drawn))
+
+
+def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
+    """Resolves nested `Subset`s and `Concat`s.
+
+    Returns:
+        The sources below them, each once, and for each row its index in the concatenation of
+        these sources. A row that occurs twice has the same index twice.
+
+    >>> flatten(Concat([Subset("abc", [2, 2]), "de"]))
+    (['abc', 'de'], array([2, 2, 3, 4]))
+    """
+    if isinstance(rows, Subset):
+        sources, inner = flatten(rows.rows)
+        return sources, inner[np.asarray(rows.indices, dtype=np.int64)]
+    if not isinstance(rows, Concat):
+        return [rows], np.arange(len(rows))
+    sources, starts, end = [], {}, 0  # `starts` is keyed by the identity of a source
+    indices = [np.empty(0, dtype=np.int64)]
+    for part in rows.sources:
+        part_sources, inner = flatten(part)
+        moved = [np.empty(0, dtype=np.int64)]
+        for source in part_sources:
+            if id(source) not in starts:
+                starts[id(source)] = end
+                sources.append(source)
+                end += len(source)
+            moved.append(starts[id(source)] + np.arange(len(source)))
+        indices.append(np.concatenate(moved)[inner])
+    return sources, np.concatenate(indices)
