@@ -1,4 +1,4 @@
-"""A Qwen-VL small enough for a test: what the tests of the network share."""
+"""A Qwen-VL network small enough for tests, with random texts and images for it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ QUERIES = 4
 SIDE = 16  # of an image, in pixels
 IMAGE = [IMG, *[IMG_PAD] * QUERIES, IMG_END]
 
-# Float32 sums in another order: logits here go up to 6; the largest difference seen is 1.3e-5.
+# Float32 sums in another order: logits go up to 6, and the largest difference seen is 1.3e-5.
 CLOSE = {"atol": 1e-4, "rtol": 0}
 LOSS = {"rtol": 1e-5, "atol": 0}
 
@@ -59,12 +59,13 @@ def small_network(seed: int = 0, attn_implementation: str = "sdpa", **changes) -
 
 
 def text(length: int, seed: int = 0) -> list[int]:
-    """Random ids without special meaning; 0 pads."""
-    return torch.randint(1, IMG, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    """Random ids of ordinary tokens; 0 is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, IMG, (length,), generator=generator).tolist()
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
-    """Normalised pixels (count, 3, SIDE, SIDE)."""
+    """Random normalized pixels (count, 3, SIDE, SIDE)."""
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -79,7 +80,7 @@ def tensor(*rows: list[int]) -> torch.Tensor:
 
 
 def padded(rows: list[list[int]], side: str) -> tuple[list[list[int]], torch.Tensor]:
-    """Rows of one length, and their mask."""
+    """Pads rows to one length; returns them and their mask."""
     length = max(map(len, rows))
     blanks = [[0] * (length - len(row)) for row in rows]
     masks = [[0] * len(blank) + [1] * len(row) for blank, row in zip(blanks, rows, strict=True)]

@@ -1,4 +1,7 @@
-"""Ready for training: compiled, with gradient checkpointing, with adapters, with batches of text alone."""
+"""Training the network: compiled, with activation checkpointing, with adapters, on text alone."""
+
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from small_network import (
 )
 from torch import nn
 
-# Float32 sums in another order. Entries whose true gradient is zero (key biases: softmax does not see them) are noise of 1e-8.
+# Float32 sums in another order. Entries whose true gradient is zero (key biases: they cancel in the
+# softmax) are noise of 1e-8.
 GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -31,15 +35,14 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
-    """LoRA on every linear layer, its second matrices not zero, so that both have gradients."""
+    """LoRA on every linear layer, initialized so that both of its matrices have gradients."""
     torch.manual_seed(0)
-    return get_peft_model(
-        model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    ).train()
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, lora).train()
 
 
-def checkpointed(model: nn.Module) -> None:
-    """As transformers does it by default; its name since 5.2x, or before."""
+def checkpoint_activations(model: nn.Module) -> None:
+    """Enables transformers' default; the method was renamed in 5.2x."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -48,8 +51,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_is_not_compiled(backend):
-    """One graph, with its backward pass; `inductor` also writes and compiles its kernels."""
+def test_compiling_changes_no_logits_and_no_gradients(backend):
+    """One graph, with its backward pass; `inductor` also generates and compiles kernels."""
     torch._dynamo.reset()
     model, batch = small_network().train(), talk_of_two()
     kept = batch["attention_mask"].bool()
@@ -62,55 +65,56 @@ def test_compiled_is_not_compiled(backend):
         torch.testing.assert_close(gradient, plain[name.removeprefix("_orig_mod.")], **GRADIENT)
 
 
-def test_checkpointed_blocks_run_again_for_their_gradients_in_the_tower_too():
+def test_checkpointed_blocks_are_recomputed_in_the_tower_too():
     model, batch = small_network().train(), talk_of_two()
-    runs = {
-        block.ln_1: 0 for block in blocks(model)
-    }  # of what is inside: hooks of a block itself stay outside its checkpoint
-    for norm in runs:
-        norm.register_forward_pre_hook(lambda norm, args: runs.__setitem__(norm, runs[norm] + 1))
+    runs = Counter()
+    # Hooks inside the blocks: those of a block itself run outside its checkpoint.
+    norms = [block.ln_1 for block in blocks(model)]
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda norm, args: runs.update([norm]))
     gradients(model, batch)
-    assert set(runs.values()) == {1}
-    checkpointed(model)
+    assert runs == dict.fromkeys(norms, 1)
+    runs.clear()
+    checkpoint_activations(model)
     gradients(model, batch)
-    assert set(runs.values()) == {1 + 2}
+    assert runs == dict.fromkeys(norms, 2)
 
 
-def test_checkpointing_changes_no_gradient_and_needs_no_input_with_one():
-    """The reentrant kind gives adapters none where what comes in has none, as pixels and frozen embeddings."""
+def test_checkpointing_changes_no_gradient_even_if_inputs_need_none():
+    """Reentrant checkpointing would lose the gradients of adapters on pixels and frozen embeddings,
+    which need no gradient themselves."""
     model, batch = with_adapters(small_network()), talk_of_two()
     expected = gradients(model, batch)
-    checkpointed(model.base_model.model)
+    checkpoint_activations(model.base_model.model)
     assert all(block.gradient_checkpointing for block in blocks(model.base_model.model))
-    found = gradients(model, batch)
-    assert len(found) == len(expected) > 0
-    for name, gradient in found.items():
+    checkpointed = gradients(model, batch)
+    assert len(checkpointed) == len(expected) > 0
+    for name, gradient in checkpointed.items():
         torch.testing.assert_close(gradient, expected[name], **GRADIENT)
         assert gradient.any()
 
 
-def test_adapters_of_the_tower_have_gradients_of_zero_from_text_alone():
-    """Not none: in a step of several ranks, others may have images, and gradients are averaged."""
-    found = gradients(with_adapters(small_network()), {"input_ids": tensor(text(8))})
-    tower = {name: gradient for name, gradient in found.items() if ".visual." in name}
-    assert any("attn_pool.attn.q_proj" in name for name in tower)
-    assert all(gradient is not None and not gradient.any() for gradient in tower.values())
-    assert all(gradient.any() for name, gradient in found.items() if name not in tower)
+def test_adapters_of_the_tower_have_zero_gradients_on_text_alone():
+    """Zero, not None: other ranks may have images in the same step, and gradients are averaged."""
+    by_name = gradients(with_adapters(small_network()), {"input_ids": tensor(text(8))})
+    assert any("visual.attn_pool.attn.q_proj" in name for name in by_name)
+    for name, gradient in by_name.items():
+        assert gradient is not None, name
+        assert bool(gradient.any()) == (".visual." not in name), name
 
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """A process group of this process alone: DDP checks the same things as among several."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+    """A process group of this process alone, in which DDP makes all its checks."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("adapt", [False, True])
-def test_ranks_do_not_wait_for_a_batch_without_images(one_rank, adapt):
-    """DDP refuses the step after one in which a trained parameter took no part."""
+def test_ddp_accepts_a_batch_without_images(one_rank, adapt):
+    """DDP refuses the step after one in which a trained parameter was not used."""
     model = with_adapters(small_network()) if adapt else small_network().train()
     ranked = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
     for batch in ({"input_ids": tensor(text(8))}, talk_of_two(), {"input_ids": tensor(text(8))}):
@@ -118,24 +122,21 @@ def test_ranks_do_not_wait_for_a_batch_without_images(one_rank, adapt):
     assert ranked(input_ids=tensor(text(8))).logits.isfinite().all()
 
 
-def test_packed_samples_have_the_loss_and_gradients_of_a_padded_batch():
+def test_packed_samples_have_the_gradients_of_a_padded_batch():
     model = small_network().train()
     rows = [IMAGE + text(9), text(15, seed=1)]
     pixels = torch.randn(1, 3, 16, 16)
     padded = tensor(rows[0], rows[1])
     labels = padded.clone()
-    labels[
-        :, 0
-    ] = (
-        -100
-    )  # nothing comes before the first token of a row; in a packed one, the sample before it does
+    # No token precedes the first one of a row; in a packed row the previous sample does.
+    labels[:, 0] = -100
     batch = {
         "pixel_values": pixels,
         "labels": labels,
         "input_ids": padded,
         "attention_mask": torch.ones_like(padded),
     }
-    expected = {name: gradient.clone() for name, gradient in _gradients_of(model, batch).items()}
+    expected = _gradients_of(model, batch)
     positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
     packed = {
         "pixel_values": pixels,
@@ -148,12 +149,12 @@ def test_packed_samples_have_the_loss_and_gradients_of_a_padded_batch():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_packed_samples_need_no_mask_and_nothing_waits_for_them():
-    """Bounds of samples and their mask are two ways to the same loss and gradients: bfloat16 products in another order."""
+def test_on_a_gpu_packed_samples_need_no_mask_and_do_not_synchronize():
+    """Sample bounds give the gradients of a mask, up to the order of bfloat16 sums."""
     model = small_network().bfloat16().cuda().train()
     rows = [IMAGE + text(9), text(31, seed=1), IMAGE + text(2, seed=2)]
     lengths = [*map(len, rows), 8]  # and padding
-    ids = tensor([id for row in rows for id in row] + [0] * 8)
+    ids = tensor([*chain.from_iterable(rows), *[0] * 8])
     packed = {
         "input_ids": ids,
         "labels": ids,
@@ -163,27 +164,24 @@ def test_on_a_gpu_packed_samples_need_no_mask_and_nothing_waits_for_them():
         "target_positions": torch.tensor([7, 8, 20, 21, 22, 50, 51]),
     }
     packed = {name: value.cuda() for name, value in packed.items()}
-    expected = {name: gradient.clone() for name, gradient in _gradients_of(model, packed).items()}
+    expected = _gradients_of(model, packed)
     bounds = torch.tensor([0, *lengths, 0, 0], device="cuda").cumsum(0, dtype=torch.int32)
-    kernel = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds) | dict.fromkeys(
-        ("max_length_q", "max_length_k"), 40
-    )
+    kernel = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    kernel |= {"max_length_q": 40, "max_length_k": 40}
     _gradients_of(model, packed | kernel)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = _gradients_of(model, packed | kernel)
+        with_bounds = _gradients_of(model, packed | kernel)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    largest = max(
-        gradient.norm() for gradient in expected.values()
-    )  # beside it, gradients that are zero but for rounding count nothing
-    for name, gradient in found.items():
-        assert (gradient - expected[name]).norm() <= 0.05 * expected[
-            name
-        ].norm() + 1e-3 * largest, name
+    # Gradients that are zero up to rounding are compared with the largest one.
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in with_bounds.items():
+        tolerance = 0.05 * expected[name].norm() + 1e-3 * largest
+        assert (gradient - expected[name]).norm() <= tolerance, name
 
 
 def _gradients_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
+    model.zero_grad()  # drops the earlier gradients, so that those returned before stay unchanged
     model(**batch).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
