@@ -1,4 +1,4 @@
-"""Rows for the tests of `qwenvl_lit.data`."""
+"""Fixtures for the tests of rows: a folder with images, and functions that read a row."""
 
 import json
 
@@ -11,7 +11,7 @@ from qwenvl_lit.data.readers.sources import read_rows
 
 @pytest.fixture
 def folder(tmp_path):
-    """With images a.png of 640 x 480 and b.png of 333 x 517 pixels."""
+    """A folder with images a.png of 640 x 480 and b.png of 333 x 517 pixels."""
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     Image.new("RGB", (333, 517)).save(tmp_path / "b.png")
     return tmp_path
@@ -19,6 +19,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def read_row(folder):
+    """Returns a function that writes a row to `folder` and reads it."""
+
     def read(row, **options):
         (folder / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
         return read_rows(str(folder / "rows.jsonl"), ReadOptions(**options))[0]
@@ -28,7 +30,7 @@ def read_row(folder):
 
 @pytest.fixture
 def parts_of(read_row):
-    """The parts of a question with images a.png and b.png and the answer to it."""
+    """Returns a function that reads a question about a.png and b.png: the parts of each turn."""
 
     def read(query, response="yes", objects=(), images=("a.png", "b.png")):
         row = read_row(

@@ -1,4 +1,7 @@
-"""Rows in files: where each begins is found once, in one pass, and a row is read from disk when it is asked for."""
+"""Rows in files. One pass finds where each row begins; a row is read from disk when it is fetched.
+
+This is not `datasets` or pyarrow because errors name the file and the line of a row.
+"""
 
 from __future__ import annotations
 
@@ -22,141 +25,158 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.types import DataError
 
-_VERSION = 1  # of an index on disk
-_BLOCK = 1 << 22
-_BLANK = re.compile(r"[ \t\r\n]*")
-csv.field_size_limit(1 << 30)  # the default is less than an image in base64
-_MARK = b"\xef\xbb\xbf"  # which some Windows editors write in front
+_VERSION = 1  # of the indexes on disk
+_BLOCK = 1 << 22  # bytes
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_BOM = b"\xef\xbb\xbf"  # some Windows editors begin UTF-8 files with it
+csv.field_size_limit(1 << 30)  # the default is smaller than an image in base64
+
+# First byte, byte after the last, and line of a row, counted from 1.
+Location = tuple[int, int, int]
 
 
 class RowFile(Sequence[dict[str, Any]]):
-    """The rows of one file, plain or packed as `.gz`: a JSON array, a JSON object a line (blank lines are passed over), or `.csv` with a
-    header line, whose empty cells are None.
+    """The rows of one file, which may be compressed as `.gz`.
 
-    A million rows take 24 MB; the file itself is not held in memory. With `cache`, indexes and unpacked files are kept there and used again
-    until the file changes.
+    A file is a JSON array; or has a JSON object on each line, blank lines aside; or is a `.csv`
+    with a header line, whose empty cells become None.
+
+    The index of a million rows takes 24 MB; the file itself is not held in memory. Indexes and
+    decompressed files are kept in `cache`, if given, and reused until the file changes.
 
     Raises:
-        DataError: the file cannot be read, is not what its name and beginning say, or has no rows; taking a row raises it for that row.
+        DataError: the file cannot be read, is not what its name and its beginning say, or has no
+            rows. Fetching a row raises it for that row.
     """
 
     def __init__(self, file: Path, cache: Path | None = None):
         self.file = file
         self.header: list[str] = []
-        kept = None if cache is None else cache / "indexes"
+        folder = None if cache is None else cache / "indexes"
         with _readable(file):
-            self._plain = _unpacked(file, kept) if file.suffix == ".gz" else file
+            self._plain = _decompressed(file, folder) if file.suffix == ".gz" else file
             self._version = _version(self._plain)
-            self._kind, find = self._look()
-            self._index = _index(self._plain, find, kept)
+            self._format, find_rows = self._detect_format()
+            self._index = _index(self._plain, find_rows, folder)
         if not len(self):
             raise DataError(
-                f"{file} has no rows; expected a JSON array of rows, a row a line, or a header line of a csv file and rows"
+                f"{file} has no rows; expected a JSON array of rows, one row a line, or a csv file "
+                f"with a header line and rows"
             )
 
-    def _look(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
-        """What kind of file it is, and the function that finds its rows."""
-        name = self.file.name.removesuffix(".gz").lower()
-        if name.endswith(".csv"):
-            with self._plain.open("rb") as stream:
-                self.header, _ = next(_records(stream, self.file), ([], ()))
-            if not self.header:
-                raise DataError(
-                    f"{self.file} is empty; expected a header line that names the columns"
-                )
-            if twice := sorted({column for column in self.header if self.header.count(column) > 1}):
-                raise DataError(
-                    f"{self.file}:1: columns {twice} stand twice in the header {self.header}"
-                )
-            return "csv", lambda stream: _array(
-                islice((place for _, place in _records(stream, self.file)), 1, None)
-            )
+    def _detect_format(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
+        """Returns the format of the file and the function that indexes its rows."""
+        if self.file.name.removesuffix(".gz").lower().endswith(".csv"):
+            self.header = self._read_header()
+            return "csv", self._find_records
         with self._plain.open("rb") as stream:
-            block = stream.read(_BLOCK).removeprefix(_MARK)
+            block = stream.read(_BLOCK).removeprefix(_BOM)
             if not block:
                 raise DataError(
-                    f"{self.file} is empty; expected a JSON array of rows, or a row a line"
+                    f"{self.file} is empty; expected a JSON array of rows, or one row a line"
                 )
             while block and not block.strip(b" \t\r\n"):
                 block = stream.read(_BLOCK)
         if block.lstrip(b" \t\r\n")[:1] == b"[":
-            return "array", lambda stream: _array(_elements(stream, self.file))
-        return "lines", _lines
+            return "array", lambda stream: _to_index(_elements(stream, self.file))
+        return "lines", _find_lines
+
+    def _read_header(self) -> list[str]:
+        with self._plain.open("rb") as stream:
+            header, _ = next(_records(stream, self.file), ([], ()))
+        if not header:
+            raise DataError(f"{self.file} is empty; expected a header line that names the columns")
+        repeated = sorted({column for column in header if header.count(column) > 1})
+        if repeated:
+            raise DataError(
+                f"{self.file}:1: columns {repeated} are repeated in the header {header}"
+            )
+        return header
+
+    def _find_records(self, stream: BinaryIO) -> np.ndarray:
+        locations = (location for _, location in _records(stream, self.file))
+        return _to_index(islice(locations, 1, None))  # the first one is the header
 
     def __len__(self) -> int:
         return self._index.shape[1]
 
-    def where(self, place: int) -> str:
-        """`file:line` of a row."""
-        return f"{self.file}:{self._index[2, place]}"
+    def where(self, index: int) -> str:
+        """Returns `file:line` of a row."""
+        return f"{self.file}:{self._index[2, index]}"
 
-    def line(self, place: int) -> int:
-        """The line on which a row begins, counted from 1."""
-        return int(self._index[2, place])
+    def line(self, index: int) -> int:
+        """Returns the line on which a row begins, counted from 1."""
+        return int(self._index[2, index])
 
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        start, end, _ = map(int, self._index[:, place])
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end, _ = map(int, self._index[:, index])
         with _readable(self.file):
             content = os.pread(_stream(self._plain, self._version).fileno(), end - start, start)
         try:
             text = content.decode()
-        except UnicodeDecodeError as fault:
-            raise DataError(f"{self.where(place)}: not UTF-8: {fault}; save it as UTF-8") from None
-        if self._kind == "csv":
-            cells = next(csv.reader([text], strict=True))
-            if len(cells) != len(self.header):
-                raise DataError(
-                    f"{self.where(place)}: {len(cells)} cells, but the header names {len(self.header)} columns: {self.header}"
-                )
-            return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where(index)}: not UTF-8: {error}; save it as UTF-8") from None
+        if self._format == "csv":
+            return self._parse_record(text, index)
         try:
             row = parse_json(text)
-        except ValueError as fault:
-            raise DataError(f"{self.where(place)}: not JSON: {fault}") from None
+        except ValueError as error:
+            raise DataError(f"{self.where(index)}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(
-                f"{self.where(place)}: a row is a JSON object, got {type(row).__name__}"
+                f"{self.where(index)}: a row must be a JSON object, got {type(row).__name__}"
             )
         return row
 
+    def _parse_record(self, text: str, index: int) -> dict[str, str | None]:
+        cells = next(csv.reader([text], strict=True))
+        if len(cells) != len(self.header):
+            raise DataError(
+                f"{self.where(index)}: {len(cells)} cells, but the header names "
+                f"{len(self.header)} columns: {self.header}"
+            )
+        return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
+
 
 def parse_json(text: str) -> Any:
-    """JSON to the letter: no key twice, no NaN.
+    """Returns the value of strict JSON: no repeated keys, no NaN.
 
     Raises:
-        ValueError: it is not; or it is nested too deeply to be read.
+        ValueError: `text` is not strict JSON, or is nested too deeply.
     """
     try:
-        return _STRICT.decode(text)
+        return _STRICT_DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object"
-        )
-    return found
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {repeated!r} is repeated in one object")
+    return mapping
 
 
-def _constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number; write null or a number")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-_BOUNDS = json.JSONDecoder(
-    parse_int=len, parse_float=len
-)  # numbers are not looked at when only ends are sought
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+# Only finds where values end, so numbers need not be converted.
+_BOUNDS_DECODER = json.JSONDecoder(parse_int=len, parse_float=len)
 
 
 @lru_cache(maxsize=64)
 def _stream(file: Path, version: tuple[int, int]) -> BinaryIO:
-    """Kept open in each process, a few of perhaps thousands; reads go by position, so that forked processes may share it."""
+    """Opens a file once a process; of perhaps thousands of files, 64 are kept open.
+
+    Reads must give their position (`os.pread`), because forked processes share the stream.
+    """
     stream = file.open("rb", buffering=0)
     if _version(file) != version:
         raise DataError(f"{file} has changed since it was opened; start again")
@@ -165,214 +185,225 @@ def _stream(file: Path, version: tuple[int, int]) -> BinaryIO:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
+    """Turns the errors of reading or decompressing `file` into `DataError`s."""
     try:
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as fault:
-        raise DataError(f"{file} is not a complete gzip file: {fault}") from None
-    except OSError as fault:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file} is not a complete gzip file: {error}") from None
+    except OSError as error:
         raise DataError(
-            f"{fault.filename or file} cannot be read or unpacked: {fault.strerror or fault}; check the path"
+            f"{error.filename or file} cannot be read or unpacked: {error.strerror or error}; "
+            f"check the path"
         ) from None
 
 
 def _version(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def _kept(file: Path, folder: Path, ending: str) -> Path:
-    """Where in `folder` something is kept that was made from `file` as it is now."""
+def _cached(file: Path, folder: Path, suffix: str) -> Path:
+    """Returns the path in `folder` for a file that is made from the current version of `file`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / (
-        hashlib.sha256(f"{_VERSION} {file.resolve()} {_version(file)}".encode()).hexdigest()[:32]
-        + ending
-    )
+    source = f"{_VERSION} {file.resolve()} {_version(file)}"
+    return folder / (hashlib.sha256(source.encode()).hexdigest()[:32] + suffix)
 
 
-@contextmanager
-def _appearing(target: Path) -> Iterator[BinaryIO]:
-    """A file that is there when it is complete; of several processes the last to finish wins, all write the same."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem[:16], suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _unpacked(file: Path, folder: Path | None) -> Path:
+def _decompressed(file: Path, folder: Path | None) -> Path:
     if folder is None:
         folder = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = _kept(file, folder, ".rows")
+    target = _cached(file, folder, ".rows")
     if not target.exists():
-        with gzip.open(file) as source, _appearing(target) as copy:
+        with (
+            gzip.open(file) as source,
+            atomic_file(target, concurrent=True) as unfinished,
+            unfinished.open("wb") as copy,
+        ):
             shutil.copyfileobj(source, copy, _BLOCK)
     return target
 
 
-def _index(file: Path, find: Callable[[BinaryIO], np.ndarray], folder: Path | None) -> np.ndarray:
-    """First byte, byte after the last, and line of each row: int64 (3, rows)."""
-    kept = None if folder is None else _kept(file, folder, ".npy")
-    if kept is not None and (index := _read_index(kept, file.stat().st_size)) is not None:
-        return index
+def _index(
+    file: Path, find_rows: Callable[[BinaryIO], np.ndarray], folder: Path | None
+) -> np.ndarray:
+    """Returns the `Location` of each row, int64 (3, rows)."""
+    cached = None if folder is None else _cached(file, folder, ".npy")
+    if cached is not None:
+        index = _read_index(cached, file.stat().st_size)
+        if index is not None:
+            return index
     with file.open("rb") as stream:
-        index = find(stream)
-    if kept is not None:
-        with _appearing(kept) as stream:
+        index = find_rows(stream)
+    if cached is not None:
+        with (
+            atomic_file(cached, concurrent=True) as unfinished,
+            unfinished.open("wb") as stream,
+        ):
             np.save(stream, index)
     return index
 
 
-def _read_index(kept: Path, size: int) -> np.ndarray | None:
-    """The index that an earlier run has written, unless it is damaged."""
+def _read_index(cached: Path, size: int) -> np.ndarray | None:
+    """Returns the index that an earlier run has written; None if there is none or it is damaged."""
     try:
-        index = np.load(kept)
+        index = np.load(cached)
     except (OSError, ValueError, EOFError):
         return None
     if index.dtype != np.int64 or index.ndim != 2 or len(index) != 3:
         return None
     starts, ends, lines = index
-    sound = (
-        (starts < ends).all()
-        and (ends[:-1] <= starts[1:]).all()
-        and (ends <= size).all()
-        and (lines > 0).all()
-    )
-    return index if sound else None
+    in_order = (starts < ends).all() and (ends[:-1] <= starts[1:]).all()
+    in_file = (ends <= size).all() and (lines > 0).all()
+    if not (in_order and in_file):
+        return None
+    return index
 
 
-def _array(rows: Iterable[tuple[int, int, int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(rows), np.int64).reshape(-1, 3).T.copy()
+def _to_index(locations: Iterable[Location]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(locations), np.int64).reshape(-1, 3).T.copy()
 
 
-def _lines(stream: BinaryIO) -> np.ndarray:
-    """The lines that are not blank."""
-    start = len(_MARK) if stream.read(len(_MARK)) == _MARK else 0
+def _skip_bom(stream: BinaryIO) -> int:
+    """Moves `stream`, just opened, past the byte order mark; returns its position."""
+    start = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
     stream.seek(start)
-    breaks, firsts, at, first_of_next = [], [], start, True
+    return start
+
+
+def _find_lines(stream: BinaryIO) -> np.ndarray:
+    """Returns the index of the lines that are not blank."""
+    start = _skip_bom(stream)
+    line_breaks: list[np.ndarray] = [np.empty(0, np.int64)]  # their positions in the file
+    first_bytes: list[np.ndarray] = [np.empty(0, np.uint8)]  # of each line
+    position, at_line_start = start, True
     while block := stream.read(_BLOCK):
         content = np.frombuffer(block, np.uint8)
-        found = np.flatnonzero(content == ord("\n"))
-        after = found[found + 1 < len(content)] + 1
-        firsts.append(content[np.concatenate(([0], after)) if first_of_next else after])
-        first_of_next = len(found) > 0 and found[-1] + 1 == len(content)
-        breaks.append(found + at)
-        at += len(block)
-    if not first_of_next:
-        breaks.append(np.array([at]))  # the last line may end without a break
-    ends = np.concatenate([np.empty(0, np.int64), *breaks])
+        breaks = np.flatnonzero(content == ord("\n"))
+        line_starts = breaks[breaks + 1 < len(content)] + 1
+        if at_line_start:
+            line_starts = np.concatenate(([0], line_starts))
+        first_bytes.append(content[line_starts])
+        line_breaks.append(breaks + position)
+        at_line_start = len(breaks) > 0 and breaks[-1] + 1 == len(content)
+        position += len(block)
+    if not at_line_start:
+        line_breaks.append(np.array([position]))  # the last line may end without a line break
+    ends = np.concatenate(line_breaks)
     starts = np.concatenate(([start], ends[:-1] + 1))[: len(ends)]
-    real = np.concatenate([np.empty(0, np.uint8), *firsts]) > ord(" ")
-    for place in np.flatnonzero(~real):  # few: rows begin with a brace
-        stream.seek(starts[place])
-        real[place] = bool(stream.read(ends[place] - starts[place]).strip())
-    return np.stack((starts, ends, np.arange(1, len(ends) + 1)))[:, real]
+    is_row = np.concatenate(first_bytes) > ord(" ")
+    for index in np.flatnonzero(~is_row):  # few lines, since rows begin with a brace
+        stream.seek(starts[index])
+        is_row[index] = bool(stream.read(ends[index] - starts[index]).strip())
+    return np.stack((starts, ends, np.arange(1, len(ends) + 1)))[:, is_row]
 
 
-def _records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], tuple[int, int, int]]]:
-    """Cells and place of each record of a csv file, the header first; blank lines are passed over."""
-    end = len(_MARK) if stream.read(len(_MARK)) == _MARK else 0
-    stream.seek(end)
-    number = 0
+def _records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], Location]]:
+    """Yields the records of a csv file that are not blank, the header first."""
+    end = _skip_bom(stream)
+    line = 0
 
     def lines() -> Iterator[str]:
-        nonlocal end, number
-        for line in stream:
-            end += len(line)
-            number += 1
+        nonlocal end, line
+        for content in stream:
+            end += len(content)
+            line += 1
             try:
-                yield line.decode()
-            except UnicodeDecodeError as fault:
-                raise DataError(f"{file}:{number}: not UTF-8: {fault}; save it as UTF-8") from None
+                yield content.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}:{line}: not UTF-8: {error}; save it as UTF-8") from None
 
     records = csv.reader(lines(), strict=True)
     while True:
-        start, line = end, number + 1
+        start, first_line = end, line + 1
         try:
             cells = next(records)
         except StopIteration:
             return
-        except csv.Error as fault:
+        except csv.Error as error:
             raise DataError(
-                f"{file}:{line}: not CSV: {fault}; cells with quotes or line breaks are quoted, their quotes doubled"
+                f"{file}:{first_line}: not CSV: {error}; put cells with quotes or line breaks in "
+                f"quotes, and double the quotes in them"
             ) from None
         if cells:
-            yield cells, (start, end, line)
+            yield cells, (start, end, first_line)
 
 
-def _elements(stream: BinaryIO, file: Path) -> Iterator[tuple[int, int, int]]:
-    """The elements of a JSON array, which may be laid out in any way."""
-    text = _Text(stream, file)
+def _elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
+    """Yields the elements of a JSON array in any formatting."""
+    text = _JSONText(stream, file)
     expected = "["
-    while text.next() == expected:
+    while text.peek() == expected:
         text.skip(1)
-        if text.next() == "]" and expected == "[":
+        if text.peek() == "]" and expected == "[":
             break
         start, line = text.byte, text.line
-        text.skip(text.value())
+        text.skip(text.value_length())
         yield start, text.byte, line
         expected = ","
-    if text.next() != "]":
-        found = repr(text.next()) if text.next() else "the end of the file"
-        raise DataError(f"{file}:{text.line}: not JSON: expected , or ] in the array, got {found}")
+    if text.peek() != "]":
+        actual = repr(text.peek()) if text.peek() else "the end of the file"
+        raise DataError(f"{file}:{text.line}: not JSON: expected , or ] in the array, got {actual}")
     text.skip(1)
-    if text.next():
+    if text.peek():
         raise DataError(
-            f"{file}:{text.line}: not JSON: the array has ended, but {text.next()!r} follows"
+            f"{file}:{text.line}: not JSON: the array has ended, but {text.peek()!r} follows"
         )
 
 
-class _Text:
-    """A text file from which a stretch is held, and the character, byte and line reached in it."""
+class _JSONText:
+    """A position in a JSON file, of which a section is in memory.
+
+    `byte` and `line` are the position in the file.
+    """
 
     def __init__(self, stream: BinaryIO, file: Path):
-        self.stream, self.file = stream, file
-        self.byte = len(_MARK) if stream.read(len(_MARK)) == _MARK else 0
-        stream.seek(self.byte)
-        self.held, self.place, self.line = "", 0, 1
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.byte = _skip_bom(stream)
+        self.line = 1
+        self._stream, self._file = stream, file
+        self._section, self._position = "", 0  # the position in the section
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def skip(self, count: int) -> None:
-        past = self.held[self.place : self.place + count]
-        self.place += count
-        self.byte += len(past) if past.isascii() else len(past.encode())
-        self.line += past.count("\n")
+    def skip(self, characters: int) -> None:
+        passed = self._section[self._position : self._position + characters]
+        self._position += characters
+        self.byte += len(passed) if passed.isascii() else len(passed.encode())
+        self.line += passed.count("\n")
 
-    def next(self) -> str:
-        """The next character that is not blank, now reached; empty at the end of the file."""
+    def peek(self) -> str:
+        """Moves to the next character that is not blank and returns it; "" at the end."""
         while True:
-            self.skip(_BLANK.match(self.held, self.place).end() - self.place)
-            if self.place < len(self.held) or not self._read_on():
-                return self.held[self.place : self.place + 1]
+            self.skip(_BLANKS.match(self._section, self._position).end() - self._position)
+            if self._position < len(self._section) or not self._read_more():
+                return self._section[self._position : self._position + 1]
 
-    def value(self) -> int:
-        """How many characters the JSON value takes that begins here."""
+    def value_length(self) -> int:
+        """Returns the number of characters of the JSON value that begins here."""
         while True:
             try:
-                return _BOUNDS.raw_decode(self.held, self.place)[1] - self.place
-            except json.JSONDecodeError as fault:
-                cut_off = fault.pos > len(self.held) - 16 or fault.msg.startswith(
-                    "Unterminated string"
-                )
-                if not (cut_off and self._read_on()):
-                    line = self.line + self.held.count("\n", self.place, fault.pos)
-                    raise DataError(f"{self.file}:{line}: not JSON: {fault.msg}") from None
+                return _BOUNDS_DECODER.raw_decode(self._section, self._position)[1] - self._position
+            except json.JSONDecodeError as error:
+                # The value may only be cut off by the end of the section.
+                cut_off = error.pos > len(self._section) - 16
+                cut_off = cut_off or error.msg.startswith("Unterminated string")
+                if not (cut_off and self._read_more()):
+                    line = self.line + self._section.count("\n", self._position, error.pos)
+                    raise DataError(f"{self._file}:{line}: not JSON: {error.msg}") from None
             except RecursionError:
                 raise DataError(
-                    f"{self.file}:{self.line}: not JSON: it is nested too deeply"
+                    f"{self._file}:{self.line}: not JSON: it is nested too deeply"
                 ) from None
 
-    def _read_on(self) -> bool:
-        """Hold what is not passed yet and as much again; false at the end of the file."""
-        self.held, self.place = self.held[self.place :], 0
-        block = self.stream.read(max(_BLOCK, len(self.held)))
+    def _read_more(self) -> bool:
+        """Drops what is passed and at least doubles the rest; False at the end of the file."""
+        self._section, self._position = self._section[self._position :], 0
+        block = self._stream.read(max(_BLOCK, len(self._section)))
         try:
-            self.held += self.decoder.decode(block, final=not block)
-        except UnicodeDecodeError as fault:
-            line = self.line + self.held.count("\n") + fault.object[: fault.start].count(b"\n")
+            self._section += self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line = self.line + self._section.count("\n")
+            line += error.object[: error.start].count(b"\n")
             raise DataError(
-                f"{self.file}:{line}: not UTF-8: {fault.reason}; save it as UTF-8"
+                f"{self._file}:{line}: not UTF-8: {error.reason}; save it as UTF-8"
             ) from None
         return bool(block)

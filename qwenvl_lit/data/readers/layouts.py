@@ -1,4 +1,7 @@
-"""The layouts in which rows are written: a table from the keys of a row to the function that reads it. A new layout is one more entry."""
+"""The layouts of rows: a table from the keys of a row to the function that reads it.
+
+A new layout is one more entry of `LAYOUTS`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
 from qwenvl_lit.data.readers.files import parse_json
-from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, ask
+from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
 from qwenvl_lit.types import DataError, Role
 
 Row = Mapping[str, Any]
@@ -24,15 +28,36 @@ ROLES: dict[str, Role] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ImageReference:
+    """An image by its path, its web address or its content in base64."""
+
+    address: str
+
+
+class Placeholder(Enum):
+    """Stands for the next entry of a list of the row. The value is the tag that text may hold."""
+
+    IMAGE = "<image>"  # the next of `Draft.images`
+    LABEL = "<ref-object>"  # the label of the next of `Draft.objects`
+    BOXES = "<bbox>"  # the boxes of the next of `Draft.objects`, counted apart from the labels
+
+
+DraftPart = str | ImageReference | Placeholder
+DraftTurn = tuple[Role, Sequence[DraftPart]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """What a row says, before its text is taken apart."""
+    """The content of a row, with its keys read but its text, images and objects not yet.
 
-    turns: Sequence[
-        tuple[Role, str]
-    ]  # text with `<img>path</img>`, `<image>`, `<ref-object>`, `<bbox>` and direct markup
-    images: Sequence[str] = ()  # what the `<image>` tags stand for
-    objects: Sequence[Any] = ()  # what `<ref-object>` and `<bbox>` stand for, as written
+    Text is the user's own: it may still hold tags (`<img>path</img>` and those of `Placeholder`)
+    and the markup of objects.
+    """
+
+    turns: Sequence[DraftTurn]
+    images: Sequence[str] = ()  # addresses, for `Placeholder.IMAGE`
+    objects: Sequence[Any] = ()  # as written in the row, for `Placeholder.LABEL` and `BOXES`
     references: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
@@ -42,124 +67,138 @@ class Layout:
     """One way to write a row."""
 
     name: str
-    needs: tuple[str, ...]  # a row with these keys has this layout
-    knows: tuple[str, ...]  # further keys that `draft` reads
+    required: tuple[str, ...]  # a row with these keys has this layout
+    optional: tuple[str, ...]  # further keys that `draft` reads
     draft: Callable[[Row, str | None], Draft]
 
     def read(self, row: Row, prompt: str | None) -> Draft:
-        """The draft of a row; `prompt` is how questions are asked in the layouts that hold none, None as in Qwen-VL's published evaluation.
+        """Returns the draft of a row.
+
+        Args:
+            prompt: used by layouts whose rows hold no complete question; None: the prompt of
+                Qwen-VL's published evaluation.
 
         Raises:
-            DataError: the row has another layout, or a key has a value of the wrong kind.
+            DataError: the row has another layout, or a key has a value of the wrong type.
         """
-        if (found := layout_of(row)).name != self.name:
+        actual = layout_of(row).name
+        if actual != self.name:
             raise DataError(
-                f"is in the layout `{found.name}`, the first row of the file in `{self.name}`; its keys are {list(row)}. "
-                f"Keep each layout in its own file"
+                f"is in the layout `{actual}`, but the first row of the file is in `{self.name}`; "
+                f"its keys are {list(row)}. Put each layout in its own file"
             )
         return self.draft(row, prompt)
 
     def columns(self, row: Row) -> dict[str, str]:
-        """The plain values that the layout does not read, as text."""
-        read = {"id", *self.needs, *self.knows}
-        return {
-            key: str(value)
-            for key, value in row.items()
-            if key not in read and isinstance(value, str | int | float)
-        }
+        """Returns the text and numbers under keys that the layout does not read, as text."""
+        known = {"id", *self.required, *self.optional}
+        columns = {}
+        for key, value in row.items():
+            if key not in known and isinstance(value, str | int | float):
+                columns[key] = str(value)
+        return columns
 
 
 def layout_of(row: Row) -> Layout:
-    """The layout that the keys of `row` tell; those with the value null do not count.
+    """Returns the layout that the keys of `row` belong to. Keys with the value null do not count.
 
     Raises:
         DataError: `row` has no known layout, or several.
     """
-    for layouts in (LAYOUTS, TEXTS):
-        fitting = [
-            layout for layout in layouts if all(row.get(key) is not None for key in layout.needs)
-        ]
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
+    keys = {key for key, value in row.items() if value is not None}
+    matching: list[Layout] = []
+    for layouts in (LAYOUTS, TEXT_LAYOUTS):
+        matching = [layout for layout in layouts if keys.issuperset(layout.required)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
             break
-    known = "; ".join(
-        f"{' + '.join(layout.needs)} [{', '.join(layout.knows)}]" for layout in LAYOUTS + TEXTS
+    fit = "no known layout"
+    if matching:
+        fit = f"several layouts ({', '.join(layout.name for layout in matching)})"
+    known = [
+        f"{' + '.join(layout.required)} [{', '.join(layout.optional)}]"
+        for layout in LAYOUTS + TEXT_LAYOUTS
+    ]
+    raise DataError(
+        f"keys {list(row)} fit {fit}. Known, optional keys in brackets: {'; '.join(known)}"
     )
-    names = (
-        f"several layouts ({', '.join(layout.name for layout in fitting)})"
-        if fitting
-        else "no known layout"
-    )
-    raise DataError(f"keys {list(row)} fit {names}. Known, optional keys in brackets: {known}")
 
 
 def id_of(row: Row) -> str | None:
-    """What a row calls itself, if it does.
+    """Returns the id that a row gives itself, if it does.
 
     Raises:
-        DataError: that is neither text nor a number.
+        DataError: the id is neither text nor a number.
     """
-    name = row.get("id") if row.get("id") is not None else row.get("question_id")
-    if name is not None and (not isinstance(name, str | int | float) or isinstance(name, bool)):
-        raise DataError(f"an id is text or a number, got {_short(name)}")
-    return None if name is None else str(name)
+    row_id = row.get("id")
+    if row_id is None:
+        row_id = row.get("question_id")
+    if row_id is None:
+        return None
+    if not isinstance(row_id, str | int | float) or isinstance(row_id, bool):
+        raise DataError(f"an id must be text or a number, got {_short(row_id)}")
+    return str(row_id)
 
 
 def _conversations(row: Row, prompt: str | None) -> Draft:
+    """Reads ShareGPT's layout, in which Qwen-VL's own training data are written."""
     return _chat(row, _list(row, "conversations"))
 
 
 def _messages(row: Row, prompt: str | None) -> Draft:
+    """Reads the messages of OpenAI's chat API."""
     return _chat(row, _list(row, "messages"))
 
 
-def _chat(row: Row, said: Sequence[Any]) -> Draft:
-    turns = []
-    for number, turn in enumerate(said, 1):
-        role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+def _chat(row: Row, entries: Sequence[Any]) -> Draft:
+    turns = _system(row)
+    for number, entry in enumerate(entries, 1):
+        role = content = None
+        if isinstance(entry, dict):
+            role = entry.get("from", entry.get("role"))
+            content = entry.get("value", entry.get("content"))
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
             raise DataError(
-                f'turn {number} is {{"from": one of {", ".join(ROLES)}, "value": text}} or as role and content, got {_short(turn)}'
+                f'turn {number} must be {{"from": one of {", ".join(ROLES)}, "value": text}}, or '
+                f'the same with "role" and "content", got {_short(entry)}'
             )
-        turns.append(
-            (ROLES[role], content if isinstance(content, str) else _content(number, content))
-        )
-    return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
+        parts = [content] if isinstance(content, str) else _content(number, content)
+        turns.append((ROLES[role], parts))
+    return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
-def _content(number: int, items: Sequence[Any]) -> str:
-    """Texts and images of a turn as one text; `{"type": "image"}` alone is the next of `images`."""
-    written = ""
+def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
+    """Reads the content of a turn. `{"type": "image"}` alone stands for the next of `images`."""
+    parts: list[DraftPart] = []
     for item in items:
-        if isinstance(item, dict):  # a table of such items fills up with null
+        if isinstance(item, dict):
+            # Tools that store items as a table fill up missing keys with null.
             item = {key: value for key, value in item.items() if value is not None}
         match item:
             case str(text) | {"type": "text", "text": str(text)}:
-                written += text
-            case {"type": "image_url", "image_url": image}:
-                written += f"<img>{_place(image)}</img>"
+                parts.append(text)
             case (
-                {"type": "image", "image": image}
+                {"type": "image_url", "image_url": image}
+                | {"type": "image", "image": image}
                 | {"type": "image", "path": image}
                 | {"type": "image", "url": image}
             ):
-                written += f"<img>{_place(image)}</img>"
+                parts.append(_image(image))
             case {"type": "image"}:
-                written += "<image>"
-            case {"text": str(text), **others} if (
-                not others
-            ):  # as Qwen-VL's own `from_list_format` takes them
-                written += text
+                parts.append(Placeholder.IMAGE)
+            # The next two are accepted by `from_list_format` of Qwen-VL's own tokenizer.
+            case {"text": str(text), **others} if not others:
+                parts.append(text)
             case {"image": image, **others} if not others:
-                written += f"<img>{_place(image)}</img>"
+                parts.append(_image(image))
             case _:
                 raise DataError(
-                    f'turn {number}: an item of the content is {{"type": "text", "text": ...}}, {{"type": "image", "image": path}} or '
+                    f'turn {number}: an item of the content must be {{"type": "text", "text": ...}}'
+                    f', {{"type": "image", "image": path}} or '
                     f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {_short(item)}'
                 )
-    return written
+    return parts
 
 
 def _pairs(row: Row, prompt: str | None) -> Draft:
@@ -168,168 +207,187 @@ def _pairs(row: Row, prompt: str | None) -> Draft:
     for number, pair in enumerate(pairs, 1):
         match pair:
             case {"human": str(question), "assistant": str(answer)}:
-                turns += [("user", question), ("assistant", answer)]
+                turns += [("user", [question]), ("assistant", [answer])]
             case {"human": str(question)} if number == len(pairs) and pair.get("assistant") is None:
-                turns.append(("user", question))
+                turns.append(("user", [question]))
             case _:
                 raise DataError(
-                    f'`conversation` is a list of {{"human": text, "assistant": text}}, got {_short(pair)} as number {number}'
+                    f'`conversation` must be a list of {{"human": text, "assistant": text}}, got '
+                    f"{_short(pair)} as number {number}"
                 )
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
 def _query(row: Row, prompt: str | None) -> Draft:
-    return _asked(row, _text(row, "query"), "response")
+    """Reads ms-swift's layout."""
+    return _question_after_history(row, _text(row, "query"), "response")
 
 
 def _instruction(row: Row, prompt: str | None) -> Draft:
+    """Reads Alpaca's layout."""
     question = _text(row, "instruction")
     if row.get("input") not in (None, ""):
         question += "\n" + _text(row, "input")
-    return _asked(row, question, "output")
+    return _question_after_history(row, question, "output")
 
 
-def _asked(row: Row, question: str, answer_key: str) -> Draft:
+def _question_after_history(row: Row, question: str, answer_key: str) -> Draft:
     turns = _system(row)
     for pair in _list(row, "history"):
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(text, str) for text in pair)
-        ):
-            raise DataError(f"`history` is a list of [question, answer], got {_short(pair)} in it")
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    turns.append(("user", question))
+        match pair:
+            case [str(earlier_question), str(earlier_answer)]:
+                turns += [("user", [earlier_question]), ("assistant", [earlier_answer])]
+            case _:
+                raise DataError(
+                    f"`history` must be a list of [question, answer], got {_short(pair)} in it"
+                )
+    turns.append(("user", [question]))
     if row.get(answer_key) is not None:
-        turns.append(("assistant", _text(row, answer_key)))
+        turns.append(("assistant", [_text(row, answer_key)]))
     return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
-def _continued(key: str, row: Row, prompt: str | None) -> Draft:
-    """Plain text to continue: an answer to an empty question, as ms-swift reads it. In the raw template of the base model nothing of the
-    question is left, and all of the text is learned."""
-    turns: list[tuple[Role, str]] = [("user", ""), ("assistant", _text(row, key))]
-    return Draft(turns=_system(row) + turns, images=_images(row), objects=_objects(row))
+def _plain_text(key: str, row: Row, prompt: str | None) -> Draft:
+    """Reads text to continue, as the answer to an empty question, as ms-swift does.
+
+    In the raw template of the base model the question then leaves no tokens, and all of the text is
+    supervised.
+    """
+    turns = [*_system(row), ("user", []), ("assistant", [_text(row, key)])]
+    return Draft(turns=turns, images=_images(row), objects=_objects(row))
 
 
 def _vqa(row: Row, prompt: str | None) -> Draft:
+    """Reads a question about an image. The most frequent of its answers is supervised."""
     if row.get("choices") is not None:
         return _choice(row, prompt)
-    given = row.get("answer")
-    given = (
-        _list(row, "answers")
-        if row.get("answers") is not None
-        else given
-        if isinstance(given, list)
-        else [given]
+    answers = _answers(row)
+    question = fill_prompt(
+        prompt or VQA_PROMPT, image=_image(row["image"]), question=_text(row, "question")
     )
-    answers = tuple(
-        answer.get("answer") if isinstance(answer, dict) else answer
-        for answer in given
-        if answer is not None
-    )
-    if not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"answers are text, got {_short(answers)}")
-    question = ask(
-        prompt or VQA_PROMPT,
-        image=f"<img>{_place(row['image'])}</img>",
-        question=_text(row, "question"),
-    )
-    turns: list[tuple[Role, str]] = [("user", "".join(map(str, question)))]
+    turns: list[DraftTurn] = [("user", question)]
     if answers:
-        turns.append(("assistant", Counter(answers).most_common(1)[0][0]))
+        most_frequent, _ = Counter(answers).most_common(1)[0]
+        turns.append(("assistant", [most_frequent]))
     return Draft(turns=turns, references=answers)
 
 
+def _answers(row: Row) -> tuple[str, ...]:
+    """Returns `answers`, or `answer`, which may be one answer or a list of them."""
+    given = row.get("answer")
+    if row.get("answers") is not None:
+        given = _list(row, "answers")
+    elif not isinstance(given, list):
+        given = [given]
+    answers = []
+    for answer in given:
+        if isinstance(answer, dict):
+            answers.append(answer.get("answer"))
+        elif answer is not None:
+            answers.append(answer)
+    if not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"answers must be text, got {_short(answers)}")
+    return tuple(answers)
+
+
 def _choice(row: Row, prompt: str | None) -> Draft:
-    """A row of the jsonl file that Qwen-VL's evaluation has for ScienceQA: `answer` is the number of the right choice, from 0."""
+    """Reads a row of Qwen-VL's evaluation file for ScienceQA.
+
+    `answer` is the index of the right choice, counted from 0.
+    """
     choices = _list(row, "choices")
-    if not 2 <= len(choices) <= len(LETTERS) or not all(
-        isinstance(choice, str) for choice in choices
-    ):
-        raise DataError(f"`choices` is a list of 2 to {len(LETTERS)} texts, got {_short(choices)}")
-    hint = row.get("hint") or "N/A"
-    options = "\n".join(
-        f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    all_texts = all(isinstance(choice, str) for choice in choices)
+    if not 2 <= len(choices) <= len(LETTERS) or not all_texts:
+        raise DataError(
+            f"`choices` must be a list of 2 to {len(LETTERS)} texts, got {_short(choices)}"
+        )
+    letters = LETTERS[: len(choices)]
+    options = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    question = fill_prompt(
+        prompt or CHOICE_PROMPT,
+        image=_image(row["image"]),
+        hint=str(row.get("hint") or "N/A"),
+        question=_text(row, "question"),
+        options="\n".join(options),
     )
-    asked = {
-        "image": f"<img>{_place(row['image'])}</img>",
-        "hint": str(hint),
-        "question": _text(row, "question"),
-        "options": options,
-    }
-    turns: list[tuple[Role, str]] = [
-        ("user", "".join(map(str, ask(prompt or CHOICE_PROMPT, **asked))))
-    ]
-    if (right := row.get("answer")) is not None:
-        if not isinstance(right, int) or isinstance(right, bool) or not 0 <= right < len(choices):
+    turns: list[DraftTurn] = [("user", question)]
+    index = row.get("answer")
+    if index is not None:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
             raise DataError(
-                f"`answer` is the number of the right choice, 0 to {len(choices) - 1}, got {_short(right)}"
+                f"`answer` must be the index of the right choice, 0 to {len(choices) - 1}, got "
+                f"{_short(index)}"
             )
-        turns.append(("assistant", LETTERS[right]))
-    return Draft(turns=turns, options=tuple(LETTERS[: len(choices)]))
+        turns.append(("assistant", [letters[index]]))
+    return Draft(turns=turns, options=tuple(letters))
 
 
 def _referring(row: Row, prompt: str | None) -> Draft:
-    """A row of the jsonl files that Qwen-VL's evaluation has for RefCOCO: the box is in pixels, its corners x1, y1, x2, y2."""
-    question = ask(
-        prompt or REFERRING_PROMPT,
-        image=f"<img>{_place(row['image'])}</img>",
-        question="<ref-object>",
-    )
-    thing = {"caption": _text(row, "sent"), "bbox": row["bbox"], "bbox_type": "real"}
+    """Reads a row of Qwen-VL's evaluation files for RefCOCO. The box is in pixels."""
+    image = _image(row["image"])
+    return referring_draft(image, _text(row, "sent"), row["bbox"], prompt)
+
+
+def referring_draft(image: ImageReference, phrase: str, bbox: Any, prompt: str | None) -> Draft:
+    """Returns a draft whose question is `phrase` and whose answer is a box.
+
+    Args:
+        phrase: becomes a label and is not searched for markup.
+        bbox: [x1, y1, x2, y2] in pixels.
+        prompt: as in `Layout.read`.
+    """
+    question = fill_prompt(prompt or REFERRING_PROMPT, image=image, question=Placeholder.LABEL)
     return Draft(
-        turns=[("user", "".join(map(str, question))), ("assistant", "<bbox>")], objects=[thing]
+        turns=[("user", question), ("assistant", [Placeholder.BOXES])],
+        objects=[{"caption": phrase, "bbox": bbox, "bbox_type": "real"}],
     )
 
 
-LETTERS = "ABCDEFGH"  # of choices
+LETTERS = "ABCDEFGH"  # names of choices
 _IMAGES = ("images", "image", "objects")
+_HISTORY = ("system", "history", *_IMAGES)
+_VQA = ("answer", "answers", "question_id", "choices", "hint")
 LAYOUTS = (
-    Layout("conversations", ("conversations",), ("system", *_IMAGES), _conversations),
-    Layout("messages", ("messages",), ("system", *_IMAGES), _messages),
-    Layout("query", ("query",), ("response", "system", "history", *_IMAGES), _query),
-    Layout(
-        "instruction",
-        ("instruction",),
-        ("input", "output", "system", "history", *_IMAGES),
-        _instruction,
-    ),
+    Layout("conversations", ("conversations",), ("system", *_IMAGES), _conversations),  # ShareGPT
+    Layout("messages", ("messages",), ("system", *_IMAGES), _messages),  # OpenAI
+    Layout("query", ("query",), ("response", *_HISTORY), _query),  # ms-swift
+    Layout("instruction", ("instruction",), ("input", "output", *_HISTORY), _instruction),  # Alpaca
     Layout("conversation", ("conversation",), ("system", *_IMAGES), _pairs),
-    Layout(
-        "vqa", ("image", "question"), ("answer", "answers", "question_id", "choices", "hint"), _vqa
-    ),
+    Layout("vqa", ("image", "question"), _VQA, _vqa),
     Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )
-TEXTS = (  # names that other layouts use, too: they count where no other layout fits
-    Layout("text", ("text",), ("system", *_IMAGES), partial(_continued, "text")),
-    Layout("response", ("response",), ("system", *_IMAGES), partial(_continued, "response")),
+# Other layouts have these keys, too: these layouts are tried when no other one matches.
+TEXT_LAYOUTS = (
+    Layout("text", ("text",), ("system", *_IMAGES), partial(_plain_text, "text")),
+    Layout("response", ("response",), ("system", *_IMAGES), partial(_plain_text, "response")),
 )
 
 
 def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
-        raise DataError(f"`{key}` is text, got {_short(row[key])}")
+        raise DataError(f"`{key}` must be text, got {_short(row[key])}")
     return row[key]
 
 
 def _list(row: Row, key: str) -> list:
-    """A list, or one as JSON text, as a cell of a csv file holds it."""
+    """Returns a list, which may be written as JSON text, as in a cell of a csv file."""
     value = row.get(key)
     if isinstance(value, str):
         try:
             value = parse_json(value)
-        except ValueError as fault:
+        except ValueError as error:
             raise DataError(
-                f"`{key}` is a list, or a list as JSON text; it is not JSON: {fault}"
+                f"`{key}` must be a list, or a list as JSON text; it is not JSON: {error}"
             ) from None
     if value is not None and not isinstance(value, list):
-        raise DataError(f"`{key}` is a list, got {_short(value)}")
+        raise DataError(f"`{key}` must be a list, got {_short(value)}")
     return value or []
 
 
-def _system(row: Row) -> list[tuple[Role, str]]:
-    return [] if row.get("system") is None else [("system", _text(row, "system"))]
+def _system(row: Row) -> list[DraftTurn]:
+    if row.get("system") is None:
+        return []
+    return [("system", [_text(row, "system")])]
 
 
 def _objects(row: Row) -> list:
@@ -337,24 +395,29 @@ def _objects(row: Row) -> list:
 
 
 def _images(row: Row) -> list[str]:
-    """`image` or `images`: a path, a list of paths, or that as JSON text."""
-    given = [key for key in ("image", "images") if row.get(key) is not None]
-    if len(given) == 2:
+    """Returns the addresses in `image` or `images`: one, a list of them, or either as JSON text."""
+    image, images = row.get("image"), row.get("images")
+    if image is not None and images is not None:
         raise DataError("give either `image` or `images`, not both")
-    images = row[given[0]] if given else []
+    if image is not None:
+        images = image
+    elif images is None:
+        images = []
     if isinstance(images, str) and images.lstrip().startswith(("[", "{")):
-        with suppress(ValueError):  # a path may begin so
+        with suppress(ValueError):  # it may also be a path that begins so
             images = parse_json(images)
-    return [_place(image) for image in (images if isinstance(images, list) else [images])]
+    if not isinstance(images, list):
+        images = [images]
+    return [_image(image).address for image in images]
 
 
-def _place(image: Any) -> str:
+def _image(image: Any) -> ImageReference:
     match image:
-        case str(place) | {"path": str(place)} | {"url": str(place)}:
-            return place
-    raise DataError(f"an image is a path, an address or base64 text, got {_short(image)}")
+        case str(address) | {"path": str(address)} | {"url": str(address)}:
+            return ImageReference(address)
+    raise DataError(f"an image must be a path, an address or base64 text, got {_short(image)}")
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_short = _SHORT.repr  # stops at some depth, too
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_short = _REPR.repr  # shortens long values and stops at a depth

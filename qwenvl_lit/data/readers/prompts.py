@@ -1,29 +1,34 @@
-"""How images are asked about where a dataset holds no questions of its own: the prompts of Qwen-VL's published evaluation."""
+"""Prompts of Qwen-VL's published evaluation, for datasets that hold no questions of their own."""
 
 from __future__ import annotations
 
 import re
+from typing import TypeVar
 
-from qwenvl_lit.types import DataError, Part
+from qwenvl_lit.types import DataError
 
 CAPTION_PROMPT = "{image}Describe the image in English:"
-REFERRING_PROMPT = "{image}{question}"  # `question` is the phrase as a grounded object; the model goes on with its box
+# `question` is the phrase as a grounded object; the model answers with its box.
+REFERRING_PROMPT = "{image}{question}"
 VQA_PROMPT = "{image}{question} Answer:"
 CHOICE_PROMPT = "{image}Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
 
+Value = TypeVar("Value")
 
-def ask(prompt: str, **parts: Part) -> tuple[Part, ...]:
-    """`prompt` as the parts of a turn, each `{name}` replaced by the part of that name.
 
-    >>> ask("Q: {question} A:", question="Why?")
+def fill_prompt(prompt: str, **values: Value) -> tuple[str | Value, ...]:
+    """Returns the parts of a turn: the text of `prompt`, with each `{name}` replaced by its value.
+
+    >>> fill_prompt("Q: {question} A:", question="Why?")
     ('Q: ', 'Why?', ' A:')
 
     Raises:
-        DataError: a part is not in `prompt` exactly once.
+        DataError: `prompt` does not contain each name exactly once.
     """
-    pieces = re.split(rf"\{{({'|'.join(parts)})\}}", prompt)
-    if sorted(pieces[1::2]) != sorted(parts):
-        wanted = " and ".join(f"{{{name}}}" for name in parts)
-        raise DataError(f"`data.prompt` says once where {wanted} stands, got {prompt!r}")
-    pieces[1::2] = [parts[name] for name in pieces[1::2]]
+    pieces: list[str | Value] = [*re.split(rf"\{{({'|'.join(values)})\}}", prompt)]
+    names = pieces[1::2]
+    if sorted(names) != sorted(values):
+        wanted = " and ".join(f"{{{name}}}" for name in values)
+        raise DataError(f"`data.prompt` must contain {wanted} exactly once, got {prompt!r}")
+    pieces[1::2] = [values[name] for name in names]
     return tuple(piece for piece in pieces if piece)

@@ -1,4 +1,4 @@
-"""What a person says to a model and what it says back: questions of text and images, histories, answers."""
+"""Questions asked of a model: text and images, after a history of earlier questions and answers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from qwenvl_lit.types import (
 )
 
 ImageLike = str | Path | bytes | Image.Image | ImageSource
-Piece = (
-    ImageLike | GroundedObject | Mapping[str, ImageLike]
-)  # a str is text; {"image": ...} and {"text": ...} say which it is
+# A plain str is text. {"image": ...} and {"text": ...} name the type.
+Piece = ImageLike | GroundedObject | Mapping[str, ImageLike]
 Query = Piece | Sequence[Piece]
-History = Sequence[Sequence[Query]]  # [query, response] pairs, the oldest first
+History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
 
 _IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
@@ -35,36 +34,43 @@ _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 def conversation(
     query: Query, history: History = (), *, system: str | None = None, read_options: ReadOptions
 ) -> Conversation:
-    """A question after earlier ones and their answers.
+    """Returns a question after earlier questions and their answers.
 
-    Text may hold `<img>path-or-address</img>`, and `<ref>`, `<box>` and `<quad>` markup, which is in the last image before it; whatever
-    else it holds is text. Paths are relative to the current folder.
+    Text may contain `<img>path-or-address</img>`; and `<ref>`, `<box>` and `<quad>` markup, which
+    refers to the last image before it. Other markup stays text. Paths are relative to the current
+    folder.
 
     Raises:
-        DataError: an image does not exist, the history is not made of pairs, or the question is empty.
+        DataError: an image does not exist, the history is not a list of pairs, or the question is
+            empty.
     """
     turns = [] if system is None else [Turn(role="system", parts=(system,))]
     images = 0
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
             raise DataError(
-                f"a history is a list of [query, response] pairs, got {pair!r:.200} in it"
+                f"a history must be a list of [query, response] pairs, got {pair!r:.200} in it"
             )
-        turns.append(Turn(role="user", parts=parts_of(pair[0], images, read_options)))
-        images += _count(turns[-1])
-        turns.append(
-            Turn(role="assistant", parts=objects_from_tags(pair[1], image=max(images - 1, 0)))
-        )
-    turns.append(Turn(role="user", parts=parts_of(query, images, read_options)))
-    if not turns[-1].parts:
+        question = parts_of(pair[0], images, read_options)
+        images += sum(isinstance(part, ImageSource) for part in question)
+        answer = objects_from_tags(pair[1], image=max(images - 1, 0))
+        turns += [Turn(role="user", parts=question), Turn(role="assistant", parts=answer)]
+    question = parts_of(query, images, read_options)
+    if not question:
         raise DataError(
-            "the question is empty: the text is empty, or the list is; give text, or a list of texts and images"
+            "the question is empty: the text or the list has no content; give text, or a list of "
+            "texts and images"
         )
+    turns.append(Turn(role="user", parts=question))
     return Conversation(id="question", turns=tuple(turns))
 
 
 def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tuple[Part, ...]:
-    """A question taken apart, as `conversation` says."""
+    """Returns the parts of a question, as described in `conversation`.
+
+    Args:
+        images_before: number of images in earlier turns.
+    """
     parts: list[Part] = []
     images = images_before
 
@@ -89,11 +95,13 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
 
 
 def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
-    """The image at a path or an address, of encoded bytes, or of Pillow's; a remote one is not fetched yet.
+    """Returns the image at a path or an address, of encoded bytes, or of Pillow.
+
+    A remote image is not fetched yet.
 
     Raises:
         BadImage: there is no such file.
-        DataError: `source` is something else.
+        DataError: `source` has another type.
     """
     if isinstance(source, ImageSource):
         return source
@@ -101,8 +109,8 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
         return ImageSource(source)
     if not isinstance(source, str | Path):
         raise DataError(
-            f'a question is made of text (str, {{"text": ...}}) and images (Path, bytes, PIL image, {{"image": path or address}}), '
-            f"got {type(source).__name__}"
+            f'a question consists of text (str, {{"text": ...}}) and images (Path, bytes, PIL '
+            f'image, {{"image": path or address}}), got {type(source).__name__}'
         )
     address = os.path.expanduser(str(source).strip())
     if os.path.isfile(address):
@@ -112,7 +120,3 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
             f"image {address[:200]!r} does not exist, seen from {Path.cwd()}; check the path"
         )
     return image_from(address, Path(), read_options)
-
-
-def _count(turn: Turn) -> int:
-    return sum(isinstance(part, ImageSource) for part in turn.parts)

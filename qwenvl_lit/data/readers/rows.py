@@ -1,4 +1,4 @@
-"""What a row says, taken apart into text, images and grounded objects, and checked."""
+"""Turns the draft of a row into a conversation: reads its tags and markup, and checks them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, groupby
 from pathlib import Path
 from typing import get_args
 
-from qwenvl_lit.data.readers.boxes import LIMITS, Boxes, OnBadBox
-from qwenvl_lit.data.readers.layouts import Draft
+from qwenvl_lit.data.readers.boxes import FRAME_LIMITS, BoxReader, OnBadBox
+from qwenvl_lit.data.readers.layouts import Draft, DraftPart, ImageReference, Placeholder
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import (
     BadImage,
@@ -23,34 +24,39 @@ from qwenvl_lit.types import (
     GroundedObject,
     ImageSource,
     Part,
+    Role,
     Turn,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How the rows of one dataset are read, whatever their layout."""
+    """Options for reading the rows of one dataset, in any layout.
 
-    root: Path | None = (
-        None  # where relative files and images are looked up; None: beside the file that names them
-    )
-    path_map: Mapping[str, str] = field(
-        default_factory=dict
-    )  # how paths and addresses begin on another machine -> how they begin here
+    Args:
+        root: folder of relative paths of files and images; None: the folder of the file that names
+            them.
+        path_map: replaces the beginnings of paths and addresses, {on another machine: here}.
+        on_bad_box: see `BoxReader`.
+        prompt: for captions and questions whose layout has none; None: the reader's own.
+        cache: folder of remote images and of indexes of files; None: remote images are refused, and
+            indexes are kept in memory only.
+        download: fetch remote images; false: use only those in `cache`.
+    """
+
+    root: Path | None = None
+    path_map: Mapping[str, str] = field(default_factory=dict)
     on_bad_box: OnBadBox = "error"
-    prompt: str | None = (
-        None  # how captions and questions are asked where a layout holds none; None: the reader's default
-    )
-    cache: Path | None = (
-        None  # folder of remote images and indexes of files; None: no remote images, indexes in memory only
-    )
-    download: bool = True  # remote images may be fetched; false: only what `cache` holds
+    prompt: str | None = None
+    cache: Path | None = None
+    download: bool = True
     seed: int = 0
 
     def __post_init__(self):
-        if self.on_bad_box not in get_args(OnBadBox):
+        choices = get_args(OnBadBox)
+        if self.on_bad_box not in choices:
             raise DataError(
-                f"on_bad_box is one of {', '.join(get_args(OnBadBox))}, got {self.on_bad_box!r}"
+                f"on_bad_box must be one of {', '.join(choices)}, got {self.on_bad_box!r}"
             )
 
 
@@ -60,63 +66,58 @@ _TAG = re.compile(r"<img>(.*?)</img>|<image>|<ref-object>|<bbox>", re.DOTALL)
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
-_BARE_BASE64 = re.compile(
-    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*"
-)  # PNG, JPEG, GIF, WebP, BMP
+# The first bytes of PNG, JPEG, GIF, WebP and BMP files.
+_BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*")
 
 
 def conversation_from(
     draft: Draft,
     *,
-    id: str,
+    row_id: str,
     root: Path,
     index: int,
     columns: Mapping[str, str],
     where: str = "",
     read_options: ReadOptions = DEFAULT,
 ) -> Conversation:
-    """The conversation of a row.
+    """Returns the conversation of a row.
 
-    - An image is `<img>path</img>` in the text, which stays as it is around it; or an `<image>` tag, which becomes `Picture k: `, the next
-      of `images` and a line break, as ms-swift writes it. Without any tag all `images` stand before the first question.
-    - The k-th `<ref-object>` is the caption of the k-th object, the k-th `<bbox>` its boxes; both are counted over all turns.
-    - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last image before them.
+    - `<img>path</img>` in the text is an image. The text around it is kept as it is.
+    - `<image>` is the next of `images`. As in ms-swift it becomes `Picture k: `, the image and a
+      line break. If there is no such tag, all `images` are put before the first question.
+    - The k-th `<ref-object>` is the caption of the k-th object, and the k-th `<bbox>` its boxes.
+      Both are counted over all turns.
+    - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last image before
+      them.
 
     Raises:
-        DataError: turns do not alternate, an image is missing, tags and what they stand for differ in number, markup cannot be read, a box
-            has its corners in the wrong order, is outside its image or has fractions on the grid; `read_options.on_bad_box` may keep or repair
-            the latter, and raise Dropped for what it cannot.
+        DataError: turns do not alternate, an image is missing, the number of tags is not the number
+            of images or objects, or markup cannot be read; or a box has its corners in the wrong
+            order, is outside its image or has fractions on the grid. `read_options.on_bad_box` can
+            keep or repair such boxes, or have `Dropped` raised.
     """
     _check_roles([role for role, _ in draft.turns])
-    texts = _with_image_tags(draft)
-    boxes = Boxes(read_options.on_bad_box)
-    objects = [boxes.object(f"object {number}", raw) for number, raw in enumerate(draft.objects, 1)]
-    _check_placeholders("\n".join(texts), len(objects), boxes)
+    turns = [(role, _split_at_tags(parts)) for role, parts in draft.turns]
+    _place_listed_images(turns, len(draft.images))
+    all_parts = [part for _, parts in turns for part in parts]
+    boxes = BoxReader(read_options.on_bad_box)
+    objects = [boxes.read_object(f"object {k}", raw) for k, raw in enumerate(draft.objects, 1)]
+    _check_placeholders(all_parts, len(objects), boxes)
     _check_characters(
-        [
-            id,
-            *texts,
-            *draft.images,
-            *draft.references,
-            *columns.values(),
-            *(thing.label or "" for thing in objects),
-        ]
+        [row_id, *draft.images, *draft.references, *columns.values()],
+        _texts_in(all_parts),
+        [obj.label or "" for obj in objects],
     )
     images = [
-        image_from(address, root, read_options) for address in _addresses(texts, draft.images)
+        image_from(address, root, read_options) for address in _addresses(all_parts, draft.images)
     ]
-    objects = [
-        boxes.settled(f"object {number} ({reprlib.repr(thing.label)})", thing, images)
-        for number, thing in enumerate(objects, 1)
-    ]
-    reader = _TextReader(images, objects, boxes)
-    turns = tuple(
-        Turn(role=role, parts=reader.parts(text))
-        for (role, _), text in zip(draft.turns, texts, strict=True)
-    )
+    for k, obj in enumerate(objects):
+        what = f"object {k + 1} ({reprlib.repr(obj.label)})"
+        objects[k] = boxes.check_object(what, obj, images)
+    reader = _TurnReader(images, objects, boxes)
     return Conversation(
-        id=id,
-        turns=turns,
+        id=row_id,
+        turns=tuple(Turn(role=role, parts=reader.read(parts)) for role, parts in turns),
         references=draft.references,
         options=draft.options,
         columns=columns,
@@ -127,140 +128,171 @@ def conversation_from(
 
 
 def _check_roles(roles: Sequence[str]) -> None:
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken:
+    after_system = roles[1:] if roles[:1] == ["system"] else roles
+    if not after_system:
         raise DataError("there is no turn; expected at least a question")
-    for number, role in enumerate(spoken):
+    for number, role in enumerate(after_system):
         if role != ("user", "assistant")[number % 2]:
             raise DataError(
-                f"turns go user, assistant, user, ..., at most one system turn before them; got {', '.join(roles)}"
+                f"turns must go user, assistant, user, ..., with at most one system turn before "
+                f"them; got {', '.join(roles)}"
             )
 
 
-def _with_image_tags(draft: Draft) -> list[str]:
-    texts = [text for _, text in draft.turns]
-    tags = sum(text.count("<image>") for text in texts)
-    if tags == len(draft.images):
-        return texts
+def _split_at_tags(parts: Sequence[DraftPart]) -> list[DraftPart]:
+    """Replaces the tags in the text of a turn by what they stand for."""
+    pieces: list[DraftPart] = []
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        if not is_text:
+            pieces += group
+            continue
+        text = "".join(group)
+        end = 0
+        for tag in _TAG.finditer(text):
+            address = tag.group(1)
+            pieces.append(text[end : tag.start()])
+            pieces.append(Placeholder(tag[0]) if address is None else ImageReference(address))
+            end = tag.end()
+        pieces.append(text[end:])
+    return pieces
+
+
+def _place_listed_images(turns: Sequence[tuple[Role, list[DraftPart]]], images: int) -> None:
+    """Puts placeholders for `images` before the first question, unless the text has them."""
+    tags = sum(parts.count(Placeholder.IMAGE) for _, parts in turns)
+    if tags == images:
+        return
     if tags:
         raise DataError(
-            f"{tags} <image> tags for {len(draft.images)} `images`; write one tag for each, or none to have all before the first question"
+            f"{tags} <image> tags for {images} `images`; write one tag for each image, or none to "
+            f"put all images before the first question"
         )
-    first = [role for role, _ in draft.turns].index("user")
-    texts[first] = "<image>" * len(draft.images) + texts[first]
-    return texts
+    question = next(parts for role, parts in turns if role == "user")
+    question[:0] = [Placeholder.IMAGE] * images
 
 
-def _check_placeholders(text: str, objects: int, boxes: Boxes) -> None:
-    labels, places = text.count("<ref-object>"), text.count("<bbox>")
-    if max(labels, places) < objects and boxes.on_bad_box == "keep":
-        boxes.notes.append(f"{objects - max(labels, places)} of {objects} `objects` are not used")
-    elif max(labels, places) != objects:
-        raise boxes.fault(
-            f"{labels} <ref-object> and {places} <bbox> for {objects} `objects`; the k-th placeholder of a kind stands for the k-th "
-            f"object, and each object needs one"
+def _check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReader) -> None:
+    labels, places = parts.count(Placeholder.LABEL), parts.count(Placeholder.BOXES)
+    used = max(labels, places)
+    if used < objects and boxes.on_bad_box == "keep":
+        boxes.notes.append(f"{objects - used} of {objects} `objects` are not used")
+    elif used != objects:
+        raise boxes.error(
+            f"{labels} <ref-object> and {places} <bbox> for {objects} `objects`; the k-th "
+            f"placeholder of a kind stands for the k-th object, and each object needs one"
         )
 
 
-def _check_characters(texts: Sequence[str]) -> None:
+def _texts_in(parts: Sequence[DraftPart]) -> Iterator[str]:
+    for part in parts:
+        match part:
+            case str(text) | ImageReference(address=text):
+                yield text
+
+
+def _check_characters(*texts: Iterable[str]) -> None:
     try:
-        "\n".join(texts).encode()
-    except UnicodeEncodeError as fault:
-        around = ascii(fault.object[max(0, fault.start - 20) : fault.end + 20])
+        "\n".join(chain(*texts)).encode()
+    except UnicodeEncodeError as error:
+        around = ascii(error.object[max(0, error.start - 20) : error.end + 20])
         raise DataError(
-            f"text holds half a character, {fault.object[fault.start]!a} in {around}; write it whole"
+            f"text contains half of a surrogate pair, {error.object[error.start]!a} in {around}; "
+            f"write the whole character"
         ) from None
 
 
-def _addresses(texts: Sequence[str], images: Sequence[str]) -> Iterator[str]:
-    """Where the images are, in the order of their tags."""
-    listed = iter(images)
-    for text in texts:
-        for tag in _TAG.finditer(text):
-            if tag.group() == "<image>":
-                yield next(listed)
-            elif tag.group(1) is not None:
-                yield tag.group(1)
+def _addresses(parts: Sequence[DraftPart], listed: Sequence[str]) -> Iterator[str]:
+    """Yields the addresses of all images in reading order; `listed` are those of placeholders."""
+    next_listed = iter(listed)
+    for part in parts:
+        if part is Placeholder.IMAGE:
+            yield next(next_listed)
+        elif isinstance(part, ImageReference):
+            yield part.address
 
 
-class _TextReader:
-    """Takes the texts of one conversation apart, in order."""
+class _TurnReader:
+    """Reads the turns of one conversation, in order."""
 
     def __init__(
-        self, images: Sequence[ImageSource], objects: Sequence[GroundedObject], boxes: Boxes
+        self, images: Sequence[ImageSource], objects: Sequence[GroundedObject], boxes: BoxReader
     ):
         self._images = images
-        self._shown = 0
-        self._labels = iter(objects)
-        self._places = iter(objects)
+        self._images_read = 0
+        self._labelled = iter(objects)
+        self._boxed = iter(objects)
         self._boxes = boxes
 
-    def parts(self, text: str) -> tuple[Part, ...]:
-        if "<" not in text:  # most are; rows are read anew each time they are fetched
-            return (text,) if text else ()
+    def read(self, draft_parts: Sequence[DraftPart]) -> tuple[Part, ...]:
         parts: list[Part] = []
-        end = 0
-        for tag in _TAG.finditer(text):
-            self._add_text(parts, text[end : tag.start()])
-            end = tag.end()
-            match tag.group():
-                case "<ref-object>":
-                    thing = next(self._labels)
-                    if thing.label is None:
-                        raise self._boxes.fault(
+        for part in draft_parts:
+            match part:
+                case str():
+                    self._append_text(parts, part)
+                case ImageReference():
+                    self._append_image(parts)
+                case Placeholder.IMAGE:
+                    _append(parts, f"Picture {self._images_read + 1}: ")
+                    self._append_image(parts)
+                    _append(parts, "\n")
+                case Placeholder.LABEL:
+                    obj = next(self._labelled)
+                    if obj.label is None:
+                        raise self._boxes.error(
                             "a <ref-object> stands for an object without `caption`"
                         )
-                    _add(parts, GroundedObject(label=thing.label, image=thing.image))
-                case "<bbox>":
-                    thing = next(self._places)
-                    _add(parts, GroundedObject(boxes=thing.boxes, image=thing.image))
-                case "<image>":
-                    _add(parts, f"Picture {self._shown + 1}: ")
-                    self._add_image(parts)
-                    _add(parts, "\n")
-                case _:
-                    self._add_image(parts)
-        self._add_text(parts, text[end:])
+                    _append(parts, GroundedObject(label=obj.label, image=obj.image))
+                case Placeholder.BOXES:
+                    obj = next(self._boxed)
+                    _append(parts, GroundedObject(boxes=obj.boxes, image=obj.image))
         return tuple(parts)
 
-    def _add_image(self, parts: list[Part]) -> None:
-        parts.append(self._images[self._shown])
-        self._shown += 1
+    def _append_image(self, parts: list[Part]) -> None:
+        parts.append(self._images[self._images_read])
+        self._images_read += 1
 
-    def _add_text(self, parts: list[Part], text: str) -> None:
-        if "<" not in text:
-            _add(parts, text)
+    def _append_text(self, parts: list[Part], text: str) -> None:
+        if "<" not in text:  # most text has no markup, and rows are read each time they are fetched
+            _append(parts, text)
             return
-        for part in objects_from_tags(text, image=max(0, self._shown - 1), fractions=True):
+        for part in objects_from_tags(text, image=max(0, self._images_read - 1), fractions=True):
             if isinstance(part, GroundedObject):
-                part = self._settled(part)
-            elif stray := _MARKUP.search(part):
-                raise self._boxes.fault(
-                    f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, <ref>label</ref>, <box>(x1,y1),(x2,y2)</box> "
-                    f"or <quad> with four points, of whole numbers"
+                _append(parts, self._checked(part))
+                continue
+            if stray := _MARKUP.search(part):
+                raise self._boxes.error(
+                    f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, "
+                    f"<ref>label</ref>, <box>(x1,y1),(x2,y2)</box> or <quad> with four points, of "
+                    f"whole numbers"
                 )
-            _add(parts, part)
+            _append(parts, part)
 
-    def _settled(self, thing: GroundedObject) -> GroundedObject:
-        if thing.boxes and not self._images:
+    def _checked(self, obj: GroundedObject) -> GroundedObject:
+        if obj.boxes and not self._images:
             if self._boxes.on_bad_box != "keep":
-                raise self._boxes.fault(
-                    "there is a box but no image; write <img>path</img> into the question or give `images`; or take such boxes as they "
-                    "are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop"
+                raise self._boxes.error(
+                    "there is a box but no image; write <img>path</img> into the question or give "
+                    "`images`; or keep such boxes, data.on_bad_box=keep, or leave their rows out, "
+                    "data.on_bad_box=drop"
                 )
             self._boxes.notes.append("text: there is a box but no image; kept as it is")
-        boxes = tuple(self._boxes.settled_box("text", box, LIMITS["grid"]) for box in thing.boxes)
-        return GroundedObject(label=thing.label, boxes=boxes, image=thing.image)
+        limits = FRAME_LIMITS["grid"]
+        boxes = tuple(self._boxes.check_box("text", box, limits) for box in obj.boxes)
+        return GroundedObject(label=obj.label, boxes=boxes, image=obj.image)
 
 
 def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) -> ImageSource:
-    """The image at a path within `root` (unless absolute), at a web address, or in the address itself as base64.
+    """Returns the image at a path, at a web address, or in the address itself as base64.
 
     A remote image is not fetched yet.
 
+    Args:
+        root: folder of relative paths.
+
     Raises:
         BadImage: there is no such file, or the base64 text is broken.
-        DataError: an image is remote and there is no cache to keep it in, or its address is of another kind.
+        DataError: the image is remote and there is no cache for it, or the address is of another
+            kind.
     """
     address = _mapped(address, read_options.path_map)
     if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
@@ -270,78 +302,87 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
     if scheme and scheme[1].lower() in ("http", "https"):
         if read_options.cache is None:
             raise DataError(
-                f"image {address[:100]!r} is remote, and there is no folder to keep it in; set data.cache, or give a file"
+                f"image {address[:100]!r} is remote, and there is no folder to keep it in; "
+                f"set data.cache, or give a file"
             )
         from qwenvl_lit.data.download.files import RemoteImage
 
-        return ImageSource(
-            RemoteImage(address, read_options.cache / "images", read_options.download)
-        )
+        folder = read_options.cache / "images"
+        return ImageSource(RemoteImage(address, folder, read_options.download))
     if scheme and scheme[1].lower() == "file":
         address = address[scheme.end() :]
     elif scheme or address.startswith("data:"):
         raise DataError(
-            f"image {address[:100]!r} is not a file, an http(s) address or base64 data; download it and give its path"
+            f"image {address[:100]!r} is not a file, an http(s) address or base64 data; "
+            f"download it and give its path"
         )
     file = os.path.join(root, address)
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except (OSError, ValueError):
-        found = None
-    if found is None or not stat.S_ISREG(found.st_mode):
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise BadImage(
             f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
         )
-    return _image_file(file, (found.st_ino, found.st_size, found.st_mtime_ns))
+    return _image_file(file, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1 << 16)
 def _image_file(file: str, version: tuple[int, ...]) -> ImageSource:
-    """Remembered, with its size once that is known: opening a file takes longer than all the rest of a row."""
+    """Returns the same object for the same file, which remembers the size of the image.
+
+    Opening the file to measure it takes longer than everything else that is done for a row.
+    """
     return ImageSource(Path(file))
 
 
 def _mapped(address: str, path_map: Mapping[str, str]) -> str:
-    """`address` with the longest prefix that `path_map` knows replaced; a prefix ends where a name ends."""
+    """Replaces the longest prefix of `address` in `path_map`, counting whole path components."""
     for prefix in sorted(path_map, key=len, reverse=True):
         stem = prefix.rstrip("/\\")
         rest = address[len(stem) :]
-        if address.startswith(stem) and (not rest or rest[0] in "/\\"):
-            rest = rest.replace("\\", "/") if "\\" in prefix else rest
-            return path_map[prefix].rstrip("/") + rest if path_map[prefix] else rest.lstrip("/")
+        if not address.startswith(stem) or (rest and rest[0] not in "/\\"):
+            continue
+        if "\\" in prefix:
+            rest = rest.replace("\\", "/")
+        if not path_map[prefix]:
+            return rest.lstrip("/")
+        return path_map[prefix].rstrip("/") + rest
     return address
 
 
 def _decoded(text: str) -> bytes:
     try:
         content = base64.b64decode(text, validate=True)
-    except ValueError as fault:
-        raise BadImage(f"image {text[:40]!r}... is not base64: {fault}") from None
+    except ValueError as error:
+        raise BadImage(f"image {text[:40]!r}... is not base64: {error}") from None
     if not content:
         raise BadImage("an image is given as base64, but empty")
     return content
 
 
-def _add(parts: list[Part], part: Part) -> None:
-    """Append; text continues text, and boxes right behind an object of the same image are its boxes, as they read in the markup."""
+def _append(parts: list[Part], part: Part) -> None:
+    """Appends a part, or merges it into the last one.
+
+    Text is joined with text before it. Boxes that directly follow an object in the same image
+    become boxes of that object, since the markup of both reads the same.
+    """
     last = parts[-1] if parts else None
     if isinstance(part, str):
         if isinstance(last, str):
             parts[-1] = last + part
         elif part:
             parts.append(part)
-    elif _continues(part, last):
-        parts[-1] = GroundedObject(
-            label=last.label, boxes=last.boxes + part.boxes, image=part.image
-        )
+    elif _belongs_to(last, part):
+        boxes = last.boxes + part.boxes
+        parts[-1] = GroundedObject(label=last.label, boxes=boxes, image=part.image)
     else:
         parts.append(part)
 
 
-def _continues(part: Part, last: Part | None) -> bool:
-    if (
-        not (isinstance(part, GroundedObject) and isinstance(last, GroundedObject))
-        or part.label is not None
-    ):
+def _belongs_to(last: Part | None, part: Part) -> bool:
+    """Tells whether `part` has further boxes of the object `last`."""
+    if not isinstance(part, GroundedObject) or not isinstance(last, GroundedObject):
         return False
-    return part.image == last.image or not last.boxes
+    return part.label is None and (part.image == last.image or not last.boxes)

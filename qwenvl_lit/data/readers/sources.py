@@ -1,4 +1,7 @@
-"""Files as sequences of conversations. A row is parsed when it is fetched; every fault names file, line and id."""
+"""Files as sequences of conversations.
+
+A row is parsed when it is fetched. Every error names its file, line and row id.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from pathlib import Path
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.layouts import id_of, layout_of
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, conversation_from
-from qwenvl_lit.data.split import Concat, counted, take
+from qwenvl_lit.data.selection import Concat, parse_count, take
 from qwenvl_lit.types import Conversation, DataError
 
 
 def read_rows(source: str, read_options: ReadOptions = DEFAULT) -> Sequence[Conversation]:
-    """Rows of json, jsonl or csv files, plain or as .gz, in any of the layouts of `data/layouts.py`; each file has one layout.
+    """Returns the rows of json, jsonl or csv files, which may be compressed as `.gz`.
+
+    A file may have any layout of `data/readers/layouts.py`, the same for all its rows.
 
     Args:
-        source: a path or a glob; with `#N` behind it, N of its rows (see `take`).
+        source: a path or a glob; `#N` at its end takes N of the rows (see `take`).
 
     Raises:
         DataError: there is no such file, or its first row has no known layout.
@@ -29,32 +34,40 @@ def read_rows(source: str, read_options: ReadOptions = DEFAULT) -> Sequence[Conv
 def open_source(
     source: str, read_options: ReadOptions, read: Callable[[Path], Sequence[Conversation]]
 ) -> Sequence[Conversation]:
-    """The rows that `read` finds in the file or files that `source` names, or as many of them as it asks for.
+    """Returns the rows that `read` finds in the files of `source`, which is as in `read_rows`.
 
     Raises:
         DataError: there is no such file.
     """
-    pattern, count = counted(source)
-    places = [pattern] if read_options.root is None else [str(read_options.root / pattern), pattern]
-    found = next(filter(None, map(_files, places)), [])
-    if not found:
+    pattern, count = parse_count(source)
+    patterns = [pattern]
+    if read_options.root is not None:
+        patterns.insert(0, str(read_options.root / pattern))
+    files = next(filter(None, map(_matching_files, patterns)), [])
+    if not files:
         raise DataError(
-            f"no file {' or '.join(places)}, seen from {Path.cwd()}; check the path and `data.root`"
+            f"no file {' or '.join(patterns)}, seen from {Path.cwd()}; check the path and "
+            f"`data.root`"
         )
-    parts = [read(Path(file)) for file in found]
-    rows = parts[0] if len(parts) == 1 else Concat(parts)
-    return rows if count is None else take(rows, count, read_options.seed)
+    by_file = [read(Path(file)) for file in files]
+    rows = by_file[0] if len(by_file) == 1 else Concat(by_file)
+    if count is None:
+        return rows
+    return take(rows, count, read_options.seed)
 
 
-def _files(pattern: str) -> list[str]:
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+def _matching_files(pattern: str) -> list[str]:
+    if os.path.exists(pattern):  # a name with characters that a glob would interpret
+        return [pattern]
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 class FileRows(Sequence[Conversation]):
-    """The rows of one file. All have the layout of the first, which is `layout`.
+    """The rows of one file. All have the layout of the first one, `layout`.
 
     Raises:
-        DataError: as `RowFile`, or the first row has no known layout; fetching a row raises it, or Dropped, for that row.
+        DataError: as `RowFile`, or the first row has no known layout. Fetching a row raises it, or
+            `Dropped`, for that row.
     """
 
     def __init__(self, file: Path, read_options: ReadOptions = DEFAULT):
@@ -64,27 +77,26 @@ class FileRows(Sequence[Conversation]):
         first = self._rows[0]
         try:
             self.layout = layout_of(first)
-        except DataError as fault:
-            raise DataError(f"{self._rows.where(0)}: {fault}") from None
+        except DataError as error:
+            raise DataError(f"{self._rows.where(0)}: {error}") from None
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, place: int) -> Conversation:
-        place = range(len(self))[place]
-        row, where = self._rows[place], self._rows.where(place)
-        name = f"{self.file.name}:{self._rows.line(place)}"
+    def __getitem__(self, index: int) -> Conversation:
+        index = range(len(self))[index]
+        row, where = self._rows[index], self._rows.where(index)
+        row_id = f"{self.file.name}:{self._rows.line(index)}"
         try:
-            name = id_of(row) or name
-            draft = self.layout.read(row, self.read_options.prompt)
+            row_id = id_of(row) or row_id
             return conversation_from(
-                draft,
-                id=name,
+                self.layout.read(row, self.read_options.prompt),
+                row_id=row_id,
                 root=self.read_options.root or self.file.parent,
-                index=place,
+                index=index,
                 columns=self.layout.columns(row),
                 where=where,
                 read_options=self.read_options,
             )
-        except DataError as fault:
-            raise type(fault)(f"{where}: row {name!r}: {fault}") from None
+        except DataError as error:
+            raise type(error)(f"{where}: row {row_id!r}: {error}") from None

@@ -13,7 +13,7 @@ from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import DataError
 
 
-def asked(file, cache=None):
+def queries(file, cache=None):
     return [row["query"] for row in RowFile(file, cache)]
 
 
@@ -27,7 +27,10 @@ def lines(tmp_path):
 
 
 def test_a_file_may_be_an_array_with_its_own_line_breaks(folder):
-    text = '\ufeff [\n{"query": "狗", "response": "1"},\n\n {"query": "b",\n "response": "2"} , {"query": "c", "response": "]"}\n]\n'
+    text = (
+        '\ufeff [\n{"query": "狗", "response": "1"},\n\n {"query": "b",\n "response": "2"} ,'
+        ' {"query": "c", "response": "]"}\n]\n'
+    )
     (folder / "rows.json").write_text(text, encoding="utf-8")
     rows = read_rows("rows.json", ReadOptions(root=folder))
     assert [row.turns[0].parts + row.turns[1].parts for row in rows] == [
@@ -39,7 +42,7 @@ def test_a_file_may_be_an_array_with_its_own_line_breaks(folder):
     assert [row.index for row in rows] == [0, 1, 2]
 
 
-def test_blank_lines_are_passed_over_and_counted(folder):
+def test_blank_lines_are_skipped_but_counted(folder):
     (folder / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"query": "a"}\r\n\r\n  \n {"query": "b"}')
     assert [row.id for row in read_rows(str(folder / "rows.jsonl"))] == [
         "rows.jsonl:1",
@@ -56,7 +59,7 @@ def test_cells_of_a_table_may_hold_commas_quotes_and_line_breaks(tmp_path):
         {"query": 'a, "狗"\r\n,b', "response": None},
         {"query": "c", "response": "d\n"},
     ]
-    assert [rows.where(place) for place in (0, 1)] == [
+    assert [rows.where(index) for index in (0, 1)] == [
         f"{tmp_path}/rows.csv:2",
         f"{tmp_path}/rows.csv:5",
     ]
@@ -86,20 +89,20 @@ def test_rows_are_found_wherever_a_block_of_the_file_ends(tmp_path, monkeypatch,
     }[layout]
     (tmp_path / "rows").write_text(text, encoding="utf-8")
     monkeypatch.setattr(files, "_BLOCK", block)
-    found = RowFile(tmp_path / "rows")
-    assert list(found) == rows
-    for place, row in enumerate(dumped):
-        first = text.split("\n")[found.line(place) - 1]
-        assert row.split("\n")[0] in first
+    file = RowFile(tmp_path / "rows")
+    assert list(file) == rows
+    lines = text.split("\n")
+    for index, row in enumerate(dumped):
+        assert row.split("\n")[0] in lines[file.line(index) - 1]
 
 
-def test_a_cell_may_hold_a_image(tmp_path):
+def test_a_cell_may_hold_an_image(tmp_path):
     (tmp_path / "rows.csv").write_text("query,image\na," + "A" * 300_000 + "\n")
     sent = pickle.dumps(RowFile(tmp_path / "rows.csv"))
     assert len(pickle.loads(sent)[0]["image"]) == 300_000
 
 
-def test_packed_files_are_read_like_plain_ones(tmp_path):
+def test_compressed_files_are_read_like_plain_ones(tmp_path):
     for name, text in {
         "a.jsonl": '{"query": "a"}',
         "b.json": '[\n{"query": "b"}]',
@@ -108,39 +111,39 @@ def test_packed_files_are_read_like_plain_ones(tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     for cache in (None, tmp_path / "cache"):
         assert [
-            asked(tmp_path / f"{name}.gz", cache) for name in ("a.jsonl", "b.json", "c.csv")
+            queries(tmp_path / f"{name}.gz", cache) for name in ("a.jsonl", "b.json", "c.csv")
         ] == [["a"], ["b"], ["c"]]
     assert RowFile(tmp_path / "b.json.gz").where(0) == f"{tmp_path}/b.json.gz:2"
 
 
-def test_an_index_is_kept_and_made_anew_when_the_file_has_changed(tmp_path, lines, monkeypatch):
+def test_an_index_is_cached_until_the_file_changes(tmp_path, lines, monkeypatch):
     cache, file = tmp_path / "cache", lines("a", "b")
-    assert asked(file, cache) == ["a", "b"]
-    (kept,) = (cache / "indexes").iterdir()
+    assert queries(file, cache) == ["a", "b"]
+    (index,) = (cache / "indexes").iterdir()
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_lines", None)  # not needed again
-        assert asked(file, cache) == ["a", "b"]
+        patched.setattr(files, "_find_lines", None)  # not called again
+        assert queries(file, cache) == ["a", "b"]
     lines("a", "b", "c")
-    assert asked(file, cache) == ["a", "b", "c"]
+    assert queries(file, cache) == ["a", "b", "c"]
     assert len(list((cache / "indexes").iterdir())) == 2
-    assert kept.exists()
+    assert index.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\x01\x00garbage", None])
-def test_a_damaged_index_is_made_anew(tmp_path, lines, damage):
+def test_a_damaged_index_is_replaced(tmp_path, lines, damage):
     cache, file = tmp_path / "cache", lines("a", "b")
-    asked(file, cache)
-    (kept,) = (cache / "indexes").iterdir()
-    content = kept.read_bytes()
-    kept.write_bytes(content[:-8] + b"\xff" * 8 if damage is None else damage)
-    assert asked(file, cache) == ["a", "b"]
-    assert kept.read_bytes() == content
+    queries(file, cache)
+    (index,) = (cache / "indexes").iterdir()
+    content = index.read_bytes()
+    index.write_bytes(content[:-8] + b"\xff" * 8 if damage is None else damage)
+    assert queries(file, cache) == ["a", "b"]
+    assert index.read_bytes() == content
 
 
-def test_rows_go_to_other_processes_as_their_index(tmp_path, lines, monkeypatch):
+def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, lines, monkeypatch):
     file = lines("a", "b")
     sent = pickle.dumps(RowFile(file))
-    monkeypatch.setattr(files, "_lines", None)
+    monkeypatch.setattr(files, "_find_lines", None)
     assert [row["query"] for row in pickle.loads(sent)] == ["a", "b"]
     os.utime(file, (1, 1))
     files._stream.cache_clear()  # as in a process that starts now
@@ -160,20 +163,21 @@ def test_rows_go_to_other_processes_as_their_index(tmp_path, lines, monkeypatch)
         ('[{"query": "a"}', ":1: not JSON: expected , or ] in the array, got the end of the file"),
         ('[{"query": "a"}]\n x', ":2: not JSON: the array has ended, but 'x' follows"),
         ('[{"query": "a"}, \n\n{"query": "' + "b" * 99, ":3: not JSON: Unterminated string"),
-        ("[1]", ":1: a row is a JSON object, got int"),
+        ("[1]", ":1: a row must be a JSON object, got int"),
         (
             '{"prompt": "a"}',
-            ":1: keys ['prompt'] fit no known layout. Known, optional keys in brackets: conversations [system, images, image",
+            ":1: keys ['prompt'] fit no known layout. Known, optional keys in brackets: "
+            "conversations [system, images, image",
         ),
         ('{"query": "a", "conversations": []}', "fit several layouts (conversations, query)"),
     ],
 )
 def test_a_file_without_usable_rows_is_refused_when_it_is_opened(folder, content, message):
     (folder / "rows.json").write_text(content)
-    with pytest.raises(DataError) as fault:
+    with pytest.raises(DataError) as error:
         read_rows(str(folder / "rows.json"))
-    assert str(fault.value).startswith(str(folder / "rows.json"))
-    assert message in str(fault.value)
+    assert str(error.value).startswith(str(folder / "rows.json"))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_a_file_without_usable_rows_is_refused_when_it_is_opened(folder, content
     [
         ("", "is empty"),
         ("query,response\n", "has no rows"),
-        ("query,query\na,b\n", ":1: columns ['query'] stand twice"),
+        ("query,query\na,b\n", ":1: columns ['query'] are repeated"),
         ('query,response\n"a"b,c\n', ":2: not CSV"),
         ('query\na\n"b\nc\n', ":3: not CSV: unexpected end of data"),
         ("query,response\na\n", ":2: 1 cells, but the header names 2 columns"),
@@ -190,16 +194,16 @@ def test_a_file_without_usable_rows_is_refused_when_it_is_opened(folder, content
 )
 def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
     (tmp_path / "rows.csv").write_bytes(content.encode())
-    with pytest.raises(DataError) as fault:
+    with pytest.raises(DataError) as error:
         list(RowFile(tmp_path / "rows.csv"))
-    assert str(fault.value).startswith(f"{tmp_path}/rows.csv")
-    assert message in str(fault.value)
+    assert str(error.value).startswith(f"{tmp_path}/rows.csv")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"query": "a", "id": 1, "id": 2}', "not JSON: key 'id' stands twice"),
+        (b'{"query": "a", "id": 1, "id": 2}', "not JSON: key 'id' is repeated"),
         (b'{"query": NaN}', "not JSON: NaN is not a JSON number"),
         (b'{"query": -Infinity}', "not JSON: -Infinity is not a JSON number"),
         (b'{"query": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
@@ -208,16 +212,16 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
         (b'{"query": "\xff"}', "not UTF-8"),
         ('{"query": "a"}'.encode("utf-16"), "not UTF-8"),
         (b'{"query": "a"}{"query": "b"}', "not JSON: Extra data"),
-        (b'"query"', "a row is a JSON object, got str"),
+        (b'"query"', "a row must be a JSON object, got str"),
     ],
 )
 def test_a_line_that_is_not_a_row_is_refused_when_it_is_fetched(tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_bytes(b'{"query": "a"}\n' + line.replace(b"\n", b"") + b"\n")
     rows = RowFile(tmp_path / "rows.jsonl")
     assert rows[0] == {"query": "a"}
-    with pytest.raises(DataError) as fault:
+    with pytest.raises(DataError) as error:
         rows[1]
-    assert str(fault.value).startswith(f"{tmp_path}/rows.jsonl:2: {message}")
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: {message}")
 
 
 def test_an_array_nested_too_deeply_is_refused(tmp_path):
@@ -226,7 +230,7 @@ def test_an_array_nested_too_deeply_is_refused(tmp_path):
         RowFile(tmp_path / "rows.json")
 
 
-def test_a_packed_file_that_is_not_whole_is_refused(tmp_path, folder):
+def test_an_incomplete_gzip_file_is_refused(tmp_path, folder):
     packed = gzip.compress(random.Random(0).randbytes(1000))
     for content in (packed[:500], packed[:-2], b"plain", packed[:200] + b"x" * 100 + packed[300:]):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
@@ -235,7 +239,7 @@ def test_a_packed_file_that_is_not_whole_is_refused(tmp_path, folder):
     assert not list((tmp_path / "cache" / "indexes").iterdir())
 
 
-def test_text_in_another_encoding_is_a_fault(folder):
+def test_text_in_another_encoding_is_refused(folder):
     for name, content in {
         "rows.json": '[{"query": "é"}]',
         "rows.jsonl": '{"query": "é"}',

@@ -96,25 +96,29 @@ def test_a_vqa_row_is_asked_by_the_prompt_and_answered_by_the_majority(folder, r
     assert read_row({"image": "a.png", "question": "Why?"}).answer is None
 
 
-def test_a_row_of_another_layout_than_the_first_is_a_fault(folder):
+def test_a_row_in_another_layout_than_the_first_is_refused(folder):
     (folder / "rows.jsonl").write_text(
         '{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n'
     )
     rows = read_rows(str(folder / "rows.jsonl"))
     with pytest.raises(
         DataError,
-        match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, the first .* in `query`; its keys are \['id', 'conv",
+        match=r"rows\.jsonl:2: row '3': is in the layout `conversations`, "
+        r"but the first .* in `query`; its keys are \['id', 'conv",
     ):
         rows[1]
     with pytest.raises(DataError, match=r"rows\.jsonl:3: not JSON"):
         rows[2]
 
 
-GUY = '"objects": "[{\\"caption\\": \\"guy in red\\", \\"bbox\\": [138, 136, 235, 359], \\"bbox_type\\": \\"real\\", \\"image\\": 0}]"'
-PLACE = GroundedObject(boxes=(Box(x0=138, y0=136, x1=235, y1=359),))
-NAME = GroundedObject(label="guy in red")
+GUY = (
+    r'"objects": "[{\"caption\": \"guy in red\", \"bbox\": [138, 136, 235, 359], '
+    r'\"bbox_type\": \"real\", \"image\": 0}]"'
+)
+GUY_BOX = GroundedObject(boxes=(Box(x0=138, y0=136, x1=235, y1=359),))
+GUY_LABEL = GroundedObject(label="guy in red")
 MAN = GroundedObject(label="the man")
-MAN_PLACE = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="grid"),))
+MAN_BOX = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="grid"),))
 
 
 @pytest.mark.parametrize(
@@ -124,30 +128,31 @@ MAN_PLACE = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="gri
             '{"query": "Find <bbox>", "response": "<ref-object>", "images": ["a.png"], '
             + GUY
             + " }",
-            ["\nFind ", PLACE],
-            [NAME],
+            ["\nFind ", GUY_BOX],
+            [GUY_LABEL],
         ),
         (
             '{"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], '
             + GUY
             + " }",
-            ["\nFind ", NAME],
-            [PLACE],
+            ["\nFind ", GUY_LABEL],
+            [GUY_BOX],
         ),
         (
             '{"query": "<img>a.png</img>Find <bbox>", "response": "<ref-object>", ' + GUY + " }",
-            ["Find ", PLACE],
-            [NAME],
+            ["Find ", GUY_BOX],
+            [GUY_LABEL],
         ),
         (
             '{"query": "<img>a.png</img>Find <ref-object>", "response": "<bbox>", ' + GUY + " }",
-            ["Find ", NAME],
-            [PLACE],
+            ["Find ", GUY_LABEL],
+            [GUY_BOX],
         ),
         (
-            '{"query": "<img>a.png</img>Find <ref>the man</ref>", "response": "<box>(200,200),(600,600)</box>"}',
+            '{"query": "<img>a.png</img>Find <ref>the man</ref>", '
+            '"response": "<box>(200,200),(600,600)</box>"}',
             ["Find ", MAN],
-            [MAN_PLACE],
+            [MAN_BOX],
         ),
     ],
 )
@@ -165,8 +170,9 @@ def test_chats_of_the_published_model(folder):
     for name in ("p1", "p2", "p3", "p"):
         Image.new("1", (4, 4)).save(folder / name, format="png")
     (folder / "text.json").write_text(
-        '[{"conversations": [{"from": "user", "value": "AAAAA"}, {"from": "assistant", "value": "BBBBB"}, '
-        '{"from": "user", "value": "CCCCC"}, {"from": "assistant", "value": "DDDDD"}]}]'
+        '[{"conversations": [{"from": "user", "value": "AAAAA"}, '
+        '{"from": "assistant", "value": "BBBBB"}, {"from": "user", "value": "CCCCC"}, '
+        '{"from": "assistant", "value": "DDDDD"}]}]'
     )
     assert [turn.parts for turn in read_rows("text.json", ReadOptions(root=folder))[0].turns] == [
         ("AAAAA",),
@@ -175,9 +181,11 @@ def test_chats_of_the_published_model(folder):
         ("DDDDD",),
     ]
     (folder / "images.json").write_text(
-        r'[{"conversations": [{"from": "user", "value": "Picture 1:<img>p1</img>\nPicture 2:<img>p2</img>\nPicture 3:<img>p3</img>\naaaaa"}'
-        r', {"from": "assistant", "value": "bbbbb"}, {"from": "user", "value": "Picture 1:<img>p</img>\nccccc"},'
-        r' {"from": "assistant", "value": "ddddd"}]}]'
+        r'[{"conversations": [{"from": "user", "value": "Picture 1:<img>p1</img>\n'
+        r'Picture 2:<img>p2</img>\nPicture 3:<img>p3</img>\naaaaa"}, '
+        r'{"from": "assistant", "value": "bbbbb"}, '
+        r'{"from": "user", "value": "Picture 1:<img>p</img>\nccccc"}, '
+        r'{"from": "assistant", "value": "ddddd"}]}]'
     )
     p1, p2, p3, p = (ImageSource(folder / name) for name in ("p1", "p2", "p3", "p"))
     assert [turn.parts for turn in read_rows("images.json", ReadOptions(root=folder))[0].turns] == [
@@ -188,7 +196,7 @@ def test_chats_of_the_published_model(folder):
     ]
 
 
-def said(row):
+def turns_of(row):
     return [(turn.role, *turn.parts) for turn in row.turns]
 
 
@@ -208,7 +216,7 @@ def test_messages_hold_text_or_a_list_of_texts_and_images(folder, read_row):
             {"role": "assistant", "content": "Yes"},
         ]
     }
-    assert said(read_row(row)) == [
+    assert turns_of(read_row(row)) == [
         ("system", "Brief."),
         ("user", a, "and ", b, "differ?"),
         ("assistant", "Yes"),
@@ -226,7 +234,7 @@ def test_messages_hold_text_or_a_list_of_texts_and_images(folder, read_row):
         ],
         "images": ["a.png"],
     }
-    assert said(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
+    assert turns_of(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
 
 
 def test_instructions_with_their_input(read_row):
@@ -237,14 +245,14 @@ def test_instructions_with_their_input(read_row):
         "history": [["Hello", "Hi"]],
         "system": "s",
     }
-    assert said(read_row(row)) == [
+    assert turns_of(read_row(row)) == [
         ("system", "s"),
         ("user", "Hello"),
         ("assistant", "Hi"),
         ("user", "Add.\n1 2"),
         ("assistant", "3"),
     ]
-    assert said(read_row({"instruction": "Add.", "input": "", "output": "3"})) == [
+    assert turns_of(read_row({"instruction": "Add.", "input": "", "output": "3"})) == [
         ("user", "Add."),
         ("assistant", "3"),
     ]
@@ -252,7 +260,7 @@ def test_instructions_with_their_input(read_row):
 
 def test_a_conversation_as_pairs(read_row):
     row = {"system": "s", "conversation": [{"human": "a", "assistant": "b"}, {"human": "c"}]}
-    assert said(read_row(row)) == [
+    assert turns_of(read_row(row)) == [
         ("system", "s"),
         ("user", "a"),
         ("assistant", "b"),
@@ -263,9 +271,9 @@ def test_a_conversation_as_pairs(read_row):
 
 
 @pytest.mark.parametrize("key", ["text", "response"])
-def test_plain_text_is_an_answer_to_nothing(folder, read_row, key):
+def test_plain_text_is_the_answer_to_an_empty_question(folder, read_row, key):
     row = read_row({key: "<img>a.png</img>A dog."})
-    assert said(row) == [("user",), ("assistant", ImageSource(folder / "a.png"), "A dog.")]
+    assert turns_of(row) == [("user",), ("assistant", ImageSource(folder / "a.png"), "A dog.")]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +289,7 @@ def test_plain_text_is_an_answer_to_nothing(folder, read_row, key):
         ({"response": "a"}, "response"),
     ],
 )
-def test_the_layout_follows_from_the_keys_and_is_told(folder, row, name):
+def test_the_keys_of_a_row_decide_its_layout(folder, row, name):
     (folder / "rows.jsonl").write_text(json.dumps(row))
     rows = read_rows(str(folder / "rows.jsonl"))
     assert rows.layout.name == name
@@ -301,19 +309,20 @@ def test_the_forms_in_which_images_are_listed(folder, read_row, images):
 def test_a_cell_of_a_table_holds_lists_as_json(folder):
     (folder / "rows.csv").write_text(
         "id,query,response,history,images,objects,note\n"
-        '7,"Say ""<bbox>"",\nplease","<ref-object>","[[""a"", ""b""]]",a.png,"[{""caption"": ""dog"", ""bbox"": [1, 2, 3, 4], '
-        '""bbox_type"": ""real"", ""image"": 0}]",kept\n'
+        '7,"Say ""<bbox>"",\nplease","<ref-object>","[[""a"", ""b""]]",a.png,'
+        '"[{""caption"": ""dog"", ""bbox"": [1, 2, 3, 4], ""bbox_type"": ""real"", ""image"": 0}]",'
+        "kept\n"
         "8,c,,,,,\n"
     )
     first, second = read_rows("rows.csv", ReadOptions(root=folder))
-    assert said(first)[:2] == [
+    assert turns_of(first)[:2] == [
         ("user", "Picture 1: ", ImageSource(folder / "a.png"), "\na"),
         ("assistant", "b"),
     ]
-    assert said(first)[2][1:] == (
+    assert turns_of(first)[2][1:] == (
         'Say "',
         GroundedObject(boxes=(Box(x0=1, y0=2, x1=3, y1=4),)),
         '",\nplease',
     )
     assert (first.id, first.columns) == ("7", {"note": "kept"})
-    assert said(second) == [("user", "c")]
+    assert turns_of(second) == [("user", "c")]

@@ -1,4 +1,4 @@
-"""Whatever stands in a file is read, or refused with its file and line; nothing else is raised."""
+"""Any content of a file is read, or refused with its file and line: no other error is raised."""
 
 import base64
 import csv
@@ -132,18 +132,15 @@ VALUES = st.recursive(
 KEYS = sorted({key for row in VALID for key in row} | {"id", "question_id", "answer", "x"})
 
 
-def places(value, path=()):
+def paths(value, path=()):
     """Paths to all values within `value`."""
     yield path
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, item in inner:
-        yield from places(item, (*path, key))
+    if isinstance(value, dict):
+        items = value.items()
+    else:
+        items = enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from paths(item, (*path, key))
 
 
 def changed(value, path, change):
@@ -155,17 +152,20 @@ def changed(value, path, change):
 
 
 class Spoiler:
-    """Makes wrong rows of valid ones, with values that hypothesis found; many from one draw, since drawing is what takes the time."""
+    """Makes malformed rows of valid ones, with values that hypothesis found.
+
+    Many rows come from one draw of hypothesis, because drawing is slow.
+    """
 
     def __init__(self, seed, values, texts):
         self.rng, self.values, self.texts = random.Random(seed), values, texts
         self.first = self.rng.choice(VALID)  # most rows of a file are like it
 
     def row(self):
-        """A valid row with one to three values replaced, dropped, added or, for text, disturbed."""
+        """A valid row with one to three values replaced, dropped, added or, if text, garbled."""
         row = self.first if self.rng.random() < 0.9 else self.rng.choice(VALID)
         for _ in range(self.rng.randint(1, 3)):
-            path = self.rng.choice(list(places(row)))
+            path = self.rng.choice(list(paths(row)))
             action = self.rng.choice(["replace", "drop", "add", "text"])
             if action == "add" or not path:
                 row = {**row, self.rng.choice(KEYS): self.rng.choice(self.values)}
@@ -181,19 +181,19 @@ class Spoiler:
                     row,
                     path,
                     lambda value, text=text: (
-                        self.disturbed(value, text) if isinstance(value, str) else text
+                        self.garbled(value, text) if isinstance(value, str) else text
                     ),
                 )
             else:
                 row = changed(row, path, lambda _: self.rng.choice(self.values))
         return row
 
-    def disturbed(self, text, added):
+    def garbled(self, text, added):
         at = self.rng.randint(0, len(text))
         return text[:at] + added + text[at + self.rng.randint(0, 2) :]
 
     def line(self):
-        """A row as JSON, most of them intact, some cut, nested deeply or with bytes exchanged."""
+        """A row as JSON: most are intact, some truncated, nested deeply or with bytes replaced."""
         line = json.dumps(self.row(), ensure_ascii=self.rng.random() < 0.5).encode(
             "utf-8", "surrogatepass"
         )
@@ -220,7 +220,7 @@ class Spoiler:
         return line.replace(b"\n", b" ")
 
     def table(self, count):
-        """Rows of one layout as csv, whose cells are text or JSON; some bytes exchanged."""
+        """Rows of one layout as csv, whose cells are text or JSON, some with a byte inserted."""
         stream = io.StringIO(newline="")
         writer = csv.writer(stream)
         writer.writerow(self.first)
@@ -257,29 +257,29 @@ def folder(tmp_path_factory):
 
 
 def check(file, read_options):
-    """Read all that can be; every refusal names the file and, once the file is open, a line."""
+    """Reads all rows. Every error names the file and, once the file is open, a line."""
     try:
         rows = FileRows(file, read_options)
-    except DataError as fault:
-        refusal(fault, rf"{re.escape(str(file))}(:\d+: | is empty| has no rows)")
+    except DataError as error:
+        check_message(error, rf"{re.escape(str(file))}(:\d+: | is empty| has no rows)")
         return
-    for place in range(len(rows)):
+    for index in range(len(rows)):
         try:
-            row = rows[place]
-        except DataError as fault:
-            refusal(fault, rf"{re.escape(str(file))}:\d+: ")
+            row = rows[index]
+        except DataError as error:
+            check_message(error, rf"{re.escape(str(file))}:\d+: ")
         else:
             use(row)
 
 
-def refusal(fault, begins):
-    assert re.match(begins, str(fault)), fault
-    assert len(str(fault)) < 5000  # not the row itself
-    str(fault).encode()  # can be written to any log
+def check_message(error, beginning):
+    assert re.match(beginning, str(error)), error
+    assert len(str(error)) < 5000  # it does not repeat the row
+    str(error).encode()  # it can be written to any log
 
 
 def use(row: Conversation):
-    """What is done with every row: it has turns, its text can be encoded, its boxes written."""
+    """Uses a row as training does: it has turns, text that can be encoded, boxes to write."""
     assert row.turns
     for turn in row.turns:
         for part in turn.parts:
@@ -289,7 +289,7 @@ def use(row: Conversation):
                 list(tags_from_object(part, row.images))
 
 
-# Nothing is made smaller: it would take minutes, and the message names the row.
+# Examples are not shrunk: it would take minutes, and the message names the row.
 LARGE = settings(
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
@@ -297,12 +297,12 @@ LARGE = settings(
     derandomize=True,
     database=None,
 )
-READINGS = st.sampled_from(["error", "keep", "repair", "drop"])
+POLICIES = st.sampled_from(["error", "keep", "repair", "drop"])
 
 
 @settings(LARGE, max_examples=FILES["lines"])
-@given(spoiler=SPOILERS, on_bad_box=READINGS)
-def test_lines(folder, spoiler, on_bad_box):
+@given(spoiler=SPOILERS, on_bad_box=POLICIES)
+def test_lines_are_read_or_refused(folder, spoiler, on_bad_box):
     file = folder / "rows.jsonl"
     file.write_bytes(
         b"\n".join([json.dumps(spoiler.first).encode(), *(spoiler.line() for _ in range(ROWS))])
@@ -311,8 +311,8 @@ def test_lines(folder, spoiler, on_bad_box):
 
 
 @settings(LARGE, max_examples=FILES["array"])
-@given(spoiler=SPOILERS, on_bad_box=READINGS)
-def test_arrays(folder, spoiler, on_bad_box):
+@given(spoiler=SPOILERS, on_bad_box=POLICIES)
+def test_arrays_are_read_or_refused(folder, spoiler, on_bad_box):
     file = folder / "rows.json"
     broken = spoiler.rng.random() < 0.5
     rows = [spoiler.line() if broken else json.dumps(spoiler.row()).encode() for _ in range(ROWS)]
@@ -321,8 +321,8 @@ def test_arrays(folder, spoiler, on_bad_box):
 
 
 @settings(LARGE, max_examples=FILES["csv"])
-@given(spoiler=SPOILERS, on_bad_box=READINGS)
-def test_tables(folder, spoiler, on_bad_box):
+@given(spoiler=SPOILERS, on_bad_box=POLICIES)
+def test_tables_are_read_or_refused(folder, spoiler, on_bad_box):
     file = folder / "rows.csv"
     file.write_bytes(spoiler.table(ROWS))
     check(file, ReadOptions(on_bad_box=on_bad_box, cache=folder, download=False))

@@ -13,15 +13,18 @@ BOX = Box(x0=1, y0=2, x1=3, y1=4, frame="grid")
 
 @pytest.fixture
 def read_options(tmp_path, monkeypatch):
-    """Of a folder, the current one, with a.png and b.png."""
+    """Options in a current folder with images a.png and b.png."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(name)
     return ReadOptions(cache=tmp_path / "cache")
 
 
-def test_text_is_taken_apart_where_images_and_markup_are(read_options):
-    query = "Picture 1:<img>a.png</img>\nIs <ref>it</ref><box>(1,2),(3,4)</box> in <img> b.png </img>? <box>(1,2),(3,4)</box>"
+def test_text_is_split_at_images_and_markup(read_options):
+    query = (
+        "Picture 1:<img>a.png</img>\nIs <ref>it</ref><box>(1,2),(3,4)</box> "
+        "in <img> b.png </img>? <box>(1,2),(3,4)</box>"
+    )
     assert parts_of(query, 0, read_options) == (
         "Picture 1:",
         ImageSource(Path("a.png")),
@@ -37,18 +40,18 @@ def test_text_is_taken_apart_where_images_and_markup_are(read_options):
 @pytest.mark.parametrize(
     "text", ["", "<img>a.png", "</img> <img/>", "<box>(1,2)</box>", "<|im_start|>system\n"]
 )
-def test_what_is_no_markup_stays_text(read_options, text):
+def test_incomplete_or_unknown_markup_stays_text(read_options, text):
     assert "".join(parts_of(text, 0, read_options)) == text
 
 
 def test_a_list_mixes_texts_images_and_objects(read_options):
-    thing = GroundedObject(label="it", boxes=(Box(x0=1, y0=2, x1=3, y1=4),))
+    obj = GroundedObject(label="it", boxes=(Box(x0=1, y0=2, x1=3, y1=4),))
     parts = parts_of(
         [
             Path("a.png"),
             "a.png",
             {"text": "<img>b.png</img>"},
-            thing,
+            obj,
             {"image": "b.png"},
             b"content",
         ],
@@ -59,24 +62,24 @@ def test_a_list_mixes_texts_images_and_objects(read_options):
         ImageSource(Path("a.png")),
         "a.png",
         ImageSource(Path("b.png")),
-        thing,
+        obj,
         ImageSource(Path("b.png")),
         ImageSource(b"content"),
     )
 
 
-def test_boxes_are_in_the_last_image_before_them_over_all_turns(read_options):
+def test_boxes_refer_to_the_last_image_before_them_in_any_turn(read_options):
     history = [
         ["<img>a.png</img><img>b.png</img>Where?", "<box>(1,2),(3,4)</box>"],
         ("And <box>(1,2),(3,4)</box>?", "yes"),
     ]
-    talk = conversation(
+    chat = conversation(
         "<img>a.png</img><box>(1,2),(3,4)</box>",
         history,
         system="Be <ref>brief</ref>.",
         read_options=read_options,
     )
-    assert [turn.role for turn in talk.turns] == [
+    assert [turn.role for turn in chat.turns] == [
         "system",
         "user",
         "assistant",
@@ -84,12 +87,12 @@ def test_boxes_are_in_the_last_image_before_them_over_all_turns(read_options):
         "assistant",
         "user",
     ]
-    assert talk.turns[0] == Turn(role="system", parts=("Be <ref>brief</ref>.",))
+    assert chat.turns[0] == Turn(role="system", parts=("Be <ref>brief</ref>.",))
     indices = [
-        part.image for turn in talk.turns for part in turn.parts if isinstance(part, GroundedObject)
+        part.image for turn in chat.turns for part in turn.parts if isinstance(part, GroundedObject)
     ]
     assert indices == [1, 1, 2]
-    assert len(talk.images) == 3
+    assert len(chat.images) == 3
 
 
 def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, monkeypatch):
@@ -104,7 +107,7 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("source", "fault", "message"),
+    ("source", "error", "message"),
     [
         ("c.png", BadImage, r"image 'c\.png' does not exist, seen from /"),
         (Path("https://example.org/a.png"), BadImage, "does not exist"),
@@ -116,6 +119,6 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
         ({"image": "a.png"}, DataError, "got dict"),
     ],
 )
-def test_what_is_no_image_is_named(read_options, source, fault, message):
-    with pytest.raises(fault, match=message):
+def test_a_source_that_is_no_image_is_refused(read_options, source, error, message):
+    with pytest.raises(error, match=message):
         image_of(source, read_options)

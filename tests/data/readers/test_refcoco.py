@@ -60,7 +60,7 @@ REFS = [
 
 @pytest.fixture
 def root(tmp_path):
-    """Files as they are published."""
+    """A folder with the published files."""
     (tmp_path / "coco/train2014").mkdir(parents=True)
     Image.new("RGB", (640, 480)).save(tmp_path / "coco/train2014" / NAME)
     (tmp_path / "refcoco").mkdir()
@@ -103,28 +103,28 @@ def test_a_box_that_touches_the_edge_is_within_its_image(root):
     )  # 379.81 + 260.19 is a little more than 640 in floating point
 
 
-def test_some_rows_of_a_split(root):
+def test_a_source_can_take_some_rows_of_a_split(root):
     assert len(read(root, "refcoco/refs(unc).p:train#1")) == 1
     assert len(read(root, "refcoco/refs(unc).p:train#5")) == 5
 
 
-def test_the_question_can_be_asked_otherwise(root):
+def test_the_prompt_can_be_changed(root):
     row = read(root, prompt="{image}Where is {question}?")[0]
     assert row.turns[0].parts[1:] == (
         "Where is ",
         GroundedObject(label="the lady with the blue shirt"),
         "?",
     )
-    with pytest.raises(DataError, match=r"says once where \{image\} and \{question\} stands"):
+    with pytest.raises(DataError, match=r"must contain \{image\} and \{question\} exactly once"):
         read(root, prompt="{image}Where?")
 
 
-def test_a_split_that_does_not_exist_is_an_error_that_names_those_that_do(root):
+def test_an_unknown_split_is_refused_with_the_known_ones(root):
     with pytest.raises(DataError, match=r"refs\(unc\).p has no split 'test'; it has testA, train"):
         read(root, "refcoco/refs(unc).p:test")
 
 
-def test_lengths_in_the_cache_are_those_of_their_split(root):
+def test_cached_lengths_belong_to_one_split(root):
     processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=2, image_size=8)
     refs = [
         REFS[0] | {"sentences": REFS[0]["sentences"][:1]},
@@ -139,8 +139,8 @@ def test_lengths_in_the_cache_are_those_of_their_split(root):
             cache=root,
             train=f"refcoco/refs(unc).p:{split}",
         )
-        ((one,), *_) = source.measured(source.open_training(), processor, workers=1).lengths
-        return one
+        ((length,), *_) = source.measure(source.open_training(), processor, workers=1).lengths
+        return length
 
     assert length("train") > length("testA") > 0
     (root / "refcoco/instances.json").write_text(
@@ -149,7 +149,7 @@ def test_lengths_in_the_cache_are_those_of_their_split(root):
     assert length("testA") == processor.length(read(root, "refcoco/refs(unc).p:testA")[0])[0]
 
 
-def test_a_missing_image_and_a_bad_box_are_faults_of_their_row(root):
+def test_errors_of_a_missing_image_or_bad_box_name_the_sentence(root):
     (root / "coco/train2014" / NAME).rename(root / "a.jpg")
     with pytest.raises(
         DataError, match=r"refs\(unc\).p: sentence 1: image .*581857.jpg does not exist"
@@ -170,7 +170,8 @@ def test_files_that_do_not_belong_together_are_refused(root):
     )
     with pytest.raises(
         DataError,
-        match=r"refs\(unc\).p and instances.json are not as published: KeyError\(1719310\)",
+        match=r"refs\(unc\).p and instances.json are not in the published format: "
+        r"KeyError\(1719310\)",
     ):
         read(root)
     (root / "refcoco/instances.json").unlink()
@@ -203,7 +204,7 @@ class Evil:
         b"<html>",
     ],
 )
-def test_a_pickle_can_do_nothing_but_hold_plain_values(tmp_path, content):
+def test_a_pickle_of_anything_but_plain_values_is_refused(tmp_path, content):
     (tmp_path / "refs.p").write_bytes(content)
     with pytest.raises(DataError, match=r"refs.p is not the published pickle file"):
         read_plain_pickle(tmp_path / "refs.p")

@@ -44,9 +44,16 @@ def test_image_tags_become_numbered_images(folder, parts_of):
     )
 
 
-def test_images_without_tags_stand_before_the_first_question(folder, parts_of):
+def test_images_without_tags_are_put_before_the_first_question(folder, parts_of):
     a, b = ImageSource(folder / "a.png"), ImageSource(folder / "b.png")
     assert parts_of("Compare.")[0] == ("Picture 1: ", a, "\nPicture 2: ", b, "\nCompare.")
+
+
+def test_tags_in_the_address_of_an_image_are_part_of_the_address(folder, read_row):
+    name = "a<img><bbox>.png"
+    (folder / "a.png").rename(folder / name)
+    row = read_row({"image": name, "question": "Why?"})
+    assert row.turns[0].parts == (ImageSource(folder / name), "Why? Answer:")
 
 
 def test_a_single_image_may_be_named_image(folder, read_row):
@@ -77,7 +84,7 @@ def test_images_are_looked_up_in_root_or_beside_the_file(folder, read_row):
     )
 
 
-def test_a_image_is_measured_anew_when_its_file_has_changed(folder, read_row):
+def test_an_image_is_measured_again_when_its_file_has_changed(folder, read_row):
     row = {"query": "<img>a.png</img>Find <bbox>", "objects": [DOG]}
     assert read_row(row).images[0].size == (640, 480)
     Image.new("RGB", (700, 500)).save(folder / "a.png")
@@ -153,8 +160,10 @@ def test_the_two_kinds_of_placeholders_are_counted_apart_over_all_turns(read_row
             "objects": [DOG, cat],
         }
     )
-    things = [part for turn in row.turns for part in turn.parts if isinstance(part, GroundedObject)]
-    assert [(thing.label, [box.x0 for box in thing.boxes]) for thing in things] == [
+    objects = [
+        part for turn in row.turns for part in turn.parts if isinstance(part, GroundedObject)
+    ]
+    assert [(obj.label, [box.x0 for box in obj.boxes]) for obj in objects] == [
         ("the dog", []),
         (None, [10]),
         (None, [50]),
@@ -165,7 +174,8 @@ def test_the_two_kinds_of_placeholders_are_counted_apart_over_all_turns(read_row
 def test_direct_markup_is_on_the_grid_in_the_last_image_before_it(parts_of):
     _, answer = parts_of(
         "x",
-        "See <ref>a cat</ref><box>(1,2),(3,4)</box><box>(0,0),(999,999)</box> <quad>(1,1),(9,1),(9,9),(1,9)</quad>!",
+        "See <ref>a cat</ref><box>(1,2),(3,4)</box><box>(0,0),(999,999)</box> "
+        "<quad>(1,1),(9,1),(9,9),(1,9)</quad>!",
     )
     cat = GroundedObject(
         label="a cat", boxes=(grid_box(1, 2, 3, 4), grid_box(0, 0, 999, 999)), image=1
@@ -186,7 +196,7 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
     assert len(parts_of("x", "<bbox><bbox>", [first, second])[1]) == 2
 
 
-# Faults
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -238,17 +248,18 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
                 "query": "<bbox>",
                 "objects": [DOG | {"bbox": [1.5, 2, 3, 4], "bbox_type": "norm_1000"}],
             },
-            "has fractions on the grid of 0..999; correct it, or choose what becomes of such boxes by data.on_bad_box",
+            "has fractions on the grid of 0..999; "
+            "correct it, or choose how such boxes are handled: data.on_bad_box",
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]},
-            "`bbox` is [x1, y1, x2, y2] or a list of such, got [1, 2, 3]",
+            "`bbox` must be [x1, y1, x2, y2] or a list of such boxes, got [1, 2, 3]",
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, 10**400]}]},
-            "`bbox` is [x1, y1, x2, y2]",
+            "`bbox` must be [x1, y1, x2, y2]",
         ),
-        ({"query": "<bbox>", "objects": [DOG | {"bbox": None}]}, "`bbox` is [x1, y1, x2, y2]"),
+        ({"query": "<bbox>", "objects": [DOG | {"bbox": None}]}, "`bbox` must be [x1, y1, x2, y2]"),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox_type": "pixels"}]},
             "bbox_type: real, norm_1000 or norm_1",
@@ -258,8 +269,8 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
             "bbox_type: real, norm_1000 or norm_1",
         ),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
-        ({"query": "<bbox>", "objects": "dog"}, "`objects` is a list, or a list as JSON text"),
-        ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` is a list"),
+        ({"query": "<bbox>", "objects": "dog"}, "`objects` must be a list, or a list as JSON text"),
+        ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` must be a list"),
         (
             {"query": "<box>(1.5,2),(3,4)</box>"},
             "text: box [[1.5, 2], [3, 4]] has fractions on the grid",
@@ -272,7 +283,7 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
         ({"query": "<quad>(1,1),(9,1),(9,9),(1,1999)</quad>"}, "not within its image"),
         (
             {"query": "<box>(1,2),(3,4)</box>", "images": []},
-            "as they are, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop",
+            "keep such boxes, data.on_bad_box=keep, or leave their rows out, data.on_bad_box=drop",
         ),
         ({"query": "<image><image>"}, "2 <image> tags for 1 `images`"),
         ({"query": "<image>", "images": None}, "1 <image> tags for 0 `images`"),
@@ -289,35 +300,38 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
         ({"query": "<img>data:image/png;base64,AAA</img>"}, "is not base64"),
         ({"query": "<img>data:image/png;base64,狗</img>"}, "is not base64"),
         ({"query": "<img>data:image/png;base64,</img>"}, "given as base64, but empty"),
-        ({"query": 7}, "`query` is text, got 7"),
-        ({"query": "x", "images": [7]}, "an image is a path, an address or base64 text, got 7"),
+        ({"query": 7}, "`query` must be text, got 7"),
+        (
+            {"query": "x", "images": [7]},
+            "an image must be a path, an address or base64 text, got 7",
+        ),
         ({"query": "x", "image": "a.png"}, "either `image` or `images`"),
-        ({"query": "x", "id": [7]}, "an id is text or a number"),
-        ({"query": "x \ud800"}, "text holds half a character, '\\ud800'"),
+        ({"query": "x", "id": [7]}, "an id must be text or a number"),
+        ({"query": "x \ud800"}, "text contains half of a surrogate pair, '\\ud800'"),
         (
             {"query": "<ref-object>", "objects": [DOG | {"caption": "x \udfff"}]},
-            "text holds half a character",
+            "text contains half of a surrogate pair",
         ),
-        ({"query": "x", "history": [["a"]]}, "`history` is a list of [question, answer]"),
+        ({"query": "x", "history": [["a"]]}, "`history` must be a list of [question, answer]"),
         ({"conversations": []}, "no turn"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1 is"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1 must be"),
         (
             {"conversations": [{"from": "assistant", "value": "a"}]},
-            "turns go user, assistant, user",
+            "turns must go user, assistant, user",
         ),
         ({"conversations": [{"from": "user", "value": "a"}] * 2}, "got user, user"),
-        ({"image": "a.png", "question": "Why?", "answers": [1]}, "answers are text, got (1,)"),
+        ({"image": "a.png", "question": "Why?", "answers": [1]}, "answers must be text, got [1]"),
     ],
 )
-def test_a_fault_names_file_line_and_id_and_says_what_is_wrong(folder, row, message):
+def test_an_error_names_file_line_and_id_and_says_what_is_wrong(folder, row, message):
     if "query" in row:
         row = {"images": ["a.png"]} | row
     (folder / "rows.jsonl").write_text("\n" + json.dumps({"id": "r7"} | row))
-    with pytest.raises(DataError) as fault:
+    with pytest.raises(DataError) as error:
         read_rows(str(folder / "rows.jsonl"))[0]
     name = row.get("id", "r7") if isinstance(row.get("id", "r7"), str) else "rows.jsonl:2"
-    assert str(fault.value).startswith(f"{folder / 'rows.jsonl'}:2: row {name!r}: ")
-    assert message in str(fault.value)
+    assert str(error.value).startswith(f"{folder / 'rows.jsonl'}:2: row {name!r}: ")
+    assert message in str(error.value)
 
 
 def test_text_with_a_less_than_sign_is_left_alone(parts_of):
@@ -328,7 +342,7 @@ def test_text_with_a_less_than_sign_is_left_alone(parts_of):
 # Images that are not files here
 
 
-def test_a_image_may_stand_in_the_row_as_base64(folder, read_row):
+def test_a_row_may_contain_an_image_as_base64(folder, read_row):
     content = (folder / "a.png").read_bytes()
     text = base64.b64encode(content).decode()
     for address in (f"data:image/png;base64,{text}", text, text[:60] + "\n" + text[60:]):
@@ -355,7 +369,7 @@ def test_addresses_of_another_machine_are_mapped(folder, read_row):
         read_row({"query": "<img>/data/coconut/a.png</img>"}, path_map={"/data/coco": str(folder)})
 
 
-def test_a_remote_image_is_fetched_when_it_is_needed(folder, read_row):
+def test_a_remote_image_is_fetched_when_it_is_opened(folder, read_row):
     row = read_row(
         {"query": "<img>https://host.invalid/a.png</img>", "response": "x"},
         cache=folder / "cache",
@@ -392,22 +406,23 @@ def test_a_wrong_box_is_kept_repaired_or_dropped_with_its_row(read_row, kind, wr
     }
     with pytest.raises(
         DataError,
-        match=r"rows\.jsonl:1: row .*correct it, or choose what becomes of such boxes by data\.on_bad_box",
+        match=r"rows\.jsonl:1: row .*"
+        r"correct it, or choose how such boxes are handled: data\.on_bad_box",
     ):
         read_row(row)
     kept = read_row(row, on_bad_box="keep")
     assert boxes_of(kept) == [tuple(written)]
     assert len(kept.notes) == 1
     assert kept.notes[0].endswith("kept as it is")
-    mended = read_row(row, on_bad_box="repair")
-    assert boxes_of(mended) == [repaired]
-    assert len(mended.notes) == 1
-    assert "repaired to" in mended.notes[0]
+    repaired_row = read_row(row, on_bad_box="repair")
+    assert boxes_of(repaired_row) == [repaired]
+    assert len(repaired_row.notes) == 1
+    assert "repaired to" in repaired_row.notes[0]
     with pytest.raises(Dropped, match=r"rows\.jsonl:1: row .*object 1 \('the dog'\): box "):
         read_row(row, on_bad_box="drop")
 
 
-def test_wrong_boxes_in_the_text_fare_alike(read_row):
+def test_wrong_boxes_in_the_text_are_handled_like_those_of_objects(read_row):
     row = {
         "query": "<img>a.png</img>Where?",
         "response": "<box>(9,2.5),(3,1004)</box><quad>(1,1),(9,1),(9,9),(1,1000)</quad>",
@@ -423,14 +438,14 @@ def test_wrong_boxes_in_the_text_fare_alike(read_row):
         read_row(row, on_bad_box="drop")
 
 
-def test_the_choices_for_wrong_boxes_are_four():
+def test_an_unknown_on_bad_box_is_refused():
     with pytest.raises(
-        DataError, match="on_bad_box is one of error, keep, repair, drop, got 'mend'"
+        DataError, match="on_bad_box must be one of error, keep, repair, drop, got 'mend'"
     ):
         ReadOptions(on_bad_box="mend")
 
 
-def test_right_boxes_leave_no_notes(read_row):
+def test_valid_boxes_leave_no_notes(read_row):
     row = {
         "query": "<img>a.png</img>Where?",
         "response": "<box>(9,2),(9,4)</box><bbox>",
@@ -453,14 +468,14 @@ def test_right_boxes_leave_no_notes(read_row):
         {"query": "<box>(1,2),(3,4)</box>"},
     ],
 )
-def test_what_cannot_be_repaired_is_an_error_or_drops_the_row(read_row, row):
+def test_a_row_that_cannot_be_repaired_is_refused_or_dropped(read_row, row):
     with pytest.raises(DataError):
         read_row(row, on_bad_box="repair")
     with pytest.raises(Dropped):
         read_row(row, on_bad_box="drop")
 
 
-def test_a_image_that_is_not_there_or_broken_is_told_from_other_faults(folder, read_row):
+def test_a_missing_or_broken_image_raises_bad_image(folder, read_row):
     (folder / "broken.png").write_bytes(b"x")
     for row in (
         {"query": "<img>none.png</img>"},
@@ -470,12 +485,12 @@ def test_a_image_that_is_not_there_or_broken_is_told_from_other_faults(folder, r
             read_row(row, on_bad_box="drop")
 
 
-# ms-swift, whose files these are
+# Rows written for ms-swift
 
 GOLDEN = json.loads(
     (Path(__file__).parents[2] / "golden" / "grounding" / "swift_objects.json").read_text()
 )
-REFUSED = {  # written by ms-swift as they come
+REFUSED = {  # ms-swift writes these unchecked
     "real_outside": "not within its image",
     "real_inverted": "corners in the wrong order",
     "norm_1000_float": "fractions on the grid",
@@ -500,9 +515,9 @@ def test_rows_of_ms_swift_become_the_text_it_writes(tmp_path, case):
         for choice in ("error", "keep")
     )
     if case["name"] in REFUSED:
-        with pytest.raises(DataError) as fault:
+        with pytest.raises(DataError) as error:
             rows[0]
-        assert REFUSED[case["name"]] in str(fault.value)
+        assert REFUSED[case["name"]] in str(error.value)
         if "text" not in case:
             with pytest.raises(DataError):
                 kept[0]
@@ -522,7 +537,8 @@ def chat_text(row, root):
         return [tag if isinstance(tag, str) else tag.value for tag in tags]
 
     turns = (Turn(role="system", parts=("You are a helpful assistant.",)), *row.turns)
-    return "\n".join(
-        f"<|im_start|>{t.role}\n{''.join(text for part in t.parts for text in texts(part))}<|im_end|>"
-        for t in turns
-    )
+    lines = []
+    for turn in turns:
+        content = "".join(text for part in turn.parts for text in texts(part))
+        lines.append(f"<|im_start|>{turn.role}\n{content}<|im_end|>")
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ import pytest
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import FileRows, read_rows
-from qwenvl_lit.data.split import take
+from qwenvl_lit.data.selection import take
 from qwenvl_lit.types import DataError
 
 
@@ -19,7 +19,7 @@ def test_rows_are_read_like_any_sequence_and_in_other_processes(folder):
     assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
 
 
-def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
+def test_a_glob_reads_its_files_in_the_order_of_their_names(folder):
     for name in "ba":
         (folder / f"{name}.jsonl").write_text(json.dumps({"query": name}))
     (folder / "[x].jsonl").write_text(json.dumps({"query": "x"}))
@@ -38,7 +38,7 @@ def test_a_glob_reads_its_files_by_name_one_after_the_other(folder):
         read_rows(str(folder))
 
 
-def test_a_source_may_say_how_many_rows_it_gives(folder):
+def test_a_source_may_take_a_number_of_rows(folder):
     (folder / "rows.jsonl").write_text(
         "\n".join(json.dumps({"query": letter}) for letter in "abcdefgh")
     )
@@ -50,9 +50,9 @@ def test_a_source_may_say_how_many_rows_it_gives(folder):
 
     assert letters("rows.jsonl#8") == "abcdefgh"
     assert letters("rows.jsonl#19")[:16] == "abcdefgh" * 2
-    some = letters("rows.jsonl#3", seed=1)
-    assert len(set(some)) == 3
-    assert some == letters("rows.jsonl#3", seed=1) != letters("rows.jsonl#3", seed=2)
+    three = letters("rows.jsonl#3", seed=1)
+    assert len(set(three)) == 3
+    assert three == letters("rows.jsonl#3", seed=1) != letters("rows.jsonl#3", seed=2)
 
 
 def test_take_of_nothing_is_nothing():

@@ -14,13 +14,13 @@ QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-def annotation(question_id, *answers, learned=None):
+def annotation(question_id, *answers, most_frequent=None):
     row = {"question_id": question_id, "image_id": 42, "answer_type": "other"}
     row["answers"] = [
         {"answer": answer, "answer_confidence": "yes", "answer_id": number}
         for number, answer in enumerate(answers, 1)
     ]
-    return row | ({"multiple_choice_answer": learned} if learned else {})
+    return row | ({"multiple_choice_answer": most_frequent} if most_frequent else {})
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def vqa(root):
-    """Writes files of questions and answers as they are published, and reads them."""
+    """Returns a function that writes files in VQA's format and reads them."""
 
     def write(questions, annotations=None, *, split="val2014", name=QUESTIONS, **options):
         (root / name).write_text(
@@ -50,9 +50,9 @@ def vqa(root):
 WHERE = {"question_id": 42000, "image_id": 42, "question": "Where is <box>he</box> looking?"}
 
 
-def test_the_most_frequent_answer_is_learned_and_all_are_references(root, vqa):
+def test_the_most_frequent_answer_is_supervised_and_all_are_references(root, vqa):
     answers = ("down", "at table", "down", "table")
-    rows = vqa([WHERE], [annotation(42000, *answers, learned="down")])
+    rows = vqa([WHERE], [annotation(42000, *answers, most_frequent="down")])
     assert list(rows) == [
         Conversation(
             id="42000",
@@ -76,7 +76,7 @@ def test_the_most_frequent_answer_is_learned_and_all_are_references(root, vqa):
     )  # as OK-VQA's files have it
 
 
-def test_the_prompt_can_be_another(vqa):
+def test_the_prompt_can_be_changed(vqa):
     row = vqa([WHERE], [annotation(42000, "down")], prompt="{image}\n{question}")[0]
     assert row.turns[0].parts[1:] == ("\n", "Where is <box>he</box> looking?")
 
@@ -103,7 +103,7 @@ def test_questions_without_their_answers_are_an_error(vqa):
         vqa([WHERE], [annotation(1, "yes")])
 
 
-def test_a_missing_image_is_a_fault_of_its_question(vqa):
+def test_an_error_of_a_missing_image_names_the_question(vqa):
     rows = vqa([WHERE | {"image_id": 43}, WHERE | {"image_id": "x"}], [annotation(42000, "down")])
     with pytest.raises(
         DataError, match=rf"{QUESTIONS}: question 42000: image .*000000000043.jpg does not exist"
@@ -135,7 +135,7 @@ def test_answers_are_text(vqa):
         vqa([WHERE], [{"question_id": 42000, "answers": ["a", 7], "multiple_choice_answer": "a"}])
 
 
-# One jsonl file a split, as Qwen-VL's evaluation has them
+# The jsonl files of Qwen-VL's evaluation, one for each split
 
 
 LINE = {
@@ -171,7 +171,7 @@ def test_a_line_names_its_image_and_its_answer(root, lines):
     assert row.references == ("dakota",)
 
 
-def test_several_right_answers_are_a_list(lines):
+def test_answer_may_be_a_list_of_answers(lines):
     several, none = read_rows(
         "textvqa_val.jsonl",
         lines(LINE | {"answer": ["0.28", "28%", "28%"]}, LINE | {"answer": None}),
@@ -179,7 +179,7 @@ def test_several_right_answers_are_a_list(lines):
     assert several.answer.parts == ("28%",)
     assert several.references == ("0.28", "28%", "28%")
     assert none.answer is None
-    with pytest.raises(DataError, match="answers are text"):
+    with pytest.raises(DataError, match="answers must be text"):
         read_rows("textvqa_val.jsonl", lines(LINE | {"answer": [7]}))[0]
 
 
@@ -203,12 +203,12 @@ def test_ten_answers_come_from_the_file_beside_it(root, lines):
     )
 
 
-def test_what_vqav2_needs_is_named_with_its_address_and_size(tmp_path):
+def test_missing_files_are_listed_with_address_and_size_when_downloads_are_off(tmp_path):
     with pytest.raises(
         DataError, match=r"lacks v2_OpenEnded_mscoco_train2014_questions.json, .*downloads are off"
-    ) as fault:
+    ) as error:
         fetch_vqav2(tmp_path, False)
     assert (
         "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip (21.7 MB)"
-        in str(fault.value)
+        in str(error.value)
     )
