@@ -1,4 +1,4 @@
-"""A web server on this machine that breaks off, refuses, and sends other things than it should."""
+"""A local web server for tests that sends files, fragments and errors as planned."""
 
 import threading
 import time
@@ -8,29 +8,32 @@ CONTENT = bytes(range(256)) * 40
 
 
 class Server:
-    """A web server on this machine that answers each request for a path with the next of the answers planned for it, the last for ever."""
+    """Answers each request for a path with the next answer planned for it, then with the last."""
 
     def __init__(self):
         self.planned = {}
-        self.asked = []  # (path, Range, If-Range) of each request
+        self.requests = []  # (path, Range, If-Range) of each request
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                outer.asked.append((self.path, self.headers["Range"], self.headers["If-Range"]))
+                outer.requests.append((self.path, self.headers["Range"], self.headers["If-Range"]))
                 answers = outer.planned[self.path]
-                (answers.pop(0) if len(answers) > 1 else answers[0])(self)
+                answer = answers.pop(0) if len(answers) > 1 else answers[0]
+                answer(self)
 
             def log_message(self, *_):
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        threading.Thread(
+        serve = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        )
+        serve.start()
 
     def plan(self, path, *answers):
+        """Plans the answers to requests for `path`; returns its address."""
         self.planned[path] = list(answers)
         return f"http://127.0.0.1:{self._server.server_port}{path}"
 
@@ -56,21 +59,31 @@ def gives(
     length=True,
     kind="application/zip",
 ):
-    """An answer with `content`, or the part that is asked for; perhaps only the first bytes of that, and then the line is cut."""
+    """Returns an answer that sends `content`, or the range of it that is requested.
+
+    Args:
+        stops_after: number of bytes after which the connection ends.
+        pauses: seconds before the connection ends.
+        ranges: if false, the requested range is ignored.
+        shift: number of bytes that the range begins too late.
+        tag: the ETag.
+        length: send a Content-Length.
+        kind: the Content-Type.
+    """
 
     def answer(handler):
-        asked = (
-            handler.headers["Range"]
-            if ranges and handler.headers["If-Range"] in (None, tag)
-            else None
-        )
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        if asked and start >= len(content):
-            handler.send_error(416)
-            return
-        start += shift if asked else 0
-        handler.send_response(206 if asked else 200)
-        if asked:
+        requested = None
+        if ranges and handler.headers["If-Range"] in (None, tag):
+            requested = handler.headers["Range"]
+        start = 0
+        if requested:
+            start = int(requested.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                handler.send_error(416)
+                return
+            start += shift
+        handler.send_response(206 if requested else 200)
+        if requested:
             handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         if length:
             handler.send_header("Content-Length", str(len(content) - start))
@@ -86,8 +99,10 @@ def gives(
 
 
 def refuses(code):
+    """Returns an answer with an HTTP error."""
     return lambda handler: handler.send_error(code)
 
 
 def hangs_up(handler):
+    """Ends the connection without an answer."""
     handler.close_connection = True

@@ -1,4 +1,8 @@
-"""Files from the web: resumed where they broke off, checked, complete or not there at all."""
+"""Downloads files: resumes interrupted transfers, checks the result, and leaves no half files.
+
+This is not huggingface_hub, pooch or fsspec because of the resumption over several calls, with
+checks that both halves belong to the same file, and because of the errors, which say what to do.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,16 @@ import string
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
+from qwenvl_lit.atomic import atomic_file, disk_errors
 from qwenvl_lit.types import DataError, ImageSource
 
 log = logging.getLogger(__name__)
@@ -29,18 +34,14 @@ log = logging.getLogger(__name__)
 MAX_IMAGE_BYTES = 64 * 2**20
 OFFLINE = ("QWENVL_LIT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables that forbid downloads
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes
 _REPORT_SECONDS = 15
-_PASSING = {
-    408,
-    425,
-    429,
-}  # refusals of a server that may be over in a moment, beside those from 500 on
+_TEMPORARY = {408, 425, 429}  # HTTP errors below 500 after which it is worth trying again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """How long a server is waited for. Tries that brought something do not count."""
+class RetryPolicy:
+    """How often and how long a download is tried. Tries that received data do not count."""
 
     tries: int = 5
     pause_seconds: float = 1.0  # before the second try; doubled before each further one
@@ -48,7 +49,7 @@ class Patience:
     total_seconds: float = math.inf
 
 
-PATIENT = Patience()
+DEFAULT_RETRIES = RetryPolicy()
 
 
 def fetch(
@@ -58,61 +59,63 @@ def fetch(
     size: int | None = None,
     checksum: str | None = None,
     download: bool = True,
-    patience: Patience = PATIENT,
+    retries: RetryPolicy = DEFAULT_RETRIES,
 ) -> Path:
-    """`target`, downloaded from `url` unless it is there.
+    """Downloads `url` to `target`, unless it exists; returns `target`.
 
-    Until it is complete and checked it is `<target>.part`; a later call continues that, of whatever process. Only one process downloads,
-    others wait for it.
+    The unfinished file is `<target>.part`. It stays after an error, and a later call of any process
+    resumes it. (`atomic_file` would remove it.) Of several processes one downloads and the others
+    wait for it.
 
     Args:
-        size: in bytes, as published.
-        checksum: `md5:...` or `sha256:...`, as published.
-        download: false, or one of the variables `OFFLINE` set to 1: only what is there.
+        size: the published size in bytes.
+        checksum: the published checksum, `md5:...` or `sha256:...`.
+        download: if false, or if one of the variables `OFFLINE` is set to 1, only an existing file
+            is returned.
 
     Raises:
-        DataError: it may not be downloaded, the server refuses or breaks off too often, what comes is not what was published, or the disk
-            is full.
+        DataError: downloads are off, the server refuses, too many tries failed, the file is not the
+            published one, or the disk is full.
     """
     if target.exists():
         _check_size(target, size)
         return target
-    if why := offline(download):
+    if reason := why_offline(download):
         raise DataError(
-            f"{target} does not exist and {why}; get it from {url}{sized(size)} and put it there"
+            f"{target} does not exist and {reason}; get it from {url}{format_size(size)} "
+            f"and put it there"
         )
     part = target.with_name(target.name + ".part")
     lock = target.with_name(target.name + ".lock")
-    with disk_faults(target):
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             if target.exists():  # another process was faster
                 return target
             if size is None and checksum is None:
-                part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
-            log.info("downloading %s%s to %s", url, sized(size), target)
-            _Download(url, part, size=size, patience=patience).run()
+                # Nothing could tell whether an earlier part and the rest are of the same file.
+                part.unlink(missing_ok=True)
+            log.info("downloading %s%s to %s", url, format_size(size), target)
+            _Download(url, part, size=size, retries=retries).run()
             _check_sum(part, checksum, url)
             os.replace(part, target)
             lock.unlink(missing_ok=True)
     return target
 
 
-def offline(download: bool = True) -> str:
-    """Why nothing may be downloaded; empty if it may."""
+def why_offline(download: bool = True) -> str:
+    """Returns the reason why nothing may be downloaded; empty if downloads are allowed."""
     if not download:
         return "downloads are off (data.download=false)"
-    names = [
-        name
-        for name in OFFLINE
-        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
-    ]
-    return f"downloads are off ({names[0]} is set)" if names else ""
+    for name in OFFLINE:
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
+            return f"downloads are off ({name} is set)"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteImage:
-    """An image on the web, fetched into `folder` when it is first needed.
+    """An image on the web, downloaded into `folder` when it is first needed.
 
     Raises:
         DataError: `url` is not http or https.
@@ -121,7 +124,7 @@ class RemoteImage:
     url: str
     folder: Path
     download: bool = True
-    patience: Patience = Patience(tries=3, timeout_seconds=20.0, total_seconds=120.0)
+    retries: RetryPolicy = RetryPolicy(tries=3, timeout_seconds=20.0, total_seconds=120.0)
 
     def __post_init__(self):
         _check_scheme(self.url)
@@ -131,144 +134,150 @@ class RemoteImage:
         return self.url
 
     def path(self) -> Path:
-        """The file in `folder`; any number of processes may ask at once.
+        """Returns the file in `folder`. Several processes may call this at once.
 
         Raises:
-            DataError: it cannot be fetched, is no image, or is larger than `MAX_IMAGE_BYTES`.
+            DataError: the file cannot be downloaded, is not an image, or is larger than
+                `MAX_IMAGE_BYTES`.
         """
-        ending = PurePosixPath(urlsplit(self.url).path).suffix.lower()
-        ending = ending if re.fullmatch(r"\.[a-z0-9]{1,5}", ending) else ""
-        target = self.folder / (hashlib.sha256(self.url.encode()).hexdigest() + ending)
+        suffix = PurePosixPath(urlsplit(self.url).path).suffix.lower()
+        if not re.fullmatch(r"\.[a-z0-9]{1,5}", suffix):
+            suffix = ""
+        target = self.folder / (hashlib.sha256(self.url.encode()).hexdigest() + suffix)
         if target.exists():
             return target
-        if why := offline(self.download):
-            raise DataError(f"image {self.url} is not in {self.folder} and {why}")
-        with disk_faults(target):
+        if reason := why_offline(self.download):
+            raise DataError(f"image {self.url} is not in {self.folder} and {reason}")
+        with disk_errors(target):
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = (
-                self.folder / f"{target.stem[:16]}.{uuid.uuid4().hex}.part"
-            )  # of this call alone: nothing has to wait
-            try:
-                _Download(self.url, part, limit=MAX_IMAGE_BYTES, patience=self.patience).run()
-                _check_image(part, self.url)
-                os.replace(part, target)
-            finally:
-                part.unlink(missing_ok=True)
+            with atomic_file(target, concurrent=True) as unfinished:
+                _Download(self.url, unfinished, limit=MAX_IMAGE_BYTES, retries=self.retries).run()
+                _check_image(unfinished, self.url)
         return target
 
 
-class BrokeOffError(Exception):
-    """A try that failed but may succeed when repeated."""
+class RetryableError(Exception):
+    """A try failed, but another one may succeed."""
 
 
-class WrongPartError(BrokeOffError):
-    """What was downloaded before is not the beginning of what is there now."""
+class PartMismatchError(RetryableError):
+    """The part on disk is not the beginning of the file that the server now has."""
 
 
 class _Download:
-    """Brings what a file `part` lacks of an address."""
+    """Downloads what the file `part` lacks of `url`.
+
+    Args:
+        size: the published size in bytes, which the file must have.
+        limit: the largest allowed size in bytes.
+    """
 
     def __init__(
         self,
         url: str,
         part: Path,
         *,
-        patience: Patience,
+        retries: RetryPolicy,
         size: int | None = None,
         limit: int | None = None,
     ):
         _check_scheme(url)
-        self.url, self.part, self.patience, self.size, self.limit = url, part, patience, size, limit
-        self.version: str | None = (
-            None  # of the file at `url`, so that no piece of another one is appended
-        )
-        self.ends = time.monotonic() + patience.total_seconds
+        self.url, self.part, self.retries, self.size, self.limit = url, part, retries, size, limit
+        # Version of the file at `url`: parts of different versions must not be joined.
+        self.version: str | None = None
+        self.deadline = time.monotonic() + retries.total_seconds
 
     def run(self) -> None:
         failed = 0
         while True:
-            before = self.have
+            before = self.received
             try:
-                self._go_on()
+                self._resume()
                 return
-            except BrokeOffError as fault:
-                if isinstance(fault, WrongPartError):
+            except RetryableError as error:
+                if isinstance(error, PartMismatchError):
                     self.part.unlink(missing_ok=True)
-                failed = 0 if self.have > before else failed + 1
-                if failed >= self.patience.tries:
+                failed = 0 if self.received > before else failed + 1
+                if failed >= self.retries.tries:
                     raise DataError(
-                        f"{self.url} cannot be downloaded, {failed} tries in a row failed: {fault}; try again later"
+                        f"{self.url} cannot be downloaded, {failed} tries in a row failed: "
+                        f"{error}; try again later"
                     ) from None
-                pause = self.patience.pause_seconds * 2 ** max(0, failed - 1)
+                pause = self.retries.pause_seconds * 2 ** max(0, failed - 1)
+                received = format_bytes(self.received)
                 log.warning(
-                    "%s: %s; going on in %.3g s, %s are there",
-                    self.url,
-                    fault,
-                    pause,
-                    in_bytes(self.have),
+                    "%s: %s; trying again in %.3g s, with %s received so far",
+                    *(self.url, error, pause, received),
                 )
                 time.sleep(pause)
 
     @property
-    def have(self) -> int:
+    def received(self) -> int:
+        """Bytes on disk."""
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def _go_on(self) -> None:
-        have = self.have
-        if self.size is not None and have == self.size:
+    def _resume(self) -> None:
+        received = self.received
+        if self.size is not None and received == self.size:
             return
         headers = {"User-Agent": "qwenvl_lit", "Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
+        if received:
+            headers["Range"] = f"bytes={received}-"
             if self.version:
                 headers["If-Range"] = self.version
-        with _opened(self.url, headers, self.patience.timeout_seconds) as response:
+        with _opened(self.url, headers, self.retries.timeout_seconds) as response:
             start = _start(response)
-            if start not in (0, have):
-                raise WrongPartError(f"asked to go on from byte {have}, it went on from {start}")
-            total = self.size if response.length is None else start + response.length
+            if start not in (0, received):
+                raise PartMismatchError(
+                    f"the server was asked to resume at byte {received}, but sent from {start} on"
+                )
+            total = self.size
+            if response.length is not None:
+                total = start + response.length
             self._check_total(total, response.headers["Content-Type"])
             self.version = _version(response)
             with self.part.open("ab" if start else "wb") as file:
                 self._copy(response, file, start, total)
-        if total is not None and self.have < total:
-            raise BrokeOffError(f"it broke off after {self.have} of {total} bytes")
-        self._check_total(self.have, "no length told")
+        if total is not None and self.received < total:
+            raise RetryableError(f"the transfer ended after {self.received} of {total} bytes")
+        self._check_total(self.received, "the server gave no length")
 
-    def _check_total(self, total: int | None, kind: str) -> None:
+    def _check_total(self, total: int | None, source: str) -> None:
         if total is None:
             return
         if self.size is not None and total != self.size:
             self.part.unlink(missing_ok=True)
             raise DataError(
-                f"{self.url} has {total} bytes ({kind}), but {self.size} were published; it is another file"
+                f"{self.url} has {total} bytes ({source}), but {self.size} were published; "
+                f"it is another file"
             )
         if self.limit is not None and total > self.limit:
             raise DataError(
-                f"{self.url} has {in_bytes(total)}, the limit is {in_bytes(self.limit)}"
+                f"{self.url} has {format_bytes(total)}, the limit is {format_bytes(self.limit)}"
             )
 
-    def _copy(self, response, file, start: int, total: int | None) -> None:
+    def _copy(
+        self, response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None
+    ) -> None:
         done, began, reported = start, time.monotonic(), time.monotonic()
         while block := _read(response):
             file.write(block)
             done += len(block)
             now = time.monotonic()
             if self.limit is not None and done > self.limit:
-                raise DataError(f"{self.url} is larger than the limit of {in_bytes(self.limit)}")
-            if now > self.ends:
                 raise DataError(
-                    f"{self.url} is too slow: {in_bytes(done)} in {self.patience.total_seconds:.0f} s"
+                    f"{self.url} is larger than the limit of {format_bytes(self.limit)}"
+                )
+            if now > self.deadline:
+                raise DataError(
+                    f"{self.url} is too slow: {format_bytes(done)} in "
+                    f"{self.retries.total_seconds:.0f} s"
                 )
             if now - reported > _REPORT_SECONDS:
                 reported = now
-                rate = (done - start) / (now - began)
-                log.info(
-                    "%s%s, %s/s",
-                    in_bytes(done),
-                    f" of {in_bytes(total)}" if total else "",
-                    in_bytes(rate),
-                )
+                of_total = f" of {format_bytes(total)}" if total else ""
+                rate = format_bytes((done - start) / (now - began))
+                log.info("%s%s, %s/s", format_bytes(done), of_total, rate)
 
 
 @contextmanager
@@ -276,127 +285,118 @@ def _opened(
     url: str, headers: Mapping[str, str], timeout: float
 ) -> Iterator[http.client.HTTPResponse]:
     try:
-        plain = quote(
-            url, safe=string.punctuation
-        )  # spaces and letters beyond ASCII, as browsers write them
-        response = urllib.request.urlopen(
-            urllib.request.Request(plain, headers=dict(headers)), timeout=timeout
-        )
-    except urllib.error.HTTPError as fault:
-        said = f"the server says {fault.code} {fault.reason}"
-        if fault.code == 416:  # there is no such rest
-            raise WrongPartError(said) from None
-        if fault.code < 500 and fault.code not in _PASSING:
-            raise DataError(f"{url} cannot be downloaded: {said}; check the address") from None
-        raise BrokeOffError(said) from None
-    except (ValueError, http.client.InvalidURL) as fault:
-        raise DataError(f"{url} is not an address: {fault}") from None
-    except (OSError, http.client.HTTPException) as fault:
-        raise BrokeOffError(f"no answer: {fault}") from None
+        # Spaces and letters beyond ASCII are quoted as browsers do.
+        ascii_url = quote(url, safe=string.punctuation)
+        request = urllib.request.Request(ascii_url, headers=dict(headers))
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        reason = f"the server says {error.code} {error.reason}"
+        if error.code == 416:  # range not satisfiable
+            raise PartMismatchError(reason) from None
+        if error.code < 500 and error.code not in _TEMPORARY:
+            raise DataError(f"{url} cannot be downloaded: {reason}; check the address") from None
+        raise RetryableError(reason) from None
+    except (ValueError, http.client.InvalidURL) as error:
+        raise DataError(f"{url} is not an address: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise RetryableError(f"no answer: {error}") from None
     with response:
-        _check_scheme(response.url)
+        _check_scheme(response.url)  # it may have been redirected
         yield response
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(_BLOCK)
-    except http.client.IncompleteRead as fault:
-        return fault.partial
-    except (OSError, http.client.HTTPException) as fault:
-        raise BrokeOffError(f"it broke off: {fault}") from None
+    except http.client.IncompleteRead as error:
+        return error.partial
+    except (OSError, http.client.HTTPException) as error:
+        raise RetryableError(f"the transfer broke off: {error}") from None
 
 
 def _start(response: http.client.HTTPResponse) -> int:
-    """The byte of the file that the answer begins with; a server may ignore that only a rest was asked for."""
+    """Returns the first byte of the file that the server sends; it may ignore the range."""
     if response.status != http.client.PARTIAL_CONTENT:
         return 0
-    found = re.match(r"bytes (\d+)-", response.headers["Content-Range"] or "")
-    if not found:
-        raise WrongPartError("it sent some part and did not say which")
-    return int(found.group(1))
+    content_range = re.match(r"bytes (\d+)-", response.headers["Content-Range"] or "")
+    if not content_range:
+        raise PartMismatchError("the server sent a part and did not say which")
+    return int(content_range.group(1))
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:
+    """Returns the strong ETag, or the date of the last change."""
     tag = response.headers["ETag"]
     return tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
-
-
-@contextmanager
-def disk_faults(target: Path) -> Iterator[None]:
-    """Faults of the disk, said as what they stop."""
-    try:
-        yield
-    except OSError as fault:
-        raise DataError(
-            f"{target} cannot be written: {fault.strerror or fault}; make room, or choose another folder"
-        ) from None
 
 
 def _check_scheme(url: str) -> None:
     try:
         scheme = urlsplit(url).scheme.lower()
-    except ValueError as fault:
-        raise DataError(f"{url[:200]!r} is not an address: {fault}") from None
+    except ValueError as error:
+        raise DataError(f"{url[:200]!r} is not an address: {error}") from None
     if scheme not in ("http", "https"):
-        raise DataError(f"{url[:200]!r} is not an http or https address; nothing else is fetched")
+        raise DataError(f"{url[:200]!r} is not an http or https address; no other is downloaded")
 
 
 def _check_size(file: Path, size: int | None) -> None:
-    if size is not None and file.stat().st_size != size:
+    actual = file.stat().st_size
+    if size is not None and actual != size:
         raise DataError(
-            f"{file} has {file.stat().st_size} bytes, but {size} were published; remove it, and it is fetched again"
+            f"{file} has {actual} bytes, but {size} were published; remove it, and it is "
+            f"downloaded again"
         )
 
 
 def _check_sum(part: Path, checksum: str | None, url: str) -> None:
     if checksum is None:
         return
-    kind, _, expected = checksum.partition(":")
+    algorithm, _, expected = checksum.partition(":")
     with part.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, algorithm).hexdigest()
+    if actual != expected:
         part.unlink()
         raise DataError(
-            f"{url} is not the published file: its {kind} is {found}, expected {expected}; what came was removed"
+            f"{url} is not the published file: its {algorithm} is {actual}, expected {expected}; "
+            f"the download was removed"
         )
 
 
 def _check_image(part: Path, url: str) -> None:
     try:
-        ImageSource(part).size  # noqa: B018
-    except DataError as fault:
+        _ = ImageSource(part).size
+    except DataError as error:
         with part.open("rb") as file:
-            begins = file.read(40)
-        raise DataError(
-            f"{str(fault).replace(str(part), url)}; it begins with {begins!r}"
-        ) from None
+            beginning = file.read(40)
+        reason = str(error).replace(str(part), url)
+        raise DataError(f"{reason}; it begins with {beginning!r}") from None
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """
-    Raises:
-        DataError: the disk of `folder` has fewer bytes free.
-    """
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises a `DataError` if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
-            f"{folder} has {in_bytes(free)} free, {in_bytes(needed)} are needed; make room, or choose another folder"
+            f"{folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed; make "
+            f"room, or choose another folder"
         )
 
 
-def sized(size: int | None) -> str:
-    """A size in brackets, if it is known."""
-    return "" if size is None else f" ({in_bytes(size)})"
+def format_size(size: int | None) -> str:
+    """Returns a size in parentheses after a space; empty if it is unknown."""
+    return "" if size is None else f" ({format_bytes(size)})"
 
 
-def in_bytes(count: float) -> str:
-    """
-    >>> in_bytes(6_645_013_297)
+def format_bytes(count: float) -> str:
+    """Returns a number of bytes in decimal units.
+
+    >>> format_bytes(6_645_013_297)
     '6.65 GB'
     """
-    for unit in ("bytes", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
+    if count < 999.5:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB"):
         count /= 1000
-    return f"{count:.2f} GB"
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.2f} GB"

@@ -7,11 +7,11 @@ from PIL import Image
 from web_server import CONTENT, Server, gives, hangs_up, refuses
 
 from qwenvl_lit.data.download import files as module
-from qwenvl_lit.data.download.files import Patience, RemoteImage, fetch
+from qwenvl_lit.data.download.files import RemoteImage, RetryPolicy, fetch
 from qwenvl_lit.types import DataError, ImageSource
 
 MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
-QUICK = Patience(tries=3, pause_seconds=0.01, timeout_seconds=2.0)
+QUICK = RetryPolicy(tries=3, pause_seconds=0.01, timeout_seconds=2.0)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def target(tmp_path):
     return tmp_path / "new" / "a.zip"
 
 
-def left(target):
+def files_beside(target):
     return sorted(path.name for path in target.parent.iterdir())
 
 
@@ -37,8 +37,8 @@ def test_a_file_is_downloaded_once(server, target):
     assert fetch(url, target, size=len(CONTENT), checksum=MD5) == target
     assert fetch(url, target, size=len(CONTENT), checksum=MD5) == target
     assert target.read_bytes() == CONTENT
-    assert server.asked == [("/a.zip", None, None)]
-    assert left(target) == ["a.zip"]
+    assert server.requests == [("/a.zip", None, None)]
+    assert files_beside(target) == ["a.zip"]
 
 
 @pytest.mark.parametrize(
@@ -50,40 +50,42 @@ def test_a_file_is_downloaded_once(server, target):
         {"checksum": "sha256:" + hashlib.sha256(CONTENT).hexdigest()},
     ],
 )
-def test_it_goes_on_where_it_broke_off(server, target, known):
+def test_a_download_resumes_where_it_broke_off(server, target, known):
     url = server.plan(
         "/a.zip", gives(stops_after=100), gives(stops_after=50), refuses(503), hangs_up, gives()
     )
-    fetch(url, target, **known, patience=QUICK)
+    fetch(url, target, **known, retries=QUICK)
     assert target.read_bytes() == CONTENT
-    assert [asked[1:] for asked in server.asked] == [(None, None), ("bytes=100-", '"1"')] + 3 * [
-        ("bytes=150-", '"1"')
-    ]
+    assert [request[1:] for request in server.requests] == [
+        (None, None),
+        ("bytes=100-", '"1"'),
+    ] + 3 * [("bytes=150-", '"1"')]
 
 
-def test_a_later_call_goes_on_too(server, target):
+def test_a_later_call_resumes_too(server, target):
     url = server.plan("/a.zip", gives(stops_after=100), refuses(500))
     with pytest.raises(
         DataError,
-        match=r"a.zip cannot be downloaded, 3 tries in a row failed: the server says 500 .*; try again later",
+        match=r"a.zip cannot be downloaded, 3 tries in a row failed: the server says 500 .*; "
+        r"try again later",
     ):
-        fetch(url, target, size=len(CONTENT), patience=QUICK)
-    assert left(target) == ["a.zip.lock", "a.zip.part"]
+        fetch(url, target, size=len(CONTENT), retries=QUICK)
+    assert files_beside(target) == ["a.zip.lock", "a.zip.part"]
     fetch(server.plan("/a.zip", gives()), target, size=len(CONTENT))
-    assert server.asked[-1][1] == "bytes=100-"
+    assert server.requests[-1][1] == "bytes=100-"
     assert target.read_bytes() == CONTENT
-    assert left(target) == ["a.zip"]
+    assert files_beside(target) == ["a.zip"]
 
 
-def test_nothing_is_continued_that_nothing_could_check(server, target):
+def test_a_part_is_not_resumed_without_a_size_or_checksum(server, target):
     url = server.plan("/a.zip", gives(stops_after=100), refuses(500))
     with pytest.raises(DataError):
-        fetch(url, target, patience=QUICK)
+        fetch(url, target, retries=QUICK)
     fetch(server.plan("/a.zip", gives(CONTENT[::-1])), target)
     assert target.read_bytes() == CONTENT[::-1]
 
 
-def sends_some_part(handler):
+def sends_unnamed_part(handler):
     handler.send_response(206)
     handler.send_header("Content-Length", "10")
     handler.end_headers()
@@ -92,37 +94,37 @@ def sends_some_part(handler):
 
 @pytest.mark.parametrize(
     "then",
-    [gives(ranges=False), gives(tag='"2"'), gives(shift=7), sends_some_part],
+    [gives(ranges=False), gives(tag='"2"'), gives(shift=7), sends_unnamed_part],
     ids=["the server knows no ranges", "the file has changed", "another range", "some range"],
 )
-def test_what_does_not_fit_together_is_not_put_together(server, target, then):
+def test_parts_that_do_not_fit_are_not_joined(server, target, then):
     url = server.plan("/a.zip", gives(b"x" * len(CONTENT), stops_after=100), then, gives())
-    fetch(url, target, checksum=MD5, patience=QUICK)
+    fetch(url, target, checksum=MD5, retries=QUICK)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_part_longer_than_the_file_is_begun_anew(server, target):
+def test_a_part_longer_than_the_file_is_discarded(server, target):
     target.parent.mkdir()
     (target.parent / "a.zip.part").write_bytes(CONTENT + b"more")
-    fetch(server.plan("/a.zip", gives()), target, checksum=MD5, patience=QUICK)
+    fetch(server.plan("/a.zip", gives()), target, checksum=MD5, retries=QUICK)
     assert target.read_bytes() == CONTENT
 
 
-def test_a_server_that_stops_sending_is_left_and_asked_again(server, target):
+def test_a_stalled_transfer_is_resumed_with_a_new_request(server, target):
     url = server.plan("/a.zip", gives(stops_after=100, pauses=0.6), gives())
     fetch(
         url,
         target,
         checksum=MD5,
-        patience=Patience(tries=2, pause_seconds=0.01, timeout_seconds=0.2),
+        retries=RetryPolicy(tries=2, pause_seconds=0.01, timeout_seconds=0.2),
     )
-    assert [asked[1] for asked in server.asked] == [None, "bytes=100-"]
+    assert [request[1] for request in server.requests] == [None, "bytes=100-"]
     assert target.read_bytes() == CONTENT
 
 
-def test_without_a_length_the_published_size_tells_whether_it_is_complete(server, target):
+def test_without_a_length_the_published_size_decides_whether_it_is_complete(server, target):
     url = server.plan("/a.zip", gives(stops_after=100, length=False), gives(length=False))
-    fetch(url, target, size=len(CONTENT), patience=QUICK)
+    fetch(url, target, size=len(CONTENT), retries=QUICK)
     assert target.read_bytes() == CONTENT
     longer = server.plan("/b.zip", gives(CONTENT + b"more", length=False))
     with pytest.raises(DataError, match=r"b.zip has 10244 bytes .*, but 10240 were published"):
@@ -130,21 +132,21 @@ def test_without_a_length_the_published_size_tells_whether_it_is_complete(server
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 410])
-def test_a_refusal_is_final(server, target, code):
+def test_a_client_error_is_not_retried(server, target, code):
     with pytest.raises(
         DataError,
         match=rf"/a.zip cannot be downloaded: the server says {code} .*; check the address",
     ):
-        fetch(server.plan("/a.zip", refuses(code)), target, patience=QUICK)
-    assert len(server.asked) == 1
+        fetch(server.plan("/a.zip", refuses(code)), target, retries=QUICK)
+    assert len(server.requests) == 1
     assert not target.exists()
 
 
-def test_no_server_is_a_data_error(server, target):
+def test_an_unreachable_server_is_a_data_error(server, target):
     url = server.plan("/a.zip", gives())
     server.close()
     with pytest.raises(DataError, match="3 tries in a row failed: no answer"):
-        fetch(url, target, patience=QUICK)
+        fetch(url, target, retries=QUICK)
 
 
 def test_another_file_than_the_published_one_is_refused(server, target):
@@ -155,11 +157,12 @@ def test_another_file_than_the_published_one_is_refused(server, target):
         fetch(server.plan("/a.zip", page), target, size=len(CONTENT))
     with pytest.raises(
         DataError,
-        match=rf"is not the published file: its md5 is \w+, expected {MD5[4:]}; what came was removed",
+        match=rf"is not the published file: its md5 is \w+, expected {MD5[4:]}; "
+        r"the download was removed",
     ):
         fetch(server.plan("/a.zip", page), target, checksum=MD5)
     assert not target.exists()
-    assert left(target) == ["a.zip.lock"]
+    assert files_beside(target) == ["a.zip.lock"]
 
 
 def test_a_file_of_another_size_is_not_taken_for_the_published_one(tmp_path):
@@ -171,27 +174,27 @@ def test_a_file_of_another_size_is_not_taken_for_the_published_one(tmp_path):
 @pytest.mark.parametrize(
     "why", ["data.download=false", "QWENVL_LIT_OFFLINE is set", "HF_HUB_OFFLINE is set"]
 )
-def test_without_leave_to_download_it_says_what_to_bring(server, target, monkeypatch, why):
+def test_when_downloads_are_off_the_error_says_what_to_get(server, target, monkeypatch, why):
     if why.endswith("is set"):
         monkeypatch.setenv(why.split()[0], "1")
     url = server.plan("/a.zip", gives())
-    with pytest.raises(DataError) as fault:
+    with pytest.raises(DataError) as error:
         fetch(url, target, size=6_645_013_297, download="=" not in why)
-    assert (
-        str(fault.value)
-        == f"{target} does not exist and downloads are off ({why}); get it from {url} (6.65 GB) and put it there"
+    assert str(error.value) == (
+        f"{target} does not exist and downloads are off ({why}); "
+        f"get it from {url} (6.65 GB) and put it there"
     )
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_size_and_target_are_told_before_it_starts(server, target, caplog):
+def test_size_and_target_are_logged_before_it_starts(server, target, caplog):
     url = server.plan("/a.zip", gives())
     with caplog.at_level("INFO"):
         fetch(url, target, size=len(CONTENT))
     assert caplog.messages == [f"downloading {url} (10.2 kB) to {target}"]
 
 
-def test_a_place_that_cannot_be_written_is_a_data_error(server, tmp_path):
+def test_a_target_that_cannot_be_written_is_a_data_error(server, tmp_path):
     (tmp_path / "new").write_text("a file, not a folder")
     with pytest.raises(
         DataError, match=r"a.zip cannot be written: .*; make room, or choose another folder"
@@ -202,7 +205,7 @@ def test_a_place_that_cannot_be_written_is_a_data_error(server, tmp_path):
 @pytest.mark.parametrize(
     "url", ["file:///etc/hostname", "ftp://localhost/a.zip", "a.zip", "javascript:1"]
 )
-def test_only_the_web_is_asked(tmp_path, url):
+def test_only_http_addresses_are_downloaded(tmp_path, url):
     with pytest.raises(DataError, match="is not an http or https address"):
         fetch(url, tmp_path / "a.zip")
     with pytest.raises(DataError, match="is not an http or https address"):
@@ -210,10 +213,10 @@ def test_only_the_web_is_asked(tmp_path, url):
 
 
 def fetch_at_once(url, target):
-    fetch(url, target, checksum=MD5, patience=QUICK)
+    fetch(url, target, checksum=MD5, retries=QUICK)
 
 
-def test_several_processes_download_it_once(server, target):
+def test_one_of_several_processes_downloads_it(server, target):
     url = server.plan("/a.zip", gives(pauses=0.2))
     processes = [
         multiprocessing.get_context("fork").Process(target=fetch_at_once, args=(url, target))
@@ -224,7 +227,7 @@ def test_several_processes_download_it_once(server, target):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     assert target.read_bytes() == CONTENT
 
 
@@ -241,17 +244,17 @@ def test_a_remote_image_is_fetched_when_it_is_needed(server, tmp_path):
     image = ImageSource(
         RemoteImage(server.plan("/a.PNG?size=1", gives(png())), tmp_path / "images")
     )
-    assert server.asked == []
+    assert server.requests == []
     assert image.size == (4, 3)
     assert image.open().getpixel((0, 0)) == (255, 0, 0)
     assert image.name == image.source.url
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     again = RemoteImage(image.source.url, tmp_path / "images", download=False)
     assert again.path() == image.source.path()
     assert [path.suffix for path in (tmp_path / "images").iterdir()] == [".png"]
 
 
-def test_an_address_may_hold_spaces_and_letters_of_any_script(server, tmp_path):
+def test_an_address_may_contain_spaces_and_letters_of_any_script(server, tmp_path):
     address = (
         server.plan("/a%20b/%E5%9B%BE%25.png", gives(png()))
         .replace("%20", " ")
@@ -271,12 +274,12 @@ def test_an_address_may_hold_spaces_and_letters_of_any_script(server, tmp_path):
 )
 def test_a_broken_address_is_a_data_error(tmp_path, url):
     with pytest.raises(DataError):
-        RemoteImage(url, tmp_path, patience=QUICK).path()
+        RemoteImage(url, tmp_path, retries=QUICK).path()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("answer", "fault"),
+    ("answer", "message"),
     [
         (
             gives(b"<html>gone</html>"),
@@ -288,29 +291,29 @@ def test_a_broken_address_is_a_data_error(tmp_path, url):
         (hangs_up, "3 tries in a row failed: no answer"),
     ],
 )
-def test_what_is_no_image_does_not_stay(server, tmp_path, answer, fault):
-    with pytest.raises(DataError, match=fault):
-        RemoteImage(server.plan("/a.png", answer), tmp_path, patience=QUICK).path()
+def test_a_download_that_is_no_image_is_removed(server, tmp_path, answer, message):
+    with pytest.raises(DataError, match=message):
+        RemoteImage(server.plan("/a.png", answer), tmp_path, retries=QUICK).path()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("length", [True, False])
-def test_a_image_may_not_be_too_large(server, tmp_path, monkeypatch, length):
+def test_an_image_above_the_size_limit_is_refused(server, tmp_path, monkeypatch, length):
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 50)
     with pytest.raises(DataError, match=r"the limit (is|of) 50 bytes"):
         RemoteImage(server.plan("/a.png", gives(png(), length=length)), tmp_path).path()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_image_that_trickles_in_is_given_up(server, tmp_path):
+def test_an_image_that_arrives_too_slowly_is_refused(server, tmp_path):
     url = server.plan("/a.png", *[gives(png(), stops_after=1)] * 60)
     with pytest.raises(DataError, match=r"is too slow: \d+ bytes in 0 s"):
         RemoteImage(
-            url, tmp_path, patience=Patience(tries=9, pause_seconds=0.02, total_seconds=0.1)
+            url, tmp_path, retries=RetryPolicy(tries=9, pause_seconds=0.02, total_seconds=0.1)
         ).path()
 
 
-def test_a_image_that_is_not_there_cannot_be_had_offline(tmp_path):
+def test_a_missing_image_is_refused_offline(tmp_path):
     image = RemoteImage("http://localhost/a.png", tmp_path, download=False)
     with pytest.raises(
         DataError, match=r"image http://localhost/a.png is not in .* and downloads are off"
