@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.readers.coco import read_coco_captions
-from qwenvl_lit.data.readers.layouts import LAYOUTS, TEXTS
+from qwenvl_lit.data.readers.layouts import LAYOUTS, TEXT_LAYOUTS
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.grounding import objects_from_tags
@@ -172,7 +172,7 @@ def folder(tmp_path):
 
 
 def test_every_layout_is_tried():
-    assert FIELDS.keys() == {layout.name for layout in LAYOUTS + TEXTS}
+    assert FIELDS.keys() == {layout.name for layout in LAYOUTS + TEXT_LAYOUTS}
 
 
 @pytest.mark.parametrize(
