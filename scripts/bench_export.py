@@ -1,17 +1,16 @@
-"""How long a full-size checkpoint takes to be merged with an adapter, and how much host memory; the comparison apart.
+"""Measures the time and host memory of merging an adapter into a full-size checkpoint.
 
     python scripts/bench_export.py --folder /tmp/random-qwen-vl --record benchmarks/export.json
 
-Writes random weights in the published layout (19.3 GB) and an adapter of noise to FOLDER if they are not there, and the merged model
-(19.3 GB), which is removed again. A fresh process each merges without and with the comparison, from the disk. The
-record is written after each row.
+Writes random weights in the published layout (19.3 GB) and an adapter of noise to FOLDER if they
+are not there, and the merged model (19.3 GB), which is removed again. A fresh process exports
+without and with the comparison, each reading from the disk. The record is written after each row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import shutil
 import subprocess
@@ -19,35 +18,34 @@ import sys
 import time
 from pathlib import Path
 
-from bench_load import GiB, Peak, forget
+from bench_load import GiB, Peak, device_name, forget, make_checkpoint, rounded, size_of, versions
 
 
 def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
-    """An adapter folder whose adapter changes what it is merged into."""
+    """Writes an adapter folder whose adapter changes the model that it is merged into."""
     import torch
 
     from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
     from qwenvl_lit.training.adapters.methods import LoRA
 
     family = QwenVLFamily(path=str(base), dtype="bfloat16")
-    adapted = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets).apply(
-        family.meta_model(), family
-    )
-    draw = torch.Generator().manual_seed(0)
-    learned = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
-    noise = {
-        name: torch.randn(tensor.shape, generator=draw) / 1000 for name, tensor in learned.items()
-    }
+    adapter = LoRA(rank=rank, alpha=4 * rank, dropout=0.0, targets=targets)
+    adapted = adapter.apply(family.meta_model(), family)
+    generator = torch.Generator().manual_seed(0)
+    noise: dict[str, torch.Tensor] = {}
+    for name, tensor in adapted.named_parameters():
+        if tensor.requires_grad:
+            noise[name] = torch.randn(tensor.shape, generator=generator) / 1000
     adapted.load_state_dict(noise, strict=False, assign=True)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(folder, state_dict=noise, save_embedding_layers=False)
 
 
-def export(arguments: list[str]) -> dict[str, float | str]:
-    """What one process measures, from its start to its end but for the imports."""
+def measure(arguments: list[str]) -> dict[str, float]:
+    """Exports with these command-line arguments; the time does not include the imports."""
     import torch
 
-    from qwenvl_lit import export as verb
+    from qwenvl_lit import export
     from qwenvl_lit.cli.command import command
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -55,8 +53,8 @@ def export(arguments: list[str]) -> dict[str, float | str]:
     anonymous = Peak("RssAnon")
     start = time.perf_counter()
     with anonymous:
-        command("export", verb.main, needs_run=True)
-    measured: dict[str, float | str] = {
+        command("export", export.main, run="needed")
+    measured = {
         "seconds": time.perf_counter() - start,
         "host_gib_before": before / GiB,
         "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GiB,
@@ -67,41 +65,29 @@ def export(arguments: list[str]) -> dict[str, float | str]:
     return measured
 
 
-def said(printed: str) -> str:
-    """What an export found out about what it wrote: the line below the one that says where that is."""
+def comparison_in(printed: str) -> str:
+    """Returns what an export prints about the comparison: the line after "Wrote ..."."""
     lines = printed.splitlines()
     return lines[next(number for number, line in enumerate(lines, 1) if line.startswith("Wrote "))]
 
 
 def write_record(arguments: argparse.Namespace, results: list[dict[str, float | str]]) -> None:
-    import torch
-    import transformers
-
-    options = {name: getattr(arguments, name) for name in ("size", "device", "format")}
-    on_gpu = arguments.device.startswith("cuda")
+    command = "python scripts/bench_export.py"
+    for name in ("size", "device", "format"):
+        command += f" --{name} {getattr(arguments, name)}"
+    adapter = f"an adapter of rank {arguments.rank} on {arguments.targets}"
     record = {
-        "command": " ".join(
-            [
-                "python scripts/bench_export.py",
-                *(f"--{name} {value}" for name, value in options.items()),
-            ]
-        ),
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else platform.processor() or platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "note": f"an adapter of rank {arguments.rank} on {arguments.targets}; one process a row, imports apart",
+        "command": command,
+        "device": device_name(arguments.device),
+        "versions": versions(),
+        "note": f"{adapter}; one process a row, imports not included",
         "results": results,
     }
     arguments.record.parent.mkdir(exist_ok=True)
     arguments.record.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,87 +95,53 @@ def main() -> None:
         "--folder",
         type=Path,
         required=True,
-        help="where base, adapter and the merged model are, or are written to",
+        help="where base, adapter and merged model are, or are written to",
     )
-    parser.add_argument("--size", default="full", help="small, to try this script")
+    parser.add_argument("--size", default="full", help='"small" to try this script')
     parser.add_argument(
         "--device",
         default="cuda:0",
-        help="where random weights are drawn and the models are compared",
+        help="where random weights are made and the models are compared",
     )
-    parser.add_argument(
-        "--format", default="bin", choices=("bin", "safetensors"), help="of the base"
-    )
+    formats = ("bin", "safetensors")
+    parser.add_argument("--format", default="bin", choices=formats, help="of the base")
     parser.add_argument("--targets", default="all-linear")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument(
-        "--compare",
-        nargs="+",
-        default=("none", "sample"),
-        choices=("none", "sample"),
-        help="a row each",
-    )
+    modes = ("none", "sample")
+    parser.add_argument("--compare", nargs="+", default=modes, choices=modes, help="a row each")
     parser.add_argument("--record", type=Path)
-    parser.add_argument(
-        "--one", nargs="+", help=argparse.SUPPRESS
-    )  # a process that measures an export with these arguments
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(export(arguments.one)))
-        return
+    # Used by the processes that measure: the arguments of the export.
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
-    base, adapter, merged = (
-        arguments.folder.resolve() / name for name in (arguments.format, "adapter", "merged")
-    )
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one)))
+        return
+    folder = arguments.folder.resolve()
+    base, adapter, merged = folder / arguments.format, folder / "adapter", folder / "merged"
     if not base.exists():
-        script = Path(__file__).with_name("make_checkpoint.py")
-        options = [
-            "--size",
-            arguments.size,
-            "--format",
-            arguments.format,
-            "--device",
-            arguments.device.split(":")[0],
-        ]
-        subprocess.run([sys.executable, script, base, *options], check=True)
+        make_checkpoint(base, arguments.size, arguments.format, arguments.device)
     if not adapter.exists():
         write_noise(adapter, base, arguments.targets, arguments.rank)
-    largest = max(file.stat().st_size for file in base.iterdir())
     results = []
     for compare in arguments.compare:
         forget(base)
-        overrides = [
-            f"ckpt={adapter}",
-            f"out={merged}",
-            f"compare={compare}",
-            f"device={arguments.device}",
-            f"hydra.run.dir={arguments.folder.resolve()}",
-        ]
-        command = [
-            sys.executable,
-            __file__,
-            "--folder",
-            arguments.folder,
-            "--one",
-            *overrides,
-            "hydra.output_subdir=null",
-        ]
+        command = [sys.executable, __file__, "--folder", folder, "--one"]
+        command += [f"ckpt={adapter}", f"out={merged}", f"compare={compare}"]
+        command += [f"device={arguments.device}", f"hydra.run.dir={folder}"]
+        command += ["hydra.output_subdir=null"]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         row = {
             "compare": compare,
-            "checkpoint_gib": sum(file.stat().st_size for file in base.iterdir()) / GiB,
-        }
-        row |= {
-            "largest_shard_gib": largest / GiB,
+            "checkpoint_gib": size_of(base) / GiB,
+            "largest_shard_gib": max(file.stat().st_size for file in base.iterdir()) / GiB,
             **json.loads(printed.splitlines()[-1]),
-            "said": said(printed),
+            "comparison": comparison_in(printed),
         }
-        results.append(
-            {
-                key: round(value, 3) if isinstance(value, float) else value
-                for key, value in row.items()
-            }
-        )
+        results.append(rounded(row))
         print(json.dumps(results[-1]), flush=True)
         shutil.rmtree(merged)
         if arguments.record:

@@ -1,7 +1,9 @@
-"""Write a checkpoint of random weights in the layout in which Qwen-VL is published: to try and to measure without the real one.
+"""Writes a checkpoint of random weights in the published layout of Qwen-VL.
 
-python scripts/make_checkpoint.py /tmp/random-qwen-vl --size full --device cuda     # 9.66 B parameters, 19.3 GB
-python scripts/make_checkpoint.py /tmp/small-qwen-vl --size small                   # the sizes of model=qwen_vl_tiny
+python scripts/make_checkpoint.py /tmp/random-qwen-vl --size full --device cuda  # 9.66 B, 19.3 GB
+python scripts/make_checkpoint.py /tmp/small-qwen-vl --size small    # sizes of model=qwen_vl_tiny
+
+Programs can be tried and measured with it in place of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.models.qwen_vl.export import (
     PUBLISHED_CONFIG,
     write_companions,
@@ -22,6 +23,7 @@ from qwenvl_lit.models.qwen_vl.export import (
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.runs.run import config_folder
 
 
 def write_checkpoint(
@@ -32,13 +34,16 @@ def write_checkpoint(
     kind: str = "bin",
     shard_bytes: int = 2 * 10**9,
 ) -> None:
-    """Everything that the published folder has but the remote code, which its config names; `kind` is "bin" or "safetensors"."""
+    """Writes all files of the published folder except the remote code, which its config names.
+
+    Args:
+        kind: of the weight files, "bin" or "safetensors".
+    """
     folder.mkdir(parents=True)
-    dtype = model.dtype
     write_companions(
         folder,
         model.config,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         vocabulary=vocabulary,
         base=None,
         template="chatml",
@@ -50,7 +55,7 @@ def write_checkpoint(
         lambda name: state[name].cpu(),
         file_shapes(model),
         folder,
-        dtype=dtype,
+        dtype=model.dtype,
         kind=kind,
         shard_bytes=shard_bytes,
     )
@@ -64,7 +69,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu", help="where full-size weights are drawn")
+    parser.add_argument("--device", default="cpu", help="where full-size weights are made")
     parser.add_argument(
         "--vocabulary",
         type=Path,
@@ -74,15 +79,12 @@ def main() -> None:
     arguments = parser.parse_args()
     options = {"vocabulary": str(arguments.vocabulary), "dtype": arguments.dtype}
     if arguments.size == "full":
-        family = QwenVLFamily(path="Qwen/Qwen-VL-Chat", weights="random", **options)
+        options |= {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
     else:
-        sizes = OmegaConf.to_container(
-            OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml").config
-        )
-        family = QwenVLFamily(config=sizes, **options)
-    write_checkpoint(
-        family.load(arguments.device), arguments.vocabulary, arguments.folder, kind=arguments.format
-    )
+        tiny = OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml")
+        options["config"] = OmegaConf.to_container(tiny.config)
+    model = QwenVLFamily(**options).load(arguments.device)
+    write_checkpoint(model, arguments.vocabulary, arguments.folder, kind=arguments.format)
 
 
 if __name__ == "__main__":

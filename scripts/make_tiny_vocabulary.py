@@ -1,6 +1,6 @@
-"""Write the tiny model's vocabulary: byte-pair merges under which every word of the demo data is one token.
+"""Writes the tiny model's vocabulary, in which every word of the demo data is one token.
 
-python scripts/make_tiny_vocabulary.py            # writes qwenvl_lit/models/tiny.tiktoken
+python scripts/make_tiny_vocabulary.py    # writes qwenvl_lit/models/qwen_vl/tiny.tiktoken
 """
 
 from __future__ import annotations
@@ -29,44 +29,54 @@ CHAT = (
 
 
 def byte_order() -> list[int]:
-    """Single bytes in the order of the published vocabulary: the printable ones of Latin-1 first."""
+    """Returns the single bytes in the published order: the printable ones of Latin-1 first."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return printable + [byte for byte in range(256) if byte not in printable]
 
 
 def learn(texts: Iterable[str]) -> list[bytes]:
-    """Tokens by rank: all bytes, then merges of the most frequent pair, until every pre-token of `texts` is one token."""
+    """Returns tokens by rank: all bytes, then merges of the most frequent pair of tokens.
+
+    It stops when every pre-token of `texts` is one token.
+    """
     tokens = [bytes([byte]) for byte in byte_order()]
-    words = Counter(
-        tuple(bytes([byte]) for byte in word.encode())
-        for text in texts
-        for word in regex.findall(PATTERN, text)
-    )
-    while pairs := sum(
-        (Counter(dict.fromkeys(pairwise(word), count)) for word, count in words.items()), Counter()
-    ):
+    words: Counter[tuple[bytes, ...]] = Counter()
+    for text in texts:
+        for word in regex.findall(PATTERN, text):
+            words[tuple(bytes([byte]) for byte in word.encode())] += 1
+    while pairs := count_pairs(words):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(b"".join(best))
         words = Counter({merged(word, best): count for word, count in words.items()})
     return tokens
 
 
+def count_pairs(words: Counter[tuple[bytes, ...]]) -> Counter[tuple[bytes, bytes]]:
+    """Counts the words that hold a pair of adjacent tokens, for each pair."""
+    pairs: Counter[tuple[bytes, bytes]] = Counter()
+    for word, count in words.items():
+        for pair in set(pairwise(word)):
+            pairs[pair] += count
+    return pairs
+
+
 def merged(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> tuple[bytes, ...]:
-    out: list[bytes] = []
+    """Returns `word` with each occurrence of `pair` as one token."""
+    tokens: list[bytes] = []
     for token in word:
-        if out and (out[-1], token) == pair:
-            out[-1] += token
+        if tokens and (tokens[-1], token) == pair:
+            tokens[-1] += token
         else:
-            out.append(token)
-    return tuple(out)
+            tokens.append(token)
+    return tuple(tokens)
 
 
 def vocabulary() -> str:
-    """The file's text."""
-    tokens = learn([*CHAT, *synthetic.sentences()])
-    return "".join(
-        f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)
-    )
+    """Returns the content of the file."""
+    lines = []
+    for rank, token in enumerate(learn([*CHAT, *synthetic.sentences()])):
+        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -204,8 +204,8 @@ class Family(Protocol):
         """
         ...
 
-    def adapter_caveat(self, tensors: Iterable[str]) -> str | None:
-        """Returns what limits the use of an exported adapter elsewhere; None if nothing does.
+    def adapter_caveats(self, tensors: Iterable[str]) -> list[str]:
+        """Returns sentences about what limits the use of an exported adapter elsewhere.
 
         Args:
             tensors: the names of the adapter's tensors.

@@ -1,133 +1,129 @@
-"""The model card of an exported folder: what it is, what it was trained on and how, how well it does, and how to load it."""
+"""Writes the model card of an exported folder.
+
+It says what the model is, how it was trained and on what, its scores, and how to load it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.runs.run import Run
 
-DATA = (
-    "train",
-    "validation",
-    "test",
-    "root",
-    "datasets",
-    "order",
-    "batch_size",
-    "max_tokens",
-    "packing",
-)
-OPTIM = ("lr", "betas", "weight_decay", "warmup", "schedule")
-TRAINER = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")
+# The settings of each group that the card shows.
+SHOWN = {
+    "data": (
+        "train",
+        "validation",
+        "test",
+        "root",
+        "datasets",
+        "order",
+        "batch_size",
+        "max_tokens",
+        "packing",
+    ),
+    "optim": ("lr", "betas", "weight_decay", "warmup", "schedule"),
+    "trainer": (
+        "max_epochs",
+        "max_steps",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "precision",
+    ),
+    "model": ("template", "system"),
+}
+EMPTY = (None, "", {}, [])
 
 
 def model_card(
     name: str,
     *,
     run: Run | None,
-    trained: Mapping[str, Any],
+    training: Mapping[str, Any],
     config: Mapping[str, Any],
     merged: bool,
     dtype: str,
     compared: str,
 ) -> str:
-    """Markdown.
+    """Returns the card in Markdown.
 
     Args:
-        run: that it comes from; None: a model as it was published.
-        trained: the config of the training; empty where others trained it.
-        config: of the model and how it answers, as plain data.
-        compared: what the comparison with the run has found.
+        run: the run that the model comes from; None for a published model.
+        training: the config of the training; empty if this package did not train it.
+        config: the exported settings of model and generation.
+        merged: whether the folder holds a whole model, not an adapter.
+        dtype: of the weights of a whole model.
+        compared: the result of the comparison with the run.
     """
     path = config["model"].get("path")
-    here = path is not None and Path(path).expanduser().is_dir()
-    base = (
-        Path(path).expanduser().resolve().name if here else path
-    )  # where a folder lies says nothing elsewhere
-    kind = (
-        "Qwen-VL in the published layout"
-        if merged
-        else "An adapter for Qwen-VL in the format of peft"
-    )
-    lines = [
-        "---",
-        *([f"base_model: {base}"] if base else []),
-        f"library_name: {'transformers' if merged else 'peft'}",
-        "---",
-        "",
-    ]
-    lines += [
-        f"# {name}",
-        "",
-        f"{kind}, {dtype if merged else 'float32'}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base | {base or 'random weights'} |",
-    ]
-    if run and run.checkpoint:
-        adapter = run.config["adapter"]
-        lines += [
-            f"| checkpoint | {run.checkpoint.name} |",
-            f"| trained | {adapter['_target_'].rpartition('.')[2]} |",
-        ]
-        lines += _rows(
-            "adapter", {key: value for key, value in adapter.items() if key != "_target_"}
-        )
-    if earlier := trained.get("init"):
-        lines.append(f"| started from | `{earlier['checkpoint']}` |")
-    for group, keys in (("data", DATA), ("optim", OPTIM), ("trainer", TRAINER)):
-        lines += _rows(group, {key: (trained.get(group) or {}).get(key) for key in keys})
-    lines += [
-        *_rows("model", {key: config["model"].get(key) for key in ("template", "system")}),
-        f"| compared | {compared} |",
-        "",
-    ]
+    in_folder = path is not None and Path(path).expanduser().is_dir()
+    # The location of a folder means nothing on another machine.
+    base = Path(path).expanduser().resolve().name if in_folder else path
+    if merged:
+        library, kind = "transformers", f"Qwen-VL in the published layout, {dtype}."
+    else:
+        library, kind = "peft", "An adapter for Qwen-VL in the format of peft, float32."
+    lines = ["---"]
+    if base:
+        lines.append(f"base_model: {base}")
+    lines += [f"library_name: {library}", "---", "", f"# {name}", "", kind, ""]
+    lines += ["| | |", "|---|---|", f"| base | {base or 'random weights'} |"]
+    lines += _training_rows(run, training)
+    lines += _rows("model", config["model"], SHOWN["model"])
+    lines += [f"| compared | {compared} |", ""]
     if run and run.folder:
         lines += _scores(run.folder)
-    elsewhere = f" model.path=FOLDER-OF-{base}" if here and not merged else ""
-    lines += ["## Use", "", "```", f"python -m qwenvl_lit.chat ckpt={name}{elsewhere}", "```", ""]
-    return "\n".join([*lines, "The weights of Qwen-VL have their own licence.", ""])
+    command = f"python -m qwenvl_lit.chat ckpt={name}"
+    if in_folder and not merged:
+        command += f" model.path=FOLDER-OF-{base}"
+    lines += ["## Use", "", "```", command, "```", ""]
+    lines += ["The weights of Qwen-VL have their own licence.", ""]
+    return "\n".join(lines)
 
 
-def _rows(group: str, node: Mapping[str, Any]) -> list[str]:
-    return [
-        f"| {group}.{key} | {_text(value)} |"
-        for key, value in node.items()
-        if value not in (None, "", {}, [])
-    ]
+def _training_rows(run: Run | None, training: Mapping[str, Any]) -> Iterator[str]:
+    if run and run.checkpoint:
+        adapter = dict(run.config["adapter"])
+        yield f"| checkpoint | {run.checkpoint.name} |"
+        yield f"| trained | {adapter.pop('_target_').rpartition('.')[2]} |"
+        yield from _rows("adapter", adapter, tuple(adapter))
+    if start := training.get("init"):
+        yield f"| started from | `{start['checkpoint']}` |"
+    for group in ("data", "optim", "trainer"):
+        yield from _rows(group, training.get(group) or {}, SHOWN[group])
 
 
-def _text(value: Any) -> str:
+def _rows(group: str, settings: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
+    for key in keys:
+        value = settings.get(key)
+        if value not in EMPTY:
+            yield f"| {group}.{key} | {_code(value)} |"
+
+
+def _code(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"`{text}`".replace("|", "\\|")
 
 
-def _scores(folder: Path) -> list[str]:
-    """A table of the best validation of a run and of its last one, if it had any."""
+def _scores(folder: Path) -> Iterator[str]:
+    """Yields a table of a run's best and last validation, if it had any."""
     file = folder / "metrics.json"
-    fit = json.loads(file.read_text(encoding="utf-8")).get("fit", {}) if file.exists() else {}
-    best, last = (fit.get(which) or {} for which in ("best", "last"))
+    if not file.exists():
+        return
+    fit = json.loads(file.read_text(encoding="utf-8")).get("fit", {})
+    best, last = fit.get("best") or {}, fit.get("last") or {}
     names = [name for name in {**best, **last} if name.startswith("val/")]
     if not names:
-        return []
-    lines = [
-        "## Scores of the validation",
-        "",
-        f"| | best, step {best.get('step', '-')} | last, step {last.get('step', '-')} |",
-        "|---|---|---|",
-    ]
-    return [
-        *lines,
-        *(
-            f"| {name[4:]} | {_score(best.get(name))} | {_score(last.get(name))} |"
-            for name in names
-        ),
-        "",
-    ]
+        return
+    yield from ("## Scores of the validation", "")
+    yield f"| | best, step {best.get('step', '-')} | last, step {last.get('step', '-')} |"
+    yield "|---|---|---|"
+    for name in names:
+        yield f"| {name[4:]} | {_score(best.get(name))} | {_score(last.get(name))} |"
+    yield ""
 
 
 def _score(value: float | None) -> str:

@@ -18,7 +18,7 @@ def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
     return model_card(
         "mine",
         run=made,
-        trained=dict(trained),
+        training=dict(trained),
         config=config,
         merged=merged,
         dtype="bfloat16",

@@ -364,14 +364,14 @@ class QwenVLFamily:
             template=self.template,
         )
 
-    def adapter_caveat(self, tensors: Iterable[str]) -> str | None:
-        """Names what limits the use of an exported adapter; see `Family.adapter_caveat`."""
-        if any(map(PROJECTION.search, tensors)):
-            return (
-                "the adapters on q_proj, k_proj and v_proj of the resampler load here only, "
-                "elsewhere these are one tensor"
-            )
-        return None
+    def adapter_caveats(self, tensors: Iterable[str]) -> list[str]:
+        """Returns what limits the use of an exported adapter; see `Family.adapter_caveats`."""
+        if not any(map(PROJECTION.search, tensors)):
+            return []
+        return [
+            "the adapters on q_proj, k_proj and v_proj of the resampler load here only, "
+            "elsewhere these are one tensor"
+        ]
 
 
 def _float_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,116 @@
+"""Compares an exported model with the run that it was made from, by their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from qwenvl_lit import build
+from qwenvl_lit.data.collate import Pad
+from qwenvl_lit.data.demo.scenes import scenes
+from qwenvl_lit.runs.run import find_run
+from qwenvl_lit.training.module import VisionLanguageModule
+from qwenvl_lit.types import Batch, Conversation, DataError, ImageSource, Turn
+
+ROWS = 3  # that are compared
+# Largest difference of logits, as a share of the largest logit. In float32 the order of summation
+# differs; in the other formats the merged weights are rounded once more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
+
+
+def comparison_batches(
+    config: DictConfig, module: VisionLanguageModule, device: torch.device
+) -> Iterator[Batch]:
+    """Yields prompts to compare on, one a batch.
+
+    They are rows of the run's data, or of drawn images if the config asks for these or names no
+    data.
+    """
+    if config.compare == "run" and config.data:
+        conversations = _rows_of_run(config, module)
+    else:
+        conversations = _drawn_rows()
+    pad = Pad(pad_id=module.processor.pad_id)
+    for conversation in conversations:
+        yield pad([module.processor.encode(conversation, prompt=True)]).to(device)
+
+
+def _rows_of_run(config: DictConfig, module: VisionLanguageModule) -> list[Conversation]:
+    data = build.data(config, module.processor)
+    data.prepare_data()
+    data.setup("predict")
+    rows = next(iter(data.test.values()))
+    return [rows[index] for index in range(min(ROWS, len(rows)))]
+
+
+def _drawn_rows() -> list[Conversation]:
+    conversations: list[Conversation] = []
+    for number, scene in enumerate(scenes("test", ROWS)):
+        question = (ImageSource(scene.draw()), "What is in the picture?")
+        turn = Turn(role="user", parts=question)
+        conversations.append(Conversation(id=str(number), turns=(turn,)))
+    return conversations
+
+
+def check_equivalence(
+    module: VisionLanguageModule,
+    folder: Path,
+    batches: Sequence[Batch],
+    *,
+    dtypes: Collection[str],
+    device: torch.device,
+) -> str:
+    """Loads an exported folder as a user would, and compares its logits with those of the run.
+
+    Args:
+        dtypes: those of the weights of the run and of the exported model, see `TOLERANCE`.
+
+    Returns:
+        The result as a sentence.
+
+    Raises:
+        DataError: the logits are not finite, or differ by more than the tolerance.
+    """
+    expected = _logits(module, batches)
+    exported = build.trained_module(find_run(str(folder)), {}, load_device=device)
+    actual = _logits(exported, batches)
+    largest = float(max(logits.abs().max() for logits in expected))
+    allowed = max(TOLERANCE[dtype] for dtype in dtypes) * largest
+    difference, agreeing, tokens = 0.0, 0, 0
+    for ours, theirs in zip(expected, actual, strict=True):
+        if not torch.isfinite(theirs).all():
+            raise DataError(
+                "the exported model gives logits that are not finite; "
+                "float16 only reaches 65504: choose dtype=bfloat16"
+            )
+        difference = max(difference, float((ours - theirs).abs().max()))
+        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(ours)
+    if not difference <= allowed:
+        raise DataError(
+            f"the exported model is not the run's: logits up to {largest:.3g} differ by up to "
+            f"{difference:.3g}, and rounding explains {allowed:.3g}; nothing was kept"
+        )
+    return (
+        f"logits up to {largest:.3g} differ by {difference:.2g} at most in {len(batches)} rows; "
+        f"{agreeing} of {tokens} likeliest tokens agree"
+    )
+
+
+def _logits(module: VisionLanguageModule, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Returns the logits (T, V) of each batch of one row, on the CPU.
+
+    The weights are loaded for this and freed afterwards.
+    """
+    module.configure_model()
+    module.model.eval()
+    logits: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for batch in batches:
+            output = module.model(**module.family.inputs(batch))
+            logits.append(output.logits[0].float().cpu())
+    module.unload_model()
+    return logits

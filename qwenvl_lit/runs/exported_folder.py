@@ -1,0 +1,123 @@
+"""Writes the folders that `export` makes: a whole model, or an adapter, with its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.runs.run import SETTINGS
+from qwenvl_lit.training.adapters.merging import MergedWeights, load_trained_state
+from qwenvl_lit.training.adapters.methods import Adapter
+from qwenvl_lit.training.adapters.peft_files import read_peft_file, weights_file
+from qwenvl_lit.training.module import VisionLanguageModule
+from qwenvl_lit.types import DataError
+
+
+def write_model(module: VisionLanguageModule, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a whole model, with all that was trained merged into its weights.
+
+    Raises:
+        DataError: the disk is too small, or a checkpoint is missing or belongs to another model.
+    """
+    read = module.family.base_reader(module.load_device)
+    checkpoints = _trained_checkpoints(module)
+    for number, (adapter, checkpoint) in enumerate(checkpoints, 1):
+        # A run merges earlier checkpoints in the precision of the weights; so does the export. The
+        # last one is rounded once, to `dtype`.
+        last = number == len(checkpoints)
+        read = MergedWeights(
+            read,
+            family=module.family,
+            adapter=adapter,
+            checkpoint=checkpoint,
+            dtype=torch.float32 if last else None,
+        )
+    module.family.export(read, folder, dtype=dtype)
+
+
+def _trained_checkpoints(module: VisionLanguageModule) -> list[tuple[Adapter, Path]]:
+    """Returns what was trained on top of the base weights, the oldest first."""
+    newest_first: list[tuple[Adapter, Path]] = []
+    if module.adapter:
+        newest_first.append((module.adapter, module.trained_checkpoint))
+    init = module.init
+    while init:
+        init.check()
+        newest_first.append((init.adapter, init.checkpoint))
+        init = init.init
+    return newest_first[::-1]
+
+
+def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) -> None:
+    """Writes the adapter in peft's format.
+
+    Args:
+        base: the name or folder of the base model, for `adapter_config.json`.
+
+    Raises:
+        DataError: there is no adapter, or it belongs to weights that another run has changed.
+    """
+    if module.init:
+        raise DataError(
+            f"the run started from the checkpoint of another run ({module.init.checkpoint}), and "
+            f"its adapter is useless without it: export with merge=true"
+        )
+    model = None
+    if module.adapter:
+        model = module.adapter.apply(module.family.meta_model(), module.family)
+    if not hasattr(model, "peft_config"):
+        raise DataError(
+            "there is no adapter: whole tensors were trained, or nothing was; "
+            "export with merge=true"
+        )
+    load_trained_state(model, module.trained_checkpoint, assign=True)
+    peft_config = model.peft_config["default"]
+    peft_config.base_model_name_or_path = base
+    # Without a task type, peft writes the name of a class of this package.
+    peft_config.task_type = "CAUSAL_LM"
+    # Base weights are on the meta device.
+    trained = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
+
+
+def adapter_caveats(folder: Path, family: Family) -> list[str]:
+    """Returns what limits the use of an exported adapter elsewhere."""
+    return family.adapter_caveats(read_peft_file(weights_file(folder)))
+
+
+def portable_settings(model: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Returns the settings of a model without those that depend on the machine."""
+    return {key: value for key, value in model.items() if key not in family.machine_settings}
+
+
+def write_settings(
+    folder: Path, settings: Mapping[str, Any], family: Family, *, merged: bool, dtype: str
+) -> None:
+    """Writes how the model is prompted and how it generates.
+
+    Neither peft nor the published layout has a file for this.
+
+    Args:
+        settings: the groups `model` and `generation` of the config.
+    """
+    model = dict(settings["model"])
+    if merged:
+        for key in family.base_settings:
+            model.pop(key, None)
+        model["dtype"] = dtype
+    else:
+        model["path"] = absolute_path(model["path"])
+    text = json.dumps({**settings, "model": model}, indent=2, ensure_ascii=False)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def absolute_path(path: str | None) -> str | None:
+    """Returns the absolute path of a folder, or a name on the hub unchanged."""
+    if path and Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser().resolve())
+    return path
