@@ -1,4 +1,4 @@
-"""A run of a tiny model on tiny data, and ways to end it: what the tests of checkpoints share."""
+"""A training run of a tiny model on tiny data, and ways to end it, for tests of checkpoints."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,50 +6,27 @@ from pathlib import Path
 import lightning
 import torch
 from PIL import Image
+from tiny import tiny_family
 from toy_task import trainer
 
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
-VISUAL = {
-    "image_size": 16,
-    "patch_size": 8,
-    "width": 16,
-    "layers": 1,
-    "heads": 2,
-    "mlp_ratio": 2.0,
-    "output_dim": 32,
-    "n_queries": 4,
-}
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "kv_channels": 16,
-    "intermediate_size": 64,
-}
 DROPOUT = LoRA(rank=2, alpha=4, dropout=0.3, targets="all-linear")
 
 
-def family() -> QwenVLFamily:
-    return QwenVLFamily(
-        config={**SIZES, "visual": {**VISUAL, "resampler_heads": 2}}, vocabulary="tiny"
-    )
-
-
 class Killed(BaseException):
-    """Ends a run where it stands: nothing catches it but pytest."""
+    """Ends a run at once, as a signal would: only pytest catches it."""
 
 
 class At(lightning.Callback):
-    """Does something in the `nth` call of a hook."""
+    """Calls `act` when `hook` is called for the `nth` time."""
 
     def __init__(self, hook: str, nth: int, act):
         calls = Counter()
@@ -70,16 +47,15 @@ def kills_at(hook: str, nth: int) -> At:
 
 
 def read(source: str, read_options) -> list[Conversation]:
+    """Makes each letter a row with an image of its own color; the answer repeats the letter."""
     rows = []
-    for place, letter in enumerate(source):
+    for index, letter in enumerate(source):
+        image = ImageSource(Image.new("RGB", (9, 9), (index * 20, 0, 0)))
         turns = (
-            Turn(
-                role="user",
-                parts=(ImageSource(Image.new("RGB", (9, 9), (place * 20, 0, 0))), letter),
-            ),
+            Turn(role="user", parts=(image, letter)),
             Turn(role="assistant", parts=(letter * 3,)),
         )
-        rows.append(Conversation(id=letter, turns=turns, index=place))
+        rows.append(Conversation(id=letter, turns=turns, index=index))
     return rows
 
 
@@ -87,15 +63,18 @@ def run(
     folder: Path,
     *callbacks,
     adapter=DROPOUT,
-    goes_on: bool = False,
+    resume: bool = False,
     every: int = 2,
     keep: int = 0,
     **options,
 ) -> dict[str, torch.Tensor]:
-    """What is trained at the end: two epochs of seven batches, two of which are a step, and a validation after every third batch."""
+    """Trains two epochs of seven batches, two batches per step; returns the trained tensors.
+
+    A validation follows every third batch.
+    """
     torch.manual_seed(3)
-    task = VisionLanguageModule(
-        family=family(),
+    module = VisionLanguageModule(
+        family=tiny_family(),
         adapter=adapter,
         generation=Generation(max_new_tokens=2, do_sample=True),
         metrics={},
@@ -103,7 +82,7 @@ def run(
         config={"seed": 3},
     )
     data = DataModule(
-        processor=task.processor,
+        processor=module.processor,
         read=read,
         train="abcdefghijklmn",
         validation="opq",
@@ -115,23 +94,15 @@ def run(
         "accumulate_grad_batches": 2,
         "val_check_interval": 3,
         "gradient_clip_val": 1.0,
+        "enable_checkpointing": True,
     }
-    fitted = trainer(
-        folder,
-        RunLog(),
-        *callbacks,
-        RunCheckpoint(every=every, keep=keep),
-        enable_checkpointing=True,
-        **{**defaults, **options},
+    checkpoints = RunCheckpoint(every=every, keep=keep)
+    last = folder / "checkpoints/last.ckpt" if resume else None
+    trainer(folder, RunLog(), *callbacks, checkpoints, **{**defaults, **options}).fit(
+        module, data, ckpt_path=last, weights_only=True
     )
-    fitted.fit(
-        task,
-        data,
-        ckpt_path=folder / "checkpoints/last.ckpt" if goes_on else None,
-        weights_only=True,
-    )
-    names = task.trainable_names()
-    return {name: tensor.clone() for name, tensor in task.state_dict().items() if name in names}
+    trainable, state = module.trainable_names(), module.state_dict()
+    return {name: state[name].clone() for name in state if name in trainable}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -139,7 +110,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def history(folder: Path) -> list[dict]:
-    return [
-        {name: value for name, value in record.items() if not name.endswith("_s")}
-        for record in read_log(folder / "logging.jsonl")
-    ]
+    """The log of a run without the times."""
+    history = []
+    for record in read_log(folder / "logging.jsonl"):
+        history.append({name: record[name] for name in record if not name.endswith("_s")})
+    return history

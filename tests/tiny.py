@@ -1,4 +1,4 @@
-"""The smallest Qwen-VL, and a task that trains it on rows of one letter each."""
+"""The smallest Qwen-VL, and a module that trains it on rows of one letter each."""
 
 from PIL import Image
 
@@ -34,24 +34,26 @@ def tiny_family(**options) -> QwenVLFamily:
 
 
 def tiny_task(adapter, **options) -> VisionLanguageModule:
-    task = VisionLanguageModule(
+    """A module with its weights; `options` are those of the family."""
+    module = VisionLanguageModule(
         family=tiny_family(**options),
         adapter=adapter,
         generation=Generation(max_new_tokens=2),
         metrics={"exact_match": ExactMatch()},
         optim=AdamW(lr=1e-3),
     )
-    task.configure_model()
-    return task
+    module.configure_model()
+    return module
 
 
 def read_letters(source: str, read_options) -> list[Conversation]:
-    """Each letter is a row with an image; the image of a capital letter cannot be opened."""
+    """Makes each letter a row with an image; the image of a capital letter cannot be decoded."""
     rows = []
-    for place, letter in enumerate(source):
-        image = (
-            ImageSource(b"no image") if letter.isupper() else ImageSource(Image.new("RGB", (9, 9)))
+    for index, letter in enumerate(source):
+        content = b"no image" if letter.isupper() else Image.new("RGB", (9, 9))
+        turns = (
+            Turn(role="user", parts=(ImageSource(content), letter)),
+            Turn(role="assistant", parts=("yes",)),
         )
-        turns = (Turn(role="user", parts=(image, letter)), Turn(role="assistant", parts=("yes",)))
-        rows.append(Conversation(id=letter, turns=turns, index=place))
+        rows.append(Conversation(id=letter, turns=turns, index=index))
     return rows

@@ -1,4 +1,7 @@
-"""A task with one weight, whose answers are written in its data: enough to run Lightning's loops around metrics and callbacks."""
+"""A module with one weight whose answers are columns of its data.
+
+It is enough to run Lightning's loops around metrics and callbacks.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +34,7 @@ def conversation(
     question: Sequence[Part] = ("What?",),
     answer: Sequence[Part] = ("yes",),
 ) -> Conversation:
-    """Asked about a 64 x 64 image; `says` is what the toy task answers."""
+    """A question about a 64 x 64 image, to which `ToyTask` answers `says`."""
     image = ImageSource(Image.new("RGB", (64, 64), (40, 60 + index, 80)))
     turns = (
         Turn(role="user", parts=(image, *question)),
@@ -41,7 +44,7 @@ def conversation(
 
 
 def batch_of(rows: Sequence[Conversation]) -> Batch:
-    """Three slots a row: one of padding, two tokens, one of them supervised."""
+    """Rows of two tokens and one of padding; one token is supervised."""
     ids = torch.ones(len(rows), 3, dtype=torch.int64)
     return Batch(
         conversations=tuple(rows),
@@ -57,7 +60,7 @@ def batch_of(rows: Sequence[Conversation]) -> Batch:
 
 
 class ToyData(lightning.LightningDataModule):
-    """Batches of two; each rank has every other row of each set."""
+    """Batches of two rows; with two ranks, each rank has every other row of each set."""
 
     def __init__(
         self,
@@ -67,20 +70,16 @@ class ToyData(lightning.LightningDataModule):
         super().__init__()
         self.rows = rows
         self.test = dict(test or {})
-        self.allow_zero_length_dataloader_with_multiple_devices = (
-            True  # Lightning refuses a rank without rows otherwise
-        )
+        # Otherwise Lightning refuses a rank without rows.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @property
     def test_names(self) -> list[str]:
         return list(self.test)
 
     def _loader(self, rows: Sequence[Conversation]) -> DataLoader:
-        return DataLoader(
-            rows[self.trainer.global_rank :: self.trainer.world_size],
-            batch_size=2,
-            collate_fn=batch_of,
-        )
+        own_rows = rows[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(own_rows, batch_size=2, collate_fn=batch_of)
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.rows)
@@ -95,7 +94,7 @@ class ToyData(lightning.LightningDataModule):
 
 
 class ToyTask(lightning.LightningModule):
-    """Its loss is the square of its weight, which begins at 1; the learning rate halves each step."""
+    """Its loss is the square of its weight, initially 1; each step halves the learning rate."""
 
     def __init__(self):
         super().__init__()
@@ -142,32 +141,27 @@ class ToyTask(lightning.LightningModule):
 
 
 def answers(batch: Batch) -> list[Prediction]:
-    """What the rows' column `says`, with a box around the left half of the picture."""
-    return [
-        Prediction(
-            conversation=row,
-            text=row.columns["says"],
-            parts=(row.columns["says"], grounded("half", 0, 0, 32, 64)),
-            reference="yes",
-        )
-        for row in batch.conversations
-    ]
+    """Answers with the column `says` of the rows, and a box around the left half of the image."""
+    predictions = []
+    for row in batch.conversations:
+        text = row.columns["says"]
+        parts = (text, grounded("half", 0, 0, 32, 64))
+        predictions.append(Prediction(conversation=row, text=text, parts=parts, reference="yes"))
+    return predictions
 
 
 def trainer(folder, *callbacks: lightning.Callback, **options) -> lightning.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    """A trainer on the CPU that writes nothing by itself."""
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "log_every_n_steps": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
     }
-    return lightning.Trainer(
-        default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **defaults, **options}
-    )
+    options = {**defaults, **options}
+    return lightning.Trainer(default_root_dir=folder, callbacks=list(callbacks), **options)

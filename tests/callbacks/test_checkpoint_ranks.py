@@ -48,7 +48,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         fit(f"{kind}_whole", **options)
         with pytest.raises(Killed):
             fit(f"{kind}_killed", kills_at("on_train_batch_start", 10), **options)
-        fit(f"{kind}_killed", goes_on=True, **options)
+        fit(f"{kind}_killed", resume=True, **options)
 
     barrier = torch.distributed.barrier  # has the host wait for its device
     forbid = At(
@@ -70,7 +70,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     told = At("on_train_batch_start", 10, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         fit("ddp_stopped", *[told] * rank, every=1000)  # only rank 1 hears of it
-    fit("ddp_stopped", goes_on=True, every=1000)
+    fit("ddp_stopped", resume=True, every=1000)
 
     full = At(
         "on_train_batch_start",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from small_network import IMAGE, image_positions, images, padded, small_network, tensor, text
-from small_run import family
+from tiny import tiny_family
 from toy_task import trainer
 
 from qwenvl_lit.data.collate import Pad
@@ -107,7 +107,7 @@ def test_a_mistake_in_choices_is_named(read_row, change, says):
 
 def test_the_likeliest_option_is_the_prediction_and_is_scored(file, tmp_path):
     task = VisionLanguageModule(
-        family=family(),
+        family=tiny_family(),
         adapter=None,
         generation=Generation(max_new_tokens=2),
         metrics={"accuracy": ExactMatch()},
@@ -133,7 +133,7 @@ def test_the_likeliest_option_is_the_prediction_and_is_scored(file, tmp_path):
 
 
 def test_options_follow_a_raw_prompt_with_a_space():
-    chat, raw = family().processor(), family()
+    chat, raw = tiny_family().processor(), tiny_family()
     raw.prompting["template"] = "raw"
     row = Conversation(id="1", turns=(Turn(role="user", parts=("Answer:",)),), options=("A", "B"))
     assert [
@@ -144,7 +144,7 @@ def test_options_follow_a_raw_prompt_with_a_space():
 
 def test_rows_with_and_without_options_are_not_answered_together(tmp_path):
     task = VisionLanguageModule(
-        family=family(), adapter=None, generation=Generation(max_new_tokens=2), metrics={}
+        family=tiny_family(), adapter=None, generation=Generation(max_new_tokens=2), metrics={}
     )
     task.configure_model()
     rows = [

@@ -1,19 +1,21 @@
-"""What a step does with a batch of which every row was dropped."""
+"""Batches of which every row was dropped, and the end of a run on a GPU."""
 
 import math
 
 import lightning
 import pytest
 import torch
-from tiny import read_letters, tiny_task
+from tiny import read_letters, tiny_family, tiny_task
 from torch import nn
 from toy_task import trainer
 
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.throughput import Throughput
-from qwenvl_lit.data.collate import nothing
+from qwenvl_lit.data.collate import empty_batch
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.training.adapters.methods import Full, LoRA
+from qwenvl_lit.training.module import VisionLanguageModule
 
 
 @pytest.mark.parametrize(
@@ -22,30 +24,43 @@ from qwenvl_lit.training.adapters.methods import Full, LoRA
     ids=["full", "lora"],
 )
 def test_a_batch_without_rows_gives_every_trained_tensor_a_gradient_of_zero(adapter):
-    made = tiny_task(adapter)
-    loss = made.training_step(nothing(made.processor.pad_id, ("broken",)), 0)
+    module = tiny_task(adapter)
+    loss = module.training_step(empty_batch(module.processor.pad_id, ("broken",)), 0)
     loss.backward()
     assert loss == 0
-    for name, tensor in made.named_parameters():
+    for name, tensor in module.named_parameters():
         if tensor.requires_grad:
             assert tensor.grad is not None, name
             assert not tensor.grad.any(), name
 
 
-def test_the_end_of_a_run_on_a_gpu_calls_nothing_to_the_host(monkeypatch):
-    made, moved = tiny_task(Full()), []
+def test_a_model_on_a_gpu_is_not_moved_to_the_host_at_the_end_of_a_run(monkeypatch):
+    moved = []
     monkeypatch.setattr(nn.Module, "cpu", lambda module: moved.append(module))
-    made.cpu()
-    assert moved == [made]
-    made.home = torch.device("cuda")
-    assert made.cpu() is made
-    assert len(moved) == 1
+    choices = {"adapter": None, "generation": Generation(), "metrics": {}}
+    on_cpu = VisionLanguageModule(family=tiny_family(), **choices)
+    on_gpu = VisionLanguageModule(family=tiny_family(), **choices, load_device="cuda")
+    on_cpu.cpu()
+    assert on_gpu.cpu() is on_gpu
+    assert moved == [on_cpu]
 
 
-def test_loops_pass_over_batches_without_rows(tmp_path):
-    made = tiny_task(Full())
+def test_an_unloaded_model_is_loaded_again():
+    module = tiny_task(Full())
+    before = module.model
+    module.configure_model()
+    assert module.model is before
+    module.unload_model()
+    assert module.model is None
+    module.configure_model()
+    after = module.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.state_dict().items())
+
+
+def test_training_and_testing_skip_batches_without_rows(tmp_path):
+    module = tiny_task(Full())
     data = DataModule(
-        processor=made.processor,
+        processor=module.processor,
         read=read_letters,
         train="ABcd",
         validation="EFgh",
@@ -59,19 +74,17 @@ def test_loops_pass_over_batches_without_rows(tmp_path):
     )
     losses: list[float] = []
 
-    class Watch(lightning.Callback):
+    class Losses(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             losses.append(float(outputs["loss"]))
 
-    trained = trainer(tmp_path, Watch(), Throughput(), RunLog(), max_epochs=1)
-    trained.fit(made, data)
-    held_out = trained.callback_metrics
-    assert held_out["val/perplexity"].item() == pytest.approx(
-        math.exp(held_out["val/loss"]), rel=1e-5
-    )
-    assert 0 <= held_out["val/token_accuracy"] <= 1
+    fit = trainer(tmp_path, Losses(), Throughput(), RunLog(), max_epochs=1)
+    fit.fit(module, data)
+    scores = fit.callback_metrics
+    assert scores["val/perplexity"].item() == pytest.approx(math.exp(scores["val/loss"]), rel=1e-5)
+    assert 0 <= scores["val/token_accuracy"] <= 1
     assert sorted(loss > 0 for loss in losses) == [False, False, True, True]
-    tested = trainer(tmp_path)
-    tested.test(made, data, verbose=False)
-    assert tested.callback_metrics["test/rows"] == 2
+    test = trainer(tmp_path)
+    test.test(module, data, verbose=False)
+    assert test.callback_metrics["test/rows"] == 2
     assert torch.isfinite(torch.tensor(losses)).all()

@@ -8,7 +8,8 @@ import lightning
 import pytest
 import torch
 from small_network import CLOSE, IMAGE, image_positions, images, small_network, text
-from small_run import family, read
+from small_run import read
+from tiny import tiny_family
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -236,7 +237,7 @@ class ForbidSynchronization(lightning.Callback):
 @pytest.mark.parametrize("packing", [False, True])
 def test_no_training_step_synchronizes(tmp_path, packing):
     module = VisionLanguageModule(
-        family=family(),
+        family=tiny_family(),
         adapter=LoRA(rank=2, alpha=4, dropout=0.1, targets="all-linear"),
         generation=Generation(),
         metrics={},
