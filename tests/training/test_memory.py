@@ -1,4 +1,4 @@
-"""The estimate against literals and measured figures; nothing here has weights."""
+"""Memory estimates against literals and measured figures; no weights are loaded."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.memory import (
-    CONTEXT,
+    CUDA_CONTEXT,
+    FRAGMENTATION,
     GIB,
-    SPARE,
     activations_of,
-    blocks_to_recompute,
+    blocks_to_checkpoint,
     estimate_memory,
 )
 
@@ -34,81 +34,74 @@ def rows(
     """Rows of the benchmarks: one image each."""
     with META:
         ids = torch.zeros(count, tokens, dtype=torch.int64)
-        positions, learned = (
-            torch.zeros(count * many, dtype=torch.int64) for many in (queries, targets)
-        )
-        pixels = torch.zeros(count, 3, side, side)
-    return {
-        "input_ids": ids,
-        "labels": ids,
-        "pixel_values": pixels,
-        "vision_positions": positions,
-        "target_positions": learned,
-    }
+        return {
+            "input_ids": ids,
+            "labels": ids,
+            "pixel_values": torch.zeros(count, 3, side, side),
+            "vision_positions": torch.zeros(count * queries, dtype=torch.int64),
+            "target_positions": torch.zeros(count * targets, dtype=torch.int64),
+        }
 
 
-def small(adapter, spread="one", cards=1, **options):
+def estimate_small(adapter, sharding="none", gpus=1, **options):
     inputs = rows(2, tokens=9, targets=3, side=16, queries=4)
-    return estimate_memory(
-        network(adapter, small_config(), **options),
-        inputs,
-        QwenVLFamily.components,
-        spread=spread,
-        cards=cards,
-    )
+    model = network(adapter, small_config(), **options)
+    return estimate_memory(model, inputs, QwenVLFamily.components, sharding=sharding, gpus=gpus)
 
 
-def test_weights_gradients_and_states_are_counted():
-    """All of a float32 network train but the resampler's table of positions, 4 x 32 numbers."""
-    parameters = 4 * sum(tensor.numel() for tensor in network(Full(), small_config()).parameters())
-    found = small(Full(), dtype=torch.float32)
-    assert found.weights["embeddings"] == found.weights["head"] == 64 * 32 * 4
-    assert found.weights["other"] == 32 * 4  # the last norm
-    assert sum(found.weights.values()) == parameters + 4 * 4 * 32
-    assert (found.gradients, found.states) == (parameters, 2 * parameters)
-    halves = small(Full(), dtype=torch.float32, spread="sharded", cards=2)
-    assert (
-        2 * (sum(halves.weights.values()) + halves.gradients + halves.states)
-        == sum(found.weights.values()) + 3 * parameters
-    )
+def test_weights_gradients_and_optimizer_states_are_counted():
+    """All of a float32 network trains except the resampler's position table of 4 x 32."""
+    trained = 4 * sum(tensor.numel() for tensor in network(Full(), small_config()).parameters())
+    estimate = estimate_small(Full(), dtype=torch.float32)
+    assert estimate.weights["embeddings"] == estimate.weights["head"] == 64 * 32 * 4
+    assert estimate.weights["other"] == 32 * 4  # the last norm
+    weights = sum(estimate.weights.values())
+    assert weights == trained + 4 * 4 * 32
+    assert (estimate.gradients, estimate.optimizer_states) == (trained, 2 * trained)
+    half = estimate_small(Full(), dtype=torch.float32, sharding="fsdp", gpus=2)
+    half_in_total = sum(half.weights.values()) + half.gradients + half.optimizer_states
+    assert 2 * half_in_total == weights + 3 * trained
 
 
-def test_adapters_are_float32_and_what_is_frozen_has_neither_gradients_nor_states():
+def test_adapters_are_float32_and_frozen_weights_have_no_gradients_or_optimizer_states():
     adapters = 2 * 4 * (8 * 32 + 96 * 8)  # two layers, A and B of each
-    found = small(SWIFT)
-    assert (found.gradients, found.states) == (adapters, 2 * adapters)
+    estimate = estimate_small(SWIFT)
+    assert (estimate.gradients, estimate.optimizer_states) == (adapters, 2 * adapters)
 
 
-def test_activations_are_those_that_autograd_keeps():
-    """Two linear layers keep their inputs, (5, 4) and (5, 8); the logits of (5, 3) and their gradient count twice in float32."""
+def test_activations_are_those_that_autograd_saves():
+    """Two linear layers save their inputs, (5, 4) and (5, 8).
+
+    The logits (5, 3) and their gradient add twice their size in float32.
+    """
 
     class Two(nn.Sequential):
         def forward(self, x):
             return type("Output", (), {"logits": super().forward(x)})()
 
     model = Two(nn.Linear(4, 8), nn.Linear(8, 3)).to(META)
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: ((kwargs.pop("x").clone().requires_grad_(),), kwargs),
-        with_kwargs=True,
-    )
-    assert (
-        activations_of(model, {"x": torch.zeros(5, 4, device=META)}).bytes()
-        == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
-    )
+
+    def to_positional(module, args, kwargs):
+        return (kwargs.pop("x").clone().requires_grad_(),), kwargs
+
+    model.register_forward_pre_hook(to_positional, with_kwargs=True)
+    activations = activations_of(model, {"x": torch.zeros(5, 4, device=META)})
+    assert activations.bytes() == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
 
 
-def test_checkpointing_and_short_rows_need_less():
+def test_checkpointing_and_fewer_rows_need_less_memory():
     model = network(SWIFT, small_config(num_hidden_layers=8))
-    large, small = (rows(count, tokens=30, targets=3, side=16, queries=4) for count in (8, 1))
-    many, few = activations_of(model, large), activations_of(model, small)
-    assert many.bytes(None) < many.bytes() / 3
-    assert many.bytes() == pytest.approx(8 * few.bytes(), rel=0.2)
-    sizes = [many.bytes(count) for count in range(1, 9)]
+    eight_rows, one_row = (
+        activations_of(model, rows(count, tokens=30, targets=3, side=16, queries=4))
+        for count in (8, 1)
+    )
+    assert eight_rows.bytes(None) < eight_rows.bytes() / 3
+    assert eight_rows.bytes() == pytest.approx(8 * one_row.bytes(), rel=0.2)
+    sizes = [eight_rows.bytes(count) for count in range(1, 9)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == many.bytes(None)
-    assert many.bytes(None, compiled=True) - many.bytes(None) == 8 * (
-        8 * 30 * 32 * 2
-    )  # blocks of (8, 30, 32) in bfloat16
+    assert sizes[-1] == eight_rows.bytes(None)
+    attention_outputs = 8 * (8 * 30 * 32 * 2)  # of eight blocks, (8, 30, 32) in bfloat16
+    assert eight_rows.bytes(None, compiled=True) - eight_rows.bytes(None) == attention_outputs
 
 
 @pytest.mark.parametrize(
@@ -116,48 +109,48 @@ def test_checkpointing_and_short_rows_need_less():
     [
         (SWIFT, 1, {}, 18.28),
         (SWIFT, 8, {}, 19.26),
-        (SWIFT, 8, {"spread": "replicated", "cards": 2}, 19.43),
-        (SWIFT, 1, {"four_bits": True}, 6.78),
+        (SWIFT, 8, {"sharding": "ddp", "gpus": 2}, 19.43),
+        (SWIFT, 1, {"quantized": True}, 6.78),
         (LoRA(rank=8, alpha=32, dropout=0.05, targets="all-linear"), 1, {}, 19.09),
-        (Full(), 1, {"spread": "sharded", "cards": 2}, 42.24),
+        (Full(), 1, {"sharding": "fsdp", "gpus": 2}, 42.24),
     ],
     ids=["lora", "lora, batch 8", "lora, batch 8, ddp", "qlora", "lora_all", "full, fsdp"],
 )
-def test_a_full_size_run_needs_what_was_measured(adapter, count, options, measured):
+def test_the_estimate_for_a_full_size_run_is_what_was_measured(adapter, count, options, measured):
     """`peak_memory_gib` of benchmarks/train.json, on H100s with checkpointing."""
-    found = estimate_memory(
-        network(adapter), rows(count), QwenVLFamily.components, recomputed=None, **options
+    estimate = estimate_memory(
+        network(adapter), rows(count), QwenVLFamily.components, checkpointed=None, **options
     )
-    assert found.total / GIB == pytest.approx(measured, rel=0.03)
+    assert estimate.total / GIB == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize(("count", "measured"), [(1, 20.7), (8, 36.9)])
-def test_without_checkpointing_it_is_near_what_the_original_code_needed(count, measured):
-    """Whose blocks keep a little more."""
-    assert estimate_memory(
-        network(SWIFT), rows(count), QwenVLFamily.components
-    ).total / GIB == pytest.approx(measured, rel=0.15)
+def test_without_checkpointing_the_estimate_is_near_the_memory_of_the_original_code(
+    count, measured
+):
+    """The blocks of the original save a little more."""
+    estimate = estimate_memory(network(SWIFT), rows(count), QwenVLFamily.components)
+    assert estimate.total / GIB == pytest.approx(measured, rel=0.15)
 
 
-def test_as_many_blocks_run_again_as_memory_asks():
-    model, inputs = (
-        network(SWIFT, small_config(num_hidden_layers=8)),
-        rows(8, tokens=30, targets=3, side=16, queries=4),
-    )
-    options = {"four_bits": False, "spread": "one", "cards": 1}
-    most, least = (
-        estimate_memory(model, inputs, QwenVLFamily.components, recomputed=count).total * SPARE
-        + CONTEXT
-        for count in (0, None)
-    )
+def test_the_fewest_blocks_that_make_it_fit_are_checkpointed():
+    model = network(SWIFT, small_config(num_hidden_layers=8))
+    inputs = rows(8, tokens=30, targets=3, side=16, queries=4)
 
-    def chosen(room: float) -> list[str]:
-        return blocks_to_recompute(model, inputs, QwenVLFamily.components, room, **options)
+    def needed(checkpointed: int | None) -> float:
+        estimate = estimate_memory(
+            model, inputs, QwenVLFamily.components, checkpointed=checkpointed
+        )
+        return estimate.total * FRAGMENTATION + CUDA_CONTEXT
 
-    assert chosen(most) == []
-    some = chosen((most + least) / 2)
+    def checkpointed_blocks(available: float) -> list[str]:
+        options = {"quantized": False, "sharding": "none", "gpus": 1}
+        return blocks_to_checkpoint(model, inputs, QwenVLFamily.components, available, **options)
+
+    most, least = needed(0), needed(None)
+    assert checkpointed_blocks(most) == []
+    some = checkpointed_blocks((most + least) / 2)
     assert some == [f"base_model.model.transformer.h.{layer}" for layer in range(len(some))]
     assert 2 < len(some) < 6
-    assert (
-        len(chosen(least)) == len(chosen(0)) == 8
-    )  # and what else fails, fails with as little as there is
+    assert len(checkpointed_blocks(least)) == 8
+    assert len(checkpointed_blocks(0)) == 8  # all of them, even if that is not enough
