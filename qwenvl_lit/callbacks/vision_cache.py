@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from qwenvl_lit.callbacks.stop_signals import INTERRUPTED
 from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.data.feature_pass import (
-    ReportProgress,
     distinct_rows,
     encode_images,
     encode_padded,
@@ -26,7 +25,7 @@ from qwenvl_lit.data.feature_pass import (
     fingerprint,
 )
 from qwenvl_lit.data.features import CachedFeatures, FeatureStore
-from qwenvl_lit.data.survey import available_cores
+from qwenvl_lit.data.survey import ReportProgress, available_cores
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.types import DataError, ImageSource

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
-from qwenvl_lit.data.survey import Finding, survey
+from qwenvl_lit.data.survey import Finding, ReportProgress, survey
 from qwenvl_lit.types import BadImage, Conversation, DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ BATCH_SIZE = 16  # images that go through the encoder at once
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (N, ...) -> features (N, Q, D)
 Locations = dict[str, tuple[int, int]]  # image key -> a row that has the image, and its index there
-ReportProgress = Callable[[str, int, int], object]  # name of the work, how much is done, how much
 
 
 def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:

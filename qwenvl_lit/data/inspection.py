@@ -1,8 +1,7 @@
-"""What a whole dataset holds and what is wrong with it: every row read and counted, every image decoded, the sets compared."""
+"""Inspects a whole dataset: reads every row, decodes every image, and compares the sets."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,31 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
+from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest, with_location
 from qwenvl_lit.data.selection import Concat, Rows, Subset
-from qwenvl_lit.data.survey import Finding, Kind, survey
-from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, ImageSource, Turn
+from qwenvl_lit.data.survey import Finding, Kind, ReportProgress, survey
+from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
+# From mild to severe: a row counts for its most severe finding.
+SEVERITY: tuple[Kind, ...] = ("duplicate", "note", "dropped", "error")
 
-Progress = Callable[
-    [str, int, int], object
-]  # what is read, how much of it is done, how much there is
-
-SEVERITY: tuple[Kind, ...] = (
-    "duplicate",
-    "note",
-    "dropped",
-    "error",
-)  # a row counts for the worst that was found
+# By name of an image file or address: the key of its content, or why it cannot be decoded.
+Contents = Mapping[str, str | Finding]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class File:
-    """A file that a set reads."""
+    """A file that the rows of a set are read from."""
 
     path: Path
     layout: str
@@ -44,48 +37,48 @@ class File:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SetFacts:
-    """What one set holds. Counts of boxes, tokens and answers are over the rows that can be used."""
+    """The facts about one set. Boxes, tokens and answers are counted over its usable rows."""
 
     name: str
     rows: int
     files: tuple[File, ...]
-    prompts: bool  # read as questions to answer: their answers are compared with, not learned
+    prompts: bool  # rows are questions to answer; their answers are references, not supervised
     lengths: np.ndarray  # (usable rows,) int32 tokens
-    supervised: np.ndarray  # (usable rows,) int32 tokens that are learned
+    supervised: np.ndarray  # (usable rows,) int32 supervised tokens
     usable: np.ndarray  # (usable rows,) indices
-    images: int  # different files or addresses, and images inside rows
+    images: int  # distinct files and addresses, and distinct images inside rows
     boxes: int
     unanswered: int  # rows without an answer
-    findings: tuple[Finding, ...]  # by index
-    affected: Mapping[Kind, int]  # rows by the worst that was found
+    findings: tuple[Finding, ...]  # ordered by index
+    affected: Mapping[Kind, int]  # rows by their most severe finding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlap:
-    """What two sets have in common, by content."""
+    """What two sets have in common, compared by content."""
 
     first: str
     second: str
-    rows: int  # rows of the second that ask the same of the same images as a row of the first
-    images: int  # different images that are in both
+    rows: int  # rows of the second set that repeat question and images of a row of the first
+    images: int  # distinct images in both sets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """A dataset, gone through."""
+    """The result of inspecting a dataset."""
 
     sets: tuple[SetFacts, ...]
     overlaps: tuple[Overlap, ...]  # of pairs of sets that have anything in common
 
     @property
     def errors(self) -> list[tuple[str, Finding]]:
-        """Findings that keep the dataset from being used, each with the name of its set."""
-        return [
-            (facts.name, finding)
-            for facts in self.sets
-            for finding in facts.findings
-            if finding.kind == "error"
-        ]
+        """Findings that make the dataset unusable, each with the name of its set."""
+        errors = []
+        for facts in self.sets:
+            for finding in facts.findings:
+                if finding.kind == "error":
+                    errors.append((facts.name, finding))
+        return errors
 
 
 def inspect(
@@ -95,133 +88,164 @@ def inspect(
     prompts: Collection[str] = (),
     max_bad_fraction: float = 0.0,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: ReportProgress | None = None,
 ) -> Inspection:
-    """Read every row of `sets` and decode every image once; faults are collected, whatever their number.
+    """Reads every row of `sets`, and decodes every image once. All errors are collected.
 
     Args:
-        prompts: names of sets whose rows are questions to answer.
-        max_bad_fraction: share of a set's rows that are dropped if their images cannot be decoded; more are errors.
-        workers: processes.
+        prompts: names of the sets whose rows are questions to answer.
+        max_bad_fraction: if at most this share of the rows of a set have images that cannot be
+            decoded, these rows count as dropped, otherwise as errors.
+        workers: number of processes.
     """
-    gathered = [
-        _gather(name, rows, processor, name in prompts, workers, progress)
-        for name, rows in sets.items()
-    ]
+    inspected: list[_InspectedSet] = []
+    for name, rows in sets.items():
+        inspected.append(_read_rows(name, rows, processor, name in prompts, workers, progress))
     files: dict[str, ImageSource] = {}
-    for some in gathered:
-        files.update(some.files)
+    for one_set in inspected:
+        files.update(one_set.files)
     contents = _decode(files, workers, progress)
-    for some in gathered:
-        some.add_broken_images(contents, max_bad_fraction)
-    overlaps = list(_overlaps(gathered, contents))
-    return Inspection(sets=tuple(some.facts() for some in gathered), overlaps=tuple(overlaps))
+    for one_set in inspected:
+        one_set.add_broken_images(contents, max_bad_fraction)
+    overlaps = tuple(_find_overlaps(inspected, contents))
+    return Inspection(sets=tuple(one_set.facts() for one_set in inspected), overlaps=overlaps)
 
 
 def files_of(rows: Rows) -> Iterator[File]:
-    """The files that rows come from, each once, in order."""
+    """Yields the files that `rows` are read from, each once, in order."""
     seen: set[Path] = set()
-    todo = [rows]
-    while todo:
-        match todo.pop(0):
+    pending = [rows]
+    while pending:
+        match pending.pop(0):
             case Subset(rows=inner):
-                todo.insert(0, inner)
+                pending.insert(0, inner)
             case Concat(sources=sources):
-                todo[:0] = sources
+                pending[:0] = sources
             case source if (path := getattr(source, "file", None)) and path not in seen:
                 seen.add(path)
-                layout = getattr(source, "layout", None)  # readers of a single format have none
-                yield File(
-                    path=path,
-                    layout=layout.name if layout else type(source).__name__,
-                    rows=len(source),
-                )
+                layout = getattr(source, "layout", None)
+                # Readers of a single format have no layout.
+                name = layout.name if layout else type(source).__name__
+                yield File(path=path, layout=name, rows=len(source))
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What is kept of a row: little, since all rows of a dataset are in memory at once."""
+@dataclass(slots=True)
+class _InspectedSet:
+    """One set while it is inspected."""
 
-    tokens: int
-    supervised: int
-    boxes: int
-    answered: bool
-    question: bytes  # digest of all that is asked, images left open
-    images: tuple[
-        ImageSource | str, ...
-    ]  # files and addresses; the content's key of an image inside the row
-    broken: tuple[str, ...]  # what is wrong with images inside the row
-    said: tuple[tuple[Kind, str], ...]
-    id: str  # of a row of which anything is said or broken, else empty
+    name: str
+    rows: Rows
+    prompts: bool
+    files: dict[str, ImageSource] = field(default_factory=dict)  # images by path or address
+    embedded: set[str] = field(default_factory=set)  # keys of images inside rows
+    findings: list[Finding] = field(default_factory=list)
+    broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, id, message
+    questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)
+    """By index: digest of the question, and names of its images or keys of embedded ones."""
+    severity: np.ndarray = field(init=False)  # (rows,) 0, or 1 + index into SEVERITY
+    counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised, boxes, answered
 
+    def __post_init__(self):
+        self.severity = np.zeros(len(self.rows), dtype=np.int8)
+        self.counts = np.zeros((4, len(self.rows)), dtype=np.int32)
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    processor: Processor
-    prompt: bool
+    def add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        severity = 1 + SEVERITY.index(finding.kind)
+        self.severity[finding.index] = max(self.severity[finding.index], severity)
 
-    def __call__(self, conversation: Conversation) -> _Seen:
-        said: list[tuple[Kind, str]] = [
-            ("note", _at(conversation, note)) for note in conversation.notes
-        ]
-        tokens = supervised = 0
-        try:
-            tokens, supervised = self.processor.length(conversation, prompt=self.prompt)
-        except DataError as fault:
-            said.append(("dropped" if isinstance(fault, Dropped) else "error", str(fault)))
-        images: list[ImageSource | str] = []
-        broken: list[str] = []
-        for image in conversation.images:
-            if not isinstance(image.source, bytes | Image.Image):
-                images.append(image)
-                continue
-            try:
-                image.open()
-                images.append(image.key)
-            except DataError as fault:
-                broken.append(_at(conversation, fault))
-        return _Seen(
-            tokens=tokens,
+    def add_row(self, index: int, row: RowFacts) -> None:
+        self.counts[:, index] = row.tokens, row.supervised, row.boxes, row.answered
+        names = []
+        for image in row.images:
+            if isinstance(image, str):
+                self.embedded.add(image)
+                names.append(image)
+            else:
+                self.files.setdefault(image.name, image)
+                names.append(image.name)
+        self.questions[index] = row.question, tuple(names)
+        for message in row.broken:
+            self.broken.append((index, row.id, message))
+        for kind, message in row.findings:
+            self.add(Finding(kind=kind, index=index, id=row.id, message=message))
+
+    def add_broken_images(self, contents: Contents, max_bad_fraction: float) -> None:
+        """Adds a finding for every image of a row that cannot be decoded."""
+        errors: dict[str, str] = {}
+        for name, content in contents.items():
+            if isinstance(content, Finding):
+                errors[name] = content.message
+        if errors:
+            for index, (_, names) in self.questions.items():
+                for name in dict.fromkeys(names):
+                    if name in errors:
+                        row = self.rows[index]
+                        self.broken.append((index, row.id, with_location(row, errors[name])))
+        bad_rows = {index for index, _, _ in self.broken}
+        few = len(bad_rows) <= max_bad_fraction * len(self.rows)
+        kind: Kind = "dropped" if few else "error"
+        for index, row_id, message in self.broken:
+            self.add(Finding(kind=kind, index=index, id=row_id, message=message))
+
+    def facts(self) -> SetFacts:
+        usable = (self.severity <= 1 + SEVERITY.index("note")).nonzero()[0]
+        lengths, supervised, boxes, answered = self.counts[:, usable]
+        rows_by_severity = Counter(self.severity.tolist())
+        affected = {kind: rows_by_severity[1 + index] for index, kind in enumerate(SEVERITY)}
+        return SetFacts(
+            name=self.name,
+            rows=len(self.rows),
+            files=tuple(files_of(self.rows)),
+            prompts=self.prompts,
+            lengths=lengths,
             supervised=supervised,
-            boxes=sum(
-                len(part.boxes)
-                for turn in conversation.turns
-                for part in turn.parts
-                if isinstance(part, GroundedObject)
-            ),
-            answered=conversation.answer is not None,
-            question=_digest(conversation),
-            images=tuple(images),
-            broken=tuple(broken),
-            said=tuple(said),
-            id=conversation.id if broken or said else "",
+            usable=usable,
+            images=len(self.files) + len(self.embedded),
+            boxes=int(boxes.sum()),
+            unanswered=len(usable) - int(answered.sum()),
+            findings=tuple(sorted(self.findings, key=lambda finding: finding.index)),
+            affected=affected,
         )
 
+    def question_keys(self, contents: Contents) -> dict[int, bytes]:
+        """Returns digests of question and images by index, of the rows without broken images."""
+        digests: dict[int, bytes] = {}
+        for index, (question, names) in self.questions.items():
+            # A name without content is the key of an embedded image.
+            keys = [contents.get(name, name) for name in names]
+            if not any(isinstance(key, Finding) for key in keys):
+                digests[index] = digest(question + repr(keys).encode())
+        return digests
 
-def _at(conversation: Conversation, message: object) -> str:
-    """The message with file, line and id in front, unless it has them."""
-    text = str(message)
-    where = f"{conversation.where}: row {conversation.id!r}: ".removeprefix(": ")
-    return text if conversation.where and text.startswith(conversation.where) else where + text
+    def image_keys(self, contents: Contents) -> set[str]:
+        """Returns the content keys of all images of the set that can be decoded."""
+        decoded = (contents.get(name) for name in self.files)
+        return {key for key in decoded if isinstance(key, str)} | self.embedded
 
 
-def _digest(conversation: Conversation) -> bytes:
-    asked = [
-        (turn.role, ["" if isinstance(part, ImageSource) else part for part in turn.parts])
-        for turn in conversation.prompt().turns
-    ]
-    return hashlib.blake2b(repr(asked).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _content(conversation: Conversation) -> str:
-    [image] = conversation.images
-    image.open()
-    return image.key
+def _read_rows(
+    name: str,
+    rows: Rows,
+    processor: Processor,
+    prompts: bool,
+    workers: int,
+    progress: ReportProgress | None,
+) -> _InspectedSet:
+    inspected = _InspectedSet(name, rows, prompts)
+    report = _report(progress, f"{name}: rows", len(rows))
+    results = survey(rows, RowReader(processor, prompts), workers=workers, progress=report)
+    for index, result in enumerate(results):
+        if isinstance(result, Finding):
+            inspected.add(result)
+        else:
+            inspected.add_row(index, result)
+    return inspected
 
 
 @dataclass(frozen=True, slots=True)
 class _ImageRows(Sequence[Conversation]):
-    """Images as rows of one each, for `survey`."""
+    """Images as rows with one image each, which `survey` can read."""
 
     names: Sequence[str]
     images: Sequence[ImageSource]
@@ -229,167 +253,62 @@ class _ImageRows(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, place: int) -> Conversation:
-        return Conversation(
-            id=self.names[place], turns=(Turn(role="user", parts=(self.images[place],)),)
-        )
+    def __getitem__(self, index: int) -> Conversation:
+        turn = Turn(role="user", parts=(self.images[index],))
+        return Conversation(id=self.names[index], turns=(turn,))
 
 
 def _decode(
-    files: Mapping[str, ImageSource], workers: int, progress: Progress | None
-) -> dict[str, str | Finding]:
-    """The content's key of each image, or why it cannot be decoded."""
+    files: Mapping[str, ImageSource], workers: int, progress: ReportProgress | None
+) -> Contents:
     rows = _ImageRows(list(files), list(files.values()))
-    return dict(
-        zip(
-            files,
-            survey(
-                rows, _content, workers=workers, progress=_telling(progress, "images", len(rows))
-            ),
-            strict=True,
-        )
+    report = _report(progress, "images", len(rows))
+    results = survey(rows, _decode_image, workers=workers, progress=report)
+    return dict(zip(files, results, strict=True))
+
+
+def _decode_image(conversation: Conversation) -> str:
+    [image] = conversation.images
+    image.open()
+    return image.key
+
+
+def _report(progress: ReportProgress | None, work: str, total: int) -> Callable[[int], object]:
+    def report(done: int) -> None:
+        if progress:
+            progress(work, done, total)
+
+    return report
+
+
+def _find_overlaps(sets: Sequence[_InspectedSet], contents: Contents) -> Iterator[Overlap]:
+    """Yields the overlaps of pairs of sets.
+
+    A row that repeats a row of an earlier set becomes a finding of its own set.
+    """
+    questions = [one_set.question_keys(contents) for one_set in sets]
+    images = [one_set.image_keys(contents) for one_set in sets]
+    for (a, first), (b, second) in combinations(enumerate(sets), 2):
+        first_rows: dict[bytes, int] = {}  # by question: the first row that asks it
+        for index, question in questions[a].items():
+            first_rows.setdefault(question, index)
+        repeated = 0
+        for index, question in questions[b].items():
+            if question in first_rows:
+                second.add(_duplicate(second, index, first, first_rows[question]))
+                repeated += 1
+        shared_images = len(images[a] & images[b])
+        if repeated or shared_images:
+            yield Overlap(first=first.name, second=second.name, rows=repeated, images=shared_images)
+
+
+def _duplicate(
+    one_set: _InspectedSet, index: int, earlier: _InspectedSet, earlier_index: int
+) -> Finding:
+    row, original = one_set.rows[index], earlier.rows[earlier_index]
+    message = (
+        f"asks the same question about the same images as {original.where or 'row'} "
+        f"({original.id!r}) in {earlier.name}"
     )
-
-
-def _telling(progress: Progress | None, what: str, total: int) -> Callable[[int], object] | None:
-    return (lambda done: progress(what, done, total)) if progress else None
-
-
-def _gather(
-    name: str,
-    rows: Rows,
-    processor: Processor,
-    prompts: bool,
-    workers: int,
-    progress: Progress | None,
-) -> _Gathered:
-    some = _Gathered(name, rows, prompts)
-    look = _Look(processor, prompts)
-    for index, seen in enumerate(
-        survey(rows, look, workers=workers, progress=_telling(progress, f"{name}: rows", len(rows)))
-    ):
-        if isinstance(seen, Finding):
-            some.add(seen)
-        else:
-            some.take(index, seen)
-    return some
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """One set while it is gone through."""
-
-    name: str
-    rows: Rows
-    prompts: bool
-    files: dict[str, ImageSource] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    worst: np.ndarray = field(init=False)  # (rows,) 0, or 1 + place in SEVERITY
-    counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised tokens, boxes, answered
-    questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(
-        default_factory=dict
-    )  # by index: digest and names or keys of images
-    broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, id, message
-    inside: set[str] = field(default_factory=set)  # keys of images inside rows
-
-    def __post_init__(self):
-        self.worst = np.zeros(len(self.rows), dtype=np.int8)
-        self.counts = np.zeros((4, len(self.rows)), dtype=np.int32)
-
-    def add(self, finding: Finding) -> None:
-        self.findings.append(finding)
-        self.worst[finding.index] = max(self.worst[finding.index], 1 + SEVERITY.index(finding.kind))
-
-    def take(self, index: int, seen: _Seen) -> None:
-        self.counts[:, index] = seen.tokens, seen.supervised, seen.boxes, seen.answered
-        names = []
-        for image in seen.images:
-            if isinstance(image, str):
-                self.inside.add(image)
-                names.append(image)
-            else:
-                self.files.setdefault(image.name, image)
-                names.append(image.name)
-        self.questions[index] = seen.question, tuple(names)
-        self.broken += [(index, seen.id, message) for message in seen.broken]
-        for kind, message in seen.said:
-            self.add(Finding(kind=kind, index=index, id=seen.id, message=message))
-
-    def add_broken_images(
-        self, contents: Mapping[str, str | Finding], max_bad_fraction: float
-    ) -> None:
-        faults = {
-            name: content.message
-            for name, content in contents.items()
-            if isinstance(content, Finding)
-        }
-        for index, (_, names) in self.questions.items() if faults else ():
-            for name in filter(faults.__contains__, dict.fromkeys(names)):
-                row = self.rows[index]
-                self.broken.append((index, row.id, _at(row, faults[name])))
-        few = len({index for index, *_ in self.broken}) <= max_bad_fraction * len(self.rows)
-        for index, id, message in self.broken:
-            self.add(
-                Finding(kind="dropped" if few else "error", index=index, id=id, message=message)
-            )
-
-    def facts(self) -> SetFacts:
-        usable = (self.worst <= SEVERITY.index("note") + 1).nonzero()[0]
-        tokens, supervised, boxes, answered = self.counts[:, usable]
-        amounts = Counter(self.worst.tolist())
-        return SetFacts(
-            name=self.name,
-            rows=len(self.rows),
-            files=tuple(files_of(self.rows)),
-            prompts=self.prompts,
-            lengths=tokens,
-            supervised=supervised,
-            usable=usable,
-            images=len(self.files) + len(self.inside),
-            boxes=int(boxes.sum()),
-            unanswered=len(usable) - int(answered.sum()),
-            findings=tuple(sorted(self.findings, key=lambda finding: finding.index)),
-            affected={kind: amounts[1 + place] for place, kind in enumerate(SEVERITY)},
-        )
-
-
-def _overlaps(
-    gathered: Sequence[_Gathered], contents: Mapping[str, str | Finding]
-) -> Iterator[Overlap]:
-    """Pairs of sets that have something in common; the rows of the later one that repeat the earlier one become findings of it."""
-    asked = [_asked(some, contents) for some in gathered]
-    shown = [
-        {content for content in map(contents.get, some.files) if isinstance(content, str)}
-        | some.inside
-        for some in gathered
-    ]
-    for (a, first), (b, second) in combinations(enumerate(gathered), 2):
-        places = {
-            key: index for index, key in reversed(asked[a].items())
-        }  # the first row that asks it
-        common = [(index, places[key]) for index, key in asked[b].items() if key in places]
-        for index, place in common:
-            row, other = second.rows[index], first.rows[place]
-            message = f"asks the same of the same images as {other.where or 'row'} ({other.id!r}) in {first.name}"
-            second.add(Finding(kind="duplicate", index=index, id=row.id, message=_at(row, message)))
-        if common or shown[a] & shown[b]:
-            yield Overlap(
-                first=first.name,
-                second=second.name,
-                rows=len(common),
-                images=len(shown[a] & shown[b]),
-            )
-
-
-def _asked(some: _Gathered, contents: Mapping[str, str | Finding]) -> dict[int, bytes]:
-    """What each row asks of which images, by content; rows with broken images are left out."""
-    digests = {}
-    for index, (question, names) in some.questions.items():
-        keys = [
-            contents.get(name, name) for name in names
-        ]  # what has no content is the key of an image inside the row
-        if not any(isinstance(key, Finding) for key in keys):
-            digests[index] = hashlib.blake2b(
-                question + repr(keys).encode(), digest_size=16
-            ).digest()
-    return digests
+    message = with_location(row, message)
+    return Finding(kind="duplicate", index=index, id=row.id, message=message)

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Kind = Literal["error", "dropped", "note", "duplicate"]
 Look = Callable[[Conversation], T]
 Progress = Callable[[int], object]  # called now and then with the number of rows done so far
+ReportProgress = Callable[[str, int, int], object]  # name of the work, how much is done, how much
 
 CHUNK = 256  # most rows that a process takes at a time
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
