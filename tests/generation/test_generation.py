@@ -1,4 +1,5 @@
-"""Rows are answered together as transformers answers each alone, whatever their lengths, images and ends."""
+"""Rows are answered together as transformers answers each alone, whatever their lengths, images and
+ends."""
 
 import gc
 import weakref
@@ -24,9 +25,9 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.generation.sampling import Choice, Stops
+from qwenvl_lit.generation.sampling import NextToken, Stops
 from qwenvl_lit.models.qwen_vl.decoder import decoder_of
-from qwenvl_lit.models.qwen_vl.image_cache import REMEMBERED, TOGETHER, ImageCache
+from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES, ImageCache
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 STOPS = (7, 9)
@@ -39,7 +40,10 @@ def model() -> QwenVLForCausalLM:
 
 
 def prompts() -> list[list[int]]:
-    """Of 1 to 140 tokens, four of them images: alpha is 1, 3, 7 and 15 where the network was trained on 32."""
+    """Prompts of 1 to 140 tokens; the first five have four images.
+
+    The network's `seq_length` is 32, so that their alphas are 1, 3, 7 and 15.
+    """
     return [
         text(3) + IMAGE + text(5),
         IMAGE + text(2) + IMAGE + text(4, seed=1),
@@ -50,48 +54,56 @@ def prompts() -> list[list[int]]:
     ]
 
 
-def together(rows: list[list[int]], seen: torch.Tensor) -> dict[str, torch.Tensor]:
+def batch_of(rows: list[list[int]], pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     ids, mask = padded(rows, side="left")
     return {
         "input_ids": tensor(*ids),
         "attention_mask": mask,
-        "pixel_values": seen,
+        "pixel_values": pixels,
         "vision_positions": image_positions(ids),
     }
 
 
-def alone(model, rows: list[list[int]], seen: torch.Tensor, **options) -> list[list[int]]:
-    """What transformers answers to each row by itself."""
+def together(model, rows, pixels, generation: Generation | None = None, **call) -> list[list[int]]:
+    """The answers of `generation` to a batch of all rows."""
+    generation = generation or Generation(max_new_tokens=12)
+    return generation(model, batch_of(rows, pixels), **ENDS, **call)
+
+
+def alone(model, rows: list[list[int]], pixels: torch.Tensor, **options) -> list[list[int]]:
+    """The answers of transformers' `generate` to each row by itself."""
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
     answers, used = [], 0
     for row in rows:
         count = row.count(IMAGE[0])
-        given = {"pixel_values": seen[used : used + count]} if count else {}
+        image = {"pixel_values": pixels[used : used + count]} if count else {}
         used += count
-        options = {"max_new_tokens": 12, "do_sample": False, **options}
         ids = torch.tensor([row])
         new = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            **given,
+            **image,
             pad_token_id=0,
             eos_token_id=list(STOPS),
             **options,
         )
-        new = new[0, len(row) :].tolist()
-        answers.append(
-            new[: next((place for place, id in enumerate(new) if id in STOPS), len(new))]
-        )
+        answer = []
+        for token_id in new[0, len(row) :].tolist():
+            if token_id in STOPS:
+                break
+            answer.append(token_id)
+        answers.append(answer)
     return answers
 
 
-# -- greedy -----------------------------------------------------------------------------------------------------------------------
+# -- greedy ----------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_answered_as_its_rows_are_alone(model):
-    rows, seen = prompts(), images(4)
-    expected = alone(model, rows, seen)
-    assert {len(answer) for answer in expected} > {12}  # some come to an end before
-    assert Generation(max_new_tokens=12)(model, together(rows, seen), **ENDS) == expected
+    rows, pixels = prompts(), images(4)
+    expected = alone(model, rows, pixels)
+    assert {len(answer) for answer in expected} > {12}  # some rows end earlier
+    assert together(model, rows, pixels) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,91 +116,76 @@ def test_a_batch_is_answered_as_its_rows_are_alone(model):
     ids=str,
 )
 def test_settings_do_what_they_do_in_transformers(model, options):
-    rows, seen = prompts(), images(4)
-    expected = alone(model, rows, seen, **options)
-    assert Generation(max_new_tokens=12, **options)(model, together(rows, seen), **ENDS) == expected
+    rows, pixels = prompts(), images(4)
+    expected = alone(model, rows, pixels, **options)
+    assert together(model, rows, pixels, Generation(max_new_tokens=12, **options)) == expected
 
 
-def test_long_answers_look_at_more_and_more_of_the_cache(model):
+def test_long_answers_read_more_and_more_of_the_cache(model):
     rows = [text(length, seed=length) for length in (100, 90, 101, 3, 5, 6)]
-    expected = alone(model, rows, images(0), max_new_tokens=60, min_new_tokens=60)
-    for _ in range(2):  # the second time in a cache that is there
-        found = Generation(max_new_tokens=60, min_new_tokens=60)(
-            model, together(rows, images(0)), **ENDS
-        )
-        assert found == expected
+    lengths = {"max_new_tokens": 60, "min_new_tokens": 60}
+    expected = alone(model, rows, images(0), **lengths)
+    for _ in range(2):  # the second time with the cache of the first
+        assert together(model, rows, images(0), Generation(**lengths)) == expected
 
 
-def test_nothing_of_an_earlier_batch_is_left(model):
-    rows, seen = prompts(), images(4)
-    generation = Generation(max_new_tokens=12)
-    first = generation(model, together(rows[:2], seen[:3]), **ENDS)
-    generation(model, together(rows, seen), **ENDS)
-    assert (
-        generation(model, together(rows[:2], seen[:3]), **ENDS)
-        == first
-        == alone(model, rows[:2], seen[:3])
-    )
+def test_an_earlier_batch_does_not_change_the_next(model):
+    rows, pixels = prompts(), images(4)
+    first = together(model, rows[:2], pixels[:3])
+    together(model, rows, pixels)
+    assert together(model, rows[:2], pixels[:3]) == first
+    assert first == alone(model, rows[:2], pixels[:3])
 
 
 def test_rows_that_fill_up_a_larger_graph_change_nothing(model, monkeypatch):
-    rows, seen = prompts()[:5], images(4)
-    monkeypatch.setattr(decoder_of(model), "_size", lambda n, slots: 8)
-    assert Generation(max_new_tokens=12)(model, together(rows, seen), **ENDS) == alone(
-        model, rows, seen
-    )
+    rows, pixels = prompts()[:5], images(4)
+    monkeypatch.setattr(decoder_of(model), "_choose_rows", lambda n, slots: 8)
+    assert together(model, rows, pixels) == alone(model, rows, pixels)
 
 
-def test_a_prompt_goes_in_by_parts_that_fit(model, monkeypatch):
-    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.PROMPT_TOKENS", 300)  # two rows of 140
-    rows, seen = prompts(), images(4)
-    assert Generation(max_new_tokens=12)(model, together(rows, seen), **ENDS) == alone(
-        model, rows, seen
-    )
+def test_prompts_are_prefilled_in_passes_of_limited_size(model, monkeypatch):
+    two_rows_of_140 = 300
+    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.PROMPT_TOKENS", two_rows_of_140)
+    rows, pixels = prompts(), images(4)
+    assert together(model, rows, pixels) == alone(model, rows, pixels)
 
 
 def test_adapters_are_part_of_the_network(model):
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
-    rows, seen = prompts(), images(4)
-    expected = alone(adapted, rows, seen)
-    assert Generation(max_new_tokens=12)(adapted, together(rows, seen), **ENDS) == expected
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, lora).eval()
+    rows, pixels = prompts(), images(4)
+    expected = alone(adapted, rows, pixels)
+    assert together(adapted, rows, pixels) == expected
     with adapted.disable_adapter():
-        plain = Generation(max_new_tokens=12)(adapted, together(rows, seen), **ENDS)
-    assert plain != expected
+        assert together(adapted, rows, pixels) != expected
 
 
 def test_beams_are_those_of_transformers(model):
-    rows, seen = prompts()[:2], images(3)
-    found = Generation(max_new_tokens=8, num_beams=3)(model, together(rows, seen), **ENDS)
-    assert found == alone(model, rows, seen, max_new_tokens=8, num_beams=3)
+    rows, pixels = prompts()[:2], images(3)
+    expected = alone(model, rows, pixels, max_new_tokens=8, num_beams=3)
+    assert together(model, rows, pixels, Generation(max_new_tokens=8, num_beams=3)) == expected
 
 
-def test_a_network_spread_over_devices_decodes_by_transformers(model):
+def test_a_network_spread_over_devices_decodes_with_transformers(model):
     model.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
     assert decoder_of(model) is None
     rows = [text(4), text(4, seed=1)]
-    assert Generation(max_new_tokens=12)(model, together(rows, images(0)), **ENDS) == alone(
-        model, rows, images(0)
-    )
+    assert together(model, rows, images(0)) == alone(model, rows, images(0))
 
 
 @pytest.mark.parametrize("changes", [{"use_dynamic_ntk": False}, {"use_logn_attn": False}], ids=str)
-def test_networks_without_the_rules_for_long_texts(changes):
+def test_networks_without_a_rule_for_long_texts_decode_alike(changes):
     model = small_network(**changes)
     rows = [text(90), text(40, seed=1), text(3, seed=2)]
-    assert Generation(max_new_tokens=12)(model, together(rows, images(0)), **ENDS) == alone(
-        model, rows, images(0)
-    )
+    assert together(model, rows, images(0)) == alone(model, rows, images(0))
 
 
-# -- compiled ---------------------------------------------------------------------------------------------------------------------
+# -- compiled --------------------------------------------------------------------------------------
 
 
-def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, monkeypatch):
-    rows, seen = prompts(), images(4)
-    expected = alone(model, rows, seen)
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The graphs that `torch.compile` traces; they run uncompiled."""
     traced = []
 
     def backend(graph, example):
@@ -197,203 +194,188 @@ def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, monkeypatc
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return traced
+
+
+def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, graphs):
+    rows, pixels = prompts(), images(4)
+    expected = alone(model, rows, pixels)
     generation = Generation(max_new_tokens=12, compile=True)
-    assert generation(model, together(rows, seen), **ENDS) == expected
+    assert together(model, rows, pixels, generation) == expected
     assert decoder_of(model).compiled
-    assert (
-        len(traced) == 4
-    )  # before and after attention, of a prompt and of a step, whatever the number of blocks
-    shorter = rows[:7]
-    assert generation(model, together(shorter, seen), **ENDS) == expected[:7]
-    assert len(traced) == 6  # another number of rows is another step, but the same prompt
-    assert (
-        replace(generation, compile=False)(model, together(shorter, seen), **ENDS) == expected[:7]
-    )
+    # Before and after attention, for prompts and for steps, whatever the number of blocks.
+    assert len(graphs) == 4
+    fewer = rows[:7]
+    assert together(model, fewer, pixels, generation) == expected[:7]
+    assert len(graphs) == 6  # another number of rows is another step, but the same prompt
+    uncompiled = replace(generation, compile=False)
+    assert together(model, fewer, pixels, uncompiled) == expected[:7]
     assert not decoder_of(model).compiled
 
 
-def test_the_tower_is_compiled_for_whole_parts_only(model, monkeypatch):
-    traced = []
-    torch._dynamo.reset()
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        partial(
-            torch.compile, backend=lambda graph, example: traced.append(graph) or graph.forward
-        ),
-    )
-    rows, seen = (
-        [IMAGE + text(2, seed=place) for place in range(TOGETHER + 1)],
-        images(TOGETHER + 1),
-    )
-    expected = Generation(max_new_tokens=2)(model, together(rows, seen), **ENDS)
-    assert (
-        Generation(max_new_tokens=2, compile=True)(model, together(rows, seen), **ENDS) == expected
-    )
-    towers = [
-        graph for graph in traced if any("gelu" in str(node.target) for node in graph.graph.nodes)
-    ]
-    assert len(towers) == 1  # for all blocks; and the image that is left over goes through as it is
-    assert all(
-        "forward" not in vars(block) for block in model.transformer.visual.transformer["resblocks"]
-    )
+def test_the_tower_is_compiled_for_full_passes_only(model, graphs):
+    count = IMAGES_PER_PASS + 1
+    rows, pixels = [IMAGE + text(2, seed=row) for row in range(count)], images(count)
+    expected = together(model, rows, pixels, Generation(max_new_tokens=2))
+    compiled = Generation(max_new_tokens=2, compile=True)
+    assert together(model, rows, pixels, compiled) == expected
+    # One graph serves all blocks of the tower. The image that is left over runs uncompiled.
+    assert sum("gelu" in graph.code for graph in graphs) == 1
+    for block in model.transformer.visual.transformer["resblocks"]:
+        assert not {"forward", "compute"} & vars(block).keys()
 
 
-def test_what_cannot_be_compiled_is_said_once_and_decoded_all_the_same(model, monkeypatch, caplog):
+def test_a_network_that_cannot_be_compiled_is_reported_once_and_decodes(model, monkeypatch, caplog):
     attention = type(model.transformer.h[0].attn)
     heads = attention.heads
 
-    def stubborn(self, x, rotary):
+    def uncompilable(self, x, rotary):
         torch._dynamo.graph_break()
         return heads(self, x, rotary)
 
-    monkeypatch.setattr(attention, "heads", stubborn)
-    rows, seen = prompts()[:2], images(3)
+    monkeypatch.setattr(attention, "heads", uncompilable)
+    rows, pixels = prompts()[:2], images(3)
+    expected = alone(model, rows, pixels)
     for _ in range(2):
-        assert Generation(max_new_tokens=12, compile=True)(
-            model, together(rows, seen), **ENDS
-        ) == alone(model, rows, seen)
+        generation = Generation(max_new_tokens=12, compile=True)
+        assert together(model, rows, pixels, generation) == expected
     ours = [record for record in caplog.records if record.name.startswith("qwenvl_lit")]
-    assert [record.message.split(":")[0] for record in ours] == [
-        "decoding goes on without compilation"
-    ]
+    (message,) = [record.message for record in ours]
+    assert message.startswith("decoding continues without compilation: ")
 
 
-# -- graphs -----------------------------------------------------------------------------------------------------------------------
+# -- graphs ----------------------------------------------------------------------------------------
 
 
 class Replay:
-    """Does what a CUDA graph does: the same step again, on tensors in the same places."""
+    """Does what a CUDA graph does: repeats a step on tensors at the same addresses."""
 
-    def __init__(self, decoder, size: int, in_use: int):
-        self.decoder, self.step, self.places = (
-            decoder,
-            partial(decoder._step, size, in_use),
-            self._places(decoder, size),
-        )
-        self.size, self.replays = size, 0
+    def __init__(self, decoder, rows: int, slots_read: int):
+        self.decoder, self.rows, self.replays = decoder, rows, 0
+        self.step = partial(decoder._step, rows, slots_read)
+        self.addresses = self._addresses()
         self.logits = self.step()
 
-    @staticmethod
-    def _places(decoder, size: int) -> list[int]:
-        rows = decoder.rows[size]
-        tensors = (decoder.memory, rows.ids, rows.slot, rows.starts, rows.frequencies)
-        return [some.data_ptr() for some in tensors] + [decoder._cache(size).shape[4]]
+    def _addresses(self) -> list[int]:
+        inputs, cache = self.decoder.step_inputs[self.rows], self.decoder.cache
+        tensors = (cache.memory, inputs.ids, inputs.slot, inputs.starts, inputs.frequencies)
+        return [*(item.data_ptr() for item in tensors), cache.capacity(self.rows)]
 
     def replay(self) -> None:
-        assert self._places(self.decoder, self.size) == self.places
+        assert self._addresses() == self.addresses
         self.replays += 1
         self.logits.copy_(self.step())
 
 
 @pytest.fixture
 def replaying(model, monkeypatch):
-    """The model's decoder as on a GPU, with steps that are recorded and replayed."""
+    """The model's decoder as on a GPU, with steps that are captured and replayed."""
     decoder = decoder_of(model)
-    monkeypatch.setattr(decoder, "_graphs_help", lambda: True)
 
-    def capture(size: int, in_use: int):
-        graph = Replay(decoder, size, in_use)
+    def capture(rows: int, slots_read: int):
+        graph = Replay(decoder, rows, slots_read)
         return graph, graph.logits
 
-    monkeypatch.setattr(decoder, "_captured", capture)
+    monkeypatch.setattr(decoder, "_graphs_help", lambda: True)
+    monkeypatch.setattr(decoder, "_capture", capture)
     return decoder
 
 
-def test_steps_are_recorded_once_for_a_number_of_rows(model, replaying):
-    rows, seen = prompts(), images(4)
-    expected = alone(model, rows, seen)
-    generation = Generation(max_new_tokens=12)
-    assert generation(model, together(rows, seen), **ENDS) == expected
+def test_steps_are_captured_once_for_a_number_of_rows(model, replaying):
+    rows, pixels = prompts(), images(4)
+    expected = alone(model, rows, pixels)
+    assert together(model, rows, pixels) == expected
     assert list(replaying.graphs) == [(10, 256)]
-    assert (
-        generation(model, together(rows[:7], seen), **ENDS) == expected[:7]
-    )  # the last batch of a dataset, say
+    # Seven rows, say the last batch of a dataset, use graphs of ten ...
+    assert together(model, rows[:7], pixels) == expected[:7]
     assert list(replaying.graphs) == [(10, 256), (10, 128)]
-    assert generation(model, together(rows[:7], seen), **ENDS) == expected[:7]
-    assert {size for size, _ in replaying.graphs} == {10, 7}  # it was no exception
-    recorded = dict(replaying.graphs)
+    # ... until they come again.
+    assert together(model, rows[:7], pixels) == expected[:7]
+    assert {size for size, _ in replaying.graphs} == {10, 7}
+    captured = dict(replaying.graphs)
     for _ in range(2):
-        assert generation(model, together(rows, seen), **ENDS) == expected
-    assert replaying.graphs == recorded
-    assert recorded[10, 256][0].replays > 12
+        assert together(model, rows, pixels) == expected
+    assert replaying.graphs == captured
+    assert captured[10, 256][0].replays > 12
 
 
-def test_a_larger_batch_makes_the_cache_anew_and_a_longer_answer_looks_further(model, replaying):
-    generation = Generation(max_new_tokens=60, min_new_tokens=60)
-    few, many = (
-        [text(4, seed=place) for place in range(5)],
-        [text(90, seed=place) for place in range(6)],
-    )
-    options = {"max_new_tokens": 60, "min_new_tokens": 60}
-    expected = [alone(model, rows, images(0), **options) for rows in (few, many)]
-    assert generation(model, together(few, images(0)), **ENDS) == expected[0]
+def test_larger_batches_reallocate_the_cache_and_longer_answers_read_more_of_it(model, replaying):
+    lengths = {"max_new_tokens": 60, "min_new_tokens": 60}
+    generation = Generation(**lengths)
+    few = [text(4, seed=row) for row in range(5)]
+    many = [text(90, seed=row) for row in range(6)]
+    expected_of_few = alone(model, few, images(0), **lengths)
+    assert together(model, few, images(0), generation) == expected_of_few
     assert list(replaying.graphs) == [(5, 128)]
-    assert generation(model, together(many, images(0)), **ENDS) == expected[1]
+    expected_of_many = alone(model, many, images(0), **lengths)
+    assert together(model, many, images(0), generation) == expected_of_many
     assert list(replaying.graphs) == [(6, 128), (6, 256)]
-    assert generation(model, together(few, images(0)), **ENDS) == expected[0]
-    assert generation(model, together(few[:2], images(0)), **ENDS) == expected[0][:2]
+    assert together(model, few, images(0), generation) == expected_of_few
+    assert together(model, few[:2], images(0), generation) == expected_of_few[:2]
     assert {size for size, _ in replaying.graphs} == {5, 6}
     long = [text(300)]
-    assert generation(model, together(long, images(0)), **ENDS) == alone(
-        model, long, images(0), **options
-    )
-    assert (1, 512) in replaying.graphs  # not one of six rows, which there is no room for
+    expected_of_long = alone(model, long, images(0), **lengths)
+    assert together(model, long, images(0), generation) == expected_of_long
+    # Not a graph of six rows: six rows of this length do not fit into the cache.
+    assert (1, 512) in replaying.graphs
 
 
-def test_steps_that_cannot_be_recorded_are_made_all_the_same(model, replaying, monkeypatch, caplog):
-    def fails(size: int, in_use: int):
-        raise RuntimeError(
-            "operation not permitted when stream is capturing\nCUDA kernel errors might be reported late"
-        )
+def test_steps_that_cannot_be_captured_run_without_graphs(model, replaying, monkeypatch, caplog):
+    reason = "operation not permitted when stream is capturing"
 
-    monkeypatch.setattr(type(replaying), "_graphs_help", lambda self: self.graphable)
+    def fails(rows: int, slots_read: int):
+        raise RuntimeError(f"{reason}\nCUDA kernel errors might be reported late")
+
+    monkeypatch.setattr(type(replaying), "_graphs_help", lambda self: self.can_capture)
     monkeypatch.delattr(replaying, "_graphs_help")
-    monkeypatch.setattr(replaying, "_captured", fails)
-    rows, seen = prompts()[:2], images(3)
+    monkeypatch.setattr(replaying, "_capture", fails)
+    rows, pixels = prompts()[:2], images(3)
+    expected = alone(model, rows, pixels)
     for _ in range(2):
-        assert Generation(max_new_tokens=12)(model, together(rows, seen), **ENDS) == alone(
-            model, rows, seen
-        )
+        assert together(model, rows, pixels) == expected
     (record,) = caplog.records
-    assert record.message.endswith(
-        "which is slower: RuntimeError: operation not permitted when stream is capturing"
-    )
+    assert record.message.endswith(f"which is slower: RuntimeError: {reason}")
 
 
 def test_auto_compiles_on_a_gpu_after_a_minute_of_answers(model, replaying, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    rows, seen = prompts()[:2], images(3)
-    expected, generation = alone(model, rows, seen), Generation(max_new_tokens=12)
-    clock = iter(range(0, 10_000, 4))  # twelve steps are three quarters of a minute
+    rows, pixels = prompts()[:2], images(3)
+    expected = alone(model, rows, pixels)
+    clock = iter(range(0, 10_000, 4))  # the twelve steps of an answer take 48 seconds
     monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.perf_counter", lambda: next(clock))
     compiled = []
     for _ in range(4):
-        assert generation(model, together(rows, seen), **ENDS) == expected
+        assert together(model, rows, pixels) == expected
         compiled.append(replaying.compiled)
     assert compiled == [False, False, True, True]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_graphs_of_a_gpu_answer_as_eager_steps_do(compile):
-    model, rows, seen = small_network().cuda(), prompts(), images(4).cuda()
-    expected = alone(small_network(), rows, images(4), max_new_tokens=40)
-    inputs = {name: value.cuda() for name, value in together(rows, seen.cpu()).items()}
-    generation = Generation(max_new_tokens=40, compile=compile)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_of_a_gpu_answer_as_eager_steps_do(compiled):
+    model, rows, pixels = small_network().cuda(), prompts(), images(4)
+    expected = alone(small_network(), rows, pixels, max_new_tokens=40)
+    inputs = {name: value.cuda() for name, value in batch_of(rows, pixels).items()}
+    generation = Generation(max_new_tokens=40, compile=compiled)
     for _ in range(2):
         assert generation(model, inputs, **ENDS) == expected
     decoder = decoder_of(model)
     assert decoder.graphs
-    assert decoder.graphable
-    assert decoder.compiled == compile
-    one = {name: value.cuda() for name, value in together(rows[:1], seen[:1].cpu()).items()}
+    assert decoder.can_capture
+    assert decoder.compiled == compiled
+    first = {name: value.cuda() for name, value in batch_of(rows[:1], pixels[:1]).items()}
     for _ in range(2):
-        assert [id for ids in generation.stream(model, one, **ENDS) for id in ids] == expected[0]
+        assert streamed(generation, model, first) == expected[0]
 
 
-# -- streams ----------------------------------------------------------------------------------------------------------------------
+# -- streams ---------------------------------------------------------------------------------------
+
+
+def streamed(generation: Generation, model, inputs: dict[str, torch.Tensor]) -> list[int]:
+    """All ids of a stream."""
+    stream = generation.stream(model, inputs, **ENDS)
+    return [token_id for ids in stream for token_id in ids]
 
 
 @pytest.mark.parametrize(
@@ -401,43 +383,45 @@ def test_graphs_of_a_gpu_answer_as_eager_steps_do(compile):
 )
 def test_a_stream_has_the_ids_of_the_whole_answer(model, options):
     generation = Generation(**{"max_new_tokens": 12, **options})
-    for row, seen in (
-        (prompts()[0], images(1)),
-        (prompts()[9], images(0)),
-    ):  # the second comes to an end
-        inputs = together([row], seen)
-        (answer,) = generation(model, inputs, **ENDS)
-        assert [id for ids in generation.stream(model, inputs, **ENDS) for id in ids] == answer
+    with_image, with_early_end = prompts()[0], prompts()[9]
+    for row, pixels in ((with_image, images(1)), (with_early_end, images(0))):
+        (answer,) = together(model, [row], pixels, generation)
+        assert streamed(generation, model, batch_of([row], pixels)) == answer
 
 
-def test_a_stream_can_be_left_and_is_no_other_answers(model):
-    inputs, generation = (
-        together([text(5)], images(0)),
-        Generation(max_new_tokens=12, min_new_tokens=12),
-    )
-    (answer,) = generation(model, inputs, **ENDS)
-    stream = generation.stream(model, inputs, **ENDS)
+def test_a_stream_of_a_network_spread_over_devices_is_the_whole_answer(model):
+    model.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
+    rows, generation = [text(5)], Generation(max_new_tokens=12, min_new_tokens=12)
+    (answer,) = together(model, rows, images(0), generation)
+    assert streamed(generation, model, batch_of(rows, images(0))) == answer
+
+
+def test_a_stream_can_be_abandoned_but_not_resumed_after_another_answer(model):
+    rows, generation = [text(5)], Generation(max_new_tokens=12, min_new_tokens=12)
+    (answer,) = together(model, rows, images(0), generation)
+    stream = generation.stream(model, batch_of(rows, images(0)), **ENDS)
     assert next(stream) == answer[:1]
-    assert generation(model, inputs, **ENDS) == [answer]
+    assert together(model, rows, images(0), generation) == [answer]
     with pytest.raises(ValueError, match="another answer of this model was begun"):
         list(stream)
 
 
 def test_streams_have_one_row_and_no_beams(model):
+    two_rows = batch_of([text(5), text(6)], images(0))
     with pytest.raises(ValueError, match="one prompt at a time"):
-        Generation().stream(model, together([text(5), text(6)], images(0)), **ENDS)
+        Generation().stream(model, two_rows, **ENDS)
     with pytest.raises(ValueError, match="num_beams=1"):
-        Generation(num_beams=2).stream(model, together([text(5)], images(0)), **ENDS)
+        Generation(num_beams=2).stream(model, batch_of([text(5)], images(0)), **ENDS)
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_transformers():
     logits = 3 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     ids, mask = padded([text(6), text(3, seed=1), text(9, seed=2)], side="left")
     inputs = {"input_ids": tensor(*ids).clamp(max=49), "attention_mask": mask}
-    found = Choice(
+    next_token = NextToken(
         inputs,
         logits,
         STOPS,
@@ -447,58 +431,53 @@ def test_scores_are_those_of_transformers():
         top_p=0.8,
         repetition_penalty=1.4,
         min_new_tokens=2,
-    ).scores(logits)
+    )
+    scores = next_token.scores(logits)
     for row in range(3):
-        said = inputs["input_ids"][row][mask[row].bool()][None]
-        rules = LogitsProcessorList(
+        prompt = inputs["input_ids"][row][mask[row].bool()][None]
+        length = prompt.shape[1]
+        processors = LogitsProcessorList(
             [
                 logits_process.RepetitionPenaltyLogitsProcessor(1.4),
-                logits_process.MinNewTokensLengthLogitsProcessor(
-                    said.shape[1], 2, list(STOPS), device="cpu"
-                ),
+                logits_process.MinNewTokensLengthLogitsProcessor(length, 2, list(STOPS), "cpu"),
                 logits_process.TemperatureLogitsWarper(0.7),
                 logits_process.TopKLogitsWarper(12),
                 logits_process.TopPLogitsWarper(0.8),
             ]
         )
-        torch.testing.assert_close(found[row : row + 1], rules(said, logits[row : row + 1].clone()))
+        expected = processors(prompt, logits[row : row + 1].clone())
+        torch.testing.assert_close(scores[row : row + 1], expected)
 
 
 def test_draws_have_the_distribution_of_the_scores():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0]).expand(40_000, -1)
-    choice = Choice({}, logits, (), do_sample=True, top_k=4, seed=0)
-    shares = torch.bincount(choice(logits), minlength=6) / len(logits)
+    next_token = NextToken({}, logits, (), do_sample=True, top_k=4, seed=0)
+    shares = torch.bincount(next_token(logits), minlength=6) / len(logits)
     expected = logits[0, :4].softmax(-1)
-    torch.testing.assert_close(
-        shares[:4], expected, atol=0.01, rtol=0
-    )  # four standard deviations of 40,000 draws
+    # The tolerance is four standard deviations of 40,000 draws.
+    torch.testing.assert_close(shares[:4], expected, atol=0.01, rtol=0)
     assert not shares[4:].any()
 
 
 def test_a_seed_repeats_an_answer(model):
-    inputs = together(prompts()[:2], images(3))
-    drawn = [
-        Generation(max_new_tokens=12, min_new_tokens=12, do_sample=True, top_p=0.95, seed=seed)(
-            model, inputs, **ENDS
-        )
-        for seed in (1, 1, 2)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    torch.manual_seed(5)
+    rows, pixels = prompts()[:2], images(3)
     free = Generation(max_new_tokens=12, min_new_tokens=12, do_sample=True)
-    first, second = free(model, inputs, **ENDS), free(model, inputs, **ENDS)
+    first, repeated, other = (
+        together(model, rows, pixels, replace(free, top_p=0.95, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first == repeated != other
     torch.manual_seed(5)
-    assert free(model, inputs, **ENDS) == first != second
+    first, second = together(model, rows, pixels, free), together(model, rows, pixels, free)
+    torch.manual_seed(5)
+    assert together(model, rows, pixels, free) == first != second
 
 
 def test_decoding_ends_when_every_row_has_ended():
     stops = Stops(3, STOPS, torch.device("cpu"))
-    assert [stops.all_seen(torch.tensor(ids)) for ids in ([7, 1, 2], [1, 1, 9], [1, 7, 1])] == [
-        False,
-        False,
-        True,
-    ]
-    assert not Stops(1, (), torch.device("cpu")).all_seen(torch.tensor([7]))
+    assert not stops.all_ended(torch.tensor([7, 1, 2]))
+    assert not stops.all_ended(torch.tensor([1, 1, 9]))
+    assert stops.all_ended(torch.tensor([1, 7, 1]))
+    assert not Stops(1, (), torch.device("cpu")).all_ended(torch.tensor([7]))
 
 
 @pytest.mark.parametrize(
@@ -511,78 +490,69 @@ def test_wrong_settings_are_named(wrong):
         Generation(**wrong)
 
 
-# -- images ---------------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_equal_images_are_encoded_once(model):
-    rows, seen = [IMAGE + text(3, seed=place) for place in range(4)], images(2)[[0, 1, 0, 0]]
+    rows, pixels = [IMAGE + text(3, seed=row) for row in range(4)], images(2)[[0, 1, 0, 0]]
     encoded = []
-    model.transformer.visual.register_forward_hook(
-        lambda module, args, out: encoded.append(len(out))
-    )
-    generation = Generation(max_new_tokens=12)
-    expected = generation(model, together(rows, seen), **ENDS)
+    model.transformer.visual.register_forward_hook(lambda _, __, out: encoded.append(len(out)))
+    expected = together(model, rows, pixels)
     assert encoded == [4]
-    assert (
-        generation(model, together(rows, seen), **ENDS, image_keys=["a", "b", "a", "a"]) == expected
-    )
+    assert together(model, rows, pixels, image_keys=["a", "b", "a", "a"]) == expected
     assert encoded == [4, 2]
-    assert (
-        generation(model, together(rows[1:2], seen[1:2]), **ENDS, image_keys=["b"]) == expected[1:2]
-    )
+    assert together(model, rows[1:2], pixels[1:2], image_keys=["b"]) == expected[1:2]
     assert encoded == [4, 2]
-    generation.release(model)
-    generation(model, together(rows[1:2], seen[1:2]), **ENDS, image_keys=["b"])
+    Generation.release(model)
+    together(model, rows[1:2], pixels[1:2], image_keys=["b"])
     assert encoded == [4, 2, 1]
 
 
-def test_the_oldest_images_are_forgotten():
-    asked, known = [], ImageCache()
+def test_the_oldest_images_leave_the_cache():
+    encoded, cache = [], ImageCache()
 
     def encode(pixels):
-        asked.extend(pixels[:, 0].tolist())
+        encoded.extend(pixels[:, 0].tolist())
         return pixels[:, :, None].expand(-1, QUERIES, 2)
 
-    values = torch.arange(REMEMBERED + 1.0)[:, None]
-    found = known(values, [str(place) for place in range(len(values))], encode)
-    assert torch.equal(found[:, 0, 0], values[:, 0])
-    asked.clear()
-    assert known(values[[1, 0]], ["1", "0"], encode)[:, 0, 0].tolist() == [1, 0]
-    assert asked == [0]
+    values = torch.arange(MAX_IMAGES + 1.0)[:, None]
+    features = cache(values, [str(index) for index in range(len(values))], encode)
+    assert torch.equal(features[:, 0, 0], values[:, 0])
+    encoded.clear()
+    assert cache(values[[1, 0]], ["1", "0"], encode)[:, 0, 0].tolist() == [1, 0]
+    assert encoded == [0]
 
 
-def test_keys_are_as_many_as_images(model):
+def test_there_are_as_many_keys_as_images(model):
     with pytest.raises(ValueError, match="2 keys for 1 images"):
-        Generation()(model, together([IMAGE], images(1)), **ENDS, image_keys=["a", "b"])
+        together(model, [IMAGE], images(1), image_keys=["a", "b"])
 
 
-def test_a_network_that_is_given_up_takes_its_cache_with_it():
+def test_a_decoder_is_freed_with_its_network():
     model = small_network()
-    Generation(max_new_tokens=2)(model, together([text(3)], images(0)), **ENDS)
-    gone = weakref.ref(decoder_of(model))
+    together(model, [text(3)], images(0), Generation(max_new_tokens=2))
+    decoder = weakref.ref(decoder_of(model))
     del model
     gc.collect()
-    assert gone() is None
+    assert decoder() is None
 
 
-def test_nothing_of_a_step_waits_for_the_device_or_leaves_it(monkeypatch):
-    """On the meta device a value that is asked for, or a tensor of the host beside one of the device, is an error."""
-    monkeypatch.setattr(
-        torch, "is_autocast_enabled", lambda device: False
-    )  # which knows no such device
+def test_a_step_neither_synchronizes_nor_leaves_the_device(monkeypatch):
+    """On the meta device, reading a value and mixing in a tensor of the host are errors."""
+    # The meta device does not support autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     with torch.device("meta"):
         model = QwenVLForCausalLM(small_config()).eval()
+        # Without a mask: `start` reads the lengths of the rows from it, once.
         inputs = {
             "input_ids": torch.empty(6, 20, dtype=torch.int64),
             "pixel_values": torch.empty(3, 3, SIDE, SIDE),
+            "vision_positions": torch.empty(3 * QUERIES, dtype=torch.int64),
         }
-        inputs["vision_positions"] = torch.empty(3 * QUERIES, dtype=torch.int64)
     decoder = decoder_of(model)
     with torch.inference_mode():
-        logits = decoder.start(
-            inputs, new_tokens=8
-        )  # without a mask: how long the rows are is asked once
-        choice = Choice(
+        logits = decoder.start(inputs, new_tokens=8)
+        next_token = NextToken(
             inputs,
             logits,
             STOPS,
@@ -594,6 +564,6 @@ def test_nothing_of_a_step_waits_for_the_device_or_leaves_it(monkeypatch):
             top_p=0.9,
         )
         for _ in range(2):
-            logits = decoder.step(choice(logits))
+            logits = decoder.step(next_token(logits))
     assert logits.device.type == "meta"
     assert logits.shape == (6, 64)
