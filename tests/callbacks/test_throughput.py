@@ -5,121 +5,122 @@ from typing import ClassVar
 import lightning
 import pytest
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from toy_task import ToyData, ToyTask, conversation, trainer
 
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
-from qwenvl_lit.callbacks.throughput import Throughput, peak_flops, trained_shares
+from qwenvl_lit.callbacks.throughput import (
+    PEAKS,
+    DataWaitProfiler,
+    Throughput,
+    peak_flops,
+    trained_shares,
+)
 
-ROWS = [
-    conversation(i, says="yes") for i in range(8)
-]  # two a batch; of three slots two are tokens and one is supervised
+# Two rows are a batch; of the three slots of a row two are tokens, and one of them is supervised.
+ROWS = [conversation(i, says="yes") for i in range(8)]
 
 
 def clock_of(*, waits: float = 0, works: float, first: float | None = None):
-    """A clock that is read when a batch is asked for and when it is there, once more at the first, and when its step is done."""
+    """Returns a clock for a run whose batches take `waits` seconds to load and `works` to train on.
+
+    It is read when a batch is requested, when it has arrived, and when its step is done; at the
+    first batch it is read once more before the step. `first` replaces `works` for the first batch.
+    """
 
     def readings() -> Iterator[float]:
         now = 0.0
         yield from (now, now, now)
-        yield (now := now + (works if first is None else first))
+        now += works if first is None else first
+        yield now
         while True:
             yield now
-            yield (now := now + waits)
-            yield (now := now + works)
+            now += waits
+            yield now
+            now += works
+            yield now
 
     return readings().__next__
 
 
-def test_rates_stand_in_the_proportions_of_the_batches(tmp_path):
-    trainer(tmp_path, Throughput(), RunLog(), max_epochs=1, limit_val_batches=0).fit(
-        ToyTask(), ToyData(ROWS)
-    )
-    for record in read_log(tmp_path / "logging.jsonl"):
-        assert record["samples_per_second"] > 0
-        assert record["supervised_tokens_per_second"] == pytest.approx(
-            record["samples_per_second"], rel=1e-5
-        )
-        assert record["tokens_per_second"] == pytest.approx(
-            2 * record["samples_per_second"], rel=1e-5
-        )
+def train(folder, *callbacks, module=None, **options) -> list[dict]:
+    """Trains one epoch without validation, and returns the records of its log."""
+    defaults = {"max_epochs": 1, "limit_val_batches": 0, "profiler": DataWaitProfiler()}
+    made = trainer(folder, *callbacks, RunLog(), **{**defaults, **options})
+    made.fit(module or ToyTask(), ToyData(ROWS))
+    return [record for record in read_log(folder / "logging.jsonl") if "loss" in record]
+
+
+def set_clock(monkeypatch, clock) -> None:
+    monkeypatch.setattr("qwenvl_lit.callbacks.throughput.perf_counter", clock)
+
+
+def test_rates_are_in_the_proportions_of_the_batches(tmp_path):
+    for record in train(tmp_path, Throughput()):
+        samples = record["samples_per_second"]
+        assert samples > 0
+        assert record["supervised_tokens_per_second"] == pytest.approx(samples, rel=1e-5)
+        assert record["tokens_per_second"] == pytest.approx(2 * samples, rel=1e-5)
         assert record["padding_share"] == pytest.approx(1 / 3)
 
 
 def test_the_time_of_validation_does_not_count(tmp_path, monkeypatch):
-    clock = iter(range(0, 1000, 10))  # each reading ten seconds after the last
-    monkeypatch.setattr("qwenvl_lit.callbacks.throughput.perf_counter", lambda: next(clock))
-    trainer(tmp_path, Throughput(), RunLog(), max_epochs=2, limit_train_batches=2).fit(
-        ToyTask(), ToyData(ROWS)
+    set_clock(monkeypatch, iter(range(0, 1000, 10)).__next__)  # ten seconds between readings
+    records = train(
+        tmp_path, Throughput(), max_epochs=2, limit_train_batches=2, limit_val_batches=1.0
     )
-    records = [record for record in read_log(tmp_path / "logging.jsonl") if "loss" in record]
-    assert [record["samples_per_second"] for record in records] == pytest.approx(
-        [2 / 10, 4 / 40] * 2
-    )
-
-
-def test_the_time_of_a_checkpoint_does_not_count(tmp_path, monkeypatch):
-    clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("qwenvl_lit.callbacks.throughput.perf_counter", lambda: next(clock))
-    callbacks = (Throughput(), RunLog(), RunCheckpoint(every=2))
-    trainer(tmp_path, *callbacks, max_epochs=1, limit_val_batches=0, enable_checkpointing=True).fit(
-        ToyTask(), ToyData(ROWS)
-    )
-    rates = [record["samples_per_second"] for record in read_log(tmp_path / "logging.jsonl")]
+    rates = [record["samples_per_second"] for record in records]
     assert rates == pytest.approx([2 / 10, 4 / 40] * 2)
 
 
-def test_waiting_is_the_time_until_a_batch_is_there(tmp_path, monkeypatch):
-    """Each batch is waited for 1 second, but for the first, and worked on for 3."""
-    monkeypatch.setattr("qwenvl_lit.callbacks.throughput.perf_counter", clock_of(waits=1, works=3))
-    trainer(tmp_path, Throughput(window=2), RunLog(), max_epochs=1, limit_val_batches=0).fit(
-        ToyTask(), ToyData(ROWS)
-    )
-    records = read_log(tmp_path / "logging.jsonl")
-    assert [record["waiting_share"] for record in records] == pytest.approx(
-        [0, 1 / 7, 2 / 8, 2 / 8]
-    )
-    assert [record["samples_per_second"] for record in records] == pytest.approx(
-        [2 / 3, 4 / 7, 4 / 8, 4 / 8]
-    )
+def test_the_time_of_a_checkpoint_does_not_count(tmp_path, monkeypatch):
+    set_clock(monkeypatch, iter(range(0, 1000, 10)).__next__)
+    callbacks = (Throughput(), RunCheckpoint(every=2))
+    records = train(tmp_path, *callbacks, enable_checkpointing=True)
+    rates = [record["samples_per_second"] for record in records]
+    assert rates == pytest.approx([2 / 10, 4 / 40] * 2)
 
 
-def test_beside_another_profiler_waiting_is_not_known(tmp_path):
-    one = trainer(
+def test_waiting_is_the_time_until_a_batch_has_arrived(tmp_path, monkeypatch):
+    """Each batch but the first takes 1 second to load, and each 3 seconds to train on."""
+    set_clock(monkeypatch, clock_of(waits=1, works=3))
+    records = train(tmp_path, Throughput(window=2))
+    waiting = [record["waiting_share"] for record in records]
+    assert waiting == pytest.approx([0, 1 / 7, 2 / 8, 2 / 8])
+    rates = [record["samples_per_second"] for record in records]
+    assert rates == pytest.approx([2 / 3, 4 / 7, 4 / 8, 4 / 8])
+
+
+def test_with_another_profiler_waiting_is_not_known(tmp_path):
+    fitted = trainer(
         tmp_path, Throughput(), RunLog(), max_steps=1, limit_val_batches=0, profiler="simple"
     )
-    one.fit(ToyTask(), ToyData(ROWS))
+    fitted.fit(ToyTask(), ToyData(ROWS))
     [record] = read_log(tmp_path / "logging.jsonl")
     assert record["waiting_share"] is None
     assert record["samples_per_second"] > 0
-    assert "train_dataloader_next" in one.profiler.summary()
+    assert "train_dataloader_next" in fitted.profiler.summary()
 
 
-def test_compilations_are_those_of_the_training(tmp_path):
+def test_compilations_are_counted_from_the_start_of_training(tmp_path):
     def twice(x):
         return 2 * x
 
     class Compiling(ToyTask):
-        """Its batches have another shape in the third step, for which the function is made again."""
+        """From the third step on it has another shape, for which the function is recompiled."""
 
         def training_step(self, batch, batch_idx):
             compiled(torch.ones(2 if batch_idx < 2 else 3))
             return super().training_step(batch, batch_idx)
 
     compiled = torch.compile(twice, backend="eager", dynamic=False)
-    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # before it
-    trainer(tmp_path, Throughput(), RunLog(), max_epochs=1, limit_val_batches=0).fit(
-        Compiling(), ToyData(ROWS)
-    )
-    assert [record["compilations"] for record in read_log(tmp_path / "logging.jsonl")] == [
-        1,
-        1,
-        2,
-        2,
-    ]
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # before training
+    records = train(tmp_path, Throughput(), module=Compiling())
+    assert [record["compilations"] for record in records] == [1, 1, 2, 2]
 
 
-def test_what_is_logged_is_on_the_host(tmp_path):
+def test_logged_values_are_on_the_host(tmp_path):
     class Recorder(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             values = {
@@ -130,22 +131,18 @@ def test_what_is_logged_is_on_the_host(tmp_path):
             assert len(values) == 8
             assert all(value.device.type == "cpu" for value in values.values())
 
-    class Elsewhere(ToyTask):
-        device = torch.device("meta")  # what Lightning would put a plain number on
+    class OnAnotherDevice(ToyTask):
+        device = torch.device("meta")  # where Lightning would put a plain number
 
     trainer(tmp_path, Throughput(), Recorder(), max_epochs=1, limit_val_batches=0).fit(
-        Elsewhere(), ToyData(ROWS)
+        OnAnotherDevice(), ToyData(ROWS)
     )
 
 
-def test_the_window_forgets_slow_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "qwenvl_lit.callbacks.throughput.perf_counter", clock_of(works=1, first=100)
-    )
-    trainer(tmp_path, Throughput(window=2), RunLog(), max_epochs=1, limit_val_batches=0).fit(
-        ToyTask(), ToyData(ROWS)
-    )
-    rates = [record["samples_per_second"] for record in read_log(tmp_path / "logging.jsonl")]
+def test_slow_steps_leave_the_window(tmp_path, monkeypatch):
+    set_clock(monkeypatch, clock_of(works=1, first=100))
+    records = train(tmp_path, Throughput(window=2))
+    rates = [record["samples_per_second"] for record in records]
     assert rates == pytest.approx([2 / 100, 4 / 101, 2, 2])
 
 
@@ -159,7 +156,7 @@ def test_a_test_and_a_prediction_end_with_their_rate(tmp_path, capsys):
 
 
 def test_operations_are_compared_with_the_peak_of_the_device(tmp_path, monkeypatch):
-    """A second a batch of 2e12 operations, on a device that could do 8e12."""
+    """A batch of 2e12 operations takes a second, on a device that can do 8e12."""
 
     class Family:
         components: ClassVar = {"all": "weight"}
@@ -167,27 +164,21 @@ def test_operations_are_compared_with_the_peak_of_the_device(tmp_path, monkeypat
         def flops(self, batch, trained):
             return 1e12 * len(batch.conversations)
 
-    class Working(ToyTask):
+    class WithFamily(ToyTask):
         def __init__(self):
             super().__init__()
             self.family = Family()
             self.model = torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr("qwenvl_lit.callbacks.throughput.perf_counter", clock_of(works=1))
+    set_clock(monkeypatch, clock_of(works=1))
     monkeypatch.setattr("qwenvl_lit.callbacks.throughput.peak_flops", lambda device: 8e12)
-    trainer(tmp_path, Throughput(), RunLog(), max_epochs=1, limit_val_batches=0).fit(
-        Working(), ToyData(ROWS)
-    )
-    records = read_log(tmp_path / "logging.jsonl")
+    records = train(tmp_path, Throughput(), module=WithFamily())
     assert [record["mfu"] for record in records] == pytest.approx([0.25] * 4)
     assert [record["tflop_per_second"] for record in records] == pytest.approx([2.0] * 4)
 
 
 def test_a_device_without_a_known_peak_has_no_share_of_it(tmp_path):
-    trainer(tmp_path, Throughput(), RunLog(), max_steps=1, limit_val_batches=0).fit(
-        ToyTask(), ToyData(ROWS)
-    )
-    assert read_log(tmp_path / "logging.jsonl")[0]["mfu"] is None
+    assert train(tmp_path, Throughput(), max_steps=1)[0]["mfu"] is None
 
 
 @pytest.mark.parametrize(
@@ -200,23 +191,24 @@ def test_a_device_without_a_known_peak_has_no_share_of_it(tmp_path):
 )
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda:0")) == peak
+    device = torch.device("cuda:0")
+    assert peak_flops(device) == peak
+    assert get_available_flops(device, torch.bfloat16) == pytest.approx(peak, rel=1e-3)
 
 
-def test_the_trained_share_of_a_part_leaves_out_the_part_inside_it():
-    model = torch.nn.ModuleDict(
-        {
-            "tower": torch.nn.ModuleDict(
-                {"block": torch.nn.Linear(3, 4), "pool": torch.nn.Linear(2, 4)}
-            )
-        }
-    )
-    model["tower"]["pool"].requires_grad_(False)
-    model["tower"]["block"].bias.requires_grad_(False)
-    assert trained_shares(
-        model, {"vision": "tower", "resampler": "tower.pool", "head": "head"}
-    ) == {
-        "vision": 12 / 16,
-        "resampler": 0,
-        "head": 0,
-    }
+@pytest.mark.parametrize(("name", "known"), [("NVIDIA H200", None), ("NVIDIA H100 NVL", 1978.8e12)])
+def test_lightnings_table_of_peaks_cannot_replace_ours(monkeypatch, name, known):
+    """It does not recognize the H200, and has the H100 NVL with sparsity."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert get_available_flops(torch.device("cuda:0"), torch.bfloat16) == known
+    assert peak_flops(torch.device("cuda:0")) == dict(PEAKS)[name.removeprefix("NVIDIA ")]
+
+
+def test_the_trained_share_of_a_component_excludes_the_component_inside_it():
+    tower = torch.nn.ModuleDict({"block": torch.nn.Linear(3, 4), "pool": torch.nn.Linear(2, 4)})
+    model = torch.nn.ModuleDict({"tower": tower})
+    tower["pool"].requires_grad_(False)
+    tower["block"].bias.requires_grad_(False)
+    components = {"vision": "tower", "resampler": "tower.pool", "head": "head"}
+    shares = trained_shares(model, components)
+    assert shares == {"vision": 12 / 16, "resampler": 0, "head": 0}
