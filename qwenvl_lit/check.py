@@ -15,17 +15,11 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> None:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     from qwenvl_lit import build
     from qwenvl_lit.data.inspection import inspect
     from qwenvl_lit.data.survey import available_cores
+    from qwenvl_lit.rendering.progress import progress_bars
     from qwenvl_lit.reports.data import print_summary, write_findings
     from qwenvl_lit.reports.data_page import examples, write_page
 
@@ -41,22 +35,9 @@ def main(config: DictConfig) -> None:
         )
     bad = data.max_bad_fraction if data.on_bad_image == "drop" else 0.0
     workers = config.workers or available_cores()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
-        bars = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=total)
-            progress.update(bars[what], completed=done)
-
+    with progress_bars() as report:
         inspection = inspect(
-            sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=show
+            sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=report
         )
     folder = Path(config.paths.run)
     write_findings(inspection, folder / "findings.jsonl")
