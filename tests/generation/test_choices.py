@@ -1,4 +1,4 @@
-"""Options are as likely together, in a batch, as each alone behind its prompt; the likeliest is the answer."""
+"""Options are as likely in a batch as each alone after its prompt; the likeliest is the answer."""
 
 import json
 
@@ -21,32 +21,32 @@ OPTIONS = [[[5], [6, 8], [11, 12, 13]], [[21, 22], [23]], [[5], [6]]]
 
 
 def test_options_are_as_likely_as_each_alone():
-    model, seen = small_network(), images(2)
+    model, pixels = small_network(), images(2)
     rows = [IMAGE + text(5), text(3), IMAGE + text(9, seed=2)]
+    images_of_rows = [{"pixel_values": pixels[:1]}, {}, {"pixel_values": pixels[1:]}]
     ids, mask = padded(rows, side="left")
     inputs = {
         "input_ids": tensor(*ids),
         "attention_mask": mask,
-        "pixel_values": seen,
+        "pixel_values": pixels,
         "vision_positions": image_positions(ids),
     }
-    losses = option_losses(model, inputs, OPTIONS)
-    used = 0
-    for row, options, found in zip(rows, OPTIONS, losses, strict=True):
-        pixels = {"pixel_values": seen[used : used + 1]} if IMAGE[0] in row else {}
-        used += bool(pixels)
+    losses_of_rows = option_losses(model, inputs, OPTIONS)
+    for row, image, options, losses in zip(
+        rows, images_of_rows, OPTIONS, losses_of_rows, strict=True
+    ):
         expected = []
         for option in options:
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([row + option]), **pixels).logits[
-                    0, len(row) - 1 : -1
-                ]
-            expected.append(torch.nn.functional.cross_entropy(logits, torch.tensor(option)).item())
-        assert found == pytest.approx(expected, abs=1e-5)
+                logits = model(input_ids=torch.tensor([row + option]), **image).logits
+            option_logits = logits[0, len(row) - 1 : -1]
+            loss = torch.nn.functional.cross_entropy(option_logits, torch.tensor(option))
+            expected.append(loss.item())
+        assert losses == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture
-def file(folder):
+def file(folder) -> str:
     rows = [
         {
             "image": "a.png",
@@ -71,90 +71,71 @@ def file(folder):
 
 def test_rows_with_choices_are_asked_as_published(file):
     first, second = read_rows(file)
-    assert (
-        first.prompt().turns[0].parts[1]
-        == "Context: N/A\nQuestion: Which?\nOptions: A. red\nB. blue\nC. old\nAnswer:"
-    )
-    assert (first.options, first.answer.parts, first.columns) == (
-        ("A", "B", "C"),
-        ("C",),
-        {"subject": "art"},
-    )
+    question = "Context: N/A\nQuestion: Which?\nOptions: A. red\nB. blue\nC. old\nAnswer:"
+    assert first.prompt().turns[0].parts[1] == question
+    assert first.options == ("A", "B", "C")
+    assert first.answer.parts == ("C",)
+    assert first.columns == {"subject": "art"}
     assert second.turns[0].parts[1].startswith("Context: Count.\n")
     assert second.options == ("A", "B")
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"choices": ["one"]}, "list of 2 to 8 texts"),
         ({"answer": 3}, "0 to 1"),
         ({"choices": [1, 2]}, "2 to 8 texts"),
     ],
 )
-def test_a_mistake_in_choices_is_named(read_row, change, says):
-    with pytest.raises(DataError, match=says):
-        read_row(
-            {
-                "image": "a.png",
-                "question": "Which?",
-                "choices": ["red", "blue"],
-                "answer": 0,
-                **change,
-            }
-        )
+def test_a_mistake_in_choices_is_named(read_row, change, message):
+    row = {"image": "a.png", "question": "Which?", "choices": ["red", "blue"], "answer": 0}
+    with pytest.raises(DataError, match=message):
+        read_row(row | change)
 
 
-def test_the_likeliest_option_is_the_prediction_and_is_scored(file, tmp_path):
-    task = VisionLanguageModule(
+def choosing_module(**metrics) -> VisionLanguageModule:
+    module = VisionLanguageModule(
         family=tiny_family(),
         adapter=None,
         generation=Generation(max_new_tokens=2),
-        metrics={"accuracy": ExactMatch()},
+        metrics=metrics,
     )
-    task.configure_model()
-    data = DataModule(processor=task.processor, read=read_rows, test=file, eval_batch_size=2)
+    module.configure_model()
+    return module
+
+
+def test_the_likeliest_option_is_the_prediction_and_is_scored(file, tmp_path):
+    module = choosing_module(accuracy=ExactMatch())
+    processor = module.processor
+    data = DataModule(processor=processor, read=read_rows, test=file, eval_batch_size=2)
     tested = trainer(tmp_path)
-    tested.test(task, data, verbose=False)
+    tested.test(module, data, verbose=False)
+    pad, right = Pad(pad_id=processor.pad_id, side="left"), 0
     rows = read_rows(file)
-    chosen = []
     for row in rows:
-        batch = Pad(pad_id=task.processor.pad_id, side="left")(
-            [task.processor.encode(row, prompt=True)]
-        )
-        [prediction] = task.predict(batch)
-        [losses] = option_losses(
-            task.model, task.family.inputs(batch, generate=True), [task.processor.option_ids(row)]
-        )
+        batch = pad([processor.encode(row, prompt=True)])
+        (prediction,) = module.predict(batch)
+        inputs = module.family.inputs(batch, generate=True)
+        (losses,) = option_losses(module.model, inputs, [processor.option_ids(row)])
         assert prediction.text == row.options[losses.index(min(losses))]
-        chosen.append(prediction.text)
-    expected = sum(text == row.answer.parts[0] for text, row in zip(chosen, rows, strict=True)) / 2
-    assert tested.callback_metrics["test/accuracy"] == expected
+        right += prediction.text == row.answer.parts[0]
+    assert tested.callback_metrics["test/accuracy"] == right / len(rows)
 
 
 def test_options_follow_a_raw_prompt_with_a_space():
-    chat, raw = tiny_family().processor(), tiny_family()
-    raw.prompting["template"] = "raw"
+    chat, raw = tiny_family().processor(), tiny_family(template="raw").processor()
     row = Conversation(id="1", turns=(Turn(role="user", parts=("Answer:",)),), options=("A", "B"))
-    assert [
-        [chat.text(ids) for ids in processor.option_ids(row)]
-        for processor in (chat, raw.processor())
-    ] == [["A", "B"], [" A", " B"]]
+    assert [chat.text(ids) for ids in chat.option_ids(row)] == ["A", "B"]
+    assert [chat.text(ids) for ids in raw.option_ids(row)] == [" A", " B"]
 
 
-def test_rows_with_and_without_options_are_not_answered_together(tmp_path):
-    task = VisionLanguageModule(
-        family=tiny_family(), adapter=None, generation=Generation(max_new_tokens=2), metrics={}
-    )
-    task.configure_model()
-    rows = [
-        Conversation(
-            id=str(n), turns=(Turn(role="user", parts=("?",)),), options=("A", "B") if n else ()
-        )
-        for n in range(2)
-    ]
-    batch = Pad(pad_id=task.processor.pad_id, side="left")(
-        [task.processor.encode(row, prompt=True) for row in rows]
-    )
+def test_rows_with_and_without_options_are_not_answered_together():
+    module = choosing_module()
+    turns = (Turn(role="user", parts=("?",)),)
+    without = Conversation(id="0", turns=turns, options=())
+    with_options = Conversation(id="1", turns=turns, options=("A", "B"))
+    samples = [module.processor.encode(row, prompt=True) for row in (without, with_options)]
+    batch = Pad(pad_id=module.processor.pad_id, side="left")(samples)
     with pytest.raises(DataError, match="row '0' has no options"):
-        task.predict(batch)
+        module.predict(batch)
