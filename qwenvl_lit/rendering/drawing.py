@@ -1,9 +1,11 @@
-"""Boxes and labels on images, readable on any background and at any size."""
+"""Draws boxes and labels on images, readable on any background and at any size."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,9 +18,11 @@ from qwenvl_lit.types import Box, GroundedObject, Part, Prediction, Quad
 Point = tuple[float, float]
 Rectangle = tuple[float, float, float, float]
 
-PREDICTED = "#d81b60"  # these two can be told apart with every kind of colour blindness
+# Two colours that can be told apart with every kind of colour blindness.
+PREDICTED = "#d81b60"
 EXPECTED = "#00695c"
-SMALLEST_SIDE_PX = 320  # of the longer side: below it labels would cover the image
+MIN_LONGER_SIDE_PX = 320  # labels would cover a smaller image
+HAN_CHARACTERS = re.compile("[\u2e80-\u9fff\uac00-\uffef]")  # with full-width punctuation
 HAN_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans SC",
@@ -30,30 +34,45 @@ HAN_FONTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """A region to draw, in pixels of the canvas."""
+
+    label: str | None
+    corners: list[Point]
+    colour: str
+    dashed: bool
+
+
 def draw_prediction(
     prediction: Prediction, image: int = 0, *, largest_side_px: int | None = None
 ) -> Image.Image:
-    """One image of the conversation with the objects of the answer and, if it is known, of the expected one (see `draw_objects`)."""
-    source, answer = prediction.conversation.images[image], prediction.conversation.answer
+    """Draws an image of the conversation with the objects of the answer and of the reference.
+
+    See `draw_objects`.
+    """
+    source, reference = prediction.conversation.images[image], prediction.conversation.answer
     opened = source.open()
     predicted = objects_of_image(prediction.parts, image, opened.size)
-    expected = objects_of_image(answer.parts if answer else (), image, opened.size)
+    expected = objects_of_image(reference.parts if reference else (), image, opened.size)
     return draw_objects(opened, predicted, expected, largest_side_px=largest_side_px)
 
 
 def objects_of_image(
     parts: Iterable[Part], image: int, size: tuple[int, int]
 ) -> list[GroundedObject]:
-    """The objects among `parts` that have boxes in this image of `size` (width, height), boxes in its pixels."""
-    objects = (
-        part
-        for part in parts
-        if isinstance(part, GroundedObject) and part.image == image and part.boxes
-    )
-    return [
-        replace(obj, boxes=tuple(to_frame(box, "pixel", size=size) for box in obj.boxes))
-        for obj in objects
-    ]
+    """Returns the objects among `parts` that have boxes in an image, with the boxes in its pixels.
+
+    Args:
+        image: index of the image in the conversation.
+        size: width and height of the image.
+    """
+    objects = []
+    for part in parts:
+        if isinstance(part, GroundedObject) and part.image == image and part.boxes:
+            boxes = tuple(to_frame(box, "pixel", size=size) for box in part.boxes)
+            objects.append(replace(part, boxes=boxes))
+    return objects
 
 
 def draw_objects(
@@ -63,121 +82,139 @@ def draw_objects(
     *,
     largest_side_px: int | None = None,
 ) -> Image.Image:
-    """A copy of the image, in RGB, with predicted boxes solid and expected ones dashed, each with its label.
+    """Returns an RGB copy of the image with solid predicted and dashed expected boxes and labels.
 
-    Boxes are in pixels of `image` and drawn as they are, inverted too; what is outside is drawn at the edge. An image whose longer side is
-    below 320 px is enlarged by a whole number without smoothing, so that labels stay readable; `largest_side_px` shrinks a larger one
-    before drawing.
+    Boxes are in pixels of `image`, and drawn even if they are inverted; parts outside of the image
+    are drawn at its edge. An image whose longer side is below 320 px is enlarged by a whole number
+    without smoothing, so that labels are readable.
+
+    Args:
+        largest_side_px: an image with a longer side is shrunk to it before drawing.
     """
-    longer = max(image.size)
-    scale: float = max(1, -(-SMALLEST_SIDE_PX // longer))
-    if largest_side_px is not None:
-        scale = min(scale, largest_side_px / longer)
+    scale = _scale(image.size, largest_side_px)
     smoothing = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-    canvas = image.convert("RGB").resize(
-        [max(1, round(side * scale)) for side in image.size], smoothing
-    )
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    canvas = image.convert("RGB").resize(size, smoothing)
+    outlines = [
+        *_outlines(expected, scale, canvas.size, EXPECTED, dashed=True),
+        *_outlines(predicted, scale, canvas.size, PREDICTED, dashed=False),
+    ]
     draw = ImageDraw.Draw(canvas)
     width = max(3, round(max(canvas.size) / 250))
-    right, bottom = (side - 1 for side in canvas.size)
-
-    def within(x: float, y: float) -> Point:  # a model may put a corner far outside
-        return min(max(x, 0), right), min(max(y, 0), bottom)
-
-    marks = [
-        (obj.label, [within(x * scale, y * scale) for x, y in _corners(region)], colour, dashed)
-        for objects, colour, dashed in ((expected, EXPECTED, True), (predicted, PREDICTED, False))
-        for obj in objects
-        for region in obj.boxes
-    ]
-    for _, corners, colour, dashed in marks:
-        _outline(draw, corners, colour, width, dashed)
+    for outline in outlines:
+        _draw_outline(draw, outline, width)
     taken: list[Rectangle] = []
-    for label, corners, colour, dashed in marks:
-        if label:
-            taken.append(_tag(draw, label, corners, colour, below=dashed, taken=taken))
+    for outline in outlines:
+        if outline.label:
+            taken.append(_draw_label(draw, outline.label, outline, taken))
     return canvas
 
 
 @lru_cache(maxsize=64)
 def font(size_px: int, *, han: bool = False) -> ImageFont.FreeTypeFont:
-    """A scalable font: Pillow's own, or with `han` one of the usual Chinese fonts, if the machine has any."""
+    """Returns Pillow's own scalable font, or with `han` a Chinese font if one is installed."""
     if han:
         installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
         for name in HAN_FONTS:
             if name in installed:
                 return ImageFont.truetype(installed[name], size_px)
-    letters = ImageFont.load_default(size_px)
-    assert isinstance(
-        letters, ImageFont.FreeTypeFont
-    )  # Pillow's wheels are all built with FreeType
-    return letters
+    default = ImageFont.load_default(size_px)
+    assert isinstance(default, ImageFont.FreeTypeFont)  # all Pillow wheels include FreeType
+    return default
 
 
 def has_han(text: str) -> bool:
-    """Whether the text has characters of Chinese, Japanese or Korean writing, or their full-width punctuation."""
-    return any(
-        "\u2e80" <= character <= "\u9fff" or "\uac00" <= character <= "\uffef" for character in text
-    )
+    """Returns whether the text has Chinese, Japanese or Korean characters or punctuation."""
+    return HAN_CHARACTERS.search(text) is not None
+
+
+def _scale(size: tuple[int, int], largest_side_px: int | None) -> float:
+    longer = max(size)
+    scale = max(1, math.ceil(MIN_LONGER_SIDE_PX / longer))
+    if largest_side_px is None:
+        return scale
+    return min(scale, largest_side_px / longer)
+
+
+def _outlines(
+    objects: Iterable[GroundedObject],
+    scale: float,
+    size: tuple[int, int],
+    colour: str,
+    *,
+    dashed: bool,
+) -> Iterator[_Outline]:
+    right, bottom = size[0] - 1, size[1] - 1
+    for obj in objects:
+        for region in obj.boxes:
+            corners = []
+            for x, y in _corners(region):  # clamped: a model may put a corner far outside
+                corners.append((_clamp(x * scale, right), _clamp(y * scale, bottom)))
+            yield _Outline(obj.label, corners, colour, dashed)
 
 
 def _corners(region: Box | Quad) -> tuple[Point, ...]:
     if isinstance(region, Quad):
         return region.points
-    return (
-        (region.x0, region.y0),
-        (region.x1, region.y0),
-        (region.x1, region.y1),
-        (region.x0, region.y1),
-    )
+    x0, y0, x1, y1 = region.x0, region.y0, region.x1, region.y1
+    return (x0, y0), (x1, y0), (x1, y1), (x0, y1)
 
 
-def _outline(
-    draw: ImageDraw.ImageDraw, corners: Sequence[Point], colour: str, width: int, dashed: bool
-) -> None:
-    sides = list(pairwise((*corners, corners[0])))
-    for side in sides:  # white around the colour: seen on dark images too
-        draw.line(side, fill="white", width=width + 2)
+def _clamp(value: float, largest: float) -> float:
+    return min(max(value, 0), largest)
+
+
+def _draw_outline(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> None:
+    sides = list(pairwise((*outline.corners, outline.corners[0])))
     for side in sides:
-        for piece in _dashes(*side, 4 * width) if dashed else [side]:
-            draw.line(piece, fill=colour, width=width)
+        draw.line(side, fill="white", width=width + 2)  # a border, visible on dark images
+    for start, end in sides:
+        pieces = _dashes(start, end, 4 * width) if outline.dashed else [(start, end)]
+        for piece in pieces:
+            draw.line(piece, fill=outline.colour, width=width)
 
 
 def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Point]]:
-    """Every other piece of about `length` of a line, beginning and ending with a drawn one."""
-    (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
+    """Yields every other piece, of about `length`, of a line; the first and the last are drawn."""
+    x, y = start
+    dx, dy = end[0] - x, end[1] - y
     pieces = 2 * round(max(abs(dx), abs(dy)) / length / 2) + 1
     for piece in range(0, pieces, 2):
         a, b = piece / pieces, (piece + 1) / pieces
         yield (x + a * dx, y + a * dy), (x + b * dx, y + b * dy)
 
 
-def _tag(
-    draw: ImageDraw.ImageDraw,
-    label: str,
-    corners: Sequence[Point],
-    colour: str,
-    *,
-    below: bool,
-    taken: Sequence[Rectangle],
+def _draw_label(
+    draw: ImageDraw.ImageDraw, label: str, outline: _Outline, taken: Sequence[Rectangle]
 ) -> Rectangle:
-    """Write a label at its box where it covers no other: first outside above (or below) it, then inside, then the other side."""
+    """Writes a label at its box, where it covers no other label, and returns what it covers.
+
+    The places are tried from above the box to below it, for dashed boxes from below to above. If
+    all are taken, the first is used.
+    """
     right, bottom = draw.im.size
     letters = font(max(13, round(max(right, bottom) / 40)), han=has_han(label))
     width, height = draw.textlength(label, font=letters) + 4, sum(letters.getmetrics()) + 2
-    ys = [y for _, y in corners]
+    xs, ys = zip(*outline.corners, strict=True)
+    left = max(0, min(*xs, right - width))
     tops = [min(ys) - height, min(ys), max(ys) - height, max(ys)]
-    x = max(0, min(*(x for x, _ in corners), right - width))
-    spots = [
-        (x, y, x + width, y + height)
-        for y in (max(0, min(top, bottom - height)) for top in (reversed(tops) if below else tops))
-    ]
-    spot = next(
-        (spot for spot in spots if not any(_overlap(spot, other) for other in taken)), spots[0]
-    )
-    draw.rectangle(spot, fill=colour)
-    draw.text((spot[0] + 2, spot[1]), label, fill="white", font=letters)
-    return spot
+    if outline.dashed:
+        tops.reverse()
+    rectangles = []
+    for top in tops:
+        top = max(0, min(top, bottom - height))
+        rectangles.append((left, top, left + width, top + height))
+    rectangle = _first_free(rectangles, taken)
+    draw.rectangle(rectangle, fill=outline.colour)
+    draw.text((rectangle[0] + 2, rectangle[1]), label, fill="white", font=letters)
+    return rectangle
+
+
+def _first_free(rectangles: Sequence[Rectangle], taken: Sequence[Rectangle]) -> Rectangle:
+    for rectangle in rectangles:
+        if not any(_overlap(rectangle, other) for other in taken):
+            return rectangle
+    return rectangles[0]
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> bool:

@@ -1,4 +1,4 @@
-"""Scores as a table for the terminal."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -7,59 +7,62 @@ from typing import SupportsFloat
 
 from rich.table import Table
 
+Scores = Mapping[str, SupportsFloat]  # by SET/METRIC, as `trainer.test` logs them
 
-def score_table(
-    scores: Mapping[str, SupportsFloat], baseline: Mapping[str, SupportsFloat] | None = None
-) -> Table:
-    """A row for each metric and a column for each set, from scores named `SET/METRIC` as `trainer.test` logs them.
 
-    `SET/rows` is shown as a whole number, everything else with three decimals; what a set has no score for stays empty.
+def score_table(scores: Scores, baseline: Scores | None = None) -> Table:
+    """Returns a table with a row for each metric and a column for each set.
+
+    `SET/rows` is a whole number and in the last row; other scores have three decimals. A cell is
+    empty if the set has no such score.
 
     Args:
-        baseline: scores under the same names, as of the model before training; every set then has a second column, to its left.
+        baseline: scores of the model before training; each set then has a column for them, to the
+            left of its own.
     """
-    cells = {
-        tuple(name.rsplit("/", 1)): _number(name, value)
-        for name, value in scores.items()
-        if "/" in name
-    }
-    before = {
-        tuple(name.rsplit("/", 1)): _number(name, value)
-        for name, value in (baseline or {}).items()
-        if "/" in name
-    }
-    sets, metrics = _unique([s for s, _ in cells]), _unique([metric for _, metric in cells])
+    cells = _cells(scores)
+    baseline_cells = _cells(baseline or {})
+    sets = dict.fromkeys(name for name, _ in cells)
+    metrics = dict.fromkeys(metric for _, metric in cells)
     table = Table()
     table.add_column("metric")
     for name in sets:
         if baseline is not None:
             table.add_column(f"{name}, before", justify="right", style="dim")
         table.add_column(name, justify="right")
-    for metric in sorted(metrics, key=lambda metric: metric == "rows"):  # last
+    for metric in sorted(metrics, key=lambda metric: metric == "rows"):
         row = [metric]
         for name in sets:
             if baseline is not None:
-                row.append(before.get((name, metric), ""))
+                row.append(baseline_cells.get((name, metric), ""))
             row.append(cells.get((name, metric), ""))
         table.add_row(*row)
     return table
 
 
 def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows that all have the columns of the first, of which two are text and the others numbers."""
+    """Returns a table of rows that all have the columns of the first.
+
+    The first two columns are text, the others numbers.
+    """
     table = Table()
-    for place, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if place < 2 else "right")
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if index < 2 else "right")
     for row in rows:
         table.add_row(*row.values())
     return table
 
 
-def _number(name: str, value: SupportsFloat) -> str:
-    return (
-        f"{float(value):.0f}" if name.endswith("/rows") else f"{round(float(value), 6):.3f}"
-    )  # logged as float32: 0.8325 is a little less
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _cells(scores: Scores) -> dict[tuple[str, str], str]:
+    """Formatted scores by set and metric; a set may have a slash in its name."""
+    cells = {}
+    for name, value in scores.items():
+        set_name, slash, metric = name.rpartition("/")
+        if not slash:
+            continue
+        if metric == "rows":
+            cells[set_name, metric] = f"{float(value):.0f}"
+        else:
+            # logged as float32: 0.8325 is slightly less, and would be rounded down
+            cells[set_name, metric] = f"{round(float(value), 6):.3f}"
+    return cells

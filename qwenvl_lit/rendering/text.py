@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Part, Prediction
+from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Part, Prediction, Quad
 
 
 def readable(parts: Iterable[Part]) -> str:
-    """Text with `<img>name</img>` for an image, and an object as its label and its boxes.
+    """Returns the parts as text: `<img>NAME</img>` for an image, label and boxes for an object.
 
-    >>> readable(["Where is ", GroundedObject(label="the dog", boxes=(Box(x0=1, y0=2, x1=3.5, y1=4),)), "?"])
+    >>> box = Box(x0=1, y0=2, x1=3.5, y1=4)
+    >>> readable(["Where is ", GroundedObject(label="the dog", boxes=(box,)), "?"])
     'Where is the dog (1, 2, 3.5, 4)?'
     """
     pieces = []
@@ -18,26 +19,25 @@ def readable(parts: Iterable[Part]) -> str:
         if isinstance(part, ImageSource):
             pieces.append(f"<img>{part.name}</img>")
         elif isinstance(part, GroundedObject):
-            boxes = [
-                f"({', '.join(f'{value:g}' for value in numbers)})" for numbers in box_numbers(part)
-            ]
-            pieces.append(" ".join(([part.label] if part.label else []) + boxes))
+            pieces.append(_readable_object(part))
         else:
             pieces.append(part)
     return "".join(pieces)
 
 
 def box_numbers(obj: GroundedObject) -> list[list[float]]:
-    """Each box as [x0, y0, x1, y1], each quad as its four x, y in turn, in their own frame, to a hundredth."""
-    regions = [
-        (b.x0, b.y0, b.x1, b.y1) if isinstance(b, Box) else [v for point in b.points for v in point]
-        for b in obj.boxes
-    ]
-    return [[round(value, 2) for value in numbers] for numbers in regions]
+    """Returns each box as [x0, y0, x1, y1], and each quad as the x, y of its four corners.
+
+    They stay in their own frame, and are rounded to a hundredth.
+    """
+    return [_values(region) for region in obj.boxes]
 
 
 def prompt_text(conversation: Conversation) -> str:
-    """What the model was asked. A single turn stands alone, several follow each other on lines that begin with the role."""
+    """Returns the prompt of the model as text.
+
+    Several turns are lines that begin with the role; a single turn is its text alone.
+    """
     turns = conversation.prompt().turns
     if len(turns) == 1:
         return readable(turns[0].parts)
@@ -45,8 +45,28 @@ def prompt_text(conversation: Conversation) -> str:
 
 
 def images_with_boxes(prediction: Prediction) -> list[int]:
-    """Indices of the conversation's images that the answer or the expected answer has boxes in."""
-    answer = prediction.conversation.answer
-    parts = (*prediction.parts, *(answer.parts if answer else ()))
+    """Returns the indices of the images in which the answer or the reference has boxes."""
+    parts = list(prediction.parts)
+    reference = prediction.conversation.answer
+    if reference:
+        parts += reference.parts
     boxed = {part.image for part in parts if isinstance(part, GroundedObject) and part.boxes}
     return [image for image in range(len(prediction.conversation.images)) if image in boxed]
+
+
+def _readable_object(obj: GroundedObject) -> str:
+    words = [obj.label] if obj.label else []
+    for numbers in box_numbers(obj):
+        words.append("(" + ", ".join(f"{value:g}" for value in numbers) + ")")
+    return " ".join(words)
+
+
+def _values(region: Box | Quad) -> list[float]:
+    if isinstance(region, Box):
+        points = ((region.x0, region.y0), (region.x1, region.y1))
+    else:
+        points = region.points
+    values = []
+    for x, y in points:
+        values += [round(x, 2), round(y, 2)]
+    return values
