@@ -1,29 +1,29 @@
-"""The embedded demo dataset: questions about drawn scenes, written once as files like those of real datasets. All follows from a seed."""
+"""The embedded demo dataset: questions about drawn scenes, in the formats of published datasets.
+
+It is written to files once, and a seed determines all of it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import struct
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from filelock import FileLock
 
-from qwenvl_lit.data.demo.scenes import PLACES, SIDE_PX, Scene, Thing, scenes
+from qwenvl_lit.atomic import atomic_folder, write_text
+from qwenvl_lit.data.demo.scenes import PLACEMENTS, SIDE_PX, Scene, SceneObject, scenes
 from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES
 from qwenvl_lit.grounding import tags_from_object, to_frame
 from qwenvl_lit.types import Box, DataError, GroundedObject
 
 Task = Literal["caption", "grounded", "find", "name", "count", "left", "right"]
 
-# How often training asks what. To look a name up in an image ("find") takes longest to learn.
+# How often training asks each question. Finding a name in an image takes longest to learn.
 TASKS: dict[Task, float] = {
     "caption": 1.5,
     "grounded": 2,
@@ -33,88 +33,103 @@ TASKS: dict[Task, float] = {
     "count": 0.75,
     "name": 0.5,
 }
+PAIR_TASKS = ("left", "right")  # questions about scenes with two objects
+VQA_TASKS = ("count", "left", "right")  # questions in the files in VQA's style
 IMAGE_PREFIX = "Picture 1: "
-VERSION = 1  # of the files below; raise it when their content changes, so that folders written before are written anew
+# Of the files. Raise it when their content changes, so that existing folders are written again.
+VERSION = 1
 MANIFEST = "manifest.json"
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A question and its answer. The k-th `<ref-object>` stands for the k-th of `things`, and so does the k-th `<bbox>`."""
+    """A question and its answer.
+
+    The k-th `<ref-object>` stands for the k-th of `objects`, and so does the k-th `<bbox>`.
+    """
 
     task: Task
     question: str
     answer: str
-    things: tuple[Thing, ...] = ()
+    objects: tuple[SceneObject, ...] = ()
+
+    @property
+    def has_only_box(self) -> bool:
+        """Tells whether it has the box of an object without its label."""
+        return "<bbox>" in self.answer and "<ref-object>" not in self.question + self.answer
 
 
 def with_article(name: str) -> str:
-    """
+    """Returns a name after "a" or "an".
+
     >>> with_article("apple")
     'an apple'
     """
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def caption(things: Sequence[Thing]) -> str:
-    """Left to right.
+def caption(objects: Sequence[SceneObject]) -> str:
+    """Describes objects in their order, which is from left to right.
 
-    >>> caption([Thing(0, 0, 24, "car"), Thing(32, 8, 24, "umbrella")])
+    >>> caption([SceneObject(0, 0, 24, "car"), SceneObject(32, 8, 24, "umbrella")])
     'a car and an umbrella'
     """
-    return " and ".join(with_article(thing.name) for thing in things)
+    return " and ".join(with_article(obj.name) for obj in objects)
 
 
 def tasks_of(scene: Scene) -> tuple[Task, ...]:
-    """What can be asked: left and right need two things."""
-    return tuple(task for task in TASKS if len(scene.things) == 2 or task not in ("left", "right"))
+    """Returns the questions that can be asked about a scene."""
+    if len(scene.objects) == 2:
+        return tuple(TASKS)
+    return tuple(task for task in TASKS if task not in PAIR_TASKS)
 
 
 def ask(scene: Scene, task: Task, rng: random.Random) -> Exchange:
-    """One question; `rng` chooses the thing and the wording where there is a choice."""
-    things = scene.things
-    thing = rng.choice(things)
+    """Returns one question; `rng` chooses the object and the wording where there is a choice."""
+    objects = scene.objects
+    obj = rng.choice(objects)
     match task:
         case "caption":
-            return Exchange(task, "Describe the picture.", caption(things))
+            return Exchange(task, "Describe the picture.", caption(objects))
         case "grounded":
-            return Exchange(
-                task, "Describe with boxes.", "<ref-object><bbox>" * len(things), things
-            )
+            answer = "<ref-object><bbox>" * len(objects)
+            return Exchange(task, "Describe with boxes.", answer, objects)
         case "find":
-            return Exchange(
-                task,
-                rng.choice(("Find <ref-object>", f"Where is the {thing.name}?")),
-                "<bbox>",
-                (thing,),
-            )
+            question = rng.choice(("Find <ref-object>", f"Where is the {obj.name}?"))
+            return Exchange(task, question, "<bbox>", (obj,))
         case "name":
-            return Exchange(task, "What is at <bbox>?", "<ref-object>", (thing,))
+            return Exchange(task, "What is at <bbox>?", "<ref-object>", (obj,))
         case "count":
-            return Exchange(task, "How many objects?", str(len(things)))
+            return Exchange(task, "How many objects?", str(len(objects)))
         case "left":
-            return Exchange(task, "What is on the left?", things[0].name)
+            return Exchange(task, "What is on the left?", objects[0].name)
         case "right":
-            return Exchange(task, "What is on the right?", things[-1].name)
+            return Exchange(task, "What is on the right?", objects[-1].name)
 
 
 def sentences() -> Iterator[str]:
-    """Every text that can occur: prompts, answers, labels, and what stands between box tags. For learning a small vocabulary."""
+    """Yields every text of the dataset: prompts, answers, labels, and coordinates between tags.
+
+    A small vocabulary is learned from it.
+    """
     names = (*CLASSES, *NEW_CLASSES)
     yield from (IMAGE_PREFIX, "1", "Find ", "What is at ", "?", *names, *map(with_article, names))
-    yield from (f"Where is the {name}?" for name in names)
+    for name in names:
+        yield f"Where is the {name}?"
     for left, right in permutations(names, 2):
-        scene = Scene((Thing(0, 0, 24, left), Thing(40, 0, 24, right)))
+        scene = Scene((SceneObject(0, 0, 24, left), SceneObject(40, 0, 24, right)))
         for task in ("caption", "grounded", "count", "left", "right"):
             exchange = ask(scene, task, random.Random(0))
-            yield from (text for text in (exchange.question, exchange.answer) if "<" not in text)
-    for x, y, size in PLACES:
+            for text in (exchange.question, exchange.answer):
+                if "<" not in text:
+                    yield text
+    for x, y, size in PLACEMENTS:
         box = to_frame(Box(x0=x, y0=y, x1=x + size, y1=y + size), "grid", size=(SIDE_PX, SIDE_PX))
-        yield from (
-            text
-            for text in tags_from_object(GroundedObject(boxes=(box,)), ())
-            if isinstance(text, str)
-        )
+        for tag in tags_from_object(GroundedObject(boxes=(box,)), ()):
+            if isinstance(tag, str):
+                yield tag
 
 
 def write_demo(
@@ -129,16 +144,26 @@ def write_demo(
     unseen_pairs: int = 100,
     new_classes: int = 200,
 ) -> Path:
-    """Write the demo dataset into `folder`, or keep what is there if it is the same; returns the folder. It appears complete or not at all.
-    `download`, which other datasets ask before they fetch anything, changes nothing here.
+    """Writes the demo dataset into `folder` and returns it.
 
-    - `images/*.png`, shared by all files below;
-    - `train_single.jsonl`: the curriculum, captions with and without boxes of `single` images of one thing;
-    - `train.jsonl`: `train` images with two questions each, as one conversation;
-    - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about so many images, one a row, named in the column `task`;
-    - `new_classes_train.jsonl`, `new_classes_test.jsonl`: the same with `NEW_CLASSES`, `new_classes` images and an eighth of that;
-    - `coco/annotations/{captions,instances}_{train,test}.json`: the same images as COCO describes them, with `images/` as image folder;
-    - `vqa_train.jsonl`, `vqa_test.jsonl`: the counting and left/right questions as VQA sets are published.
+    A folder that holds the same dataset is kept; one with another version or other sizes is
+    replaced. The folder appears complete or not at all. Several processes may call this at once.
+
+    - `images/*.png`: the images of all files below.
+    - `train_single.jsonl`: a curriculum of `single` images of one object, captioned with or without
+      a box.
+    - `train.jsonl`: `train` images with two questions each, as one conversation.
+    - `validation.jsonl`, `test.jsonl`, `unseen_pairs.jsonl`: every question about that many images,
+      one a row. The column `task` names the question.
+    - `new_classes_train.jsonl`, `new_classes_test.jsonl`: `new_classes` images of `NEW_CLASSES` to
+      train on, and an eighth of that to test.
+    - `coco/annotations/{captions,instances}_{train,test}.json`: the same images in COCO's format,
+      with `images/` as the folder of images.
+    - `vqa_train.jsonl`, `vqa_test.jsonl`: the counting and left/right questions, in the style of
+      VQA datasets.
+
+    Args:
+        download: without effect; the functions that prepare other datasets have it.
 
     Raises:
         DataError: the folder holds something else.
@@ -153,27 +178,23 @@ def write_demo(
         "new_classes": new_classes,
     }
     manifest = {"version": VERSION, "seed": seed, **sizes}
-    found = _manifest_of(folder)
-    if found == manifest:
+    written = _manifest_of(folder)
+    if written == manifest:
         return folder
-    if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if written is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(
             f"{folder} exists and is not a demo dataset; choose another folder or remove it"
         )
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    replaced = folder.with_name(f"{beside.name}.replaced")
-    try:
-        _write_files(beside, sizes, seed)
-        (beside / MANIFEST).write_text(json.dumps(manifest))
-        if found is not None:  # other sizes, or an older version
-            folder.rename(replaced)
-        beside.rename(folder)
-    except OSError:
-        if _manifest_of(folder) != manifest:  # else another process was first
-            raise
-    finally:
-        for remains in (beside, replaced):
-            shutil.rmtree(remains, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with FileLock(lock):
+        try:
+            if _manifest_of(folder) != manifest:  # another process may have written it meanwhile
+                with atomic_folder(folder) as unfinished:
+                    _write_files(unfinished, sizes, seed)
+                    write_text(unfinished / MANIFEST, json.dumps(manifest))
+        finally:
+            lock.unlink(missing_ok=True)
     return folder
 
 
@@ -182,162 +203,126 @@ def _manifest_of(folder: Path) -> dict[str, int] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _write_files(folder: Path, sizes: dict[str, int], seed: int) -> None:
-    plan = {
-        "train_single": (scenes("train", sizes["single"], seed, pairs=0), _first_lesson),
-        "train": (scenes("train", sizes["train"], seed), _lesson),
-        "validation": (scenes("validation", sizes["validation"], seed), _exam),
-        "test": (scenes("test", sizes["test"], seed), _exam),
-        "unseen_pairs": (scenes("unseen_pairs", sizes["unseen_pairs"], seed), _exam),
-        "new_classes_train": (
-            scenes("train", sizes["new_classes"], seed, classes=NEW_CLASSES),
-            _lesson,
-        ),
-        "new_classes_test": (
-            scenes("test", sizes["new_classes"] // 8, seed, classes=NEW_CLASSES),
-            _exam,
-        ),
+def _write_files(folder: Path, sizes: Mapping[str, int], seed: int) -> None:
+    new = sizes["new_classes"]
+    plan: dict[str, tuple[Iterator[Scene], Callable[..., Iterator[Row]]]] = {
+        "train_single": (scenes("train", sizes["single"], seed, pairs=0), _curriculum_rows),
+        "train": (scenes("train", sizes["train"], seed), _training_rows),
+        "validation": (scenes("validation", sizes["validation"], seed), _test_rows),
+        "test": (scenes("test", sizes["test"], seed), _test_rows),
+        "unseen_pairs": (scenes("unseen_pairs", sizes["unseen_pairs"], seed), _test_rows),
+        "new_classes_train": (scenes("train", new, seed, classes=NEW_CLASSES), _training_rows),
+        "new_classes_test": (scenes("test", new // 8, seed, classes=NEW_CLASSES), _test_rows),
     }
     (folder / "images").mkdir(parents=True)
     (folder / "coco" / "annotations").mkdir(parents=True)
     for name, (drawn, rows_of) in plan.items():
+        by_stem = {f"{name}_{number:05}": scene for number, scene in enumerate(drawn)}
+        for stem, scene in by_stem.items():
+            scene.draw().save(folder / "images" / f"{stem}.png", compress_level=1)
         rng = random.Random(f"{name} {seed}")
-        shown = {f"{name}_{number:05}": scene for number, scene in enumerate(drawn)}
-        for stem, scene in shown.items():
-            (folder / "images" / f"{stem}.png").write_bytes(_png(scene.draw()))
-        _write_lines(
-            folder / f"{name}.jsonl",
-            (row for stem, scene in shown.items() for row in rows_of(stem, scene, rng)),
-        )
+        rows: list[Row] = []
+        for stem, scene in by_stem.items():
+            rows += rows_of(stem, scene, rng)
+        _write_lines(folder / f"{name}.jsonl", rows)
         if name in ("train", "test"):
-            answers = 10 if name == "test" else 1  # as published sets have them
-            _write_lines(
-                folder / f"vqa_{name}.jsonl",
-                (row for stem, scene in shown.items() for row in _vqa_rows(stem, scene, answers)),
-            )
-            for kind, content in _coco(shown).items():
-                (folder / "coco" / "annotations" / f"{kind}_{name}.json").write_text(
-                    json.dumps(content)
-                )
+            _write_lines(folder / f"vqa_{name}.jsonl", _vqa_rows(by_stem, test=name == "test"))
+            for kind, content in _coco(by_stem).items():
+                file = folder / "coco" / "annotations" / f"{kind}_{name}.json"
+                file.write_text(json.dumps(content))
 
 
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _write_lines(file: Path, rows: Iterable[Row]) -> None:
     with file.open("w") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _png(image: Image.Image) -> bytes:
-    """An RGB image as PNG; takes 0.16 ms where Pillow's writer, which tries line filters, takes 0.28 ms and no fewer bytes."""
-    pixels, line = image.tobytes(), 3 * image.width
-    lines = b"".join(b"\0" + pixels[start : start + line] for start in range(0, len(pixels), line))
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0),
-        b"IDAT": zlib.compress(lines, 1),
-        b"IEND": b"",
-    }
-    sealed = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks.items()
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(sealed)
+def _curriculum_rows(stem: str, scene: Scene, rng: random.Random) -> Iterator[Row]:
+    """Yields one row: a caption with or without boxes."""
+    task: Task = rng.choice(("caption", "grounded"))
+    yield chat_row(stem, stem, [ask(scene, task, rng)])
 
 
-def _first_lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """One thing by its name, or by name and place."""
-    yield chat_row(stem, stem, [ask(scene, rng.choice(("caption", "grounded")), rng)])
-
-
-def _lesson(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Two different questions in one conversation, drawn by the weights of `TASKS`."""
+def _training_rows(stem: str, scene: Scene, rng: random.Random) -> Iterator[Row]:
+    """Yields one row: two different questions, drawn with the weights `TASKS`."""
+    # The largest u ** (1 / weight) of uniform u are a weighted sample without replacement.
     drawn = sorted(
         tasks_of(scene), key=lambda task: rng.random() ** (1 / TASKS[task]), reverse=True
     )
-    given_away = (
-        "grounded" if drawn.index("find") < drawn.index("grounded") else "find"
-    )  # the box would stand in the text before
-    exchanges = [ask(scene, task, rng) for task in drawn if task != given_away][:2]
-    # A box without a phrase comes last: before others it would leave the two kinds of placeholders out of step.
-    yield chat_row(
-        stem,
-        stem,
-        sorted(
-            exchanges,
-            key=lambda e: "<bbox>" in e.answer and "<ref-object>" not in e.question + e.answer,
-        ),
-    )
+    # Only the first of these two is asked: the box in its text would answer the other one.
+    excluded = "grounded" if drawn.index("find") < drawn.index("grounded") else "find"
+    exchanges = [ask(scene, task, rng) for task in drawn if task != excluded][:2]
+    # A box without a label comes last: `<ref-object>` and `<bbox>` are counted apart, and after it
+    # the k-th of each would no longer belong to the same object.
+    yield chat_row(stem, stem, sorted(exchanges, key=lambda exchange: exchange.has_only_box))
 
 
-def _exam(stem: str, scene: Scene, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Every question, each in a row of its own, so that each has a score."""
+def _test_rows(stem: str, scene: Scene, rng: random.Random) -> Iterator[Row]:
+    """Yields a row for every question, so that each has a score."""
     for task in tasks_of(scene):
         yield chat_row(f"{stem}_{task}", stem, [ask(scene, task, rng)])
 
 
-def chat_row(name: str, stem: str, exchanges: Sequence[Exchange]) -> dict[str, Any]:
-    """A row in the chat layout of Qwen-VL, about the image `images/<stem>.png`."""
-    turns = [
-        turn
-        for e in exchanges
-        for turn in (
-            {"from": "user", "value": e.question},
-            {"from": "assistant", "value": e.answer},
-        )
-    ]
+def chat_row(name: str, stem: str, exchanges: Sequence[Exchange]) -> Row:
+    """Returns a row in the layout `conversations`, about the image `images/<stem>.png`."""
+    turns = []
+    objects = []
+    for exchange in exchanges:
+        turns.append({"from": "user", "value": exchange.question})
+        turns.append({"from": "assistant", "value": exchange.answer})
+        for obj in exchange.objects:
+            objects.append(
+                {"caption": obj.name, "bbox": obj.box_px, "bbox_type": "real", "image": 0}
+            )
     turns[0]["value"] = f"{IMAGE_PREFIX}<img>images/{stem}.png</img>\n{turns[0]['value']}"
-    row = {
+    row: Row = {
         "id": name,
         "task": "+".join(exchange.task for exchange in exchanges),
         "conversations": turns,
     }
-    things = [thing for exchange in exchanges for thing in exchange.things]
-    if things:
-        row["objects"] = [
-            {"caption": thing.name, "bbox": thing.box_px, "bbox_type": "real", "image": 0}
-            for thing in things
-        ]
+    if objects:
+        row["objects"] = objects
     return row
 
 
-def _vqa_rows(stem: str, scene: Scene, answers: int) -> Iterator[dict[str, Any]]:
-    for task in tasks_of(scene):
-        if task in ("count", "left", "right"):
+def _vqa_rows(by_stem: Mapping[str, Scene], *, test: bool) -> Iterator[Row]:
+    """Yields rows in the layout `vqa`, with ten answers in test files, as VQA datasets have."""
+    for stem, scene in by_stem.items():
+        for task in tasks_of(scene):
+            if task not in VQA_TASKS:
+                continue
             exchange = ask(scene, task, random.Random(0))
-            answer = (
-                {"answer": exchange.answer}
-                if answers == 1
-                else {"answers": [exchange.answer] * answers}
-            )
-            yield {
+            row: Row = {
                 "question_id": f"{stem}_{task}",
                 "image": f"images/{stem}.png",
                 "question": exchange.question,
-                **answer,
-                "task": task,
             }
+            if test:
+                row["answers"] = [exchange.answer] * 10
+            else:
+                row["answer"] = exchange.answer
+            row["task"] = task
+            yield row
 
 
-def _coco(shown: Mapping[str, Scene]) -> dict[str, dict[str, Any]]:
-    """Captions and instances, numbered from 1 as COCO's are."""
+def _coco(by_stem: Mapping[str, Scene]) -> dict[str, Row]:
+    """Returns captions and instances in COCO's format, with ids from 1 on."""
     images, captions, boxes = [], [], []
-    for number, (stem, scene) in enumerate(shown.items(), 1):
+    for number, (stem, scene) in enumerate(by_stem.items(), 1):
         images.append(
             {"id": number, "file_name": f"{stem}.png", "width": SIDE_PX, "height": SIDE_PX}
         )
-        captions.append({"id": number, "image_id": number, "caption": caption(scene.things)})
-        for thing in scene.things:
-            place = {
-                "bbox": [thing.x, thing.y, thing.size, thing.size],
-                "area": thing.size**2,
+        captions.append({"id": number, "image_id": number, "caption": caption(scene.objects)})
+        for obj in scene.objects:
+            annotation = {
+                "id": len(boxes) + 1,
+                "image_id": number,
+                "category_id": CLASSES.index(obj.name) + 1,
+                "bbox": [obj.x, obj.y, obj.size, obj.size],
+                "area": obj.size**2,
                 "iscrowd": 0,
             }
-            boxes.append(
-                {
-                    "id": len(boxes) + 1,
-                    "image_id": number,
-                    "category_id": CLASSES.index(thing.name) + 1,
-                    **place,
-                }
-            )
+            boxes.append(annotation)
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
     return {
         "captions": {"images": images, "annotations": captions},

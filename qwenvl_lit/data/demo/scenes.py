@@ -1,4 +1,4 @@
-"""The images of the embedded demo: one or two simple objects on a plain ground, and which split may show them."""
+"""Scenes of the demo dataset: one or two objects on a plain background, each scene in one split."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from qwenvl_lit.data.demo.sprites import CLASSES, draw_sprite
 Split = Literal["train", "validation", "test", "unseen_pairs"]
 
 SIDE_PX = 64
-STEP_PX = 8  # objects begin and end on the grid of the tiny model's patches; off the grid it needs many times longer to learn
+# Objects are aligned to the patches of the tiny model: unaligned ones take many times longer to
+# learn.
+STEP_PX = 8
 SIZES_PX = (24, 32)
-PLACES = [
-    (x, y, size)
-    for size in SIZES_PX
-    for x, y in product(range(0, SIDE_PX - size + 1, STEP_PX), repeat=2)
-]  # 36 small, 25 large
 RESERVED_CORNERS = 2  # corners per class that only `unseen_pairs` shows
 BACKGROUNDS = (
     (244, 241, 232),
@@ -35,9 +32,18 @@ BACKGROUNDS = (
 )
 
 
+def _placements() -> Iterator[tuple[int, int, int]]:
+    for size in SIZES_PX:
+        for x, y in product(range(0, SIDE_PX - size + 1, STEP_PX), repeat=2):
+            yield x, y, size
+
+
+PLACEMENTS = list(_placements())  # (x, y, size) of an object: 36 small ones and 25 large ones
+
+
 @dataclass(frozen=True, slots=True, order=True)
-class Thing:
-    """An object of a class in the square of `size` pixels whose top-left corner is (x, y)."""
+class SceneObject:
+    """An object of a class, in the square of `size` pixels whose top-left corner is (x, y)."""
 
     x: int
     y: int
@@ -46,71 +52,81 @@ class Thing:
 
     @property
     def box_px(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1; the drawing touches all four sides."""
+        """x0, y0, x1, y1. The drawing touches all four sides."""
         return self.x, self.y, self.x + self.size, self.y + self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One thing, or two of different classes whose columns do not overlap; left to right."""
+    """One object, or two of different classes, side by side and listed from left to right."""
 
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     background: tuple[int, int, int] = BACKGROUNDS[0]
 
     def draw(self, scale: int = 1) -> Image.Image:
-        """The image, RGB, `SIDE_PX * scale` a side; `scale` is for people, the data has 1."""
+        """Returns an RGB image of `SIDE_PX * scale` a side.
+
+        Args:
+            scale: 1 in the dataset; larger images are for people.
+        """
         image = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), self.background)
-        for thing in self.things:
-            sprite = draw_sprite(thing.name, thing.size * scale)
-            image.paste(sprite, (thing.x * scale, thing.y * scale), sprite)
+        for obj in self.objects:
+            sprite = draw_sprite(obj.name, obj.size * scale)
+            image.paste(sprite, (obj.x * scale, obj.y * scale), sprite)
         return image
 
 
 def scenes(
     split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.5
 ) -> Iterator[Scene]:
-    """Scenes whose content belongs to `split`; a share of `pairs` has two things.
+    """Draws random scenes that belong to `split`.
 
-    No content (which class, where, how large) is in two splits, whatever the seeds. Within a split single things repeat, on other grounds.
+    The same objects at the same positions are never in two splits, whatever the seeds. Within a
+    split they may repeat on other backgrounds.
+
+    Args:
+        pairs: share of the scenes that have two objects.
     """
     rng = random.Random(f"{split} {seed} {pairs} {' '.join(classes)}")
     for _ in range(count):
-        two = rng.random() < pairs
-        while split_of(things := _draw_things(rng, classes, two)) != split:
-            pass
-        yield Scene(
-            things, tuple(channel + rng.randint(-6, 6) for channel in rng.choice(BACKGROUNDS))
-        )
+        number = 2 if rng.random() < pairs else 1
+        objects = _draw_objects(rng, classes, number)
+        while split_of(objects) != split:
+            objects = _draw_objects(rng, classes, number)
+        background = rng.choice(BACKGROUNDS)
+        yield Scene(objects, tuple(channel + rng.randint(-6, 6) for channel in background))
 
 
-def split_of(things: Sequence[Thing]) -> Split:
-    """The only split that may show these things together: 85 % train, 5 % validation, 10 % test, by a hash that never changes."""
-    if any((thing.x, thing.y) in reserved_corners(thing.name) for thing in things):
+def split_of(objects: Sequence[SceneObject]) -> Split:
+    """Returns the only split that may show these objects together.
+
+    A hash that never changes puts 85 % into train, 5 % into validation and 10 % into test.
+    """
+    if any((obj.x, obj.y) in reserved_corners(obj.name) for obj in objects):
         return "unseen_pairs"
-    percent = (
-        _hash(
-            " ".join(f"{thing.name} {thing.x} {thing.y} {thing.size}" for thing in sorted(things))
-        )
-        % 100
-    )
-    return "validation" if percent < 5 else "test" if percent < 15 else "train"
+    descriptions = [f"{obj.name} {obj.x} {obj.y} {obj.size}" for obj in sorted(objects)]
+    percent = _hash(" ".join(descriptions)) % 100
+    if percent < 5:
+        return "validation"
+    return "test" if percent < 15 else "train"
 
 
 @cache
 def reserved_corners(name: str) -> frozenset[tuple[int, int]]:
-    """Top-left corners where training never shows the class; other classes do stand there."""
-    corners = {(x, y) for x, y, _ in PLACES}
-    return frozenset(
-        sorted(corners, key=lambda corner: _hash(f"{name} {corner}"))[:RESERVED_CORNERS]
-    )
+    """Returns the top-left corners where training never shows the class, only other classes."""
+    corners = {(x, y) for x, y, _ in PLACEMENTS}
+    by_hash = sorted(corners, key=lambda corner: _hash(f"{name} {corner}"))
+    return frozenset(by_hash[:RESERVED_CORNERS])
 
 
-def _draw_things(rng: random.Random, classes: Sequence[str], two: bool) -> tuple[Thing, ...]:
-    names = rng.sample(classes, 2 if two else 1)
+def _draw_objects(
+    rng: random.Random, classes: Sequence[str], count: int
+) -> tuple[SceneObject, ...]:
+    names = rng.sample(classes, count)
     while True:
-        things = sorted(Thing(*rng.choice(PLACES), name) for name in names)
-        if not two or things[0].x + things[0].size <= things[1].x:
-            return tuple(things)
+        objects = sorted(SceneObject(*rng.choice(PLACEMENTS), name) for name in names)
+        if count == 1 or objects[0].x + objects[0].size <= objects[1].x:
+            return tuple(objects)
 
 
 def _hash(text: str) -> int:

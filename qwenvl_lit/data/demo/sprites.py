@@ -1,4 +1,7 @@
-"""The things of the demo images, drawn with Pillow: distinct in shape and in colour, so that a tiny model can tell them apart."""
+"""The objects of the demo images, drawn with Pillow.
+
+They differ in shape and colour, so that a tiny model can tell them apart.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,21 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 CANVAS_PX = 480
-MARGIN_PX = 40  # room for the outline
+MARGIN_PX = 40  # for the outline
 UNIT_PX = (CANVAS_PX - 2 * MARGIN_PX) / 100
 OUTLINE: Colour = (43, 39, 60)
 
 
 @cache
 def draw_sprite(name: str, side_px: int) -> Image.Image:
-    """The thing on a transparent square, RGBA, stretched so that it touches all four sides. Do not change the image: it is shared."""
+    """Returns the object on a transparent square, RGBA, stretched to touch all four sides.
+
+    The image is cached and shared: do not modify it.
+    """
     image = Image.new("RGBA", (CANVAS_PX, CANVAS_PX))
-    _DRAWINGS[name](Pen(image))
-    widened = (
-        image.getchannel("A")
-        .filter(ImageFilter.GaussianBlur(9))
-        .point(lambda value: 255 if value > 8 else 0)
-    )
+    _ALL_DRAWINGS[name](Pen(image))
+    blurred = image.getchannel("A").filter(ImageFilter.GaussianBlur(9))
+    widened = blurred.point(lambda value: 255 if value > 8 else 0)
     outlined = Image.new("RGBA", image.size)
     outlined.paste(OUTLINE, mask=widened)
     outlined.alpha_composite(image)
@@ -43,11 +46,11 @@ class Pen:
         self._draw.polygon(_pixels(points), fill=colour)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
-        """Around (x, y)."""
+        """Draws an ellipse around (x, y)."""
         self._draw.ellipse(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), fill=colour)
 
     def dome(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
-        """The upper half of an ellipse around (x, y)."""
+        """Draws the upper half of an ellipse around (x, y)."""
         self._draw.pieslice(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), 180, 360, fill=colour)
 
     def rectangle(
@@ -56,7 +59,7 @@ class Pen:
         self._draw.rounded_rectangle(_pixels([(x0, y0), (x1, y1)]), radius * UNIT_PX, fill=colour)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
-        """With round ends and joints."""
+        """Draws a line with round ends and joints."""
         self._draw.line(_pixels(points), fill=colour, width=round(width * UNIT_PX))
         for x, y in points:
             self.ellipse(x, y, width / 2, width / 2, colour)
@@ -66,13 +69,23 @@ def _pixels(points: Iterable[Point]) -> list[Point]:
     return [(MARGIN_PX + x * UNIT_PX, MARGIN_PX + y * UNIT_PX) for x, y in points]
 
 
-def _around(count: int, *radii: float, start: float = -90) -> list[Point]:
-    """`count` corners around the middle, their distances cycling through `radii`; the first at `start` degrees."""
-    angles = [math.radians(start + 360 / count * k) for k in range(count)]
-    return [
-        (50 + radii[k % len(radii)] * math.cos(a), 50 + radii[k % len(radii)] * math.sin(a))
-        for k, a in enumerate(angles)
-    ]
+def _around(count: int, *radii: float) -> list[Point]:
+    """Returns `count` corners around the centre, clockwise from the top.
+
+    Their distances from the centre cycle through `radii`.
+    """
+    corners = []
+    for k in range(count):
+        angle = math.radians(-90 + 360 / count * k)
+        radius = radii[k % len(radii)]
+        corners.append((50 + radius * math.cos(angle), 50 + radius * math.sin(angle)))
+    return corners
+
+
+def _arc(x: float, rx: float, ry: float, degrees: range) -> list[Point]:
+    """Returns points of an ellipse around (x, 50)."""
+    angles = [math.radians(angle) for angle in degrees]
+    return [(x + rx * math.cos(angle), 50 + ry * math.sin(angle)) for angle in angles]
 
 
 def _sun(pen: Pen) -> None:
@@ -81,14 +94,8 @@ def _sun(pen: Pen) -> None:
 
 
 def _moon(pen: Pen) -> None:
-    outer = [
-        (52 + 42 * math.cos(a), 50 + 42 * math.sin(a))
-        for a in (math.radians(t) for t in range(-60, -301, -4))
-    ]
-    inner = [
-        (73 - 36 * math.cos(a), 50 + 36 * math.sin(a))
-        for a in (math.radians(t) for t in range(88, -89, -4))
-    ]
+    outer = _arc(52, 42, 42, range(-60, -301, -4))
+    inner = _arc(73, -36, 36, range(88, -89, -4))
     pen.polygon(outer + inner, (122, 128, 214))
     for x, y, r in ((24, 42, 5), (31, 64, 6), (34, 27, 3.5)):
         pen.ellipse(x, y, r, r, (92, 96, 184))
@@ -100,7 +107,8 @@ def _star(pen: Pen) -> None:
 
 def _heart(pen: Pen) -> None:
     curve = []
-    for t in (math.radians(degrees) for degrees in range(0, 360, 4)):
+    for degrees in range(0, 360, 4):
+        t = math.radians(degrees)
         height = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
         curve.append((50 + 42 * math.sin(t) ** 3, 47 - 2.6 * height))
     pen.polygon(curve, (226, 28, 60))
@@ -256,30 +264,30 @@ def _snowman(pen: Pen) -> None:
 
 
 _DRAWINGS: dict[str, Callable[[Pen], None]] = {
-    drawing.__name__[1:]: drawing
-    for drawing in (
-        *(
-            _sun,
-            _moon,
-            _star,
-            _heart,
-            _tree,
-            _house,
-            _car,
-            _boat,
-            _fish,
-            _flower,
-            _cup,
-            _apple,
-            _key,
-            _umbrella,
-            _mushroom,
-            _clock,
-        ),
-        *(_bell, _cactus, _rocket, _snowman),
-    )
+    "sun": _sun,
+    "moon": _moon,
+    "star": _star,
+    "heart": _heart,
+    "tree": _tree,
+    "house": _house,
+    "car": _car,
+    "boat": _boat,
+    "fish": _fish,
+    "flower": _flower,
+    "cup": _cup,
+    "apple": _apple,
+    "key": _key,
+    "umbrella": _umbrella,
+    "mushroom": _mushroom,
+    "clock": _clock,
 }
-CLASSES = tuple(_DRAWINGS)[:16]
-NEW_CLASSES = tuple(_DRAWINGS)[
-    16:
-]  # kept out of the demo's training, for showing how to add classes to a trained model
+# Not in the demo's training data: they show how to add classes to a trained model.
+_NEW_DRAWINGS: dict[str, Callable[[Pen], None]] = {
+    "bell": _bell,
+    "cactus": _cactus,
+    "rocket": _rocket,
+    "snowman": _snowman,
+}
+_ALL_DRAWINGS = _DRAWINGS | _NEW_DRAWINGS
+CLASSES = tuple(_DRAWINGS)
+NEW_CLASSES = tuple(_NEW_DRAWINGS)

@@ -1,18 +1,26 @@
 import json
+import multiprocessing
 import random
 
 import pytest
 from PIL import Image, ImageChops
 
 from qwenvl_lit.data.demo.dataset import TASKS, ask, chat_row, sentences, tasks_of, write_demo
-from qwenvl_lit.data.demo.scenes import PLACES, Scene, Thing, reserved_corners, scenes, split_of
+from qwenvl_lit.data.demo.scenes import (
+    PLACEMENTS,
+    Scene,
+    SceneObject,
+    reserved_corners,
+    scenes,
+    split_of,
+)
 from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES, draw_sprite
 from qwenvl_lit.data.readers.coco import read_coco_captions
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.types import DataError, GroundedObject
 
-CAR, TREE = Thing(0, 16, 24, "car"), Thing(32, 8, 32, "tree")
+CAR, TREE = SceneObject(0, 16, 24, "car"), SceneObject(32, 8, 32, "tree")
 SIZES = {
     "train": 60,
     "single": 20,
@@ -32,8 +40,8 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def pairs_of(scene):
-    return {(thing.name, (thing.x, thing.y)) for thing in scene.things}
+def names_and_corners(scene):
+    return {(obj.name, (obj.x, obj.y)) for obj in scene.objects}
 
 
 def test_there_are_sixteen_classes_and_four_new_ones():
@@ -42,14 +50,14 @@ def test_there_are_sixteen_classes_and_four_new_ones():
 
 
 @pytest.mark.parametrize("name", [*CLASSES, *NEW_CLASSES])
-def test_a_thing_fills_its_box_to_the_pixel(name):
-    thing = Thing(8, 24, 32, name)
-    scene = Scene((thing,), background=(240, 240, 240))
+def test_an_object_fills_its_box_to_the_pixel(name):
+    obj = SceneObject(8, 24, 32, name)
+    scene = Scene((obj,), background=(240, 240, 240))
     changed = ImageChops.difference(scene.draw(), Image.new("RGB", (64, 64), scene.background))
-    assert changed.getbbox() == thing.box_px == (8, 24, 40, 56)
+    assert changed.getbbox() == obj.box_px == (8, 24, 40, 56)
 
 
-def test_a_image_for_people_is_the_same_one_larger():
+def test_a_scaled_image_shows_the_same_scene():
     scene = Scene((CAR, TREE))
     small, large = scene.draw(), scene.draw(scale=4)
     assert (small.size, large.size) == ((64, 64), (256, 256))
@@ -57,7 +65,7 @@ def test_a_image_for_people_is_the_same_one_larger():
     assert max(high for _, high in difference.getextrema()) < 40  # outlines are sharper
 
 
-def test_no_two_classes_look_alike():
+def test_no_two_classes_look_the_same():
     images = {name: draw_sprite(name, 24) for name in (*CLASSES, *NEW_CLASSES)}
     for first in images:
         for second in images:
@@ -68,63 +76,68 @@ def test_no_two_classes_look_alike():
                 assert sum(difference.convert("L").tobytes()) / 24**2 > 20, (first, second)
 
 
-def test_things_stand_on_the_grid_of_patches_apart_and_left_to_right():
+def test_objects_are_aligned_to_patches_and_listed_from_left_to_right():
     for scene in scenes("train", 500, seed=3):
-        for thing in scene.things:
-            assert (thing.x, thing.y, thing.size) in PLACES
-            assert all(value % 8 == 0 and 0 <= value <= 64 for value in thing.box_px)
-        if len(scene.things) == 2:
-            left, right = scene.things
+        for obj in scene.objects:
+            assert (obj.x, obj.y, obj.size) in PLACEMENTS
+            assert all(value % 8 == 0 and 0 <= value <= 64 for value in obj.box_px)
+        if len(scene.objects) == 2:
+            left, right = scene.objects
             assert left.x + left.size <= right.x
             assert left.name != right.name
 
 
-def test_scenes_follow_from_the_seed():
+def test_the_seed_determines_the_scenes():
     assert list(scenes("train", 20, seed=1)) == list(scenes("train", 20, seed=1))
     assert list(scenes("train", 20, seed=1)) != list(scenes("train", 20, seed=2))
 
 
 @pytest.mark.parametrize(
-    ("things", "split"),
+    ("objects", "split"),
     [
-        ([Thing(0, 0, 24, "car")], "train"),
-        ([Thing(24, 32, 24, "car")], "validation"),
-        ([Thing(0, 8, 24, "car")], "test"),
-        ([Thing(8, 24, 24, "car")], "unseen_pairs"),
-        ([Thing(8, 24, 24, "car"), Thing(40, 0, 24, "tree")], "unseen_pairs"),
+        ([SceneObject(0, 0, 24, "car")], "train"),
+        ([SceneObject(24, 32, 24, "car")], "validation"),
+        ([SceneObject(0, 8, 24, "car")], "test"),
+        ([SceneObject(8, 24, 24, "car")], "unseen_pairs"),
+        ([SceneObject(8, 24, 24, "car"), SceneObject(40, 0, 24, "tree")], "unseen_pairs"),
     ],
 )
-def test_which_split_may_show_a_scene_never_changes(things, split):
-    assert split_of(things) == split
+def test_the_split_of_a_scene_never_changes(objects, split):
+    assert split_of(objects) == split
 
 
-def test_no_content_is_in_two_splits():
+def test_no_objects_are_in_two_splits():
     seen = {
-        split: {scene.things for seed in (0, 1) for scene in scenes(split, 300, seed)}
+        split: {scene.objects for seed in (0, 1) for scene in scenes(split, 300, seed)}
         for split in ("train", "validation", "test")
     }
-    seen["train"] |= {scene.things for scene in scenes("train", 2000, pairs=0)}
+    seen["train"] |= {scene.objects for scene in scenes("train", 2000, pairs=0)}
     assert not seen["train"] & seen["validation"]
     assert not seen["train"] & seen["test"]
     assert not seen["validation"] & seen["test"]
-    assert all(any(len(things) == 1 for things in split) for split in seen.values())
+    for contents in seen.values():
+        assert any(len(objects) == 1 for objects in contents)
 
 
 def test_unseen_pairs_show_a_class_where_no_other_split_does():
     reserved = {(name, corner) for name in CLASSES for corner in reserved_corners(name)}
     assert len(reserved) == 2 * 16
     for split in ("train", "validation", "test"):
-        assert not reserved & {pair for scene in scenes(split, 500) for pair in pairs_of(scene)}
-    assert all(reserved & pairs_of(scene) for scene in scenes("unseen_pairs", 200))
+        for scene in scenes(split, 500):
+            assert not reserved & names_and_corners(scene)
+    for scene in scenes("unseen_pairs", 200):
+        assert reserved & names_and_corners(scene)
 
 
-def test_every_class_is_at_every_other_place_in_training():
-    shown = {pair for scene in scenes("train", 20_000, pairs=1) for pair in pairs_of(scene)}
+def test_every_class_is_at_every_other_corner_in_training():
+    shown = set()
+    for scene in scenes("train", 20_000, pairs=1):
+        shown |= names_and_corners(scene)
     assert len(shown) == 16 * (36 - 2)
 
 
 @pytest.mark.parametrize(
-    ("task", "question", "answer", "things"),
+    ("task", "question", "answer", "objects"),
     [
         ("caption", "Describe the picture.", "a car and a tree", ()),
         ("grounded", "Describe with boxes.", "<ref-object><bbox><ref-object><bbox>", (CAR, TREE)),
@@ -133,27 +146,27 @@ def test_every_class_is_at_every_other_place_in_training():
         ("right", "What is on the right?", "tree", ()),
     ],
 )
-def test_questions_with_one_wording(task, question, answer, things):
+def test_questions_with_one_wording(task, question, answer, objects):
     exchange = ask(Scene((CAR, TREE)), task, random.Random(0))
-    assert (exchange.question, exchange.answer, exchange.things) == (question, answer, things)
+    assert (exchange.question, exchange.answer, exchange.objects) == (question, answer, objects)
 
 
-def test_a_thing_is_sought_in_two_wordings_and_named_by_its_box():
+def test_finding_has_two_wordings_and_naming_asks_about_a_box():
     scene = Scene((CAR,))
-    asked = {ask(scene, "find", random.Random(seed)) for seed in range(20)}
-    assert {(e.question, e.answer, e.things) for e in asked} == {
+    exchanges = {ask(scene, "find", random.Random(seed)) for seed in range(20)}
+    assert {(each.question, each.answer, each.objects) for each in exchanges} == {
         ("Find <ref-object>", "<bbox>", (CAR,)),
         ("Where is the car?", "<bbox>", (CAR,)),
     }
     named = ask(scene, "name", random.Random(0))
-    assert (named.question, named.answer, named.things) == (
+    assert (named.question, named.answer, named.objects) == (
         "What is at <bbox>?",
         "<ref-object>",
         (CAR,),
     )
 
 
-def test_left_and_right_are_asked_of_two_things_only():
+def test_left_and_right_are_asked_about_two_objects_only():
     assert tasks_of(Scene((CAR,))) == ("caption", "grounded", "find", "count", "name")
     assert set(tasks_of(Scene((CAR, TREE)))) == set(TASKS)
 
@@ -180,11 +193,10 @@ def test_a_row_is_in_the_chat_layout_of_qwen_vl():
 
 def test_training_rows_ask_two_questions_and_tests_one(demo):
     tasks = [row["task"].split("+") for row in rows_of(demo / "train.jsonl")]
-    assert all(len(set(asked)) == len(asked) == 2 for asked in tasks)
-    assert not any({"find", "grounded"} <= set(asked) for asked in tasks), (
-        "one would give the other's answer away"
-    )
-    assert {task for asked in tasks for task in asked} == set(TASKS)
+    assert all(len(set(pair)) == len(pair) == 2 for pair in tasks)
+    # The answer to one of these contains the answer to the other.
+    assert not any({"find", "grounded"} <= set(pair) for pair in tasks)
+    assert {task for pair in tasks for task in pair} == set(TASKS)
     for name in ("validation", "test", "unseen_pairs", "new_classes_test"):
         rows = rows_of(demo / f"{name}.jsonl")
         assert all(len(row["conversations"]) == 2 for row in rows)
@@ -199,31 +211,30 @@ def test_single_objects_are_captioned_first(demo):
     assert all(len(row.get("objects", [])) <= 1 for row in rows)
 
 
+def names_any(labels, text):
+    return any(f'"{label}"' in text or f" {label}" in text for label in labels)
+
+
 def test_new_classes_are_in_their_own_files_only(demo):
     texts = {file.stem: file.read_text() for file in demo.glob("*.jsonl")}
     for name, text in texts.items():
-        old, new = (
-            any(f'"{label}"' in text or f" {label}" in text for label in labels)
-            for labels in (CLASSES, NEW_CLASSES)
-        )
-        assert (old, new) == (not name.startswith("new_classes"), name.startswith("new_classes"))
+        is_new = name.startswith("new_classes")
+        assert names_any(CLASSES, text) != is_new
+        assert names_any(NEW_CLASSES, text) == is_new
 
 
-def test_written_rows_are_read_with_the_boxes_that_were_drawn(demo):
+def test_written_rows_have_the_images_and_boxes_that_were_drawn(demo):
     drawn = list(scenes("test", SIZES["test"]))
-    asked = [
-        row
-        for row in read_rows("test.jsonl", ReadOptions(root=demo))
-        if row.columns["task"] == "grounded"
-    ]
-    assert len(asked) == len(drawn)
-    for row, scene in zip(asked, drawn, strict=True):
+    rows = read_rows("test.jsonl", ReadOptions(root=demo))
+    grounded = [row for row in rows if row.columns["task"] == "grounded"]
+    assert len(grounded) == len(drawn)
+    for row, scene in zip(grounded, drawn, strict=True):
         assert row.images[0].open().tobytes() == scene.draw().tobytes()
         boxes = [
-            (thing.label, *((box.x0, box.y0, box.x1, box.y1) for box in thing.boxes))
-            for thing in row.answer.parts
+            (obj.label, *((box.x0, box.y0, box.x1, box.y1) for box in obj.boxes))
+            for obj in row.answer.parts
         ]
-        assert boxes == [(thing.name, thing.box_px) for thing in scene.things]
+        assert boxes == [(obj.name, obj.box_px) for obj in scene.objects]
 
 
 def test_every_training_row_can_be_read(demo):
@@ -240,7 +251,7 @@ def test_every_training_row_can_be_read(demo):
         assert all(row.answer for row in read_rows(f"{name}.jsonl", ReadOptions(root=demo))), name
 
 
-def test_coco_and_vqa_files_say_the_same_as_the_chat_file(demo):
+def test_coco_and_vqa_files_agree_with_the_chat_file(demo):
     chat = {
         (row.images[0].name, row.columns["task"]): row.answer.parts
         for row in read_rows("test.jsonl", ReadOptions(root=demo))
@@ -256,28 +267,23 @@ def test_coco_and_vqa_files_say_the_same_as_the_chat_file(demo):
         assert row.references == row.answer.parts * 10
     instances = json.loads((demo / "coco/annotations/instances_test.json").read_text())
     names = {category["id"]: category["name"] for category in instances["categories"]}
-    first = next(scenes("test", 1)).things[0]
+    first = next(scenes("test", 1)).objects[0]
     assert names[instances["annotations"][0]["category_id"]] == first.name
     assert instances["annotations"][0]["bbox"] == [first.x, first.y, first.size, first.size]
 
 
-def test_sentences_hold_every_text_that_is_written(demo):
+def test_sentences_contain_every_text_that_is_written(demo):
     known = set(sentences())
     for file in demo.glob("[!v]*.jsonl"):
         for row in read_rows(str(file)):
             for part in (part for turn in row.turns for part in turn.parts):
-                text = (
-                    part.label
-                    if isinstance(part, GroundedObject)
-                    else part
-                    if isinstance(part, str)
-                    else None
-                )
-                assert text is None or text.removeprefix("\n") in known, text
-    assert "(124,249),(499,624)" in known  # of a thing at (8, 16), 24 pixels large
+                match part:
+                    case str(text) | GroundedObject(label=str(text)):
+                        assert text.removeprefix("\n") in known, text
+    assert "(124,249),(499,624)" in known  # of an object at (8, 16) with a size of 24 pixels
 
 
-def test_the_same_folder_is_kept_and_another_size_written_anew(tmp_path):
+def test_a_folder_with_the_same_sizes_is_kept_and_another_one_replaced(tmp_path):
     sizes = dict.fromkeys(SIZES, 1)
     folder = write_demo(tmp_path / "demo", **sizes)
     content = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -293,14 +299,29 @@ def test_the_same_folder_is_kept_and_another_size_written_anew(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_of_somebody_else_is_refused_untouched(tmp_path):
+def test_several_processes_may_write_the_same_folder(tmp_path):
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=write_demo, args=(tmp_path / "demo",), kwargs=SIZES
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "demo"]
+
+
+def test_a_folder_with_other_files_is_refused_and_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="not a demo dataset"):
         write_demo(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_failure_leaves_nothing_half_written(tmp_path):
+def test_nothing_is_left_after_a_failure(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_demo(tmp_path / "demo", **SIZES | {"seed": object()})
     assert not list(tmp_path.iterdir())
