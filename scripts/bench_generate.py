@@ -1,10 +1,14 @@
-"""How fast answers are decoded at full size, and a whole prediction from images on disk to a file of answers.
+"""Measures decoding at full size, and a whole prediction from image files to a file of answers.
 
     python scripts/bench_generate.py --record benchmarks/generate.json
 
-Random weights of the published sizes; a prompt of 300 tokens with an image, 64 new tokens. Then `python -m qwenvl_lit.predict` over 1,000
-rows with a JPEG each, which this script makes, and 20 new tokens. `--four-bits` decodes with such weights too (needs bitsandbytes).
-`--size small --device cpu` is to try this script.
+Decoding: random weights of the published sizes, prompts of 300 tokens with an image, and 64 new
+tokens. `--four-bits` also decodes with 4-bit weights, which needs bitsandbytes.
+
+Prediction: `python -m qwenvl_lit.predict` over 1,000 rows with a JPEG each, which this script
+writes, and 20 new tokens.
+
+`--size small --device cpu` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,9 +34,11 @@ from PIL import Image
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
 GiB = 2**30
-PROMPT, NEW = 300, 64
+PROMPT, NEW = 300, 64  # tokens
+ENDS = {"stop_ids": (), "pad_id": 0}
 SMALL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -49,32 +57,46 @@ SMALL = {
         "resampler_heads": 2,
     },
 }
+NOTE = (
+    "rates are after warm-up, without loading, unless the name says so; medians of three; weights "
+    "are in peak_gib; first_answer_s has compilation in it, predict finds the kernels compiled"
+)
+
+Measured = dict[str, Any]
 
 
-def prompts(model, rows: int, lengths: list[int] | None = None) -> dict[str, torch.Tensor]:
-    """Left-padded rows of random text, each after an image of noise."""
-    device, span, visual = model.device, model.config.n_queries, model.config.visual
-    start = visual["image_start_id"]
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 500, (rows, PROMPT), generator=draw)
+def prompts(
+    model: QwenVLForCausalLM, rows: int, lengths: list[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns left-padded rows of random text, each after an image of noise.
+
+    Args:
+        lengths: tokens of each row; by default all are `PROMPT` long.
+    """
+    queries, visual = model.config.n_queries, model.config.visual
+    image_start_id = visual["image_start_id"]
+    image_ids = [image_start_id, *[image_start_id + 2] * queries, image_start_id + 1]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 500, (rows, PROMPT), generator=generator)
     mask = torch.ones(rows, PROMPT, dtype=torch.int64)
-    places = torch.empty(rows, dtype=torch.int64)
-    for row in range(rows):
-        first = PROMPT - (lengths[row] if lengths else PROMPT)
-        ids[row, :first], mask[row, :first], places[row] = 0, 0, first
-        ids[row, first : first + span + 2] = torch.tensor([start, *[start + 2] * span, start + 1])
-    positions = torch.arange(rows)[:, None] * PROMPT + places[:, None] + 1 + torch.arange(span)
-    pixels = torch.randn(rows, 3, visual["image_size"], visual["image_size"], generator=draw)
+    starts = PROMPT - torch.tensor(lengths or [PROMPT] * rows)
+    for row, start in enumerate(starts.tolist()):
+        ids[row, :start] = 0
+        mask[row, :start] = 0
+        ids[row, start : start + queries + 2] = torch.tensor(image_ids)
+    first_positions = torch.arange(rows) * PROMPT + starts + 1
+    positions = first_positions[:, None] + torch.arange(queries)
+    shape = (rows, 3, visual["image_size"], visual["image_size"])
     inputs = {
         "input_ids": ids,
         "attention_mask": mask,
         "vision_positions": positions.flatten(),
-        "pixel_values": pixels,
+        "pixel_values": torch.randn(shape, generator=generator),
     }
-    return {name: value.to(device) for name, value in inputs.items()}
+    return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def seconds(work, on_gpu: bool) -> float:
+def seconds(work: Callable[[], Any], on_gpu: bool) -> float:
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -84,119 +106,79 @@ def seconds(work, on_gpu: bool) -> float:
     return time.perf_counter() - start
 
 
-def decoding(model, rows: int, compile: bool, on_gpu: bool) -> dict[str, float | int | bool]:
-    """Rates after warm-up; the first answer, with what is compiled and captured for it, stands apart."""
-    inputs, ends = prompts(model, rows), {"stop_ids": (), "pad_id": 0}
+def median_seconds(work: Callable[[], Any], on_gpu: bool) -> float:
+    return statistics.median(seconds(work, on_gpu) for _ in range(3))
+
+
+def measure_decoding(model: QwenVLForCausalLM, rows: int, compiled: bool, on_gpu: bool) -> Measured:
+    """Measures the first answer, which compiles and captures, and rates after it."""
+    inputs = prompts(model, rows)
     Generation.release(model)
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    answer, token = (Generation(max_new_tokens=count, compile=compile) for count in (NEW, 1))
-    first = seconds(lambda: answer(model, inputs, **ends), on_gpu)
-    whole = statistics.median(
-        seconds(lambda: answer(model, inputs, **ends), on_gpu) for _ in range(3)
-    )
-    prefill = statistics.median(
-        seconds(lambda: token(model, inputs, **ends), on_gpu) for _ in range(3)
-    )
-    step = (whole - prefill) / (NEW - 1)
-    measured: dict[str, float | int | bool] = {
+    whole = Generation(max_new_tokens=NEW, compile=compiled)
+    one_token = Generation(max_new_tokens=1, compile=compiled)
+    first_s = seconds(lambda: whole(model, inputs, **ENDS), on_gpu)
+    whole_s = median_seconds(lambda: whole(model, inputs, **ENDS), on_gpu)
+    prefill_s = median_seconds(lambda: one_token(model, inputs, **ENDS), on_gpu)
+    step_s = (whole_s - prefill_s) / (NEW - 1)
+    measured: Measured = {
         "rows": rows,
-        "compiled": compile,
-        "tokens_per_s": rows / step,
-        "step_ms": 1000 * step,
-    }
-    measured |= {
-        "prefill_with_image_s": prefill,
-        "tokens_per_s_with_prefill": rows * NEW / whole,
-        "first_answer_s": first,
+        "compiled": compiled,
+        "tokens_per_s": rows / step_s,
+        "step_ms": 1000 * step_s,
+        "prefill_with_image_s": prefill_s,
+        "tokens_per_s_with_prefill": rows * NEW / whole_s,
+        "first_answer_s": first_s,
     }
     if on_gpu:
         measured["peak_gib"] = torch.cuda.max_memory_allocated() / GiB
     return measured
 
 
-def agreement(model, rows: int, compile: bool) -> dict[str, float | int]:
-    """Answers to rows of different lengths, together and one by one, in the precision of the weights."""
+def measure_agreement(model: QwenVLForCausalLM, rows: int, compiled: bool) -> Measured:
+    """Compares answers to rows of different lengths in a batch with those to each row alone.
+
+    They differ by the rounding of the weights' precision.
+    """
     lengths = [PROMPT - 3 * row for row in range(rows)]
-    inputs, ends = prompts(model, rows, lengths), {"stop_ids": (), "pad_id": 0}
-    generation = Generation(max_new_tokens=NEW, compile=compile)
-    together, span = generation(model, inputs, **ends), model.config.n_queries
-    shared = []
+    inputs, queries = prompts(model, rows, lengths), model.config.n_queries
+    generation = Generation(max_new_tokens=NEW, compile=compiled)
+    together = generation(model, inputs, **ENDS)
+    equal_tokens = []  # of each row, before the first difference
     for row, length in enumerate(lengths):
         ids = inputs["input_ids"][row : row + 1, PROMPT - length :]
         alone = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "pixel_values": inputs["pixel_values"][row : row + 1],
+            "vision_positions": torch.arange(1, queries + 1, device=ids.device),
         }
-        alone["vision_positions"] = torch.arange(1, span + 1, device=ids.device)
-        (answer,) = generation(model, alone, **ends)
-        same = [a == b for a, b in zip(answer, together[row], strict=True)]
-        shared.append(same.index(False) if False in same else NEW)
-    first = sum(count > 0 for count in shared) / rows
+        (answer,) = generation(model, alone, **ENDS)
+        equal = [a == b for a, b in zip(answer, together[row], strict=True)]
+        equal_tokens.append([*equal, False].index(False))
     return {
         "rows": rows,
-        "same_answer": sum(count == NEW for count in shared) / rows,
-        "same_first_token": first,
-    } | {"tokens_before_the_first_difference": statistics.mean(shared)}
+        "same_answer": sum(count == NEW for count in equal_tokens) / rows,
+        "same_first_token": sum(count > 0 for count in equal_tokens) / rows,
+        "tokens_before_the_first_difference": statistics.mean(equal_tokens),
+    }
 
 
-def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | str]:
-    """`python -m qwenvl_lit.predict` as a user runs it."""
+def measure_prediction(arguments: argparse.Namespace) -> Measured:
+    """Runs `python -m qwenvl_lit.predict` as a user would, and returns the rates that it prints."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw = torch.Generator().manual_seed(0)
-        with (folder / "rows.jsonl").open("w") as file:
-            for row in range(arguments.rows):
-                coarse = torch.randint(0, 256, (30, 40, 3), generator=draw, dtype=torch.uint8)
-                Image.fromarray(coarse.numpy()).resize((640, 480), Image.Resampling.BICUBIC).save(
-                    folder / f"{row}.jpg", quality=90
-                )
-                file.write(
-                    json.dumps(
-                        {
-                            "query": f"<img>{folder / f'{row}.jpg'}</img>Where is thing {row}?",
-                            "response": "",
-                        }
-                    )
-                    + "\n"
-                )
-        full = arguments.size == "full"
-        model = [
-            "model=qwen_vl_chat",
-            "model.weights=random",
-            "model.vocabulary=tiny",
-            f"model.dtype={arguments.dtype}",
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "qwenvl_lit.predict",
-            *(model if full else ["model=qwen_vl_tiny"]),
-        ]
-        command += [
-            "data=jsonl",
-            f"data.test={folder / 'rows.jsonl'}",
-            f"data.eval_batch_size={arguments.batch}",
-        ]
-        command += [
-            f"data.num_workers={arguments.workers}",
-            "generation.max_new_tokens=20",
-            "generation.min_new_tokens=20",
-        ]
-        command += [
-            f"generation.compile={str(arguments.device.startswith('cuda')).lower()}",
-            f"hydra.run.dir={folder / 'run'}",
-        ]
-        command += [] if arguments.device.startswith("cuda") else ["strategy=cpu"]
+        write_rows(folder, arguments.rows)
+        command = predict_command(folder, arguments)
         start = time.perf_counter()
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        total = time.perf_counter() - start
+        process_s = time.perf_counter() - start
         if run.returncode:
             sys.exit(f"predict ended with {run.returncode}: {run.stdout}")
-        written = (folder / "run" / "predictions.jsonl").read_text().splitlines()
-        assert [json.loads(line)["index"] for line in written] == list(range(arguments.rows))
+        lines = (folder / "run" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["index"] for line in lines] == list(range(arguments.rows))
     rate = r"([\d.]+) images/s, (\d+) new tokens/s"
     all_rows = re.search(rf"predict: (\d+) rows in ([\d.]+) s, {rate}", run.stdout)
     warm = re.search(rf"first batch, of ([\d.]+) s: {rate}; loading took ([\d.]+) s", run.stdout)
@@ -211,110 +193,147 @@ def whole_prediction(arguments: argparse.Namespace) -> dict[str, float | int | s
         "images_per_s": float(warm[2]),
         "new_tokens_per_s": int(warm[3]),
         "loading_s": float(warm[4]),
-        "process_s": total,
+        "process_s": process_s,
     }
 
 
-def main() -> None:
+def write_rows(folder: Path, count: int) -> None:
+    """Writes `rows.jsonl` and a JPEG of 640 x 480 pixels for each of its rows."""
+    generator = torch.Generator().manual_seed(0)
+    with (folder / "rows.jsonl").open("w") as file:
+        for row in range(count):
+            path = folder / f"{row}.jpg"
+            noise = torch.randint(0, 256, (30, 40, 3), generator=generator, dtype=torch.uint8)
+            image = Image.fromarray(noise.numpy())
+            image.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+            query = f"<img>{path}</img>Where is thing {row}?"
+            file.write(json.dumps({"query": query, "response": ""}) + "\n")
+
+
+def predict_command(folder: Path, arguments: argparse.Namespace) -> list[str]:
+    on_gpu = arguments.device.startswith("cuda")
+    command = [sys.executable, "-m", "qwenvl_lit.predict"]
+    if arguments.size == "full":
+        command += ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny"]
+        command += [f"model.dtype={arguments.dtype}"]
+    else:
+        command += ["model=qwen_vl_tiny"]
+    command += ["data=jsonl", f"data.test={folder / 'rows.jsonl'}"]
+    command += [f"data.eval_batch_size={arguments.batch}", f"data.num_workers={arguments.workers}"]
+    command += ["generation.max_new_tokens=20", "generation.min_new_tokens=20"]
+    command += [f"generation.compile={str(on_gpu).lower()}", f"hydra.run.dir={folder / 'run'}"]
+    if not on_gpu:
+        command += ["strategy=cpu"]
+    return command
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--size", default="full", choices=["full", "small"], help="small, to try this script"
-    )
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--size", default="full", choices=["full", "small"], help="small: to try this script")
+    option("--device", default="cuda:0")
+    option("--dtype", default="bfloat16")
+    option(
         "--sizes",
         type=int,
         nargs="+",
         default=[1, 8, 32, 128],
-        help="rows that are decoded together",
+        help="numbers of rows that are decoded together",
     )
-    parser.add_argument("--rows", type=int, default=1000, help="of the prediction; 0: none")
-    parser.add_argument("--batch", type=int, default=128, help="of the prediction")
-    parser.add_argument("--workers", type=int, default=4, help="of the prediction")
-    parser.add_argument("--four-bits", action="store_true")
-    parser.add_argument("--record", type=Path)
-    arguments = parser.parse_args()
-    on_gpu = arguments.device.startswith("cuda")
+    option("--rows", type=int, default=1000, help="rows of the prediction; 0: no prediction")
+    option("--batch", type=int, default=128, help="batch size of the prediction")
+    option("--workers", type=int, default=4, help="data workers of the prediction")
+    option("--four-bits", action="store_true", help="also decode with 4-bit weights")
+    option("--record", type=Path, help="JSON file to write the results to")
+    return parser.parse_args()
 
-    result: dict[str, object] = {}
-    made = time.perf_counter()
-    sizes = (
-        {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
-        if arguments.size == "full"
-        else {"config": SMALL}
-    )
-    family = QwenVLFamily(**sizes, vocabulary="tiny", dtype=arguments.dtype)
+
+def main() -> None:
+    arguments = parse_arguments()
+    on_gpu = arguments.device.startswith("cuda")
+    results: Measured = {}
+
+    start = time.perf_counter()
+    source: dict[str, Any] = {"config": SMALL}
+    if arguments.size == "full":
+        source = {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
+    family = QwenVLFamily(**source, vocabulary="tiny", dtype=arguments.dtype)
     model = family.load(arguments.device)
-    result["model"] = {
+    results["model"] = {
         "parameters": model.num_parameters(),
         "dtype": arguments.dtype,
-        "drawn_in_s": time.perf_counter() - made,
+        "drawn_in_s": time.perf_counter() - start,
     }
-    print(json.dumps(result["model"]), flush=True)
-    decoded = []
-    for compile in [False, True] if on_gpu else [False]:
+    report(results["model"])
+
+    results["decoding"] = []
+    for compiled in [False, True] if on_gpu else [False]:
         for rows in arguments.sizes:
-            decoded.append(decoding(model, rows, compile, on_gpu))
-            print(json.dumps(rounded(decoded[-1])), flush=True)
-    result["decoding"] = decoded
-    result["together_and_one_by_one"] = agreement(
-        model, min(8, max(arguments.sizes)), compile=on_gpu
-    )
-    print(json.dumps(rounded(result["together_and_one_by_one"])), flush=True)
+            results["decoding"].append(measure_decoding(model, rows, compiled, on_gpu))
+            report(results["decoding"][-1])
+    rows = min(8, max(arguments.sizes))
+    results["together_and_one_by_one"] = measure_agreement(model, rows, compiled=on_gpu)
+    report(results["together_and_one_by_one"])
+
     if arguments.four_bits:
         Generation.release(model)
         del model
         model = family.load(arguments.device, quantization=NF4)
-        result["decoding_with_four_bits"] = [
-            decoding(model, rows, False, on_gpu) for rows in arguments.sizes if rows <= 32
-        ]
-        print(json.dumps(rounded(result["decoding_with_four_bits"])), flush=True)
-    if arguments.rows:  # in a process of its own, which finds the kernels that were compiled above in the cache of torch
+        results["decoding_with_four_bits"] = []
+        for rows in arguments.sizes:
+            if rows <= 32:
+                measured = measure_decoding(model, rows, False, on_gpu)
+                results["decoding_with_four_bits"].append(measured)
+
+    if arguments.rows:
+        # A process of its own. It finds the kernels compiled above in torch's cache on disk.
         Generation.release(model)
         del model
         gc.collect()
         torch._dynamo.reset()
         if on_gpu:
             torch.cuda.empty_cache()
-        result["predict"] = whole_prediction(arguments)
-        print(json.dumps(result["predict"]), flush=True)
+        results["predict"] = measure_prediction(arguments)
+        report(results["predict"])
     if arguments.record:
-        options = [
-            "--size",
-            arguments.size,
-            "--device",
-            arguments.device,
-            "--dtype",
-            arguments.dtype,
-        ]
-        options += ["--four-bits"] * arguments.four_bits
-        record = {
-            "command": " ".join(["python scripts/bench_generate.py", *options]),
-            "device": torch.cuda.get_device_name()
-            if on_gpu
-            else platform.processor() or platform.machine(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "note": "rates are after warm-up, without loading, unless the name says so; medians of three; weights are in peak_gib; "
-            "first_answer_s has compilation in it, predict finds the kernels compiled",
-            **rounded(result),
-        }
-        arguments.record.parent.mkdir(exist_ok=True)
-        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+        record(results, arguments)
 
 
-def rounded(value):
-    """Three decimals are more than repeats."""
+def record(results: Measured, arguments: argparse.Namespace) -> None:
+    command = ["python scripts/bench_generate.py", "--size", arguments.size]
+    command += ["--device", arguments.device, "--dtype", arguments.dtype]
+    if arguments.four_bits:
+        command.append("--four-bits")
+    device = platform.processor() or platform.machine()
+    if arguments.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    content = {
+        "command": " ".join(command),
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "note": NOTE,
+        **rounded(results),
+    }
+    arguments.record.parent.mkdir(exist_ok=True)
+    arguments.record.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def report(measured: Measured) -> None:
+    print(json.dumps(rounded(measured)), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Rounds all floats to three decimals; more are not reproducible."""
     if isinstance(value, dict):
-        return {name: rounded(one) for name, one in value.items()}
+        return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [rounded(one) for one in value]
+        return [rounded(item) for item in value]
     return round(value, 3) if isinstance(value, float) else value
 
 
