@@ -1,79 +1,102 @@
+"""Fine-tuning methods, and checkpoints merged into the weights."""
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from small_network import QUERIES, images, small_config, small_network, tensor, text
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.runs.run import config_folder
-from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
+from qwenvl_lit.training.adapters.merging import MergedWeights, StartingCheckpoint, fingerprint
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import DataError
-from tests.small_network import QUERIES, images, small_network, tensor, text
 
-LANGUAGE_C_ATTN = r"transformer\.h\.\d+\.attn\.c_attn"
+# Merged weights give float32 sums in another order; logits go up to 6.
+MERGED = {"atol": 1e-3, "rtol": 0}
+
+
+def lora(targets="all-linear", *, rank: int = 2, **options) -> LoRA:
+    return LoRA(rank=rank, alpha=4, dropout=0.0, targets=targets, **options)
+
+
+ALL_LINEAR = lora()
+
+
+def adapted(adapter, model=None):
+    return adapter.apply(model or small_network(), QwenVLFamily)
 
 
 def trained(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def disturb(model) -> None:
+    """Adds noise to all trained tensors."""
+    names = trained(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                draw = torch.Generator().manual_seed(len(name))
+                parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
+
+
 def test_full_trains_every_parameter():
-    model = Full().apply(small_network(), QwenVLFamily)
+    model = adapted(Full())
     assert trained(model) == {name for name, _ in model.named_parameters()}
 
 
-def test_a_frozen_part_stays_and_a_part_inside_it_may_learn():
-    model = Full(freeze=["vision"], train=["resampler"]).apply(
-        small_network(), QwenVLFamily
-    )
-    names = trained(model)
+def test_a_component_inside_a_frozen_one_can_be_trained():
+    names = trained(adapted(Full(freeze=["vision"], train=["resampler"])))
     assert "transformer.h.0.attn.c_attn.weight" in names
     assert "transformer.visual.attn_pool.kv_proj.weight" in names
     assert not any(name.startswith("transformer.visual.transformer") for name in names)
 
 
-def test_an_unknown_part_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no component vison; its components are vision, resampler"):
-        Full(freeze=["vison"]).apply(small_network(), QwenVLFamily)
+def test_an_unknown_component_is_named_with_the_known_ones():
+    expected = r"no component vison; its components are vision, resampler"
+    with pytest.raises(ValueError, match=expected):
+        adapted(Full(freeze=["vison"]))
 
 
 def test_lora_starts_as_the_base_model_and_trains_only_its_adapters():
     ids = tensor(text(9))
     expected = small_network()(input_ids=ids).logits
-    model = LoRA(rank=2, alpha=4, dropout=0.0, targets=LANGUAGE_C_ATTN).apply(
-        small_network(), QwenVLFamily
-    )
+    model = adapted(lora("attention"))
     torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=0, rtol=0)
     assert {name.split(".")[-3] for name in trained(model)} == {"lora_A", "lora_B"}
     assert len(trained(model)) == 2 * 2  # A and B in two blocks
 
 
+@pytest.mark.parametrize("group", QwenVLFamily.lora_targets)
+def test_a_group_of_the_family_is_its_pattern(group):
+    named, pattern = adapted(lora(group)), adapted(lora(QwenVLFamily.lora_targets[group]))
+    assert trained(named) == trained(pattern)
+    assert named.peft_config["default"].target_modules == QwenVLFamily.lora_targets[group]
+
+
 def test_merged_adapters_compute_the_same():
-    adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
-    model = adapter.apply(small_network(), QwenVLFamily).eval()
+    model = adapted(ALL_LINEAR).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     ids = tensor(text(9))
     expected = model(input_ids=ids).logits
-    merged = adapter.merge(model)
+    merged = ALL_LINEAR.merge(model)
     assert isinstance(merged, QwenVLForCausalLM)
-    # float32 sums in another order; logits go up to 6
-    torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, **MERGED)
 
 
-def test_a_target_that_matches_nothing_is_an_error_with_the_layers_there_are():
-    with pytest.raises(
-        ValueError,
-        match=r"matches no module; .* layers lm_head, transformer\.h\.N\.attn\.c_attn",
-    ):
-        LoRA(rank=2, alpha=4, dropout=0.0, targets="q_proj").apply(
-            small_network(), QwenVLFamily
-        )
+@pytest.mark.parametrize("targets", ["gate_proj", ["gate_proj"], ["c_attn", "gate_proj"]])
+def test_a_target_that_matches_nothing_is_an_error_with_the_layers_there_are(targets):
+    layers = r"linear layers lm_head, transformer\.h\.N\.attn\.c_attn"
+    choices = rf"gate_proj matches no module; choose attention, language, all-linear, .* {layers}"
+    with pytest.raises(ValueError, match=choices):
+        adapted(lora(targets))
 
 
 SIZES = {
@@ -92,56 +115,47 @@ SIZES = {
 def choice(name: str, *overrides: str):
     """The adapter that `adapter=NAME` gives for the published models."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return instantiate(
-            compose("train", ["model=qwen_vl_chat", f"adapter={name}", *overrides]).adapter,
-            _convert_="all",
-        )
+        config = compose("train", ["model=qwen_vl_chat", f"adapter={name}", *overrides])
+    return instantiate(config.adapter, _convert_="all")
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_choice_trains_so_many_parameters_at_full_size(name):
+def test_each_adapter_config_trains_its_number_of_parameters_at_full_size(name):
     with torch.device("meta"):
         model = QwenVLForCausalLM(QwenVLConfig())
-    model = choice(name).apply(model, QwenVLFamily)
-    assert (
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        == SIZES[name]
-    )
+    model = adapted(choice(name), model)
+    sizes = [tensor.numel() for tensor in model.parameters() if tensor.requires_grad]
+    assert sum(sizes) == SIZES[name]
 
 
-def test_every_choice_has_its_size_here():
+def test_every_adapter_config_has_its_size_here():
     assert set(SIZES) == {file.stem for file in (config_folder() / "adapter").glob("*.yaml")}
 
 
-def test_all_means_every_linear_layer_but_the_head():
+def test_all_linear_means_every_linear_layer_but_the_head():
     model = small_network()
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-    } - {"lm_head"}
-    adapted = {
-        name.rpartition(".lora_A")[0].removeprefix("base_model.model.")
-        for name in trained(choice("lora_all").apply(model, QwenVLFamily))
-    }
-    assert adapted - {""} == linear
+    linear = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linear.add(name)
+    with_adapter = set()
+    for name in trained(adapted(choice("lora_all"), model)):
+        if ".lora_A" in name:
+            with_adapter.add(name.rpartition(".lora_A")[0].removeprefix("base_model.model."))
+    assert with_adapter == linear - {"lm_head"}
 
 
-def test_a_resampler_alone_learns():
-    names = trained(choice("resampler_only").apply(small_network(), QwenVLFamily))
-    assert names == {
-        name
-        for name, _ in small_network().named_parameters()
-        if name.startswith("transformer.visual.attn_pool.")
-    }
+def test_the_resampler_can_be_trained_alone():
+    names = {name for name, _ in small_network().named_parameters()}
+    resampler = {name for name in names if name.startswith("transformer.visual.attn_pool.")}
+    assert trained(adapted(choice("resampler_only"))) == resampler
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_all", "lora_official", "dora", "rslora"])
-def test_adapters_and_their_optimizer_states_are_float32_over_a_bf16_base(name):
-    model = choice(name, "adapter.rank=2").apply(
-        small_network().bfloat16(), QwenVLFamily
-    )
-    assert {tensor.dtype for tensor in model.parameters() if not tensor.requires_grad} == {
-        torch.bfloat16
-    }
+def test_adapters_and_their_optimizer_states_are_float32_on_bfloat16_base_weights(name):
+    model = adapted(choice(name, "adapter.rank=2"), small_network().bfloat16())
+    frozen = {tensor.dtype for tensor in model.parameters() if not tensor.requires_grad}
+    assert frozen == {torch.bfloat16}
     optimizer, _ = AdamW(lr=1e-3).build(model, 2)
     ids = tensor(text(9))
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,55 +166,35 @@ def test_adapters_and_their_optimizer_states_are_float32_over_a_bf16_base(name):
             vision_positions=torch.arange(1, 1 + QUERIES),
         ).loss.backward()
     optimizer.step()
-    learned = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    assert {tensor.dtype for tensor in learned} == {torch.float32}
-    assert {state.dtype for each in learned for state in optimizer.state[each].values()} == {
-        torch.float32
-    }
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            states = optimizer.state[parameter].values()
+            assert {state.dtype for state in states} == {torch.float32}
 
 
-def test_settings_of_peft_are_passed_on_and_unknown_ones_named():
-    model = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear", options={"bias": "all"}).apply(
-        small_network(), QwenVLFamily
-    )
+def test_options_are_passed_to_peft_and_unknown_ones_named():
+    model = adapted(lora(options={"bias": "all"}))
     assert any(name.endswith("bias") for name in trained(model))
     with pytest.raises(ValueError, match=r"adapter\.options has use_dorra"):
-        LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear", options={"use_dorra": True}).apply(
-            small_network(), QwenVLFamily
-        )
+        adapted(lora(options={"use_dorra": True}))
 
 
-ALL_LINEAR = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
-
-
-def run_of(adapter, folder, base=None) -> tuple[StartingCheckpoint, torch.nn.Module]:
-    """What a run with `adapter` learned (noise), its checkpoint in `folder`, and its model."""
-    model = base.merge_into(small_network(), QwenVLFamily) if base else small_network()
-    model = adapter.apply(model, QwenVLFamily).eval()
-    names = trained(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in names:
-                parameter.add_(
-                    torch.randn(
-                        parameter.shape, generator=torch.Generator().manual_seed(len(name))
-                    ),
-                    alpha=0.1,
-                )
+def run_of(adapter, folder, init=None) -> tuple[StartingCheckpoint, torch.nn.Module]:
+    """A checkpoint in `folder` of a run with `adapter` that trained noise, and its model."""
+    model = small_network()
+    if init:
+        model = init.merge_into(model, QwenVLFamily)
+    model = adapted(adapter, model).eval()
+    disturb(model)
+    names, state = trained(model), model.state_dict()
+    tensors = {f"model.{name}": state[name] for name in state if name in names}
     file = folder / f"{len(list(folder.iterdir()))}.ckpt"
-    torch.save(
-        {
-            "state_dict": {
-                f"model.{name}": value
-                for name, value in model.state_dict().items()
-                if name in names
-            }
-        },
-        file,
+    torch.save({"state_dict": tensors}, file)
+    start = StartingCheckpoint(
+        checkpoint=str(file), sha256=fingerprint(file), adapter=adapter, init=init
     )
-    return StartingCheckpoint(
-        checkpoint=str(file), sha256=fingerprint(file), adapter=adapter, init=base
-    ), model
+    return start, model
 
 
 @pytest.mark.parametrize(
@@ -208,55 +202,77 @@ def run_of(adapter, folder, base=None) -> tuple[StartingCheckpoint, torch.nn.Mod
     [Full(), Full(freeze=["vision"], train=["resampler"]), ALL_LINEAR],
     ids=["full", "frozen", "lora"],
 )
-def test_what_a_run_learned_is_folded_into_the_weights_and_all_is_open_to_training_again(
-    adapter, tmp_path
-):
-    learned, model = run_of(adapter, tmp_path)
-    folded = learned.merge_into(small_network(), QwenVLFamily)
-    assert isinstance(folded, QwenVLForCausalLM)
+def test_a_merged_checkpoint_computes_the_same_and_all_is_trainable_again(adapter, tmp_path):
+    start, model = run_of(adapter, tmp_path)
+    merged = start.merge_into(small_network(), QwenVLFamily)
+    assert isinstance(merged, QwenVLForCausalLM)
     ids = tensor(text(9))
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(
-        folded(input_ids=ids).logits, expected, atol=1e-3, rtol=0
-    )  # as for merged adapters
-    assert trained(folded) == trained(small_network())
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, **MERGED)
+    assert trained(merged) == trained(small_network())
 
 
-def test_a_run_on_top_of_a_run_on_top_of_a_run(tmp_path):
+def test_a_run_can_start_from_a_run_that_started_from_a_run(tmp_path):
     first, _ = run_of(Full(), tmp_path)
     second, model = run_of(ALL_LINEAR, tmp_path, first)
-    third = ALL_LINEAR.apply(
-        second.merge_into(small_network(), QwenVLFamily), QwenVLFamily
-    )
+    third = adapted(ALL_LINEAR, second.merge_into(small_network(), QwenVLFamily))
     ids = tensor(text(9))
-    torch.testing.assert_close(
-        third(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3, rtol=0
-    )
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(third(input_ids=ids).logits, expected, **MERGED)
 
 
-def test_a_base_that_has_moved_or_changed_or_is_of_another_model_is_named(tmp_path):
-    learned, _ = run_of(ALL_LINEAR, tmp_path)
-    other = StartingCheckpoint(
-        checkpoint=str(learned.checkpoint), sha256=learned.sha256, adapter=Full()
-    )
-    with pytest.raises(
-        DataError, match=r"0\.ckpt belongs to another model or adapter: the checkpoint lacks"
-    ):
+def test_a_starting_checkpoint_of_another_model_or_that_has_changed_is_named(tmp_path):
+    start, _ = run_of(ALL_LINEAR, tmp_path)
+    file = str(start.checkpoint)
+    other = StartingCheckpoint(checkpoint=file, sha256=start.sha256, adapter=Full())
+    different_tensors = r"0\.ckpt belongs to another model or adapter: .* lacks trained tensors"
+    with pytest.raises(DataError, match=different_tensors):
         other.merge_into(small_network(), QwenVLFamily)
-    wider = StartingCheckpoint(
-        checkpoint=str(learned.checkpoint),
-        sha256=learned.sha256,
-        adapter=LoRA(rank=3, alpha=4, dropout=0.0, targets="all-linear"),
-    )
-    with pytest.raises(
-        DataError, match=r"0\.ckpt belongs to another model or adapter: .*\n.*size mismatch"
-    ):
+    wider = StartingCheckpoint(checkpoint=file, sha256=start.sha256, adapter=lora(rank=3))
+    different_shapes = r"0\.ckpt belongs to another model or adapter: .*\n.*size mismatch"
+    with pytest.raises(DataError, match=different_shapes):
         wider.merge_into(small_network(), QwenVLFamily)
-    learned.checkpoint.write_bytes(learned.checkpoint.read_bytes() + b"x")
+    start.checkpoint.write_bytes(start.checkpoint.read_bytes() + b"x")
     with pytest.raises(DataError, match=r"0\.ckpt is not the checkpoint that the run started from"):
-        learned.merge_into(small_network(), QwenVLFamily)
-    learned.checkpoint.unlink()
-    with pytest.raises(
-        DataError, match=r"0\.ckpt is missing, and the run started from it.*init\.checkpoint=PATH"
-    ):
-        learned.merge_into(small_network(), QwenVLFamily)
+        start.merge_into(small_network(), QwenVLFamily)
+    start.checkpoint.unlink()
+    missing = r"0\.ckpt is missing, and the run started from it.*init\.checkpoint=PATH"
+    with pytest.raises(DataError, match=missing):
+        start.merge_into(small_network(), QwenVLFamily)
+
+
+class SmallFamily:
+    """The family of `small_network`."""
+
+    components = QwenVLFamily.components
+    lora_targets = QwenVLFamily.lora_targets
+
+    @staticmethod
+    def meta_model() -> QwenVLForCausalLM:
+        with torch.device("meta"):
+            return QwenVLForCausalLM(small_config())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        Full(),
+        Full(freeze=["vision"]),
+        ALL_LINEAR,
+        lora(options={"use_dora": True}),
+        lora(options={"bias": "all"}),
+        lora("attention", options={"modules_to_save": ["lm_head"]}),
+    ],
+    ids=["full", "frozen", "lora", "dora", "biases", "whole layers"],
+)
+def test_weights_merged_one_by_one_are_those_merged_at_once(adapter, tmp_path):
+    """`MergedWeights` depends on the layers of peft; this fails if they change."""
+    start, _ = run_of(adapter, tmp_path)
+    base = small_network().state_dict()
+    merged = MergedWeights(
+        base.__getitem__, family=SmallFamily, adapter=adapter, checkpoint=start.checkpoint
+    )
+    expected = start.merge_into(small_network(), SmallFamily).state_dict()
+    for _ in range(2):  # layers can be merged again
+        for name in base:
+            assert torch.equal(merged(name), expected[name]), name

@@ -1,4 +1,4 @@
-"""Adapter folders of others: what they say, and what cannot be used."""
+"""Adapter folders that others wrote: their settings, and those that cannot be used."""
 
 import json
 
@@ -18,23 +18,24 @@ CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_a
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes an adapter folder with other settings, and tensors by their names."""
+    """Returns a function that writes an adapter folder with tensors of these names.
 
-    def make(tensors=(), **changes):
+    `changes` replace settings; None removes one.
+    """
+
+    def write(names=(), **changes):
         config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        if tensors:
-            save_file(
-                {name: torch.zeros(2, 2) for name in tensors},
-                tmp_path / "adapter_model.safetensors",
-            )
+        if names:
+            tensors = {name: torch.zeros(2, 2) for name in names}
+            save_file(tensors, tmp_path / "adapter_model.safetensors")
         return tmp_path
 
-    return make
+    return write
 
 
-def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
-    made = folder(
+def test_settings_become_arguments_of_lora_and_defaults_are_left_out(folder):
+    path = folder(
         use_rslora=True,
         bias="none",
         lora_dtype="fp32",
@@ -42,7 +43,7 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
         use_qa_lora=False,
         rank_pattern={"w1": 8},
     )
-    assert adapter_node(made) == {
+    assert adapter_node(path) == {
         "_target_": "qwenvl_lit.training.adapters.methods.LoRA",
         "rank": 4,
         "alpha": 16,
@@ -54,7 +55,7 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type IA3; only LORA"),
         ({"peft_type": None}, "peft_type None"),
@@ -66,44 +67,40 @@ def test_settings_become_ours_and_what_says_nothing_is_left_out(folder):
         ({"use_magic": True}, "has use_magic=True, which the installed peft does not know"),
     ],
 )
-def test_what_cannot_be_used_is_named(folder, changes, says):
-    with pytest.raises(DataError, match=says):
+def test_a_setting_that_cannot_be_used_is_named(folder, changes, message):
+    with pytest.raises(DataError, match=message):
         adapter_node(folder(**changes))
 
 
 def test_broken_and_missing_files_are_named(folder):
-    made = folder()
+    path = folder()
     with pytest.raises(DataError, match=r"no adapter_model\.safetensors or adapter_model\.bin"):
-        weights_file(made)
-    (made / "adapter_model.bin").write_bytes(b"half")
+        weights_file(path)
+    (path / "adapter_model.bin").write_bytes(b"half")
     with pytest.raises(DataError, match=r"adapter_model\.bin cannot be read"):
-        weights_file(made)
-    (made / "adapter_config.json").write_text("{")
+        weights_file(path)
+    (path / "adapter_config.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
-        read_config(made)
+        read_config(path)
 
 
-def test_an_adapter_on_the_resamplers_attention_as_a_whole_is_refused(folder):
-    made = folder(["base_model.model.transformer.visual.attn_pool.attn.lora_A.weight"])
+def test_an_adapter_on_the_resamplers_attention_as_one_module_is_refused(folder):
+    path = folder(["base_model.model.transformer.visual.attn_pool.attn.lora_A.weight"])
     with pytest.raises(DataError, match="adapts the resampler's attention as one module"):
-        weights_file(made)
+        weights_file(path)
 
 
-def test_tensors_without_a_place_in_the_model_are_named(folder):
-    adapted = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"]).apply(
-        small_network(), QwenVLFamily
-    )
+def test_tensors_that_the_model_does_not_have_are_named(folder):
+    adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"])
+    adapted = adapter.apply(small_network(), QwenVLFamily)
     file = weights_file(folder(["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"]))
-    with pytest.raises(
-        DataError, match=r"1 tensors that this model does not have \(.*h\.7.*is it the base"
-    ):
+    message = r"1 tensors that this model does not have \(.*h\.7.*is it the base"
+    with pytest.raises(DataError, match=message):
         read_trained_state(file, adapted)
 
 
-def test_a_target_that_is_no_linear_layer_is_named():
-    with pytest.raises(
-        ValueError, match=r"matches transformer\.visual.*attn, which is not a linear layer"
-    ):
-        LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn").apply(
-            small_network(), QwenVLFamily
-        )
+def test_a_target_that_is_not_a_linear_layer_is_named():
+    adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn")
+    message = r"matches transformer\.visual.*attn, which is not a linear layer"
+    with pytest.raises(ValueError, match=message):
+        adapter.apply(small_network(), QwenVLFamily)

@@ -1,8 +1,9 @@
-"""Bases of 4 bits. What needs bitsandbytes and its GPU code is marked so."""
+"""4-bit base weights. Tests that need bitsandbytes and its GPU kernels are marked `gpu`."""
 
 import sys
 
 import pytest
+import tiny
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -16,6 +17,7 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
 from qwenvl_lit.training.adapters.methods import Full, LoRA
+from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 
@@ -26,25 +28,14 @@ SIZES = {
     "num_attention_heads": 2,
     "kv_channels": 64,
     "intermediate_size": 256,
-    "visual": {
-        "image_size": 16,
-        "patch_size": 8,
-        "width": 64,
-        "layers": 1,
-        "heads": 2,
-        "mlp_ratio": 2.0,
-        "output_dim": 128,
-        "n_queries": 4,
-        "resampler_heads": 2,
-    },
+    "visual": {**tiny.VISUAL, "width": 64, "output_dim": 128, "resampler_heads": 2},
 }
 
 
 def qlora(**changes):
+    overrides = ["model=qwen_vl_chat", "adapter=qlora", "adapter.dropout=0"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        node = compose(
-            "train", ["model=qwen_vl_chat", "adapter=qlora", "adapter.dropout=0"]
-        ).adapter
+        node = compose("train", overrides).adapter
     return instantiate(node, **changes, _convert_="all")
 
 
@@ -52,20 +43,31 @@ def family(**options) -> QwenVLFamily:
     return QwenVLFamily(config=SIZES, vocabulary="tiny", dtype="bfloat16", **options)
 
 
-def task(base: StartingCheckpoint | None = None, **options) -> VisionLanguageModule:
-    made = VisionLanguageModule(
-        family=QwenVLFamily(**options),
-        adapter=qlora(targets="all-linear"),
-        init=base,
+def published(folder, **options) -> QwenVLFamily:
+    return QwenVLFamily(path=str(folder), dtype="bfloat16", **options)
+
+
+def loaded(family: QwenVLFamily, adapter=None, **options) -> VisionLanguageModule:
+    """A module on the GPU, with its weights."""
+    module = VisionLanguageModule(
+        family=family,
+        adapter=adapter,
         generation=Generation(),
         metrics={},
+        load_device=DEVICE,
+        **options,
     )
-    made.home = torch.device(DEVICE)
-    made.configure_model()
-    return made
+    module.configure_model()
+    return module
 
 
-def test_without_the_extra_it_is_named(monkeypatch):
+def save(tensors, file):
+    """Writes a checkpoint with these tensors of the network."""
+    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"state_dict": state}, file)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install .*\.\[quant\]"):
         family().load(quantization=qlora().quantization)
@@ -76,16 +78,40 @@ def test_an_unknown_setting_is_named():
         family().load(quantization={"bits": 4})
 
 
-def test_four_bits_to_answer_are_those_to_train_over():
+def test_answering_and_training_quantize_in_the_same_way():
     assert qlora().quantization == NF4 == family(load_in_4bit=True).quantization
     assert family().quantization is None
 
 
-def test_a_model_that_is_held_in_4_bits_to_answer_is_not_trained():
+def test_a_model_that_is_quantized_to_answer_is_not_trained():
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", ["model=qwen_vl_chat", "model.load_in_4bit=true"])
-    with pytest.raises(DataError, match="to train adapters over 4 bits: adapter=qlora"):
+    with pytest.raises(DataError, match="to train adapters on a 4-bit model: adapter=qlora"):
         build.module(config)
+
+
+class FakeQuantized(QwenVLFamily):
+    """A family whose "4-bit" weights are bfloat16, to test the order of loading without a GPU."""
+
+    def load(self, device="cpu", *, quantization=None):
+        model = super().load(device)
+        model.quantized = quantization is not None
+        return model
+
+    def quantized(self, model, device, quantization):
+        model.quantized = True
+        return model
+
+
+def test_trained_base_weights_are_merged_before_quantizing(tmp_path):
+    fake = FakeQuantized(config=SIZES, vocabulary="tiny", load_in_4bit=True)
+    trained = {name: tensor + 0.1 for name, tensor in fake.load().named_parameters()}
+    save(trained, tmp_path / "run.ckpt")
+    model = load_model(fake, Full(), "cpu", trained_checkpoint=tmp_path / "run.ckpt")
+    assert model.quantized
+    assert torch.equal(model.lm_head.weight, trained["lm_head.weight"])
+    adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets="attention")
+    assert load_model(fake, adapter, "cpu").get_base_model().quantized
 
 
 @pytest.fixture
@@ -95,107 +121,78 @@ def folder(tmp_path):
 
 
 @pytest.mark.gpu
-def test_every_linear_layer_but_the_head_has_four_bits_and_adapters_over_them_learn(folder):
-    made = task(path=str(folder), dtype="bfloat16")
-    base = made.model.get_base_model()
-    kinds = {
-        name: type(module).__name__
-        for name, module in base.named_modules()
-        if hasattr(module, "in_features") and "lora_" not in name
-    }
+def test_every_linear_layer_but_the_head_is_4_bit_and_adapters_on_them_are_trained(folder):
+    module = loaded(published(folder), qlora(targets="all-linear"))
+    base = module.model.get_base_model()
+    kinds = {}
+    for name, layer in base.named_modules():
+        if hasattr(layer, "in_features") and "lora_" not in name:
+            kinds[name] = type(layer).__name__
     assert kinds.pop("lm_head") == "Linear"
     assert set(kinds.values()) == {"Linear4bit"}
     assert any("visual.attn_pool" in name for name in kinds)
     assert base.transformer.wte.weight.dtype == base.lm_head.weight.dtype == torch.bfloat16
     ids = torch.arange(1, 12, device=DEVICE)[None]
-    pixels = torch.randn(1, 3, 16, 16, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        made.model(
+        module.model(
             input_ids=ids,
             labels=ids,
-            pixel_values=pixels,
+            pixel_values=torch.randn(1, 3, 16, 16, device=DEVICE),
             vision_positions=torch.arange(2, 6, device=DEVICE),
         ).loss.backward()
-    for name, tensor in made.model.named_parameters():
+    for name, tensor in module.model.named_parameters():
         if tensor.requires_grad:
             assert tensor.dtype == torch.float32, name
             assert tensor.grad is not None, name
 
 
 @pytest.mark.gpu
-def test_what_a_run_learned_is_folded_in_before_bits_are_taken(folder, tmp_path):
-    published = QwenVLFamily(path=str(folder), dtype="bfloat16")
-    learned = {name: tensor + 0.1 for name, tensor in published.load().named_parameters()}
-    torch.save(
-        {"state_dict": {f"model.{name}": tensor for name, tensor in learned.items()}},
-        tmp_path / "run.ckpt",
-    )
-    base = StartingCheckpoint(
-        checkpoint=str(tmp_path / "run.ckpt"),
-        sha256=fingerprint(tmp_path / "run.ckpt"),
-        adapter=Full(),
-    )
-    made = task(base, path=str(folder), dtype="bfloat16")
-    whole = base.merge_into(published.load(), published.components)
-    expected = published.quantized(whole, DEVICE, qlora().quantization)
+def test_a_starting_checkpoint_is_merged_before_quantizing(folder, tmp_path):
+    family, file = published(folder), tmp_path / "run.ckpt"
+    trained = {name: tensor + 0.1 for name, tensor in family.load().named_parameters()}
+    save(trained, file)
+    start = StartingCheckpoint(checkpoint=str(file), sha256=fingerprint(file), adapter=Full())
+    module = loaded(family, qlora(targets="all-linear"), init=start)
+    whole = start.merge_into(family.load(), family)
+    expected = family.quantized(whole, DEVICE, qlora().quantization).train()
     ids = torch.arange(1, 12, device=DEVICE)[None]
     torch.testing.assert_close(
-        made.model(input_ids=ids).logits, expected.train()(input_ids=ids).logits, atol=0, rtol=0
+        module.model(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0
     )
-    assert torch.equal(expected.transformer.ln_f.weight.cpu(), learned["transformer.ln_f.weight"])
-
-
-def answering(folder, adapter=None) -> VisionLanguageModule:
-    made = VisionLanguageModule(
-        family=QwenVLFamily(path=str(folder), dtype="bfloat16", load_in_4bit=True),
-        adapter=adapter,
-        generation=Generation(),
-        metrics={},
-    )
-    made.home = torch.device(DEVICE)
-    return made
+    assert torch.equal(expected.transformer.ln_f.weight.cpu(), trained["transformer.ln_f.weight"])
 
 
 @pytest.mark.gpu
-def test_what_whole_weights_learned_is_there_before_4_bits_are_taken(folder, tmp_path):
-    """Also if the model as it was has answered before."""
-    published = QwenVLFamily(path=str(folder), dtype="bfloat16")
-    whole = published.load()
-    made, ids = answering(folder, Full()), torch.arange(1, 12, device=DEVICE)[None]
-    for shift in (0.0, 0.1):
+@pytest.mark.parametrize("shift", [None, 0.1], ids=["untrained", "trained"])
+def test_fully_fine_tuned_weights_are_there_before_quantizing(folder, tmp_path, shift):
+    whole, checkpoint = published(folder).load(), None
+    if shift:
         whole.load_state_dict({name: tensor + shift for name, tensor in whole.state_dict().items()})
-        if shift:
-            learned = {
-                f"model.{name}": tensor
-                for name, tensor in whole.named_parameters()
-                if tensor.requires_grad
-            }
-            torch.save({"state_dict": learned}, tmp_path / "run.ckpt")
-            made.trained = tmp_path / "run.ckpt"
-        made.configure_model()
-        expected = published.quantized(whole, DEVICE, NF4)
-        assert type(made.model.transformer.h[0].mlp.w1).__name__ == "Linear4bit"
-        torch.testing.assert_close(
-            made.model.eval()(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0
-        )
+        checkpoint = tmp_path / "run.ckpt"
+        save(dict(whole.named_parameters()), checkpoint)
+    family = published(folder, load_in_4bit=True)
+    module = loaded(family, Full(), trained_checkpoint=checkpoint)
+    expected = published(folder).quantized(whole, DEVICE, NF4)
+    assert type(module.model.transformer.h[0].mlp.w1).__name__ == "Linear4bit"
+    ids = torch.arange(1, 12, device=DEVICE)[None]
+    torch.testing.assert_close(
+        module.model.eval()(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0
+    )
 
 
 @pytest.mark.gpu
-def test_an_adapter_of_a_run_answers_over_4_bits(folder, tmp_path):
-    lora = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
-    ids = torch.arange(1, 12, device=DEVICE)[None]
-    made = answering(folder, lora)
-    made.configure_model()
-    untrained = made.model.eval()(input_ids=ids).logits
-    torch.save(
-        {"state_dict": {name: made.state_dict()[name] + 0.1 for name in made.trainable_names()}},
-        tmp_path / "run.ckpt",
-    )
-    made.trained = tmp_path / "run.ckpt"
-    made.configure_model()
-    base = made.model.get_base_model()
+def test_the_adapter_of_a_run_answers_with_4_bit_base_weights(folder, tmp_path):
+    adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
+    family, ids = published(folder, load_in_4bit=True), torch.arange(1, 12, device=DEVICE)[None]
+    untrained = loaded(family, adapter)
+    state = untrained.state_dict()
+    tensors = {name: state[name] + 0.1 for name in untrained.trainable_names()}
+    torch.save({"state_dict": tensors}, tmp_path / "run.ckpt")
+    module = loaded(family, adapter, trained_checkpoint=tmp_path / "run.ckpt")
+    base = module.model.get_base_model()
     assert type(base.transformer.h[0].mlp.w1.base_layer).__name__ == "Linear4bit"
-    assert all(
-        tensor.dtype == torch.float32 for name, tensor in base.named_parameters() if "lora_" in name
-    )
-    assert not torch.allclose(made.model(input_ids=ids).logits, untrained)
+    for name, tensor in base.named_parameters():
+        if "lora_" in name:
+            assert tensor.dtype == torch.float32, name
+    before = untrained.model.eval()(input_ids=ids).logits
+    assert not torch.allclose(module.model.eval()(input_ids=ids).logits, before)

@@ -1,4 +1,7 @@
-"""One number for the same answers: validated while training, tested, read from a file of predictions; by one process and by two."""
+"""The same answers get the same scores in validation, in a test and from a predictions file.
+
+That holds for one process and for two.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from small_run import family
+from tiny import tiny_family
 from toy_task import trainer
 
 from qwenvl_lit.callbacks.predictions import PredictionWriter
@@ -31,7 +34,7 @@ ROWS = 7
 
 
 class Letters(SampleMean):
-    """Every letter of an answer changes it."""
+    """A score that every letter of an answer changes."""
 
     needs = "answer"
 
@@ -49,22 +52,22 @@ def metrics() -> dict:
     }
 
 
-def task() -> VisionLanguageModule:
-    made = VisionLanguageModule(
-        family=family(),
+def untrained() -> VisionLanguageModule:
+    module = VisionLanguageModule(
+        family=tiny_family(),
         adapter=Full(),
         generation=Generation(max_new_tokens=6),
         metrics=metrics(),
         optim=AdamW(lr=0.0),
         config={"seed": 1},
     )
-    made.configure_model()
-    return made
+    module.configure_model()
+    return module
 
 
-def data(made: VisionLanguageModule, file: Path) -> DataModule:
+def data(module: VisionLanguageModule, file: Path) -> DataModule:
     return DataModule(
-        processor=made.processor,
+        processor=module.processor,
         read=read_rows,
         train=str(file),
         validation=str(file),
@@ -74,8 +77,8 @@ def data(made: VisionLanguageModule, file: Path) -> DataModule:
     )
 
 
-class Kept(lightning.Callback):
-    """What was logged at the end of each validation and test, as rank 0 knows it."""
+class LoggedScores(lightning.Callback):
+    """Keeps what was logged at the end of the last validation or test, as rank 0 has it."""
 
     def __init__(self):
         self.scores = {}
@@ -87,41 +90,41 @@ class Kept(lightning.Callback):
         self._keep(trainer, "validation/")
 
     def _keep(self, trainer, prefix):
-        logged = {
-            name.removeprefix(prefix): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(prefix)
-        }
-        self.scores = {name: value for name, value in logged.items() if name in metrics()}
+        self.scores = {}
+        for name in metrics():
+            if prefix + name in trainer.callback_metrics:
+                self.scores[name] = float(trainer.callback_metrics[prefix + name])
 
 
-def everywhere(folder: Path, file: Path, **options) -> None:
-    """Train with a rate of 0, test and predict; `scores.json` holds what was logged."""
-    found = {}
+def run_everything(folder: Path, file: Path, strategy=None, **options) -> None:
+    """Trains with a learning rate of 0, tests and predicts; writes the logged scores to a file.
+
+    Args:
+        strategy: makes a strategy for each run.
+    """
+    scores = {}
     for name in ("fit", "test", "predict"):
-        made, kept = task(), Kept()
-        rows = data(made, file)
-        chosen = {key: make() if callable(make) else make for key, make in options.items()}
-        run = trainer(
-            folder / name,
-            kept,
-            *([PredictionWriter()] if name != "fit" else []),
-            max_steps=2,
-            val_check_interval=1,
-            **chosen,
-        )
+        module, logged = untrained(), LoggedScores()
+        rows = data(module, file)
+        callbacks = [logged, PredictionWriter()] if name != "fit" else [logged]
+        if strategy:
+            options["strategy"] = strategy()
+        run = trainer(folder / name, *callbacks, max_steps=2, val_check_interval=1, **options)
         if name == "predict":
-            run.predict(made, rows, return_predictions=False)
+            run.predict(module, rows, return_predictions=False)
         else:
-            getattr(run, name)(made, rows)
-            found[name] = kept.scores
-        if name == "test" and run.is_global_zero:  # alone, while the other process is there
-            [answered] = answers(
-                folder / "test/predictions.jsonl", rows.test, made.processor
-            ).values()
-            found["file"] = score("validation", answered, metrics()).totals
+            getattr(run, name)(module, rows)
+            scores[name] = logged.scores
+        if name == "test" and run.is_global_zero:  # without the other rank, which is still there
+            predictions = folder / "test/predictions.jsonl"
+            [answered] = answers(predictions, rows.test, module.processor).values()
+            scores["file"] = score("validation", answered, metrics()).totals
     if run.is_global_zero:
-        (folder / "scores.json").write_text(json.dumps(found))
+        (folder / "scores.json").write_text(json.dumps(scores))
+
+
+def gloo() -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
 
 
 def run_rank(rank: int, folder: Path, file: Path, port: int) -> None:
@@ -133,53 +136,51 @@ def run_rank(rank: int, folder: Path, file: Path, port: int) -> None:
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    everywhere(
-        folder,
-        file,
-        devices=2,
-        strategy=lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60)),
-    )
+    run_everything(folder, file, strategy=gloo, devices=2)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Folders of one process and of two; half of the answers of the rows are what the model says, some nearly."""
+    """Folders of one process and of two.
+
+    A third of the rows have the answer of the model as their reference, a third nearly.
+    """
     home = tmp_path_factory.mktemp("home")
     file = home / "rows.jsonl"
-    questions = [
-        {"id": f"row {place}", "query": "word " * (place + 1), "response": "?"}
-        for place in range(ROWS)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    made = task()
-    pad = Pad(pad_id=made.processor.pad_id, side="left")
-    said = [
-        made.predict(pad([made.processor.encode(row, prompt=True)]))[0].text
-        for row in read_rows(str(file))
-    ]
-    assert all(said)
-    for place, row in enumerate(questions):
-        row["response"] = [said[place], "nothing of it", said[place] + " x"][place % 3]
-    file.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    rows = []
+    for index in range(ROWS):
+        rows.append({"id": f"row {index}", "query": "word " * (index + 1), "response": "?"})
+    write_rows(file, rows)
+    module = untrained()
+    pad = Pad(pad_id=module.processor.pad_id, side="left")
+    for index, conversation in enumerate(read_rows(str(file))):
+        batch = pad([module.processor.encode(conversation, prompt=True)])
+        answer = module.predict(batch)[0].text
+        assert answer
+        rows[index]["response"] = [answer, "nothing of it", answer + " x"][index % 3]
+    write_rows(file, rows)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    everywhere(home / "one", file)
+    run_everything(home / "one", file)
     torch.multiprocessing.spawn(run_rank, args=(home / "two", file, port), nprocs=2)
     return {"one": home / "one", "two": home / "two", "rows": file}
 
 
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize("processes", ["one", "two"])
-def test_validation_test_and_a_file_of_answers_give_one_score(runs, processes):
+def test_validation_test_and_predictions_file_give_the_same_scores(runs, processes):
     logged = json.loads((runs[processes] / "scores.json").read_text())
-    alone = json.loads((runs["one"] / "scores.json").read_text())["test"]
+    expected = json.loads((runs["one"] / "scores.json").read_text())["test"]
     assert logged["fit"].keys() == metrics().keys()
-    assert logged["fit"] == logged["test"] == logged["file"] == alone
-    assert 0 < alone["exact"] < alone["anls"] < 1
-    assert 0 < alone["cider"] < 10
+    assert logged["fit"] == logged["test"] == logged["file"] == expected
+    assert 0 < expected["exact"] < expected["anls"] < 1
+    assert 0 < expected["cider"] < 10
     rows = {"validation": read_rows(str(runs["rows"]))}
-    for verb in ("test", "predict"):
-        [found] = answers(
-            runs[processes] / verb / "predictions.jsonl", rows, family().processor()
-        ).values()
-        assert score("validation", found, metrics(), rows=ROWS).totals == alone
+    for command in ("test", "predict"):
+        predictions = runs[processes] / command / "predictions.jsonl"
+        [answered] = answers(predictions, rows, tiny_family().processor()).values()
+        assert score("validation", answered, metrics(), rows=ROWS).totals == expected
