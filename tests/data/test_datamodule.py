@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
@@ -12,29 +13,27 @@ from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.data.split import Concat
-from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
+from qwenvl_lit.data.selection import Concat
+from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Sample, Turn
 
 
 class Letters:
-    """Encodes a conversation as its number and its letters, or as the number alone."""
+    """Encodes a conversation as its index plus one and a 9 per letter; a prompt without letters."""
 
     pad_id = 0
+    supports_packing = True
     settings: ClassVar = {}
 
     def length(self, conversation):
         return len(conversation.id) + 1, len(conversation.id)
 
     def encode(self, conversation, *, prompt=False):
-        from qwenvl_lit.types import Sample
-
-        ids = torch.tensor(
-            [conversation.index + 1] + ([] if prompt else [9] * len(conversation.id))
-        )
-        labels = torch.where(ids == 9, ids, -100)
+        letters = 0 if prompt else len(conversation.id)
+        input_ids = torch.tensor([conversation.index + 1] + [9] * letters)
+        labels = torch.where(input_ids == 9, input_ids, -100)
         return Sample(
             conversation=conversation,
-            input_ids=ids,
+            input_ids=input_ids,
             labels=labels,
             vision_positions=torch.tensor([]),
             vision={},
@@ -42,14 +41,14 @@ class Letters:
 
 
 def read(source: str, read_options) -> list[Conversation]:
-    """`abc` is a source of three rows, a, b and c."""
+    """Reads `abc` as three rows, a, b and c."""
     return [
-        Conversation(id=letter, index=place, turns=(Turn(role="user", parts=(letter,)),))
-        for place, letter in enumerate(source)
+        Conversation(id=letter, index=index, turns=(Turn(role="user", parts=(letter,)),))
+        for index, letter in enumerate(source)
     ]
 
 
-def module(**options) -> DataModule:
+def data_of_letters(**options) -> DataModule:
     return DataModule(processor=Letters(), read=read, **options)
 
 
@@ -57,16 +56,20 @@ def ids(loader) -> list[str]:
     return [conversation.id for batch in loader for conversation in batch.conversations]
 
 
+def findings(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "findings.jsonl").read_text().splitlines()]
+
+
 def test_an_epoch_has_every_row_once():
-    data = module(train=["abcd", "efg"], batch_size=2)
+    data = data_of_letters(train=["abcd", "efg"], batch_size=2)
     data.setup("fit")
     order = ids(data.train_dataloader())
     assert sorted(order) == list("abcdefg")
     assert order != list("abcdefg")
 
 
-def test_staged_sources_come_one_after_the_other():
-    data = module(train=["abcdefgh", "ijklmnop"], order="staged", batch_size=4)
+def test_staged_sources_follow_each_other():
+    data = data_of_letters(train=["abcdefgh", "ijklmnop"], order="staged", batch_size=4)
     data.setup("fit")
     order = ids(data.train_dataloader())
     assert sorted(order[:8]) == list("abcdefgh")
@@ -74,8 +77,10 @@ def test_staged_sources_come_one_after_the_other():
     assert sorted(order[8:]) == list("ijklmnop")
 
 
-def test_validation_gives_every_row_for_the_loss_and_some_prompts_to_answer():
-    data = module(train="abc", validation="vwxyz", eval_batch_size=2, generated_validation_rows=3)
+def test_validation_has_every_row_for_the_loss_and_some_prompts_to_answer():
+    data = data_of_letters(
+        train="abc", validation="vwxyz", eval_batch_size=2, generated_validation_rows=3
+    )
     data.setup("fit")
     with_answers, prompts = data.val_dataloader()
     assert ids(with_answers) == list("vwxyz")
@@ -86,19 +91,19 @@ def test_validation_gives_every_row_for_the_loss_and_some_prompts_to_answer():
 
 def test_held_out_rows_are_the_validation_rows_of_every_stage(tmp_path):
     options = {"train": "abcdefgh", "validation": 2, "split_file": str(tmp_path / "split.json")}
-    trained = module(**options)
+    trained = data_of_letters(**options)
     trained.setup("fit")
     held = ids(trained.val_dataloader()[0])
     assert sorted(held + ids(trained.train_dataloader())) == list("abcdefgh")
     for stage in ("predict", "test"):
-        later = module(**options, seed=99)
+        later = data_of_letters(**options, seed=99)
         later.setup(stage)
         assert later.test_names == ["validation"]
         assert [ids(loader) for loader in later.test_dataloader()] == [held]
 
 
-def test_test_prefers_test_sets_and_predict_the_validation_rows():
-    data = module(validation="vw", test={"easy": "ab", "hard": "cde"})
+def test_test_uses_the_test_sets_and_predict_the_validation_rows():
+    data = data_of_letters(validation="vw", test={"easy": "ab", "hard": "cde"})
     data.setup("test")
     assert dict(zip(data.test_names, map(ids, data.test_dataloader()), strict=True)) == {
         "easy": ["a", "b"],
@@ -110,28 +115,28 @@ def test_test_prefers_test_sets_and_predict_the_validation_rows():
 
 
 @pytest.mark.parametrize(
-    ("stage", "says"),
+    ("stage", "message"),
     [
         ("fit", "nothing to train on"),
         (TrainerFn.TESTING, "no rows to score"),
         (TrainerFn.PREDICTING, "no rows to answer"),
     ],
 )
-def test_a_missing_source_is_an_error_that_says_what_to_give(stage, says):
-    with pytest.raises(DataError, match=f"{says}.*data\\."):
-        module().setup(stage)
+def test_the_error_about_missing_rows_names_the_keys_to_set(stage, message):
+    with pytest.raises(DataError, match=f"{message}.*data\\."):
+        data_of_letters().setup(stage)
 
 
 def test_files_are_prepared_before_they_are_read():
     prepared = []
-    module(
+    data_of_letters(
         root="folder", download=False, prepare=lambda *given: prepared.append(given)
     ).prepare_data()
     assert prepared == [(Path("folder"), False)]
 
 
-class ImageCache(Letters):
-    """Opens the image of a row, as a real processor does."""
+class OpensImages(Letters):
+    """Opens the images of a row, as a real processor does."""
 
     def encode(self, conversation, *, prompt=False):
         for image in conversation.images:
@@ -141,20 +146,18 @@ class ImageCache(Letters):
 
 @pytest.fixture
 def files(tmp_path):
-    """Twenty rows about images, of which that of the third is no image."""
-    for number in range(20):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    """Makes twenty rows about images; the image of the third cannot be decoded."""
+    with (tmp_path / "rows.jsonl").open("w") as stream:
+        for number in range(20):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+            row = {"id": str(number), "query": f"<img>{number}.png</img>", "response": "x"}
+            stream.write(json.dumps(row) + "\n")
     (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
-    rows = (
-        {"id": str(number), "query": f"<img>{number}.png</img>", "response": "x"}
-        for number in range(20)
-    )
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
 def test_a_broken_image_is_an_error(files):
-    data = DataModule(processor=ImageCache(), read=read_rows, root=files, train="rows.jsonl")
+    data = DataModule(processor=OpensImages(), read=read_rows, root=files, train="rows.jsonl")
     data.setup("fit")
     with pytest.raises(DataError, match=r"2\.png cannot be read as an image"):
         list(data.train_dataloader())
@@ -163,7 +166,7 @@ def test_a_broken_image_is_an_error(files):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_with_a_broken_image_may_be_dropped_and_is_listed(files, workers, caplog):
     data = DataModule(
-        processor=ImageCache(),
+        processor=OpensImages(),
         read=read_rows,
         root=files,
         train="rows.jsonl",
@@ -177,13 +180,11 @@ def test_a_row_with_a_broken_image_may_be_dropped_and_is_listed(files, workers, 
     data.setup("fit")
     seen = []
     for _ in range(2):
-        seen += [
-            row.id
-            for batch in data.train_dataloader()
-            for row in data.on_before_batch_transfer(batch, 0).conversations
-        ]
+        for batch in data.train_dataloader():
+            batch = data.on_before_batch_transfer(batch, 0)
+            seen += [row.id for row in batch.conversations]
     assert sorted(seen) == sorted([str(number) for number in range(20) if number != 2] * 2)
-    [finding] = map(json.loads, (files / "run/findings.jsonl").read_text().splitlines())
+    [finding] = findings(files / "run")
     assert finding["set"] == "train"
     assert finding["kind"] == "dropped"
     assert "2.png cannot be read as an image" in finding["message"]
@@ -193,7 +194,7 @@ def test_a_row_with_a_broken_image_may_be_dropped_and_is_listed(files, workers, 
 def test_too_many_dropped_rows_stop_the_run(files):
     (files / "7.png").write_bytes(b"")
     data = DataModule(
-        processor=ImageCache(),
+        processor=OpensImages(),
         read=read_rows,
         root=files,
         train="rows.jsonl",
@@ -203,40 +204,38 @@ def test_too_many_dropped_rows_stop_the_run(files):
     data.trainer = trainer(files / "run")
     data.trainer.training = True
     data.setup("fit")
-    with pytest.raises(
-        DataError,
-        match=r"2 of 20 rows of train had to be left out, more than data\.max_bad_fraction=0\.05 allows",
-    ):
+    message = (
+        r"2 of 20 rows of train had to be left out, "
+        r"more than data\.max_bad_fraction=0\.05 allows"
+    )
+    with pytest.raises(DataError, match=message):
         [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
 
 
-@pytest.mark.parametrize(("gone", "stops"), [(1, False), (2, True)])
-def test_rows_with_missing_images_may_be_dropped_before_training(files, gone, stops):
+@pytest.mark.parametrize(("missing", "too_many"), [(1, False), (2, True)])
+def test_rows_with_missing_images_may_be_dropped_before_training(files, missing, too_many):
     options = {
-        "processor": ImageCache(),
+        "processor": OpensImages(),
         "read": read_rows,
         "root": files,
         "train": "rows.jsonl#10",
         "max_bad_fraction": 0.1,
     }
-    for row in list(DataModule(**options).datasets[""].open_training().stages[0])[:gone]:
+    [rows] = DataModule(**options).datasets[""].open_training().stages
+    for row in list(rows)[:missing]:
         (files / f"{row.id}.png").unlink()
-    with pytest.raises(DataError, match=rf"{gone} of 10 rows cannot be used"):
+    with pytest.raises(DataError, match=rf"{missing} of 10 rows cannot be used"):
         DataModule(**options).setup("fit")
     data = DataModule(**options, on_bad_image="drop")
     data.trainer = trainer(files / "run")
-    with (
-        pytest.raises(DataError, match="2 of 10 rows of data have images that cannot be opened")
-        if stops
-        else nullcontext()
-    ):
+    message = "2 of 10 rows of data have images that cannot be opened"
+    with pytest.raises(DataError, match=message) if too_many else nullcontext():
         data.setup("fit")
-    found = [json.loads(line) for line in (files / "run/findings.jsonl").read_text().splitlines()]
-    assert [finding["kind"] for finding in found] == ["dropped"] * gone
-    assert stops or len(Concat(data.train)) == 9
+    assert [finding["kind"] for finding in findings(files / "run")] == ["dropped"] * missing
+    assert too_many or len(Concat(data.train)) == 9
 
 
-def test_only_broken_images_are_a_reason_to_drop_a_row(files):
+def test_only_rows_with_broken_images_are_dropped(files):
     class Refuses(Letters):
         def encode(self, conversation, *, prompt=False):
             raise DataError("no answer to learn from")
@@ -256,19 +255,15 @@ def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path,
                 raise Dropped("rows:3: c is too long")
             return super().length(conversation)
 
-    def noting(source, read_options):
-        return [
-            dataclasses.replace(row, notes=("rows:1: box clipped",) if row.id == "a" else ())
-            for row in read(source, read_options)
-        ]
+    def read_with_note(source, read_options):
+        first, *others = read(source, read_options)
+        return [dataclasses.replace(first, notes=("rows:1: box clipped",)), *others]
 
-    data = DataModule(processor=Long(), read=noting, train="abcd")
+    data = DataModule(processor=Long(), read=read_with_note, train="abcd")
     data.trainer = trainer(tmp_path)
     data.setup("fit")
     assert sorted(ids(data.train_dataloader())) == list("abd")
-    assert [
-        json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()
-    ] == [
+    assert findings(tmp_path) == [
         {"set": "data", "kind": "note", "index": 0, "id": "a", "message": "rows:1: box clipped"},
         {
             "set": "data",
@@ -282,66 +277,81 @@ def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path,
 
 
 def test_predictions_are_numbered_over_all_files_of_a_set():
-    data = module(test={"both": ["abc", "de"]}, eval_batch_size=2)
+    data = data_of_letters(test={"both": ["abc", "de"]}, eval_batch_size=2)
     data.setup("test")
     rows = [row for batch in data.test_dataloader()[0] for row in batch.conversations]
-    assert [(row.id, row.index) for row in rows] == [
-        ("a", 0),
-        ("b", 1),
-        ("c", 2),
-        ("d", 3),
-        ("e", 4),
-    ]
+    assert [(row.id, row.index) for row in rows] == list(zip("abcde", range(5), strict=True))
 
 
-def test_batches_are_packed_or_kept_within_a_budget():
+def test_max_tokens_limits_padded_and_packed_batches():
     class Words(Letters):
         def length(self, conversation):
             return len(conversation.id) * 3 + 1, 1
 
         def encode(self, conversation, *, prompt=False):
             sample = super().encode(conversation)
-            ids = torch.ones(self.length(conversation)[0], dtype=torch.int64)
-            return dataclasses.replace(sample, input_ids=ids, labels=ids)
+            tokens = torch.ones(self.length(conversation)[0], dtype=torch.int64)
+            return dataclasses.replace(sample, input_ids=tokens, labels=tokens)
 
-    options = {"processor": Words(), "read": read, "train": "abcdefgh", "max_tokens": 13}
-    for packing, expected in (
-        (False, [(2, 4), (3, 4), (3, 4)]),
-        (True, [(1, 13), (1, 13), (1, 13)]),
-    ):
+    def batches(packing: bool) -> list[Batch]:
+        options = {"processor": Words(), "read": read, "train": "abcdefgh", "max_tokens": 13}
         data = DataModule(**options, packing=packing)
         data.setup("fit")
-        batches = list(data.train_dataloader())
-        assert sorted(tuple(batch.input_ids.shape) for batch in batches) == expected
-    assert sorted(batch.lengths for batch in batches) == [(4, 4), (4, 4, 4), (4, 4, 4)]
-    assert [batch.segment_bounds.tolist() for batch in batches if len(batch.lengths) == 2] == [
-        [0, 4, 8, 12, 13, 13, 13, 13]
-    ]
-    assert {(len(batch.segment_bounds), batch.longest_segment) for batch in batches} == {(8, 4)}
+        return sorted(data.train_dataloader(), key=lambda batch: batch.lengths)
+
+    padded, packed = batches(packing=False), batches(packing=True)
+    assert [batch.input_ids.shape for batch in padded] == [(2, 4), (3, 4), (3, 4)]
+    assert [batch.input_ids.shape for batch in packed] == [(1, 13), (1, 13), (1, 13)]
+    assert [batch.lengths for batch in packed] == [(4, 4), (4, 4, 4), (4, 4, 4)]
+    assert packed[0].segment_bounds.tolist() == [0, 4, 8, 12, 13, 13, 13, 13]
+    assert {(len(batch.segment_bounds), batch.longest_segment) for batch in packed} == {(8, 4)}
 
 
-def test_a_row_over_the_budget_of_tokens_is_named_with_what_to_do():
-    data = module(train="abc", max_tokens=1)
+def test_the_error_about_a_row_above_max_tokens_names_it_and_a_remedy():
+    data = data_of_letters(train="abc", max_tokens=1)
     data.setup("fit")
     data.trainer = trainer(None)
-    for asks in (data.train_dataloader, data.steps_of_run):
-        with pytest.raises(
-            DataError,
-            match=r"row 'a' has 2 tokens, more than data\.max_tokens=1; raise it, or leave .* model\.max_length=1",
-        ):
-            asks()
+    message = (
+        r"row 'a' has 2 tokens, more than data\.max_tokens=1; "
+        r"raise it, or leave .* model\.max_length=1"
+    )
+    for method in (data.train_dataloader, data.steps_of_run):
+        with pytest.raises(DataError, match=message):
+            method()
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("name", "value", "allowed"),
     [
-        {"order": "random"},
-        {"on_bad_image": "ignore"},
-        {"packing": "maybe"},
-        {"max_tokens": "many"},
-        {"max_tokens": 0},
+        ("order", "random", "mixed or staged"),
+        ("on_bad_image", "ignore", "error or drop"),
+        ("packing", "maybe", "true or false"),
+        ("group_by_length", 1, "true or false"),
+        ("max_tokens", "many", "a whole number, 1 or more, or null"),
+        ("max_tokens", 0, "a whole number, 1 or more, or null"),
+        ("batch_size", 0, "a whole number, 1 or more"),
+        ("eval_batch_size", 2.0, "a whole number, 1 or more"),
     ],
 )
-def test_a_misspelt_choice_is_an_error(option):
-    with pytest.raises(ValueError, match=rf"data\.{next(iter(option))} is .* or "):
-        module(**option)
+def test_the_error_about_a_wrong_value_says_what_is_allowed(name, value, allowed):
+    message = f"data.{name} must be {allowed}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        data_of_letters(**{name: value})
+
+
+def test_packing_is_refused_for_a_family_that_does_not_support_it():
+    class OtherProcessor(Letters):
+        supports_packing = False
+
+    options = {"processor": OtherProcessor(), "read": read, "max_tokens": 8}
+    DataModule(**options, packing=False)
+    with pytest.raises(ValueError, match=r"data\.packing=true: .* family Other cannot train on"):
+        DataModule(**options, packing=True)
+
+
+def test_prediction_leaves_out_answered_rows():
+    answered = {"test": {0: "a", 2: "c"}}
+    data = data_of_letters(test="abcd", answered=answered)
+    data.setup("predict")
+    assert ids(data.predict_dataloader()[0]) == ["b", "d"]
+    assert ids(data.test_dataloader()[0]) == ["a", "b", "c", "d"]
