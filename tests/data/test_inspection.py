@@ -7,7 +7,7 @@ from PIL import Image
 from qwenvl_lit.data.inspection import File, Inspection, Overlap, files_of, inspect
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.data.split import Concat, Subset
+from qwenvl_lit.data.selection import Concat, Subset
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import Conversation, ImageSource, Turn
@@ -17,7 +17,7 @@ PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=4, 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Images: two that are alike in content, another one, and one that breaks off."""
+    """Makes images: two with equal content, another one, and a truncated one."""
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     Image.new("RGB", (40, 20), "red").save(tmp_path / "again.png")
     Image.effect_noise((40, 40), 90).save(tmp_path / "noise.png")
@@ -25,15 +25,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def asks(image: str, question: str = "What is it?", answer: str = "red", **more) -> dict:
-    return {"query": f"<img>{image}</img>{question}", "response": answer, **more}
+def row(image: str, question: str = "What is it?", answer: str = "red", **columns) -> dict:
+    return {"query": f"<img>{image}</img>{question}", "response": answer, **columns}
 
 
 def rows_of(folder: Path, name: str, *rows: dict | str, **read_options):
     file = folder / f"{name}.jsonl"
-    file.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
+    lines = (line if isinstance(line, str) else json.dumps(line) for line in rows)
+    file.write_text("".join(line + "\n" for line in lines))
     return read_rows(str(file), ReadOptions(**read_options))
 
 
@@ -46,76 +45,79 @@ def messages(inspection: Inspection, kind: str) -> list[str]:
     ]
 
 
-def test_a_set_is_counted(folder):
-    find = asks("noise.png", "Find <ref>it</ref>", "<box>(1,2),(3,4)</box> <box>(5,6),(7,8)</box>")
+def test_tokens_images_and_boxes_of_a_set_are_counted(folder):
+    two_boxes = row(
+        "noise.png", "Find <ref>it</ref>", "<box>(1,2),(3,4)</box> <box>(5,6),(7,8)</box>"
+    )
     rows = rows_of(
         folder,
         "train",
-        asks("red.png"),
-        find,
-        asks("red.png", "Its colour?"),
+        row("red.png"),
+        two_boxes,
+        row("red.png", "Its colour?"),
         {"query": "1 + 1?", "response": "2"},
     )
     [facts] = inspect({"train": rows}, PROCESSOR).sets
     assert (facts.rows, facts.images, facts.boxes, facts.unanswered) == (4, 2, 2, 0)
-    expected = [PROCESSOR.length(row) for row in rows]
+    expected = [PROCESSOR.length(conversation) for conversation in rows]
     assert list(zip(facts.lengths.tolist(), facts.supervised.tolist(), strict=True)) == expected
     assert facts.usable.tolist() == [0, 1, 2, 3]
     assert facts.files == (File(path=folder / "train.jsonl", layout="query", rows=4),)
     assert not facts.findings
 
 
-def test_all_errors_are_listed_with_file_line_and_row(folder):
+def test_every_error_is_listed_with_file_line_and_row_id(folder):
     rows = rows_of(
         folder,
         "train",
-        asks("nowhere.png"),
+        row("nowhere.png"),
         "{not json",
-        asks("red.png", id="good"),
-        asks("broken.png", id="half"),
+        row("red.png", id="good"),
+        row("broken.png", id="half"),
         {"query": "no answer", "id": "open"},
-        asks("broken.png", "Again?"),
+        row("broken.png", "Again?"),
     )
     inspection = inspect({"train": rows}, PROCESSOR)
     [facts] = inspection.sets
-    found = messages(inspection, "error")
-    assert [message.removeprefix(f"{folder}/train.jsonl:")[:1] for message in found] == list(
-        "12456"
+    errors = messages(inspection, "error")
+    lines = [message.removeprefix(f"{folder}/train.jsonl:")[:1] for message in errors]
+    assert lines == list("12456")
+    expected = (
+        "nowhere.png does not exist",
+        "not JSON",
+        "half",
+        "no answer to learn from",
+        "broken.png",
     )
-    for message, says in zip(
-        found,
-        ["nowhere.png does not exist", "not JSON", "half", "no answer to learn from", "broken.png"],
-        strict=True,
-    ):
-        assert says in message
+    for message, part in zip(errors, expected, strict=True):
+        assert part in message
     assert [finding.id for finding in facts.findings] == ["", "", "half", "open", "train.jsonl:6"]
     assert facts.usable.tolist() == [2]
     assert facts.affected == {"error": 5, "dropped": 0, "note": 0, "duplicate": 0}
     assert len(inspection.errors) == 5
 
 
-def test_broken_images_may_be_a_reason_to_leave_rows_out(folder):
-    rows = rows_of(folder, "train", asks("broken.png"), asks("red.png"))
-    assert (
-        len(inspect({"train": rows}, PROCESSOR, max_bad_fraction=0.4).errors) == 1
-    )  # one of two is more
+def test_rows_with_broken_images_are_dropped_up_to_max_bad_fraction(folder):
+    rows = rows_of(folder, "train", row("broken.png"), row("red.png"))
+    # One of the two rows is broken.
+    assert len(inspect({"train": rows}, PROCESSOR, max_bad_fraction=0.4).errors) == 1
     inspection = inspect({"train": rows}, PROCESSOR, max_bad_fraction=0.5)
     assert not inspection.errors
     assert inspection.sets[0].affected["dropped"] == 1
     assert "broken.png" in messages(inspection, "dropped")[0]
 
 
-def test_a_image_inside_a_row_is_decoded_too(folder):
-    whole, broken = ((folder / name).read_bytes() for name in ("red.png", "broken.png"))
+def test_images_inside_rows_are_decoded_too(folder):
+    def conversation(row_id: str, file: str) -> Conversation:
+        image = ImageSource((folder / file).read_bytes())
+        question = Turn(role="user", parts=(image, "What?"))
+        answer = Turn(role="assistant", parts=("red",))
+        return Conversation(id=row_id, turns=(question, answer))
+
     rows = [
-        Conversation(
-            id=name,
-            turns=(
-                Turn(role="user", parts=(ImageSource(content), "What?")),
-                Turn(role="assistant", parts=("red",)),
-            ),
-        )
-        for name, content in (("whole", whole), ("twice", whole), ("half", broken))
+        conversation("whole", "red.png"),
+        conversation("twice", "red.png"),
+        conversation("half", "broken.png"),
     ]
     inspection = inspect({"train": rows}, PROCESSOR)
     assert inspection.sets[0].images == 1
@@ -123,18 +125,17 @@ def test_a_image_inside_a_row_is_decoded_too(folder):
     assert "row 'half'" in error
 
 
-def test_repaired_and_dropped_boxes_are_told_apart(folder):
+def test_on_bad_box_decides_the_kind_of_finding(folder):
     objects = [{"caption": "it", "bbox": [30, 2, 90, 10], "bbox_type": "real", "image": 0}]
-    row = {
+    wide_box = {
         "query": "Find <ref-object>",
         "response": "<bbox>",
         "images": ["red.png"],
         "objects": objects,
     }
     for kind, policy in (("error", "error"), ("note", "repair"), ("dropped", "drop")):
-        inspection = inspect(
-            {"train": rows_of(folder, "train", row, asks("red.png"), on_bad_box=policy)}, PROCESSOR
-        )
+        rows = rows_of(folder, "train", wide_box, row("red.png"), on_bad_box=policy)
+        inspection = inspect({"train": rows}, PROCESSOR)
         [facts] = inspection.sets
         assert facts.affected[kind] == 1
         assert "90" in messages(inspection, kind)[0]
@@ -142,7 +143,7 @@ def test_repaired_and_dropped_boxes_are_told_apart(folder):
         assert len(facts.usable) == (2 if kind == "note" else 1)
 
 
-def test_prompts_need_no_answer_and_teach_nothing(folder):
+def test_prompts_need_no_answer_and_have_no_supervised_tokens(folder):
     rows = rows_of(folder, "test", {"query": "<img>red.png</img>What?"})
     [facts] = inspect({"test": rows}, PROCESSOR, prompts=["test"]).sets
     assert facts.unanswered == 1
@@ -150,18 +151,14 @@ def test_prompts_need_no_answer_and_teach_nothing(folder):
     assert facts.supervised.tolist() == [0]
 
 
-def test_the_same_question_about_the_same_image_is_found_in_two_sets_whatever_the_file_is_called(
-    folder,
-):
-    train = rows_of(
-        folder, "train", asks("red.png"), asks("noise.png"), {"query": "1 + 1?", "response": "2"}
-    )
-    other = asks("again.png", "Another question?")
+def test_questions_that_two_sets_share_are_found_by_the_content_of_their_images(folder):
+    text_only = {"query": "1 + 1?", "response": "2"}
+    train = rows_of(folder, "train", row("red.png"), row("noise.png"), text_only)
     test = rows_of(
         folder,
         "test",
-        other,
-        asks("again.png", answer="a square", id="copy"),
+        row("again.png", "Another question?"),
+        row("again.png", answer="a square", id="copy"),
         {"query": "1 + 1?", "response": "two"},
     )
     alone = rows_of(folder, "alone", {"query": "Who?", "response": "me"})
@@ -169,40 +166,35 @@ def test_the_same_question_about_the_same_image_is_found_in_two_sets_whatever_th
     assert inspection.overlaps == (Overlap(first="train", second="test", rows=2, images=1),)
     first, second = messages(inspection, "duplicate")
     assert first == (
-        f"{folder}/test.jsonl:2: row 'copy': asks the same of the same images as {folder}/train.jsonl:1 ('train.jsonl:1') in train"
+        f"{folder}/test.jsonl:2: row 'copy': asks the same question about the same images as "
+        f"{folder}/train.jsonl:1 ('train.jsonl:1') in train"
     )
     assert second.startswith(f"{folder}/test.jsonl:3: ")
     assert not inspection.errors
     assert [len(facts.usable) for facts in inspection.sets] == [3, 3, 1]
 
 
-def test_several_processes_find_the_same(folder):
-    rows = rows_of(
-        folder,
-        "train",
-        *[asks("red.png", f"{n}?") if n % 50 else asks("broken.png") for n in range(600)],
-    )
-    here, there = (
-        inspect({"train": rows}, PROCESSOR, workers=workers).sets[0] for workers in (1, 2)
-    )
-    assert here.findings == there.findings
-    assert len(here.findings) == 12
-    assert here.lengths.tolist() == there.lengths.tolist()
+def test_the_number_of_processes_does_not_change_the_result(folder):
+    lines = [row("red.png", f"{n}?") if n % 50 else row("broken.png") for n in range(600)]
+    rows = rows_of(folder, "train", *lines)
+    [one] = inspect({"train": rows}, PROCESSOR, workers=1).sets
+    [two] = inspect({"train": rows}, PROCESSOR, workers=2).sets
+    assert one.findings == two.findings
+    assert len(one.findings) == 12
+    assert one.lengths.tolist() == two.lengths.tolist()
 
 
-def test_progress_is_told_for_rows_and_images(folder):
-    told = []
-    rows = rows_of(folder, "train", asks("red.png"), asks("noise.png"), asks("red.png"))
-    inspect({"train": rows}, PROCESSOR, progress=lambda *what: told.append(what))
-    assert ("train: rows", 3, 3) in told
-    assert ("images", 2, 2) in told
+def test_progress_is_reported_for_rows_and_images(folder):
+    reports = []
+    rows = rows_of(folder, "train", row("red.png"), row("noise.png"), row("red.png"))
+    inspect({"train": rows}, PROCESSOR, progress=lambda *report: reports.append(report))
+    assert ("train: rows", 3, 3) in reports
+    assert ("images", 2, 2) in reports
 
 
-def test_files_are_found_below_joined_and_chosen_rows(folder):
-    a, b = (
-        rows_of(folder, "a", asks("red.png")),
-        rows_of(folder, "b", {"image": "red.png", "question": "What?", "answer": "x"}),
-    )
+def test_files_are_found_below_subsets_and_concatenations(folder):
+    a = rows_of(folder, "a", row("red.png"))
+    b = rows_of(folder, "b", {"image": "red.png", "question": "What?", "answer": "x"})
     files = list(files_of(Concat([Subset(Concat([a, b]), [1]), a])))
     assert [(file.path.name, file.rows) for file in files] == [("a.jsonl", 1), ("b.jsonl", 1)]
     assert files[0].layout == "query"
