@@ -1,7 +1,12 @@
-"""Teach a trained demo four new classes of objects with adapters, and say what it learned and what it forgot: benchmarks/new_classes.json.
+"""Teaches a trained demo four new classes of objects with adapters: benchmarks/new_classes.json.
 
-python scripts/bench_new_classes.py outputs/train/demo                     # two CPU cores: some minutes
-python scripts/bench_new_classes.py outputs/train/demo --adapters qlora    # on a GPU, with the extra `quant`; added to what is in the file
+Scores on the new classes say what was learned, those on the old classes what was forgotten.
+
+python scripts/bench_new_classes.py outputs/train/demo    # some minutes on two CPU cores
+
+On a GPU with the extra `quant`, results are added to those in the file:
+
+python scripts/bench_new_classes.py outputs/train/demo --adapters qlora
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import torch
 from qwenvl_lit import __version__
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/new_classes.json"
-SHOWN = {
+METRICS = {  # metric -> column title
     "caption": "caption, exact",
     "counting": "counting",
     "left_right": "left / right",
@@ -28,14 +33,19 @@ SHOWN = {
 BEFORE = "the demo, before"
 
 
-def verb(name: str, *arguments: str) -> None:
+def run_command(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"qwenvl_lit.{name}", *arguments], check=True)
 
 
-def taught(demo: Path, adapter: str, folder: Path) -> dict[str, Mapping[str, float]]:
-    """Scores of the demo (`baseline`) and of what becomes of it (`test`), by SET/METRIC, and what was trained (`trainable`)."""
+def fine_tune(demo: Path, adapter: str, folder: Path) -> dict[str, Mapping[str, float]]:
+    """Fine-tunes the demo on the new classes, and scores it before and after.
+
+    Returns:
+        "baseline" and "test": scores by SET/METRIC; "trainable": the number of trained parameters
+        and of steps.
+    """
     run, scored = folder / adapter, folder / f"{adapter}_scores"
-    verb(
+    run_command(
         "train",
         "experiment=new_classes",
         f"ckpt={demo}",
@@ -43,29 +53,26 @@ def taught(demo: Path, adapter: str, folder: Path) -> dict[str, Mapping[str, flo
         "adapter.dropout=0",
         f"hydra.run.dir={run}",
     )
-    verb("test", f"ckpt={run}", "baseline=true", "~callbacks.boxes", f"hydra.run.dir={scored}")
-    scores = json.loads((scored / "metrics.json").read_text())
+    run_command(
+        "test", f"ckpt={run}", "baseline=true", "~callbacks.boxes", f"hydra.run.dir={scored}"
+    )
+    trainable = json.loads((run / "trainable.json").read_text())
     steps = json.loads((run / "metrics.json").read_text())["fit"]["step"]
-    return {
-        **scores,
-        "trainable": {
-            "trained": json.loads((run / "trainable.json").read_text())["trained"],
-            "steps": steps,
-        },
-    }
+    scores = json.loads((scored / "metrics.json").read_text())
+    return {**scores, "trainable": {"trained": trainable["trained"], "steps": steps}}
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a line for each model, new and old classes side by side."""
-    columns = [
-        (f"{classes}_classes/{key}", f"{title}: {classes}")
-        for key, title in SHOWN.items()
-        for classes in ("new", "old")
-    ]
-    lines = [["adapter", "trained", *(title for _, title in columns)], ["---"] * (2 + len(columns))]
+    """A Markdown table with one line per model, and new and old classes side by side."""
+    keys, titles = [], []
+    for metric, title in METRICS.items():
+        for classes in ("new", "old"):
+            keys.append(f"{classes}_classes/{metric}")
+            titles.append(f"{title}: {classes}")
+    lines = [["adapter", "trained", *titles], ["---"] * (2 + len(titles))]
     for name, row in rows.items():
         trained = f"{row['trained']:,}" if "trained" in row else ""
-        lines.append([name, trained, *(f"{row[key]:.3f}" for key, _ in columns)])
+        lines.append([name, trained, *(f"{row[key]:.3f}" for key in keys)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -76,19 +83,21 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="a run folder of python -m qwenvl_lit.train")
     parser.add_argument("--adapters", nargs="+", default=["lora", "lora_all"])
     arguments = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results = {"rows": {}}
+    if RESULTS.exists():
+        results = json.loads(RESULTS.read_text())
     with TemporaryDirectory() as folder:
         for adapter in arguments.adapters:
-            scores = taught(arguments.demo, adapter, Path(folder))
-            found["rows"].setdefault(BEFORE, scores["baseline"])
-            found["rows"][adapter] = {**scores["test"], **scores["trainable"]}
-    found["made_with"] = {
+            scores = fine_tune(arguments.demo, adapter, Path(folder))
+            results["rows"].setdefault(BEFORE, scores["baseline"])
+            results["rows"][adapter] = {**scores["test"], **scores["trainable"]}
+    results["made_with"] = {
         "qwenvl_lit": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-    print(table(found["rows"]))
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results["rows"]))
 
 
 if __name__ == "__main__":
