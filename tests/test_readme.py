@@ -1,4 +1,4 @@
-"""What the documents show works: every command composes, its verb, its choices and its keys exist, and Python runs."""
+"""README and docs/ are true: commands compose with keys that exist, and Python blocks run."""
 
 import re
 import shlex
@@ -19,82 +19,89 @@ from qwenvl_lit.cli.overrides import quote_free_text
 from qwenvl_lit.runs.run import config_folder
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PYTHON = {
-    page.name: blocks
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if (blocks := re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
-}
-OF_EXTRAS = (
-    "hydra/launcher=",
-    "hydra.launcher.",
-    "hydra/sweeper=",
-    "hydra.sweeper.",
-)  # choices of packages that need not be there
+PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Choices of optional packages, which need not be installed.
+OF_EXTRAS = ("hydra/launcher=", "hydra.launcher.", "hydra/sweeper=", "hydra.sweeper.")
+
+
+def python_blocks(text: str) -> list[str]:
+    return [block for language, block in FENCED.findall(text) if language == "python"]
 
 
 def commands(text: str) -> list[str]:
-    """Commands of this package in fenced blocks, continuation lines joined and comments cut off, and in the cells of tables."""
-    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace(
-        "\\\n", " "
-    )
-    lines = [re.split(r"\s+#", line)[0].strip() for line in fenced.splitlines()]
+    """Commands of this package in fenced blocks, without comments, and in last cells of tables."""
+    blocks = "\n".join(block for _, block in FENCED.findall(text)).replace("\\\n", " ")
+    lines = [re.split(r"\s+#", line)[0].strip() for line in blocks.splitlines()]
     cells = re.findall(r"^\|.*?`(python -m [^`]+)` *\|$", text, re.MULTILINE)
-    return list(dict.fromkeys(line for line in [*lines, *cells] if "python -m qwenvl_lit." in line))
+    return [line for line in [*lines, *cells] if "python -m qwenvl_lit." in line]
+
+
+COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
+PYTHON = {name: python_blocks(text) for name, text in PAGES.items() if python_blocks(text)}
 
 
 def test_commands_are_found_in_blocks_and_tables():
-    text = "```\npython -m qwenvl_lit.train a=1 \\\n   b=x#2   # why\nmake\n```\n| `swift` | `python -m qwenvl_lit.test c=1` |\n"
+    text = (
+        "```\npython -m qwenvl_lit.train a=1 \\\n   b=x#2   # why\nmake\n```\n"
+        "| `swift` | `python -m qwenvl_lit.test c=1` |\n"
+    )
     assert commands(text) == [
         "python -m qwenvl_lit.train a=1     b=x#2",
         "python -m qwenvl_lit.test c=1",
     ]
-    assert len(commands(README)) > 10
+    assert len(COMMANDS) > 60
+
+
+def test_links_between_pages_exist():
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / target).exists(), f"{name}: {target}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def a_run():
-    """The configs, and what `ckpt=` offers: the groups of a composed training run."""
+    """Initializes Hydra and offers the groups of a composed training run, as `ckpt=` does."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         trained = compose("train")
         for group in FROM_RUN:
-            ConfigStore.instance().store(
-                group=group, name="run", node=OmegaConf.to_container(trained[group])
-            )
+            node = OmegaConf.to_container(trained[group])
+            ConfigStore.instance().store(group=group, name="run", node=node)
         yield
 
 
-def jobs(verb: str, arguments: list[str]) -> list[list[str]]:
-    """The overrides of each run that a command line stands for: one, or those of a sweep; an interval stands for its lower end."""
+def jobs(command: str, arguments: list[str]) -> list[list[str]]:
+    """The overrides of each job of a command line; an interval stands for its lower end."""
     parser = OverridesParser.create()
     parsed = [parser.parse_override(text) for text in arguments]
-    arguments = [
-        f"{one.key_or_group}={one.value().start}" if one.is_interval_sweep() else one.input_line
-        for one in parsed
-    ]
-    fixed = [one.input_line for one in parsed if not one.is_sweep_override()]
-    config = compose(verb, fixed, return_hydra_config=True)
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    config = compose(command, fixed, return_hydra_config=True)
     swept = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
-    return BasicSweeper.split_arguments(parser.parse_overrides([*swept, *arguments]), None)[0]
+    for override in parsed:
+        text = override.input_line
+        if override.is_interval_sweep():
+            text = f"{override.key_or_group}={override.value().start}"
+        swept.append(text)
+    return BasicSweeper.split_arguments(parser.parse_overrides(swept), None)[0]
 
 
-@pytest.mark.parametrize("command", commands(README))
-def test_a_command_of_the_readme_composes(command):
-    words = shlex.split(command[command.index("python -m ") :])
-    verb = words[2].removeprefix("qwenvl_lit.")
-    arguments = [
-        quote_free_text(word) for word in words[3:] if not word.startswith(("-", *OF_EXTRAS))
-    ]
-    assert (config_folder().parent / f"qwenvl_lit/{verb}.py").exists()
-    for overrides in jobs(verb, arguments):
-        config = compose(verb, overrides)
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_documentation_composes(line):
+    words = shlex.split(line[line.index("python -m ") :])
+    command = words[2].removeprefix("qwenvl_lit.")
+    assert (ROOT / f"qwenvl_lit/{command}.py").exists()
+    options = ("-", "|", *OF_EXTRAS)
+    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith(options)]
+    for overrides in jobs(command, arguments):
+        config = compose(command, overrides)
         if config.get("data") and config.data.get("datasets"):
             expand_datasets(config)
 
 
 @pytest.mark.parametrize("page", PYTHON)
-def test_python_runs_as_it_is_shown(page, tmp_path, monkeypatch, capsys):
-    """Block after block, with images of the names that are used, and a tiny checkpoint in a folder that is named as the published one."""
+def test_python_blocks_run_as_shown(page, tmp_path, monkeypatch, capsys):
+    """One after the other, with the files they name: images, and a tiny published checkpoint."""
     tiny_checkpoint(tmp_path / "Qwen/Qwen-VL-Chat")
     for name in ("road.png", "dog.jpg"):
         Image.new("RGB", (64, 48), "teal").save(tmp_path / name)

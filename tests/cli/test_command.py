@@ -65,12 +65,12 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
         (["train", "data.packing=true"], "say data.max_tokens=8192"),
         pytest.param(
             ["train", "strategy=ddp"],
-            "there is no GPU: strategy=auto takes what there is; strategy=ddp_cpu",
+            "there is no GPU: strategy=auto uses what there is; strategy=ddp_cpu",
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
         ),
         (
             ["train", "speed.checkpointing=some"],
-            "speed.checkpointing is auto, none, full, got 'some'",
+            "speed.checkpointing must be one of auto, none, full, got 'some'",
         ),
     ],
 )

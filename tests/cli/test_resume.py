@@ -130,7 +130,7 @@ def test_a_folder_that_holds_results_is_not_written_again(tmp_path, result):
 def test_a_run_says_how_it_goes_on_and_goes_on(run):
     with pytest.raises(
         DataError,
-        match=r"to go on with its training: python -m qwenvl_lit\.train resume=outputs/train/mine$",
+        match=r"to continue its training: python -m qwenvl_lit\.train resume=outputs/train/mine$",
     ):
         refuse_used_folder(["hydra.run.dir='outputs/train/mine'"])
     refuse_used_folder(resume_arguments(["resume=outputs/train/mine"]))
@@ -214,7 +214,7 @@ def test_the_same_command_goes_on_after_sigkill_and_after_sigterm(tmp_path):
     assert "Nothing was left to train" not in said
     finished, _ = train(tmp_path, *command).communicate(timeout=120)
     assert (
-        "Nothing was left to train: the run has made its 40 steps; trainer.max_steps=... goes further"
+        "Nothing was left to train: the run has made its 40 steps; To train further: trainer.max_steps=..."
         in finished
     )
     one, two = trained(tmp_path / "whole"), trained(tmp_path / "killed")
