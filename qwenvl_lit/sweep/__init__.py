@@ -1,0 +1,1 @@
+"""Sweeps: several training runs with different values, compared in one table."""

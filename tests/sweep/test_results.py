@@ -5,15 +5,7 @@ from io import StringIO
 
 import pytest
 
-from qwenvl_lit.sweep.results import (
-    draw,
-    read_results,
-    read_scores,
-    report,
-    result_table,
-    save_result,
-    varied,
-)
+from qwenvl_lit.sweep.results import read_results, report, result_table, save_result, varied_keys
 from qwenvl_lit.types import DataError
 
 
@@ -21,154 +13,68 @@ def write_job(folder, number, *overrides, error=None, **scores):
     """A job that has ended; `scores` are of its best checkpoint, without their `val/`."""
     job = folder / str(number)
     save_result(job, ["adapter=lora", *overrides], seconds=61.04, error=error)
-    best = {
-        "step": 4,
-        **{f"val/{name}": value for name, value in scores.items()},
-        "monitor": "val/loss",
-    }
     if scores:
-        (job / "metrics.json").write_text(
-            json.dumps({"fit": {"last": {"val/loss": 9.0}, "best": best}})
-        )
+        best = {"step": 4, "monitor": "val/loss"}
+        best |= {f"val/{name}": value for name, value in scores.items()}
+        fit = {"last": {"val/loss": 9.0}, "best": best}
+        (job / "metrics.json").write_text(json.dumps({"fit": fit}))
 
 
 @pytest.fixture
-def ranks(tmp_path):
-    """Twelve jobs: ranks 1 to 11, the fourth failed, the fifth with a loss that is not a number, and a job that did not end."""
+def sweep_folder(tmp_path):
+    """Eleven jobs of ranks 1 to 11: job 3 failed, job 4 has a NaN loss. Job 11 has not ended."""
     for number in range(11):
+        override = f"adapter.rank={number + 1}"
         if number == 3:
-            write_job(tmp_path, number, "adapter.rank=4", error="CUDA out of memory")
+            write_job(tmp_path, number, override, error="CUDA out of memory")
         else:
             loss = None if number == 4 else 2 - number / 10
-            write_job(
-                tmp_path, number, f"adapter.rank={number + 1}", loss=loss, caption=number / 20
-            )
+            write_job(tmp_path, number, override, loss=loss, caption=number / 20)
     (tmp_path / "11").mkdir()
     return tmp_path
 
 
-def test_jobs_are_read_in_the_order_they_were_made_and_only_those_that_ended(ranks):
-    assert [result.folder.name for result in read_results(ranks)] == [
-        str(number) for number in range(11)
-    ]
+def names(results) -> list[str]:
+    return [result.folder.name for result in results]
 
 
-def test_the_table_has_the_best_job_first_and_those_without_a_score_last(ranks):
-    report(ranks, metric="val/loss", mode="min")
-    rows = list(csv.DictReader((ranks / "sweep.csv").open()))
+def test_ended_jobs_are_read_in_the_order_of_their_numbers(sweep_folder):
+    assert names(read_results(sweep_folder)) == [str(number) for number in range(11)]
+
+
+def test_the_table_has_the_best_job_first_and_jobs_without_a_score_last(sweep_folder):
+    report(sweep_folder, metric="val/loss", mode="min")
+    rows = list(csv.DictReader((sweep_folder / "sweep.csv").open()))
     assert list(rows[0]) == ["job", "adapter.rank", "val/loss", "val/caption", "seconds", "error"]
     assert [row["job"] for row in rows] == ["10", "9", "8", "7", "6", "5", "2", "1", "0", "3", "4"]
-    assert (
-        rows[0]["adapter.rank"],
-        rows[0]["val/loss"],
-        rows[0]["val/caption"],
-        rows[0]["error"],
-    ) == ("11", "1.0", "0.5", "")
-    assert (rows[-2]["val/loss"], rows[-2]["error"]) == ("", "CUDA out of memory")
+    best, failed = rows[0], rows[-2]
+    assert (best["adapter.rank"], best["val/loss"]) == ("11", "1.0")
+    assert (best["val/caption"], best["error"]) == ("0.5", "")
+    assert (failed["val/loss"], failed["error"]) == ("", "CUDA out of memory")
 
 
-def test_the_largest_can_be_the_best(ranks):
-    assert [result.folder.name for result in report(ranks, metric="val/caption", mode="max")][
-        :2
-    ] == ["10", "9"]
-    assert [result.folder.name for result in report(ranks, metric="val/caption", mode="min")][
-        :2
-    ] == ["0", "1"]
+def test_the_mode_decides_which_end_is_best(sweep_folder):
+    assert names(report(sweep_folder, metric="val/caption", mode="max"))[:2] == ["10", "9"]
+    assert names(report(sweep_folder, metric="val/caption", mode="min"))[:2] == ["0", "1"]
 
 
-def test_a_metric_that_no_job_has_is_an_error_that_names_those_there_are(ranks):
+def test_an_unknown_metric_is_refused_with_the_names_of_the_known_ones(sweep_folder):
     with pytest.raises(DataError, match=r"sweep\.metric=val/cider: .* val/caption, val/loss"):
-        report(ranks, metric="val/cider", mode="min")
+        report(sweep_folder, metric="val/cider", mode="min")
 
 
-def test_the_terminal_shows_what_was_varied_the_score_and_the_errors(ranks):
+def test_the_terminal_shows_varied_values_scores_and_errors(sweep_folder):
     from rich.console import Console
 
     console = Console(width=100, record=True, file=StringIO())
-    console.print(result_table(report(ranks, metric="val/loss", mode="min"), "val/loss"))
+    ranked = report(sweep_folder, metric="val/loss", mode="min")
+    console.print(result_table(ranked, "val/loss"))
     lines = [re.sub(r"\s*[│┃]\s*", "|", line) for line in console.export_text().splitlines()]
     assert lines[1] == "|job|adapter.rank|val/loss|time|error|"
     assert lines[3] == "|10|11|1|1:01||"
     assert lines[12] == "|3|4||1:01|CUDA out of memory|"
 
 
-def test_scores_are_those_of_the_best_checkpoint_or_else_of_the_last_validation(tmp_path):
-    assert read_scores(tmp_path) == {}
-    last = {"step": 4, "val/loss": 2.0}
-    for best, scores in (
-        ({"step": 2, "val/loss": 1.5}, {"val/loss": 1.5}),
-        ({"monitor": "val/x", "checkpoint": None}, {"val/loss": 2.0}),
-    ):
-        (tmp_path / "metrics.json").write_text(
-            json.dumps({"fit": {"step": 4, "last": last, "best": best}})
-        )
-        assert read_scores(tmp_path) == scores
-
-
-def test_what_all_jobs_have_in_common_was_not_varied():
-    assert varied([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}]) == ["b"]
-    assert varied([{"a": "1"}]) == []
-
-
-@pytest.fixture
-def axes(monkeypatch):
-    """The axes of every figure that is saved."""
-    from matplotlib.figure import Figure
-
-    saved = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda figure, *args, **kwargs: (saved.extend(figure.axes), save(figure, *args, **kwargs)),
-    )
-    return saved
-
-
-def test_numbers_that_are_far_apart_stand_on_a_log_axis(tmp_path, axes):
-    for number, rate in enumerate(["1e-3", "1e-5", "1e-4"]):
-        write_job(tmp_path, number, f"optim.lr={rate}", loss=number)
-    draw(read_results(tmp_path), ["optim.lr"], "val/loss", tmp_path / "sweep.png")
-    assert (axes[0].get_xlabel(), axes[0].get_ylabel(), axes[0].get_xscale()) == (
-        "optim.lr",
-        "val/loss",
-        "log",
-    )
-    assert axes[0].lines[0].get_xydata().tolist() == [[1e-5, 1], [1e-4, 2], [1e-3, 0]]
-    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["1e-05", "0.0001", "0.001"]
-    assert (tmp_path / "sweep.png").stat().st_size > 0
-
-
-def test_two_keys_are_a_line_for_each_value_of_the_shorter(tmp_path, axes):
-    jobs = [(adapter, rank) for adapter in ("lora", "dora") for rank in (1, 2, 3)]
-    for number, (adapter, rank) in enumerate(jobs):
-        write_job(tmp_path, number, f"adapter={adapter}", f"adapter.rank={rank}", loss=number)
-    draw(read_results(tmp_path), ["adapter", "adapter.rank"], "val/loss", tmp_path / "sweep.png")
-    assert [(line.get_label(), line.get_xydata().tolist()) for line in axes[0].lines] == [
-        ("adapter=lora", [[1, 0], [2, 1], [3, 2]]),
-        ("adapter=dora", [[1, 3], [2, 4], [3, 5]]),
-    ]
-    assert axes[0].get_xscale() == "linear"
-
-
-def test_choices_stand_side_by_side(tmp_path, axes):
-    for number, adapter in enumerate(["lora", "lora_all"]):
-        write_job(tmp_path, number, f"adapter={adapter}", loss=number)
-    draw(read_results(tmp_path), ["adapter"], "val/loss", tmp_path / "sweep.png")
-    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["lora", "lora_all"]
-
-
-def test_many_combinations_are_points_over_each_key(tmp_path, axes):
-    for number in range(20):
-        write_job(
-            tmp_path,
-            number,
-            f"optim.lr={1e-5 * 1.3**number}",
-            f"adapter.rank={number * 7 % 20 + 1}",
-            loss=number % 5,
-        )
-    draw(read_results(tmp_path), ["optim.lr", "adapter.rank"], "val/loss", tmp_path / "sweep.png")
-    assert [(panel.get_xlabel(), len(panel.collections[0].get_offsets())) for panel in axes] == [
-        ("optim.lr", 20),
-        ("adapter.rank", 20),
-    ]
+def test_values_that_all_jobs_share_are_not_varied():
+    assert varied_keys([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}]) == ["b"]
+    assert varied_keys([{"a": "1"}]) == []
