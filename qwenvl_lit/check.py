@@ -1,4 +1,4 @@
-"""`python -m qwenvl_lit.check data=...`: read a whole dataset without a model, and say what it holds and what is wrong with it."""
+"""`python -m qwenvl_lit.check`: reads a whole dataset and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ def main(config: DictConfig) -> None:
     processor = build.processor(config)
     data = build.data(config, processor)
     data.prepare_data()
-    learned, tests = data.sets()
-    sets = {**learned, **tests}
+    training_sets, test_sets = data.sets()
+    sets = {**training_sets, **test_sets}
     if not sets:
         raise DataError(
-            "there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE"
+            "there is nothing to check: give data.train=FILE, data.validation=FILE or "
+            "data.test=FILE"
         )
-    bad = data.max_bad_fraction if data.on_bad_image == "drop" else 0.0
-    workers = config.workers or available_cores()
     with progress_bars() as report:
         inspection = inspect(
-            sets, processor, prompts=tests, max_bad_fraction=bad, workers=workers, progress=report
+            sets,
+            processor,
+            prompts=test_sets,
+            max_bad_fraction=data.max_bad_fraction if data.on_bad_image == "drop" else 0.0,
+            workers=config.workers or available_cores(),
+            progress=report,
         )
     folder = Path(config.paths.run)
-    write_findings(inspection, folder / "findings.jsonl")
+    findings, page = folder / "findings.jsonl", folder / "report.html"
+    write_findings(inspection, findings)
     shown = examples(inspection, sets, processor, count=config.examples, seed=config.seed)
-    write_page(
-        inspection, shown, folder / "report.html", title=f"Data of {build.shown(config.paths.run)}"
-    )
+    write_page(inspection, shown, page, title=f"Data of {build.shown(config.paths.run)}")
     print_summary(inspection, Console())
-    print(
-        f"\nReport: {build.shown(str(folder / 'report.html'))}   one by one: {build.shown(str(folder / 'findings.jsonl'))}"
-    )
+    print(f"\nReport: {build.shown(str(page))}   all findings: {build.shown(str(findings))}")
     sys.exit(bool(inspection.errors))
 
 

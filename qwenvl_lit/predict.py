@@ -1,4 +1,4 @@
-"""`python -m qwenvl_lit.predict ckpt=RUN image=a.png prompt="Where is the car?"`: answer a question, or the rows of a dataset."""
+"""`python -m qwenvl_lit.predict`: answers one question, or the rows of a dataset."""
 
 from __future__ import annotations
 
@@ -12,71 +12,82 @@ if TYPE_CHECKING:
     from lightning import Trainer
     from omegaconf import DictConfig
 
+    from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.training.module import VisionLanguageModule
     from qwenvl_lit.types import Prediction
 
 
 def main(config: DictConfig) -> None:
-    asked = asks(config)
+    is_question = asks_a_question(config)
 
     from pathlib import Path
 
     from lightning.pytorch.callbacks import LambdaCallback
 
     from qwenvl_lit import build
-    from qwenvl_lit.data.datamodule import DataModule
-    from qwenvl_lit.data.predictions import answered_rows
-    from qwenvl_lit.data.readers.question import conversation
-    from qwenvl_lit.data.readers.rows import ReadOptions
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
     checkpoint = find_run(config.ckpt).checkpoint if config.ckpt else None
     module = build.module(config, adapted=config.ckpt is not None, trained_checkpoint=checkpoint)
-    if asked:
-        files = [config.image] if isinstance(config.image, str) else list(config.image or ())
-        read_options = ReadOptions(cache=Path(config.paths.cache))
-        question = conversation(
-            [*({"image": file} for file in files), config.prompt], read_options=read_options
-        )
-        data = DataModule(
-            processor=module.processor,
-            read=lambda source, read_options: [question],
-            test={"question": ""},
-        )
-    else:
-        answered_ids: dict[str, dict[int, str]] = {}
-        if config.answered is not None:
-            for name, rows in answered_rows(Path(config.answered)).items():
-                answered_ids[name] = {index: row["id"] for index, row in rows.items()}
-        data = build.data(config, module.processor, answered=answered_ids)
+    data = question_data(config, module) if is_question else dataset(config, module)
     trainer = build.trainer(config)
-    if asked:
+    if is_question:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
-        answered = "the question" if asked else f"the rows of {', '.join(data.test_names)}"
-        drawn = ", and images with boxes" if Path(config.paths.run, "boxes").exists() else ""
-        print(f"Answers to {answered}{drawn}: {build.shown(config.paths.run)}")
+        answered = "the question" if is_question else f"the rows of {', '.join(data.test_names)}"
+        drawings = ", with images of its boxes" if Path(config.paths.run, "boxes").exists() else ""
+        print(f"Answers to {answered}{drawings}: {build.shown(config.paths.run)}")
 
 
-def asks(config: DictConfig) -> bool:
-    """Whether it is a question of the command line that is to be answered, and not the rows of a dataset.
+def asks_a_question(config: DictConfig) -> bool:
+    """Whether the config asks one question, instead of naming the rows of a dataset.
 
     Raises:
-        DataError: it is half a question.
+        DataError: it has an image and no question.
     """
-    if config.image is None and config.prompt is None:
-        return False
-    if config.prompt is None:
+    if config.image is not None and config.prompt is None:
         raise DataError(
             'prompt is missing: predict ckpt=... image=FILE prompt="What is in the picture?"'
         )
-    return True
+    return config.prompt is not None
+
+
+def question_data(config: DictConfig, module: VisionLanguageModule) -> DataModule:
+    """One row: the question of the command line with its images."""
+    from pathlib import Path
+
+    from qwenvl_lit.data.datamodule import DataModule
+    from qwenvl_lit.data.readers.question import conversation
+    from qwenvl_lit.data.readers.rows import ReadOptions
+
+    files = [config.image] if isinstance(config.image, str) else list(config.image or ())
+    query = [*({"image": file} for file in files), config.prompt]
+    row = conversation(query, read_options=ReadOptions(cache=Path(config.paths.cache)))
+    return DataModule(
+        processor=module.processor,
+        read=lambda source, read_options: [row],
+        test={"question": ""},
+    )
+
+
+def dataset(config: DictConfig, module: VisionLanguageModule) -> DataModule:
+    """The rows of the config's data, without those that `answered=` holds answers to."""
+    from pathlib import Path
+
+    from qwenvl_lit import build
+    from qwenvl_lit.data.predictions import answered_rows
+
+    answered: dict[str, dict[int, str]] = {}
+    if config.answered is not None:
+        for name, rows in answered_rows(Path(config.answered)).items():
+            answered[name] = {index: row["id"] for index, row in rows.items()}
+    return build.data(config, module.processor, answered=answered)
 
 
 def print_answers(
-    trainer: Trainer, task: VisionLanguageModule, predictions: list[Prediction], *place: object
+    trainer: Trainer, module: VisionLanguageModule, predictions: list[Prediction], *_: object
 ) -> None:
     for prediction in predictions:
         print(f"\n{prediction.text}\n")
@@ -88,10 +99,10 @@ def adjust_arguments(arguments: list[str]) -> list[str]:
     Raises:
         DataError: the arguments ask a question and name rows of a dataset.
     """
-    asks_a_question = value_of(arguments, "prompt") is not None
+    has_prompt = value_of(arguments, "prompt") is not None
     for argument in arguments:
         about_rows = argument.startswith(("data=", "data.", "answered="))
-        if about_rows and asks_a_question and not argument.endswith("=null"):
+        if about_rows and has_prompt and not argument.endswith("=null"):
             has_image = value_of(arguments, "image") is not None
             question = "image= with prompt=" if has_image else "prompt="
             raise DataError(
