@@ -1,1 +1,1 @@
-"""What a run writes, draws and prints besides its checkpoints: Lightning callbacks, and the pure functions behind them."""
+"""Lightning callbacks: what a run writes, draws and prints, and how it is saved and resumed."""

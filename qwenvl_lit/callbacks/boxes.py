@@ -1,4 +1,4 @@
-"""Images with their boxes, as files to look at."""
+"""Images with predicted and expected boxes, as files."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import lightning
 from qwenvl_lit.callbacks.predictions import set_name
 from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.rendering.text import images_with_boxes
-from qwenvl_lit.types import Batch
+from qwenvl_lit.types import Batch, Prediction
 
 
 class BoxDrawer(lightning.Callback):
-    """Draws what `test_step` and `predict_step` return to `boxes/SET/INDEX.png` of the run folder.
+    """Draws the boxes of answers to `boxes/SET/INDEX.png` in the run folder.
 
-    Predicted boxes are solid, expected ones dashed; images with neither are skipped. In a conversation with several images the file of
-    image k > 0 is `INDEX_k.png`. Rank 0 draws its share of the rows.
+    Predicted boxes are solid, expected ones dashed; images without boxes are skipped. In a
+    conversation with several images the file of image k > 0 is `INDEX_k.png`. Rank 0 draws its
+    share of the rows.
 
     Args:
-        limit: images of each set, the first ones.
+        limit: how many images of each set are drawn, the first ones.
     """
 
     def __init__(self, limit: int = 16):
         self.limit = limit
-        self._drawn: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()  # drawn images of each set
 
     def on_test_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._drawn.clear()
+        self._counts.clear()
 
     def on_test_batch_end(
         self,
@@ -48,13 +49,16 @@ class BoxDrawer(lightning.Callback):
         folder = Path(trainer.default_root_dir, "boxes", name)
         for prediction in outputs:
             for image in images_with_boxes(prediction):
-                if self._drawn[name] < self.limit:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    further = f"_{image}" if image else ""
-                    draw_prediction(prediction, image).save(
-                        folder / f"{prediction.conversation.index:06d}{further}.png"
-                    )
-                    self._drawn[name] += 1
+                if self._counts[name] < self.limit:
+                    self._counts[name] += 1
+                    _save(prediction, image, folder)
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
+
+
+def _save(prediction: Prediction, image: int, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = f"_{image}" if image else ""
+    file = folder / f"{prediction.conversation.index:06d}{suffix}.png"
+    draw_prediction(prediction, image).save(file)

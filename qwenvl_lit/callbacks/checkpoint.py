@@ -201,8 +201,9 @@ class RunCheckpoint(Checkpoint):
 
     def _is_best(self, score: float) -> bool:
         sign = 1 if self.mode == "min" else -1
-        best = math.inf if self.best_score is None else sign * self.best_score
-        return sign * score < best
+        if self.best_score is None:
+            return sign * score < math.inf  # False for nan
+        return sign * score < sign * self.best_score
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self._due = False

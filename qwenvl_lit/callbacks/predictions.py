@@ -1,10 +1,10 @@
-"""Predictions as json lines, in the order of the dataset, from one process or several."""
+"""Predictions as lines of JSON in the order of the dataset, from one process or several."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,31 @@ from qwenvl_lit.types import Batch, GroundedObject, Prediction
 
 
 def set_name(trainer: lightning.Trainer, dataloader_idx: int) -> str:
-    """Which of the datamodule's sets a test or predict loader reads; "test" or "predict" without a datamodule that names them."""
-    names = getattr(trainer.datamodule, "test_names", None)  # type: ignore[attr-defined]  # Lightning sets it outside the class
-    return names[dataloader_idx] if names else "predict" if trainer.predicting else "test"
+    """Returns the name of the set that a test or predict loader reads.
+
+    Without a data module that names its sets it is "test" or "predict".
+    """
+    names = getattr(trainer.datamodule, "test_names", None)
+    if names:
+        return names[dataloader_idx]
+    return "predict" if trainer.predicting else "test"
 
 
 def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
-    """A prediction as plain data, one line of `predictions.jsonl`.
+    """Returns a prediction as plain data, for a line of `predictions.jsonl`.
 
-    Boxes are in pixels of the image that the object names, counted from 0; `image` is null where the conversation has none, and boxes
-    are then on the grid of 0..999. `frame` says which.
+    Boxes are in pixels of the image that their object names by its index. If the conversation has
+    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which.
     """
     conversation = prediction.conversation
-    placed = {"frame": "pixel"} if conversation.images else {"frame": "grid", "image": None}
+    objects = []
+    for part in prediction.parts:
+        if isinstance(part, GroundedObject):
+            boxes = {"label": part.label, "boxes": box_numbers(part)}
+            if conversation.images:
+                objects.append({**boxes, "image": part.image, "frame": "pixel"})
+            else:
+                objects.append({**boxes, "image": None, "frame": "grid"})
     return {
         "set": set_name,
         "index": conversation.index,
@@ -38,58 +50,35 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
         "prediction": prediction.text,
         "reference": prediction.reference,
         "references": list(conversation.references),
-        "objects": [
-            {"label": part.label, "boxes": box_numbers(part), "image": part.image, **placed}
-            for part in prediction.parts
-            if isinstance(part, GroundedObject)
-        ],
+        "objects": objects,
         "columns": dict(conversation.columns),
     }
 
 
 class PredictionWriter(lightning.Callback):
-    """Writes what `test_step` and `predict_step` return, a list of `Prediction`, to a file of the run folder.
+    """Writes the predictions of `test_step` and `predict_step` to a file of the run folder.
 
-    Each rank writes `NAME.rank0.jsonl`, ... batch by batch, which is what an interrupted run leaves; at the end they become one file.
+    Each rank appends to a file of its own, `NAME.rank0.jsonl` and so on, batch by batch. At the end
+    the files are merged; after an interrupt they remain.
 
     Args:
-        answered: the folder of an earlier prediction, whose rows are taken over.
+        answered: the folder of an earlier prediction whose rows are taken over.
     """
 
     def __init__(self, filename: str = FILENAME, answered: str | None = None):
         self.filename = filename
         self.answered = answered
 
-    def _part(self, trainer: lightning.Trainer, rank: int) -> Path:
-        return rank_file(Path(trainer.default_root_dir, self.filename), rank)
-
-    def _start(self, trainer: lightning.Trainer) -> None:
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
-        if self.answered and trainer.is_global_zero:
-            earlier = answered_rows(Path(self.answered), self.filename)
-            _write(part, (row for rows in earlier.values() for row in rows.values()))
-
-    def _append(
-        self, trainer: lightning.Trainer, predictions: Sequence[Prediction], dataloader_idx: int
-    ) -> None:
-        name = set_name(trainer, dataloader_idx)
-        _write(
-            self._part(trainer, trainer.global_rank),
-            (prediction_row(prediction, name) for prediction in predictions),
-        )
-
-    def _finish(self, trainer: lightning.Trainer) -> None:
-        trainer.strategy.barrier("predictions are written")
-        if trainer.is_global_zero:
-            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            merge_rank_files(parts, Path(trainer.default_root_dir, self.filename))
-
     def on_test_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        self._start(trainer)
+        file = self._rank_file(trainer, trainer.global_rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+        if self.answered and trainer.is_global_zero:
+            earlier = answered_rows(Path(self.answered), self.filename)
+            for rows in earlier.values():
+                _append(file, rows.values())
 
     def on_test_batch_end(
         self,
@@ -100,10 +89,15 @@ class PredictionWriter(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._append(trainer, outputs, dataloader_idx)
+        name = set_name(trainer, dataloader_idx)
+        rows = [prediction_row(prediction, name) for prediction in outputs]
+        _append(self._rank_file(trainer, trainer.global_rank), rows)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._finish(trainer)
+        trainer.strategy.barrier("predictions are written")
+        if trainer.is_global_zero:
+            files = [self._rank_file(trainer, rank) for rank in range(trainer.world_size)]
+            merge_rank_files(files, Path(trainer.default_root_dir, self.filename))
 
     on_predict_start = on_test_start
     on_predict_batch_end = on_test_batch_end
@@ -115,15 +109,21 @@ class PredictionWriter(lightning.Callback):
         pl_module: lightning.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Says how a prediction goes on, after Ctrl-C too, of which Lightning says nothing."""
-        part = self._part(trainer, 0)
-        if trainer.predicting and trainer.is_global_zero and part.exists() and part.stat().st_size:
+        """Prints how an interrupted prediction is continued."""
+        if not (trainer.predicting and trainer.is_global_zero):
+            return
+        file = self._rank_file(trainer, 0)
+        if file.exists() and file.stat().st_size:
             print(
-                f"\nStopped; the same command with answered={part.parent} answers the other rows.",
+                f"\nStopped; the same command with answered={file.parent} answers the other rows.",
                 file=sys.stderr,
             )
 
+    def _rank_file(self, trainer: lightning.Trainer, rank: int) -> Path:
+        return rank_file(Path(trainer.default_root_dir, self.filename), rank)
 
-def _write(part: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with part.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")

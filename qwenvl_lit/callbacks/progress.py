@@ -8,38 +8,37 @@ from time import perf_counter
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
 
-SHOWN = {
+LABELS = {  # logged name -> label on the bar
     "train/loss": "loss",
     "train/samples_per_second": "samples/s",
     "val/loss": "val loss",
-}  # by the name that it is logged under
-EVERY = 1.0  # seconds: to read a number is to wait for the device
+}
+REFRESH_S = 1.0  # reading a logged value synchronizes with the device
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, whose end is that of the run: where `trainer.max_steps` ends it within an epoch, there.
+    """Lightning's bar with the end of the run as its end, if `trainer.max_steps` is in an epoch.
 
-    Lightning's own counts a whole epoch, or takes steps for batches if `trainer.max_epochs` is -1. It also waits for the device in every
-    step, for what is logged "to the bar"; this one looks once a second.
+    Lightning's own bar counts a whole epoch, and with `trainer.max_epochs=-1` takes steps for
+    batches. It also synchronizes with the device in every step to show values that are logged "to
+    the bar"; this one reads them once a second.
     """
 
     def __init__(self, **options):
         super().__init__(**options)
-        self._looked = -math.inf
-        self._numbers: dict[str, float] = {}
+        self._last_refresh = -math.inf
+        self._values: dict[str, float] = {}
 
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> dict[str, float]:
-        if perf_counter() - self._looked > EVERY:
-            self._looked = perf_counter()
-            logged = trainer.callback_metrics
-            self._numbers = {
-                short: round(float(logged[name]), 3)
-                for name, short in SHOWN.items()
-                if name in logged
-            }
-        return self._numbers
+        if perf_counter() - self._last_refresh > REFRESH_S:
+            self._last_refresh = perf_counter()
+            self._values = {}
+            for name, label in LABELS.items():
+                if name in trainer.callback_metrics:
+                    self._values[label] = round(float(trainer.callback_metrics[name]), 3)
+        return self._values
 
     @property
     def total_train_batches(self) -> int | float:
@@ -47,13 +46,14 @@ class ProgressBar(RichProgressBar):
         if self.trainer.max_steps == -1 or not math.isfinite(batches):
             return batches
         accumulated = self.trainer.accumulate_grad_batches
-        before = self.trainer.current_epoch * math.ceil(
-            batches / accumulated
-        )  # steps; the last one of an epoch may be of fewer batches
-        return min(batches, (self.trainer.max_steps - before) * accumulated)
+        steps_per_epoch = math.ceil(batches / accumulated)
+        steps_left = self.trainer.max_steps - self.trainer.current_epoch * steps_per_epoch
+        return min(batches, steps_left * accumulated)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        described = super()._get_train_description(current_epoch)
-        return (
-            described.replace("/-2", "") if self.trainer.max_epochs == -1 else described
-        )  # no last epoch to name
+        """Lightning's "Epoch 0/-2" without the "/-2" of a run that has no last epoch.
+
+        Lightning has no public way to change it; `test_progress.py` fails if it gets another name.
+        """
+        description = super()._get_train_description(current_epoch)
+        return description.replace("/-2", "") if self.trainer.max_epochs == -1 else description

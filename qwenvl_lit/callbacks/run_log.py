@@ -1,4 +1,4 @@
-"""The history of a run as json lines, and its final scores as json."""
+"""The history of a run as lines of JSON, and its final scores as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,77 +21,59 @@ from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
-log = logging.getLogger(__name__)
 SCORES = "metrics.json"
+PRINTED = ("loss", "accuracy", "grad_norm", "learning_rate", "samples_per_second", "memory_gib")
+
+log = logging.getLogger(__name__)
 
 
 class RunLog(lightning.Callback):
     """Writes `logging.jsonl` and `metrics.json` to the run folder.
 
-    `logging.jsonl` has a line for the first step, each `log_every_n_steps`-th and the last: step, total, epoch, everything logged as
-    `train/NAME` under NAME, learning_rate (that the step was made with; learning_rate_PART where a part has its own), elapsed_s,
-    remaining_s and on CUDA memory_gib (the peak of rank 0); and one for each validation: step, epoch, and everything logged as `val/NAME`
-    under that name. A resumed run goes on in the file; lines that are younger than its checkpoint are removed. What is not finite is
-    null.
+    `logging.jsonl` has a line for the first step, for each `log_every_n_steps`-th and for the last:
 
-    `metrics.json` has `fit`: `last`, the last validation line, and `best`, that of the step which the checkpoint callback judged best,
-    with its path; and `test`: every score under its logged name. A verb replaces its own part only.
+    - `step`, `total` (steps of the run), `epoch`
+    - NAME for everything logged as `train/NAME`
+    - `learning_rate` of the step; `learning_rate_COMPONENT` for a component with its own
+    - `elapsed_s`, `remaining_s`
+    - on CUDA `memory_gib`, the peak of rank 0
+
+    and a line for each validation: `step`, `epoch`, and everything logged as `val/NAME` under that
+    name. A resumed run appends to the file, after removing the lines written after its checkpoint.
+    Values that are not finite are null.
+
+    `metrics.json` has the final scores. `fit` holds `last`, the last validation line, and `best`,
+    the line of the step that the checkpoint callback kept as the best, with the checkpoint's path.
+    `test` holds every score under its logged name. Each command replaces its own part only.
 
     Args:
-        print_every: where standard output is no terminal, and so without a progress bar, every so many steps are printed.
+        print_every: print every so many steps if standard output is not a terminal, where there is
+            no progress bar.
     """
 
     def __init__(self, print_every: int = 10):
         self.print_every = print_every
-        self._total: int | None = None
+        self._total_steps: int | None = None
         self._first_step = 0
         self._last_step = 0
         self._start = 0.0
-        self._elapsed_before = 0.0
+        self._elapsed_before = 0.0  # seconds, in earlier runs of this folder
         self._learning_rates: dict[str, float] = {}
         self._lines = 0  # in the file
-        self._repeated: dict[str, Any] | None = (
-            None  # a validation at its end, which a run that was stopped within a step makes again
-        )
+        # The last validation, which a run that stopped within a step repeats when it resumes.
+        self._repeated: dict[str, Any] | None = None
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        total = trainer.estimated_stepping_batches
-        self._total = int(total) if math.isfinite(total) else None
+        total_steps = trainer.estimated_stepping_batches
+        self._total_steps = int(total_steps) if math.isfinite(total_steps) else None
         self._first_step = self._last_step = trainer.global_step
         self._elapsed_before = 0.0
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir, LOG)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = read_log(path)[: self._lines] if trainer.global_step else []
-            self._lines = len(kept)
-            self._repeated = kept[-1] if kept and "total" not in kept[-1] else None
-            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-            self._elapsed_before = max(
-                (record.get("elapsed_s", 0.0) for record in kept), default=0.0
-            )
-            self._warn_of_no_validation(trainer)
+            self._open_log(trainer)
+            self._warn_without_validation(trainer)
         self._start = time.perf_counter()
-
-    def _warn_of_no_validation(self, trainer: lightning.Trainer) -> None:
-        if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
-            return
-        batches = (
-            trainer.num_training_batches * (trainer.max_epochs or 1)
-            if (trainer.max_epochs or 1) > 0
-            else math.inf
-        )
-        if self._total is not None:
-            batches = min(batches, self._total * trainer.accumulate_grad_batches)
-        if batches < trainer.val_check_batch:
-            log.warning(
-                "this run has %d batches and validates every %d: it will have no validation and no best checkpoint; set "
-                "trainer.val_check_interval=%d for one at its end",
-                batches,
-                trainer.val_check_batch,
-                min(batches, trainer.num_training_batches),
-            )
 
     def on_before_optimizer_step(
         self,
@@ -99,11 +81,12 @@ class RunLog(lightning.Callback):
         pl_module: lightning.LightningModule,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        groups = optimizer.param_groups  # at the end of the step the schedule has moved on already
-        parts = {
-            f"learning_rate_{group['part']}": group["lr"] for group in groups if group.get("part")
-        }
-        self._learning_rates = {"learning_rate": groups[0]["lr"], **parts}
+        # Read before the step: at its end the schedule has set those of the next step.
+        groups = optimizer.param_groups
+        self._learning_rates = {"learning_rate": groups[0]["lr"]}
+        for group in groups:
+            if group.get("part"):
+                self._learning_rates[f"learning_rate_{group['part']}"] = group["lr"]
 
     def on_train_batch_end(
         self,
@@ -116,41 +99,18 @@ class RunLog(lightning.Callback):
         step = trainer.global_step
         if step == self._last_step:  # gradients are being accumulated
             return
-        edge = self._last_step == 0 or step == self._total
+        is_first_or_last = self._last_step == 0 or step == self._total_steps
         self._last_step = step
-        written = edge or step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set outside the class
-        printed = not sys.stdout.isatty() and (edge or step % self.print_every == 0)
-        if not trainer.is_global_zero or not (written or printed):
+        writes = is_first_or_last or step % trainer.log_every_n_steps == 0
+        prints = is_first_or_last or step % self.print_every == 0
+        prints = prints and not sys.stdout.isatty()
+        if not trainer.is_global_zero or not (writes or prints):
             return
         record = self._training_record(trainer)
-        if written:
+        if writes:
             self._append(trainer, record)
-        if printed:
+        if prints:
             print(training_line(record), flush=True)
-
-    def _training_record(self, trainer: lightning.Trainer) -> dict[str, Any]:
-        elapsed = time.perf_counter() - self._start
-        done = trainer.global_step - self._first_step
-        record: dict[str, Any] = {
-            "step": trainer.global_step,
-            "total": self._total,
-            "epoch": trainer.current_epoch,
-        }
-        record |= {
-            name.removeprefix("train/"): value for name, value in _scores(trainer, "train/").items()
-        }
-        record |= self._learning_rates
-        record["elapsed_s"] = round(self._elapsed_before + elapsed, 1)
-        record["remaining_s"] = (
-            None
-            if self._total is None
-            else round(elapsed / done * (self._total - trainer.global_step), 1)
-        )
-        if trainer.strategy.root_device.type == "cuda":
-            record["memory_gib"] = round(
-                torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30, 2
-            )
-        return record
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -162,22 +122,8 @@ class RunLog(lightning.Callback):
         if record != self._repeated:
             self._append(trainer, record)
         if not sys.stdout.isatty():
-            print(
-                f"step {trainer.global_step}  "
-                + "  ".join(f"{name} {_short(value)}" for name, value in scores.items()),
-                flush=True,
-            )
-
-    def _append(self, trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
-        with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self._lines += 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"lines": self._lines}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._lines = state_dict["lines"]
+            fields = [f"{name} {_short(value)}" for name, value in scores.items()]
+            print(f"step {trainer.global_step}  " + "  ".join(fields), flush=True)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -187,9 +133,75 @@ class RunLog(lightning.Callback):
         if trainer.is_global_zero:
             save_scores(trainer.default_root_dir, "test", _scores(trainer))
 
+    def state_dict(self) -> dict[str, int]:
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._lines = state_dict["lines"]
+
+    def _open_log(self, trainer: lightning.Trainer) -> None:
+        """Keeps the lines from before the checkpoint of a resumed run, and no other lines."""
+        path = Path(trainer.default_root_dir, LOG)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if trainer.global_step:
+            kept = read_log(path)[: self._lines]
+        self._lines = len(kept)
+        self._repeated = None
+        if kept and "total" not in kept[-1]:
+            self._repeated = kept[-1]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        elapsed = [record.get("elapsed_s", 0.0) for record in kept]
+        self._elapsed_before = max(elapsed, default=0.0)
+
+    def _warn_without_validation(self, trainer: lightning.Trainer) -> None:
+        if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
+            return
+        epochs = trainer.max_epochs or 1
+        batches = trainer.num_training_batches * epochs if epochs > 0 else math.inf
+        if self._total_steps is not None:
+            batches = min(batches, self._total_steps * trainer.accumulate_grad_batches)
+        if batches < trainer.val_check_batch:
+            log.warning(
+                "this run has %d batches and validates every %d: it will have no validation and no "
+                "best checkpoint; set trainer.val_check_interval=%d for a validation at its end",
+                batches,
+                trainer.val_check_batch,
+                min(batches, trainer.num_training_batches),
+            )
+
+    def _training_record(self, trainer: lightning.Trainer) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._start
+        record: dict[str, Any] = {
+            "step": trainer.global_step,
+            "total": self._total_steps,
+            "epoch": trainer.current_epoch,
+        }
+        for name, value in _scores(trainer, "train/").items():
+            record[name.removeprefix("train/")] = value
+        record |= self._learning_rates
+        record["elapsed_s"] = round(self._elapsed_before + elapsed, 1)
+        record["remaining_s"] = None
+        if self._total_steps is not None:
+            seconds_per_step = elapsed / (trainer.global_step - self._first_step)
+            steps_left = self._total_steps - trainer.global_step
+            record["remaining_s"] = round(seconds_per_step * steps_left, 1)
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            record["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        return record
+
+    def _append(self, trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
+        with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._lines += 1
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a `logging.jsonl`, none if it is not there. A last line that a killed run left unfinished is not among them."""
+    """Returns the records of a `logging.jsonl`; none if the file does not exist.
+
+    A last line that a killed run left unfinished is skipped.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -197,26 +209,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def save_scores(folder: str | Path, part: str, scores: Mapping[str, Any]) -> None:
-    """Set one part of the folder's `metrics.json` to `scores`, plain data without nan; its other parts stay."""
+    """Replaces one part of the folder's `metrics.json`, and keeps its other parts.
+
+    Args:
+        scores: plain data without nan.
+    """
     path = Path(folder, SCORES)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_text(path, json.dumps({**before, part: scores}, indent=2) + "\n")
+    content = {}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, json.dumps({**content, part: scores}, indent=2) + "\n")
 
 
 def training_line(record: Mapping[str, Any]) -> str:
-    """A training record as a line to read.
+    """Returns a training record as a line to read.
 
-    >>> training_line({"step": 50, "total": 400, "loss": 2.71, "learning_rate": 1e-4, "elapsed_s": 10.0, "remaining_s": 70.0})
+    >>> record = {"step": 50, "total": 400, "loss": 2.71, "learning_rate": 1e-4}
+    >>> training_line({**record, "elapsed_s": 10.0, "remaining_s": 70.0})
     'step 50/400  loss 2.71  learning_rate 0.0001  remaining 1:10'
     """
     total = "" if record["total"] is None else f"/{record['total']}"
-    shown = ("loss", "accuracy", "grad_norm", "learning_rate", "samples_per_second", "memory_gib")
-    fields = [f"{name} {_short(record[name])}" for name in shown if name in record]
+    fields = [f"step {record['step']}{total}"]
+    fields += [f"{name} {_short(record[name])}" for name in PRINTED if name in record]
     if record["remaining_s"] is not None:
         minutes, seconds = divmod(round(record["remaining_s"]), 60)
         fields.append(f"remaining {minutes}:{seconds:02d}")
-    return "  ".join([f"step {record['step']}{total}", *fields])
+    return "  ".join(fields)
 
 
 def _short(value: float | None) -> str:
@@ -224,32 +243,35 @@ def _short(value: float | None) -> str:
 
 
 def _scores(trainer: lightning.Trainer, prefix: str = "") -> dict[str, float | None]:
-    scores = {
-        name: float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith(prefix)
-    }
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+    """Logged values by name; None for those that are not finite."""
+    scores: dict[str, float | None] = {}
+    for name, value in trainer.callback_metrics.items():
+        if name.startswith(prefix):
+            score = float(value)
+            scores[name] = score if math.isfinite(score) else None
+    return scores
 
 
 def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:
-    """The last validation and, where a checkpoint callback watches one of its scores, the best one."""
-    records = [
-        record
-        for record in read_log(Path(trainer.default_root_dir, LOG))
-        if any(name.startswith("val/") for name in record)
-    ]
-    summary: dict[str, Any] = {
-        "step": trainer.global_step,
-        "last": records[-1] if records else None,
-    }
-    for keeper in trainer.checkpoint_callbacks:
-        if isinstance(keeper, RunCheckpoint | ModelCheckpoint) and (name := keeper.monitor):
-            judged = [record for record in records if record.get(name) is not None]
-            best = (min if keeper.mode == "min" else max)(judged, key=itemgetter(name), default={})
+    """The last validation and, if a checkpoint callback monitors one of its scores, the best."""
+    validations = []
+    for record in read_log(Path(trainer.default_root_dir, LOG)):
+        if any(name.startswith("val/") for name in record):
+            validations.append(record)
+    last = validations[-1] if validations else None
+    summary: dict[str, Any] = {"step": trainer.global_step, "last": last}
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, RunCheckpoint | ModelCheckpoint) and callback.monitor:
             summary["best"] = {
-                **best,
-                "monitor": name,
-                "checkpoint": keeper.best_model_path or None,
+                **_best(validations, callback.monitor, callback.mode),
+                "monitor": callback.monitor,
+                "checkpoint": callback.best_model_path or None,
             }
     return summary
+
+
+def _best(validations: Sequence[dict[str, Any]], monitor: str, mode: str) -> dict[str, Any]:
+    """The validation with the best score; empty if none has the score."""
+    scored = [record for record in validations if record.get(monitor) is not None]
+    choose = min if mode == "min" else max
+    return choose(scored, key=itemgetter(monitor), default={})

@@ -1,4 +1,4 @@
-"""A few validation answers on one sheet, at each validation: what the model has learned so far, at a glance."""
+"""A sheet of validation answers at each validation, to see at a glance what the model can do."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from qwenvl_lit.rendering.drawing import draw_prediction, font, has_han
 from qwenvl_lit.rendering.text import images_with_boxes, readable
-from qwenvl_lit.types import Batch, ImageSource, Prediction
+from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction
 
 COLUMNS = 4
-CELL_PX = 320  # width of a cell and largest side of its image
+CELL_PX = 320  # width of a cell, and largest side of its image
 MARGIN_PX = 12
 TEXT_PX = 14
-MOST_LINES = 6  # of each text
-MOST_LETTERS = 80  # of a line
-RIGHT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"
+LINE_PX = TEXT_PX + 5
+MAX_LINES = 6  # of each text
+MAX_CHARACTERS = 80  # of a line
+CORRECT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"  # colours of texts
+
+ColouredText = tuple[str, str]  # text and colour
 
 
 class SampleVisualiser(lightning.Callback):
-    """Writes `samples/step_STEP.png` to the run folder: the first `count` answers that `validation_step` returned, as `contact_sheet`.
+    """Writes `samples/step_STEP.png` to the run folder: the first answers of each validation.
 
-    Validation steps that return None (no generation) are passed over. Rank 0 shows its share of the rows.
+    The sheet is drawn by `contact_sheet`. Validation steps that return None, without generation,
+    are skipped. Rank 0 shows its share of the rows.
+
+    Args:
+        count: answers on a sheet.
     """
 
     def __init__(self, count: int = 8):
@@ -59,80 +66,104 @@ class SampleVisualiser(lightning.Callback):
 
 
 def contact_sheet(predictions: Sequence[Prediction]) -> Image.Image:
-    """Four to a row: image with predicted (solid) and expected (dashed) boxes, question, answer, expected answer.
+    """Draws answers in rows of four: image with boxes, question, answer and expected answer.
 
-    The answer is green if it equals the expected one or a reference, red if not. Long texts end in an ellipsis.
+    Predicted boxes are solid, expected ones dashed. The answer is green if it equals the expected
+    one or a reference, else red. Long texts end in an ellipsis.
     """
     cells = [_cell(prediction) for prediction in predictions]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    heights = [max(cell.height for cell in row) + MARGIN_PX for row in rows]
-    columns = min(COLUMNS, len(cells))
-    sheet = Image.new(
-        "RGB", (columns * (CELL_PX + MARGIN_PX) + MARGIN_PX, sum(heights) + MARGIN_PX), "white"
-    )
+    heights = [_height(row) for row in rows]
+    width = min(COLUMNS, len(cells)) * (CELL_PX + MARGIN_PX) + MARGIN_PX
+    sheet = Image.new("RGB", (width, sum(heights) + MARGIN_PX), "white")
     top = MARGIN_PX
     for row, height in zip(rows, heights, strict=True):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (MARGIN_PX + column * (CELL_PX + MARGIN_PX), top))
+        left = MARGIN_PX
+        for cell in row:
+            sheet.paste(cell, (left, top))
+            left += CELL_PX + MARGIN_PX
         top += height
     return sheet
 
 
+def _height(row: Sequence[Image.Image]) -> int:
+    """The height of a row of cells and the margin below it."""
+    return max(cell.height for cell in row) + MARGIN_PX
+
+
 def _cell(prediction: Prediction) -> Image.Image:
-    conversation = prediction.conversation
-    image = None
-    if conversation.images:
-        shown = next(iter(images_with_boxes(prediction)), 0)
-        image = draw_prediction(prediction, shown, largest_side_px=CELL_PX)
-    answers = [
-        text for text in (prediction.reference, *conversation.references) if text is not None
-    ]
-    right = prediction.text.strip() in {text.strip() for text in answers}
-    question = readable(
-        part for part in conversation.prompt().turns[-1].parts if not isinstance(part, ImageSource)
-    )
-    verdict = PLAIN if not answers else RIGHT if right else WRONG
-    texts = [
-        (f"Question: {question.strip()}", PLAIN),
-        (f"Answer: {prediction.text.strip()}", verdict),
-    ]
-    if answers:
-        texts.append((f"Expected: {answers[0].strip()}", PLAIN))
-    lines = [(line, colour) for text, colour in texts for line in _wrap(text)]
-    line_px = TEXT_PX + 5
-    top = image.height + 6 if image else 0
-    cell = Image.new("RGB", (CELL_PX, top + line_px * len(lines)), "white")
+    image, top = None, 0
+    if prediction.conversation.images:
+        boxed = images_with_boxes(prediction)
+        index = boxed[0] if boxed else 0
+        image = draw_prediction(prediction, index, largest_side_px=CELL_PX)
+        top = image.height + 6
+    lines: list[ColouredText] = []
+    for text, colour in _texts(prediction):
+        for line in _wrap(text):
+            lines.append((line, colour))
+    cell = Image.new("RGB", (CELL_PX, top + LINE_PX * len(lines)), "white")
     if image:
         cell.paste(image, ((CELL_PX - image.width) // 2, 0))
     draw = ImageDraw.Draw(cell)
-    for number, (line, colour) in enumerate(lines):
-        draw.text(
-            (0, top + number * line_px), line, fill=colour, font=font(TEXT_PX, han=has_han(line))
-        )
+    for index, (line, colour) in enumerate(lines):
+        draw.text((0, top + index * LINE_PX), line, fill=colour, font=_font_for(line))
     return cell
 
 
+def _texts(prediction: Prediction) -> list[ColouredText]:
+    """Question, answer and, if there is one, the expected answer."""
+    conversation = prediction.conversation
+    answer = prediction.text.strip()
+    references = [text.strip() for text in conversation.references]
+    if prediction.reference is not None:
+        references.insert(0, prediction.reference.strip())
+    colour = PLAIN
+    if references:
+        colour = CORRECT if answer in references else WRONG
+    texts = [(f"Question: {_question(conversation)}", PLAIN), (f"Answer: {answer}", colour)]
+    if references:
+        texts.append((f"Expected: {references[0]}", PLAIN))
+    return texts
+
+
+def _question(conversation: Conversation) -> str:
+    """The last turn of the prompt without its images."""
+    parts = conversation.prompt().turns[-1].parts
+    return readable(part for part in parts if not isinstance(part, ImageSource)).strip()
+
+
 def _wrap(text: str) -> list[str]:
-    """At most six lines of the cell's width, broken at spaces or, where there are none, anywhere."""
-    lines = list(islice(_lines(text), MOST_LINES + 1))
-    return (
-        lines
-        if len(lines) <= MOST_LINES
-        else [*lines[: MOST_LINES - 1], lines[MOST_LINES - 1][:-1] + "…"]
-    )
+    """At most `MAX_LINES` lines that fit into a cell; a longer text ends in an ellipsis."""
+    lines = list(islice(_lines(text), MAX_LINES + 1))
+    if len(lines) > MAX_LINES:
+        lines.pop()
+        lines[-1] = lines[-1][:-1] + "…"
+    return lines
 
 
 def _lines(text: str) -> Iterator[str]:
-    letters = font(TEXT_PX, han=has_han(text))
-    for rest in text.splitlines():
+    """Lines that fit into a cell, broken at spaces or, where there are none, anywhere."""
+    letters = _font_for(text)
+    for paragraph in text.splitlines():
+        rest = paragraph
         while letters.getlength(rest) > CELL_PX:
-            fitting = next(
-                end
-                for end in range(min(len(rest), MOST_LETTERS), 0, -1)
-                if letters.getlength(rest[:end]) <= CELL_PX
-            )
-            space = rest.rfind(" ", 1, fitting + 1)
-            end = space if space > 0 else fitting
+            end = _fitting_characters(rest, letters)
+            space = rest.rfind(" ", 1, end + 1)
+            if space > 0:
+                end = space
             yield rest[:end]
             rest = rest[end:].lstrip()
         yield rest
+
+
+def _fitting_characters(text: str, letters: ImageFont.FreeTypeFont) -> int:
+    """The length of the longest start of the text that fits into a cell, at least 1."""
+    end = min(len(text), MAX_CHARACTERS)
+    while end > 1 and letters.getlength(text[:end]) > CELL_PX:
+        end -= 1
+    return end
+
+
+def _font_for(text: str) -> ImageFont.FreeTypeFont:
+    return font(TEXT_PX, han=has_han(text))

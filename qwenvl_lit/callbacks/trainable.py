@@ -1,11 +1,12 @@
-"""What a run trains: printed before the first step, and kept with the run."""
+"""A summary of the trained parameters, printed before the first step and kept with the run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -15,96 +16,112 @@ from rich.table import Table
 from qwenvl_lit.models.components import component_of_tensor
 
 FILE = "trainable.json"
-OTHER = "other"  # tensors of no part, as the last norm of the language model
+OTHER = "other"  # tensors outside of all components, such as the last norm of the language model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
-    """The trained tensors of one type in a part of the model."""
+class TrainedTensors:
+    """The trained tensors of one dtype in a component of the model."""
 
-    part: str
+    component: str
     tensors: int
     parameters: int
     dtype: str
-    share: float  # of all parameters of the model, adapters included
+    share: float  # of all parameters of the model, including adapters
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "part": self.component,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "share": self.share,
+        }
 
 
-class Trainable(lightning.Callback):
-    """Prints a table of the trained tensors of each part, and writes it to `trainable.json`: `components`, `trained` and `total` parameters."""
+class TrainableSummary(lightning.Callback):
+    """Prints a table of the trained tensors of each component, and writes it to `trainable.json`.
+
+    The file has the rows of the table as `components`, and the number of `trained` and of all
+    (`total`) parameters.
+    """
 
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         if not trainer.is_global_zero:
             return
-        rows, total = what_is_trained(
+        rows, total = trained_tensors(
             pl_module.model.named_parameters(), pl_module.family.components
         )
-        trained = sum(row.parameters for row in rows)
+        summary = {
+            "components": [row.as_json() for row in rows],
+            "trained": sum(row.parameters for row in rows),
+            "total": total,
+        }
         path = Path(trainer.default_root_dir, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps(
-                {"components": [asdict(row) for row in rows], "trained": trained, "total": total},
-                indent=2,
-            )
-            + "\n"
-        )
+        path.write_text(json.dumps(summary, indent=2) + "\n")
         Console().print(trainable_table(rows, total))
 
 
-def what_is_trained(
+def trained_tensors(
     parameters: Iterable[tuple[str, torch.Tensor]], components: Mapping[str, str]
-) -> tuple[list[Trained], int]:
-    """A row for each part and type, in the order of `components`, and the number of all parameters."""
-    found: dict[tuple[str, str], list[int]] = {}
+) -> tuple[list[TrainedTensors], int]:
+    """Counts the trained tensors of each component and dtype, and the parameters of the model.
+
+    Returns:
+        Rows in the order of `components`, and the number of all parameters, trained or not.
+    """
+    sizes: dict[tuple[str, str], list[int]] = {}
     total = 0
     for name, tensor in parameters:
-        total += (size := elements(tensor))
+        size = unquantized_size(tensor)
+        total += size
         if tensor.requires_grad:
-            found.setdefault(
-                (
-                    component_of_tensor(name, components) or OTHER,
-                    str(tensor.dtype).removeprefix("torch."),
-                ),
-                [],
-            ).append(size)
+            component = component_of_tensor(name, components) or OTHER
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            sizes.setdefault((component, dtype), []).append(size)
+    rows = []
     order = [*components, OTHER]
-    rows = [
-        Trained(
-            part=part,
-            tensors=len(sizes),
-            parameters=sum(sizes),
+    for component, dtype in sorted(sizes, key=lambda key: order.index(key[0])):
+        counts = sizes[component, dtype]
+        row = TrainedTensors(
+            component=component,
+            tensors=len(counts),
+            parameters=sum(counts),
             dtype=dtype,
-            share=sum(sizes) / total,
+            share=sum(counts) / total,
         )
-        for (part, dtype), sizes in sorted(found.items(), key=lambda item: order.index(item[0][0]))
-    ]
+        rows.append(row)
     return rows, total
 
 
-def elements(tensor: torch.Tensor) -> int:
-    """How many numbers a tensor holds, of all ranks together; those of 4 bits stand two in a byte."""
-    packed = getattr(tensor, "quant_state", None)
-    return tensor.numel() if packed is None else torch.Size(packed.shape).numel()
+def unquantized_size(tensor: torch.Tensor) -> int:
+    """Returns the number of parameters a tensor holds, over all ranks.
+
+    bitsandbytes packs two 4-bit parameters in a byte.
+    """
+    quant_state = getattr(tensor, "quant_state", None)
+    if quant_state is None:
+        return tensor.numel()
+    return torch.Size(quant_state.shape).numel()
 
 
-def trainable_table(rows: Iterable[Trained], total: int) -> Table:
-    table = Table(title="What is trained")
-    for title in ("part", "tensors", "parameters", "dtype", "share"):
-        table.add_column(title, justify="left" if title in ("part", "dtype") else "right")
-    rows = list(rows)
+def trainable_table(rows: Iterable[TrainedTensors], total: int) -> Table:
+    """Returns the rows as a table that ends with their sum."""
+    table = Table(title="Trained parameters")
+    for title in ("component", "tensors", "parameters", "dtype", "share"):
+        is_text = title in ("component", "dtype")
+        table.add_column(title, justify="left" if is_text else "right")
+    tensors = trained = 0
     for row in rows:
+        tensors += row.tensors
+        trained += row.parameters
         table.add_row(
-            row.part, str(row.tensors), f"{row.parameters:,}", row.dtype, f"{row.share:.3%}"
+            row.component, str(row.tensors), f"{row.parameters:,}", row.dtype, f"{row.share:.3%}"
         )
-    trained = sum(row.parameters for row in rows)
     table.add_section()
-    table.add_row(
-        f"all, of {total:,}",
-        str(sum(row.tensors for row in rows)),
-        f"{trained:,}",
-        "",
-        f"{trained / total:.3%}",
-    )
+    share = f"{trained / total:.3%}"
+    table.add_row(f"all, of {total:,}", str(tensors), f"{trained:,}", "", share)
     return table

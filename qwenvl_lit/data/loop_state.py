@@ -16,8 +16,8 @@ import lightning
 def data_position(trainer: lightning.Trainer) -> tuple[int, int]:
     """Returns the epoch that begins or resumes now, and the batches of it that are done.
 
-    The numbers come from Lightning's progress counters, which a checkpoint restores. A batch is done
-    when its optimizer step has been made. With `overfit_batches` every epoch is epoch 0.
+    The numbers come from Lightning's progress counters, which a checkpoint restores. A batch is
+    done when its optimizer step has been made. With `overfit_batches` every epoch is epoch 0.
     """
     fit_loop = trainer.fit_loop
     epochs = fit_loop.epoch_progress.current
@@ -62,7 +62,7 @@ def state_after_batch(trainer: lightning.Trainer) -> dict[str, Any]:
     batches["total"]["completed"] = batches["total"]["ready"]
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
-    state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # Lightning adds it after the hooks
+    state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1  # as Lightning does after hooks
     return state
 
 

@@ -24,7 +24,7 @@ def test_the_first_images_of_each_set_are_drawn(tmp_path):
     assert Image.open(tmp_path / drawn[0]).size == (320, 320)
 
 
-def test_a_second_run_of_the_trainer_draws_again(tmp_path):
+def test_the_limit_counts_from_zero_in_each_run_of_a_trainer(tmp_path):
     drawer, data = BoxDrawer(limit=1), ToyData(test={"easy": [conversation(0, says="yes")]})
     trainer(tmp_path / "a", drawer).test(ToyTask(), data, verbose=False)
     trainer(tmp_path / "b", drawer).predict(ToyTask(), data, return_predictions=False)
@@ -33,16 +33,16 @@ def test_a_second_run_of_the_trainer_draws_again(tmp_path):
 
 def test_only_images_with_boxes_are_drawn():
     images = tuple(ImageSource(Image.new("RGB", (8, 8))) for _ in range(3))
-    expected = grounded("a", 0, 0, 4, 4)
-    row = Conversation(
-        id="a",
-        turns=(
-            Turn(role="user", parts=images),
-            Turn(role="assistant", parts=(replace(expected, image=1),)),
-        ),
+    obj = grounded("a", 0, 0, 4, 4)
+    turns = (
+        Turn(role="user", parts=images),
+        Turn(role="assistant", parts=(replace(obj, image=1),)),
     )
-    assert images_with_boxes(Prediction(conversation=row, text="", parts=())) == [1]
-    assert images_with_boxes(
-        Prediction(conversation=row, text="", parts=(replace(expected, image=2), "text"))
-    ) == [1, 2]
-    assert images_with_boxes(Prediction(conversation=row.prompt(), text="", parts=("text",))) == []
+    row = Conversation(id="a", turns=turns)
+
+    def boxed(row: Conversation, *parts) -> list[int]:
+        return images_with_boxes(Prediction(conversation=row, text="", parts=parts))
+
+    assert boxed(row) == [1]
+    assert boxed(row, replace(obj, image=2), "text") == [1, 2]
+    assert boxed(row.prompt(), "text") == []

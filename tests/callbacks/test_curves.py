@@ -12,32 +12,17 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_smoothing_follows_slowly_without_a_bias_to_the_start():
+def test_smoothing_has_no_bias_towards_the_first_value():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
     assert smooth([0.0, 1.0], 0.9) == pytest.approx([0, 0.1 / 0.19])
     assert smooth([], 0.9) == []
 
 
 def test_each_scalar_is_one_image_with_its_validation(tmp_path):
+    common = {"total": 2, "epoch": 0, "grad_norm": None}
     records = [
-        {
-            "step": 1,
-            "total": 2,
-            "epoch": 0,
-            "loss": 2.0,
-            "grad_norm": None,
-            "elapsed_s": 1,
-            "remaining_s": 1,
-        },
-        {
-            "step": 2,
-            "total": 2,
-            "epoch": 0,
-            "loss": 1.0,
-            "grad_norm": None,
-            "elapsed_s": 2,
-            "remaining_s": 0,
-        },
+        {**common, "step": 1, "loss": 2.0, "elapsed_s": 1, "remaining_s": 1},
+        {**common, "step": 2, "loss": 1.0, "elapsed_s": 2, "remaining_s": 0},
         {"step": 2, "epoch": 0, "val/loss": 1.5, "val/exact_match": 0.25},
     ]
     files = draw_curves(records, tmp_path / "curves")
@@ -45,23 +30,23 @@ def test_each_scalar_is_one_image_with_its_validation(tmp_path):
     assert Image.open(files[0]).size == (768, 480)
 
 
-def test_no_records_no_images(tmp_path):
+def test_without_records_nothing_is_drawn(tmp_path):
     assert draw_curves([], tmp_path / "curves") == []
     assert not (tmp_path / "curves").exists()
 
 
-def test_training_ends_with_its_curves(tmp_path):
+def test_training_draws_its_curves_at_the_end(tmp_path):
     trainer(tmp_path, RunLog(), Curves(), max_epochs=1).fit(ToyTask(), DATA)
     assert names(tmp_path / "curves") == ["learning_rate.png", "loss.png"]
 
 
-def test_an_error_in_training_still_leaves_curves(tmp_path):
-    class Stops(ToyTask):
+def test_curves_are_drawn_after_an_error_in_training(tmp_path):
+    class Fails(ToyTask):
         def training_step(self, batch, batch_idx):
             if batch_idx == 2:
                 raise RuntimeError("out of memory")
             return super().training_step(batch, batch_idx)
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        trainer(tmp_path, RunLog(), Curves(), max_epochs=1).fit(Stops(), DATA)
+        trainer(tmp_path, RunLog(), Curves(), max_epochs=1).fit(Fails(), DATA)
     assert names(tmp_path / "curves") == ["learning_rate.png", "loss.png"]

@@ -48,7 +48,7 @@ def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
     }
 
 
-def test_a_box_without_a_image_is_on_the_grid_and_names_none():
+def test_a_box_without_an_image_is_on_the_grid_and_names_none():
     row = Conversation(id="a", turns=(Turn(role="user", parts=("Where?",)),))
     dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2, x1=3, y1=4, frame="grid"),))
     written = prediction_row(Prediction(conversation=row, text="", parts=(dog,)), "val")

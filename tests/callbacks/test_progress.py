@@ -8,33 +8,34 @@ from qwenvl_lit.callbacks.progress import ProgressBar
 DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four batches an epoch
 
 
-class Epochs(lightning.Callback):
-    """What the bar says at the end of each epoch."""
+class Bars(lightning.Callback):
+    """Records description, batches done and batches in all of the bar at the end of each epoch."""
 
     def __init__(self):
-        self.said = []
+        self.shown = []
 
     def on_train_epoch_end(self, trainer, pl_module):
         bar = trainer.progress_bar_callback.train_progress_bar
-        self.said.append((bar.description.strip(), bar.completed, bar.total))
+        self.shown.append((bar.description.strip(), bar.completed, bar.total))
 
 
 def fit(folder, *callbacks, ckpt_path=None, **options) -> list[tuple[str, int, int]]:
-    epochs = Epochs()
-    trainer(
+    bars = Bars()
+    fitted = trainer(
         folder,
         ProgressBar(leave=True),
-        epochs,
+        bars,
         *callbacks,
         enable_progress_bar=True,
         limit_val_batches=0,
         **options,
-    ).fit(ToyTask(), DATA, ckpt_path=ckpt_path, weights_only=True)
-    return epochs.said
+    )
+    fitted.fit(ToyTask(), DATA, ckpt_path=ckpt_path, weights_only=True)
+    return bars.shown
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "shown"),
     [
         ({"max_epochs": 2}, [("Epoch 0/1", 4, 4), ("Epoch 1/1", 4, 4)]),
         ({"max_epochs": 9, "max_steps": 6}, [("Epoch 0/8", 4, 4), ("Epoch 1/8", 2, 2)]),
@@ -44,13 +45,13 @@ def fit(folder, *callbacks, ckpt_path=None, **options) -> list[tuple[str, int, i
             [("Epoch 0/1", 4, 4), ("Epoch 1/1", 3, 3)],
         ),
     ],
-    ids=["epochs", "steps", "steps alone", "steps of three batches and of one"],
+    ids=["epochs", "epochs and steps", "steps", "steps of three batches and of one"],
 )
-def test_the_bar_is_full_where_the_run_ends(tmp_path, options, said):
-    assert fit(tmp_path, **options) == said
+def test_the_bar_is_full_when_the_run_ends(tmp_path, options, shown):
+    assert fit(tmp_path, **options) == shown
 
 
-def test_the_bar_of_a_run_that_goes_on_within_an_epoch_has_the_same_end(tmp_path):
+def test_the_bar_of_a_run_resumed_within_an_epoch_has_the_same_end(tmp_path):
     checkpoints = ModelCheckpoint(
         dirpath=tmp_path,
         filename="at_{step}",
@@ -59,6 +60,5 @@ def test_the_bar_of_a_run_that_goes_on_within_an_epoch_has_the_same_end(tmp_path
         auto_insert_metric_name=False,
     )
     fit(tmp_path, checkpoints, max_epochs=1, max_steps=3, enable_checkpointing=True)
-    assert fit(tmp_path, max_epochs=1, max_steps=3, ckpt_path=tmp_path / "at_2.ckpt") == [
-        ("Epoch 0/0", 3, 3)
-    ]
+    resumed = fit(tmp_path, max_epochs=1, max_steps=3, ckpt_path=tmp_path / "at_2.ckpt")
+    assert resumed == [("Epoch 0/0", 3, 3)]

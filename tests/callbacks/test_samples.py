@@ -20,7 +20,7 @@ def test_each_validation_writes_a_sheet_named_by_its_step(tmp_path):
     assert width == 3 * (CELL_PX + MARGIN_PX) + MARGIN_PX
 
 
-def test_the_sanity_check_and_validation_without_answers_write_nothing(tmp_path):
+def test_a_sanity_check_and_a_validation_without_answers_write_no_sheet(tmp_path):
     class Silent(ToyTask):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
             return None
@@ -38,22 +38,21 @@ def test_the_sanity_check_and_validation_without_answers_write_nothing(tmp_path)
 
 
 def test_sheets_have_four_columns_and_grow_downwards():
-    one, four, five = (contact_sheet([prediction(i) for i in range(count)]) for count in (1, 4, 5))
+    predictions = [prediction(i) for i in range(5)]
+    one, four, five = (contact_sheet(predictions[:count]) for count in (1, 4, 5))
     assert one.width == CELL_PX + 2 * MARGIN_PX
     assert five.width == four.width == 4 * CELL_PX + 5 * MARGIN_PX
     assert five.height > four.height == one.height
 
 
-def test_long_texts_are_cut():
+def test_long_texts_are_truncated():
     short, long, endless = (
         contact_sheet([prediction(0, text)]) for text in ("yes", "word " * 60, "x" * 5000)
     )
     assert short.height < long.height == endless.height
 
 
-def test_a_conversation_without_images_or_expected_answer_has_a_cell():
+def test_a_conversation_without_image_and_expected_answer_has_a_cell():
     row = Conversation(id="a", turns=(Turn(role="user", parts=("Who are you?",)),))
-    assert (
-        contact_sheet([Prediction(conversation=row, text="", parts=())]).width
-        == CELL_PX + 2 * MARGIN_PX
-    )
+    sheet = contact_sheet([Prediction(conversation=row, text="", parts=())])
+    assert sheet.width == CELL_PX + 2 * MARGIN_PX

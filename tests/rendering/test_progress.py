@@ -1,17 +1,22 @@
+import io
 import sys
 import time
+
+import rich
+from rich.console import Console
 
 from qwenvl_lit.rendering.progress import progress_bars
 
 
-def test_a_terminal_shows_a_bar_for_each_name(capsys, monkeypatch):
+def test_a_terminal_shows_a_bar_for_each_name(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(rich, "_console", terminal)  # what rich prints to by default
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")
     with progress_bars() as report:
         report("rows", 3, 10)
         report("images", 0, 1200)
         report("rows", 10, 10)
-    printed = capsys.readouterr().out
+    printed = terminal.file.getvalue()
     assert "rows" in printed
     assert "10/10" in printed
     assert "0/1200" in printed
