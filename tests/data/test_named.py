@@ -1,4 +1,4 @@
-"""Every dataset with a name, from its yaml to its rows, on small files in the published formats."""
+"""Every dataset of conf/data, from its yaml to its rows, on small files as they are published."""
 
 import json
 import pickle
@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.data.readers.coco import read_coco_captions
 from qwenvl_lit.data.readers.refcoco import read_refcoco
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.vqa import read_vqa
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import Box, DataError, GroundedObject, ImageSource
 
 TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"
@@ -39,31 +39,34 @@ def write(file: Path, content):
 
 
 def captions(*images, key="file_name"):
-    """Two captions of each image."""
-    said = [
-        {"id": 10 * id + k, "image_id": id, "caption": f"{text} {id}"}
-        for id, _ in images
+    """Two captions for each image."""
+    annotations = [
+        {"id": 10 * image_id + k, "image_id": image_id, "caption": f"{text} {image_id}"}
+        for image_id, _ in images
         for k, text in enumerate(("one", "two"))
     ]
     return {
         "info": {},
-        "images": [{"id": id, key: name} for id, name in images],
-        "annotations": said,
+        "images": [{"id": image_id, key: name} for image_id, name in images],
+        "annotations": annotations,
     }
 
 
-def referring(*, line):
-    """What RefCOCO's files say: as one line of the evaluation's, or as published."""
-    if line:
-        return [
-            {
-                "image": f"data/coco/train2014/{TRAIN}",
-                "sent": "man in red",
-                "bbox": [10, 20, 40, 60],
-                "height": 80,
-                "width": 100,
-            }
-        ]
+def referring_line():
+    """RefCOCO in a jsonl file of Qwen-VL's evaluation."""
+    return [
+        {
+            "image": f"data/coco/train2014/{TRAIN}",
+            "sent": "man in red",
+            "bbox": [10, 20, 40, 60],
+            "height": 80,
+            "width": 100,
+        }
+    ]
+
+
+def referring_pickle():
+    """RefCOCO in the published pickle file."""
     sentences = [{"sent_id": 1, "sent": "man in red"}, {"sent_id": 2, "sent": "left"}]
     return pickle.dumps(
         [{"ref_id": 1, "ann_id": 5, "image_id": 9, "split": "train", "sentences": sentences}],
@@ -88,10 +91,11 @@ def answers(question_id: int):
     }
 
 
-def asked(image: str, answer, rows: int = 1):
+def vqa_lines(image: str, answer, rows: int = 1):
+    """Rows of a jsonl file of Qwen-VL's evaluation."""
     return [
-        {"image": image, "question": "How many?", "question_id": id, "answer": answer}
-        for id in range(7, 7 + rows)
+        {"image": image, "question": "How many?", "question_id": question_id, "answer": answer}
+        for question_id in range(7, 7 + rows)
     ]
 
 
@@ -119,16 +123,16 @@ def root(tmp_path_factory):
         "vqav2/v2_OpenEnded_mscoco_val2014_questions.json": questions("val2014", 42),
         "vqav2/v2_mscoco_train2014_annotations.json": answers(7),
         "vqav2/v2_mscoco_val2014_annotations.json": answers(7),
-        "textvqa/textvqa_train.jsonl": asked("data/textvqa/train_images/a.jpg", "2"),
-        "textvqa/textvqa_val.jsonl": asked("data/textvqa/train_images/a.jpg", "2"),
+        "textvqa/textvqa_train.jsonl": vqa_lines("data/textvqa/train_images/a.jpg", "2"),
+        "textvqa/textvqa_val.jsonl": vqa_lines("data/textvqa/train_images/a.jpg", "2"),
         "textvqa/textvqa_train_annotations.json": answers(7),
         "textvqa/textvqa_val_annotations.json": answers(7),
-        "docvqa/train.jsonl": asked("data/docvqa/val/documents/a.png", ["2", "2 "]),
-        "docvqa/val.jsonl": asked("data/docvqa/val/documents/a.png", ["2", "2 "]),
-        "chartqa/train_human.jsonl": asked(image, "2", rows=2),
-        "chartqa/train_augmented.jsonl": asked(image, "2", rows=2),
-        "chartqa/test_human.jsonl": asked(image, "2"),
-        "chartqa/test_augmented.jsonl": asked(image, "2"),
+        "docvqa/train.jsonl": vqa_lines("data/docvqa/val/documents/a.png", ["2", "2 "]),
+        "docvqa/val.jsonl": vqa_lines("data/docvqa/val/documents/a.png", ["2", "2 "]),
+        "chartqa/train_human.jsonl": vqa_lines(image, "2", rows=2),
+        "chartqa/train_augmented.jsonl": vqa_lines(image, "2", rows=2),
+        "chartqa/test_human.jsonl": vqa_lines(image, "2"),
+        "chartqa/test_augmented.jsonl": vqa_lines(image, "2"),
         "flickr30k/flickr30k_karpathy_train.json": captions((1, image), (2, image), key="image"),
         "flickr30k/flickr30k_karpathy_test.json": captions((1, image), key="image"),
         "nocaps/nocaps_val.json": captions((1, image), key="image"),
@@ -139,14 +143,15 @@ def root(tmp_path_factory):
         ("refcocog", "umd", "val test"),
     ):
         files[f"{name}/instances.json"] = instances
-        files[f"{name}/refs({refs}).p"] = referring(line=False)
-        files |= {f"{name}/{name}_{split}.jsonl": referring(line=True) for split in splits.split()}
+        files[f"{name}/refs({refs}).p"] = referring_pickle()
+        files |= {f"{name}/{name}_{split}.jsonl": referring_line() for split in splits.split()}
     for name, content in files.items():
         write(root / name, content)
     return root
 
 
-def opened(name: str, root: Path, *options: str) -> DatasetSpec:
+def dataset(name: str, root: Path, *options: str) -> DatasetSpec:
+    """The dataset that `data=name` chooses."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         data = compose(
             "train",
@@ -169,7 +174,8 @@ VQA = {
     "references": ("2",) * 6 + ("two",) * 4,
 }
 CAPTION = {"question": (CAPTIONS,), "answer": ("one 1",), "references": ("one 1", "two 1")}
-SETS = {  # rows to learn from and for validation, test sets, and what the last of those begins with
+# Rows for training and for validation, rows of the test sets, the first row of the last test set.
+SETS = {
     "coco_en_mini": (1, 1, {}, {}),
     "coco_en": (
         2,
@@ -201,22 +207,18 @@ SETS = {  # rows to learn from and for validation, test sets, and what the last 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_named_dataset_reads_the_published_files(root, name):
-    learned, held_out, tests, first = SETS[name]
+    training_rows, validation_rows, tests, first = SETS[name]
     folder = root / "coco" if name.startswith("coco") else root
-    source = opened(
-        name,
-        folder,
-        "data.download=false",
-        *(["data.validation=1"] if name in ("chartqa", "flickr30k") else ()),
-    )
-    source.prepare_files()  # all is there: nothing is fetched
+    options = ["data.download=false"]
+    if name in ("chartqa", "flickr30k"):
+        options.append("data.validation=1")  # 1 % of so few rows is none
+    source = dataset(name, folder, *options)
+    source.prepare_files()  # no file is missing, so nothing is fetched
     training = source.open_training()
-    assert (sum(map(len, training.stages)), len(training.validation)) == (learned, held_out)
-    assert all(
-        row.images and row.answer
-        for rows in (*training.stages, training.validation)
-        for row in rows
-    )
+    assert sum(map(len, training.stages)) == training_rows
+    assert len(training.validation) == validation_rows
+    for rows in (*training.stages, training.validation):
+        assert all(row.images and row.answer for row in rows)
     sets = source.open_tests()
     assert {test: len(rows) for test, rows in sets.items()} == tests
     if tests:
@@ -230,35 +232,39 @@ def test_a_named_dataset_reads_the_published_files(root, name):
 
 
 def test_the_mini_set_asks_and_answers_as_ms_swift_does(root):
-    row = opened("coco_en_mini", root / "coco", "data.validation=null").open_training().stages[0][0]
+    row = (
+        dataset("coco_en_mini", root / "coco", "data.validation=null").open_training().stages[0][0]
+    )
     assert row.turns[0].parts == ("Picture 1:", row.images[0], FROM_SWIFT)
     assert row.answer.parts == ("one 42",)
     assert row.images[0].source == root / "coco/val2014" / VAL
 
 
 @pytest.mark.parametrize("name", ["coco_en_mini", "coco_en", "refcoco", "vqav2"])
-def test_what_is_missing_is_named_before_anything_is_read(tmp_path, name):
+def test_missing_files_are_listed_before_anything_is_read(tmp_path, name):
     with pytest.raises(DataError, match=r"lacks .*, (and downloads are off|which is not fetched)"):
-        opened(name, tmp_path, "data.download=false").prepare_files()
+        dataset(name, tmp_path, "data.download=false").prepare_files()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_training_on_the_mini_set_is_one_command(root, tmp_path):
-    chosen = [
+    overrides = [
         "model=qwen_vl_tiny",
         "data=coco_en_mini",
         f"data.root={root / 'coco'}",
         "data.num_workers=0",
         "trainer=smoke",
+        "trainer.max_steps=1",
+        f"hydra.run.dir={tmp_path}",
+        f"paths.cache={tmp_path}",
     ]
-    chosen += ["trainer.max_steps=1", f"hydra.run.dir={tmp_path}", f"paths.cache={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qwenvl_lit.train", *chosen],
+    process = subprocess.run(
+        [sys.executable, "-m", "qwenvl_lit.train", *overrides],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "split.json").read_text())
 
 
@@ -276,17 +282,15 @@ JSON = st.recursive(
 )
 
 
-def places_in(content, path=()):
-    """The way to each value in a JSON document."""
+def paths_in(content, path=()):
+    """Paths to all values in a JSON document."""
     yield path
-    for key, value in (
-        content.items()
-        if isinstance(content, dict)
-        else enumerate(content)
-        if isinstance(content, list)
-        else ()
-    ):
-        yield from places_in(value, (*path, key))
+    if isinstance(content, dict):
+        items = content.items()
+    else:
+        items = enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from paths_in(value, (*path, key))
 
 
 def changed(content, path, value):
@@ -305,7 +309,7 @@ FILES = {
         "images": [{"id": 9, "file_name": TRAIN}],
         "annotations": [{"id": 5, "image_id": 9, "bbox": [10, 20, 30, 40]}],
     },
-    "refcoco/refs(unc).p": pickle.loads(referring(line=False)),
+    "refcoco/refs(unc).p": pickle.loads(referring_pickle()),
 }
 READ = {
     "coco": lambda folder, read_options: read_coco_captions(
@@ -329,21 +333,20 @@ READ = {
 @given(data=st.data())
 def test_a_file_with_one_wrong_value_is_read_or_refused(root, tmp_path, name, data):
     content = FILES[name]
-    wrong = changed(content, data.draw(st.sampled_from(list(places_in(content)))), data.draw(JSON))
-    for other in {file for file in FILES if file.split("/")[0] == name.split("/")[0]}:
-        write(tmp_path / other, (root / other).read_bytes())
+    path = data.draw(st.sampled_from(list(paths_in(content))))
+    wrong = changed(content, path, data.draw(JSON))
+    for other in FILES:
+        if other.split("/")[0] == name.split("/")[0]:
+            write(tmp_path / other, (root / other).read_bytes())
     write(tmp_path / name, pickle.dumps(wrong) if name.endswith(".p") else wrong)
+    rows, message = [], None
     try:
         rows = list(READ[name.split("/")[0]](tmp_path, ReadOptions(root=root)))
-    except DataError as fault:
-        told = str(fault)
-    else:
-        told = str(tmp_path / name)
-        assert all(
-            isinstance(part, str | ImageSource | GroundedObject)
-            for row in rows
-            for turn in row.turns
-            for part in turn.parts
-        )
-        assert all(isinstance(reference, str) for row in rows for reference in row.references)
-    assert str((tmp_path / name).parent) in told
+    except DataError as error:
+        message = str(error)
+    assert message is None or str((tmp_path / name).parent) in message
+    for row in rows:
+        assert all(isinstance(reference, str) for reference in row.references)
+        for turn in row.turns:
+            for part in turn.parts:
+                assert isinstance(part, str | ImageSource | GroundedObject)
