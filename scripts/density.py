@@ -1,11 +1,12 @@
-"""Counts comprehensions and conditional expressions, and lists those that are hard to read.
+"""Counts comprehensions and conditional expressions, and finds those that are hard to read.
 
     python scripts/density.py                       # the package, folder by folder
     python scripts/density.py qwenvl_lit/data/*.py  # these files, with every offence
 
-An offence is a comprehension inside a comprehension, one that holds a conditional expression, one
-over two lines, and a conditional expression that is nested or not on one line. The exit status is
-1 if there is an offence or if all files together exceed a limit.
+Offences are: a comprehension inside a comprehension, a conditional expression inside a
+comprehension, a comprehension of more than two lines, and a conditional expression that is nested
+or longer than a line. The exit status is 1 if there is an offence, or if all files together exceed
+a limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 @dataclass
 class Counts:
-    """What some files hold."""
+    """Counts over one or more files."""
 
     lines: int = 0
     comprehensions: int = 0
@@ -50,8 +51,12 @@ class Counts:
 
 
 def count(file: Path) -> Counts:
-    """The counts of one Python file."""
-    text = file.read_text(encoding="utf-8")
+    """Counts over one Python file."""
+    return count_in(file.read_text(encoding="utf-8"), str(file))
+
+
+def count_in(text: str, name: str) -> Counts:
+    """Counts over Python code; `name` stands in the offences."""
     counts = Counts(lines=len(text.splitlines()))
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, COMPREHENSIONS):
@@ -61,7 +66,7 @@ def count(file: Path) -> Counts:
         else:
             continue
         for fault in _faults(node):
-            counts.offences.append(f"{file}:{node.lineno}: {fault}")
+            counts.offences.append(f"{name}:{node.lineno}: {fault}")
     return counts
 
 
@@ -83,14 +88,14 @@ def _faults(node: ast.expr) -> Iterator[str]:
 
 
 def _lines_inside(node: ast.expr) -> int:
-    """Lines of a comprehension, without brackets that stand on lines of their own."""
+    """Lines of a comprehension, without brackets on lines of their own."""
     element = node.key if isinstance(node, ast.DictComp) else node.elt
     height = node.end_lineno - node.lineno + 1
     return height - 2 if element.lineno > node.lineno else height
 
 
 def main(files: Iterable[str]) -> int:
-    """Prints the counts of `files`, or of the package by folder; returns the exit status."""
+    """Prints the counts for `files`, or for the package by folder; returns the exit status."""
     paths = [Path(file) for file in files]
     by_folder: defaultdict[str, Counts] = defaultdict(Counts)
     total = Counts()
@@ -102,7 +107,7 @@ def main(files: Iterable[str]) -> int:
         print(f"{counts}  {folder}")
     for offence in total.offences if paths else ():
         print(offence)
-    print(f"{total}  in all")
+    print(f"{total}  in total")
     too_dense = any(rate > LIMITS[name] for name, rate in total.per_thousand().items())
     return int(too_dense or bool(total.offences))
 
