@@ -1,10 +1,12 @@
-"""What `speed.float8=true` changes in training: loss curves with it and without, and how far two seeds are apart.
+"""Measures what `speed.float8=true` changes in training, compared with another seed.
 
-python scripts/bench_float8.py outputs/train/demo --record benchmarks/float8.json     # two CPU cores: some twenty minutes
+    python scripts/bench_float8.py outputs/train/demo --record benchmarks/float8.json
 
-A trained demo learns the rows of `data=new_classes` with adapters, its base frozen, three times: plain, with frozen layers in 8 bits, and
-plain with adapters drawn from another seed, on the same rows in the same order. A CPU rounds to the same 8 bits as a GPU and adds up in
-float32. Each run is scored on the test rows by `python -m qwenvl_lit.test`, which computes in 8 bits for none of them.
+Takes about twenty minutes on two CPU cores. A trained demo is fine-tuned on the rows of
+`data=new_classes` with adapters on a frozen base, three times: plain, with FP8 matmuls in frozen
+layers, and plain with adapters from another seed, on the same rows in the same order. A CPU
+quantizes as a GPU does and accumulates in float32. Each run is scored on the test rows by
+`python -m qwenvl_lit.test`, which uses no FP8.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from bench_data import cpu_name
 from qwenvl_lit import __version__
 from qwenvl_lit.callbacks.run_log import LOG, SCORES, read_log
 
-WINDOW = 20  # steps that a smoothed loss is the mean of
+WINDOW = 20  # a smoothed loss is the mean of so many steps
 TRAIN = (
     "experiment=new_classes",
     "adapter.dropout=0",
@@ -37,11 +39,17 @@ TRAIN = (
     "trainer.log_every_n_steps=1",
     "~callbacks.samples",
 )
+RECORD = "benchmarks/float8.json"
+NOTE = (
+    f"deviations from the loss of the plain run, per step (raw) and of means over {WINDOW} steps "
+    "(smoothed); plain is float32; other_seed has other initial adapters and sees the same rows in "
+    "the same order; FP8 is used in training only, test scores are computed in float32"
+)
 RUNS = {"plain": (), "float8": ("speed.float8=true",), "other_seed": ("seed=43", "data.seed=42")}
 
 
 def smoothed(losses: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Means over `window` losses in a row: the first of the first ones, the last of the last."""
+    """Moving averages over `window` losses."""
     if not 1 <= window <= len(losses):
         raise ValueError(
             f"{len(losses)} losses cannot be smoothed over {window}; train for more steps"
@@ -52,27 +60,29 @@ def smoothed(losses: Sequence[float], window: int = WINDOW) -> list[float]:
     return [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
 
 
-def deviation(found: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
-    """How far two curves are apart: absolute, and relative to `expected` at the same place.
+def deviation(losses: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
+    """Deviations of a curve: absolute, and relative to `expected` at the same step.
 
-    `bias` is the mean of found - expected with its sign; `largest_at` the step of `largest`, from 1 on, or the first of its window.
+    `bias` is the signed mean of losses - expected. `largest_at` is the step of `largest`, counted
+    from 1; for smoothed curves the first step of its window.
     """
-    apart = [abs(one - other) for one, other in zip(found, expected, strict=True)]
-    relative = [difference / other for difference, other in zip(apart, expected, strict=True)]
+    pairs = list(zip(losses, expected, strict=True))
+    absolute = [abs(loss - reference) for loss, reference in pairs]
+    relative = [abs(loss - reference) / reference for loss, reference in pairs]
     return {
-        "largest": max(apart),
-        "largest_at": apart.index(max(apart)) + 1,
-        "mean": statistics.fmean(apart),
+        "largest": max(absolute),
+        "largest_at": absolute.index(max(absolute)) + 1,
+        "mean": statistics.fmean(absolute),
         "largest_relative": max(relative),
         "mean_relative": statistics.fmean(relative),
-        "bias": statistics.fmean(found) - statistics.fmean(expected),
+        "bias": statistics.fmean(losses) - statistics.fmean(expected),
     }
 
 
-def compared(found: Sequence[float], expected: Sequence[float]) -> dict[str, dict[str, float]]:
+def compare(losses: Sequence[float], expected: Sequence[float]) -> dict[str, dict[str, float]]:
     return {
-        "raw": deviation(found, expected),
-        "smoothed": deviation(smoothed(found), smoothed(expected)),
+        "raw": deviation(losses, expected),
+        "smoothed": deviation(smoothed(losses), smoothed(expected)),
     }
 
 
@@ -80,21 +90,25 @@ def curve(log: Sequence[Mapping[str, Any]]) -> list[float]:
     """The loss of each step of a `logging.jsonl`."""
     steps = [record for record in log if "loss" in record]
     if any(after["step"] != before["step"] + 1 for before, after in pairwise(steps)):
-        raise ValueError("the log lacks steps; train with trainer.log_every_n_steps=1")
+        raise ValueError("the log has gaps; train with trainer.log_every_n_steps=1")
     return [record["loss"] for record in steps]
 
 
-def verb(name: str, *arguments: str) -> None:
+def run_command(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", f"qwenvl_lit.{name}", *arguments], check=True)
 
 
-def trained(demo: Path, arguments: Sequence[str], run: Path) -> dict[str, Any]:
-    """Train on top of `demo`: the losses, the run's last validation and the scores of the test rows. What is there is not made again."""
+def train_and_test(demo: Path, arguments: Sequence[str], run: Path) -> dict[str, Any]:
+    """Fine-tunes `demo` into the folder `run`, unless that has been done already.
+
+    Returns:
+        The losses, the last validation and the scores on the test rows.
+    """
     scored = run.with_name(f"{run.name}_scores")
     if not (run / SCORES).exists():
-        verb("train", f"ckpt={demo}", *arguments, f"hydra.run.dir={run}")
+        run_command("train", f"ckpt={demo}", *arguments, f"hydra.run.dir={run}")
     if not (scored / SCORES).exists():
-        verb("test", f"ckpt={run}", "~callbacks.boxes", f"hydra.run.dir={scored}")
+        run_command("test", f"ckpt={run}", "~callbacks.boxes", f"hydra.run.dir={scored}")
     return {
         "command": " ".join(["python -m qwenvl_lit.train ckpt=DEMO", *arguments]),
         "validation": json.loads((run / SCORES).read_text())["fit"]["last"],
@@ -104,54 +118,39 @@ def trained(demo: Path, arguments: Sequence[str], run: Path) -> dict[str, Any]:
 
 
 def choices(name: str, adapter: str, epochs: int) -> list[str]:
-    """What the run `name` is told on the command line, but for its start and its folder."""
+    """The arguments of the run `name`, without its starting checkpoint and its folder."""
     schedule = (f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}")
     return [*TRAIN, f"adapter={adapter}", *schedule, *RUNS[name]]
 
 
 def measure(demo: Path, adapter: str, epochs: int, folder: Path) -> dict[str, Any]:
-    """All runs of an adapter, and how far each is from the plain one."""
-    runs = {
-        name: trained(demo, choices(name, adapter, epochs), folder / f"{adapter}_{name}")
-        for name in RUNS
-    }
+    """Makes all runs with an adapter, and compares each with the plain one."""
+    runs = {}
+    for name in RUNS:
+        arguments = choices(name, adapter, epochs)
+        runs[name] = train_and_test(demo, arguments, folder / f"{adapter}_{name}")
     plain = runs["plain"]["loss"]
-    return {
-        "steps": len(plain),
-        "from_plain": {
-            name: compared(run["loss"], plain) for name, run in runs.items() if name != "plain"
-        },
-        "runs": runs,
-    }
+    others = [name for name in RUNS if name != "plain"]
+    from_plain = {name: compare(runs[name]["loss"], plain) for name in others}
+    return {"steps": len(plain), "from_plain": from_plain, "runs": runs}
 
 
 def table(adapters: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: of each adapter, how far the loss of each run is from the plain one, and what the runs score on the test rows."""
+    """A Markdown table: for each run, its deviation from the plain one and its test scores."""
     scores = ("new_classes/caption", "new_classes/grounded_caption", "old_classes/grounded_caption")
-    columns = [
-        "adapter",
-        "run",
-        "loss, last",
-        "largest deviation",
-        "mean deviation",
-        "val/loss",
-        *scores,
-    ]
+    deviations = ("largest deviation", "mean deviation")
+    columns = ["adapter", "run", "loss, last", *deviations, "val/loss", *scores]
     lines = [columns, ["---"] * len(columns)]
     for adapter, measured in adapters.items():
         for name, run in measured["runs"].items():
-            apart = measured["from_plain"].get(name, {}).get("smoothed")
-            shown = (
-                [f"{apart['largest']:.3f}", f"{apart['mean']:.4f} ({apart['mean_relative']:.1%})"]
-                if apart
-                else ["", ""]
-            )
-            last = f"{smoothed(run['loss'])[-1]:.4f}"
-            figures = [
-                f"{run['validation']['val/loss']:.4f}",
-                *(f"{run['test'][key]:.3f}" for key in scores),
-            ]
-            lines.append([adapter, name, last, *shown, *figures])
+            cells = [adapter, name, f"{smoothed(run['loss'])[-1]:.4f}", "", ""]
+            if name in measured["from_plain"]:
+                apart = measured["from_plain"][name]["smoothed"]
+                mean = f"{apart['mean']:.4f} ({apart['mean_relative']:.1%})"
+                cells[-2:] = [f"{apart['largest']:.3f}", mean]
+            cells.append(f"{run['validation']['val/loss']:.4f}")
+            cells += [f"{run['test'][key]:.3f}" for key in scores]
+            lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -161,53 +160,50 @@ def main() -> None:
     )
     parser.add_argument("demo", type=Path, help="a run folder of python -m qwenvl_lit.train")
     parser.add_argument("--adapters", nargs="+", default=["lora_all", "lora"])
-    parser.add_argument("--epochs", type=int, default=8, help="of 49 steps each")
+    parser.add_argument("--epochs", type=int, default=8, help="49 steps each")
     parser.add_argument(
-        "--record", type=Path, help="json of results; what it has of other adapters stays"
+        "--record", type=Path, help="JSON file; its results for other adapters are kept"
     )
     parser.add_argument(
         "--runs",
         type=Path,
-        help="where run folders are kept; what is finished there is not run again",
+        help="folder to keep the runs in; those that have finished there are not repeated",
     )
     arguments = parser.parse_args()
     with TemporaryDirectory() as temporary:
         folder = arguments.runs or Path(temporary)
-        adapters = {
-            name: measure(arguments.demo, name, arguments.epochs, folder)
-            for name in arguments.adapters
-        }
+        adapters = {}
+        for name in arguments.adapters:
+            adapters[name] = measure(arguments.demo, name, arguments.epochs, folder)
     print(table(adapters))
     if arguments.record:
-        before = (
-            json.loads(arguments.record.read_text())["adapters"]
-            if arguments.record.exists()
-            else {}
-        )
+        before = {}
+        if arguments.record.exists():
+            before = json.loads(arguments.record.read_text())["adapters"]
         write(arguments.record, {**before, **adapters})
 
 
 def write(file: Path, adapters: Mapping[str, Mapping[str, Any]]) -> None:
     content = {
-        "command": "python scripts/bench_float8.py outputs/train/demo --record benchmarks/float8.json",
+        "command": f"python scripts/bench_float8.py outputs/train/demo --record {RECORD}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": version("transformers"),
-        }
-        | {"qwenvl_lit": __version__},
-        "note": f"deviations from the plain run's loss, step by step (raw) and of means over {WINDOW} steps (smoothed); plain is "
-        "float32; other_seed draws other adapters and sees the same rows in the same order; 8 bits are for training, "
-        "test scores are computed in float32",
-        "adapters": json.loads(
-            json.dumps(adapters), parse_float=lambda digits: float(f"{float(digits):.5g}")
-        ),
+            "qwenvl_lit": __version__,
+        },
+        "note": NOTE,
+        "adapters": json.loads(json.dumps(adapters), parse_float=_five_digits),
     }
-    lines = json.dumps(content, indent=1)
-    file.write_text(
-        re.sub(r"\[[\d\s.,e-]+\]", lambda numbers: " ".join(numbers[0].split()), lines) + "\n"
-    )  # a curve is one line
+    text = json.dumps(content, indent=1)
+    # Puts a list of numbers, such as a loss curve, on one line
+    text = re.sub(r"\[[\d\s.,e-]+\]", lambda match: " ".join(match[0].split()), text)
+    file.write_text(text + "\n")
+
+
+def _five_digits(number: str) -> float:
+    return float(f"{float(number):.5g}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Speed and memory of training through the real entry point: each case is a run of `python -m qwenvl_lit.train` on JPEG files from disk.
+"""Measures speed and memory of training through the entry point, on JPEG files from disk.
 
-    python scripts/bench_train.py --record benchmarks/train.json --limit-s 560 --plot /tmp/train.png     every case of one card
-    python scripts/bench_train.py --record benchmarks/train.json --limit-s 560 --only-missing            what the first call did not reach
-    python scripts/bench_train.py --record benchmarks/train.json --cases two_cards                       or single cases by name
-    python scripts/bench_train.py --size small --device cpu --steps 6 --cases bf16_8 mixed_8192          tries this script
+    RECORD="--record benchmarks/train.json --limit-s 560"
+    python scripts/bench_train.py $RECORD --plot /tmp/train.png     # all cases for one GPU
+    python scripts/bench_train.py $RECORD --only-missing            # the cases not measured yet
+    python scripts/bench_train.py $RECORD --cases two_gpus          # a group, or cases by name
+    python scripts/bench_train.py --size small --device cpu --steps 6 --cases bf16_8 mixed_8192
 
-Weights are random and of full size; LoRA on c_attn unless a case says otherwise. A row has 320 tokens, 16 of them learned, and one image
-of 640 x 480; rows of mixed lengths have 32 to 1,500 tokens and up to 4 images. The steps before the measured ones are warm-up. A case is
-written to the record as soon as it is measured, in place of an older result of the same name.
+The last line tries this script. Each case is a run of `python -m qwenvl_lit.train` with random
+weights of full size, and LoRA on c_attn unless the case says otherwise. A row has 320 tokens, 16 of
+them supervised, and one image of 640 x 480; rows of mixed lengths have 32 to 1,500 tokens and up to
+4 images. The steps before the measured ones are warm-up. A case is written to the record as soon as
+it is measured, in place of an older result with the same name.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -30,18 +32,23 @@ from pathlib import Path
 from typing import Any
 
 import training_rows
-from training_cases import CASES, GROUPS, TWINS, Case
+from training_cases import CASES, GROUPS, Case
+from training_results import WINDOWS, Log, Result, figures, judge, split_log, summary
 
 from qwenvl_lit.callbacks.run_log import LOG, read_log
 
-WINDOWS = 6  # of the measured steps, each with a rate of its own; the steps of one more before them are warm-up
 CPU_STRATEGY = {"auto": "cpu", "ddp": "ddp_cpu", "fsdp": "fsdp_cpu"}
-SMALL = {"batch": 2, "accumulate": 2, "max_tokens": 512}  # the most that a case of --size small has
+SMALL = {"batch": 2, "accumulate": 2, "max_tokens": 512}  # limits for a case with --size small
+NOTE = (
+    "medians over windows of steps; tflop_per_second, mfu and peak_memory_gib are per GPU, other "
+    "rates are of all GPUs; first_step_s includes compilation, which torch caches on disk for the "
+    "following cases; share_of_matmul is relative to bfloat16"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """How cases are run."""
+    """How cases are run: the options of the command line."""
 
     size: str
     device: str
@@ -63,9 +70,9 @@ class Bench:
         return case.accumulate if self.size == "full" else min(case.accumulate, SMALL["accumulate"])
 
     def max_tokens(self, case: Case) -> int | None:
-        return (
-            case.max_tokens if self.size == "full" or not case.max_tokens else SMALL["max_tokens"]
-        )
+        if self.size == "small" and case.max_tokens:
+            return SMALL["max_tokens"]
+        return case.max_tokens
 
     def window(self, case: Case) -> int:
         """Optimizer steps of a window."""
@@ -82,31 +89,27 @@ class Bench:
         return ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny"]
 
     def arguments(self, case: Case) -> list[str]:
-        """Of `python -m qwenvl_lit.train`, but for files and folders."""
-        window, accumulate = self.window(case), self.accumulate(case)
-        made = [*self.model(), "data=jsonl", *case.arguments]
+        """The arguments of `python -m qwenvl_lit.train`, except files and folders."""
+        arguments = [*self.model(), "data=jsonl", *case.arguments]
         strategy = CPU_STRATEGY[case.strategy] if self.device == "cpu" else case.strategy
-        made += [f"strategy={strategy}"] if strategy != "auto" else []
-        made += (
-            ["speed.compile=false"] if self.size == "small" else []
-        )  # it takes longer than all the rest
-        made += (
-            [f"data.max_tokens={self.max_tokens(case)}"]
-            if case.max_tokens
-            else [f"data.batch_size={self.batch(case)}"]
-        )
-        made += [
+        if strategy != "auto":
+            arguments.append(f"strategy={strategy}")
+        if self.size == "small":
+            arguments.append("speed.compile=false")  # it would take longer than everything else
+        if case.max_tokens:
+            arguments.append(f"data.max_tokens={self.max_tokens(case)}")
+        else:
+            arguments.append(f"data.batch_size={self.batch(case)}")
+        window, accumulate = self.window(case), self.accumulate(case)
+        return [
+            *arguments,
             "data.validation=null",
             f"data.num_workers={self.workers}",
             f"trainer.accumulate_grad_batches={accumulate}",
-        ]
-        made += [f"trainer.max_steps={self.total_steps(case)}", "trainer.max_epochs=-1"]
-        made += [
+            f"trainer.max_steps={self.total_steps(case)}",
+            "trainer.max_epochs=-1",
             f"trainer.log_every_n_steps={window}",
             f"+callbacks.throughput.window={window * accumulate}",
-        ]
-        return [
-            *made,
             "~callbacks.samples",
             "~callbacks.curves",
             "~callbacks.checkpoint",
@@ -114,70 +117,72 @@ class Bench:
         ]
 
     def write_rows(self, cases: Sequence[Case]) -> dict[str, Path]:
-        """A file for each kind of rows that the cases have, with as many rows as the longest of them needs in one epoch."""
+        """Writes a file for each kind of rows that the cases need, with enough rows for one epoch.
+
+        Returns:
+            The files by kind.
+        """
         from hydra import compose, initialize_config_dir
 
-        from qwenvl_lit.build import processor as built
-        from qwenvl_lit.cli.command import config_folder
+        from qwenvl_lit import build
+        from qwenvl_lit.runs.run import config_folder
 
         with initialize_config_dir(str(config_folder()), version_base=None):
-            processor = built(compose("train", self.model()))
-        images = training_rows.write_images(self.work / "rows", self.images)
-        files = {
-            kind: self.work / f"rows/{kind}.jsonl" for kind in sorted({case.rows for case in cases})
-        }
-        batches = [
-            (case, (self.total_steps(case) + 1) * self.accumulate(case) * case.cards)
-            for case in cases
-        ]
+            processor = build.processor(compose("train", self.model()))
+        folder = self.work / "rows"
+        images = training_rows.write_images(folder, self.images)
+        most_rows = most_tokens = 0
+        files = {}
+        for case in cases:
+            files[case.rows] = folder / f"{case.rows}.jsonl"
+            batches = (self.total_steps(case) + 1) * self.accumulate(case) * case.gpus
+            if case.rows == "even":
+                most_rows = max(most_rows, batches * self.batch(case))
+            else:
+                most_tokens = max(most_tokens, batches * (self.max_tokens(case) or 0))
         if "even" in files:
-            rows = max(count * self.batch(case) for case, count in batches if case.rows == "even")
-            training_rows.write_even(files["even"], images, rows, self.lengths, processor)
+            training_rows.write_even(files["even"], images, most_rows, self.lengths, processor)
         if "mixed" in files:
-            tokens = max(
-                count * (self.max_tokens(case) or 0)
-                for case, count in batches
-                if case.rows == "mixed"
-            )
-            rows = tokens * 2 // self.lengths.mixed[1] * 5 // 4
+            rows = most_tokens * 2 // self.lengths.mixed[1] * 5 // 4
             training_rows.write_mixed(files["mixed"], images, rows, self.lengths, processor)
         return files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ran:
-    """What a process printed, and when, in seconds after its start."""
+class Finished:
+    """A process that has ended, with the lines it printed and when, in seconds after its start."""
 
     lines: list[tuple[float, str]]
     code: int
     seconds: float
 
-    def when(self, beginning: str) -> float | None:
-        return next((seconds for seconds, line in self.lines if line.startswith(beginning)), None)
+    def time_of(self, beginning: str) -> float | None:
+        """When the first line that begins so was printed."""
+        times = (seconds for seconds, line in self.lines if line.startswith(beginning))
+        return next(times, None)
 
 
-def follow(command: Sequence[str], limit_s: float, **environment: str) -> Ran:
-    """Run a process, and end it and all that it started after `limit_s`."""
+def follow(command: Sequence[str], limit_s: float, **environment: str) -> Finished:
+    """Runs a process; kills it after `limit_s`, together with all processes that it started."""
     start = time.perf_counter()
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "start_new_session": True,
-    }
     process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, **options
+        command,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     lines = [(time.perf_counter() - start, line.rstrip("\n")) for line in process.stdout]
     code = process.wait()
     timer.cancel()
-    return Ran(lines=lines, code=code, seconds=time.perf_counter() - start)
+    return Finished(lines=lines, code=code, seconds=time.perf_counter() - start)
 
 
 def ceilings(device: str) -> dict[str, Any]:
-    """Of `ceilings.py`, in a process of its own, which leaves no memory of the device taken."""
+    """Runs `ceilings.py` in a process of its own, so that it leaves no device memory in use."""
     command = [sys.executable, Path(__file__).with_name("ceilings.py"), "--device", device]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(printed.splitlines()[-1])
@@ -185,42 +190,45 @@ def ceilings(device: str) -> dict[str, Any]:
 
 def measure(
     name: str, bench: Bench, rows: Mapping[str, Path], machine: Mapping[str, Any], limit_s: float
-) -> dict[str, Any]:
-    """One case; `failed` or `not_measured` says why there are no figures."""
+) -> Result:
+    """Measures a case; `failed` or `not_measured` in the result says why there are no figures."""
     case, folder = CASES[name], bench.work / name
     shutil.rmtree(folder, ignore_errors=True)
     arguments = [*bench.arguments(case), f"data.train={rows[case.rows]}", f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "qwenvl_lit.train", *arguments]
     cache = os.environ.get("QWENVL_LIT_CACHE", str(bench.work / "cache"))
-    ran = follow(
-        [sys.executable, "-m", "qwenvl_lit.train", *arguments], limit_s, QWENVL_LIT_CACHE=cache
-    )
+    process = follow(command, limit_s, QWENVL_LIT_CACHE=cache)
     log = [line for line in read_log(folder / LOG) if "loss" in line]
     shutil.rmtree(folder, ignore_errors=True)
     result = {
-        **described(name, bench),
+        **describe(name, bench),
         "device": machine["device"],
         "versions": versions(machine),
-        "wall_s": round(ran.seconds, 1),
+        "wall_s": round(process.seconds, 1),
     }
-    if ran.code and ran.seconds >= limit_s:
+    if process.code and process.seconds >= limit_s:
         return result | {"not_measured": f"it was ended after the {limit_s:.0f} s that were left"}
-    if ran.code:
-        print("\n".join(line for _, line in ran.lines[-60:]))
-        said = [line for _, line in ran.lines if line.strip()]
-        return result | {"failed": said[-1][:500] if said else f"exit {ran.code}"}
-    return result | timeline(ran, log) | figures(log, machine)
+    if process.code:
+        printed = [line for _, line in process.lines]
+        print("\n".join(printed[-60:]))
+        last = next(filter(str.strip, reversed(printed)), f"exit {process.code}")
+        return result | {"failed": last[:500]}
+    return result | timeline(process, log) | figures(log, machine)
 
 
-def described(name: str, bench: Bench) -> dict[str, Any]:
+def describe(name: str, bench: Bench) -> Result:
     case = CASES[name]
-    rows = f"{bench.max_tokens(case)} tokens" if case.max_tokens else f"batch {bench.batch(case)}"
-    accumulate = f" x {bench.accumulate(case)}" if case.accumulate > 1 else ""
-    cards = f", {case.cards} cards" if case.cards > 1 else ""
-    arguments = [
-        str(one).replace(str(bench.checkpoint), "CHECKPOINT") for one in bench.arguments(case)
-    ]
-    command = " ".join(["python -m qwenvl_lit.train", *arguments, "data.train=ROWS"])
-    return {"case": name, "what": f"{case.what}, {rows}{accumulate}{cards}", "command": command}
+    what = f"{case.what}, batch {bench.batch(case)}"
+    if case.max_tokens:
+        what = f"{case.what}, {bench.max_tokens(case)} tokens"
+    if case.accumulate > 1:
+        what += f" x {bench.accumulate(case)}"
+    if case.gpus > 1:
+        what += f", {case.gpus} GPUs"
+    command = " ".join(["python -m qwenvl_lit.train", *bench.arguments(case), "data.train=ROWS"])
+    if bench.checkpoint:
+        command = command.replace(str(bench.checkpoint), "CHECKPOINT")
+    return {"case": name, "what": what, "command": command}
 
 
 def versions(machine: Mapping[str, Any]) -> dict[str, str]:
@@ -231,134 +239,70 @@ def versions(machine: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def timeline(ran: Ran, log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds before the steady part: compilation is in the first step, and may come again in the warm-up."""
-    first = ran.when("step 1/") or 0.0
-    begun = first - log[0]["elapsed_s"]
-    found = {
-        "start_s": begun,
+def timeline(process: Finished, log: Log) -> dict[str, float]:
+    """Seconds before the measured steps.
+
+    The first step includes compilation; there may be more of it during the warm-up.
+    """
+    first_step = process.time_of("step 1/") or 0.0
+    training_start = first_step - log[0]["elapsed_s"]
+    seconds = {
+        "start_s": training_start,
         "first_step_s": log[0]["elapsed_s"],
-        "warm_up_s": parted(log)[0]["elapsed_s"],
+        "warm_up_s": split_log(log)[0]["elapsed_s"],
     }
-    if (cache := ran.when("Vision cache:")) is not None:
-        found["vision_pass_s"] = (
-            begun - cache
-        )  # a part of `start_s`; short where an earlier case has filled the cache
-    return {key: round(value, 1) for key, value in found.items()}
-
-
-def parted(log: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
-    """The line of the log at the end of the warm-up, and those at the end of each window."""
-    window = log[-1]["step"] // (WINDOWS + 1)
-    [warm] = [line for line in log if line["step"] == window]
-    return warm, [line for line in log if line["step"] > window]
-
-
-def figures(log: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians over the windows of a run."""
-    warm, windows = parted(log)
-
-    def median(key: str) -> float | None:
-        values = [line[key] for line in windows if line.get(key) is not None]
-        return float(f"{statistics.median(values):.4g}") if values else None
-
-    rates = [line["samples_per_second"] for line in windows]
-    names = (
-        "samples_per_second",
-        "tokens_per_second",
-        "supervised_tokens_per_second",
-        "padding_share",
-        "waiting_share",
-    )
-    found: dict[str, Any] = {
-        "steps": windows[-1]["step"] - warm["step"],
-        **{name: median(name) for name in names},
-    }
-    found["samples_per_second_of_windows"] = [float(f"{rate:.4g}") for rate in rates]
-    found["real_share"] = round(1 - statistics.median(line["padding_share"] for line in windows), 4)
-    found |= {name: median(name) for name in ("tflop_per_second", "mfu")}
-    found["share_of_matmul"] = round(found["tflop_per_second"] / machine["matmul_tflops"], 3)
-    found["peak_memory_gib"] = windows[-1].get("memory_gib")
-    found["compilations"] = {
-        "warm_up": int(warm["compilations"]),
-        "later": int(windows[-1]["compilations"] - warm["compilations"]),
-    }
-    found["losses"] = [line["loss"] for line in log]
-    found["losses_finite"] = None not in found["losses"]
-    return found
-
-
-def judged(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Results with what two of them say together, and what is asked of each beside what was found."""
-    said = ("times_one_card", "targets")  # of results that are older than what is asked now
-    made = {
-        name: {key: value for key, value in result.items() if key not in said}
-        for name, result in results.items()
-    }
-    for name, twin in TWINS.items():
-        pair = [made.get(one, {}).get("samples_per_second") for one in (name, twin)]
-        if all(pair) and made[name]["device"] == made[twin]["device"]:
-            made[name]["times_one_card"] = round(pair[0] / pair[1], 2)
-    for name, result in made.items():
-        found = {key: (least, result.get(key)) for key, least in CASES[name].targets.items()}
-        if "samples_per_second" in result and result["device"] != "cpu":
-            result["targets"] = {
-                key: {
-                    "at_least": least,
-                    "found": value,
-                    "met": value is not None and value >= least,
-                }
-                for key, (least, value) in found.items()
-            }
-    return made
+    cache_start = process.time_of("Vision cache:")
+    if cache_start is not None:
+        # Part of `start_s`; short if an earlier case has filled the cache
+        seconds["vision_pass_s"] = training_start - cache_start
+    return {key: round(value, 1) for key, value in seconds.items()}
 
 
 class Record:
-    """The results, on disk after each case."""
+    """The results, written to a file after each case."""
 
     def __init__(self, file: Path | None, bench: Bench):
         self.file, self.bench = file, bench
         stored = json.loads(file.read_text()) if file and file.exists() else {}
         self.ceilings: dict[str, Any] = stored.get("ceilings", {})  # by device
-        self.results = {
-            one["case"]: one
-            for one in stored.get("results", ())
-            if one["case"] in CASES and "samples_per_second" in one
-        }
+        self.results: dict[str, Result] = {}
+        for result in stored.get("results", ()):
+            if result["case"] in CASES and "samples_per_second" in result:
+                self.results[result["case"]] = result
 
     def measured(self, name: str) -> bool:
         return "samples_per_second" in self.results.get(name, {})
 
-    def add(self, result: dict[str, Any]) -> None:
-        """Take a result; one without figures does not replace one with."""
+    def add(self, result: Result) -> None:
+        """Adds a result; one without figures never replaces one with figures."""
         if "samples_per_second" in result or not self.measured(result["case"]):
             self.results[result["case"]] = result
         self.write()
 
     def content(self) -> dict[str, Any]:
-        small = f" --size small --device {self.bench.device}" if self.bench.size == "small" else ""
-        command = (
-            f"python scripts/bench_train.py --record {self.file or 'benchmarks/train.json'}{small}"
-        )
-        known = judged(self.results)
-        lacking = {"not_measured": "not yet"}
-        results = [known.get(name) or {**described(name, self.bench), **lacking} for name in CASES]
-        results = [
-            one
-            if "samples_per_second" in one
-            else {**one, "measure_with": f"{command} --cases {one['case']}"}
-            for one in results
-        ]
+        command = f"python scripts/bench_train.py --record {self.file or 'benchmarks/train.json'}"
+        model = "Qwen-VL of 9.66 B parameters, bfloat16"
+        if self.bench.size == "small":
+            command += f" --size small --device {self.bench.device}"
+            model = "the demo's network, float32"
         lengths = self.bench.lengths
-        mixed = f"mixed: {lengths.mixed[0]} to {lengths.mixed[1]} tokens, 0 to {lengths.most_images} images"
+        rows = (
+            f"JPEGs of 640 x 480; {lengths.even} tokens per row with an image, "
+            f"{lengths.supervised} supervised; mixed: {lengths.mixed[0]} to {lengths.mixed[1]} "
+            f"tokens, 0 to {lengths.most_images} images"
+        )
+        judged = judge(self.results)
+        results = []
+        for name in CASES:
+            result = judged.get(name) or {**describe(name, self.bench), "not_measured": "not yet"}
+            if "samples_per_second" not in result:
+                result["measure_with"] = f"{command} --cases {name}"
+            results.append(result)
         return {
             "command": command,
-            "model": "Qwen-VL of 9.66 B parameters, bfloat16"
-            if self.bench.size == "full"
-            else "the demo's network, float32",
-            "rows": f"JPEGs of 640 x 480; {lengths.even} tokens a row with an image, {lengths.learned} learned; {mixed}",
-            "note": "medians over windows of steps; tflop_per_second, mfu and peak_memory_gib are of a card, the other rates of all; "
-            "first_step_s has compilation in it, which torch keeps on disk for the cases that follow; share_of_matmul is of bfloat16",
+            "model": model,
+            "rows": rows,
+            "note": NOTE,
             "ceilings": self.ceilings,
             "results": results,
         }
@@ -370,123 +314,87 @@ class Record:
 
 
 def sweep(names: Sequence[str], bench: Bench, record: Record, limit_s: float) -> None:
-    """Measure the cases, one after the other, as far as time allows."""
+    """Measures the cases one after the other, as far as the time allows."""
     end = time.perf_counter() + limit_s
     machine = ceilings(bench.device)
     print(json.dumps(machine), flush=True)
     record.ceilings[machine["device"]] = machine
     possible = [name for name in names if bench.device != "cpu" or CASES[name].needs != "gpu"]
-    rows = bench.write_rows([CASES[name] for name in possible]) if possible else {}
+    rows = {}
+    if possible:
+        rows = bench.write_rows([CASES[name] for name in possible])
     for name in names:
-        left = end - time.perf_counter()
+        left, needed = end - time.perf_counter(), CASES[name].seconds
         if name not in possible:
-            record.add({**described(name, bench), "not_measured": "it needs a GPU"})
-        elif bench.size == "full" and left < CASES[name].seconds:
-            record.add(
-                {
-                    **described(name, bench),
-                    "not_measured": f"{left:.0f} s were left, it takes about {CASES[name].seconds}",
-                }
-            )
+            record.add({**describe(name, bench), "not_measured": "it needs a GPU"})
+        elif bench.size == "full" and left < needed:
+            reason = f"{left:.0f} s were left, it takes about {needed}"
+            record.add({**describe(name, bench), "not_measured": reason})
         else:
             record.add(measure(name, bench, rows, machine, left))
-        print(line(judged(record.results)[name]), flush=True)
-
-
-def line(result: Mapping[str, Any]) -> str:
-    """A result to read.
-
-    >>> line({"case": "bf16_8", "not_measured": "it needs a GPU"})
-    'bf16_8             not measured: it needs a GPU'
-    """
-    beginning = f"{result['case']:<18} "
-    if "samples_per_second" not in result:
-        return beginning + (
-            f"failed: {result['failed']}"
-            if "failed" in result
-            else f"not measured: {result['not_measured']}"
-        )
-    keys = (
-        "samples_per_second",
-        "tflop_per_second",
-        "share_of_matmul",
-        "mfu",
-        "real_share",
-        "waiting_share",
-        "peak_memory_gib",
-    )
-    shown = [
-        f"{key} {result[key]}"
-        for key in (*keys, "times_one_card", "start_s", "first_step_s")
-        if result.get(key) is not None
-    ]
-    asked = [
-        f"{key} {'met' if target['met'] else 'MISSED'}"
-        for key, target in result.get("targets", {}).items()
-    ]
-    return beginning + "  ".join([*shown, *asked])
+        print(summary(judge(record.results)[name]), flush=True)
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [*GROUPS, *CASES]
     parser.add_argument(
         "--cases",
         nargs="*",
-        choices=[*GROUPS, *CASES],
-        default=["one_card"],
+        choices=names,
+        default=["one_gpu"],
         metavar="NAME",
-        help=f"{[*GROUPS, *CASES]}",
+        help=f"groups and cases: {', '.join(names)}; default: one_gpu",
     )
     parser.add_argument(
-        "--only-missing", action="store_true", help="leave cases out that the record has figures of"
+        "--only-missing", action="store_true", help="skip cases that the record has figures for"
     )
     parser.add_argument(
-        "--limit-s",
-        type=float,
-        default=86_400,
-        help="what does not fit into so many seconds is left out, and said",
+        "--limit-s", type=float, default=86_400, help="skip cases that would end later than this"
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        help="optimizer steps that are measured; default: 60, and fewer for accumulated ones",
+        "--steps", type=int, help="measured optimizer steps; default: 60, fewer if accumulated"
     )
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="a folder, say of scripts/make_checkpoint.py; default: weights are drawn",
+        help="a model folder, for example from scripts/make_checkpoint.py; default: random weights",
     )
     parser.add_argument("--size", choices=("full", "small"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--images", type=int, default=1000, help="distinct ones, for all rows")
+    parser.add_argument("--images", type=int, default=1000, help="number of distinct images")
     parser.add_argument(
         "--work",
         type=Path,
         default=Path("/tmp/bench_train"),
-        help="a folder for rows, runs and caches",
+        help="folder for rows, runs and caches",
     )
     parser.add_argument("--record", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("extra", nargs="*", help="further arguments for every run, after --")
+    parser.add_argument("extra", nargs="*", help="more arguments for every run, after --")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = read_arguments()
-    chosen = [name for one in arguments.cases for name in GROUPS.get(one, {one: None})]
-    fields = ("size", "device", "checkpoint", "workers", "images", "steps", "work")
     bench = Bench(
-        **{name: getattr(arguments, name) for name in fields}, extra=tuple(arguments.extra)
+        size=arguments.size,
+        device=arguments.device,
+        checkpoint=arguments.checkpoint,
+        workers=arguments.workers,
+        images=arguments.images,
+        steps=arguments.steps,
+        work=arguments.work,
+        extra=tuple(arguments.extra),
     )
     record = Record(arguments.record, bench)
-    names = [
-        name
-        for name in dict.fromkeys(chosen)
-        if not (arguments.only_missing and record.measured(name))
-    ]
+    chosen: dict[str, None] = {}  # an ordered set of the names of cases
+    for name in arguments.cases:
+        chosen |= dict.fromkeys(GROUPS.get(name, [name]))
+    names = [name for name in chosen if not (arguments.only_missing and record.measured(name))]
     if names:
         sweep(names, bench, record, arguments.limit_s)
     record.write()

@@ -1,4 +1,4 @@
-"""Draws `benchmarks/train.json`: what was measured beside what the original does and what the machine could do.
+"""Plots `benchmarks/train.json`: measured speed beside the original code and the machine's limits.
 
 python scripts/plot_train.py benchmarks/train.json train.png
 """
@@ -7,70 +7,86 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from training_cases import BASELINES, CASES, TFLOP_OF_A_SAMPLE
+from training_cases import BASELINES, CASES, TFLOP_PER_SAMPLE
 
 GREY, BLUE, SAND = "#999999", "#1f77b4", "#e0c9a6"
-RATE = "samples / s, of rows of one length"
-SHARE = "operations / s of a device, as a share of its matrix product (not of FP8)"
-Bars = list[tuple[str, float, str]]  # label, value, colour
+SPEED_LABEL = "samples / s, for rows of one length"
+SHARE_LABEL = "FLOP / s per GPU, relative to its fastest bfloat16 matmul"
+Bars = list[tuple[str, float, str]]  # label, value, color
 
 
 def draw(record: Mapping[str, Any], file: Path) -> None:
-    """Samples a second of rows of one length, and the share of the measured matrix product of all cases that have one."""
-    measured = [one for one in record["results"] if one.get("samples_per_second")]
-    on_gpu = any(one["device"] != "cpu" for one in measured)
-    rates: Bars = [(name, value, GREY) for name, value in BASELINES.items() if on_gpu]
-    devices = {one["device"]: one["device"].removeprefix("NVIDIA ").split()[0] for one in measured}
-    named = {
-        one["case"]: one["what"] + (f" ({devices[one['device']]})" if len(devices) > 1 else "")
-        for one in measured
-    }
-    rates += [
-        (named[one["case"]], one["samples_per_second"], BLUE)
-        for one in measured
-        if CASES[one["case"]].rows == "even"
-    ]
-    rates += [(name, value, SAND) for name, value in limits(record["ceilings"]).items()]
-    shares: Bars = [
-        (named[one["case"]], one["share_of_matmul"], BLUE)
-        for one in measured
-        if one.get("share_of_matmul")
-    ]
-    panels = [(bars, label) for bars, label in ((rates, RATE), (shares, SHARE)) if bars]
-    figure = Figure(figsize=(9, 2.5 + 0.28 * (len(rates) + len(shares))), layout="constrained")
-    figure.suptitle(f"Training: {record['model']}")
-    heights = [len(bars) for bars, _ in panels]
-    for axes, (bars, label) in zip(
-        figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False).flat,
-        panels,
-        strict=True,
+    """Plots samples per second for even rows, and the share of the fastest matmul for all cases."""
+    measured = [result for result in record["results"] if result.get("samples_per_second")]
+    panels = []
+    for bars, label in (
+        (_speeds(measured, record["ceilings"]), SPEED_LABEL),
+        (_shares(measured), SHARE_LABEL),
     ):
-        _bars(axes, bars, label)
+        if bars:
+            panels.append((bars, label))
+    heights = [len(bars) for bars, _ in panels]
+    figure = Figure(figsize=(9, 2.5 + 0.28 * sum(heights)), layout="constrained")
+    figure.suptitle(f"Training: {record['model']}")
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axes, (bars, label) in zip(grid.flat, panels, strict=True):
+        _draw_bars(axes, bars, label)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
+def _speeds(measured: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> Bars:
+    bars: Bars = []
+    if any(result["device"] != "cpu" for result in measured):
+        bars += [(name, value, GREY) for name, value in BASELINES.items()]
+    labels = _labels(measured)
+    for result in measured:
+        if CASES[result["case"]].rows == "even":
+            bars.append((labels[result["case"]], result["samples_per_second"], BLUE))
+    bars += [(name, value, SAND) for name, value in limits(ceilings).items()]
+    return bars
+
+
+def _shares(measured: Sequence[Mapping[str, Any]]) -> Bars:
+    bars: Bars = []
+    labels = _labels(measured)
+    for result in measured:
+        if result.get("share_of_matmul"):
+            bars.append((labels[result["case"]], result["share_of_matmul"], BLUE))
+    return bars
+
+
+def _labels(measured: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A label for each case; it names the device if the record has several."""
+    several = len({result["device"] for result in measured}) > 1
+    labels = {}
+    for result in measured:
+        label = result["what"]
+        if several:
+            label += f" ({result['device'].removeprefix('NVIDIA ').split()[0]})"
+        labels[result["case"]] = label
+    return labels
+
+
 def limits(ceilings: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Samples a second if a card did nothing but matrix products, at the rate that was measured of one."""
-    made = {}
-    for device, found in ceilings.items():
-        for kind, key in (("bf16", "matmul_tflops"), ("FP8", "fp8_matmul_tflops")):
-            if device != "cpu" and found[key]:
-                made |= {
-                    f"limit of {device}: {kind}, {what}": found[key] / work
-                    for what, work in TFLOP_OF_A_SAMPLE.items()
-                }
-    return made
+    """Samples per second if a GPU did nothing but matmuls, at their measured speed."""
+    speeds = {}
+    for device, ceiling in ceilings.items():
+        for dtype, key in (("bf16", "matmul_tflops"), ("FP8", "fp8_matmul_tflops")):
+            if device != "cpu" and ceiling[key]:
+                for what, tflop in TFLOP_PER_SAMPLE.items():
+                    speeds[f"limit of {device}: {dtype}, {what}"] = ceiling[key] / tflop
+    return speeds
 
 
-def _bars(axes, bars: Bars, label: str) -> None:
-    names, values, colours = zip(*bars, strict=True)
-    drawn = axes.barh(range(len(bars)), values, color=colours, tick_label=names)
+def _draw_bars(axes, bars: Bars, label: str) -> None:
+    names, values, colors = zip(*bars, strict=True)
+    drawn = axes.barh(range(len(bars)), values, color=colors, tick_label=names)
     axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -1,4 +1,4 @@
-"""What `bench_train.py` measures, and what is asked of it."""
+"""The cases that `bench_train.py` measures, with their targets."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Literal
 
 NONE, FULL = "speed.checkpointing=none", "speed.checkpointing=full"
 CACHED = "speed.vision_cache=true"
-MEASURED = ("speed=compiled", NONE)
-EIGHT_BITS = ("speed=fp8", NONE)
+BF16 = ("speed=compiled", NONE)
+FP8 = ("speed=fp8", NONE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A run of training at full size.
+    """A training run at full size.
 
     Args:
-        arguments: of `python -m qwenvl_lit.train`, beside those of all cases and those that follow here.
-        steps: optimizer steps that are measured, once the run is warm.
-        seconds: about how long all of it takes on an H100, to know whether there is time for it.
-        targets: the least that figures of the result should be.
-        needs: what this cannot be measured without.
+        arguments: of `python -m qwenvl_lit.train`, in addition to those of all cases and those that
+            follow from the other fields.
+        steps: measured optimizer steps, after the warm-up.
+        seconds: approximate duration of the whole run on an H100.
+        targets: lower bounds for figures of the result.
+        needs: what is required to measure it.
     """
 
     what: str
     arguments: tuple[str, ...] = ()
     batch: int = 16
     accumulate: int = 1
-    max_tokens: int | None = None  # in place of `batch`
+    max_tokens: int | None = None  # instead of `batch`
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     rows: Literal["even", "mixed"] = "even"
     steps: int = 60
@@ -37,7 +38,7 @@ class Case:
     needs: Literal["nothing", "gpu"] = "nothing"
 
     @property
-    def cards(self) -> int:
+    def gpus(self) -> int:
         return 1 if self.strategy == "auto" else 2
 
 
@@ -46,23 +47,19 @@ def rate(samples_per_second: float) -> dict[str, float]:
 
 
 SWIFT = {"batch": 1, "accumulate": 16}  # the settings of ms-swift
-ONE_CARD = {  # in the order of what is asked
+ONE_GPU = {  # in order of importance
     "bf16_16": Case(
-        what="bf16", arguments=MEASURED, targets={**rate(42), "share_of_matmul": 0.67}, seconds=80
+        what="bf16", arguments=BF16, targets={**rate(42), "share_of_matmul": 0.67}, seconds=80
     ),
-    "fp8_16": Case(what="FP8", arguments=EIGHT_BITS, targets=rate(56), needs="gpu", seconds=75),
-    "fp8_32": Case(
-        what="FP8", arguments=EIGHT_BITS, batch=32, targets=rate(56), needs="gpu", seconds=90
-    ),
-    "cached_bf16_16": Case(
-        what="bf16, vision cached", arguments=(*MEASURED, CACHED), targets=rate(64)
-    ),
+    "fp8_16": Case(what="FP8", arguments=FP8, targets=rate(56), needs="gpu", seconds=75),
+    "fp8_32": Case(what="FP8", arguments=FP8, batch=32, targets=rate(56), needs="gpu", seconds=90),
+    "cached_bf16_16": Case(what="bf16, vision cached", arguments=(*BF16, CACHED), targets=rate(64)),
     "cached_fp8_16": Case(
-        what="FP8, vision cached", arguments=(*EIGHT_BITS, CACHED), targets=rate(88), needs="gpu"
+        what="FP8, vision cached", arguments=(*FP8, CACHED), targets=rate(88), needs="gpu"
     ),
     "cached_fp8_32": Case(
         what="FP8, vision cached",
-        arguments=(*EIGHT_BITS, CACHED),
+        arguments=(*FP8, CACHED),
         batch=32,
         targets=rate(88),
         needs="gpu",
@@ -77,7 +74,7 @@ ONE_CARD = {  # in the order of what is asked
     ),
     "mixed_8192": Case(
         what="bf16, mixed lengths, packed",
-        arguments=(*MEASURED, "data.packing=true"),
+        arguments=(*BF16, "data.packing=true"),
         max_tokens=8192,
         rows="mixed",
         targets={"real_share": 0.95, "share_of_matmul": 0.6},
@@ -85,37 +82,37 @@ ONE_CARD = {  # in the order of what is asked
     ),
     "cached_bf16_32": Case(
         what="bf16, vision cached",
-        arguments=(*MEASURED, CACHED),
+        arguments=(*BF16, CACHED),
         batch=32,
         targets=rate(64),
         seconds=80,
     ),
-    "bf16_32": Case(what="bf16", arguments=MEASURED, batch=32, targets=rate(42), seconds=110),
-    "bf16_8": Case(what="bf16", arguments=MEASURED, batch=8, targets=rate(42)),
+    "bf16_32": Case(what="bf16", arguments=BF16, batch=32, targets=rate(42), seconds=110),
+    "bf16_8": Case(what="bf16", arguments=BF16, batch=8, targets=rate(42)),
     "eager_8": Case(
-        what="bf16, nothing compiled", arguments=("speed=eager", NONE), batch=8, seconds=60
+        what="bf16, not compiled", arguments=("speed=eager", NONE), batch=8, seconds=60
     ),
     "mixed_4096": Case(
         what="bf16, mixed lengths, packed",
-        arguments=(*MEASURED, "data.packing=true"),
+        arguments=(*BF16, "data.packing=true"),
         max_tokens=4096,
         rows="mixed",
         targets={"real_share": 0.95, "share_of_matmul": 0.6},
     ),
 }
-TWO_CARDS = {
+TWO_GPUS = {
     "pair_1": Case(
-        what="bf16, the twin of pair_2 on one card of its machine", arguments=MEASURED, seconds=110
+        what="bf16, the twin of pair_2, on one GPU of the same machine", arguments=BF16, seconds=110
     ),
     "pair_2": Case(
         what="bf16, DDP",
-        arguments=MEASURED,
+        arguments=BF16,
         strategy="ddp",
         targets={"times_one_card": 1.9},
         seconds=120,
     ),
     "full_2": Case(
-        what="FSDP, everything trains",
+        what="FSDP, full fine-tuning",
         arguments=("adapter=full", "speed=compiled", "speed.checkpointing=auto"),
         accumulate=4,
         strategy="fsdp",
@@ -124,12 +121,12 @@ TWO_CARDS = {
         seconds=240,
     ),
 }
-KEPT = {  # lighter settings, as people with less memory choose them
+LOW_MEMORY = {  # settings for GPUs with less memory
     "lora": Case(
         what="LoRA on c_attn, checkpointing", arguments=(FULL,), **SWIFT, steps=12, seconds=95
     ),
     "qlora": Case(
-        what="QLoRA (4 bit), checkpointing",
+        what="QLoRA (4-bit), checkpointing",
         arguments=("adapter=qlora", FULL),
         **SWIFT,
         steps=6,
@@ -144,7 +141,7 @@ KEPT = {  # lighter settings, as people with less memory choose them
         seconds=105,
     ),
     "ddp": Case(
-        what="the twin of ddp_2 on one card, checkpointing",
+        what="the twin of ddp_2 on one GPU, checkpointing",
         arguments=(FULL,),
         batch=8,
         accumulate=2,
@@ -160,7 +157,7 @@ KEPT = {  # lighter settings, as people with less memory choose them
         seconds=85,
     ),
     "fsdp_2": Case(
-        what="FSDP, everything trains, checkpointing",
+        what="FSDP, full fine-tuning, checkpointing",
         arguments=("adapter=full", FULL),
         batch=1,
         accumulate=8,
@@ -169,14 +166,12 @@ KEPT = {  # lighter settings, as people with less memory choose them
         seconds=155,
     ),
 }
-GROUPS = {"one_card": ONE_CARD, "two_cards": TWO_CARDS, "kept": KEPT}
-CASES = {**ONE_CARD, **TWO_CARDS, **KEPT}
-TWINS = {"pair_2": "pair_1", "ddp_2": "ddp"}
-BASELINES = {  # samples a second on an H100, of the same rows
-    "the original by its default (batch 1, checkpointing)": 3.2,
-    "the original at its best (batch 8)": 14.3,
+GROUPS = {"one_gpu": ONE_GPU, "two_gpus": TWO_GPUS, "low_memory": LOW_MEMORY}
+CASES = {**ONE_GPU, **TWO_GPUS, **LOW_MEMORY}
+TWINS = {"pair_2": "pair_1", "ddp_2": "ddp"}  # on two GPUs, and on one
+BASELINES = {  # samples per second on an H100, with the same rows
+    "original code, default settings (batch 1, checkpointing)": 3.2,
+    "original code, fastest settings (batch 8)": 14.3,
 }
-TFLOP_OF_A_SAMPLE = {
-    "vision included": 12.5,
-    "vision cached": 8.4,
-}  # of 320 tokens and an image, LoRA; models/flops.py counts them
+# For 320 tokens and an image, with LoRA; models/qwen_vl/flops.py counts them
+TFLOP_PER_SAMPLE = {"vision included": 12.5, "vision cached": 8.4}

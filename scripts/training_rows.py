@@ -1,4 +1,4 @@
-"""Rows to measure training with: JPEG files on disk, and lengths that are known to the token."""
+"""Rows for measuring training: JPEG files on disk, and exact lengths in tokens."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from qwenvl_lit.types import Conversation, ImageSource, Part, Turn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of rows of one length, with an image each, and of mixed ones."""
+    """Lengths in tokens: of even rows, which have one image each, and of mixed ones."""
 
     even: int
-    learned: int  # of an even row
+    supervised: int  # of an even row
     mixed: tuple[int, int]
-    learned_of_mixed: int
+    supervised_mixed: int  # of a mixed row
     most_images: int  # of a mixed row
 
 
-FULL = Lengths(
-    even=320, learned=16, mixed=(32, 1500), learned_of_mixed=12, most_images=4
-)  # a chat row without a question has 20 + 12
-SMALL = Lengths(even=64, learned=16, mixed=(32, 200), learned_of_mixed=8, most_images=4)
+# A chat row without a question has 20 + 12 tokens
+FULL = Lengths(even=320, supervised=16, mixed=(32, 1500), supervised_mixed=12, most_images=4)
+SMALL = Lengths(even=64, supervised=16, mixed=(32, 200), supervised_mixed=8, most_images=4)
 
 
 def write_images(folder: Path, count: int) -> list[str]:
-    """Names of `count` JPEG files of 640 x 480: soft shapes and grain, as large on disk as a camera's at quality 90 (about 110 kB)."""
+    """Writes `count` JPEG files of 640 x 480 and returns their names.
+
+    Soft shapes and grain make them as large as a camera's at quality 90, about 110 kB.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(number: int) -> str:
-        draw = np.random.default_rng(number)
-        soft = Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
-        )
-        grainy = np.asarray(soft) + draw.normal(0, 8, (480, 640, 1))
-        Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(
-            folder / f"{number}.jpg", quality=90
-        )
+        rng = np.random.default_rng(number)
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        soft = coarse.resize((640, 480), Image.Resampling.BICUBIC)
+        grainy = np.asarray(soft) + rng.normal(0, 8, (480, 640, 1))
+        image = Image.fromarray(grainy.clip(0, 255).astype(np.uint8))
+        image.save(folder / f"{number}.jpg", quality=90)
         return f"{number}.jpg"
 
     with ThreadPoolExecutor() as threads:
@@ -53,55 +53,58 @@ def write_images(folder: Path, count: int) -> list[str]:
 def write_even(
     file: Path, images: list[str], rows: int, lengths: Lengths, processor: Processor
 ) -> None:
-    """`rows` rows of the same length; images come again when all have been used."""
-    empty = _measured(processor, 1, lengths.learned)
-    _write(
-        file,
-        [([images[i % len(images)]], lengths.even - empty, lengths.learned) for i in range(rows)],
-    )
-    assert _measured(processor, 1, lengths.learned, lengths.even - empty) == lengths.even
+    """Writes `rows` rows of the same length; images repeat once all have been used."""
+    question = lengths.even - _length(processor, 1, lengths.supervised)
+    with file.open("w") as lines:
+        for index in range(rows):
+            image = images[index % len(images)]
+            lines.write(_row([image], question, lengths.supervised))
+    assert _length(processor, 1, lengths.supervised, question) == lengths.even
 
 
 def write_mixed(
     file: Path, images: list[str], rows: int, lengths: Lengths, processor: Processor
 ) -> int:
-    """`rows` rows with up to `most_images` images and of any length that these leave, all equally often; returns their tokens."""
-    draw, (shortest, longest), total = np.random.default_rng(0), lengths.mixed, 0
-    empty = [
-        _measured(processor, count, lengths.learned_of_mixed)
-        for count in range(lengths.most_images + 1)
-    ]
-    made = []
-    for _ in range(rows):
-        count = int(draw.integers(len(empty)))
-        tokens = int(draw.integers(max(shortest, empty[count]), longest + 1))
-        made.append(
-            (draw.choice(images, count).tolist(), tokens - empty[count], lengths.learned_of_mixed)
-        )
-        total += tokens
-    _write(file, made)
+    """Writes `rows` rows with 0 to `most_images` images; returns their number of tokens.
+
+    All lengths between the limits that the images of a row allow are equally likely.
+    """
+    rng, (shortest, longest), total = np.random.default_rng(0), lengths.mixed, 0
+    supervised = lengths.supervised_mixed
+    counts = range(lengths.most_images + 1)
+    without_question = [_length(processor, count, supervised) for count in counts]
+    with file.open("w") as lines:
+        for _ in range(rows):
+            count = int(rng.integers(len(without_question)))
+            empty = without_question[count]
+            tokens = int(rng.integers(max(shortest, empty), longest + 1))
+            chosen = rng.choice(images, count).tolist()
+            lines.write(_row(chosen, tokens - empty, supervised))
+            total += tokens
     return total
 
 
-def _write(file: Path, rows: list[tuple[list[str], int, int]]) -> None:
-    """Rows of (images, tokens of the question, learned ones): a digit is a token in every vocabulary, and an end mark is learned too."""
-    with file.open("w") as lines:
-        for names, asked, learned in rows:
-            images = "".join(
-                f"Picture {place}: <img>{name}</img>\n" for place, name in enumerate(names, start=1)
-            )
-            lines.write(
-                json.dumps({"query": images + "1" * asked, "response": "1" * (learned - 1)}) + "\n"
-            )
+def _row(images: list[str], question: int, supervised: int) -> str:
+    """A line of a file, with `question` tokens in the question and `supervised` in the answer.
+
+    A digit is one token in every vocabulary; the end-of-turn token is supervised too.
+    """
+    query = ""
+    for number, name in enumerate(images, start=1):
+        query += f"Picture {number}: <img>{name}</img>\n"
+    row = {"query": query + "1" * question, "response": "1" * (supervised - 1)}
+    return json.dumps(row) + "\n"
 
 
-def _measured(processor: Processor, images: int, learned: int, asked: int = 0) -> int:
-    """Tokens of a row of `_write`."""
+def _length(processor: Processor, images: int, supervised: int, question: int = 0) -> int:
+    """Tokens of a row of `_row`."""
     parts: list[Part] = []
-    for place in range(1, images + 1):
-        parts += ["\n" * (place > 1) + f"Picture {place}: ", ImageSource(Image.new("RGB", (8, 8)))]
-    asks = Turn(role="user", parts=(*parts, "\n" * bool(images) + "1" * asked))
-    row = Conversation(id="row", turns=(asks, Turn(role="assistant", parts=("1" * (learned - 1),))))
-    tokens, found = processor.length(row)
-    assert found == learned, (found, learned)
-    return tokens
+    for number in range(1, images + 1):
+        newline = "\n" if number > 1 else ""
+        parts += [f"{newline}Picture {number}: ", ImageSource(Image.new("RGB", (8, 8)))]
+    parts.append("\n" * bool(images) + "1" * question)
+    user = Turn(role="user", parts=tuple(parts))
+    assistant = Turn(role="assistant", parts=("1" * (supervised - 1),))
+    length, counted = processor.length(Conversation(id="row", turns=(user, assistant)))
+    assert counted == supervised, (counted, supervised)
+    return length

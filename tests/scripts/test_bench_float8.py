@@ -3,10 +3,20 @@
 import json
 
 import pytest
-from bench_float8 import RUNS, choices, compared, curve, deviation, smoothed, table, trained, write
+from bench_float8 import (
+    RUNS,
+    choices,
+    compare,
+    curve,
+    deviation,
+    smoothed,
+    table,
+    train_and_test,
+    write,
+)
 from hydra import compose, initialize_config_dir
 
-from qwenvl_lit.cli.command import config_folder
+from qwenvl_lit.runs.run import config_folder
 
 
 def test_smoothing_is_the_mean_of_a_window_of_losses():
@@ -29,13 +39,13 @@ def test_deviations_are_absolute_and_relative_to_the_expected_curve():
     }
 
 
-def test_smoothing_takes_out_what_alternates():
+def test_smoothing_removes_alternating_deviations():
     plain = [2.0] * 40
-    apart = compared([2.5, 1.5] * 20, plain)
+    apart = compare([2.5, 1.5] * 20, plain)
     assert apart["raw"]["largest"] == apart["raw"]["mean"] == 0.5
     assert apart["smoothed"]["largest"] == 0.0
     with pytest.raises(ValueError, match="longer"):
-        compared([2.0] * 39, plain)
+        compare([2.0] * 39, plain)
 
 
 def test_a_curve_has_every_step_and_no_validation():
@@ -45,20 +55,20 @@ def test_a_curve_has_every_step_and_no_validation():
         curve([*log, {"step": 4, "loss": 2.0}])
 
 
-def test_the_record_keeps_a_curve_in_a_line_and_the_table_a_run(tmp_path):
-    plain, packed = [2.0] * 20, [2.5] * 20
+def test_the_record_has_a_line_per_curve_and_the_table_a_line_per_run(tmp_path):
+    plain, float8 = [2.0] * 20, [2.5] * 20
     keys = ("new_classes/caption", "new_classes/grounded_caption", "old_classes/grounded_caption")
     scores = {"validation": {"val/loss": 0.12500001}, "test": dict.fromkeys(keys, 0.5)}
-    runs = {"plain": {**scores, "loss": plain}, "float8": {**scores, "loss": packed}}
+    runs = {"plain": {**scores, "loss": plain}, "float8": {**scores, "loss": float8}}
     adapters = {
-        "lora": {"steps": 20, "from_plain": {"float8": compared(packed, plain)}, "runs": runs}
+        "lora": {"steps": 20, "from_plain": {"float8": compare(float8, plain)}, "runs": runs}
     }
     write(tmp_path / "float8.json", adapters)
     text = (tmp_path / "float8.json").read_text()
-    found = json.loads(text)["adapters"]
-    assert found["lora"]["runs"]["plain"]["validation"] == {"val/loss": 0.125}  # five digits
-    assert found["lora"]["from_plain"] == adapters["lora"]["from_plain"]
-    assert [run["loss"] for run in found["lora"]["runs"].values()] == [plain, packed]
+    written = json.loads(text)["adapters"]
+    assert written["lora"]["runs"]["plain"]["validation"] == {"val/loss": 0.125}  # five digits
+    assert written["lora"]["from_plain"] == adapters["lora"]["from_plain"]
+    assert [run["loss"] for run in written["lora"]["runs"].values()] == [plain, float8]
     assert sum("2.5, 2.5" in line for line in text.splitlines()) == 1
     _, _, first, second = table(adapters).splitlines()
     assert first == "| lora | plain | 2.0000 |  |  | 0.1250 | 0.500 | 0.500 | 0.500 |"
@@ -68,29 +78,26 @@ def test_the_record_keeps_a_curve_in_a_line_and_the_table_a_run(tmp_path):
     )
 
 
-def test_runs_differ_in_precision_or_in_the_seed_of_adapters_alone():
+def test_runs_differ_only_in_precision_or_in_the_seed_of_adapters():
     with initialize_config_dir(str(config_folder()), version_base=None):
         configs = {name: compose("train", choices(name, "lora_all", 8)) for name in RUNS}
-    settings = {
-        name: (config.speed.float8, config.seed, config.data.seed)
-        for name, config in configs.items()
-    }
+    settings = {}
+    for name, config in configs.items():
+        settings[name] = (config.speed.float8, config.seed, config.data.seed)
     assert settings == {
         "plain": (False, 42, 42),
         "float8": (True, 42, 42),
         "other_seed": (False, 43, 42),
     }
     for config in configs.values():
-        assert (
-            config.trainer.log_every_n_steps,
-            config.trainer.max_epochs,
-            config.adapter.dropout,
-        ) == (1, 8, 0)
+        assert config.trainer.log_every_n_steps == 1
+        assert config.trainer.max_epochs == 8
+        assert config.adapter.dropout == 0
         config.speed.float8, config.seed, config.data.seed = None, None, None
     assert configs["plain"] == configs["float8"] == configs["other_seed"]
 
 
-def test_runs_that_are_there_are_read_and_not_made_again(tmp_path):
+def test_finished_runs_are_read_and_not_repeated(tmp_path):
     run, scored = tmp_path / "lora_plain", tmp_path / "lora_plain_scores"
     for folder, scores in (
         (run, {"fit": {"last": {"val/loss": 0.5}}}),
@@ -99,7 +106,7 @@ def test_runs_that_are_there_are_read_and_not_made_again(tmp_path):
         folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps(scores))
     (run / "logging.jsonl").write_text('{"step": 1, "loss": 1.23456789}\n')
-    assert trained(tmp_path / "no_such_demo", ["adapter=lora"], run) == {
+    assert train_and_test(tmp_path / "no_such_demo", ["adapter=lora"], run) == {
         "command": "python -m qwenvl_lit.train ckpt=DEMO adapter=lora",
         "validation": {"val/loss": 0.5},
         "test": {"new_classes/caption": 1.0},
