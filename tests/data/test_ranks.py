@@ -1,4 +1,4 @@
-"""Two processes share the rows of one run, also where all rows of one of them are dropped."""
+"""Two processes share the rows of one run, even if all rows of a batch of one are dropped."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.training.adapters.methods import Full
 
 
-class Watch(lightning.Callback):
-    """Remembers which rows each loop saw."""
+class RecordRows(lightning.Callback):
+    """Records the rows of each batch by loop."""
 
     def __init__(self):
         self.seen = {"train": [], "validation": [], "test": []}
@@ -42,9 +42,9 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    made, watch = tiny_task(Full()), Watch()
+    task, recorder = tiny_task(Full()), RecordRows()
     data = DataModule(
-        processor=made.processor,
+        processor=task.processor,
         read=read_letters,
         train="abcdefghiJ",
         validation="klmno",
@@ -53,16 +53,16 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         max_bad_fraction=0.5,
         group_by_length=True,
     )
-    for verb in ("fit", "test"):
-        strategy = DDPStrategy(
-            process_group_backend="gloo", timeout=timedelta(seconds=60)
-        )  # not to wait for ever
-        options = {"verbose": False} if verb == "test" else {}
-        getattr(trainer(folder, watch, strategy=strategy, devices=2, max_epochs=1), verb)(
-            made, data, **options
-        )
-    weights = float(sum(parameter.double().sum() for parameter in made.parameters()))
-    (folder / f"seen{rank}.json").write_text(json.dumps({**watch.seen, "weights": weights}))
+
+    def two_ranks() -> lightning.Trainer:
+        # The timeout keeps a failing test from blocking.
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        return trainer(folder, recorder, strategy=strategy, devices=2, max_epochs=1)
+
+    two_ranks().fit(task, data)
+    two_ranks().test(task, data, verbose=False)
+    weights = float(sum(parameter.double().sum() for parameter in task.parameters()))
+    (folder / f"seen{rank}.json").write_text(json.dumps({**recorder.seen, "weights": weights}))
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +72,14 @@ def ranks(tmp_path_factory) -> list[dict]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_rank, args=(folder, port), nprocs=2)
-    findings = [
-        json.loads(line)
-        for file in folder.glob("findings*.jsonl")
-        for line in file.read_text().splitlines()
-    ]
-    return [*(json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)), findings]
+    findings = []
+    for file in folder.glob("findings*.jsonl"):
+        findings += map(json.loads, file.read_text().splitlines())
+    seen = [json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(2)]
+    return [*seen, findings]
 
 
-def test_every_row_is_seen_once_by_one_rank(ranks):
+def test_each_row_is_used_once_by_one_rank(ranks):
     one, other, _ = ranks
     for name, rows in (("train", "abcdefghi"), ("validation", "klmno"), ("test", "pqr")):
         assert sorted("".join(one[name] + other[name])) == sorted(rows)
@@ -88,7 +87,7 @@ def test_every_row_is_seen_once_by_one_rank(ranks):
     assert (len(one["validation"]), len(other["validation"])) == (3, 2)
 
 
-def test_a_dropped_row_costs_no_rank_a_step_and_is_listed_once(ranks):
+def test_no_rank_loses_a_step_to_a_dropped_row_which_is_listed_once(ranks):
     one, other, findings = ranks
     assert "" in one["train"] + other["train"]
     assert one["weights"] == other["weights"]

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on with the batches that it would have had."""
+"""A resumed run trains on the batches that the interrupted run would have had next."""
 
 from contextlib import nullcontext
 from typing import ClassVar
@@ -16,33 +16,34 @@ LETTERS = "abcdefghijklmnopqrst"
 
 
 class Letters:
-    """Encodes a conversation as as many tokens as its place in the alphabet."""
+    """Encodes a letter as as many tokens as its position in the alphabet, plus two."""
 
     pad_id = 0
+    supports_packing = True
     settings: ClassVar = {}
 
     def length(self, conversation):
         return LETTERS.index(conversation.id) + 2, 1
 
     def encode(self, conversation, *, prompt=False):
-        ids = torch.ones(self.length(conversation)[0], dtype=torch.int64)
+        tokens = torch.ones(self.length(conversation)[0], dtype=torch.int64)
         return Sample(
             conversation=conversation,
-            input_ids=ids,
-            labels=ids,
+            input_ids=tokens,
+            labels=tokens,
             vision_positions=torch.empty(0, dtype=torch.int64),
             vision={},
         )
 
 
 class Recorder(lightning.LightningModule):
-    """Remembers the rows of every batch."""
+    """Records the rows of every batch."""
 
-    def __init__(self):
+    def __init__(self, stops_at: int | None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.seen = []
-        self.stops_at = None
+        self.stops_at = stops_at
 
     def training_step(self, batch, batch_idx):
         if len(self.seen) == self.stops_at:
@@ -58,16 +59,19 @@ class Recorder(lightning.LightningModule):
 
 
 def read(source, read_options):
-    return [Conversation(id=letter, turns=(), index=place) for place, letter in enumerate(source)]
+    return [Conversation(id=letter, turns=(), index=index) for index, letter in enumerate(source)]
 
 
-def fit(folder, *callbacks, ckpt=None, stops_at=None, data=(), **options):
-    """The batches that one process sees."""
-    task = Recorder()
-    task.stops_at = stops_at
-    module = DataModule(
-        processor=Letters(), read=read, train=LETTERS, seed=1, **{"batch_size": 3, **dict(data)}
-    )
+def fit(folder, *callbacks, ckpt=None, stops_at=None, data=None, **options) -> list[str]:
+    """Trains and returns the rows of each batch.
+
+    Args:
+        stops_at: the training step of this number raises.
+        data: arguments of the DataModule.
+    """
+    recorder = Recorder(stops_at)
+    data_options = {"batch_size": 3, **(data or {})}
+    datamodule = DataModule(processor=Letters(), read=read, train=LETTERS, seed=1, **data_options)
     fitted = trainer(
         folder,
         *callbacks,
@@ -76,50 +80,52 @@ def fit(folder, *callbacks, ckpt=None, stops_at=None, data=(), **options):
         **{"max_epochs": 3, **options},
     )
     with pytest.raises(RuntimeError, match="went down") if stops_at else nullcontext():
-        fitted.fit(task, module, ckpt_path=ckpt)
-    return task.seen
+        fitted.fit(recorder, datamodule, ckpt_path=ckpt)
+    return recorder.seen
+
+
+def every_step(folder) -> ModelCheckpoint:
+    """Saves a checkpoint STEP.ckpt after every optimizer step."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="{step}",
+        every_n_train_steps=1,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     "limit", [{}, {"max_epochs": -1, "max_steps": 11}], ids=["epochs", "steps"]
 )
-def test_a_resumed_epoch_goes_on_with_the_batches_it_would_have_had(tmp_path, workers, limit):
-    keep = ModelCheckpoint(
-        dirpath=tmp_path,
-        filename="{step}",
-        every_n_train_steps=1,
-        save_top_k=-1,
-        auto_insert_metric_name=False,
-    )
+def test_an_epoch_is_resumed_after_the_batches_that_are_done(tmp_path, workers, limit):
     data = {"num_workers": workers}
-    whole = fit(tmp_path, keep, data=data, **limit)
-    assert (
-        len(whole) == 21 if not limit else 19
-    )  # 7 batches an epoch, 4 steps of 2, 2, 2 and 1 of them
+    whole = fit(tmp_path, every_step(tmp_path), data=data, **limit)
+    # An epoch has 7 batches in 4 steps, of 2, 2, 2 and 1 batches; 11 steps have 7 + 7 + 6 batches.
+    assert len(whole) == (20 if limit else 21)
     assert sorted("".join(whole[:7])) == sorted(LETTERS)
     assert whole[:7] != whole[7:14]
     done = {1: 2, 2: 4, 3: 6, 5: 9, 7: 13, 9: 16}
     for step in (2, 5, 7) if workers else done:
-        assert (
-            fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", data=data, **limit) == whole[done[step] :]
-        ), step
+        resumed = fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", data=data, **limit)
+        assert resumed == whole[done[step] :], step
 
 
-def test_a_run_goes_on_after_a_whole_epoch(tmp_path):
-    keep = ModelCheckpoint(
+def test_a_run_is_resumed_after_a_whole_epoch(tmp_path):
+    every_epoch = ModelCheckpoint(
         dirpath=tmp_path,
         filename="{epoch}",
         save_top_k=-1,
         auto_insert_metric_name=False,
         save_on_train_epoch_end=True,
     )
-    whole = fit(tmp_path, keep)
+    whole = fit(tmp_path, every_epoch)
     assert fit(tmp_path, ckpt=tmp_path / "0.ckpt") == whole[7:]
     assert fit(tmp_path, ckpt=tmp_path / "1.ckpt", data={"num_workers": 1}) == whole[14:]
 
 
-def test_the_batch_at_which_a_run_broke_off_is_not_lost(tmp_path):
+def test_the_batch_in_which_a_run_was_interrupted_is_not_lost(tmp_path):
     whole = fit(tmp_path)
     assert fit(tmp_path, OnExceptionCheckpoint(tmp_path, "broken"), stops_at=10) == whole[:10]
     assert fit(tmp_path, ckpt=tmp_path / "broken.ckpt") == whole[10:]
@@ -130,27 +136,13 @@ def test_the_batch_at_which_a_run_broke_off_is_not_lost(tmp_path):
     [{"group_by_length": True}, {"max_tokens": 30}, {"max_tokens": 30, "packing": True}],
     ids=str,
 )
-def test_batches_by_length_go_on_too(tmp_path, data):
-    keep = ModelCheckpoint(
-        dirpath=tmp_path,
-        filename="{step}",
-        every_n_train_steps=1,
-        save_top_k=-1,
-        auto_insert_metric_name=False,
-    )
-    whole = fit(tmp_path, keep, data=data)
+def test_batches_by_length_are_resumed_too(tmp_path, data):
+    whole = fit(tmp_path, every_step(tmp_path), data=data)
     assert fit(tmp_path, ckpt=tmp_path / "2.ckpt", data=data) == whole[4:]
 
 
-def test_other_data_under_a_checkpoint_is_an_error(tmp_path):
-    keep = ModelCheckpoint(
-        dirpath=tmp_path,
-        filename="{step}",
-        every_n_train_steps=1,
-        save_top_k=-1,
-        auto_insert_metric_name=False,
-    )
-    fit(tmp_path, keep)
+def test_resuming_with_other_batches_is_an_error(tmp_path):
+    fit(tmp_path, every_step(tmp_path))
     with pytest.raises(DataError, match=r"'batches': 7.*'batches': 10.*same data"):
         fit(tmp_path, ckpt=tmp_path / "2.ckpt", data={"batch_size": 2})
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwenvl_lit.data.split import Concat, Subset, hold_out
+from qwenvl_lit.data.split import hold_out
 from qwenvl_lit.types import Conversation, DataError
 
 
@@ -10,14 +10,14 @@ def rows(*names: str) -> list[Conversation]:
     return [Conversation(id=name, turns=()) for name in names]
 
 
-def ids(some) -> list[str]:
-    return [row.id for row in some]
+def ids(selected) -> list[str]:
+    return [row.id for row in selected]
 
 
 TEN = rows(*"abcdefghij")
 
 
-def test_a_share_is_held_out_and_nothing_is_lost():
+def test_a_share_is_held_out_and_no_row_is_lost():
     [rest], held = hold_out([TEN], 0.3, seed=1, file=None)
     assert len(held) == 3
     assert sorted(ids(rest) + ids(held)) == list("abcdefghij")
@@ -29,25 +29,22 @@ def test_a_number_of_rows_is_drawn_over_all_sources():
     assert sorted([*ids(rest[0]), *ids(rest[1]), *ids(held)]) == list("abcdefghij")
 
 
-def test_the_draw_follows_from_the_seed():
-    assert ids(hold_out([TEN], 3, seed=7, file=None)[1]) == ids(
-        hold_out([TEN], 3, seed=7, file=None)[1]
-    )
-    assert any(
-        ids(hold_out([TEN], 3, seed=7, file=None)[1])
-        != ids(hold_out([TEN], 3, seed=s, file=None)[1])
-        for s in range(5)
-    )
+def test_the_seed_determines_the_held_out_rows():
+    def held_out(seed: int) -> list[str]:
+        return ids(hold_out([TEN], 3, seed=seed, file=None)[1])
+
+    assert held_out(7) == held_out(7)
+    assert any(held_out(seed) != held_out(7) for seed in range(5))
 
 
-def test_a_split_is_drawn_once(tmp_path):
+def test_a_split_file_is_used_by_later_runs(tmp_path):
     file = tmp_path / "run" / "split.json"
     first = ids(hold_out([TEN], 3, seed=7, file=file)[1])
     assert ids(hold_out([TEN], 0.5, seed=8, file=file)[1]) == first
     assert list(json.loads(file.read_text())["validation"].values()) == first
 
 
-def test_other_data_under_a_remembered_split_is_an_error(tmp_path):
+def test_a_split_file_of_other_data_is_an_error(tmp_path):
     file = tmp_path / "split.json"
     held = ids(hold_out([TEN], 3, seed=7, file=file)[1])
     with pytest.raises(DataError, match="10 rows, the data has 9 now"):
@@ -58,14 +55,6 @@ def test_other_data_under_a_remembered_split_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("amount", [10, 11])
-def test_something_must_be_left_to_train_on(amount):
+def test_holding_out_every_row_is_an_error(amount):
     with pytest.raises(DataError, match="leave some to train on"):
         hold_out([TEN], amount, seed=0, file=None)
-
-
-def test_sources_can_be_joined_and_chosen_from():
-    joined = Concat([TEN[:2], [], TEN[5:7]])
-    assert ids(joined) == ["a", "b", "f", "g"]
-    assert ids(Subset(joined, [3, 0])) == ["g", "a"]
-    with pytest.raises(IndexError):
-        joined[4]

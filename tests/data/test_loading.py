@@ -1,0 +1,68 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from qwenvl_lit.data.loading import EncodedDataset, ignore_cluster_signals
+from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped
+
+
+class Refuses:
+    """A processor that cannot encode any row."""
+
+    def __init__(self, error: DataError):
+        self.error = error
+
+    def encode(self, conversation, *, prompt):
+        raise self.error
+
+
+def dataset(error: DataError, *, drop_bad: bool) -> EncodedDataset:
+    rows = [Conversation(id="a", turns=())]
+    return EncodedDataset(rows, Refuses(error), prompt=False, renumber=False, drop_bad=drop_bad)
+
+
+@pytest.mark.parametrize(
+    ("error", "drop_bad"),
+    [(Dropped("a is too long"), False), (BadImage("a.png is broken"), True)],
+    ids=["dropped", "bad image"],
+)
+def test_a_row_that_is_left_out_becomes_its_reason(error, drop_bad):
+    sample = dataset(error, drop_bad=drop_bad)[0]
+    assert isinstance(sample, Dropped)
+    assert str(sample) == str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "drop_bad"),
+    [(DataError("no answer"), True), (BadImage("a.png is broken"), False)],
+    ids=["another error", "bad image"],
+)
+def test_other_errors_are_raised(error, drop_bad):
+    with pytest.raises(type(error)):
+        dataset(error, drop_bad=drop_bad)[0]
+
+
+def wait_as_worker(is_ready: Callable[[], None], stop) -> None:
+    ignore_cluster_signals(0)
+    is_ready()
+    stop.wait(60)
+    os._exit(3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_worker_stops_at_a_signal_of_its_parent_only(number):
+    context = multiprocessing.get_context("spawn")
+    ready, stop = context.Event(), context.Event()
+    worker = context.Process(target=wait_as_worker, args=(ready.set, stop))
+    worker.start()
+    assert ready.wait(60)
+    subprocess.run(["kill", f"-{number.name[3:]}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    os.kill(worker.pid, number)
+    worker.join(60)
+    assert worker.exitcode == 0
