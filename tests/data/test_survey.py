@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwenvl_lit.data.survey import CHUNK, Finding, measure, stamp, survey
+from qwenvl_lit.data.survey import CHUNK, Finding, measure_lengths, stamp, survey
 from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 
 
 @dataclass
 class Numbers:
-    """Rows 0, 1, 2, ...; some cannot be read, some are left out, some have a note."""
+    """Rows 0, 1, 2, ...; some cannot be read, some are dropped, some have a note."""
 
     count: int
     broken: tuple[int, ...] = ()
@@ -24,23 +24,19 @@ class Numbers:
     def __len__(self):
         return self.count
 
-    def __getitem__(self, place):
+    def __getitem__(self, index):
         self.read += 1
-        if place in self.broken:
-            raise DataError(f"rows.jsonl:{place + 1}: not JSON")
-        if place in self.dropped:
-            raise Dropped(f"rows.jsonl:{place + 1}: a bad box")
-        notes = ("box clipped",) if place in self.noted else ()
-        return Conversation(
-            id=f"row-{place}",
-            turns=(Turn(role="user", parts=(str(place),)),),
-            index=place,
-            notes=notes,
-        )
+        if index in self.broken:
+            raise DataError(f"rows.jsonl:{index + 1}: not JSON")
+        if index in self.dropped:
+            raise Dropped(f"rows.jsonl:{index + 1}: a bad box")
+        notes = ("box clipped",) if index in self.noted else ()
+        turn = Turn(role="user", parts=(str(index),))
+        return Conversation(id=f"row-{index}", turns=(turn,), index=index, notes=notes)
 
 
 class Letters:
-    """Counts a conversation as its index, one less of it learned, and refuses index 7."""
+    """Measures a row as its index plus two, plus one supervised, and drops index 7."""
 
     pad_id = 0
     stop_ids = ()
@@ -60,16 +56,16 @@ def index_of(conversation: Conversation) -> int:
 
 @dataclass
 class WaitForAnother:
-    """At row 0 waits until another process has been at the last row, at most 30 seconds."""
+    """Waits at row 0 until another process has read the last row, for at most 30 seconds."""
 
-    mark: Path
+    last_row_read: Path
     last: int
 
     def __call__(self, conversation: Conversation) -> int:
         if conversation.index == self.last:
-            self.mark.touch()
+            self.last_row_read.touch()
         for _ in range(3000 if conversation.index == 0 else 0):
-            if self.mark.exists():
+            if self.last_row_read.exists():
                 break
             time.sleep(0.01)
         return os.getpid()
@@ -81,33 +77,28 @@ def die_at_300(conversation: Conversation) -> int:
     return conversation.index
 
 
-def test_every_row_is_looked_at_in_order_whatever_the_number_of_processes():
+def test_rows_are_read_in_order_with_any_number_of_processes():
     rows = Numbers(3 * CHUNK + 5, broken=(3,), dropped=(CHUNK + 1,))
-    here, there = (list(survey(rows, index_of, workers=workers)) for workers in (0, 2))
-    assert here == there
-    assert [result for result in here if isinstance(result, int)] == [
-        i for i in range(len(rows)) if i not in (3, CHUNK + 1)
-    ]
-    assert here[3] == Finding(kind="error", index=3, id="", message="rows.jsonl:4: not JSON")
-    assert here[CHUNK + 1].kind == "dropped"
+    results = list(survey(rows, index_of, workers=0))
+    assert list(survey(rows, index_of, workers=2)) == results
+    assert results.pop(CHUNK + 1).kind == "dropped"
+    error = Finding(kind="error", index=3, id="", message="rows.jsonl:4: not JSON")
+    assert results.pop(3) == error
+    assert results == [index for index in range(len(rows)) if index not in (3, CHUNK + 1)]
 
 
 def test_several_processes_share_the_work(tmp_path):
     rows = Numbers(8 * CHUNK)
-    assert (
-        len(
-            set(survey(rows, WaitForAnother(tmp_path / "mark", len(rows) - 1), workers=2))
-            - {os.getpid()}
-        )
-        == 2
-    )
+    wait = WaitForAnother(tmp_path / "last row read", last=len(rows) - 1)
+    processes = set(survey(rows, wait, workers=2))
+    assert len(processes - {os.getpid()}) == 2
 
 
-def test_no_rows_are_no_work():
+def test_a_survey_of_no_rows_is_empty():
     assert list(survey(Numbers(0), index_of, workers=2)) == []
 
 
-def test_progress_goes_up_to_the_number_of_rows():
+def test_progress_rises_to_the_number_of_rows():
     for workers in (0, 2):
         seen = []
         list(survey(Numbers(2 * CHUNK + 1), index_of, workers=workers, progress=seen.append))
@@ -115,13 +106,13 @@ def test_progress_goes_up_to_the_number_of_rows():
         assert seen[-1] == 2 * CHUNK + 1
 
 
-def test_a_survey_may_be_left_before_its_end():
+def test_a_survey_can_be_closed_before_its_end():
     results = survey(Numbers(100 * CHUNK), index_of, workers=2)
     assert next(results) == 0
     results.close()
 
 
-def test_a_defect_is_not_taken_for_a_bad_row():
+def test_an_exception_other_than_data_error_is_raised():
     for workers in (0, 2):
         with pytest.raises(TypeError):
             list(survey(Numbers(2 * CHUNK), len, workers=workers))
@@ -132,8 +123,8 @@ def test_a_process_that_dies_is_reported():
         list(survey(Numbers(2 * CHUNK), die_at_300, workers=2))
 
 
-def test_lengths_are_zero_where_rows_are_left_out():
-    measured = measure(
+def test_the_length_of_a_dropped_row_is_zero():
+    measured = measure_lengths(
         Numbers(9, dropped=(2,), noted=(4,)), Letters(), workers=0, cache=None, identity=None
     )
     assert measured.lengths.tolist() == [2, 3, 0, 5, 6, 7, 8, 0, 10]
@@ -146,52 +137,48 @@ def test_lengths_are_zero_where_rows_are_left_out():
     )
 
 
-def test_errors_are_counted_and_the_first_are_shown():
-    with pytest.raises(
-        DataError,
-        match=r"6 of 20 rows cannot be used:\nrows.jsonl:1: not JSON\n(?s:.*)rows.jsonl:5.*\n.*1 more",
-    ):
-        measure(
-            Numbers(20, broken=(0, 1, 2, 3, 4, 9)), Letters(), workers=0, cache=None, identity=None
-        )
+def test_the_error_counts_unusable_rows_and_quotes_the_first():
+    rows = Numbers(20, broken=(0, 1, 2, 3, 4, 9))
+    message = (
+        r"6 of 20 rows cannot be used:\nrows.jsonl:1: not JSON\n"
+        r"(?s:.*)rows.jsonl:5.*\n.*1 more"
+    )
+    with pytest.raises(DataError, match=message):
+        measure_lengths(rows, Letters(), workers=0, cache=None, identity=None)
 
 
 def test_a_second_measurement_is_read_from_the_cache(tmp_path):
     rows = Numbers(9, dropped=(2,), noted=(4,))
-    first, again = (
-        measure(rows, Letters(), workers=0, cache=tmp_path / "new", identity=["a.jsonl", 1])
-        for _ in range(2)
-    )
+    options = {"workers": 0, "cache": tmp_path / "new", "identity": ["a.jsonl", 1]}
+    first = measure_lengths(rows, Letters(), **options)
+    second = measure_lengths(rows, Letters(), **options)
     assert rows.read == 9
-    assert again.findings == first.findings
-    assert again.lengths.tolist() == first.lengths.tolist()
-    assert again.supervised.tolist() == first.supervised.tolist()
+    assert second.findings == first.findings
+    assert second.lengths.tolist() == first.lengths.tolist()
+    assert second.supervised.tolist() == first.supervised.tolist()
 
 
 @pytest.mark.parametrize(
     "change",
     [{"identity": ["a.jsonl", 2]}, {"processor": Letters(system="")}, {"rows": Numbers(8)}],
 )
-def test_what_decides_the_lengths_decides_whether_the_cache_holds(tmp_path, change):
-    measure(Numbers(9), Letters(), workers=0, cache=tmp_path, identity=["a.jsonl", 1])
-    other = {"rows": Numbers(9), "processor": Letters(), "identity": ["a.jsonl", 1], **change}
-    measured = measure(
-        other["rows"], other["processor"], workers=0, cache=tmp_path, identity=other["identity"]
-    )
-    assert other["rows"].read == len(measured.lengths) == other["rows"].count
+def test_a_change_of_what_determines_the_lengths_invalidates_the_cache(tmp_path, change):
+    measure_lengths(Numbers(9), Letters(), workers=0, cache=tmp_path, identity=["a.jsonl", 1])
+    changed = {"rows": Numbers(9), "processor": Letters(), "identity": ["a.jsonl", 1], **change}
+    measured = measure_lengths(**changed, workers=0, cache=tmp_path)
+    assert changed["rows"].read == len(measured.lengths) == changed["rows"].count
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 broken", b"nonsense"])
-def test_a_damaged_cache_is_computed_again(tmp_path, damage):
-    first = measure(Numbers(9), Letters(), workers=0, cache=tmp_path, identity=None)
+def test_lengths_are_measured_again_if_the_cache_is_damaged(tmp_path, damage):
+    options = {"workers": 0, "cache": tmp_path, "identity": None}
+    first = measure_lengths(Numbers(9), Letters(), **options)
     [file] = tmp_path.iterdir()
     file.write_bytes(damage or file.read_bytes()[:-100])
     rows = Numbers(9)
-    assert (
-        measure(rows, Letters(), workers=0, cache=tmp_path, identity=None).lengths.tolist()
-        == first.lengths.tolist()
-    )
+    second = measure_lengths(rows, Letters(), **options)
+    assert second.lengths.tolist() == first.lengths.tolist()
     assert rows.read == 9
 
 
