@@ -206,8 +206,8 @@ class _Download:
                 pause = self.retries.pause_seconds * 2 ** max(0, failed - 1)
                 received = format_bytes(self.received)
                 log.warning(
-                    "%s: %s; trying again in %.3g s, with %s received so far",
-                    *(self.url, error, pause, received),
+                    f"{self.url}: {error}; trying again in {pause:.3g} s, "
+                    f"with {received} received so far"
                 )
                 time.sleep(pause)
 
