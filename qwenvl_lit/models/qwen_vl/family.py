@@ -289,10 +289,11 @@ class QwenVLFamily:
             made_on, made_in = torch.device("cpu"), torch.float32
         else:
             made_on, made_in = device, self.dtype  # a second, float32 copy would not fit
-        generator, forked = torch.default_generator, []
-        if made_on.type == "cuda":
-            generator, forked = torch.cuda.default_generators[made_on.index or 0], [made_on]
-        with torch.random.fork_rng(devices=forked), made_on:
+        on_gpu = made_on.type == "cuda"
+        with torch.random.fork_rng(devices=[made_on] if on_gpu else []), made_on:
+            generator = torch.default_generator
+            if on_gpu:  # read here: there are none before `fork_rng` has initialized CUDA
+                generator = torch.cuda.default_generators[made_on.index or 0]
             generator.manual_seed(self.seed)
             model = AutoModelForCausalLM.from_config(self.config, dtype=made_in)
         return model.to(device=device, dtype=self.dtype).eval()
