@@ -24,18 +24,18 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
     from qwenvl_lit.evaluation.benchmarks import (
-        compared,
-        files_learned_from,
+        benchmark_table,
         named_benchmarks,
         published_model,
+        training_files,
     )
     from qwenvl_lit.evaluation.sets import (
-        answer,
-        answered_file,
-        earlier,
-        open_answered,
-        scored,
-        tests,
+        earlier_runs,
+        evaluation_sets,
+        open_answered_sets,
+        run_test,
+        score_file,
+        written_predictions,
     )
     from qwenvl_lit.rendering.table import plain_table, score_table
     from qwenvl_lit.reports.scores_page import ScoreReport, write_report
@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     build.start(config)
     benchmarks = named_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
-    asked = tests(config, processor, benchmarks)
+    asked = evaluation_sets(config, processor, benchmarks)
     run = find_run(config.ckpt) if config.ckpt else None
     baseline: dict[str, float] = {}
     results: dict[str, float] = {}
@@ -58,8 +58,8 @@ def main(config: DictConfig) -> None:
         source = config.predictions
         [test] = asked
         file = predictions_file(config.predictions)
-        open_answered(test.data, file)
-        sets = scored(test, file, processor)
+        open_answered_sets(test.data, file)
+        sets = score_file(test, file, processor)
         for one in sets:
             results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {
                 f"{one.name}/rows": len(one.predictions)
@@ -70,12 +70,12 @@ def main(config: DictConfig) -> None:
         if config.baseline:
             untrained = build.module(config, adapted=run is not None)
             for test in asked:
-                scores = answer(untrained, test, baseline=True)
+                scores = run_test(untrained, test, baseline=True)
                 baseline |= {_name(test, name): value for name, value in scores.items()}
             untrained.unload_model()
         module = build.module(config, adapted=run is not None, trained_checkpoint=checkpoint)
         for test in asked:
-            scores = answer(module, test)
+            scores = run_test(module, test)
             results |= {_name(test, name): value for name, value in scores.items()}
     if rank_zero_only.rank:
         return
@@ -91,14 +91,14 @@ def main(config: DictConfig) -> None:
         sets = [
             one
             for test in asked
-            if (file := answered_file(test))
-            for one in scored(test, file, processor)
+            if (file := written_predictions(test))
+            for one in score_file(test, file, processor)
         ]
-    rows = compared(benchmarks, results, published_model(config))
+    rows = benchmark_table(benchmarks, results, published_model(config))
     notes = [
         note
         for one in benchmarks
-        for note in one.warnings(files_learned_from(run.config["data"]) if run else [])
+        for note in one.warnings(training_files(run.config["data"]) if run else [])
     ]
     if benchmarks and config.model.get("template", "raw") != "raw":
         notes.append(
@@ -109,7 +109,7 @@ def main(config: DictConfig) -> None:
         sets=sets,
         published=rows,
         notes=notes,
-        earlier=list(earlier(config, asked, processor)),
+        earlier=list(earlier_runs(config, asked, processor)),
     )
     page = Path(config.paths.run, "report.html")
     write_report(report, page)
@@ -131,8 +131,8 @@ def main(config: DictConfig) -> None:
 
 def _name(test, logged: str) -> str:
     """`refcoco/val/acc_at_50` for `val/acc_at_50` of a benchmark."""
-    set, _, metric = logged.rpartition("/")
-    return f"{test.named(set)}/{metric}"
+    set_name, _, metric = logged.rpartition("/")
+    return f"{test.name_of(set_name)}/{metric}"
 
 
 def adjust_arguments(arguments: list[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""How `test` measures: which sets, by whose protocol, with which answers."""
+"""Evaluation by the `test` command: test sets, benchmarks with published scores, comparisons."""

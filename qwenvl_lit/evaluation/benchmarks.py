@@ -1,4 +1,4 @@
-"""Published test sets by name: what `test` asks, scores and compares with when it is given `benchmarks=[refcoco/val,flickr30k/test]`."""
+"""Published test sets by name, as in `test benchmarks=[refcoco/val,flickr30k/test]`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
-SHARED = (
+# Overrides of the command line that apply to every benchmark begin with one of these.
+SHARED_OVERRIDES = (
     "data.root",
     "data.path_map",
     "data.download",
@@ -25,159 +26,195 @@ SHARED = (
     "data.eval_batch_size",
     "data.num_workers",
     "data.on_bad_",
-)
-SHARED += (
     "data.max_bad_fraction",
     "generation.",
     "metrics=",
     "metrics.",
-)  # of the command line: what it says of these holds for each
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """One set with its protocol."""
+    """One test set with its protocol. Published scores are times 100, by model."""
 
-    name: str  # "refcoco/val"
-    config: DictConfig  # the command's own, with data, metrics, generation and folder of this set
-    metric: str  # what was published
-    published: Mapping[str, float] = field(default_factory=dict)  # by model, times 100
-    mean: Mapping[str, float] = field(
-        default_factory=dict
-    )  # as `published`, of the mean over all sets of the file
-    published_of: str | None = None  # the split that was published, where it is another
-    seen_with: Mapping[str, str] = field(
-        default_factory=dict
-    )  # files to learn from that show these images, and why they do
+    name: str  # "refcoco/val": a file of conf/benchmark and a set in it
+    config: DictConfig  # of the command, with data, metrics, generation and run folder of this set
+    metric: str  # the published one
+    published: Mapping[str, float] = field(default_factory=dict)
+    published_mean: Mapping[str, float] = field(default_factory=dict)  # over all sets of the file
+    published_split: str | None = None  # if the scores were published for another split
+    # Patterns of training files that show the images of this set, and how the two are related.
+    seen_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def set(self) -> str:
-        return self.name.partition("/")[2]
+    def file(self) -> str:
+        """The file of conf/benchmark."""
+        return self.name.partition("/")[0]
 
-    def warnings(self, learned_from: Sequence[str]) -> Iterator[str]:
-        """What a reader of the score has to know of a model that learned from these files."""
-        for file in learned_from:
-            for pattern, why in self.seen_with.items():
-                if fnmatch.fnmatchcase(Path(file.partition("#")[0]).name, pattern):
-                    yield f"{self.name}: the model learned from {file}: {why}. The score is too good to be compared"
+    def warnings(self, training_files: Sequence[str]) -> Iterator[str]:
+        """Yields a warning for each training file whose images are in this set."""
+        for file in training_files:
+            file_name = Path(file.partition("#")[0]).name
+            for pattern, relation in self.seen_with.items():
+                if fnmatch.fnmatchcase(file_name, pattern):
+                    yield (
+                        f"{self.name}: the model was trained on {file}; {relation}. "
+                        "The score is too high to be compared"
+                    )
 
 
 def named_benchmarks(config: DictConfig) -> list[Benchmark]:
-    """What `config.benchmarks` names, FILE of conf/benchmark with all its sets, or FILE/SET; `#N` behind it takes N rows.
+    """Reads the benchmarks that `config.benchmarks` names.
+
+    A name is FILE of conf/benchmark, which stands for all its sets, or FILE/SET. `#N` after it
+    takes N rows of each set.
 
     Raises:
         DataError: there is no such file or set.
     """
-    return [benchmark for name in config.benchmarks for benchmark in _benchmarks(str(name), config)]
+    benchmarks: list[Benchmark] = []
+    for name in config.benchmarks:
+        benchmarks += _read(str(name), config)
+    return benchmarks
 
 
-def _benchmarks(asked: str, config: DictConfig) -> Iterator[Benchmark]:
-    name, _, count = asked.partition("#")
-    file, _, wanted = name.partition("/")
-    given = [
-        argument
-        for argument in HydraConfig.get().overrides.task
-        if argument.lstrip("+~").startswith(SHARED)
-    ]
-    try:
-        node = hydra.compose(f"benchmark/{file}", overrides=given)
-    except MissingConfigException:
-        known = GlobalHydra.instance().config_loader().get_group_options("benchmark")
-        raise DataError(f"benchmarks: there is no {file}; known are {', '.join(known)}") from None
+def _read(name: str, config: DictConfig) -> Iterator[Benchmark]:
+    path, _, count = name.partition("#")
+    file, _, chosen_set = path.partition("/")
+    node = _compose(file)
     sets = node.data.test
-    if wanted and wanted not in sets:
-        raise DataError(f"benchmarks: {file} has no set {wanted}; it has {', '.join(sets)}")
+    if chosen_set and chosen_set not in sets:
+        raise DataError(f"benchmarks: {file} has no set {chosen_set}; it has {', '.join(sets)}")
     published = OmegaConf.to_container(node.published)
-    for one in [wanted] if wanted else list(sets):
-        whole = deepcopy(config)
-        OmegaConf.set_struct(whole, False)
-        whole.data, whole.metrics, whole.generation = (
-            deepcopy(node[group]) for group in ("data", "metrics", "generation")
-        )
-        whole.data.test = {one: f"{sets[one]}#{count}" if count else sets[one]}
-        whole.data.train = whole.data.validation = None
-        whole.paths.run = str(Path(config.paths.run, file, one))
+    seen_with = {}
+    if "seen_with" in node:
+        seen_with = OmegaConf.to_container(node.seen_with)
+    for set_name, rows in sets.items():
+        if chosen_set and set_name != chosen_set:
+            continue
+        if count:
+            rows = f"{rows}#{count}"
         yield Benchmark(
-            name=f"{file}/{one}",
-            config=whole,
+            name=f"{file}/{set_name}",
+            config=_config_of_set(config, node, file, set_name, rows),
             metric=node.metric,
-            published=published.get(one, {}),
-            mean=published.get("mean", {}),
-            published_of=node.get("published_of"),
-            seen_with=OmegaConf.to_container(node.seen_with) if "seen_with" in node else {},
+            published=published.get(set_name, {}),
+            published_mean=published.get("mean", {}),
+            published_split=node.get("published_of"),
+            seen_with=seen_with,
         )
 
 
-def files_learned_from(data: Mapping[str, Any]) -> list[str]:
-    """The files that a run's `data` has to learn from, those of every dataset of a mixture."""
-    sources = [
-        data,
-        *(
-            source
-            for source in (data.get("datasets") or {}).values()
-            if isinstance(source, Mapping)
-        ),
-    ]
-    found = [source.get("train") or () for source in sources]
-    return [file for files in found for file in ([files] if isinstance(files, str) else files)]
+def _compose(file: str) -> DictConfig:
+    """A file of conf/benchmark, with the shared overrides of the command line."""
+    shared = []
+    for override in HydraConfig.get().overrides.task:
+        if override.lstrip("+~").startswith(SHARED_OVERRIDES):
+            shared.append(override)
+    try:
+        return hydra.compose(f"benchmark/{file}", overrides=shared)
+    except MissingConfigException:
+        known = sorted(path.stem for path in (config_folder() / "benchmark").glob("*.yaml"))
+        raise DataError(f"benchmarks: there is no {file}; known are {', '.join(known)}") from None
 
 
-def compared(
+def _config_of_set(
+    config: DictConfig, node: DictConfig, file: str, set_name: str, rows: str
+) -> DictConfig:
+    """The config of the command for one set alone, read from `rows`."""
+    config = deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    for group in ("data", "metrics", "generation"):
+        config[group] = deepcopy(node[group])
+    config.data.test = {set_name: rows}
+    config.data.train = config.data.validation = None
+    config.paths.run = str(Path(config.paths.run, file, set_name))
+    return config
+
+
+def training_files(data: Mapping[str, Any]) -> list[str]:
+    """Returns the training files of a run's `data`, including those of each mixed dataset."""
+    sources = [data]
+    for source in (data.get("datasets") or {}).values():
+        if isinstance(source, Mapping):
+            sources.append(source)
+    files: list[str] = []
+    for source in sources:
+        train = source.get("train") or ()
+        files += [train] if isinstance(train, str) else train
+    return files
+
+
+def benchmark_table(
     benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
 ) -> list[dict[str, str]]:
-    """Rows of one table: score and published score of each benchmark, times 100, and how long it took.
+    """Returns table rows with score and published score of each benchmark, times 100.
+
+    A row with the mean follows after the last set of a file whose mean is published.
 
     Args:
         results: scores as BENCHMARK/METRIC, and BENCHMARK/rows, /seconds and /images_per_second.
         model: whose published scores.
     """
-    rows = []
+    table = []
     for benchmark in benchmarks:
         score = results.get(f"{benchmark.name}/{benchmark.metric}")
-        of = f" ({benchmark.published_of})" if benchmark.published_of else ""
-        rows.append(
+        published = benchmark.published.get(model)
+        table.append(
             {
                 "benchmark": benchmark.name,
                 "metric": benchmark.metric,
-                **_against(score, benchmark.published.get(model), model, of),
+                **_comparison(score, published, model, benchmark.published_split),
                 "rows": f"{results[f'{benchmark.name}/rows']:,.0f}",
                 "seconds": _figure(results.get(f"{benchmark.name}/seconds")),
                 "images/s": _figure(results.get(f"{benchmark.name}/images_per_second")),
             }
         )
-        file = benchmark.name.partition("/")[0]
-        same = [other for other in benchmarks if other.name.partition("/")[0] == file]
-        if benchmark.mean and len(same) > 1 and benchmark is same[-1]:
-            scores = [results.get(f"{other.name}/{benchmark.metric}") for other in same]
-            mean = sum(scores) / len(scores) if None not in scores else None
-            empty = {"rows": "", "seconds": "", "images/s": ""}
-            rows.append(
-                {
-                    "benchmark": f"{file}, mean",
-                    "metric": benchmark.metric,
-                    **_against(mean, benchmark.mean.get(model), model, ""),
-                    **empty,
-                }
-            )
-    return rows
+        same_file = [other for other in benchmarks if other.file == benchmark.file]
+        is_last = benchmark is same_file[-1]
+        if benchmark.published_mean and len(same_file) > 1 and is_last:
+            table.append(_mean_row(same_file, results, model))
+    return table
 
 
-def published_model(config: DictConfig) -> str:
-    """Whose published scores a model is compared with, told by the name of its base."""
-    return (
-        "Qwen-VL-Chat" if "chat" in Path(config.model.get("path") or "").name.lower() else "Qwen-VL"
-    )
+def _mean_row(
+    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
+) -> dict[str, str]:
+    """The mean over the benchmarks of one file; without a score if any of them has none."""
+    last = benchmarks[-1]
+    scores = [results.get(f"{benchmark.name}/{last.metric}") for benchmark in benchmarks]
+    mean = None
+    if None not in scores:
+        mean = sum(scores) / len(scores)
+    return {
+        "benchmark": f"{last.file}, mean",
+        "metric": last.metric,
+        **_comparison(mean, last.published_mean.get(model), model),
+        "rows": "",
+        "seconds": "",
+        "images/s": "",
+    }
+
+
+def _comparison(
+    score: float | None, published: float | None, model: str, split: str | None = None
+) -> dict[str, str]:
+    cells = {"score": "", f"{model}, published": "", "difference": ""}
+    if score is not None:
+        cells["score"] = f"{100 * score:.2f}"
+    if published is not None:
+        remark = f" ({split})" if split else ""
+        cells[f"{model}, published"] = f"{published:.2f}{remark}"
+    if score is not None and published is not None:
+        cells["difference"] = f"{100 * score - published:+.2f}"
+    return cells
 
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f}"
 
 
-def _against(score: float | None, published: float | None, model: str, of: str) -> dict[str, str]:
-    return {
-        "score": "" if score is None else f"{100 * score:.2f}",
-        f"{model}, published": "" if published is None else f"{published:.2f}{of}",
-        "difference": ""
-        if score is None or published is None
-        else f"{100 * score - published:+.2f}",
-    }
+def published_model(config: DictConfig) -> str:
+    """Returns the published model to compare with, judging by the name of the base model."""
+    name = Path(config.model.get("path") or "").name
+    return "Qwen-VL-Chat" if "chat" in name.lower() else "Qwen-VL"

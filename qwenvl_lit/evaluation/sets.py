@@ -1,4 +1,4 @@
-"""What `test` does: test sets are answered, or the answers read from a file, then scored, compared and reported."""
+"""Test sets of the `test` command: opens them, lets the model answer, and scores the answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from qwenvl_lit.runs.predictions import predictions_file
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 
-BASELINE = "baseline.jsonl"  # what the model answered before training
+BASELINE = "baseline.jsonl"  # answers of the model before training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSet:
-    """Sets that are answered together: those of the command's data, or one benchmark."""
+    """Sets of rows that are answered together: those of the command's data, or one benchmark."""
 
     config: DictConfig
     data: DataModule
@@ -37,165 +37,188 @@ class EvaluationSet:
 
     @property
     def folder(self) -> Path:
+        """The folder with the answers."""
         return Path(self.config.paths.run)
 
-    @property
-    def title(self) -> str:
-        return self.benchmark.name if self.benchmark else ""
+    def name_of(self, set_name: str) -> str:
+        """Returns the name of a set of rows among those of all evaluation sets."""
+        if self.benchmark:
+            return self.benchmark.name
+        return set_name
 
-    def named(self, set: str) -> str:
-        """What a set is called where all tests stand together."""
-        return self.title or set
+    def predictions_in(self, run: str) -> Path:
+        """Returns the file with the answers of an earlier run to this evaluation set.
+
+        Raises:
+            DataError: there is no such file.
+        """
+        if self.benchmark:
+            return predictions_file(Path(run, self.benchmark.name))
+        return predictions_file(run)
 
 
-def tests(
+def evaluation_sets(
     config: DictConfig, processor: Processor, benchmarks: Sequence[Benchmark]
 ) -> list[EvaluationSet]:
-    """What the command asks for.
+    """Opens what the command evaluates: `benchmarks`, or without any the sets of its own data.
 
     Raises:
-        DataError: nothing says how answers are to be scored.
+        DataError: no metrics are chosen, or a run of `compare=` has not answered one of the sets.
     """
-    found = [
-        EvaluationSet(
-            config=b.config,
-            data=build.data(b.config, processor),
-            metrics=build.metrics(b.config),
-            benchmark=b,
-        )
-        for b in benchmarks
-    ]
-    if not found:
-        found = [
-            EvaluationSet(
-                config=config, data=build.data(config, processor), metrics=build.metrics(config)
-            )
-        ]
-    for test in found:
-        if not test.metrics:
-            _refuse(test.data)
-    for test in (
-        found if len(found) > 1 else ()
-    ):  # what the last one lacks is told before the first is answered
-        test.data.prepare_data()
-        test.data.setup("test")
-    for place in config.compare or ():
-        _files_of(place, found)
-    return found
+    sets = []
+    for benchmark in benchmarks:
+        sets.append(_evaluation_set(benchmark.config, processor, benchmark))
+    if not sets:
+        sets.append(_evaluation_set(config, processor))
+    for evaluation_set in sets:
+        if not evaluation_set.metrics:
+            raise DataError(_advice_on_metrics(evaluation_set.data))
+    if len(sets) > 1:  # check all sets before answering the first
+        for evaluation_set in sets:
+            _open(evaluation_set.data)
+    for run in config.compare or ():
+        for evaluation_set in sets:
+            evaluation_set.predictions_in(run)
+    return sets
 
 
-def _files_of(place: str, all_tests: Sequence[EvaluationSet]) -> list[tuple[EvaluationSet, Path]]:
-    """Where an earlier run has its answers to each test.
+def _evaluation_set(
+    config: DictConfig, processor: Processor, benchmark: Benchmark | None = None
+) -> EvaluationSet:
+    return EvaluationSet(
+        config=config,
+        data=build.data(config, processor),
+        metrics=build.metrics(config),
+        benchmark=benchmark,
+    )
 
-    Raises:
-        DataError: it has none.
-    """
-    return [
-        (test, predictions_file(Path(place, test.title) if test.title else place))
-        for test in all_tests
-    ]
 
-
-def _refuse(data: DataModule) -> None:
+def _open(data: DataModule) -> None:
     data.prepare_data()
     data.setup("test")
-    said = [
-        f"\n  metrics={metrics}  {why}" + (f" ({name})" if len(data.test) > 1 else "")
-        for name, rows in data.test.items()
-        for metrics, why in suggested_metrics(rows)
-    ]
-    fitting = (
-        f"What would fit these answers:{''.join(said)}"
-        if said
-        else "These rows have no answers to compare with"
-    )
-    raise DataError(
-        f"metrics is missing: say how the answers are to be scored. {fitting}\nAll choices are in conf/metrics"
-    )
 
 
-def answer(
-    task: VisionLanguageModule, test: EvaluationSet, *, baseline: bool = False
+def _advice_on_metrics(data: DataModule) -> str:
+    """An error message with the metrics that fit the answers."""
+    _open(data)
+    suggestions = ""
+    for name, rows in data.test.items():
+        remark = f" ({name})" if len(data.test) > 1 else ""
+        for metrics, why in suggested_metrics(rows):
+            suggestions += f"\n  metrics={metrics}  {why}{remark}"
+    advice = "These rows have no answers to compare with"
+    if suggestions:
+        advice = f"These fit the answers:{suggestions}"
+    return f"metrics is missing: choose how to score. {advice}\nconf/metrics has all choices"
+
+
+def run_test(
+    module: VisionLanguageModule, evaluation_set: EvaluationSet, *, baseline: bool = False
 ) -> dict[str, float]:
-    """Let the model answer; its scores as they are logged, and for each set `seconds` and `images_per_second` of all of them.
+    """Lets the model answer, and writes and scores the answers.
 
     Args:
-        baseline: it is the model before training, which leaves its answers beside those of the trained one, and nothing else.
+        baseline: the model is the one before training. Its answers are written to `BASELINE`,
+            beside those of the trained model, and nothing else is written.
+
+    Returns:
+        The scores as SET/METRIC. Without `baseline` also SET/seconds and SET/images_per_second,
+        which are of all sets of `evaluation_set` together.
     """
-    task.evaluate_with(generation=build.generation(test.config), metrics=test.metrics)
-    writer = {"_target_": "qwenvl_lit.callbacks.predictions.PredictionWriter", "filename": BASELINE}
-    trainer = build.trainer(
-        test.config, callbacks={"predictions": OmegaConf.create(writer)} if baseline else None
-    )
-    trainer.test(task, test.data, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    config = evaluation_set.config
+    module.evaluate_with(generation=build.generation(config), metrics=evaluation_set.metrics)
+    callbacks = {"predictions": _baseline_writer()} if baseline else None
+    trainer = build.trainer(config, callbacks=callbacks)
+    trainer.test(module, evaluation_set.data, verbose=False)
+    results = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if baseline:
-        return scores
-    if test.benchmark:
-        _save_config(test)
-    rates = next(
-        (callback.rates for callback in trainer.callbacks if isinstance(callback, Throughput)), {}
-    )
-    return scores | {
-        f"{name}/{rate}": value for name in test.data.test_names for rate, value in rates.items()
-    }
+        return results
+    if evaluation_set.benchmark:
+        _save_config(evaluation_set)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Throughput):
+            for set_name in evaluation_set.data.test_names:
+                for rate, value in callback.rates.items():
+                    results[f"{set_name}/{rate}"] = value
+            break
+    return results
+
+
+def _baseline_writer() -> DictConfig:
+    writer = "qwenvl_lit.callbacks.predictions.PredictionWriter"
+    return OmegaConf.create({"_target_": writer, "filename": BASELINE})
 
 
 @rank_zero_only
-def _save_config(test: EvaluationSet) -> None:
-    """So that a benchmark's folder is one that `predictions=` and `compare=` take."""
-    file = test.folder / ".hydra" / "config.yaml"
+def _save_config(evaluation_set: EvaluationSet) -> None:
+    """Makes the folder of a benchmark one that `predictions=` and `compare=` accept."""
+    file = evaluation_set.folder / ".hydra" / "config.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(test.config, file)
+    OmegaConf.save(evaluation_set.config, file)
 
 
-def open_answered(data: DataModule, file: Path) -> None:
-    """Open the sets that the predictions in `file` answer: those that `test` takes, or those that `predict` does.
+def open_answered_sets(data: DataModule, file: Path) -> None:
+    """Opens the sets that the predictions in `file` answer.
+
+    They are the sets that `test` takes, or else those that `predict` takes.
 
     Raises:
         DataError: the data has no such sets.
     """
     data.prepare_data()
-    wanted = list(read_predictions(file))
-    known: list[str] = []
+    answered = list(read_predictions(file))
+    known: dict[str, None] = {}
     for stage in ("test", "predict"):
         data.setup(stage)
-        if set(wanted) <= set(data.test_names):
+        if set(answered) <= set(data.test_names):
             return
-        known += data.test_names
+        known |= dict.fromkeys(data.test_names)
     raise DataError(
-        f"{file} answers the sets {', '.join(wanted)}, the data has {', '.join(dict.fromkeys(known))}; give the data= it was made with"
+        f"{file} answers the sets {', '.join(answered)}, the data has {', '.join(known)}; "
+        "give the data= it was made with"
     )
 
 
-def scored(test: EvaluationSet, file: Path, processor: Processor) -> list[ScoredSet]:
-    """The answers in a file, scored; sets that are not open are left out."""
-    found = answers(file, test.data.test, processor)
-    return [
-        score(test.named(name), some, test.metrics, rows=len(test.data.test[name]))
-        for name, some in found.items()
-    ]
+def written_predictions(evaluation_set: EvaluationSet) -> Path | None:
+    """Returns the file that the test has written; None if its writer was switched off."""
+    file = evaluation_set.folder / FILENAME
+    if not file.exists():
+        return None
+    return file
 
 
-def earlier(
-    config: DictConfig, all_tests: Sequence[EvaluationSet], processor: Processor
+def score_file(evaluation_set: EvaluationSet, file: Path, processor: Processor) -> list[ScoredSet]:
+    """Scores the answers in a file to the sets that are open."""
+    rows_by_set = evaluation_set.data.test
+    scored = []
+    for set_name, predictions in answers(file, rows_by_set, processor).items():
+        name, rows = evaluation_set.name_of(set_name), len(rows_by_set[set_name])
+        scored.append(score(name, predictions, evaluation_set.metrics, rows=rows))
+    return scored
+
+
+def earlier_runs(
+    config: DictConfig, sets: Sequence[EvaluationSet], processor: Processor
 ) -> Iterator[EarlierRun]:
-    """The runs to compare with: the model before training, if it was asked for, and those that `compare=` names."""
-    if (
-        before := [test for test in all_tests if (test.folder / BASELINE).exists()]
-    ) and config.baseline:
-        sets = [one for test in before for one in scored(test, test.folder / BASELINE, processor)]
-        yield EarlierRun(name="the model before training", sets={one.name: one for one in sets})
-    for place in config.compare or ():
-        sets = [
-            one
-            for test, file in _files_of(place, all_tests)
-            for one in scored(test, file, processor)
-        ]
-        yield EarlierRun(name=str(place), sets={one.name: one for one in sets})
+    """Yields the runs to compare with.
+
+    These are the model before training, with `baseline=true`, and the runs that `compare=` names.
+    """
+    if config.baseline:
+        scored: dict[str, ScoredSet] = {}
+        for evaluation_set in sets:
+            file = evaluation_set.folder / BASELINE
+            if file.exists():
+                scored |= _by_name(score_file(evaluation_set, file, processor))
+        if scored:
+            yield EarlierRun(name="the model before training", sets=scored)
+    for run in config.compare or ():
+        scored = {}
+        for evaluation_set in sets:
+            file = evaluation_set.predictions_in(run)
+            scored |= _by_name(score_file(evaluation_set, file, processor))
+        yield EarlierRun(name=str(run), sets=scored)
 
 
-def answered_file(test: EvaluationSet) -> Path | None:
-    """What the test has written; None if the command line took the writer away."""
-    file = test.folder / FILENAME
-    return file if file.exists() else None
+def _by_name(sets: Sequence[ScoredSet]) -> dict[str, ScoredSet]:
+    return {scored.name: scored for scored in sets}

@@ -1,4 +1,4 @@
-"""Published test sets: every file composes, states its protocol, and runs on files in the formats of the originals."""
+"""Published test sets: every file composes, states its protocol, and reads the original formats."""
 
 import json
 import os
@@ -14,24 +14,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from qwenvl_lit.cli.command import config_folder
 from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.evaluation.benchmarks import (
     Benchmark,
-    compared,
-    files_learned_from,
+    benchmark_table,
     named_benchmarks,
     published_model,
+    training_files,
 )
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
 NAMES = sorted(path.stem for path in (config_folder() / "benchmark").glob("*.yaml"))
-TOKENS = {  # least and most that are generated, as published
+GENERATED_TOKENS = {  # minimum and maximum, as published
     **dict.fromkeys(["flickr30k", "nocaps", "coco"], (8, 30)),
-    **dict.fromkeys(
-        ["refcoco", "refcoco_plus", "refcocog"], (10 + 1, 28 + 1)
-    ),  # one more: the published prompt ends in <box>
+    # One more than published: the published prompt includes <box>.
+    **dict.fromkeys(["refcoco", "refcoco_plus", "refcocog"], (10 + 1, 28 + 1)),
     **dict.fromkeys(["vqav2", "okvqa", "textvqa", "vizwiz", "gqa", "ai2d"], (1, 10)),
     **dict.fromkeys(["docvqa", "infovqa", "chartqa", "ocrvqa"], (1, 100)),
 }
@@ -48,31 +47,24 @@ def composed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_benchmark_says_how_it_is_asked_and_scored(composed, name):
+def test_a_benchmark_states_its_protocol(composed, name):
     node = composed[name]
     assert node.metric in node.metrics
     assert node.data.root == "/somewhere"
     assert set(node.published) <= {*node.data.test, "mean"}
     assert not node.generation.do_sample
-    assert (node.generation.min_new_tokens, node.generation.max_new_tokens) == TOKENS.get(
-        name, (0, 512)
-    )
-    source = DatasetSpec(
-        **{
-            key: value
-            for key, value in instantiate(node.data, _convert_="all").keywords.items()
-            if key in DatasetSpec.__annotations__
-        }
-    )
-    assert "{image}" in source.prompt
-    assert all(
-        isinstance(metric.higher_is_better, bool)
-        for metric in instantiate(node.metrics, _convert_="all").values()
-    )
+    limits = (node.generation.min_new_tokens, node.generation.max_new_tokens)
+    assert limits == GENERATED_TOKENS.get(name, (0, 512))
+    arguments = instantiate(node.data, _convert_="all").keywords
+    known = arguments.keys() & DatasetSpec.__annotations__.keys()
+    dataset = DatasetSpec(**{key: arguments[key] for key in known})
+    assert "{image}" in dataset.prompt
+    for metric in instantiate(node.metrics, _convert_="all").values():
+        assert isinstance(metric.higher_is_better, bool)
 
 
-def test_every_published_protocol_is_there():
-    assert set(TOKENS) | {"scienceqa"} == set(NAMES)
+def test_every_benchmark_has_a_published_protocol():
+    assert set(GENERATED_TOKENS) | {"scienceqa"} == set(NAMES)
 
 
 def benchmark(name: str, **options) -> Benchmark:
@@ -80,142 +72,122 @@ def benchmark(name: str, **options) -> Benchmark:
 
 
 def test_scores_stand_beside_the_published_ones():
-    some = [
-        benchmark("chart/human", mean={"Qwen-VL": 65.7}),
-        benchmark("chart/augmented", mean={"Qwen-VL": 65.7}),
-        benchmark("doc/val", published={"Qwen-VL": 65.1}, published_of="test"),
+    benchmarks = [
+        benchmark("chart/human", published_mean={"Qwen-VL": 65.7}),
+        benchmark("chart/augmented", published_mean={"Qwen-VL": 65.7}),
+        benchmark("doc/val", published={"Qwen-VL": 65.1}, published_split="test"),
     ]
-    results = {
-        f"{one.name}/{what}": value
-        for one in some
-        for what, value in (("rows", 1250), ("seconds", 2.5), ("images_per_second", 500))
-    }
-    results |= {"chart/human/right": 0.5, "chart/augmented/right": 0.75, "doc/val/right": 0.66}
-    rows = compared(some, results, "Qwen-VL")
+    results = {"chart/human/right": 0.5, "chart/augmented/right": 0.75, "doc/val/right": 0.66}
+    for one in benchmarks:
+        results[f"{one.name}/rows"] = 1250
+        results[f"{one.name}/seconds"] = 2.5
+        results[f"{one.name}/images_per_second"] = 500
+    rows = benchmark_table(benchmarks, results, "Qwen-VL")
     assert [list(row.values()) for row in rows] == [
         ["chart/human", "right", "50.00", "", "", "1,250", "2.5", "500.0"],
         ["chart/augmented", "right", "75.00", "", "", "1,250", "2.5", "500.0"],
         ["chart, mean", "right", "62.50", "65.70", "-3.20", "", "", ""],
         ["doc/val", "right", "66.00", "65.10 (test)", "+0.90", "1,250", "2.5", "500.0"],
     ]
-    assert compared(some, results, "Qwen-VL-Chat")[3]["difference"] == ""
+    assert benchmark_table(benchmarks, results, "Qwen-VL-Chat")[3]["difference"] == ""
 
 
-def test_a_model_that_learned_from_the_same_images_is_told(composed):
-    data = {
-        "train": "annotations/captions_val2014.json#2000",
-        "datasets": {"a": {"train": ["x.jsonl"]}, "b": 3},
-    }
-    learned = files_learned_from(data)
-    assert learned == ["annotations/captions_val2014.json#2000", "x.jsonl"]
-    told = {
-        name: list(
-            benchmark(f"{name}/val", seen_with=composed[name].get("seen_with", {})).warnings(
-                learned
-            )
-        )
-        for name in NAMES
-    }
-    assert {name for name, said in told.items() if said} == {"coco", "okvqa", "vqav2"}, (
-        "RefCOCO's images are those of train2014"
-    )
-    assert "its images are those of val2014" in told["okvqa"][0]
+def test_training_files_include_those_of_every_mixed_dataset():
+    datasets = {"a": {"train": ["x.jsonl"]}, "b": 3}
+    data = {"train": "annotations/captions_val2014.json#2000", "datasets": datasets}
+    assert training_files(data) == ["annotations/captions_val2014.json#2000", "x.jsonl"]
 
 
-def test_the_name_of_the_base_tells_whose_scores_are_compared():
-    paths = ("Qwen/Qwen-VL-Chat", "/models/qwen-vl", None)
-    assert [published_model(OmegaConf.create({"model": {"path": path}})) for path in paths] == [
-        "Qwen-VL-Chat",
-        "Qwen-VL",
-        "Qwen-VL",
-    ]
+def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
+    trained_on = ["annotations/captions_val2014.json#2000", "x.jsonl"]
+    warnings = {}
+    for name in NAMES:
+        seen_with = composed[name].get("seen_with", {})
+        warnings[name] = list(benchmark(f"{name}/val", seen_with=seen_with).warnings(trained_on))
+    # RefCOCO has images of train2014.
+    assert {name for name in NAMES if warnings[name]} == {"coco", "okvqa", "vqav2"}
+    assert "both have the images of val2014" in warnings["okvqa"][0]
+
+
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [("Qwen/Qwen-VL-Chat", "Qwen-VL-Chat"), ("/models/qwen-vl", "Qwen-VL"), (None, "Qwen-VL")],
+)
+def test_the_name_of_the_base_model_decides_whose_scores_are_compared(path, model):
+    assert published_model(OmegaConf.create({"model": {"path": path}})) == model
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """The demo's images in the formats of COCO, RefCOCO, VQA, DocVQA and ScienceQA, in the places that the yaml files name."""
+    """The demo's images in the formats and at the paths of the published datasets."""
     root = tmp_path_factory.mktemp("root")
-    write_demo(
-        root / "demo", train=1, single=1, validation=1, test=4, unseen_pairs=1, new_classes=8
-    )
-    for folder in (
-        "flickr30k",
-        "refcoco",
-        "okvqa",
-        "docvqa",
-        "scienceqa",
-        "coco/train2014",
-        "coco/val2014",
-    ):
+    sizes = {"train": 1, "single": 1, "validation": 1, "test": 4}
+    write_demo(root / "demo", **sizes, unseen_pairs=1, new_classes=8)
+    for folder in ("flickr30k", "refcoco", "okvqa", "docvqa", "scienceqa"):
+        (root / folder).mkdir()
+    for folder in ("coco/train2014", "coco/val2014"):
         (root / folder).mkdir(parents=True)
     captions = json.loads((root / "demo/coco/annotations/captions_test.json").read_text())
     for image in captions["images"]:
-        shutil.copy(
-            root / "demo/images" / image["file_name"],
-            root / f"coco/val2014/COCO_val2014_{image['id']:012d}.jpg",
-        )
+        demo_image = root / "demo/images" / image["file_name"]
+        shutil.copy(demo_image, root / f"coco/val2014/COCO_val2014_{image['id']:012d}.jpg")
         image["file_name"] = f"data/demo/images/{image['file_name']}"
-    (root / "flickr30k/flickr30k_karpathy_test.json").write_text(json.dumps(captions))
     names = [image["file_name"] for image in captions["images"]]
-    ids = [image["id"] for image in captions["images"]]
+    image_ids = [image["id"] for image in captions["images"]]
 
-    def lines(file: str, rows: list[dict]) -> None:
+    def write_lines(file: str, rows: list[dict]) -> None:
         (root / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    (root / "flickr30k/flickr30k_karpathy_test.json").write_text(json.dumps(captions))
+
     box = {"bbox": [0, 0, 32, 32], "height": 64, "width": 64}
-    lines(
-        "refcoco/refcoco_val.jsonl", [{"image": name, "sent": "the thing", **box} for name in names]
-    )
-    lines(
-        "docvqa/val.jsonl",
-        [
-            {"image": name, "question": "What?", "question_id": 9, "answer": ["a", "b"]}
-            for name in names[:1]
-        ],
-    )
-    choice = {"question": "Which?", "hint": "", "answer": 1}
-    lines(
-        "scienceqa/scienceqa_test_img.jsonl",
-        [
-            {"image": n, "choices": ["a", "b", "c"][: 2 + k % 2], **choice}
-            for k, n in enumerate(names)
-        ],
-    )
-    questions = [
-        {"question_id": k, "image_id": id, "question": "What is it?"} for k, id in enumerate(ids)
-    ]
-    answers = [{"question_id": k, "answers": [{"answer": "a cat"}] * 10} for k in range(len(ids))]
-    (root / "okvqa/OpenEnded_mscoco_val2014_questions.json").write_text(
-        json.dumps({"data_subtype": "val2014", "questions": questions})
-    )
-    (root / "okvqa/mscoco_val2014_annotations.json").write_text(
-        json.dumps({"annotations": answers})
-    )
+    phrases = [{"image": name, "sent": "the thing", **box} for name in names]
+    write_lines("refcoco/refcoco_val.jsonl", phrases)
+
+    question = {"question": "What?", "question_id": 9, "answer": ["a", "b"]}
+    write_lines("docvqa/val.jsonl", [{"image": names[0], **question}])
+
+    choices = []
+    for number, name in enumerate(names):
+        options = ["a", "b", "c"][: 2 + number % 2]
+        row = {"image": name, "choices": options, "question": "Which?", "hint": "", "answer": 1}
+        choices.append(row)
+    write_lines("scienceqa/scienceqa_test_img.jsonl", choices)
+
+    questions, annotations = [], []
+    for number, image_id in enumerate(image_ids):
+        questions.append({"question_id": number, "image_id": image_id, "question": "What is it?"})
+        annotations.append({"question_id": number, "answers": [{"answer": "a cat"}] * 10})
+    file = root / "okvqa/OpenEnded_mscoco_val2014_questions.json"
+    file.write_text(json.dumps({"data_subtype": "val2014", "questions": questions}))
+    file = root / "okvqa/mscoco_val2014_annotations.json"
+    file.write_text(json.dumps({"annotations": annotations}))
     return root
 
 
-def run(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "qwenvl_lit.test",
-        *arguments,
-        "data.num_workers=0",
-        f"paths.cache={root}",
-    ]
+def run_test_command(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "qwenvl_lit.test", *arguments]
+    command += ["data.num_workers=0", f"paths.cache={root}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
+def table_cells(printed: str) -> dict[str, list[str]]:
+    """The cells of the printed table by the first cell of their row."""
+    cells_by_name = {}
+    for line in printed.splitlines():
+        if "│" in line:
+            name, *cells = [cell.strip() for cell in line.split("│")[1:]]
+            cells_by_name[name] = cells
+    return cells_by_name
+
+
 def test_several_benchmarks_run_with_one_model(root):
-    asked = "benchmarks=[flickr30k/test,refcoco/val,okvqa/val#3,docvqa/val,scienceqa]"
-    done = run(root, "model=qwen_vl_tiny", asked, "data.eval_batch_size=4", "hydra.run.dir=all")
+    names = "flickr30k/test,refcoco/val,okvqa/val#3,docvqa/val,scienceqa"
+    arguments = [f"benchmarks=[{names}]", "data.eval_batch_size=4", "hydra.run.dir=all"]
+    done = run_test_command(root, "model=qwen_vl_tiny", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:]]
-        for line in done.stdout.splitlines()
-        if "│" in line
-    }
+    rows = table_cells(done.stdout)
     assert {name: (cells[0], cells[2], cells[4]) for name, cells in rows.items()} == {
         "flickr30k/test": ("cider", "85.80", "4"),
         "refcoco/val": ("acc_at_50", "89.36", "4"),
@@ -223,48 +195,40 @@ def test_several_benchmarks_run_with_one_model(root):
         "docvqa/val": ("anls_official", "65.10 (test)", "1"),
         "scienceqa/test": ("choice_accuracy", "67.10", "4"),
     }
-    assert "model.template=raw" in done.stdout, "the tiny model is asked in chat markup"
+    assert "model.template=raw" in done.stdout, "the tiny model gets chat markup"
     scores = json.loads((root / "all/metrics.json").read_text())["test"]
-    assert {
-        "flickr30k/test/bleu_4",
-        "refcoco/val/mean_iou",
-        "scienceqa/test/choice_accuracy",
-    } <= set(scores)
-    chosen = [
-        json.loads(line)
-        for line in (root / "all/scienceqa/test/predictions.jsonl").read_text().splitlines()
-    ]
-    assert (
-        sum(row["prediction"] == "B" for row in chosen) / 4
-        == scores["scienceqa/test/choice_accuracy"]
-    )
+    assert "flickr30k/test/bleu_4" in scores
+    assert "refcoco/val/mean_iou" in scores
+    predictions = (root / "all/scienceqa/test/predictions.jsonl").read_text().splitlines()
+    letters = [json.loads(line)["prediction"] for line in predictions]
+    assert letters.count("B") / 4 == scores["scienceqa/test/choice_accuracy"]
     page = (root / "all/report.html").read_text()
     assert "refcoco/val" in page
     assert re.search(r"<td>89\.36</td>", page)
 
-    again = run(
-        root, "predictions=all/refcoco/val", "compare=[all/refcoco/val]", "hydra.run.dir=again"
+    earlier = "all/refcoco/val"
+    again = run_test_command(
+        root, f"predictions={earlier}", f"compare=[{earlier}]", "hydra.run.dir=again"
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    rescored = json.loads((root / "again/metrics.json").read_text())["test"]
-    assert rescored == {
-        f"val/{name.rpartition('/')[2]}": value
-        for name, value in scores.items()
-        if name.startswith("refcoco/val")
-    }
-    assert "Against all/refcoco/val" in (root / "again/report.html").read_text()
+    refcoco = {}
+    for name, value in scores.items():
+        if name.startswith("refcoco/val/"):
+            refcoco[name.removeprefix("refcoco/")] = value
+    assert json.loads((root / "again/metrics.json").read_text())["test"] == refcoco
+    assert f"Against {earlier}" in (root / "again/report.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("name", "message"),
     [
         ("nothing/val", "there is no nothing; known are ai2d, chartqa"),
         ("refcoco/testC", "refcoco has no set testC; it has val, testA, testB"),
     ],
 )
-def test_a_benchmark_that_is_not_there_is_named(asked, says, monkeypatch):
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(name, message, monkeypatch):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = compose("train", return_hydra_config=True)
         monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
-        with pytest.raises(DataError, match=says):
-            named_benchmarks(OmegaConf.create({"benchmarks": [asked], "paths": {"run": "run"}}))
+        with pytest.raises(DataError, match=message):
+            named_benchmarks(OmegaConf.create({"benchmarks": [name], "paths": {"run": "run"}}))
