@@ -1,11 +1,11 @@
-"""A run that was killed and goes on ends as one that was not."""
+"""A run that was killed and resumed ends exactly as one that was never interrupted."""
 
 import json
 import os
 import resource
 import signal
-from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning
@@ -16,21 +16,39 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from safetensors.torch import load_file
-from small_run import At, Killed, history, kills_at, run, same
+from small_run import DROPOUT, At, Killed, history, kills_at, run, same
 from tiny import tiny_family
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from qwenvl_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint, save_adapter
 from qwenvl_lit.callbacks.run_log import RunLog
 from qwenvl_lit.callbacks.stop_signals import INTERRUPTED, STOPPED
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.types import DataError
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def load(folder: Path, name: str = "last") -> dict:
+    return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """A disk without room for larger files, as far as a process can tell."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, handler)
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A run that nothing disturbs."""
+    """An uninterrupted run: its folder and the trained tensors."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder)
 
@@ -38,7 +56,7 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("hook", "nth"),
     [
-        ("on_train_batch_start", 6),  # half of a step is made
+        ("on_train_batch_start", 6),  # in the middle of an optimizer step
         ("on_before_optimizer_step", 4),
         ("on_train_batch_end", 6),
         ("on_validation_batch_start", 8),
@@ -49,17 +67,14 @@ def whole(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
         ("on_train_end", 1),
     ],
 )
-def test_a_killed_run_that_goes_on_ends_as_one_that_was_not(whole, tmp_path, hook, nth):
+def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(whole, tmp_path, hook, nth):
     with pytest.raises(Killed):
         run(tmp_path, kills_at(hook, nth))
     assert same(run(tmp_path, resume=True), whole[1])
     assert history(tmp_path) == history(whole[0])
-    best = [
-        torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
-        for folder in (tmp_path, whole[0])
-    ]
-    assert best[0]["global_step"] == best[1]["global_step"]
-    assert same(best[0]["state_dict"], best[1]["state_dict"])
+    best, expected = load(tmp_path, "best"), load(whole[0], "best")
+    assert best["global_step"] == expected["global_step"]
+    assert same(best["state_dict"], expected["state_dict"])
 
 
 def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path):
@@ -69,7 +84,7 @@ def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path
     assert same(run(tmp_path / "killed", resume=True, val_check_interval=4), whole)
     assert history(tmp_path / "killed") == history(tmp_path / "whole")
     steps = [record["step"] for record in history(tmp_path / "whole") if "val/loss" in record]
-    assert steps == [2, 6], "none was left out or made twice"
+    assert steps == [2, 6], "no validation was skipped or repeated"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +106,8 @@ def test_a_checkpoint_that_is_due_with_a_validation_is_written_after_it(tmp_path
     ],
     ids=str,
 )
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, every, options):
-    """Checkpoints in the middle and at the end of epochs, whatever says when a run is over."""
+def test_a_run_that_is_killed_several_times_ends_as_an_uninterrupted_one(tmp_path, every, options):
+    """Checkpoints are in the middle and at the end of epochs, with different ends of the run."""
     whole = run(tmp_path / "whole", every=every, **options)
     for batches in (3, 6, 5, None):
         deaths = [kills_at("on_train_batch_start", batches)] if batches else []
@@ -107,7 +122,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path,
     ("shorter", "longer"),
     [({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 2}, {"max_steps": 7})],
 )
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longer):
+def test_a_longer_run_continues_after_the_end_of_a_shorter_one(tmp_path, shorter, longer):
     rows: list[str] = []
 
     class Rows(lightning.Callback):
@@ -119,83 +134,86 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path, shorter, longe
     run(tmp_path / "parts", Rows(), **shorter)
     run(tmp_path / "parts", Rows(), resume=True, **longer)
     assert rows == whole
-    steps = [
+    parts_steps, whole_steps = (
         [record["step"] for record in history(tmp_path / name) if "loss" in record]
         for name in ("parts", "whole")
-    ]
-    assert steps[0] == steps[1]
+    )
+    assert parts_steps == whole_steps
 
 
-def kills_itself_while_writing(rank: int, folder: Path, nth: int) -> None:
-    """The `nth` file is written but not named yet."""
-    flushed = Counter()
-    through = os.fsync
+def killed_while_writing(rank: int, folder: Path, nth: int) -> None:
+    """A run that kills itself when its `nth` file is written, but has no name yet."""
+    files = 0
+    fsync = os.fsync
 
-    def fsync(handle: int) -> None:
-        flushed[True] += os.readlink(f"/proc/self/fd/{handle}").endswith(".part")
-        if flushed[True] == nth:
+    def fsync_or_die(handle: int) -> None:
+        nonlocal files
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(".part"):
+            files += 1
+        if files == nth:
             os.kill(os.getpid(), signal.SIGKILL)
-        through(handle)
+        fsync(handle)
 
-    os.fsync = fsync
+    os.fsync = fsync_or_die
     torch.set_num_threads(1)
     run(folder)
 
 
-def test_a_run_killed_in_the_middle_of_writing_a_checkpoint_has_the_one_before(whole, tmp_path):
-    """Written are the best after step 1, the last after step 2, the best after step 3 and the last after step 4."""
+def test_a_run_killed_while_it_writes_a_checkpoint_has_the_one_before(whole, tmp_path):
+    """The run writes `best` after step 1, `last` after 2, `best` after 3, and `last` after 4."""
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        torch.multiprocessing.spawn(kills_itself_while_writing, args=(tmp_path, 4))
+        torch.multiprocessing.spawn(killed_while_writing, args=(tmp_path, 4))
     assert (tmp_path / "checkpoints/last.ckpt.part").exists()
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert load(tmp_path)["global_step"] == 2
     assert same(run(tmp_path, resume=True), whole[1])
     assert not list(tmp_path.glob("checkpoints/*.part"))
 
 
-def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(whole, tmp_path):
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_is_kept(tmp_path):
     def fill() -> None:
-        """No file may grow beyond some kilobytes."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with pytest.raises(
-            DataError, match=r"last\.ckpt cannot be written: .*hydra\.run\.dir=.*resume=RUN"
-        ):
-            run(tmp_path, At("on_train_batch_start", 7, fill), limit_val_batches=0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, before)
+    full = r"last\.ckpt cannot be written: .*hydra\.run\.dir=.*resume=RUN"
+    with file_size_limit(resource.RLIM_INFINITY), pytest.raises(DataError, match=full):
+        run(tmp_path, At("on_train_batch_start", 7, fill), limit_val_batches=0)
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.ckpt*")] == ["last.ckpt"]
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert load(tmp_path)["global_step"] == 2
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path):
+def test_a_full_disk_is_reported_for_an_adapter_too(tmp_path):
+    family = tiny_family()
+    model = DROPOUT.apply(family.load(), family)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_adapter(model, tensors, tmp_path / "adapter")
+    before = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    with (
+        file_size_limit(1000),
+        pytest.raises(DataError, match=r"adapter cannot be written: .*hydra\.run\.dir="),
+    ):
+        save_adapter(model, tensors, tmp_path / "adapter")
+    assert same(load_file(tmp_path / "adapter/adapter_model.safetensors"), before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_folder_that_cannot_be_written_is_reported_before_training(tmp_path):
     (tmp_path / "checkpoints").write_text("not a folder")
     with pytest.raises(DataError, match="checkpoints cannot be written"):
         run(tmp_path)
 
 
-def test_a_checkpoint_holds_what_is_trained_and_its_states_and_is_read_without_code(whole):
+def test_a_checkpoint_holds_the_trained_tensors_and_states_and_is_read_without_code(whole):
     file = whole[0] / "checkpoints/last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
-    assert {
-        "state_dict",
-        "optimizer_states",
-        "lr_schedulers",
-        "loops",
-        "random",
-        "config",
-    } <= checkpoint.keys()
+    states = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "random", "config"}
+    assert states <= checkpoint.keys()
     assert checkpoint["config"] == {"seed": 3}
     assert all("lora_" in name for name in checkpoint["state_dict"])
-    numbers = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
-    assert (
-        file.stat().st_size < 3 * 4 * numbers + 200_000
-    )  # float32 weights and two moments; 50 MB for the 4,194,304 of `lora`
+    parameters = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
+    # float32 weights and two moments; 50 MB for the 4,194,304 parameters of adapter=lora
+    assert file.stat().st_size < 3 * 4 * parameters + 200_000
 
 
-def test_older_checkpoints_stay_if_so_wanted(tmp_path):
+def test_older_checkpoints_are_kept_if_asked_for(tmp_path):
     run(tmp_path, keep=2, every=1)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")) == [
         "best.ckpt",
@@ -203,41 +221,31 @@ def test_older_checkpoints_stay_if_so_wanted(tmp_path):
         "step_000007.ckpt",
         "step_000008.ckpt",
     ]
-    assert (
-        torch.load(tmp_path / "checkpoints/step_000007.ckpt", weights_only=True)["global_step"] == 7
-    )
+    assert load(tmp_path, "step_000007")["global_step"] == 7
 
 
-def test_a_run_that_stops_early_keeps_its_best_and_where_it_stopped(tmp_path):
-    """The loss is best after the first epoch, of four steps, and two worse ones end the run."""
+def test_a_run_that_stops_early_keeps_its_best_and_its_last_checkpoint(tmp_path):
+    """The loss is best after the first epoch of four steps, and two worse ones end the run."""
 
     class Worsens(ToyTask):
         def on_validation_epoch_end(self):
             self.log("val/loss", float(self.current_epoch))
 
+    overrides = ["callbacks=[train,early_stopping]", "callbacks.early_stopping.patience=2"]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        node = compose(
-            "train", ["callbacks=[train,early_stopping]", "callbacks.early_stopping.patience=2"]
-        ).callbacks.early_stopping
-    stopped = trainer(
-        tmp_path,
-        instantiate(node),
-        RunLog(),
-        RunCheckpoint(),
-        max_epochs=9,
-        enable_checkpointing=True,
+        node = compose("train", overrides).callbacks.early_stopping
+    callbacks = (instantiate(node), RunLog(), RunCheckpoint())
+    rows = [conversation(index, says="yes") for index in range(8)]
+    trainer(tmp_path, *callbacks, max_epochs=9, enable_checkpointing=True).fit(
+        Worsens(), ToyData(rows)
     )
-    stopped.fit(Worsens(), ToyData([conversation(place, says="yes") for place in range(8)]))
-    steps = {
-        name: torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["global_step"]
-        for name in ("best", "last")
-    }
-    assert steps == {"best": 4, "last": 12}
+    assert load(tmp_path, "best")["global_step"] == 4
+    assert load(tmp_path, "last")["global_step"] == 12
     best = json.loads((tmp_path / "metrics.json").read_text())["fit"]["best"]
     assert (best["step"], best["checkpoint"]) == (4, str(tmp_path / "checkpoints/best.ckpt"))
 
 
-def test_an_adapter_is_also_left_for_peft(whole):
+def test_the_adapter_of_a_checkpoint_is_also_a_folder_for_peft(whole):
     from peft import PeftModel
 
     for name in ("best", "last"):
@@ -246,13 +254,13 @@ def test_an_adapter_is_also_left_for_peft(whole):
         weights = load_file(folder / "adapter_model.safetensors")
         assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in weights
         loaded = dict(PeftModel.from_pretrained(tiny_family().load(), folder).named_parameters())
-        stored = torch.load(whole[0] / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+        stored = load(whole[0], name)["state_dict"]
         assert len(weights) == len(stored)
         for key, tensor in stored.items():
             assert torch.equal(loaded[key.removeprefix("model.")], tensor), key
 
 
-def test_full_fine_tuning_goes_on_too_and_leaves_no_adapter(tmp_path):
+def test_full_fine_tuning_resumes_too_and_writes_no_adapter(tmp_path):
     whole = run(tmp_path / "whole", adapter=Full())
     with pytest.raises(Killed):
         run(tmp_path / "killed", kills_at("on_train_batch_start", 10), adapter=Full())
@@ -268,56 +276,45 @@ def test_full_fine_tuning_goes_on_too_and_leaves_no_adapter(tmp_path):
         ("on_validation_batch_start", signal.SIGINT, INTERRUPTED),
     ],
 )
-def test_a_run_that_is_told_to_stop_ends_its_step_and_saves(
-    whole, tmp_path, hook, number, status, capsys
-):
-    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+def test_a_signalled_run_finishes_its_step_and_saves(whole, tmp_path, hook, number, status, capsys):
+    handlers = [signal.getsignal(stop) for stop in STOP_SIGNALS]
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, At(hook, 6, lambda: os.kill(os.getpid(), number)), every=1000)
     assert ended.value.code == status
-    assert [
-        signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    ] == handlers
-    assert (
-        f"saved after step 3. Resume:  python -m qwenvl_lit.train resume={tmp_path}"
-        in capsys.readouterr().out
-    )
+    assert [signal.getsignal(stop) for stop in STOP_SIGNALS] == handlers
+    command = f"python -m qwenvl_lit.train resume={tmp_path}"
+    assert f"saved after step 3. Resume:  {command}" in capsys.readouterr().out
     assert same(run(tmp_path, resume=True, every=1000), whole[1])
     assert history(tmp_path) == history(whole[0])
 
 
 @pytest.mark.parametrize(("accumulated", "steps"), [(2, 1), (4, 0)])
-def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_makes_that_step_again(
-    tmp_path, accumulated, steps
-):
-    """In the validation after the third batch, whose gradients are lost."""
+def test_a_run_that_is_signalled_within_a_step_repeats_this_step(tmp_path, accumulated, steps):
+    """The signal comes in the validation after the third batch, whose gradients are lost."""
     options = {"every": 1000, "accumulate_grad_batches": accumulated}
     whole = run(tmp_path / "whole", **options)
-    told = At("on_validation_batch_start", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    signalled = At("on_validation_batch_start", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
-        run(tmp_path / "stopped", told, **options)
-    assert (
-        torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
-        == steps
-    )
+        run(tmp_path / "stopped", signalled, **options)
+    assert load(tmp_path / "stopped")["global_step"] == steps
     assert same(run(tmp_path / "stopped", resume=True, **options), whole)
     assert history(tmp_path / "stopped") == history(tmp_path / "whole")
 
 
-def test_a_second_interrupt_ends_a_run_at_once_and_is_no_fault_of_the_disk(tmp_path, monkeypatch):
-    def torn(*_):
+def test_a_second_ctrl_c_while_torch_writes_is_not_a_disk_error(tmp_path, monkeypatch):
+    def interrupted(*_):
         try:
             raise KeyboardInterrupt
         finally:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0")
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lightning_does_not_queue_the_job_of_a_cluster_again(tmp_path, monkeypatch):
+def test_lightning_does_not_requeue_the_job_of_a_cluster(tmp_path, monkeypatch):
     """Its handler of SIGUSR1 would save a checkpoint of its own and call `scontrol`."""
     for name in ("PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
@@ -327,11 +324,11 @@ def test_lightning_does_not_queue_the_job_of_a_cluster_again(tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(tmp_path, signalled, plugins=[SLURMEnvironment(auto_requeue=True)])
     assert not list(tmp_path.rglob("hpc_ckpt*"))
-    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    assert load(tmp_path)["global_step"] == 3
 
 
-def test_another_number_of_processes_is_an_error(whole, tmp_path):
-    checkpoint = torch.load(whole[0] / "checkpoints/last.ckpt", weights_only=True)
+def test_another_number_of_processes_is_refused(whole, tmp_path):
+    checkpoint = load(whole[0])
     checkpoint["random"] *= 2
     (tmp_path / "checkpoints").mkdir()
     torch.save(checkpoint, tmp_path / "checkpoints/last.ckpt")
@@ -340,6 +337,6 @@ def test_another_number_of_processes_is_an_error(whole, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"keep": -1}, {"mode": "lowest"}])
-def test_settings_that_make_no_sense_are_named(options):
+def test_wrong_settings_are_named(options):
     with pytest.raises(ValueError, match=r"callbacks\.checkpoint"):
         RunCheckpoint(**options)
