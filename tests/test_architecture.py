@@ -1,34 +1,37 @@
-"""The layers, as data: a module imports only from lower layers, and some libraries only in some places."""
+"""The layers of the package as data, and the rules that follow from them for every module."""
 
 import ast
+import re
 import sys
+import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qwenvl_lit"
+COMMANDS = {"train", "test", "predict", "chat", "check", "export", "__main__"}
 
 LAYERS = [  # a module imports from the rows above its own, and from its own folder
-    {"types", "grounding", "atomic"},  # plain modules; these alone may import each other
+    {"types", "grounding", "atomic"},  # single modules; they alone may import others of their row
     {"models"},
     {"data", "metrics", "generation", "rendering"},
     {"training"},
     {"callbacks", "runs", "sweep"},
     {"reports", "build", "cli"},
     {"api", "evaluation"},
-    {"train", "test", "predict", "chat", "check", "export", "__main__"},
+    COMMANDS,
 ]
-ALLOWED_IN = {  # third-party package -> where it may be imported
+ALLOWED_IN = {  # library -> where it may be imported; a library not listed may be anywhere
     "hydra": {"build", "cli", "evaluation.benchmarks", "runs", "sweep"}
     | {"train", "test", "predict"},
-    "omegaconf": {"build", "cli", "evaluation", "runs", "sweep"}
-    | {"train", "test", "predict", "chat", "check", "export", "__main__"},
+    "omegaconf": {"build", "cli", "evaluation", "runs", "sweep"} | COMMANDS,
     "lightning": {"data.datamodule", "data.loop_state", "training", "callbacks", "build", "cli"}
     | {"evaluation.sets", "train", "test", "predict"},
     "peft": {"training.adapters.methods", "training.adapters.peft_files"},
     "tiktoken": {"models"},
 }
-STARTS_FAST = {  # at import time, nothing heavy
+STARTS_FAST = COMMANDS | {  # modules that import nothing heavy before a command needs it
     "cli.command",
     "cli.ranks",
     "cli.resume",
@@ -38,128 +41,148 @@ STARTS_FAST = {  # at import time, nothing heavy
     "sweep.results",
     "sweep.sweep",
     "types",
-    "train",
-    "test",
-    "predict",
-    "chat",
-    "check",
-    "export",
-    "__main__",
 }
-LIFTED_OUT = {  # of models/qwen_vl: torch and transformers only
+HEAVY = {"torch", "lightning", "transformers", "peft", "torchmetrics", "matplotlib", "numpy"}
+NETWORK = {  # modules of models/qwen_vl that need torch and transformers only
     *("network", "language", "vision", "config", "flops"),
     *("dynamic_ntk", "image_tokens", "initialization"),
 }
+ROOT_NAMES = {"__version__", "__all__", "__getattr__"}  # what qwenvl_lit/__init__.py defines
+IMPORT_NAMES = {"hydra-core": "hydra", "pillow": "PIL"}  # where they differ from the library's
 
 
-def modules() -> dict[str, Path]:
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if path != PACKAGE / "__init__.py"
-    }
+def name_of(path: Path) -> str:
+    """The dotted name of a module within the package; that of a folder for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-def unit(module: str) -> str:
-    """The name that `LAYERS` lists: the module itself, or its package."""
-    listed = set().union(*LAYERS)
-    return module if module in listed else module.split(".")[0]
+ROOT = PACKAGE / "__init__.py"
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != ROOT}
+INIT_FILES = sorted(PACKAGE.rglob("__init__.py"))
 
 
-def layer(module: str) -> int:
-    return next(level for level, units in enumerate(LAYERS) if unit(module) in units)
+def member_of_layer(module: str) -> str:
+    """The name that `LAYERS` lists: the module itself, or the folder at the top that holds it."""
+    return module.split(".")[0]
 
 
-def imports(path: Path, *, at_start_only: bool = False) -> set[str]:
-    """Dotted names that a file imports; `at_start_only` leaves out those inside functions and under TYPE_CHECKING."""
+def layer_of(module: str) -> int:
+    member = member_of_layer(module)
+    return next(level for level, members in enumerate(LAYERS) if member in members)
+
+
+def imported_names(path: Path, *, at_start_only: bool = False) -> set[str]:
+    """Dotted names that a file imports.
+
+    `at_start_only` leaves out imports inside functions and under TYPE_CHECKING.
+    """
     tree = ast.parse(path.read_text())
-    nodes = tree.body if at_start_only else ast.walk(tree)
-    found = set()
-    for node in nodes:
+    names = set()
+    for node in tree.body if at_start_only else ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def ours(path: Path) -> set[str]:
+def libraries(path: Path) -> set[str]:
+    """Top-level packages that a file imports when it is itself imported."""
+    return {name.split(".")[0] for name in imported_names(path, at_start_only=True)}
+
+
+def imported_modules(path: Path) -> set[str]:
     """Modules of this package that a file imports."""
-    known = modules()
-    found = set()
-    for name in imports(path):
-        name = name.removeprefix("qwenvl_lit.") if name.startswith("qwenvl_lit.") else ""
-        while name and name not in known:
-            name = name.rpartition(".")[0]
-        found |= {name} - {""}
-    return found
+    modules = set()
+    for name in imported_names(path):
+        if not name.startswith("qwenvl_lit."):
+            continue
+        module = name.removeprefix("qwenvl_lit.")
+        while module and module not in MODULES:  # the name of a class or function in a module
+            module = module.rpartition(".")[0]
+        modules |= {module} - {""}
+    return modules
+
+
+def defined_names(statements: list[ast.stmt]) -> set[str]:
+    """What statements add to a module besides a docstring and imports: names, or else source."""
+    names = set()
+    for statement in statements:
+        match statement:
+            case ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant(str())):
+                pass
+            case ast.If(test=ast.Name("TYPE_CHECKING")):
+                names |= defined_names(statement.body)
+            case ast.Assign(targets=[ast.Name(name)]) | ast.FunctionDef(name=name):
+                names.add(name)
+            case _:
+                names.add(ast.unparse(statement))
+    return names
+
+
+def declared_libraries() -> set[str]:
+    """Import names of the libraries that pyproject.toml requires."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]]
+    return {IMPORT_NAMES.get(name, name) for name in names}
 
 
 def test_every_module_has_a_layer():
-    assert {unit(module) for module in modules()} == set().union(*LAYERS)
+    assert {member_of_layer(module) for module in MODULES} == set().union(*LAYERS)
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_from_lower_layers_only(module):
-    for other in ours(modules()[module]):
-        same_folder = unit(other) == unit(module) or layer(module) == 0
-        assert same_folder or layer(other) < layer(module), (
-            f"{module} (layer {layer(module)}) imports {other} (layer {layer(other)})"
+    layer = layer_of(module)
+    for other in imported_modules(MODULES[module]):
+        same_folder = member_of_layer(other) == member_of_layer(module)
+        assert same_folder or layer == layer_of(other) == 0 or layer_of(other) < layer, (
+            f"{module} (layer {layer}) imports {other} (layer {layer_of(other)})"
         )
 
 
-@pytest.mark.parametrize("module", modules())
-def test_libraries_stay_where_they_belong(module):
-    for name in imports(modules()[module]):
+@pytest.mark.parametrize("module", MODULES)
+def test_a_library_is_imported_only_where_it_may_be(module):
+    for name in imported_names(MODULES[module]):
         allowed = ALLOWED_IN.get(name.split(".")[0])
-        assert allowed is None or module in allowed or unit(module) in allowed, (
+        assert allowed is None or {module, member_of_layer(module)} & allowed, (
             f"{module} imports {name}"
         )
 
 
-def test_the_network_could_be_lifted_out():
-    for name in LIFTED_OUT:
-        module = f"models.qwen_vl.{name}"
-        needed = {other.removeprefix("models.qwen_vl.") for other in ours(modules()[module])}
-        assert needed <= LIFTED_OUT, module
+def test_the_network_needs_nothing_else_of_the_package():
+    for name in NETWORK:
+        imported = imported_modules(MODULES[f"models.qwen_vl.{name}"])
+        needed = {other.removeprefix("models.qwen_vl.") for other in imported}
+        assert needed <= NETWORK, name
 
 
 def test_there_are_no_import_cycles():
-    graph = {module: ours(path) - {module} for module, path in modules().items()}
-    while graph:
-        free = [module for module, needs in graph.items() if not needs & set(graph)]
-        assert free, f"cycle among {sorted(graph)}"
-        for module in free:
-            del graph[module]
+    graph = {module: imported_modules(path) - {module} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # its CycleError names the modules of a cycle
 
 
 @pytest.mark.parametrize("module", sorted(STARTS_FAST))
 def test_the_command_line_starts_without_heavy_imports(module):
-    heavy = {"torch", "lightning", "transformers", "peft", "torchmetrics", "matplotlib", "numpy"}
-    assert not heavy & {
-        name.split(".")[0] for name in imports(modules()[module], at_start_only=True)
-    }
+    assert not libraries(MODULES[module]) & HEAVY
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_module_has_one_idea(module):
-    assert len(modules()[module].read_text().splitlines()) <= 450
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_at_most_450_lines(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 450
 
 
-def test_only_declared_libraries_are_imported_at_start():
-    declared = {"torch", "lightning", "transformers", "peft", "torchmetrics", "hydra", "omegaconf"}
-    declared |= {
-        "huggingface_hub",
-        "PIL",
-        "matplotlib",
-        "rich",
-        "tiktoken",
-        "safetensors",
-        "numpy",
-        "filelock",
-        "qwenvl_lit",
-    }
-    for module, path in modules().items():
-        names = {name.split(".")[0] for name in imports(path, at_start_only=True)}
-        assert names <= declared | set(sys.stdlib_module_names), module
+@pytest.mark.parametrize("path", INIT_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_an_init_file_holds_no_code(path):
+    """A docstring, imports and `__all__` only; the root also loads `QwenVL` lazily."""
+    allowed = ROOT_NAMES if path == ROOT else {"__all__"}
+    assert defined_names(ast.parse(path.read_text()).body) <= allowed
+
+
+def test_only_required_libraries_are_imported_at_start():
+    # numpy comes with torch.
+    known = {"qwenvl_lit", "numpy", *declared_libraries(), *sys.stdlib_module_names}
+    for module, path in MODULES.items():
+        assert libraries(path) <= known, module
