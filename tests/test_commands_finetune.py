@@ -78,11 +78,11 @@ def home(tmp_path_factory) -> Path:
     """A model in F, images in G, and one run."""
     folder = tmp_path_factory.mktemp("home")
     small_checkpoint(folder / "F")
-    coco(folder / "G", images=40)
+    coco(folder / "G", count=40)
     printed = run(
         folder, "train", "model=qwen_vl_chat", "data=coco_en_mini", "model.path=F", "data.root=G"
     )
-    assert "What is trained" in printed
+    assert "Trained parameters" in printed
     return folder
 
 
