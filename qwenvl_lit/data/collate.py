@@ -132,7 +132,7 @@ class Pack:
             )
 
     def _segment_bounds(self, lengths: Sequence[int]) -> torch.Tensor:
-        """Returns cumulative lengths of the segments, as many for any samples.
+        """Returns the cumulative lengths of the segments, whose number is the same for all batches.
 
         The padding is cut into segments of at most `longest` tokens. Empty segments follow.
         """

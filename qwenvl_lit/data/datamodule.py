@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qwenvl_lit.data.collate import Pack, Pad
-from qwenvl_lit.data.findings import FILENAME, FindingsLog, Writer
+from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import EncodedDataset, ResumableDataLoader, ignore_cluster_signals
 from qwenvl_lit.data.loop_state import data_position, optimizer_steps
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 class DataModule(lightning.LightningDataModule):
     """Opens datasets, and batches their rows for training, validation, testing and prediction.
 
-    Before training, all training and validation rows are read: to know how long each is, which ones
-    to leave out, and whether one cannot be used. Rows that are left out or repaired, then or later,
-    are listed in `findings.jsonl` of the run.
+    Before training, all training and validation rows are read once: to measure their lengths, and
+    to find the rows to leave out and those that cannot be used. Rows that are left out or repaired,
+    then or later, are listed in `findings.jsonl` in the run folder.
 
     Args:
         processor: encodes conversations.
@@ -85,7 +85,7 @@ class DataModule(lightning.LightningDataModule):
         _check_positive("batch_size", batch_size)
         _check_positive("eval_batch_size", eval_batch_size)
         if max_tokens is not None:
-            _check_positive("max_tokens", max_tokens, or_null=", or null")
+            _check_positive("max_tokens", max_tokens, "a whole number, 1 or more, or null")
         _check_bool("packing", packing)
         _check_bool("group_by_length", group_by_length)
         if packing:
@@ -222,7 +222,7 @@ class DataModule(lightning.LightningDataModule):
         return [self._prompt_loader(rows, indices[name]) for name, rows in self.test.items()]
 
     def steps_of_run(self) -> float:
-        """Returns the number of optimizer steps of the run, after `setup`; inf without a limit."""
+        """Returns the number of optimizer steps of the run, after `setup`; inf without limit."""
         return optimizer_steps(self.trainer, batches=len(self._training_batches()))
 
     def epochs_of_run(self) -> float:
@@ -397,11 +397,11 @@ class DataModule(lightning.LightningDataModule):
         return "train", sum(map(len, self.train))
 
     @property
-    def _findings_writer(self) -> Writer:
+    def _findings_writer(self) -> FindingsWriter:
         if not self.trainer:
-            return Writer()
+            return FindingsWriter()
         folder = Path(self.trainer.default_root_dir)
-        return Writer(folder=folder, rank=self._rank, world_size=self._world_size)
+        return FindingsWriter(folder=folder, rank=self._rank, world_size=self._world_size)
 
     @property
     def _rank(self) -> int:
@@ -417,9 +417,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {value!r}")
 
 
-def _check_positive(name: str, value: object, or_null: str = "") -> None:
+def _check_positive(name: str, value: object, allowed: str = "a whole number, 1 or more") -> None:
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"data.{name} must be a whole number, 1 or more{or_null}, got {value!r}")
+        raise ValueError(f"data.{name} must be {allowed}, got {value!r}")
 
 
 def _check_bool(name: str, value: object) -> None:

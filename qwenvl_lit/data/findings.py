@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Writer:
-    """The process that writes findings.
+class FindingsWriter:
+    """Appends findings to the file of one rank.
 
-    Every rank writes a file of its own: rank 0 `findings.jsonl`, rank 1 `findings.rank1.jsonl`.
+    Rank 0 writes `findings.jsonl`, rank 1 `findings.rank1.jsonl`, and so on.
     """
 
     folder: Path | None = None  # the run folder; None: write nothing
@@ -50,7 +50,7 @@ class FindingsLog:
         self.max_bad_fraction = max_bad_fraction
         self._dropped: dict[str, set[str]] = {}  # by set: messages of rows dropped by the loaders
 
-    def add_measured(self, name: str, dataset: OpenedDataset, writer: Writer) -> None:
+    def add_measured(self, name: str, dataset: OpenedDataset, writer: FindingsWriter) -> None:
         """Reports the findings of a dataset whose rows have just been measured (rank 0 writes).
 
         Raises:
@@ -76,7 +76,9 @@ class FindingsLog:
                 f"{FILENAME} in the run folder lists them"
             )
 
-    def add_dropped(self, name: str, rows: int, messages: Sequence[str], writer: Writer) -> None:
+    def add_dropped(
+        self, name: str, rows: int, messages: Sequence[str], writer: FindingsWriter
+    ) -> None:
         """Reports rows that a loader has dropped, each once.
 
         Args:

@@ -147,6 +147,24 @@ def test_resuming_with_other_batches_is_an_error(tmp_path):
         fit(tmp_path, ckpt=tmp_path / "2.ckpt", data={"batch_size": 2})
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": -1, "max_steps": 11},
+        {"max_epochs": 3, "max_steps": 5},
+        {"max_epochs": 2, "limit_train_batches": 5},
+        {"max_epochs": 2, "limit_train_batches": 0.5},
+    ],
+    ids=str,
+)
+def test_the_steps_of_a_run_are_known_in_advance(tmp_path, limits):
+    data = DataModule(processor=Letters(), read=read, train=LETTERS, batch_size=3)
+    fitted = trainer(tmp_path, accumulate_grad_batches=2, **limits)
+    fitted.fit(Recorder(stops_at=None), data)
+    assert data.steps_of_run() == fitted.global_step
+
+
 def test_overfitting_repeats_the_same_batches(tmp_path):
     seen = fit(tmp_path, overfit_batches=2)
     assert seen == seen[:2] * 3
