@@ -14,6 +14,14 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def write_rank_file(path, rows) -> None:
+    lines = []
+    for set_name, index in rows:
+        row = {"set": set_name, "index": index, "id": f"{set_name}{index}"}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+
+
 def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
     file = tmp_path / "a.png"
     Image.new("RGB", (640, 427)).save(file)
@@ -31,10 +39,10 @@ def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
         columns={"task": "find"},
     )
     dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2.004, x1=3.3333, y1=4),))
-    assert prediction_row(
-        Prediction(conversation=row, text="<ref>dog</ref>...", parts=("a ", dog), reference="x"),
-        "val",
-    ) == {
+    prediction = Prediction(
+        conversation=row, text="<ref>dog</ref>...", parts=("a ", dog), reference="x"
+    )
+    assert prediction_row(prediction, "val") == {
         "set": "val",
         "index": 7,
         "id": "coco/42",
@@ -58,51 +66,36 @@ def test_a_box_without_an_image_is_on_the_grid_and_names_none():
 
 
 def test_the_prompt_of_several_turns_names_the_speakers():
-    turns = [
+    texts = [
         ("system", "Be brief."),
         ("user", "Hi"),
         ("assistant", "Hello"),
         ("user", "What is in it?"),
         ("assistant", "A dog"),
     ]
-    row = Conversation(id="a", turns=tuple(Turn(role=role, parts=(text,)) for role, text in turns))
-    assert prompt_text(row) == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: What is in it?"
-    assert prompt_text(
-        Conversation(
-            id="a", turns=(Turn(role="user", parts=("Where is ", grounded("it", 1, 2, 3, 4))),)
-        )
-    ) == ("Where is it (1, 2, 3, 4)")
+    turns = tuple(Turn(role=role, parts=(text,)) for role, text in texts)
+    prompt = prompt_text(Conversation(id="a", turns=turns))
+    assert prompt == "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: What is in it?"
+    single = Turn(role="user", parts=("Where is ", grounded("it", 1, 2, 3, 4)))
+    assert prompt_text(Conversation(id="a", turns=(single,))) == "Where is it (1, 2, 3, 4)"
 
 
-def test_parts_of_ranks_merge_in_dataset_order_without_repeats(tmp_path):
-    rank0, rank1, target = (
-        tmp_path / "p.rank0.jsonl",
-        tmp_path / "p.rank1.jsonl",
-        tmp_path / "p.jsonl",
-    )
-    rank0.write_text(
-        "".join(
-            json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n"
-            for s, i in [("easy", 2), ("easy", 0), ("hard", 0)]
-        )
-    )
-    rank1.write_text(
-        "".join(
-            json.dumps({"set": s, "index": i, "id": f"{s}{i}"}) + "\n"
-            for s, i in [("easy", 1), ("easy", 0), ("hard", 1)]
-        )
-    )
-    assert merge_rank_files([rank0, rank1], target) == 5
+def test_files_of_ranks_merge_in_dataset_order_without_repeats(tmp_path):
+    target = tmp_path / "p.jsonl"
+    ranks = [tmp_path / "p.rank0.jsonl", tmp_path / "p.rank1.jsonl"]
+    write_rank_file(ranks[0], [("easy", 2), ("easy", 0), ("hard", 0)])
+    write_rank_file(ranks[1], [("easy", 1), ("easy", 0), ("hard", 1)])
+    assert merge_rank_files(ranks, target) == 5
     assert [row["id"] for row in read(target)] == ["easy0", "easy1", "easy2", "hard0", "hard1"]
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
 
-def test_a_missing_part_is_an_error_and_loses_nothing(tmp_path):
-    part = tmp_path / "p.rank0.jsonl"
-    part.write_text('{"set": "a", "index": 0}\n')
+def test_a_missing_file_of_a_rank_is_an_error_and_nothing_is_lost(tmp_path):
+    rank0 = tmp_path / "p.rank0.jsonl"
+    rank0.write_text('{"set": "a", "index": 0}\n')
     with pytest.raises(FileNotFoundError):
-        merge_rank_files([part, tmp_path / "p.rank1.jsonl"], tmp_path / "p.jsonl")
-    assert part.exists()
+        merge_rank_files([rank0, tmp_path / "p.rank1.jsonl"], tmp_path / "p.jsonl")
+    assert rank0.exists()
 
 
 def test_testing_writes_every_set_in_order(tmp_path):
@@ -119,14 +112,13 @@ def test_testing_writes_every_set_in_order(tmp_path):
         ("hard", 0, "no, 不"),
         ("hard", 1, "no, 不"),
     ]
-    assert "不" in (tmp_path / "predictions.jsonl").read_text(
-        encoding="utf-8"
-    )  # to be read by people
+    text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
+    assert "不" in text, "not escaped"
     assert rows[0]["images"] == ["<Image>"]
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_predicting_writes_under_another_name_too(tmp_path):
+def test_the_file_may_have_another_name(tmp_path):
     data = ToyData(test={"question": [conversation(0, says="yes")]})
     trainer(tmp_path, PredictionWriter("answers.jsonl")).predict(
         ToyTask(), data, return_predictions=False
@@ -134,8 +126,8 @@ def test_predicting_writes_under_another_name_too(tmp_path):
     assert [row["set"] for row in read(tmp_path / "answers.jsonl")] == ["question"]
 
 
-def test_an_interrupted_test_leaves_what_was_answered(tmp_path):
-    class Stops(ToyTask):
+def test_an_interrupted_test_leaves_its_answers(tmp_path):
+    class Fails(ToyTask):
         def test_step(self, batch, batch_idx, dataloader_idx=0):
             if batch_idx == 1:
                 raise RuntimeError("out of memory")
@@ -143,5 +135,5 @@ def test_an_interrupted_test_leaves_what_was_answered(tmp_path):
 
     data = ToyData(test={"easy": [conversation(i, says="yes") for i in range(4)]})
     with pytest.raises(RuntimeError, match="out of memory"):
-        trainer(tmp_path, PredictionWriter()).test(Stops(), data, verbose=False)
+        trainer(tmp_path, PredictionWriter()).test(Fails(), data, verbose=False)
     assert [row["index"] for row in read(tmp_path / "predictions.rank0.jsonl")] == [0, 1]

@@ -1,16 +1,13 @@
-"""Two processes write what one does."""
+"""Two processes write the same files as one."""
 
 import json
-import os
-import socket
 from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing
 from lightning.pytorch.strategies import DDPStrategy
 from toy_task import ToyData, ToyTask, conversation, trainer
+from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.callbacks.boxes import BoxDrawer
 from qwenvl_lit.callbacks.curves import Curves
@@ -29,37 +26,22 @@ def train_and_test(folder: Path, **options) -> None:
             "one": [conversation(0, says="yes")],
         },
     )
-    fits, tests = (
-        (Throughput(), RunLog(), SampleVisualiser(count=2), Curves()),
-        (Throughput(), RunLog(), PredictionWriter(), BoxDrawer(1)),
-    )
+    fits = (Throughput(), RunLog(), SampleVisualiser(count=2), Curves())
+    tests = (Throughput(), RunLog(), PredictionWriter(), BoxDrawer(1))
     trainer(folder / "fit", *fits, max_epochs=1, **deepcopy(options)).fit(ToyTask(), data)
     trainer(folder / "test", *tests, **deepcopy(options)).test(ToyTask(), data, verbose=False)
 
 
-def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_RANK=str(rank),
-        OMP_NUM_THREADS="1",
-    )
-    strategy = DDPStrategy(
-        process_group_backend="gloo", timeout=timedelta(seconds=60)
-    )  # not to wait for ever
-    train_and_test(folder, strategy=strategy, devices=2)
+def train_and_test_as_rank(rank: int, folder: Path) -> None:
+    train_and_test(folder, strategy=DDPStrategy(**GLOO), devices=2)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
     """Folders of one process and of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     train_and_test(one)
-    torch.multiprocessing.spawn(run_rank, args=(two, port), nprocs=2)
+    on_two_ranks(train_and_test_as_rank, two)
     return one, two
 
 
@@ -67,9 +49,8 @@ def test_the_same_files_are_written(runs):
     one, two = (
         {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} for run in runs
     )
-    assert {
-        name.replace("000004", "000002") for name in one
-    } == two  # half as many steps: twice the batch
+    # Twice the batch: half as many steps.
+    assert {name.replace("000004", "000002") for name in one} == two
     assert {
         "test/predictions.jsonl",
         "test/metrics.json",

@@ -12,44 +12,32 @@ DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four steps an
 
 def test_each_logged_step_and_each_validation_has_a_line(tmp_path):
     trainer(tmp_path, RunLog(), max_epochs=1).fit(ToyTask(), DATA)
-    records = read_log(tmp_path / "logging.jsonl")
-    assert [(record["step"], record["total"], record["epoch"]) for record in records[:4]] == [
-        (1, 4, 0),
-        (2, 4, 0),
-        (3, 4, 0),
-        (4, 4, 0),
-    ]
-    assert [record["learning_rate"] for record in records[:4]] == [0.1, 0.05, 0.025, 0.0125]
-    assert [record["loss"] for record in records[:2]] == pytest.approx(
-        [1, 0.64]
-    )  # weight 1 - 2 * 0.1
-    assert records[3]["remaining_s"] == 0
-    assert records[3]["elapsed_s"] >= records[0]["elapsed_s"] >= 0
-    assert records[4] == {
-        "step": 4,
-        "epoch": 0,
-        "val/loss": pytest.approx((0.8 * 0.9 * 0.95 * 0.975) ** 2),
-    }
-    assert len(records) == 5
+    *steps, validation = read_log(tmp_path / "logging.jsonl")
+    progress = [(record["step"], record["total"], record["epoch"]) for record in steps]
+    assert progress == [(1, 4, 0), (2, 4, 0), (3, 4, 0), (4, 4, 0)]
+    assert [record["learning_rate"] for record in steps] == [0.1, 0.05, 0.025, 0.0125]
+    losses = [record["loss"] for record in steps]
+    assert losses[:2] == pytest.approx([1, 0.64]), "the weight is 1, then 1 - 2 * 0.1"
+    assert steps[3]["remaining_s"] == 0
+    assert steps[3]["elapsed_s"] >= steps[0]["elapsed_s"] >= 0
+    loss = pytest.approx((0.8 * 0.9 * 0.95 * 0.975) ** 2)
+    assert validation == {"step": 4, "epoch": 0, "val/loss": loss}
 
 
-def test_sparse_logging_keeps_the_first_and_the_last_step(tmp_path):
-    trainer(tmp_path, RunLog(), max_epochs=2, log_every_n_steps=3, limit_val_batches=0).fit(
-        ToyTask(), DATA
-    )
+def test_sparse_logging_includes_the_first_and_the_last_step(tmp_path):
+    options = {"max_epochs": 2, "log_every_n_steps": 3, "limit_val_batches": 0}
+    trainer(tmp_path, RunLog(), **options).fit(ToyTask(), DATA)
     assert [record["step"] for record in read_log(tmp_path / "logging.jsonl")] == [1, 3, 6, 8]
 
 
 def test_accumulated_batches_are_one_step(tmp_path):
-    trainer(tmp_path, RunLog(), max_epochs=1, accumulate_grad_batches=2, limit_val_batches=0).fit(
-        ToyTask(), DATA
-    )
-    assert [
-        (record["step"], record["total"]) for record in read_log(tmp_path / "logging.jsonl")
-    ] == [(1, 2), (2, 2)]
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer(tmp_path, RunLog(), **options).fit(ToyTask(), DATA)
+    records = read_log(tmp_path / "logging.jsonl")
+    assert [(record["step"], record["total"]) for record in records] == [(1, 2), (2, 2)]
 
 
-def test_a_resumed_run_goes_on_in_the_file_without_repeated_steps(tmp_path):
+def test_a_resumed_run_appends_to_the_file_without_repeating_steps(tmp_path):
     checkpoints = ModelCheckpoint(
         dirpath=tmp_path,
         filename="at_{step}",
@@ -69,7 +57,7 @@ def test_a_resumed_run_goes_on_in_the_file_without_repeated_steps(tmp_path):
     assert [record["learning_rate"] for record in records] == [0.1, 0.05, 0.025, 0.0125]
 
 
-def test_a_new_run_in_the_folder_begins_a_new_file(tmp_path):
+def test_a_new_run_in_the_folder_starts_a_new_file(tmp_path):
     for _ in range(2):
         trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(ToyTask(), DATA)
     assert len(read_log(tmp_path / "logging.jsonl")) == 1
@@ -91,10 +79,8 @@ def test_scores_at_the_end_of_training_are_the_last_and_the_best(tmp_path):
         def on_validation_epoch_end(self):
             self.log("val/loss", float(self.current_epoch) + 1)
 
-    keeper = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="best", monitor="val/loss")
-    trainer(tmp_path, RunLog(), keeper, max_epochs=3, enable_checkpointing=True).fit(
-        Worsens(), DATA
-    )
+    best = ModelCheckpoint(dirpath=tmp_path / "checkpoints", filename="best", monitor="val/loss")
+    trainer(tmp_path, RunLog(), best, max_epochs=3, enable_checkpointing=True).fit(Worsens(), DATA)
     fit = json.loads((tmp_path / "metrics.json").read_text())["fit"]
     assert fit["step"] == 12
     assert fit["last"] == {"step": 12, "epoch": 2, "val/loss": 3}
@@ -107,14 +93,10 @@ def test_scores_at_the_end_of_training_are_the_last_and_the_best(tmp_path):
     }
 
 
-def test_test_scores_join_those_of_training(tmp_path):
+def test_scores_of_a_test_are_added_to_those_of_training(tmp_path):
     trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(ToyTask(), DATA)
     sets = {
-        "easy": [
-            conversation(0, says="yes"),
-            conversation(1, says="no"),
-            conversation(2, says="yes"),
-        ],
+        "easy": [conversation(i, says=text) for i, text in enumerate(("yes", "no", "yes"))],
         "hard": [conversation(0)],
     }
     trainer(tmp_path, RunLog()).test(ToyTask(), ToyData(test=sets), verbose=False)
@@ -128,7 +110,7 @@ def test_test_scores_join_those_of_training(tmp_path):
     }
 
 
-def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
+def test_without_a_terminal_every_nth_step_is_printed(tmp_path, capsys):
     trainer(tmp_path, RunLog(print_every=2), max_epochs=1).fit(ToyTask(), DATA)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 4/4", "step 4"]
@@ -136,7 +118,7 @@ def test_without_a_terminal_some_steps_are_printed(tmp_path, capsys):
     assert lines[3] == "step 4  val/loss 0.4448"
 
 
-def test_parts_with_a_rate_of_their_own_have_it_in_the_log(tmp_path):
+def test_a_component_with_its_own_learning_rate_has_it_in_the_log(tmp_path):
     class TwoRates(ToyTask):
         def __init__(self):
             super().__init__()
@@ -154,7 +136,5 @@ def test_parts_with_a_rate_of_their_own_have_it_in_the_log(tmp_path):
 
     trainer(tmp_path, RunLog(), max_steps=1, limit_val_batches=0).fit(TwoRates(), DATA)
     [record] = read_log(tmp_path / "logging.jsonl")
-    assert {name: value for name, value in record.items() if name.startswith("learning_rate")} == {
-        "learning_rate": 0.1,
-        "learning_rate_vision": 0.01,
-    }
+    rates = {name: record[name] for name in record if name.startswith("learning_rate")}
+    assert rates == {"learning_rate": 0.1, "learning_rate_vision": 0.01}

@@ -18,9 +18,8 @@ def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_kept():
 
 
 def test_a_large_image_can_be_shrunk_before_drawing():
-    drawn = draw_objects(
-        Image.new("RGB", (1200, 3000)), [grounded("", 0, 1500, 600, 3000)], largest_side_px=320
-    )
+    image, box = Image.new("RGB", (1200, 3000)), grounded("", 0, 1500, 600, 3000)
+    drawn = draw_objects(image, [box], largest_side_px=320)
     assert drawn.size == (128, 320)
     rows, columns = np.nonzero(pixels(drawn, PREDICTED))
     assert rows.min() == pytest.approx(160, abs=2)
@@ -28,25 +27,23 @@ def test_a_large_image_can_be_shrunk_before_drawing():
 
 
 def test_predicted_boxes_are_solid_and_expected_ones_dashed():
-    black = Image.new("RGB", (400, 400))
-    solid = pixels(draw_objects(black, [grounded("", 100, 100, 300, 300)]), PREDICTED)[100, 100:301]
-    dashed = pixels(draw_objects(black, [], [grounded("", 100, 100, 300, 300)]), EXPECTED)[
-        100, 100:301
-    ]
+    black, box = Image.new("RGB", (400, 400)), grounded("", 100, 100, 300, 300)
+    solid = pixels(draw_objects(black, [box]), PREDICTED)[100, 100:301]
+    dashed = pixels(draw_objects(black, [], [box]), EXPECTED)[100, 100:301]
     assert solid.all()
     assert 0.4 < dashed.mean() < 0.7
     assert dashed[0]
     assert dashed[-1]
 
 
-def test_the_image_itself_is_not_drawn_on():
+def test_the_given_image_is_not_changed():
     image = Image.new("RGB", (400, 400))
     draw_objects(image, [grounded("dog", 0, 0, 100, 100)])
     assert not np.asarray(image).any()
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_any_mode_becomes_rgb(mode):
+def test_images_of_any_mode_become_rgb(mode):
     assert draw_objects(Image.new(mode, (64, 64)), [grounded("dog", 0, 0, 9, 9)]).mode == "RGB"
 
 
@@ -65,15 +62,14 @@ def test_any_mode_becomes_rgb(mode):
         ),
     ],
 )
-def test_whatever_a_model_answers_can_be_drawn(wild):
+def test_any_answer_of_a_model_can_be_drawn(wild):
     image = Image.new("RGB", (400, 300))
     assert draw_objects(image, [wild], [wild]).size == (400, 300)
 
 
-def test_what_is_outside_is_drawn_at_the_edge():
-    drawn = pixels(
-        draw_objects(Image.new("RGB", (400, 300)), [grounded("", -50, 100, 500, 200)]), PREDICTED
-    )
+def test_boxes_outside_of_the_image_are_drawn_at_its_edge():
+    image, box = Image.new("RGB", (400, 300)), grounded("", -50, 100, 500, 200)
+    drawn = pixels(draw_objects(image, [box]), PREDICTED)
     assert drawn[150, 0]
     assert drawn[150, 399]
     assert drawn[100].all()
@@ -88,16 +84,14 @@ def test_labels_of_equal_boxes_do_not_cover_each_other():
 
 
 def test_a_prediction_is_drawn_with_its_expected_answer():
-    row = conversation(
-        0,
-        answer=[
-            "a ",
-            grounded("dog", 0, 0, 0.5, 0.5, frame="unit"),
-            grounded("elsewhere", 0, 0, 1, 1, frame="unit"),
-        ],
-    )
-    said = Prediction(conversation=row, text="", parts=("a ", grounded("dog", 32, 32, 64, 64)))
-    drawn = draw_prediction(said)
+    expected = [
+        "a ",
+        grounded("dog", 0, 0, 0.5, 0.5, frame="unit"),
+        grounded("elsewhere", 0, 0, 1, 1, frame="unit"),
+    ]
+    row = conversation(0, answer=expected)
+    predicted = ("a ", grounded("dog", 32, 32, 64, 64))
+    drawn = draw_prediction(Prediction(conversation=row, text="", parts=predicted))
     assert drawn.size == (320, 320)
     assert pixels(drawn, PREDICTED)[200, 160]
     assert pixels(drawn, EXPECTED)[:, 160].any()

@@ -5,14 +5,15 @@ from qwenvl_lit.rendering.table import score_table
 
 
 def printed(*args) -> list[list[str]]:
-    """Cells of the printed table, without its frame."""
+    """Returns the cells of the printed table, row by row."""
     console = Console(width=120, no_color=True)
     with console.capture() as capture:
         console.print(score_table(*args))
-    lines = [line for line in capture.get().splitlines() if set(line) & set("│┃")]
-    return [
-        [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")] for line in lines
-    ]
+    rows = []
+    for line in capture.get().replace("┃", "│").splitlines():
+        if "│" in line:
+            rows.append([cell.strip() for cell in line.strip("│").split("│")])
+    return rows
 
 
 def test_metrics_are_rows_and_sets_are_columns():
@@ -31,7 +32,7 @@ def test_metrics_are_rows_and_sets_are_columns():
     ]
 
 
-def test_a_baseline_stands_beside_each_set():
+def test_a_baseline_has_a_column_beside_each_set():
     assert printed({"test/caption": 0.9, "test/new": 0.1}, {"test/caption": 0.1}) == [
         ["metric", "test, before", "test"],
         ["caption", "0.100", "0.900"],
@@ -43,5 +44,5 @@ def test_a_set_may_have_a_slash_in_its_name():
     assert printed({"refcoco/testA/acc": 0.9})[0] == ["metric", "refcoco/testA"]
 
 
-def test_no_scores_no_rows():
+def test_without_scores_there_are_no_rows():
     assert printed({}) == [["metric"]]
