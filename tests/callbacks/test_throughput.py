@@ -5,9 +5,12 @@ from typing import ClassVar
 import lightning
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.profilers import SimpleProfiler
 from toy_task import ToyData, ToyTask, conversation, trainer
 
+from qwenvl_lit import build
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.callbacks.throughput import (
@@ -17,6 +20,7 @@ from qwenvl_lit.callbacks.throughput import (
     peak_flops,
     trained_shares,
 )
+from qwenvl_lit.runs.run import config_folder
 
 # Two rows are a batch; of the three slots of a row two are tokens, and one of them is supervised.
 ROWS = [conversation(i, says="yes") for i in range(8)]
@@ -101,6 +105,16 @@ def test_with_another_profiler_waiting_is_not_known(tmp_path):
     assert record["waiting_share"] is None
     assert record["samples_per_second"] > 0
     assert "train_dataloader_next" in fitted.profiler.summary()
+
+
+def test_the_trainer_of_a_config_measures_waiting_unless_a_profiler_is_chosen(tmp_path):
+    def profiler(*overrides: str):
+        config = compose("train", [f"paths.run={tmp_path}", *overrides])
+        return build.trainer(config, callbacks={}).profiler
+
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        assert isinstance(profiler(), DataWaitProfiler)
+        assert isinstance(profiler("+trainer.profiler=simple"), SimpleProfiler)
 
 
 def test_compilations_are_counted_from_the_start_of_training(tmp_path):

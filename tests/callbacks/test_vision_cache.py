@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from safetensors import safe_open
@@ -19,6 +20,7 @@ from tiny import tiny_family
 from toy_task import trainer
 from two_ranks import GLOO, on_two_ranks
 
+from qwenvl_lit import build
 from qwenvl_lit.callbacks import vision_cache
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.callbacks.vision_cache import VisionCache, encoder_tensors
@@ -28,6 +30,7 @@ from qwenvl_lit.data.feature_pass import fingerprint
 from qwenvl_lit.data.features import CachedFeatures, FeatureStore
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl import processor
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
@@ -199,6 +202,21 @@ def test_training_from_features_equals_training_from_pixels(tmp_path, adapter, d
     for parameter, expected in zip(module.parameters(), other.parameters(), strict=True):
         # AdamW's steps follow the signs of gradients where these are small
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=0)
+
+
+def test_the_config_key_adds_the_callback_and_shares_its_features(tmp_path):
+    overrides = [f"paths.run={tmp_path}", f"paths.cache={tmp_path}", "speed.vision_cache=true"]
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", overrides)
+        features = build.cached_features(config)
+        module = build.module(config, features=features)
+        callbacks = build.trainer(config, features=features).callbacks
+        config.speed.vision_cache = False
+        assert build.cached_features(config) is None
+    assert module.processor.features is features
+    [cache] = [callback for callback in callbacks if isinstance(callback, VisionCache)]
+    assert cache.features is features
+    assert cache.folder == tmp_path / "vision"
 
 
 @pytest.mark.parametrize(
