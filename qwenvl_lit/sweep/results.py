@@ -1,25 +1,17 @@
-"""Stores the result of each job of a sweep, and compares the jobs in a table."""
+"""Stores and reads the result of each job of a sweep."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.metrics.summary import read_fit_summary
-from qwenvl_lit.sweep.plot import draw_scores
-from qwenvl_lit.types import DataError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-RESULT, TABLE, PLOT = "job.json", "sweep.csv", "sweep.png"
+RESULT = "job.json"
 COMPOSED = ".hydra/config.yaml"
 
 
@@ -105,75 +97,3 @@ def varied_keys(jobs: Sequence[Mapping[str, str]]) -> list[str]:
         if len({values.get(key) for values in jobs}) > 1:
             varied.append(key)
     return varied
-
-
-def report(folder: Path, *, metric: str, mode: str) -> list[Result]:
-    """Writes `sweep.csv` and, if any job has a score, `sweep.png`.
-
-    Args:
-        mode: "min" or "max", the best end of `metric`.
-
-    Returns:
-        The jobs, the best one first, those without a score last.
-
-    Raises:
-        DataError: jobs have scores, but none has `metric`.
-    """
-    results = read_results(folder)
-    names: set[str] = set()
-    for result in results:
-        names.update(result.scores)
-    known = sorted(names)
-    if known and metric not in known:
-        raise DataError(
-            f"sweep.metric={metric}: the jobs have no such score; they have {', '.join(known)}"
-        )
-    keys = varied_keys([result.values for result in results])
-    ranked = sorted(results, key=lambda result: _rank(result.scores.get(metric), mode))
-    columns = list(dict.fromkeys([metric, *known]))
-    _write_table(ranked, keys, columns, folder / TABLE)
-    has_score = any(result.scores.get(metric) is not None for result in results)
-    if keys and has_score:
-        draw_scores(results, keys, metric, folder / PLOT)
-    return ranked
-
-
-def _rank(score: float | None, mode: str) -> float:
-    if score is None:
-        return math.inf
-    return score if mode == "min" else -score
-
-
-def _write_table(
-    ranked: Sequence[Result], keys: Sequence[str], metrics: Sequence[str], file: Path
-) -> None:
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["job", *keys, *metrics, "seconds", "error"])
-        for result in ranked:
-            values = map(result.values.get, keys)
-            scores = map(result.scores.get, metrics)
-            writer.writerow([result.folder.name, *values, *scores, result.seconds, result.error])
-
-
-def result_table(ranked: Sequence[Result], metric: str) -> Table:
-    """Returns a table for the terminal: job, varied values, score, time and error."""
-    from rich.table import Table
-
-    keys = varied_keys([result.values for result in ranked])
-    has_errors = any(result.error for result in ranked)
-    table = Table()
-    for name in ("job", *keys, metric, "time"):
-        table.add_column(name, justify="right")
-    if has_errors:
-        table.add_column("error", style="red", overflow="fold")
-    for result in ranked:
-        score = result.scores.get(metric)
-        minutes, seconds = divmod(round(result.seconds), 60)
-        row = [result.folder.name, *(result.values.get(key, "") for key in keys)]
-        row.append("" if score is None else f"{score:.4g}")
-        row.append(f"{minutes}:{seconds:02d}")
-        if has_errors:
-            row.append(result.error or "")
-        table.add_row(*row)
-    return table

@@ -29,17 +29,8 @@ from omegaconf import DictConfig
 
 from qwenvl_lit.metrics.summary import read_fit_summary
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
-from qwenvl_lit.sweep.results import (
-    COMPOSED,
-    PLOT,
-    TABLE,
-    Result,
-    read_result,
-    report,
-    result_table,
-    save_result,
-    varied_keys,
-)
+from qwenvl_lit.sweep.report import PLOT, TABLE, report, result_table
+from qwenvl_lit.sweep.results import COMPOSED, Result, read_result, save_result, varied_keys
 from qwenvl_lit.types import DataError
 
 

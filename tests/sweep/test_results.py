@@ -5,7 +5,8 @@ from io import StringIO
 
 import pytest
 
-from qwenvl_lit.sweep.results import read_results, report, result_table, save_result, varied_keys
+from qwenvl_lit.sweep.report import report, result_table
+from qwenvl_lit.sweep.results import read_results, save_result, varied_keys
 from qwenvl_lit.types import DataError
 
 
