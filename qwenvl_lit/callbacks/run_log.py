@@ -47,8 +47,8 @@ class RunLog(lightning.Callback):
     `test` holds every score under its logged name. Each command replaces its own part only.
 
     Args:
-        print_every: print every so many steps if standard output is not a terminal, where there is
-            no progress bar.
+        print_every: number of steps between printed lines; none are printed on a terminal, which
+            shows a progress bar.
     """
 
     def __init__(self, print_every: int = 10):
