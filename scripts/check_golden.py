@@ -1,15 +1,20 @@
-"""Compare this package with values that the original Qwen-VL-Chat, its scripts and ms-swift produced.
+"""Compares this package with results of the original Qwen-VL-Chat, its scripts and ms-swift.
 
     python scripts/check_golden.py tests/golden
-    python scripts/check_golden.py FOLDER --record benchmarks/golden.json    # and write the table down
-    python scripts/check_golden.py --table benchmarks/golden.json            # the tables of the README
+    python scripts/check_golden.py FOLDER --record benchmarks/golden.json    # and write a record
+    python scripts/check_golden.py --table benchmarks/golden.json    # the tables of docs/parity.md
 
-One line per file: cases that agree of cases compared, how many differ on purpose, and the largest deviation of each kind of value with
-what is allowed. Any part of such a folder will do: what is there is checked. What differs on purpose, our exact result there, and why,
-stands in `deviations.json` (the folder's own, or that of tests/golden). The exit status is 1 if a case misses, if a stated deviation is
-none, or if a file cannot be read or is not known.
+Prints a line for each file: the cases that agree, of those compared; how many differ on purpose;
+and the largest deviation of each kind of value with its limit. FOLDER may be any folder in the
+format of tests/golden, or a part of one.
 
-Files ending in `_qwen.json` need the published vocabulary, which the PyPI package `dashscope` ships.
+Cases that differ on purpose are listed in the folder's `deviations.json`, with our exact result and
+the reason. In a folder without this file, the list of tests/golden is used, and a case that is not
+in it may differ if a rule in tests/parity/reasons.py explains the recorded value.
+
+The exit status is 1 if a case misses, if a listed deviation does not exist, or if a file cannot be
+read or is unknown. Files ending in `_qwen.json` need the published vocabulary, which the PyPI
+package `dashscope` has.
 """
 
 from __future__ import annotations
@@ -30,9 +35,8 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "tests")
-)  # what compares the values stands in tests/parity
+# The comparisons are in tests/parity.
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from parity import boxes, chat, network, scores, text
 from parity.result import Result, UnreadableError, read
@@ -50,123 +54,173 @@ READ_BY_OTHERS = (
     "model/images/*",
     "tokenizer/synthetic.tiktoken",
 )
+# Errors of a comparison if a file lacks a key, or has a value that is not in the format; the first
+# is raised by the comparison itself.
+NOT_COMPARABLE = (
+    UnreadableError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 Listed = dict[str, dict[str, Any]]  # case -> {"ours": our exact result, "why": ...}
 
 
+@dataclass(frozen=True)
+class Deviations:
+    """The cases that may differ on purpose, by file.
+
+    Args:
+        strict: every listed case must exist and differ, and no other case may differ. If False,
+            the list is that of another folder, and rules explain further cases.
+    """
+
+    by_file: dict[str, Listed]
+    strict: bool = True
+
+
 @dataclass
 class Report:
-    """What became of the cases of a file."""
+    """The comparison of a file."""
 
     file: str
     passed: int = 0
-    listed: int = 0  # differ as `deviations.json` says
-    missed: list[str] = field(default_factory=list)  # what is wrong, case by case
-    largest: dict[str, Result] = field(
-        default_factory=dict
-    )  # kind of value -> the worst of the cases that agree
+    explained: int = 0  # cases that differ on purpose
+    missed: list[str] = field(default_factory=list)  # faults, one a case
+    largest: dict[str, Result] = field(default_factory=dict)  # by kind of value, of those in limits
     results: list[Result] = field(default_factory=list)
 
     @property
     def compared(self) -> int:
-        return self.passed + self.listed + len(self.missed)
+        return self.passed + self.explained + len(self.missed)
 
     def __str__(self) -> str:
-        text = f"{'MISS' if self.missed else 'ok  '} {self.file}: {self.passed} of {self.compared} cases agree"
-        if self.listed:
-            text += f", {self.listed} differ on purpose"
-        text += "; " * bool(self.largest) + ", ".join(
-            spoken(of, r.deviation, r.allowed) for of, r in self.largest.items()
-        )
-        return "".join((text, *(f"\n       {miss}" for miss in self.missed)))
+        verdict = "MISS" if self.missed else "ok  "
+        line = f"{verdict} {self.file}: {self.passed} of {self.compared} cases agree"
+        if self.explained:
+            line += f", {self.explained} differ on purpose"
+        if self.largest:
+            kinds = [limit_text(of, r.deviation, r.allowed) for of, r in self.largest.items()]
+            line += f"; {', '.join(kinds)}"
+        return "\n       ".join((line, *self.missed))
 
 
-def spoken(of: str, deviation: float, allowed: float) -> str:
-    return (
-        f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0")
-        if allowed
-        else f"{of} exact"
-    )
+def limit_text(of: str, deviation: float, allowed: float) -> str:
+    if not allowed:
+        return f"{of} exact"
+    return f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0")
 
 
-def check(path: Path, folder: Path, listed: Listed) -> Report:
-    """Compare one file of a folder, for which `listed` says what differs on purpose."""
+def check(path: Path, folder: Path, deviations: Deviations) -> Report:
+    """Compares one file of a folder."""
     file = path.relative_to(folder).as_posix()
+    listed = deviations.by_file.get(file, {})
     report = Report(file)
     compare = next(compare for pattern, compare in CHECKS.items() if fnmatchcase(file, pattern))
+    expected = 1
     try:
-        report.results = list(compare(path))
-        expected = len(read(path).get("cases", ())) if path.suffix == ".json" else 0
-    except (
-        UnreadableError,
-        KeyError,
-        OSError,
-    ) as fault:  # of its own, or of an image or weights that it needs
-        report.missed.append(f"cannot be compared: {type(fault).__name__}: {fault}")
-        return report
+        if path.suffix == ".json":
+            expected = max(expected, len(read(path).get("cases", ())))
+        for result in compare(path):
+            report.results.append(result)
+    except NOT_COMPARABLE as error:
+        # An error of the file, or of an image or of weights that it needs. The cases before it
+        # have been compared.
+        last = f" after {report.results[-1].case}" if report.results else ""
+        report.missed.append(f"cannot be compared{last}: {type(error).__name__}: {error}")
     seen: set[str] = set()
     for case, group in groupby(report.results, key=lambda result: result.case):
         if case in seen:
             report.missed.append(f"{case}: comes twice")
         seen.add(case)
-        _count(report, case, list(group), listed.get(case))
-    report.missed += [
-        f"{case}: is listed as a deviation, but is no case" for case in listed.keys() - seen
-    ]
-    if len(seen) < max(expected, 1):
+        _count(report, case, list(group), listed.get(case), strict=deviations.strict)
+    if report.missed and report.missed[0].startswith("cannot be compared"):
+        return report
+    if deviations.strict:
+        for case in sorted(listed.keys() - seen):
+            report.missed.append(f"{case}: is listed as a deviation, but is no case")
+    if len(seen) < expected:
         report.missed.append(f"{len(seen)} cases were compared, but there are {expected}")
     return report
 
 
-def _count(report: Report, case: str, results: list[Result], listed: dict[str, Any] | None) -> None:
+def _count(
+    report: Report,
+    case: str,
+    results: list[Result],
+    listed: dict[str, Any] | None,
+    *,
+    strict: bool,
+) -> None:
     wrong = [result for result in results if not result.passed]
-    if listed is None and not wrong:
+    as_listed = listed is not None and [result.ours for result in wrong] == [listed["ours"]]
+    by_rule = not strict and all(result.reason for result in wrong)
+    if not wrong and not (strict and listed):
         report.passed += 1
-    elif listed is None:
-        said = ", ".join(
-            f"{r.of} {r.deviation:.2g} of {r.allowed:.0e}" if r.allowed else f"other {r.of}"
-            for r in wrong
-        )
-        report.missed.append(
-            f"{case}: {said}" + "".join(f"; ours {r.ours}" for r in wrong if r.ours is not None)
-        )
     elif not wrong:
         report.missed.append(f"{case}: is listed as a deviation, but agrees")
-    elif [result.ours for result in wrong] != [listed["ours"]]:
-        report.missed.append(
-            f"{case}: differs, but not as listed; ours {[result.ours for result in wrong]}, listed {listed['ours']}"
-        )
+    elif as_listed or by_rule:
+        report.explained += 1
+    elif listed is None:
+        report.missed.append(f"{case}: {_faults(wrong)}")
     else:
-        report.listed += 1
+        ours = [result.ours for result in wrong]
+        report.missed.append(
+            f"{case}: differs, but not as listed; ours {ours}, listed {listed['ours']}"
+        )
     for result in results:
-        if result.passed and (
-            result.of not in report.largest
-            or result.deviation > report.largest[result.of].deviation
-        ):
+        largest = report.largest.get(result.of)
+        if result.passed and (largest is None or result.deviation > largest.deviation):
             report.largest[result.of] = result
 
 
+def _faults(wrong: list[Result]) -> str:
+    faults, values = [], ""
+    for result in wrong:
+        if result.allowed:
+            faults.append(f"{result.of} {result.deviation:.2g} of {result.allowed:.0e}")
+        else:
+            faults.append(f"other {result.of}")
+        if result.ours is not None:
+            values += f"; ours {result.ours}"
+    return ", ".join(faults) + values
+
+
 def files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files to compare, and those that nobody knows."""
-    found: tuple[list[Path], list[Path]] = ([], [])
+    """Returns the files to compare, and the unknown files."""
+    known, unknown = [], []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if any(fnmatchcase(name, pattern) for pattern in CHECKS):
-            found[0].append(path)
+            known.append(path)
         elif not any(fnmatchcase(name, pattern) for pattern in READ_BY_OTHERS):
-            found[1].append(path)
-    return found
+            unknown.append(path)
+    return known, unknown
 
 
-def deviations(folder: Path) -> dict[str, Listed]:
+def deviations_of(folder: Path) -> Deviations:
     own = folder / "deviations.json"
-    return read(own if own.exists() else OUR_DEVIATIONS)
+    if own.exists():
+        return Deviations(read(own))
+    return Deviations(read(OUR_DEVIATIONS), strict=False)
 
 
-# -- a record of it, and its tables -----------------------------------------------------------------------------------------------
+# -- a record and its tables ----------------------------------------------------------------------
 
 
 def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
+    entries = []
+    for report in reports:
+        largest = {
+            of: {"deviation": result.deviation, "allowed": result.allowed}
+            for of, result in report.largest.items()
+        }
+        entry = {"file": report.file, "cases": report.compared, "agree": report.passed}
+        entries.append({**entry, "differ_on_purpose": report.explained, "largest": largest})
     return {
         "command": f"python scripts/check_golden.py {folder.resolve().name}",
         "device": "cpu",
@@ -176,23 +230,19 @@ def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "files": [
-            {
-                "file": report.file,
-                "cases": report.compared,
-                "agree": report.passed,
-                "differ_on_purpose": report.listed,
-                "largest": {
-                    of: {"deviation": r.deviation, "allowed": r.allowed}
-                    for of, r in report.largest.items()
-                },
-            }
-            for report in reports
-        ],
+        "files": entries,
     }
 
 
-ROWS = {  # of the README's table -> the files that it sums up
+def write_record(file: Path, recorded: dict[str, Any]) -> None:
+    """Writes a record with one line for each compared file."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in recorded["files"]]
+    head = json.dumps({**recorded, "files": []}, indent=1, ensure_ascii=False)
+    entries = '"files": [\n  ' + ",\n  ".join(lines) + "\n ]"
+    file.write_text(head.replace('"files": []', entries) + "\n", encoding="utf-8")
+
+
+ROWS = {  # row of the table in docs/parity.md -> the files that it sums up
     "names, shapes and values of all parameters": (
         "model/param_shapes.json",
         "model/model.safetensors*",
@@ -237,96 +287,104 @@ ROWS = {  # of the README's table -> the files that it sums up
 }
 
 
+COUNTS = ("cases", "agree", "differ_on_purpose")
+
+
 def table(recorded: dict[str, Any]) -> str:
-    """The README's table of a record, in markdown."""
+    """Returns a record as the Markdown table of docs/parity.md."""
     lines = [
-        "| | cases | agree | differ on purpose | largest deviation of what is allowed; all else exact |",
+        "| | cases | agree | differ on purpose | largest deviation and its limit; all else exact |",
         "|---|---|---|---|---|",
     ]
     left = {entry["file"]: entry for entry in recorded["files"]}
-    total = [
-        sum(entry[key] for entry in left.values())
-        for key in ("cases", "agree", "differ_on_purpose")
-    ]
+    total = _sums(left.values())
     for row, patterns in ROWS.items():
-        entries = [
-            left.pop(name)
-            for name in sorted(left)
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-        ]
-        counts = [
-            sum(entry[key] for entry in entries) for key in ("cases", "agree", "differ_on_purpose")
-        ]
-        worst: dict[str, dict[str, float]] = {}
-        for entry in entries:
-            for of, found in entry["largest"].items():
-                if of not in worst or found["deviation"] > worst[of]["deviation"]:
-                    worst[of] = found
-        said = [
-            spoken(of, found["deviation"], found["allowed"])
-            for of, found in worst.items()
-            if found["allowed"]
-        ]
-        lines.append(f"| {row} | {' | '.join(map(str, counts))} | {', '.join(said) or 'exact'} |")
+        names = [name for name in sorted(left) if _matches(name, patterns)]
+        entries = [left.pop(name) for name in names]
+        counts = " | ".join(map(str, _sums(entries)))
+        lines.append(f"| {row} | {counts} | {_largest(entries)} |")
     if left:
         raise ValueError(f"no row of the table sums up {', '.join(left)}; add them to ROWS")
-    return "\n".join([*lines, f"| **all** | {' | '.join(f'**{count}**' for count in total)} | |"])
+    bold = " | ".join(f"**{count}**" for count in total)
+    return "\n".join([*lines, f"| **all** | {bold} | |"])
 
 
-def deviations_table(listed: dict[str, Listed]) -> str:
-    """The README's table of what differs on purpose: cases by reason, in markdown."""
-    counts, where = Counter(), defaultdict(dict)
-    for file, cases in listed.items():
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _sums(entries: Iterable[dict[str, Any]]) -> list[int]:
+    counts = dict.fromkeys(COUNTS, 0)
+    for entry in entries:
+        for key in COUNTS:
+            counts[key] += entry[key]
+    return list(counts.values())
+
+
+def _largest(entries: Iterable[dict[str, Any]]) -> str:
+    """Returns the largest deviation of each kind of value that has a limit."""
+    largest: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        for of, result in entry["largest"].items():
+            if of not in largest or result["deviation"] > largest[of]["deviation"]:
+                largest[of] = result
+    texts = []
+    for of, result in largest.items():
+        if result["allowed"]:
+            texts.append(limit_text(of, result["deviation"], result["allowed"]))
+    return ", ".join(texts) or "exact"
+
+
+def deviations_table(by_file: dict[str, Listed]) -> str:
+    """Returns the listed cases by reason, as the Markdown table of docs/parity.md."""
+    counts: Counter[str] = Counter()
+    where: defaultdict[str, dict[str, bool]] = defaultdict(dict)
+    for file, cases in by_file.items():
         for entry in cases.values():
             counts[entry["why"]] += 1
             where[entry["why"]][re.sub("_(qwen|synthetic)$", "", Path(file).stem)] = True
-    rows = [
-        f"| {_in_code(why)} | {', '.join(where[why])} | {count} |"
-        for why, count in counts.most_common()
-    ]
-    return "\n".join(["| what ours does, and why | files | cases |", "|---|---|---|", *rows])
+    rows = ["| what ours does, and why | files | cases |", "|---|---|---|"]
+    for why, count in counts.most_common():
+        rows.append(f"| {_in_code(why)} | {', '.join(where[why])} | {count} |")
+    return "\n".join(rows)
 
 
 def _in_code(text: str) -> str:
-    """Names of special tokens as code, which a cell of a table can hold."""
+    """Marks names of special tokens as code, in a form that a cell of a table can hold."""
     return re.sub("<[^>]+>", lambda name: f"`{name.group()}`".replace("|", "\\|"), text)
 
 
 def main(folder: Path, *, every_case: bool = False, written: Path | None = None) -> int:
-    """Prints the report of every file and a total; returns how many things are wrong."""
+    """Prints the report of every file and a total; returns the number of faults."""
     disable_progress_bar()
     compared, unknown = files(folder)
-    listed = deviations(folder)
+    deviations = deviations_of(folder)
     reports = []
     for path in compared:
-        report = check(path, folder, listed.get(path.relative_to(folder).as_posix(), {}))
+        report = check(path, folder, deviations)
         reports.append(report)
         print(report)
         for result in report.results if every_case else ():
-            print(
-                f"       {'ok  ' if result.passed else 'not '} {result.case}: {spoken(result.of, result.deviation, result.allowed)}"
-            )
+            verdict = "ok  " if result.passed else "not "
+            limit = limit_text(result.of, result.deviation, result.allowed)
+            print(f"       {verdict} {result.case}: {limit}")
     for path in unknown:
         print(f"MISS {path.relative_to(folder).as_posix()}: no comparison knows this file")
     if not compared:
         print(
-            f"MISS {folder}: there is nothing to compare; expected model/, tokenizer/, chat/, grounding/ or metrics/ in it"
+            f"MISS {folder}: there is nothing to compare; "
+            f"expected model/, tokenizer/, chat/, grounding/ or metrics/ in it"
         )
     wrong = sum(len(report.missed) for report in reports) + len(unknown) + (not compared)
+    cases = sum(report.compared for report in reports)
+    agree = sum(report.passed for report in reports)
+    explained = sum(report.explained for report in reports)
     print(
-        f"{len(reports)} files, {sum(report.compared for report in reports)} cases: {sum(report.passed for report in reports)} agree, "
-        f"{sum(report.listed for report in reports)} differ on purpose, {wrong} wrong"
+        f"{len(reports)} files, {cases} cases: {agree} agree, {explained} differ on purpose, "
+        f"{wrong} wrong"
     )
     if written and not wrong:
-        recorded = record(reports, folder)
-        head, entries = (
-            {**recorded, "files": []},
-            (json.dumps(entry, ensure_ascii=False) for entry in recorded["files"]),
-        )
-        lines = json.dumps(head, indent=1, ensure_ascii=False).replace(
-            '"files": []', '"files": [\n  ' + ",\n  ".join(entries) + "\n ]"
-        )
-        written.write_text(lines + "\n", encoding="utf-8")
+        write_record(written, record(reports, folder))
     return wrong
 
 
@@ -337,14 +395,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--cases", action="store_true", help="print every comparison")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="write the result down, if nothing is wrong"
+        "--record", type=Path, metavar="FILE", help="write the result, if nothing is wrong"
     )
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print a written result as tables"
-    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print a record as tables")
     options = parser.parse_args()
     if (options.folder is None) == (options.table is None):
-        parser.error("give a folder, or --table and a written result")
+        parser.error("give a folder, or --table and a record")
     if options.table:
         print(table(read(options.table)), deviations_table(read(OUR_DEVIATIONS)), sep="\n\n")
         sys.exit()

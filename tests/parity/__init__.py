@@ -1,1 +1,4 @@
-"""Comparisons with values that the original programs produced, by area; `check_golden.py` runs them over a folder."""
+"""Compares this package with results of the original programs.
+
+`scripts/check_golden.py` prints the comparison.
+"""

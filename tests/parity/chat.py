@@ -1,14 +1,20 @@
-"""Prompts, answers, stop words and training samples of the published chat, its fine-tuning script and ms-swift."""
+"""Prompts, answers, stop words and training samples.
+
+They are those of the published chat, its fine-tuning script and ms-swift.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from parity import reasons
 from parity.conversations import (
     conversation,
     golden_sample,
@@ -31,24 +37,27 @@ def make_context(path: Path) -> Iterator[Result]:
     file = opened(path)
     tokenizer = file.tokenizer
     for template in ("chatml", "raw"):
-        stops = [[id] for id in QwenVLProcessor(tokenizer, template=template).stop_ids]
-        yield same(
-            f"stop_words_ids_{template}", "stop ids", stops, file.data[f"stop_words_ids_{template}"]
-        )
+        processor = QwenVLProcessor(tokenizer, template=template)
+        name = f"stop_words_ids_{template}"
+        ours, golden = [[token_id] for token_id in processor.stop_ids], file.data[name]
+        yield same(name, "stop ids", ours, golden, partial(reasons.stop_ids, template))
     for case in file.data["cases"]:
         if case["chat_format"] == "raw":  # the original reads the question alone
             talk = conversation(case["name"], [parts(case["query"])])
         else:
-            contents = [
-                None if text is None else parts(text)
-                for text in [*chain.from_iterable(case["history"]), case["query"]]
-            ]
+            texts = [*chain.from_iterable(case["history"]), case["query"]]
+            contents = [text and parts(text) for text in texts]
             talk = conversation(case["name"], contents, case["system"])
         processor = QwenVLProcessor(
-            tokenizer, image_size=14, template=case["chat_format"], max_window_size=case["max_window_size"]
+            tokenizer,
+            image_size=14,
+            template=case["chat_format"],
+            max_window_size=case["max_window_size"],
         )
         ours = sample(processor, talk, prompt=True)
-        yield same(case["name"], "ids", ours, {"ids": spans_closed(case["ids"], tokenizer)})
+        golden = {"ids": spans_closed(case["ids"], tokenizer)}
+        explain = partial(reasons.prompt, case, tokenizer)
+        yield same(case["name"], "ids", ours, golden, explain)
 
 
 def decode_tokens(path: Path) -> Iterator[Result]:
@@ -56,75 +65,92 @@ def decode_tokens(path: Path) -> Iterator[Result]:
     for case in file.data["cases"]:
         processor = QwenVLProcessor(file.tokenizer, image_size=14, template=case["chat_format"])
         ours = processor.decode(case["generated_ids"], Conversation(id="", turns=())).text
-        yield same(f"{case['raw_text']} + {case['generated_ids']}", "text", ours, case["response"])
+        name = f"{case['raw_text']} + {case['generated_ids']}"
+        explain = partial(reasons.answer_text, case, file.tokenizer)
+        yield same(name, "text", ours, case["response"], explain)
 
 
 def stop_words(path: Path) -> Iterator[Result]:
-    """Where the original forces the end, a stop id has just been generated; the end itself needs no forcing."""
+    """Compares where an answer ends.
+
+    Where the original forces the end, a stop id has just been generated. The end itself needs no
+    forcing.
+    """
     file = opened(path)
-    stops = set(QwenVLProcessor(file.tokenizer).stop_ids) - {file.data["cases"][0]["eos_token_id"]}
     for case in file.data["cases"]:
-        yield same(
-            json.dumps(case["input_ids"]),
-            "stops",
-            case["input_ids"][-1] in stops,
-            case["forces_eos"],
-        )
+        stops = set(QwenVLProcessor(file.tokenizer).stop_ids)
+        stops |= {word[0] for word in case["stop_words_ids"] if len(word) == 1}
+        stops -= {case["eos_token_id"]}
+        ours = case["input_ids"][-1] in stops
+        explain = partial(reasons.forced_stop, case)
+        yield same(json.dumps(case["input_ids"]), "stops", ours, case["forces_eos"], explain)
+
+
+def turns_of(messages: Sequence[dict[str, str]]) -> tuple[Turn, ...]:
+    return tuple(Turn(role=item["from"], parts=parts(item["value"])) for item in messages)
 
 
 def train_finetune(path: Path) -> Iterator[Result]:
     file = opened(path)
+    tokenizer = file.tokenizer
     for case in file.data["cases"]:
-        turns = [
-            Turn(role=message["from"], parts=parts(message["value"]))
-            for message in case["conversations"]
-        ]
-        talk = Conversation(id=case["name"], turns=tuple(turns))
-        options = {
-            "system": case.get("system_message"),
-            "max_length": case.get("max_len"),
-            "supervise": "official",
-        }
-        ours = sample(QwenVLProcessor(file.tokenizer, image_size=14, **options), talk)
-        if "ids" in ours:  # the original pads every sample; here the collator does, for a batch
-            padding = len(case.get("attention_mask", ())) - len(ours["ids"])
-            ours["ids"] += [file.tokenizer.pad_id] * padding
-            ours["labels"] += [None] * padding
-        yield same(case["name"], "ids and labels", ours, golden_sample(case, file.tokenizer))
+        encode = partial(finetune_sample, case, tokenizer)
+        ours = encode(case["conversations"], max_length=case.get("max_len"))
+        golden = golden_sample(case, tokenizer)
+        explain = partial(reasons.finetune_sample, case, tokenizer, encode)
+        yield same(case["name"], "ids and labels", ours, golden, explain)
+
+
+def finetune_sample(
+    case: dict[str, Any],
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Returns our sample of some messages, padded as that of the case.
+
+    The original pads every sample; here the collator pads a batch.
+    """
+    processor = QwenVLProcessor(
+        tokenizer,
+        image_size=14,
+        system=case.get("system_message"),
+        supervise="official",
+        max_length=max_length,
+    )
+    ours = sample(processor, Conversation(id=case["name"], turns=turns_of(messages)))
+    if "ids" in ours:
+        padding = len(case.get("attention_mask", ())) - len(ours["ids"])
+        ours["ids"] += [tokenizer.pad_id] * padding
+        ours["labels"] += [None] * padding
+    return ours
 
 
 def train_swift(path: Path) -> Iterator[Result]:
     file = opened(path)
     for case in file.data["cases"]:
-        too_long = (
-            "truncate_left" if case.get("truncation_strategy") == "truncation_left" else "error"
+        truncates = case.get("truncation_strategy") == "truncation_left"
+        processor = QwenVLProcessor(
+            file.tokenizer,
+            image_size=14,
+            system=case.get("default_system"),
+            max_length=case.get("max_length"),
+            too_long="truncate_left" if truncates else "error",
         )
-        options = {
-            "system": case.get("default_system"),
-            "max_length": case.get("max_length"),
-            "too_long": too_long,
-        }
-        processor = QwenVLProcessor(file.tokenizer, image_size=14, **options)
-        yield same(
-            case["name"],
-            "ids and labels",
-            swift_sample(processor, case, {}),
-            golden_sample(case, file.tokenizer),
-        )
+        ours = swift_sample(processor, case, {})
+        golden = golden_sample(case, file.tokenizer)
+        explain = partial(reasons.swift_sample, case, file.tokenizer)
+        yield same(case["name"], "ids and labels", ours, golden, explain)
 
 
 def train_differences(path: Path) -> Iterator[Result]:
-    """Our two supervision modes differ as the fine-tuning script and ms-swift do."""
+    """Compares how our two supervision modes differ with how the script and ms-swift differ."""
     file = opened(path)
     recorded = read(path.with_name(path.name.replace("differences", "finetune")))["cases"]
-    conversations = {case["name"]: case for case in recorded}
+    sources = {case["name"]: case for case in recorded}
     for case in file.data["cases"]:
-        source = conversations[case["name"]]
-        turns = [
-            Turn(role=message["from"], parts=parts(message["value"]))
-            for message in source["conversations"]
-        ]
-        talk = Conversation(id=case["name"], turns=tuple(turns))
+        source = sources[case["name"]]
+        talk = Conversation(id=case["name"], turns=turns_of(source["conversations"]))
         options = {"image_size": 14, "system": source.get("system_message")}
         finetune = QwenVLProcessor(file.tokenizer, supervise="official", **options).encode(talk)
         swift = QwenVLProcessor(file.tokenizer, supervise="answers", **options).encode(talk)
@@ -135,62 +161,60 @@ def train_differences(path: Path) -> Iterator[Result]:
             "swift_ids_are_finetune_ids_without_last_newline": same_ids,
         }
         if same_ids:
-            learned = [
-                {place for place, label in enumerate(sample.labels.tolist()) if label >= 0}
-                for sample in (finetune, swift)
-            ]
-            ours["positions_labelled_only_by_finetune"] = sorted(learned[0] - learned[1])
-            ours["positions_labelled_only_by_swift"] = sorted(learned[1] - learned[0])
-        yield same(
-            case["name"],
-            "ids and labels",
-            ours,
-            {key: value for key, value in case.items() if key != "name"},
-        )
+            by_finetune = set((finetune.labels >= 0).nonzero().flatten().tolist())
+            by_swift = set((swift.labels >= 0).nonzero().flatten().tolist())
+            ours["positions_labelled_only_by_finetune"] = sorted(by_finetune - by_swift)
+            ours["positions_labelled_only_by_swift"] = sorted(by_swift - by_finetune)
+        golden = {key: value for key, value in case.items() if key != "name"}
+        explain = partial(reasons.differences, source)
+        yield same(case["name"], "ids and labels", ours, golden, explain)
 
 
 def chat(path: Path) -> Iterator[Result]:
-    """`chat()` from end to end: prompt, greedy answer, its text, the history with it."""
+    """Compares `chat()` from end to end: prompt, greedy answer, its text, the history with it."""
     file = opened(path)
-    suppressed = file.data["suppress_tokens"]
+    tokenizer, suppressed = file.tokenizer, torch.tensor(file.data["suppress_tokens"])
     model = load(path.parent)
     model.lm_head.register_forward_hook(
-        lambda module, args, logits: logits.index_fill(-1, torch.tensor(suppressed), -torch.inf)
+        lambda module, args, logits: logits.index_fill(-1, suppressed, -torch.inf)
     )
-    config = read(path.with_name("config.json"))
-    span, side = model.config.n_queries, config["visual"]["image_size"]
+    image_size = read(path.with_name("config.json"))["visual"]["image_size"]
     for case in file.data["cases"]:
         extra = [words[0] for words in case["extra_stop_words_ids"] or ()]
         history = case["history"] or []
         texts = [*chain.from_iterable(history), case["query"]]
-        talk = conversation(
-            "", [parts(text, lambda name: ImageSource(path.parent / name)) for text in texts]
+        contents = [parts(text, lambda name: ImageSource(path.parent / name)) for text in texts]
+        talk = conversation("", contents)
+        processor = QwenVLProcessor(
+            tokenizer,
+            tokens_per_image=model.config.n_queries,
+            image_size=image_size,
+            system=case["system"],
         )
-        processor = QwenVLProcessor(file.tokenizer, tokens_per_image=span, image_size=side, system=case["system"])
         prompt = processor.encode(talk, prompt=True)
         batch = Pad(pad_id=processor.pad_id, side="left")([prompt])
         stops = [*processor.stop_ids, *extra]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
-            inputs |= {
-                "pixel_values": normalized(batch.vision["pixel_values"]),
-                "vision_positions": batch.vision_positions,
-            }
+            inputs["pixel_values"] = normalized(batch.vision["pixel_values"])
+            inputs["vision_positions"] = batch.vision_positions
         generate = Generation(max_new_tokens=case["max_new_tokens"])
         ids = generate(model, inputs, stop_ids=stops, pad_id=processor.pad_id)[0]
 
         name = f"{case['query']} (stops at {extra})" if extra else case["query"]
-        closed = spans_closed(prompt.input_ids.tolist(), file.tokenizer)
-        yield same(name, "prompt ids", closed, spans_closed(case["prompt_ids"], file.tokenizer))
-        yield same(name, "generated ids", ids, before_stop(case["generated_ids"], stops))
-        cut = file.tokenizer.decode(
-            case["generated_ids"][:-1]
-        )  # the original's rule: an end mark or not, the last one goes
-        yield same(name, "text of the ids", cut, case["response"])
+        closed = spans_closed(prompt.input_ids.tolist(), tokenizer)
+        yield same(name, "prompt ids", closed, spans_closed(case["prompt_ids"], tokenizer))
+        expected = before_stop(case["generated_ids"], stops)
+        yield same(name, "generated ids", ids, expected)
+        # The original removes the last id, whether it is an end-of-turn token or not.
+        text = tokenizer.decode(case["generated_ids"][:-1])
+        yield same(name, "text of the ids", text, case["response"])
         answered = [*history, [case["query"], processor.decode(ids, talk).text]]
-        yield same(
-            f"{name}, as shown", "history with the answer", answered, case["returned_history"]
-        )
+        explain = None
+        if ids == expected:
+            explain = partial(reasons.shown_history, [*history, [case["query"], text]])
+        shown, golden = f"{name}, as shown", case["returned_history"]
+        yield same(shown, "history with the answer", answered, golden, explain)
 
 
 CHECKS = {

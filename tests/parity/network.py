@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import DynamicCache
 
+from parity import reasons
 from parity.result import Result, UnreadableError, distance, read, same, tensors_of, worst
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
@@ -25,26 +26,29 @@ from qwenvl_lit.models.qwen_vl.language import rotary_tables
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import resize_positions, sine_cosine_positions
 
-# In float32 the original's own results move by 2e-7 with the number of threads and by 1.3e-5 with fused attention (logits go up to 9);
-# a tanh GELU already shows as 1.4e-3, another interpolation as more than 1.
+# In float32 the original's own results move by 2e-7 with the number of threads and by 1.3e-5 with
+# fused attention (logits go up to 9). A tanh GELU gives 1.4e-3, another interpolation more than 1.
 LOGITS = 1e-4
-LOSS = 1e-5  # relative; gradients too
-MOVED = 1e-4  # norms of what six steps changed, about 1
+LOSS = 1e-5  # relative; of gradients too
+MOVED = 1e-4  # of the norms of the changes by six steps, which are about 1
 BFLOAT16_LOGITS = 0.4  # bfloat16 and float32 of the original differ by 0.17
 TABLE = 2e-6  # sines and cosines of angles up to 100, in float32
 
 
 @cache
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tiny network's, from `model.safetensors`, or from a packed one: of each tensor all first bytes, then all second bytes, ..."""
+    """Reads the weights of the tiny network, which may be packed.
+
+    A packed tensor has all first bytes of its values, then all second bytes, ...
+    """
     if not (folder / "model.safetensors.xz").exists():
         return tensors_of(folder / "model.safetensors")
     try:
         planes = safetensors.torch.load(
             lzma.decompress((folder / "model.safetensors.xz").read_bytes())
         )
-    except (lzma.LZMAError, SafetensorError) as fault:
-        raise UnreadableError(f"model.safetensors.xz cannot be unpacked: {fault}") from None
+    except (lzma.LZMAError, SafetensorError) as error:
+        raise UnreadableError(f"model.safetensors.xz cannot be unpacked: {error}") from None
     shapes = read(folder / "param_shapes.json")
     return {
         name: tensor.T.contiguous().view(torch.float32).view(shapes[name])
@@ -55,7 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def load(
     folder: Path, overrides: dict | None = None, dtype: torch.dtype = torch.float32
 ) -> QwenVLForCausalLM:
-    """The tiny network, with changes to its `config.json`."""
+    """Loads the tiny network, with changes to its `config.json`."""
     config = QwenVLConfig.from_pretrained(folder, **(overrides or {}))
     state = {name: tensor.clone() for name, tensor in weights(folder).items()}
     return QwenVLForCausalLM.from_pretrained(
@@ -65,36 +69,32 @@ def load(
 
 @cache
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` writes of the loaded network."""
+    """Returns the tensors that `save_pretrained` writes of the loaded network."""
     with tempfile.TemporaryDirectory() as written:
         load(folder).save_pretrained(written)
-        return {
-            name: tensor.clone()
-            for name, tensor in tensors_of(Path(written) / "model.safetensors").items()
-        }
+        tensors = tensors_of(Path(written) / "model.safetensors")
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def parameter_shapes(path: Path) -> Iterator[Result]:
-    theirs, ours = (
-        read(path),
-        {name: list(tensor.shape) for name, tensor in saved(path.parent).items()},
-    )
+    theirs = read(path)
+    ours = {name: list(tensor.shape) for name, tensor in saved(path.parent).items()}
     for name in theirs | ours:
         yield same(name, "names and shapes", ours.get(name), theirs.get(name))
 
 
 def parameters(path: Path) -> Iterator[Result]:
-    """Loaded and saved again, every value is the same."""
+    """Compares the weights after they were loaded and saved again."""
     ours = saved(path.parent)
     for name, theirs in weights(path.parent).items():
         yield Result(case=name, of="parameters", deviation=distance(ours[name], theirs))
 
 
-# -- images ---------------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------
 
 
 def images(path: Path) -> Iterator[Result]:
-    """Size, mode and RGB bytes of every image, and the sum of all of its pixel values at 448."""
+    """Compares size, mode and RGB bytes of every image, and the sum of its pixel values at 448."""
     for case in read(path)["images"]:
         name = case["file"]
         image = Image.open(path.parent / name)
@@ -113,7 +113,7 @@ def images(path: Path) -> Iterator[Result]:
 
 
 def pixels(path: Path) -> Iterator[Result]:
-    """Pixel values at 112, or every 13th in both directions at 448."""
+    """Compares pixel values at 112, or every 13th in both directions at 448."""
     side = int(path.stem.split("_")[1])
     for name, theirs in tensors_of(path).items():
         ours = preprocess(Image.open(path.parent / name), side)
@@ -122,7 +122,7 @@ def pixels(path: Path) -> Iterator[Result]:
 
 
 def vision(path: Path) -> Iterator[Result]:
-    """Every stage of the tower, from pixels to the tokens of an image."""
+    """Compares every stage of the tower, from pixels to the tokens of an image."""
     side = int(path.stem.split("_")[1])
     tower = load(path.parent).transformer.visual
     files = [image["file"] for image in read(path.with_name("preprocess.json"))["images"]]
@@ -158,47 +158,42 @@ def vision(path: Path) -> Iterator[Result]:
     for name, theirs in tensors_of(path).items():
         exact = name == "pixel_values"
         of = "pixels" if exact else "stages of the tower"
-        yield Result(
-            case=name,
-            of=of,
-            deviation=distance(stages[name], theirs),
-            allowed=0 if exact else LOGITS,
-        )
+        deviation, allowed = distance(stages[name], theirs), 0 if exact else LOGITS
+        yield Result(case=name, of=of, deviation=deviation, allowed=allowed)
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------------------
+# -- batches --------------------------------------------------------------------------------------
 
 
 def image_inputs(folder: Path, images: list[dict], length: int) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `vision_positions` of a case's images in rows of `length` tokens; nothing if there are none."""
+    """Returns `pixel_values` and `vision_positions` of a case's images, if it has any.
+
+    Args:
+        length: tokens of a row.
+    """
     if not images:
         return {}
-    pixel_values = [preprocess(Image.open(folder / image["file"]), 112) for image in images]
-    positions = [
-        image["batch"] * length + torch.arange(image["first_feature"], image["end"])
-        for image in images
-    ]
+    pixel_values, positions = [], []
+    for image in images:
+        pixel_values.append(preprocess(Image.open(folder / image["file"]), 112))
+        in_row = torch.arange(image["first_feature"], image["end"])
+        positions.append(image["batch"] * length + in_row)
     return {"pixel_values": torch.stack(pixel_values), "vision_positions": torch.cat(positions)}
 
 
 def case_list(path: Path) -> Iterator[Result]:
-    """Every case has its file, with the tensors that the list names, and alpha is what the list says."""
+    """Compares the tensors in the file of each case, and alpha, with those that the list names."""
     data = read(path)
     for case in data["cases"]:
         tensors = tensors_of(path.with_name(case["file"]))
-        kinds = {
-            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-            for name, tensor in tensors.items()
-        }
+        kinds = {}
+        for name, tensor in tensors.items():
+            kinds[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         yield same(case["name"], "names and shapes", kinds, case.get("tensors", kinds))
         if "ntk_alpha" in case:
             length = case.get("prefill", tensors["input_ids"].shape[1])
-            yield same(
-                case["name"],
-                "alpha",
-                float(ntk_alpha(length, case["config_overrides"]["seq_length"])),
-                case["ntk_alpha"],
-            )
+            alpha = float(ntk_alpha(length, case["config_overrides"]["seq_length"]))
+            yield same(case["name"], "alpha", alpha, case["ntk_alpha"])
     model, ids = load(path.parent), tensors_of(path.with_name("case_text.safetensors"))["input_ids"]
     with torch.no_grad():
         moved = distance(model(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits)
@@ -207,7 +202,10 @@ def case_list(path: Path) -> Iterator[Result]:
 
 
 def batch(path: Path) -> Iterator[Result]:
-    """Hidden states, logits, loss and gradients of one case, or its decoding; every recorded tensor is compared."""
+    """Compares every recorded tensor of a case.
+
+    These are hidden states, logits, loss and gradients, or the steps of decoding.
+    """
     listed = {case["file"]: case for case in read(path.with_name("cases.json"))["cases"]}
     if path.name not in listed:
         raise UnreadableError("cases.json does not name it")
@@ -220,9 +218,8 @@ def batch(path: Path) -> Iterator[Result]:
     )
     compare = compare_decoding if "prefill" in case else compare_forward
     if case.get("quirk"):
-        compare = partial(
-            compare_quirk, unaffected=path.with_name(path.name.replace("_after_long_eval", ""))
-        )
+        unaffected = path.with_name(path.name.replace("_after_long_eval", ""))
+        compare = partial(compare_quirk, unaffected=unaffected)
     given = {"input_ids", "attention_mask", "labels", "logits_positions"}
     seen = set()
     for key, result in compare(case, tensors, model, inputs):
@@ -232,11 +229,12 @@ def batch(path: Path) -> Iterator[Result]:
         yield same(case["name"], "tensors, without a comparison", left, [])
 
 
-Compared = Iterator[tuple[str | None, Result]]  # with the name of the recorded tensor
+# Results with the name of the recorded tensor.
+Compared = Iterator[tuple[str | None, Result]]
 
 
 def compare_forward(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict) -> Compared:
-    """One forward pass, and the backward pass of training cases."""
+    """Compares a forward pass, and the backward pass of training cases."""
     name, allowed = case["name"], BFLOAT16_LOGITS if model.dtype == torch.bfloat16 else LOGITS
     with torch.set_grad_enabled("grad_norms" in case):
         out = model(**inputs, labels=tensors.get("labels"), output_hidden_states=True)
@@ -248,145 +246,113 @@ def compare_forward(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs:
         )
         kept = real[:, positions]
         error = distance(out.logits[:, positions].float()[kept], tensors["logits"][kept])
-        yield (
-            "logits",
-            Result(
-                case=name,
-                of=f"{case.get('dtype', '')} logits".strip(),
-                deviation=error,
-                allowed=allowed,
-            ),
-        )
-    hidden = {f"hidden_{i}": states for i, states in enumerate(out.hidden_states)} | {
-        "hidden_last": out.hidden_states[-1]
-    }
+        of = f"{case.get('dtype', '')} logits".strip()
+        yield "logits", Result(case=name, of=of, deviation=error, allowed=allowed)
+    hidden = {f"hidden_{i}": states for i, states in enumerate(out.hidden_states)}
+    hidden["hidden_last"] = out.hidden_states[-1]
     for key in hidden.keys() & tensors.keys():
-        yield (
-            key,
-            Result(
-                case=name,
-                of="hidden states",
-                deviation=distance(hidden[key][real], tensors[key][real]),
-                allowed=LOGITS,
-            ),
-        )
+        error = distance(hidden[key][real], tensors[key][real])
+        yield key, Result(case=name, of="hidden states", deviation=error, allowed=LOGITS)
     if "loss" in tensors:
         for theirs in (tensors["loss"].item(), case["loss"]):
-            yield (
-                "loss",
-                Result(
-                    case=name,
-                    of="loss (relative)",
-                    deviation=abs(out.loss.item() / theirs - 1),
-                    allowed=LOSS,
-                ),
-            )
+            error = abs(out.loss.item() / theirs - 1)
+            yield "loss", Result(case=name, of="loss (relative)", deviation=error, allowed=LOSS)
     if "grad_norms" in case:
         out.loss.backward()
         yield from compare_gradients(case, tensors, model)
 
 
 def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors under the original names: in files, the resampler's three input projections are one."""
+    """Renames tensors as in files, where the resampler's three input projections are one."""
     tensors, prefix = dict(tensors), "transformer.visual.attn_pool.attn"
     for kind in ("weight", "bias"):
-        tensors[f"{prefix}.in_proj_{kind}"] = torch.cat(
-            [tensors.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"]
-        )
+        projections = [tensors.pop(f"{prefix}.{part}_proj.{kind}") for part in "qkv"]
+        tensors[f"{prefix}.in_proj_{kind}"] = torch.cat(projections)
     return tensors
 
 
 def compare_gradients(case: dict, tensors: dict, model: QwenVLForCausalLM) -> Compared:
-    """Eight gradients entry by entry, the size of all others, and which parameters have none."""
+    """Compares eight gradients, the norms of all others, and which parameters have none."""
     of, name = "gradients (relative)", case["name"]
-    gradients = as_in_files(
-        {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
-    )
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    gradients = as_in_files(gradients)
     for key in (key for key in tensors if key.startswith("grad.")):
         ours, theirs = gradients[key.removeprefix("grad.")], tensors[key]
-        yield (
-            key,
-            Result(
-                case=name,
-                of=of,
-                deviation=distance(ours, theirs) / max(theirs.abs().max().item(), 1e-9),
-                allowed=LOSS,
-            ),
-        )
+        error = distance(ours, theirs) / max(theirs.abs().max().item(), 1e-9)
+        yield key, Result(case=name, of=of, deviation=error, allowed=LOSS)
     norms = {name: norm for name, norm in case["grad_norms"].items() if norm is not None}
     yield None, same(name, "parameters with a gradient", sorted(gradients), sorted(norms))
-    errors = [
-        abs(gradients[key].double().norm().item() - norm) / max(norm, 1e-9)
-        for key, norm in norms.items()
-    ]
+    errors = []
+    for key, norm in norms.items():
+        errors.append(abs(gradients[key].double().norm().item() - norm) / max(norm, 1e-9))
     yield None, Result(case=name, of=of, deviation=worst(errors), allowed=LOSS)
     placeholder = gradients["transformer.wte.weight"][model.config.visual["image_start_id"] + 2]
-    yield (
-        None,
-        same(
-            name,
-            "no gradient at image tokens",
-            not placeholder.any().item(),
-            case["wte_grad_zero_rows_of_image_tokens"],
-        ),
-    )
+    is_zero, expected = not placeholder.any().item(), case["wte_grad_zero_rows_of_image_tokens"]
+    yield None, same(name, "no gradient at image tokens", is_zero, expected)
 
 
 @torch.no_grad()
 def compare_decoding(case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict) -> Compared:
-    """A prompt, then one token a step with the cache: logits of each step, and the cache at the end."""
+    """Compares a prompt and then one token a step with the cache.
+
+    The logits of each step are compared, and the cache at the end.
+    """
     cache, ids, mask = DynamicCache(), inputs["input_ids"], inputs["attention_mask"]
     bounds = [0, *range(case["prefill"], ids.shape[1] + 1)]
-    steps = [
-        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits[
-            :, -1
-        ]
-        for start, stop in pairwise(bounds)
-    ]
+    steps = []
+    for start, stop in pairwise(bounds):
+        seen = mask[:, :stop]
+        output = model(ids[:, start:stop], attention_mask=seen, past_key_values=cache)
+        steps.append(output.logits[:, -1])
     error = distance(torch.stack(steps, dim=1), tensors["logits"])
     yield "logits", Result(case=case["name"], of="logits", deviation=error, allowed=LOGITS)
     for part in ("key", "value"):
-        if f"{part}_cache_layer0" in tensors:
+        key = f"{part}_cache_layer0"
+        if key in tensors:
             ours = getattr(cache.layers[0], f"{part}s").transpose(1, 2)
-            error = distance(ours, tensors[f"{part}_cache_layer0"])
-            yield (
-                f"{part}_cache_layer0",
-                Result(case=case["name"], of="keys and values", deviation=error, allowed=LOGITS),
-            )
+            error, of = distance(ours, tensors[key]), "keys and values"
+            yield key, Result(case=case["name"], of=of, deviation=error, allowed=LOGITS)
 
 
 @torch.no_grad()
 def compare_quirk(
     case: dict, tensors: dict, model: QwenVLForCausalLM, inputs: dict, unaffected: Path
 ) -> Compared:
-    """In training after a long text in evaluation, the original keeps that text's alpha. Ours gives the logits that `unaffected` holds."""
+    """Compares training after a long text in evaluation mode.
+
+    The original keeps the alpha of that text. Ours gives the logits that `unaffected` holds.
+    """
     model.eval()(**inputs)
     logits = model.train()(**inputs).logits
     as_without = distance(logits, tensors_of(unaffected)["logits"]) <= LOGITS
-    ours = {"logits of": unaffected.name if as_without else "neither"}
-    error = distance(logits[:, -tensors["logits"].shape[1] :], tensors["logits"])
-    yield (
-        "logits",
-        Result(case=case["name"], of="logits", deviation=error, allowed=LOGITS, ours=ours),
+    result = Result(
+        case=case["name"],
+        of="logits",
+        deviation=distance(logits[:, -tensors["logits"].shape[1] :], tensors["logits"]),
+        allowed=LOGITS,
+        ours={"logits of": unaffected.name if as_without else "neither"},
+        reason=reasons.NO_MEMORY if as_without else None,
     )
+    yield "logits", result
 
 
-# -- decoding and training --------------------------------------------------------------------------------------------------------
+# -- decoding and training ------------------------------------------------------------------------
 
 
 def before_stop(ids: Iterable[int], stops: Collection[int]) -> list[int]:
-    return list(takewhile(lambda id: id not in stops, ids))
+    return list(takewhile(lambda token_id: token_id not in stops, ids))
 
 
 def generation(path: Path) -> Iterator[Result]:
-    """Greedy decoding through `generate`: every token up to the end, the five likeliest of each step, and the first logits."""
+    """Compares greedy decoding through `generate`.
+
+    Every token up to the end is compared, the five likeliest of each step, and the first logits.
+    """
     for case in read(path)["cases"]:
         model = load(path.parent, case["config_overrides"])
         ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
-        stops = {
-            case["eos_token_id"],
-            *(words[0] for words in case["stop_words_ids"] or () if len(words) == 1),
-        }
+        words = case["stop_words_ids"] or []
+        stops = {case["eos_token_id"]} | {word[0] for word in words if len(word) == 1}
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -398,12 +364,11 @@ def generation(path: Path) -> Iterator[Result]:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        # An answer ends before its first stop id. The original forces an end mark after it, and stops there.
-        ours, theirs = (
-            [before_stop(row, stops) for row in rows]
-            for rows in (out.sequences[:, ids.shape[1] :].tolist(), case["new_tokens"])
-        )
-        yield same(case["name"], "ids", ours, theirs)
+        # An answer ends before its first stop id, after which the original forces an <|endoftext|>.
+        rows = out.sequences[:, ids.shape[1] :].tolist()
+        ours = [before_stop(row, stops) for row in rows]
+        theirs = [before_stop(row, stops) for row in case["new_tokens"]]
+        yield same(case["name"], "ids", ours, theirs, partial(reasons.generated, words))
         steps = min(map(len, (*ours, *theirs)))
         best = [logits.topk(5).indices.tolist() for logits in out.logits[:steps]]
         yield same(case["name"], "the five likeliest ids", best, case["top5_ids_per_step"][:steps])
@@ -413,7 +378,7 @@ def generation(path: Path) -> Iterator[Result]:
 
 
 def train_steps(path: Path) -> Iterator[Result]:
-    """Losses of six AdamW steps, which parameters stayed, and how far some moved."""
+    """Compares six AdamW steps: losses, unchanged parameters, and how far some parameters move."""
     batches = {case["name"]: case for case in read(path.with_name("cases.json"))["cases"]}
     for name, recipe in read(path).items():
         case = batches[recipe["case"]]
@@ -425,14 +390,12 @@ def train_steps(path: Path) -> Iterator[Result]:
         if name.startswith("fix_vit"):
             model.transformer.visual.requires_grad_(False)
             resampler.requires_grad_(True)
-            resampler.pos_embed.requires_grad_(
-                True
-            )  # the original's script thaws this table too; ours never does
-        learned = [
-            tensor for tensor in (*model.parameters(), resampler.pos_embed) if tensor.requires_grad
-        ]
+            # The original's script also trains this table; ours never does.
+            resampler.pos_embed.requires_grad_(True)
+        candidates = (*model.parameters(), resampler.pos_embed)
+        trained = [tensor for tensor in candidates if tensor.requires_grad]
         before = {key: tensor.clone() for key, tensor in as_in_files(model.state_dict()).items()}
-        optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
         errors = []
         for theirs in recipe["losses"]:
             optimizer.zero_grad()
@@ -440,73 +403,62 @@ def train_steps(path: Path) -> Iterator[Result]:
             loss.backward()
             optimizer.step()
             errors.append(abs(loss.item() - theirs) / max(theirs, 1))
-        moved = {
-            key: (tensor - before[key]).norm().item()
-            for key, tensor in as_in_files(model.state_dict()).items()
-        }
-        # A loss is a difference of logits of about 10: below 1, its rounding does not shrink with it (the sixth is 0.002).
-        yield Result(
-            case=name, of="losses (relative, to 1 at least)", deviation=worst(errors), allowed=LOSS
-        )
-        yield same(
-            name,
-            "unchanged parameters",
-            sorted(key for key, norm in moved.items() if norm == 0),
-            sorted(recipe["unchanged"]),
-        )
+        moved = {}
+        for key, tensor in as_in_files(model.state_dict()).items():
+            moved[key] = (tensor - before[key]).norm().item()
+        # A loss is a difference of logits of about 10. Below 1 its rounding error does not shrink
+        # with it (the sixth loss is 0.002).
+        of = "losses (relative, to 1 at least)"
+        yield Result(case=name, of=of, deviation=worst(errors), allowed=LOSS)
+        unchanged = sorted(key for key, norm in moved.items() if norm == 0)
+        yield same(name, "unchanged parameters", unchanged, sorted(recipe["unchanged"]))
         change = worst(abs(moved[key] - norm) for key, norm in recipe["change_norm"].items())
         yield Result(case=name, of="norm of changes", deviation=change, allowed=MOVED)
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def fresh_positions(path: Path) -> Iterator[Result]:
     for name, theirs in tensors_of(path).items():
-        yield Result(
-            case=name,
-            of="table",
-            deviation=distance(sine_cosine_positions(*theirs.shape), theirs),
-            allowed=TABLE,
-        )
+        error = distance(sine_cosine_positions(*theirs.shape), theirs)
+        yield Result(case=name, of="table", deviation=error, allowed=TABLE)
 
 
 def ntk_alphas(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
         ours = ntk_alpha(case["kv_seq_len"], case["seq_length"])
-        yield same(
-            f"{case['kv_seq_len']} of {case['seq_length']}", "alpha", ours, case["ntk_alpha"]
-        )
+        name = f"{case['kv_seq_len']} of {case['seq_length']}"
+        yield same(name, "alpha", ours, case["ntk_alpha"])
 
 
 def rotary(path: Path) -> Iterator[Result]:
-    """Cosines and sines, by the sizes in their names. The original stores each twice, for the two halves of a head."""
+    """Compares cosines and sines, with the sizes that are in their names.
+
+    The original stores each twice, for the two halves of a head.
+    """
     for name, theirs in tensors_of(path).items():
         function, dim, base, alpha = re.fullmatch(
             r"(cos|sin)_dim(\d+)_base(\d+)_alpha(\d+)", name
         ).groups()
-        tables = rotary_tables(
-            torch.arange(len(theirs))[None], int(dim), float(base), alpha=int(alpha)
-        )
+        slots = torch.arange(len(theirs))[None]
+        tables = rotary_tables(slots, int(dim), float(base), alpha=int(alpha))
         half = tables[function == "sin"].flatten(0, 3)
-        yield Result(
-            case=name,
-            of="table",
-            deviation=distance(torch.cat((half, half), dim=1), theirs),
-            allowed=TABLE,
-        )
+        error = distance(torch.cat((half, half), dim=1), theirs)
+        yield Result(case=name, of="table", deviation=error, allowed=TABLE)
 
 
 def logn(path: Path) -> Iterator[Result]:
-    """The queries' scale: at position 0 of every head the cosine of the slowest channel is nearly 1, so it is divided out."""
+    """Compares the log-n scale of queries.
+
+    The cosine of the slowest channel, nearly 1, is divided out.
+    """
     for name, theirs in tensors_of(path).items():
         slots = torch.arange(len(theirs))[None]
-        scaled, plain = rotary_tables(slots, 64, 10000.0, logn_above=32)[0][0, :, :, 0, -1].unbind(
-            1
-        )
-        yield Result(
-            case=name, of="table", deviation=distance(scaled / plain, theirs), allowed=TABLE
-        )
+        cosines, _ = rotary_tables(slots, 64, 10000.0, logn_above=32)
+        scaled, plain = cosines[0, :, :, 0, -1].unbind(1)
+        error = distance(scaled / plain, theirs)
+        yield Result(case=name, of="table", deviation=error, allowed=TABLE)
 
 
 CHECKS = {

@@ -1,4 +1,4 @@
-"""Scores of answers and captions, with the protocol `official` where there are two."""
+"""Scores of answers and captions, in the protocol `official` if a metric has two."""
 
 from __future__ import annotations
 
@@ -36,25 +36,22 @@ def several(annotation: str | list[str]) -> list[str]:
 
 def anls_scores(path: Path) -> Iterator[Result]:
     data, scores = read(path), []
-    for place, case in enumerate(data["cases"]):
+    for number, case in enumerate(data["cases"]):
         scores.append(anls(case["answer"], case["answers"], data["threshold"], protocol="official"))
-        yield near(f"{place}: {case['answer']}", "ANLS", scores[-1], case["score"])
+        yield near(f"{number}: {case['answer']}", "ANLS", scores[-1], case["score"])
     yield near("anls", "ANLS", fmean(scores), data["anls"])
 
 
 def relaxed_and_exact(path: Path) -> Iterator[Result]:
     data, relaxed, exact = read(path), [], []
-    for place, case in enumerate(data["cases"]):
-        name, answers = (
-            f"{place}: {case['answer']} for {case['annotation']}",
-            several(case["annotation"]),
-        )
+    for number, case in enumerate(data["cases"]):
+        name = f"{number}: {case['answer']} for {case['annotation']}"
+        answers = several(case["annotation"])
         each = [relaxed_match_official(case["answer"], answer) for answer in answers]
         relaxed.append(any(each))
         exact.append(float(exact_match(case["answer"], answers, ignore_case=True)))
-        yield same(
-            name, "relaxed", [each, relaxed[-1]], [case["relaxed_per_annotation"], case["relaxed"]]
-        )
+        golden = [case["relaxed_per_annotation"], case["relaxed"]]
+        yield same(name, "relaxed", [each, relaxed[-1]], golden)
         yield same(name, "exact match", exact[-1], case["exact"])
     yield near("relaxed_accuracy", "share", fmean(relaxed), data["relaxed_accuracy"])
     yield near("exact_match_accuracy", "share", fmean(exact), data["exact_match_accuracy"])
@@ -62,17 +59,11 @@ def relaxed_and_exact(path: Path) -> Iterator[Result]:
 
 def gqa(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
-        name, processed = (
-            f"{case['answer']} for {case['annotation']}",
-            gqa_answer_official(case["answer"]),
-        )
+        name = f"{case['answer']} for {case['annotation']}"
+        processed = gqa_answer_official(case["answer"])
         yield same(name, "clean answer", processed, case["processed"])
-        yield same(
-            name,
-            "right",
-            float(exact_match(processed, [case["annotation"]], ignore_case=True)),
-            case["score"],
-        )
+        right = float(exact_match(processed, [case["annotation"]], ignore_case=True))
+        yield same(name, "right", right, case["score"])
 
 
 def vqa_normalisation(path: Path) -> Iterator[Result]:
@@ -80,13 +71,12 @@ def vqa_normalisation(path: Path) -> Iterator[Result]:
         text = case["text"]
         yield same(text, "punctuation", without_punctuation_official(text), case["punctuation"])
         yield same(text, "words", reworded_official(text), case["digit_article"])
-        yield same(
-            text, "both", reworded_official(without_punctuation_official(text)), case["both"]
-        )
+        both = reworded_official(without_punctuation_official(text))
+        yield same(text, "both", both, case["both"])
 
 
 def vqa_accuracy(path: Path) -> Iterator[Result]:
-    """Percentages rounded to two digits, of each question, and over all and of each type."""
+    """Compares percentages, rounded to two digits, of each question, of each type, and of all."""
     data = read(path)
     scores: dict[str, dict[str, list[float]]] = {
         "perQuestionType": defaultdict(list),
@@ -95,51 +85,45 @@ def vqa_accuracy(path: Path) -> Iterator[Result]:
     everything = []
     for case in data["cases"]:
         numbered = "answer_id" in case["answers"][0]
-        score = vqa_accuracy_official(
-            case["answer"], [answer["answer"] for answer in case["answers"]], numbered=numbered
-        )
+        references = [answer["answer"] for answer in case["answers"]]
+        score = vqa_accuracy_official(case["answer"], references, numbered=numbered)
         everything.append(score)
         scores["perQuestionType"][case["question_type"]].append(score)
         scores["perAnswerType"][case["answer_type"]].append(score)
         yield same(str(case["question_id"]), "accuracy", round(100 * score, 2), case["score"])
-    yield same(
-        "overall",
-        "accuracy",
-        round(100 * sum(everything) / len(everything), 2),
-        data["accuracy"]["overall"],
-    )
+    overall = round(100 * sum(everything) / len(everything), 2)
+    yield same("overall", "accuracy", overall, data["accuracy"]["overall"])
     for kind, by_name in scores.items():
         ours = {name: round(100 * sum(each) / len(each), 2) for name, each in by_name.items()}
         yield same(kind, "accuracy", ours, data["accuracy"][kind])
 
 
-def _each(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Our scores of every caption, and of the corpus."""
-    counts = [bleu_counts(case["caption"], tuple(case["references"])) for case in cases]
-    words = [
-        (ptb_words(case["caption"]), [ptb_words(text) for text in case["references"]])
-        for case in cases
-    ]
-    ciders = cider([caption for caption, _ in words], [others for _, others in words]).tolist()
-    rows = [
-        {f"Bleu_{n}": bleu(count, n) for n in range(1, N + 1)}
-        | {"ROUGE_L": rouge_l(*texts), "CIDEr": score}
-        for count, texts, score in zip(counts, words, ciders, strict=True)
-    ]
+def _scores(cases: Sequence[dict[str, Any]]) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Returns our scores of every caption, and of the corpus."""
+    captions = [ptb_words(case["caption"]) for case in cases]
+    references = [list(map(ptb_words, case["references"])) for case in cases]
+    ciders = cider(captions, references).tolist()
+    counts, rows = [], []
+    for index, case in enumerate(cases):
+        counts.append(bleu_counts(case["caption"], tuple(case["references"])))
+        row = {f"Bleu_{n}": bleu(counts[-1], n) for n in range(1, N + 1)}
+        row["ROUGE_L"] = rouge_l(captions[index], references[index])
+        rows.append({**row, "CIDEr": ciders[index]})
     summed = [sum(column) for column in zip(*counts, strict=True)]
     corpus = {f"Bleu_{n}": bleu(summed, n) for n in range(1, N + 1)}
-    return rows, corpus | {of: fmean(row[of] for row in rows) for of in ("ROUGE_L", "CIDEr")}
+    for of in ("ROUGE_L", "CIDEr"):
+        corpus[of] = fmean(row[of] for row in rows)
+    return rows, corpus
 
 
 def captions(path: Path) -> Iterator[Result]:
     data = read(path)
-    rows, corpus = _each(data["cases"])
+    rows, corpus = _scores(data["cases"])
     for case, ours in zip(data["cases"], rows, strict=True):
         name = json.dumps([case["id"], case["caption"]], ensure_ascii=False)
-        spoken = [" ".join(ptb_words(text)) for text in (case["caption"], *case["references"])]
-        yield same(
-            name, "tokens", spoken, [case["tokenised_caption"], *case["tokenised_references"]]
-        )
+        tokens = [" ".join(ptb_words(text)) for text in (case["caption"], *case["references"])]
+        golden = [case["tokenised_caption"], *case["tokenised_references"]]
+        yield same(name, "tokens", tokens, golden)
         for of in METRICS:
             yield near(name, METRICS[of], ours[of], case[of])
     for of in METRICS:
@@ -148,7 +132,7 @@ def captions(path: Path) -> Iterator[Result]:
 
 def captions_subset(path: Path) -> Iterator[Result]:
     data, everything = read(path), read(path.parent / "captions.json")["cases"]
-    _, corpus = _each([case for case in everything if case["id"] in data["ids"]])
+    _, corpus = _scores([case for case in everything if case["id"] in data["ids"]])
     for of in METRICS:
         yield near("corpus", METRICS[of], corpus[of], data[of])
 

@@ -6,26 +6,36 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from parity import reasons
 from parity.conversations import blank, opened, parts, paths_read
 from parity.result import Result, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
-from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Part, Sample, Turn
+from qwenvl_lit.types import (
+    Box,
+    Conversation,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Quad,
+    Sample,
+    Turn,
+)
 
 
 def encode(path: Path) -> Iterator[Result]:
     file = opened(path)
     tokenizer = file.tokenizer
-    image_tags = [name for name, id in tokenizer.special.items() if id in tokenizer.tag_ids] + [
-        "<img>",
-        "</img>",
-    ]
+    tags = [name for name, token_id in tokenizer.special.items() if token_id in tokenizer.tag_ids]
+    allowed_special = {"ids": tokenizer.special, "ids_image_tags_only": [*tags, "<img>", "</img>"]}
     decoded = {
         "decoded": {},
         "decoded_skip_special": {"skip_special": True},
@@ -36,24 +46,22 @@ def encode(path: Path) -> Iterator[Result]:
     }
     for case in file.data["cases"]:
         golden, ours, text = {}, {}, case["text"]
-        for key, allowed in {"ids": tokenizer.special, "ids_image_tags_only": image_tags}.items():
+        for key, allowed in allowed_special.items():
             if key in case:
-                golden[key] = (
-                    case[key]
-                    if isinstance(case[key], dict)
-                    else paths_read(case[key], tokenizer, in_bytes=True)
-                )
-                ours[key] = paths_read(
-                    tokenizer.encode(text, allowed_special=allowed), tokenizer, in_bytes=False
-                )
-        last = text
-        for key, options in decoded.items():
-            if "decoded" in case:
-                last = case.get(key, last) if case.get(key) is not True else text
+                golden[key] = case[key]
+                if not reasons.is_error(case[key]):
+                    golden[key] = paths_read(case[key], tokenizer, in_bytes=True)
+                ids = tokenizer.encode(text, allowed_special=allowed)
+                ours[key] = paths_read(ids, tokenizer, in_bytes=False)
+        if "decoded" in case:
+            last = text
+            for key, options in decoded.items():
+                # True: as the text; missing: as the value before.
+                last = text if case.get(key) is True else case.get(key, last)
                 golden[key], ours[key] = last, tokenizer.decode(case["ids"], **options)
-                ours["streamed"] = "".join(tokenizer.stream(case["ids"]))
-                golden["streamed"] = golden["decoded"]
-        yield same(text, "ids and text", ours, golden)
+            golden["streamed"] = golden["decoded"]
+            ours["streamed"] = "".join(tokenizer.stream(case["ids"]))
+        yield same(text, "ids and text", ours, golden, partial(reasons.encode, text))
 
 
 def decode(path: Path) -> Iterator[Result]:
@@ -67,7 +75,9 @@ def decode(path: Path) -> Iterator[Result]:
     }
     for case in file.data["cases"]:
         ours = {key: tokenizer.decode(case["ids"], **option) for key, option in options.items()}
-        yield same(json.dumps(case["ids"]), "text", ours, {key: case[key] for key in options})
+        golden = {key: case[key] for key in options}
+        explain = partial(reasons.decode, case["ids"], tokenizer)
+        yield same(json.dumps(case["ids"]), "text", ours, golden, explain)
 
 
 def special_tokens(path: Path) -> Iterator[Result]:
@@ -107,50 +117,54 @@ def batch(path: Path) -> Iterator[Result]:
             "input_ids": padded.input_ids.tolist(),
             "attention_mask": padded.attention_mask.tolist(),
         }
-        yield same(
-            json.dumps(case["texts"]) + case["padding_side"],
-            "ids and mask",
-            ours,
-            {key: case[key] for key in ours},
-        )
+        golden = {key: case[key] for key in ours}
+        yield same(json.dumps(case["texts"]) + case["padding_side"], "ids and mask", ours, golden)
 
 
 def written(content: Sequence[Part]) -> str:
-    """Parts as the text that the processor writes, before it is tokenised."""
-    tokenizer = QwenTokenizer(TINY_VOCABULARY)
+    """Returns parts as the text that the processor tokenizes."""
+    processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), image_size=14)
     turn = Turn(role="assistant", parts=tuple(content))
-    return (
-        QwenVLProcessor(tokenizer, image_size=14).decode([], Conversation(id="", turns=(turn,))).reference
-        or ""
-    )
+    return processor.decode([], Conversation(id="", turns=(turn,))).reference or ""
+
+
+def written_list(items: Sequence[dict[str, Any]]) -> str | dict[str, str]:
+    """Returns a list in the original's form as text, or an error if it cannot be written."""
+    try:
+        return written([_part(item) for item in items])
+    except (KeyError, TypeError, ValueError):
+        return {"error": "ValueError"}
+
+
+def _part(item: dict[str, Any]) -> Part:
+    if "image" in item:
+        return blank(item["image"])
+    if "text" in item:
+        return item["text"]
+    boxes: list[Box | Quad] = []
+    for x0, y0, x1, y1 in item.get("box", ()):
+        boxes.append(Box(x0=x0, y0=y0, x1=x1, y1=y1, frame="grid"))
+    for values in item.get("quad", ()):
+        points = tuple(zip(values[::2], values[1::2], strict=True))
+        boxes.append(Quad(points=points, frame="grid"))
+    return GroundedObject(label=item.get("ref"), boxes=tuple(boxes))
 
 
 def from_list_format(path: Path) -> Iterator[Result]:
     file = opened(path)
     for case in file.data["cases"]:
-        content: list[Part] = []
-        for item in case["arg"]:
-            if "image" in item:
-                content.append(blank(item["image"]))
-            elif "text" in item:
-                content.append(item["text"])
-            else:
-                boxes = tuple(
-                    Box(x0=x0, y0=y0, x1=x1, y1=y1, frame="grid")
-                    for x0, y0, x1, y1 in item.get("box", ())
-                )
-                content.append(GroundedObject(label=item.get("ref"), boxes=boxes))
         golden = _without_paths(case["ok"]) if "ok" in case else {"error": case["error"]}
-        yield same(json.dumps(case["arg"], ensure_ascii=False), "text", written(content), golden)
+        name = json.dumps(case["arg"], ensure_ascii=False)
+        explain = partial(reasons.text_of_list, case["arg"], written_list)
+        yield same(name, "text", written_list(case["arg"]), golden, explain)
 
 
 def to_list_format(path: Path) -> Iterator[Result]:
     file = opened(path)
     for case in file.data["cases"]:
         ours: list[dict[str, str]] = []
-        for part in parts(
-            unicodedata.normalize("NFC", case["text"]), lambda name: ImageSource(Path(name))
-        ):
+        text = unicodedata.normalize("NFC", case["text"])
+        for part in parts(text, lambda name: ImageSource(Path(name))):
             if isinstance(part, str):
                 ours.append({"text": part})
             elif isinstance(part, ImageSource):
@@ -158,11 +172,11 @@ def to_list_format(path: Path) -> Iterator[Result]:
             else:
                 ours += [{"ref": part.label}] if part.label is not None else []
                 for box in part.boxes:
-                    tag, text, _ = tags_from_object(GroundedObject(boxes=(box,)), ())
-                    ours.append({tag.value.strip("<>"): text})
-        yield same(
-            case["text"], "parts", ours, case["ok"] if "ok" in case else {"error": case["error"]}
-        )
+                    tag, inner, _ = tags_from_object(GroundedObject(boxes=(box,)), ())
+                    ours.append({tag.value.strip("<>"): inner})
+        golden = case["ok"] if "ok" in case else {"error": case["error"]}
+        explain = partial(reasons.list_of_text, case["text"])
+        yield same(case["text"], "parts", ours, golden, explain)
 
 
 def _without_paths(text: str) -> str:
