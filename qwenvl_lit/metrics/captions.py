@@ -278,7 +278,7 @@ class Bleu(PerSampleMetric):
     def __init__(self, n: int = N, *, where: Where | None = None):
         super().__init__(where=where)
         if n not in range(1, N + 1):
-            raise DataError(f"n={n}: BLEU is computed with n-grams of up to 1 to {N} words")
+            raise DataError(f"n={n}: BLEU takes n-grams of up to n = 1 to {N} words")
         self.n = n
 
     def measure(self, prediction: Prediction) -> tuple[int, ...] | None:

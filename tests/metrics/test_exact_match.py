@@ -6,9 +6,8 @@ from qwenvl_lit.types import Conversation, Prediction
 
 def score(text: str, reference: str | None, *references: str) -> float | None:
     row = Conversation(id="a", turns=(), references=references)
-    return ExactMatch().score(
-        Prediction(conversation=row, text=text, parts=(), reference=reference)
-    )
+    prediction = Prediction(conversation=row, text=text, parts=(), reference=reference)
+    return ExactMatch().score(prediction)
 
 
 @pytest.mark.parametrize(
@@ -24,11 +23,11 @@ def score(text: str, reference: str | None, *references: str) -> float | None:
         ("<ref>dog</ref><box>(1,2),(3,5)</box>", "<ref>dog</ref><box>(1,2),(3,4)</box>", (), 0),
     ],
 )
-def test_an_answer_is_right_if_it_equals_the_expected_one_or_a_reference(
+def test_an_answer_is_right_if_it_equals_the_expected_answer_or_a_reference(
     text, reference, references, expected
 ):
     assert score(text, reference, *references) == expected
 
 
-def test_a_row_without_any_expected_answer_has_no_score():
+def test_a_row_without_an_expected_answer_has_no_score():
     assert score("two", None) is None

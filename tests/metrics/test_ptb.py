@@ -1,4 +1,4 @@
-"""Words of captions as Stanford's PTBTokenizer 3.4.1 gives them; every pair here is its answer."""
+"""Words of captions; every pair was produced by Stanford's PTBTokenizer 3.4.1."""
 
 import pytest
 
@@ -17,7 +17,9 @@ PAIRS = {
     "the dog., then": "the dog. then",
     "cannot can't won't I'm you're he's": "can not ca n't wo n't i 'm you 're he 's",
     "they've we'd she'll o'clock": "they 've we 'd she 'll o'clock",
-    "gonna gotta wanna lemme gimme dunno 'tis 'twas d'ye": "gon na got ta wan na lem me gim me dunno 't is 't was d'ye",
+    "gonna gotta wanna lemme gimme dunno 'tis 'twas d'ye": (
+        "gon na got ta wan na lem me gim me dunno 't is 't was d'ye"
+    ),
     "GONNA, Cannots": "gon na cannots",
     "couldn't've I'd've DON'T don't-know": "could n't 've i 'd 've do n't do n't know",
     "It's the dogs' bowl and the boy's toy": "it 's the dogs bowl and the boy 's toy",
@@ -27,18 +29,32 @@ PAIRS = {
     "O'Neill's McDonald's ma'am li'l s'mores": "o'neill 's mcdonald 's ma'am li'l s'mores",
     "an old-fashioned 3-year-old t-shirt, x-ray.": "an old-fashioned 3-year-old t-shirt x-ray",
     "-start end- mid - dash -- a--b ----- x": "start end mid dash a b ----- x",
-    "4x4 truck, 10,000 people, 3.5 miles 1/2 eaten .5 -5 1+1": "4x4 truck 10,000 people 3.5 miles 1/2 eaten .5 -5 1 +1",
-    "10:30am 10:30 am 10am 5'8 6'2\" 1,000-foot 3.5mm": "10:30 am 10:30 am 10am 5 8 6 2 1,000-foot 3.5 mm",
-    "$5.00 bill and 50% off #1 fan #one £5 €10 5¢ US$5": "$ 5.00 bill and 50 % off # 1 fan #one # 5 $ 10 5 cents us$ 5",
+    "4x4 truck, 10,000 people, 3.5 miles 1/2 eaten .5 -5 1+1": (
+        "4x4 truck 10,000 people 3.5 miles 1/2 eaten .5 -5 1 +1"
+    ),
+    "10:30am 10:30 am 10am 5'8 6'2\" 1,000-foot 3.5mm": (
+        "10:30 am 10:30 am 10am 5 8 6 2 1,000-foot 3.5 mm"
+    ),
+    "$5.00 bill and 50% off #1 fan #one £5 €10 5¢ US$5": (
+        "$ 5.00 bill and 50 % off # 1 fan #one # 5 $ 10 5 cents us$ 5"
+    ),
     "AT&T sign & R&B a&b &amp; B&w": "at&t sign & r&b a & b & b & w",
-    "\"quoted text\" 'single' ``back'' “curly” ‘curly’ it’s don’t": "quoted text single back curly curly it 's do n't",
+    "\"quoted text\" 'single' ``back'' “curly” ‘curly’ it’s don’t": (
+        "quoted text single back curly curly it 's do n't"
+    ),
     'The (big) "dog" -- it\'s 3.5 years-old...': "the -lrb- big -rrb- dog it 's 3.5 years-old",
-    "word(s) [bracket] {brace} <b>tag</b> <unk>": "word -lrb- s -rrb- -lsb- bracket -rsb- -lcb- brace -rcb- <b> tag </b> <unk>",
-    "http://www.foo.com/bar www.foo.com. me@foo.com #hashtag @user": "http://www.foo.com/bar www.foo.com me@foo.com #hashtag @user",
+    "word(s) [bracket] {brace} <b>tag</b> <unk>": (
+        "word -lrb- s -rrb- -lsb- bracket -rsb- -lcb- brace -rcb- <b> tag </b> <unk>"
+    ),
+    "http://www.foo.com/bar www.foo.com. me@foo.com #hashtag @user": (
+        "http://www.foo.com/bar www.foo.com me@foo.com #hashtag @user"
+    ),
     ":) :-) ;-) :D a:b a : b": ":-rrb- :--rrb- ;--rrb- :d a b a b",
     "and/or w/ w/o his/her's": "and/or w / w/o his/her 's",
     "star*star ** under_score a_ C++ c# ~ ^ a|b": "star * star ** under_score a _ c++ c# ~ ^ a | b",
-    "hey!! what?! no? yes! ... .. hello!World the dog.The cat": "hey !! what ?! no yes hello!world the dog.the cat",
+    "hey!! what?! no? yes! ... .. hello!World the dog.The cat": (
+        "hey !! what ?! no yes hello!world the dog.the cat"
+    ),
     "wait — dash – en-dash a–b 5—6": "wait dash en-dash a b 5 6",
     "½ cup 1½ 5° 5×5 m²": "1/2 cup 1 1/2 5 ° 5 × 5 m ²",
     "café naïve Ünïcode résumé’s": "café naïve ünïcode résumé 's",
@@ -53,11 +69,11 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("caption", "words"), PAIRS.items(), ids=range(len(PAIRS)))
-def test_captions_become_the_words_of_the_coco_tools(caption, words):
+def test_captions_are_split_as_the_coco_tools_do(caption, words):
     assert " ".join(ptb_words(caption)) == words
 
 
 @pytest.mark.parametrize("last", ["dog", "dogs", "c", "Ave", "ore", "no", "etc"])
-def test_the_shortcut_for_plain_captions_changes_nothing(last):
-    """A comma sends the same words the long way."""
+def test_the_fast_path_for_plain_captions_gives_the_same_words(last):
+    """The comma disables the fast path."""
     assert ptb_words(f"The man sees a {last}.") == ptb_words(f"The man, sees a {last}.")

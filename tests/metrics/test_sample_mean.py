@@ -4,8 +4,8 @@ import pytest
 import torch
 from toy_task import conversation
 
-from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.metrics.per_sample import sample_key
+from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import Conversation, Prediction
 
 
@@ -19,9 +19,8 @@ class Length(SampleMean):
 
 
 def answer(name: str, text: str, **columns: str) -> Prediction:
-    return Prediction(
-        conversation=Conversation(id=name, turns=(), columns=columns), text=text, parts=()
-    )
+    row = Conversation(id=name, turns=(), columns=columns)
+    return Prediction(conversation=row, text=text, parts=())
 
 
 def test_the_mean_is_over_all_batches():
@@ -32,7 +31,7 @@ def test_the_mean_is_over_all_batches():
     assert metric.count == 3
 
 
-def test_where_selects_rows_by_one_value_or_several():
+def test_where_selects_rows_by_one_or_several_values():
     rows = [
         answer("a", "x", task="left"),
         answer("b", "xxx", task="right"),
@@ -55,7 +54,7 @@ def test_a_repeated_row_counts_once_in_one_process_and_across_ranks():
     assert rank0.count == 3
 
 
-def test_a_rank_without_rows_changes_nothing():
+def test_a_rank_without_rows_does_not_change_the_score():
     rank0, rank1 = Length(), Length()
     rank0.update([answer("a", "xx")])
     rank1.update([])
@@ -63,7 +62,7 @@ def test_a_rank_without_rows_changes_nothing():
     assert rank0.compute() == 2
 
 
-def test_rows_that_lack_what_is_needed_are_left_out_and_told():
+def test_rows_that_cannot_be_scored_are_left_out_with_a_warning():
     metric = Length()
     metric.update([answer("a", "xx"), answer("b", "")])
     with pytest.warns(UserWarning, match=r"Length: 1 of 2 rows left out, they have no answer"):
@@ -71,17 +70,16 @@ def test_rows_that_lack_what_is_needed_are_left_out_and_told():
     assert metric.count == 1
 
 
-def test_without_rows_the_mean_is_nan_and_says_why():
+def test_without_rows_the_mean_is_nan_with_a_warning():
     metric = Length(where={"task": "find"})
     metric.update([answer("a", "x", task="count")])
-    with pytest.warns(
-        UserWarning, match=r"Length is nan: no row came whose columns have \{'task': \{'find'\}\}"
-    ):
+    message = r"Length is nan: there is no row whose columns have \{'task': \{'find'\}\}"
+    with pytest.warns(UserWarning, match=message):
         assert math.isnan(metric.compute())
     assert metric.count == 0
 
 
-def test_reset_forgets_the_rows():
+def test_reset_removes_the_rows():
     metric = Length()
     metric.update([answer("a", "xxxx")])
     metric.reset()
@@ -92,11 +90,28 @@ def test_reset_forgets_the_rows():
 def test_the_mean_does_not_depend_on_the_order_of_rows():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 1000, (500,), generator=generator).tolist()
-    rows = [answer(str(place), "x" * length) for place, length in enumerate(lengths)]
+    rows = [answer(str(index), "x" * length) for index, length in enumerate(lengths)]
     forward, backward = Length(), Length()
     forward.update(rows)
     backward.update(rows[::-1])
     assert torch.equal(forward.compute(), backward.compute())
+
+
+def test_evaluate_scores_rows_without_changing_the_state():
+    metric = Length(where={"task": "a"})
+    metric.update([answer("a", "xxxxxx", task="a")])
+    rows = [
+        answer("b", "x", task="a"),
+        answer("c", "xxx", task="a"),
+        answer("c", "xx", task="a"),  # the last answer of an id counts
+        answer("d", "", task="a"),
+        answer("e", "xxxx", task="b"),
+    ]
+    with pytest.warns(UserWarning, match=r"Length: 1 of 3 rows left out"):
+        score, row_scores = metric.evaluate(rows)
+    assert score == 1.5
+    assert row_scores == {sample_key("b"): 1, sample_key("c"): 2}
+    assert metric.compute() == 6
 
 
 def test_keys_are_stable_and_distinct():

@@ -1,4 +1,4 @@
-"""Answers in words or numbers: ANLS, relaxed accuracy, GQA, choices."""
+"""Metrics of short answers: ANLS, relaxed accuracy, GQA accuracy, multiple choice."""
 
 import pytest
 from toy_task import grounded
@@ -15,12 +15,8 @@ from qwenvl_lit.types import Conversation, Prediction
 
 
 def row(name: str, text: str, *references: str, reference: str | None = None) -> Prediction:
-    return Prediction(
-        conversation=Conversation(id=name, turns=(), references=references),
-        text=text,
-        parts=(),
-        reference=reference,
-    )
+    conversation = Conversation(id=name, turns=(), references=references)
+    return Prediction(conversation=conversation, text=text, parts=(), reference=reference)
 
 
 def scored(metric, *rows: Prediction) -> float:
@@ -28,7 +24,7 @@ def scored(metric, *rows: Prediction) -> float:
     return metric.compute().item()
 
 
-# -- ANLS -------------------------------------------------------------------------------------------------------------------------
+# ANLS
 
 
 @pytest.mark.parametrize(
@@ -47,19 +43,19 @@ def test_anls_is_one_minus_the_share_of_wrong_characters(answer, answers, score)
     assert anls(answer, answers) == pytest.approx(score)
 
 
-def test_white_space_makes_no_error_cheaper():
+def test_white_space_does_not_make_errors_cheaper():
     """One character of ten is wrong; the published script counts ten spaces as read right."""
     assert anls("abcdefghix" + " " * 10, ["abcdefghij"]) == pytest.approx(0.9)
     assert anls("abcdefghix" + " " * 10, ["abcdefghij"], protocol="official") == pytest.approx(0.95)
 
 
-def test_anls_averages_rows_and_knows_its_threshold():
+def test_anls_is_averaged_over_rows_and_0_below_its_threshold():
     rows = (row("a", "abcd", "abcx"), row("b", "abcd", "wxyz"), row("c", "7", reference="7"))
     assert scored(ANLS(), *rows) == pytest.approx((0.75 + 0 + 1) / 3)
     assert scored(ANLS(threshold=0.8), *rows) == pytest.approx(1 / 3)
 
 
-# -- relaxed accuracy -------------------------------------------------------------------------------------------------------------
+# relaxed accuracy
 
 
 @pytest.mark.parametrize(
@@ -83,17 +79,17 @@ def test_anls_averages_rows_and_knows_its_threshold():
         ("ten", "10", False, False),
     ],
 )
-def test_numbers_may_be_five_per_cent_of_the_expected_one_off(answer, expected, right, official):
+def test_numbers_may_deviate_by_5_percent_of_the_reference(answer, expected, right, official):
     assert relaxed_match(answer, expected) == right
     assert relaxed_match_official(answer, expected) == official
 
 
-def test_one_matching_answer_is_enough():
+def test_one_matching_reference_is_enough():
     assert scored(RelaxedAccuracy(), row("a", "9.5", "3", "10"), row("b", "x", "y")) == 0.5
     assert scored(RelaxedAccuracy("official"), row("a", "9.5", "3", "10"), row("b", "x", "y")) == 0
 
 
-# -- GQA --------------------------------------------------------------------------------------------------------------------------
+# GQA
 
 
 @pytest.mark.parametrize(
@@ -113,11 +109,11 @@ def test_one_matching_answer_is_enough():
         ("3.5", "3.5", True),
     ],
 )
-def test_the_core_of_an_answer_is_what_was_expected(answer, expected, right):
+def test_an_answer_in_a_sentence_is_recognized(answer, expected, right):
     assert gqa_match(answer, expected) == right
 
 
-def test_the_published_clean_up_cuts_words_in_pieces():
+def test_the_published_script_splits_words():
     assert gqa_answer_official("The panda is black") == "black"
     assert gqa_answer_official("this is it") == ""
     assert gqa_answer_official("sea horse") == "horse"
@@ -127,7 +123,7 @@ def test_the_published_clean_up_cuts_words_in_pieces():
     assert scored(GQAAccuracy("official"), *rows) == 0.5
 
 
-# -- choices ----------------------------------------------------------------------------------------------------------------------
+# choices
 
 
 @pytest.mark.parametrize(
@@ -154,32 +150,24 @@ def test_the_published_clean_up_cuts_words_in_pieces():
         ("", None),
     ],
 )
-def test_the_letter_that_an_answer_chooses(text, letter):
+def test_the_chosen_letter_is_found(text, letter):
     assert chosen_letter(text) == letter
 
 
-def test_an_answer_without_a_letter_is_wrong_and_a_row_without_one_left_out():
+def test_an_answer_without_a_letter_is_wrong_but_a_row_without_one_is_left_out():
     metric = ChoiceAccuracy()
-    metric.update(
-        [
-            row("a", "(B)", reference="B"),
-            row("b", "a dog", reference="A"),
-            row("c", "A", "A. a dog"),
-            row("d", "A", "a dog"),
-        ]
-    )
+    rows = [row("a", "(B)", reference="B"), row("b", "a dog", reference="A")]
+    metric.update([*rows, row("c", "A", "A. a dog"), row("d", "A", "a dog")])
     with pytest.warns(UserWarning, match="1 of 4 rows left out, they have no expected letter"):
         assert metric.compute() == pytest.approx(2 / 3)
 
 
-# -- of all -----------------------------------------------------------------------------------------------------------------------
+# all metrics
 
 
-def test_boxes_are_not_part_of_the_words():
-    dog = grounded("dog", 0, 0, 1, 1)
-    said = Prediction(
-        conversation=Conversation(id="a", turns=(), references=("a dog",)),
-        text="a <ref>dog</ref><box>(0,0),(15,15)</box>",
-        parts=("a ", dog),
-    )
-    assert scored(ANLS(), said) == 1
+def test_an_object_counts_as_its_label():
+    conversation = Conversation(id="a", turns=(), references=("a dog",))
+    text = "a <ref>dog</ref><box>(0,0),(15,15)</box>"
+    parts = ("a ", grounded("dog", 0, 0, 1, 1))
+    prediction = Prediction(conversation=conversation, text=text, parts=parts)
+    assert scored(ANLS(), prediction) == 1

@@ -34,12 +34,12 @@ from qwenvl_lit.types import Conversation, DataError, Prediction
         ("." * 40, ""),
     ],
 )
-def test_answers_are_compared_in_one_form(text, words):
+def test_answers_are_normalized_before_they_are_compared(text, words):
     assert normalize_answer(text) == words
 
 
 def test_accuracy_is_averaged_over_leaving_each_person_out():
-    """Of ten, k agree. Leaving one of them out, k - 1 of 3 are left; leaving another out, k."""
+    """k of ten people agree. Without one of these k - 1 are left, without another person k."""
     people = ["cat"] * 10
     for k, expected in (
         (0, 0),
@@ -54,7 +54,7 @@ def test_accuracy_is_averaged_over_leaving_each_person_out():
         assert vqa_accuracy_official("dog", answers) == pytest.approx(expected)
 
 
-def test_what_the_published_script_takes_for_wrong_is_right():
+def test_right_answers_that_the_published_script_takes_for_wrong():
     assert vqa_accuracy("yes", ["Yes"] * 10) == 1
     assert vqa_accuracy_official("yes", ["Yes"] * 10) == 0
     assert vqa_accuracy("2", ["two"] * 10) == 1
@@ -62,39 +62,32 @@ def test_what_the_published_script_takes_for_wrong_is_right():
     assert vqa_accuracy("the table", ["the table"] * 10) == 1
     assert vqa_accuracy_official("the table", ["the table"] * 10) == 0
     assert vqa_accuracy("t-shirt", ["t-shirt"] * 10) == 1
-    assert (
-        vqa_accuracy_official("t-shirt", ["t-shirt"] * 10) == 0
-    )  # all agree, so theirs keep the hyphen
+    # All people agree, so their answers keep the hyphen.
+    assert vqa_accuracy_official("t-shirt", ["t-shirt"] * 10) == 0
     assert vqa_accuracy("." * 33, [""] * 10) == 1
     assert vqa_accuracy_official("." * 33, [""] * 10) == 0
 
 
-def test_without_ids_the_script_leaves_out_all_equal_answers():
+def test_without_ids_the_script_leaves_out_all_answers_that_are_equal():
     assert vqa_accuracy_official("yes", ["yes"] * 10, numbered=False) == 0
     assert vqa_accuracy_official("yes", ["yes"] * 5 + ["no"] * 5, numbered=False) == 0.5
 
 
 def row(name: str, text: str, *people: str) -> Prediction:
-    return Prediction(
-        conversation=Conversation(id=name, turns=(), references=people),
-        text=text,
-        parts=(),
-        reference=people[0],
-    )
+    conversation = Conversation(id=name, turns=(), references=people)
+    return Prediction(conversation=conversation, text=text, parts=(), reference=people[0])
 
 
-def test_the_metric_takes_the_answers_of_four_people_or_more():
+def test_rows_with_answers_of_fewer_than_four_people_are_left_out():
     metric = VQAAccuracy()
-    metric.update(
-        [row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10), row("c", "yes", "yes")]
-    )
-    with pytest.warns(
-        UserWarning, match="1 of 3 rows left out, they have no answers of four people or more"
-    ):
+    metric.update([row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10)])
+    metric.update([row("c", "yes", "yes")])
+    message = "1 of 3 rows left out, they have no answers of four people or more"
+    with pytest.warns(UserWarning, match=message):
         assert metric.compute() == 0.5
 
 
-def test_the_protocol_is_one_of_two():
+def test_the_protocol_is_correct_or_official():
     official = VQAAccuracy("official")
     official.update([row("a", "yes", *["Yes"] * 10)])
     assert official.compute() == 0
