@@ -1,9 +1,10 @@
-"""Measure how long it takes to score captions, and write it down.
+"""Measures how long it takes to score captions.
 
     python scripts/bench_metrics.py [--record benchmarks/metrics.json]
 
-A corpus the size of COCO's val2014: 40,000 captions with five references each, of words as frequent as in a language (Zipf). One
-thread; seconds are those of the processor, so that a busy machine does not count.
+The corpus has the size of COCO's val2014: 40,000 captions with five references each, whose words
+are distributed as in a natural language (Zipf). One thread is used. Seconds are CPU time, so that
+other processes on the machine do not matter.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torchmetrics
 
 from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL
+from qwenvl_lit.metrics.per_sample import PerSampleMetric
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.types import Conversation, Prediction
 
@@ -27,7 +29,10 @@ ROWS, REFERENCES, WORDS, VOCABULARY, BATCH = 40_000, 5, 11, 20_000, 64
 
 
 def corpus(seed: int = 0) -> list[Prediction]:
-    """Captions of 8 to 14 words with a capital and a full stop, a quarter of them with a comma; a row shares half of its words."""
+    """Captions of 8 to 14 words with a capital and a full stop; a quarter of them has a comma.
+
+    The captions of a row share half of their words.
+    """
     rng = random.Random(seed)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     vocabulary = ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(VOCABULARY)]
@@ -35,50 +40,42 @@ def corpus(seed: int = 0) -> list[Prediction]:
     words = iter(rng.choices(vocabulary, frequency, k=2 * ROWS * (REFERENCES + 1) * (WORDS + 3)))
 
     def caption(common: list[str]) -> str:
-        said = [
-            word if rng.random() < 0.5 else next(words)
-            for word in common[: WORDS + rng.randint(-3, 3)]
-        ]
+        chosen = []
+        for word in common[: WORDS + rng.randint(-3, 3)]:
+            chosen.append(word if rng.random() < 0.5 else next(words))
         if rng.random() < 0.25:
-            said[3] += ","
-        return " ".join(said).capitalize() + "."
+            chosen[3] += ","
+        return " ".join(chosen).capitalize() + "."
 
     predictions = []
     for row in range(ROWS):
         common = [next(words) for _ in range(WORDS + 3)]
-        conversation = Conversation(
-            id=str(row), turns=(), references=tuple(caption(common) for _ in range(REFERENCES))
-        )
+        references = tuple(caption(common) for _ in range(REFERENCES))
+        conversation = Conversation(id=str(row), turns=(), references=references)
         predictions.append(Prediction(conversation=conversation, text=caption(common), parts=()))
     return predictions
 
 
-def measured(metric: torchmetrics.Metric, predictions: list[Prediction]) -> dict[str, float]:
-    """Seconds of one core to take the answers in batches, making words of them, and to compute the score; and what the clock says."""
+def measure(metric: PerSampleMetric, predictions: list[Prediction]) -> dict[str, float]:
+    """Times the updates, which split the captions into words, and the computation of the score."""
     ptb_words.cache_clear()
-    start, clock = time.process_time(), time.perf_counter()
+    start, wall_start = time.process_time(), time.perf_counter()
     for first in range(0, len(predictions), BATCH):
         metric.update(predictions[first : first + BATCH])
     updated = time.process_time()
     score = float(metric.compute())
+    computed, wall_end = time.process_time(), time.perf_counter()
+    state_bytes = sum(tensor.nbytes for tensor in (*metric.keys, *metric.sizes, *metric.numbers))
     return {
         "update_seconds": round(updated - start, 2),
-        "compute_seconds": round(time.process_time() - updated, 2),
-        "wall_seconds": round(time.perf_counter() - clock, 2),
-        "state_mb": round(
-            sum(
-                tensor.nbytes
-                for part in (metric.keys, metric.sizes, metric.numbers)
-                for tensor in part
-            )
-            / 1e6,
-            1,
-        ),
+        "compute_seconds": round(computed - updated, 2),
+        "wall_seconds": round(wall_end - wall_start, 2),
+        "state_mb": round(state_bytes / 1e6, 1),
         "score": round(score, 6),
     }
 
 
-def main(written: Path | None) -> None:
+def main(record: Path | None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     predictions = corpus()
@@ -94,17 +91,17 @@ def main(written: Path | None) -> None:
         },
         "rows": ROWS,
         "references": REFERENCES,
-        "metrics": {name: measured(metric, predictions) for name, metric in metrics.items()},
+        "metrics": {name: measure(metric, predictions) for name, metric in metrics.items()},
     }
     text = json.dumps(result, indent=1)
     print(text)
-    if written:
-        written.write_text(text + "\n")
+    if record:
+        record.write_text(text + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the result down")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="also write the result here")
     main(parser.parse_args().record)
