@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
+from qwenvl_lit.metrics.summary import SCORES_FILE
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
-SCORES = "metrics.json"
 PRINTED = ("loss", "accuracy", "grad_norm", "learning_rate", "samples_per_second", "memory_gib")
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def save_scores(folder: str | Path, part: str, scores: Mapping[str, Any]) -> Non
     Args:
         scores: plain data without nan.
     """
-    path = Path(folder, SCORES)
+    path = Path(folder, SCORES_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {}
     if path.exists():

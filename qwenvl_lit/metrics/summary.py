@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FILENAME = "metrics.json"
+SCORES_FILE = "metrics.json"
 VALIDATION = "val/"  # the names of validation scores begin with it
 
 
@@ -31,7 +31,7 @@ class FitSummary:
 
 def read_fit_summary(folder: Path) -> FitSummary:
     """Reads the summary of the run in `folder`; empty until the run has written its scores."""
-    file = folder / FILENAME
+    file = folder / SCORES_FILE
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     fit = content.get("fit", {})
     return FitSummary(best=fit.get("best") or {}, last=fit.get("last") or {})

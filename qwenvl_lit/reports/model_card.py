@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwenvl_lit.metrics.summary import VALIDATION, read_fit_summary
 from qwenvl_lit.runs.run import Run
 
 # The settings of each group that the card shows.
@@ -110,19 +111,16 @@ def _code(value: Any) -> str:
 
 def _scores(folder: Path) -> Iterator[str]:
     """Yields a table of a run's best and last validation, if it had any."""
-    file = folder / "metrics.json"
-    if not file.exists():
-        return
-    fit = json.loads(file.read_text(encoding="utf-8")).get("fit", {})
-    best, last = fit.get("best") or {}, fit.get("last") or {}
-    names = [name for name in {**best, **last} if name.startswith("val/")]
-    if not names:
+    summary = read_fit_summary(folder)
+    best, last = summary.best, summary.last
+    if not summary.score_names:
         return
     yield from ("## Scores of the validation", "")
     yield f"| | best, step {best.get('step', '-')} | last, step {last.get('step', '-')} |"
     yield "|---|---|---|"
-    for name in names:
-        yield f"| {name[4:]} | {_score(best.get(name))} | {_score(last.get(name))} |"
+    for name in summary.score_names:
+        title = name.removeprefix(VALIDATION)
+        yield f"| {title} | {_score(best.get(name))} | {_score(last.get(name))} |"
     yield ""
 
 
