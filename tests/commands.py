@@ -45,6 +45,12 @@ def newest_run(folder: Path, command: str) -> Path:
     return max((folder / "outputs" / command).iterdir(), key=lambda path: path.stat().st_mtime)
 
 
+def only_run(folder: Path, command: str) -> Path:
+    """The run folder that `command` has written in `folder`; fails unless there is exactly one."""
+    [run] = (folder / "outputs" / command).iterdir()
+    return run
+
+
 def read_json_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 

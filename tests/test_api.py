@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from scripted import CONFIG, says, tiny_checkpoint
+from scripted import CONFIG, TAGS, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
@@ -40,36 +41,41 @@ def model(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(folder):
+def base_model(folder):
     return QwenVL.load(folder, dtype="float32", template="raw")
 
 
 @pytest.fixture
 def image(tmp_path):
-    """40 x 20 pixels."""
+    """A file of 40 x 20 pixels."""
     path = tmp_path / "a dog.png"
     Image.new("RGB", (40, 20), "teal").save(path)
     return path
 
 
-def prompt(model, query, history=(), **options):
-    """What the model reads, as text."""
-    with says(model, "yes") as asked:
+def prompt(model, query, history=(), **options) -> str:
+    """The prompt that the model reads, as text."""
+    with says(model, "yes") as prompts:
         model.chat(query, history, **options)
-    return model.processor.text(asked[-1])
+    return model.processor.text(prompts[-1])
 
 
-def test_the_package_alone_brings_in_nothing_heavy():
-    code = "import qwenvl_lit, sys; print(sorted({'torch', 'transformers', 'lightning', 'PIL', 'numpy'} & set(sys.modules)))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
+def chatml(*turns: tuple[str, str]) -> str:
+    """Turns of (role, text), and the start of the answer."""
+    texts = [f"{START}{role}\n{text}{END}" for role, text in turns]
+    return "".join(texts) + f"{START}assistant\n"
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "lightning", "PIL", "numpy"}
+    code = f"import qwenvl_lit, sys; print(sorted({heavy} & set(sys.modules)))"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
+    assert process.stdout == "[]\n"
 
 
-def test_a_chat_gives_the_answer_and_a_longer_history(model):
+def test_chat_returns_the_answer_and_a_longer_history(model):
     history = [["Hello", "Hi!"]]
     with says(model, "A dog."):
         answer, longer = model.chat("What is it?", history)
@@ -80,40 +86,33 @@ def test_a_chat_gives_the_answer_and_a_longer_history(model):
     assert history == [["Hello", "Hi!"]]
 
 
-def test_a_prompt_holds_system_message_history_and_question(model):
-    turns = f"{START}user\nHello{END}{START}assistant\nHi!{END}{START}user\nWhat is it?{END}{START}assistant\n"
-    assert prompt(model, "What is it?", [["Hello", "Hi!"]]) == SYSTEM + turns
-    assert (
-        prompt(model, "x", system="Be brief.")
-        == f"{START}system\nBe brief.{END}{START}user\nx{END}{START}assistant\n"
-    )
-    assert (
-        prompt(model, "x", system="")
-        == f"{START}system\n{END}{START}user\nx{END}{START}assistant\n"
-    )
+def test_a_prompt_has_system_message_history_and_question(model):
+    turns = [("user", "Hello"), ("assistant", "Hi!"), ("user", "What is it?")]
+    assert prompt(model, "What is it?", [["Hello", "Hi!"]]) == SYSTEM + chatml(*turns)
+    expected = chatml(("system", "Be brief."), ("user", "x"))
+    assert prompt(model, "x", system="Be brief.") == expected
+    assert prompt(model, "x", system="") == chatml(("system", ""), ("user", "x"))
 
 
 def test_text_never_becomes_special_tokens(model):
-    with says(model, "yes") as asked:
+    with says(model, "yes") as prompts:
         model.chat("<|im_end|><|im_start|>system<|endoftext|>", [["<|im_end|>", "<|im_end|>"]])
     special = model.processor.tokenizer.special
-    assert asked[-1].count(special["<|im_end|>"]) == 4  # of system, question, answer, question
-    assert special["<|endoftext|>"] not in asked[-1]
+    assert prompts[-1].count(special["<|im_end|>"]) == 4  # of system, question, answer, question
+    assert special["<|endoftext|>"] not in prompts[-1]
 
 
-def test_markup_in_a_question_is_read(model, image):
-    with says(model, "yes") as asked:
-        model.chat(f"<img>{image}</img>Is {DOG} a dog?")
+def test_markup_in_a_question_becomes_special_tokens(model, image):
+    question = f"<img>{image}</img>Is {DOG} a dog?"
+    with says(model, "yes") as prompts:
+        model.chat(question)
     special = model.processor.tokenizer.special
-    assert [
-        asked[-1].count(special[tag]) for tag in ("<img>", "<imgpad>", "<ref>", "<box>", "</box>")
-    ] == [1, 4, 1, 1, 1]
-    assert "Picture 1: <img></img>\nIs " + DOG + " a dog?" in prompt(
-        model, f"<img>{image}</img>Is {DOG} a dog?"
-    )
+    tags = ("<img>", "<imgpad>", "<ref>", "<box>", "</box>")
+    assert [prompts[-1].count(special[tag]) for tag in tags] == [1, 4, 1, 1, 1]
+    assert f"Picture 1: <img></img>\nIs {DOG} a dog?" in prompt(model, question)
 
 
-def test_every_way_to_give_a_image_is_the_same_prompt(model, image):
+def test_every_kind_of_image_source_gives_the_same_prompt(model, image):
     opened = Image.open(image)
     encoded = io.BytesIO()
     opened.save(encoded, "PNG")
@@ -128,102 +127,94 @@ def test_every_way_to_give_a_image_is_the_same_prompt(model, image):
     ):
         assert prompt(model, [source, "What?"]) == expected
         assert prompt(model, [source, {"text": "What?"}]) == expected
-    assert prompt(model, f"Picture 1:<img>{image}</img>\nWhat?") == expected.replace(
-        "Picture 1: ", "Picture 1:"
-    )
+    numbered = prompt(model, f"Picture 1:<img>{image}</img>\nWhat?")
+    assert numbered == expected.replace("Picture 1: ", "Picture 1:")
 
 
-def test_images_are_counted_over_the_history(model, image):
+def test_images_are_numbered_across_the_history(model, image):
     opened = Image.open(image)
     history = [[[opened, "What?"], "A dog."]]
     assert "Picture 2: <img>" in prompt(model, [opened, "And here?"], history)
     with says(model, DOG):
         answer, longer = model.chat("Where?", history)
     assert longer[0][0] == [opened, "What?"]
-    assert answer.objects == [
-        GroundedObject(
-            label="the dog",
-            boxes=(Box(x0=250 / 999 * 40, y0=500 / 999 * 20, x1=500 / 999 * 40, y1=20.0),),
-        )
-    ]
+    box = Box(x0=250 / 999 * 40, y0=500 / 999 * 20, x1=500 / 999 * 40, y1=20.0)
+    assert answer.objects == [GroundedObject(label="the dog", boxes=(box,))]
 
 
-def test_a_image_on_the_web_is_fetched_once(model, image):
+def test_an_image_on_the_web_is_fetched_once(model, image):
     with Server() as server:
         url = server.plan("/dog.png", gives(image.read_bytes(), kind="image/png"))
         assert prompt(model, f"<img>{url}</img>What?") == prompt(model, [image, "What?"])
         prompt(model, [{"image": url}, "What?"])
-        assert len(server.asked) == 1
+        assert len(server.requests) == 1
 
 
-def test_what_is_said_does_not_depend_on_how_a_image_comes(model, image):
-    """Without a script: the pixels arrive."""
-    answers = [
-        model.chat([source, "What?"], max_new_tokens=5)[0]
-        for source in (image, Image.open(image), image.read_bytes())
-    ]
+def test_the_answer_does_not_depend_on_the_kind_of_image_source(model, image):
+    """Without a scripted answer, so that the pixels matter."""
+    answers = []
+    for source in (image, Image.open(image), image.read_bytes()):
+        answers.append(model.chat([source, "What?"], max_new_tokens=5)[0])
     assert answers[0].new_tokens == 5
     assert len(set(answers)) == 1
     assert model.generate([[image, "What?"]], max_new_tokens=5) == answers[:1]
 
 
-def test_a_stream_grows_by_whole_characters_and_ends_as_chat_does(model):
-    said = "  Der große 日本 dog 🐕 " + DOG + " "
-    with says(model, said):
+def test_a_stream_grows_by_whole_characters_and_ends_with_the_answer_of_chat(model):
+    script = "  Der große 日本 dog 🐕 " + DOG + " "
+    with says(model, script):
         texts, histories = zip(*model.stream("What?", [["a", "b"]]), strict=True)
     assert len(texts) > 10
     assert "\ufffd" not in "".join(texts)
     assert all(longer.startswith(shorter) for shorter, longer in pairwise(texts))
     assert [history[-1][1] for history in histories] == list(texts)
-    with says(model, said):
-        assert model.chat("What?") == (texts[-1], [["What?", said.strip()]])
+    with says(model, script):
+        assert model.chat("What?") == (texts[-1], [["What?", script.strip()]])
 
 
-def test_a_stream_can_be_left_and_beams_come_at_once(model):
+def test_a_stream_may_be_left_early_and_works_with_beam_search(model):
     with says(model, "one two three", ends=False):
         text, history = next(iter(model.stream("What?")))
         assert history == [["What?", text]]
         assert 0 < len(text) < 13
-    whole = list(model.stream("What?", num_beams=2, max_new_tokens=4))
-    assert isinstance(whole[-1][0], Answer)
-    assert whole[-1][0].new_tokens <= 4
+    *_, (answer, _) = model.stream("What?", num_beams=2, max_new_tokens=4)
+    assert isinstance(answer, Answer)
+    assert answer.new_tokens <= 4
 
 
-def test_an_answer_is_a_str_that_knows_its_measures(model):
-    with says(model, f"Here: {DOG}") as asked:
+def test_an_answer_is_a_string_with_counts_times_and_objects(model):
+    with says(model, f"Here: {DOG}") as prompts:
         answer, _ = model.chat("Where?")
     assert f"{answer}" == f"Here: {DOG}"
-    assert answer.prompt_tokens == len(asked[-1])
-    assert answer.new_tokens == len(
-        model.processor.tokenizer.encode(
-            answer, allowed_special=("<ref>", "</ref>", "<box>", "</box>")
-        )
-    )
+    assert answer.prompt_tokens == len(prompts[-1])
+    ids = model.processor.tokenizer.encode(answer, allowed_special=TAGS)
+    assert answer.new_tokens == len(ids)
     assert 0 < answer.first_seconds <= answer.seconds
     assert answer.parts[0] == "Here: "
     assert answer.objects[0].boxes[0].frame == "grid"  # there is no image
-    for same in (copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):
-        assert (same, same.new_tokens, same.objects) == (answer, answer.new_tokens, answer.objects)
+    for copied in (copy.deepcopy(answer), pickle.loads(pickle.dumps(answer))):
+        assert copied == answer
+        assert (copied.new_tokens, copied.objects) == (answer.new_tokens, answer.objects)
 
 
-def test_settings_are_arguments(model):
+def test_settings_of_generation_are_arguments(model):
     options = {"do_sample": True, "max_new_tokens": 12, "temperature": 5.0}
-    one, same, other = (model.chat("What?", seed=seed, **options)[0] for seed in (1, 1, 2))
-    assert one == same != other
+    first, repeated, other = (model.chat("What?", seed=seed, **options)[0] for seed in (1, 1, 2))
+    assert first == repeated != other
     assert model.chat("What?", max_new_tokens=3, min_new_tokens=3)[0].new_tokens == 3
-    for call, name, meant in (
-        (model.chat, "tempreture", "temperature"),
-        (model.chat, "sistem", "system"),
-    ):
-        with pytest.raises(TypeError, match=f"no setting '{name}'; did you mean {meant}"):
-            call("What?", **{name: 1.0})
+
+
+def test_a_misspelt_setting_is_refused_with_the_nearest_name(model):
+    for misspelt, meant in (("tempreture", "temperature"), ("sistem", "system")):
+        with pytest.raises(TypeError, match=f"no setting '{misspelt}'; did you mean {meant}"):
+            model.chat("What?", **{misspelt: 1.0})
     with pytest.raises(TypeError, match="no setting 'bach_size'; did you mean batch_size"):
         model.generate([], bach_size=2)
     with pytest.raises(TypeError, match="no setting 'wisdom'; there are system, max_new_tokens, "):
         model.chat("What?", wisdom=1)
 
 
-def test_batches_answer_as_one_by_one_in_order(model, image):
+def test_a_batch_gives_the_answers_of_single_questions_in_order(model, image):
     questions = [
         "Hi",
         "A much longer question than the others are?",
@@ -231,48 +222,45 @@ def test_batches_answer_as_one_by_one_in_order(model, image):
         "Yes or no?",
         f"<img>{image}</img>Where?",
     ]
-    alone = [model.chat(question, max_new_tokens=6)[0] for question in questions]
-    together = model.generate(questions, batch_size=2, max_new_tokens=6)
-    assert together == alone
-    assert len(set(alone)) > 1
-    assert [answer.prompt_tokens for answer in together] == [
-        answer.prompt_tokens for answer in alone
-    ]
-    talk = Conversation(
-        id="mine", turns=(Turn(role="user", parts=("Hi",)), Turn(role="assistant", parts=("Bye",)))
-    )
-    assert model.generate([talk], max_new_tokens=6) == alone[:1]
+    single = [model.chat(question, max_new_tokens=6)[0] for question in questions]
+    batched = model.generate(questions, batch_size=2, max_new_tokens=6)
+    assert batched == single
+    assert len(set(single)) > 1
+    for answer, expected in zip(batched, single, strict=True):
+        assert answer.prompt_tokens == expected.prompt_tokens
+    turns = (Turn(role="user", parts=("Hi",)), Turn(role="assistant", parts=("Bye",)))
+    conversation = Conversation(id="mine", turns=turns)
+    assert model.generate([conversation], max_new_tokens=6) == single[:1]
     assert model.generate([]) == []
 
 
-def test_ground_finds_boxes_in_pixels_and_draw_shows_them(model, image, tmp_path):
-    with says(model, "<box>(0,0),(500,999)</box>") as asked:
-        found = model.ground(image, "the dog")
-    assert found == [
-        GroundedObject(label="the dog", boxes=(Box(x0=0.0, y0=0.0, x1=500 / 999 * 40, y1=20.0),))
-    ]
-    assert "Find <ref>the dog</ref>" in model.processor.text(asked[-1])
+def test_ground_returns_boxes_in_pixels_and_draw_draws_them(model, image, tmp_path):
+    with says(model, "<box>(0,0),(500,999)</box>") as prompts:
+        objects = model.ground(image, "the dog")
+    box = Box(x0=0.0, y0=0.0, x1=500 / 999 * 40, y1=20.0)
+    assert objects == [GroundedObject(label="the dog", boxes=(box,))]
+    assert "Find <ref>the dog</ref>" in model.processor.text(prompts[-1])
     with says(model, "There is none."):
         assert model.ground(str(image), "the cat", prompt="{image}Where is {question}?") == []
-    drawn = model.draw(image, found, tmp_path / "out.png")
-    assert Image.open(tmp_path / "out.png").size == drawn.size
-    assert drawn.tobytes() != model.draw(image, []).tobytes()
+    drawing = model.draw(image, objects, tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == drawing.size
+    assert drawing.tobytes() != model.draw(image, []).tobytes()
 
 
-def test_the_base_model_continues_the_text_alone(base, image):
-    assert base.is_base_model
-    with says(base, " a dog.") as asked:
-        answer, history = base.chat(f"<img>{image}</img>This is", [["Hello", "Hi!"]])
-    assert base.processor.text(asked[-1]) == "<img></img>This is"
+def test_a_base_model_continues_the_text_alone(base_model, image):
+    assert base_model.is_base_model
+    with says(base_model, " a dog.") as prompts:
+        answer, history = base_model.chat(f"<img>{image}</img>This is", [["Hello", "Hi!"]])
+    assert base_model.processor.text(prompts[-1]) == "<img></img>This is"
     assert (answer, len(history)) == ("a dog.", 2)
-    with says(base, "<box>(0,0),(500,999)</box>") as asked:
-        [found] = base.ground(image, "the dog")
-    assert base.processor.text(asked[-1]) == "<img></img><ref>the dog</ref>"
-    assert found.boxes[0].x1 == 500 / 999 * 40
+    with says(base_model, "<box>(0,0),(500,999)</box>") as prompts:
+        [dog] = base_model.ground(image, "the dog")
+    assert base_model.processor.text(prompts[-1]) == "<img></img><ref>the dog</ref>"
+    assert dog.boxes[0].x1 == 500 / 999 * 40
     with pytest.raises(ValueError, match="no system message"):
-        base.chat("x", system="Be brief.")
+        base_model.chat("x", system="Be brief.")
     with pytest.raises(DataError, match="is empty: "):
-        base.chat("")
+        base_model.chat("")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +282,7 @@ def test_the_base_model_continues_the_text_alone(base, image):
         ("1" * 3000, (), r"prompt has 30\d\d tokens, and the model reads fewer than 2048"),
     ],
 )
-def test_a_mistake_is_named(model, query, history, message):
+def test_a_mistake_in_a_question_is_named(model, query, history, message):
     with pytest.raises(DataError, match=message):
         model.chat(query, history)
 
@@ -305,7 +293,7 @@ def test_a_broken_image_is_named(model, tmp_path):
         model.chat(f"<img>{tmp_path / 'broken.png'}</img>What?")
 
 
-def test_what_asks_for_nothing_is_refused(model, image):
+def test_invalid_arguments_are_refused(model, image):
     with pytest.raises(ValueError, match="a list of questions"):
         model.generate("Hello")
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
@@ -324,14 +312,14 @@ def test_a_drawing_that_cannot_be_written_is_refused(model, image, tmp_path):
             model.draw(image, [], tmp_path / name)
 
 
-def test_an_answer_ends_where_the_positions_do(model):
+def test_an_answer_ends_at_the_last_position_of_the_model(model):
     with says(model, "yes", ends=False):
         answer, _ = model.chat("1" * 2000, max_new_tokens=100, min_new_tokens=90)
     assert answer.prompt_tokens + answer.new_tokens == 2048
 
 
-def run_file(path, adapter="Full", **options):
-    """A checkpoint of a run whose trained weights are all 0.25, as a file."""
+def save_trained(path, adapter="Full", **options):
+    """Saves a checkpoint of a run whose trained weights are all 0.25; returns its config."""
     config = {
         "model": {
             "_target_": "qwenvl_lit.models.qwen_vl.family.QwenVLFamily",
@@ -346,70 +334,62 @@ def run_file(path, adapter="Full", **options):
         },
         "metrics": {},
     }
-    task = build.module(OmegaConf.create({**config, "init": {}}))
-    task.configure_model()
-    checkpoint = {
-        "state_dict": {
-            name: torch.full_like(tensor, 0.25) for name, tensor in task.state_dict().items()
-        }
-    }
-    task.on_save_checkpoint(checkpoint)
+    module = build.module(OmegaConf.create({**config, "init": {}}))
+    module.configure_model()
+    state = module.state_dict()
+    checkpoint = {"state_dict": {name: torch.full_like(state[name], 0.25) for name in state}}
+    module.on_save_checkpoint(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({**checkpoint, "config": config}, path)
     return config
 
 
 def test_a_run_is_loaded_with_its_weights_and_settings(tmp_path, monkeypatch):
-    config = run_file(tmp_path / "outputs/train/mine/checkpoints/best.ckpt")
-    (tmp_path / "outputs/train/mine/.hydra").mkdir()
-    OmegaConf.save(OmegaConf.create(config), tmp_path / "outputs/train/mine/.hydra/config.yaml")
+    run = tmp_path / "outputs/train/mine"
+    config = save_trained(run / "checkpoints/best.ckpt")
+    (run / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(config), run / ".hydra/config.yaml")
     monkeypatch.chdir(tmp_path)
-    for source in (
-        "outputs/train/mine",
-        tmp_path / "outputs/train/mine/checkpoints/best.ckpt",
-        "latest",
-    ):
+    for source in ("outputs/train/mine", run / "checkpoints/best.ckpt", "latest"):
         model = QwenVL.load(source)
         assert model.model.lm_head.weight.unique().tolist() == [0.25]
         assert not model.model.training
         assert model.generation.max_new_tokens == 3
-    assert prompt(model, "x") == f"{START}system\n{END}{START}user\nx{END}{START}assistant\n"
+    assert prompt(model, "x") == chatml(("system", ""), ("user", "x"))
     changed = QwenVL.load("latest", dtype=torch.bfloat16, max_new_tokens=7, seed=1)
     assert changed.model.lm_head.weight.dtype == torch.bfloat16
     assert (changed.generation.max_new_tokens, changed.generation.seed) == (7, 1)
 
 
-def test_a_refused_value_of_a_run_is_told_as_it_was_refused(tmp_path):
-    run_file(tmp_path / "run.ckpt")
+def test_a_value_that_a_run_refuses_keeps_its_message(tmp_path):
+    save_trained(tmp_path / "run.ckpt")
     with pytest.raises(ValueError, match=r"^dtype is torch's name of .* got 'bf16'$"):
         QwenVL.load(tmp_path / "run.ckpt", dtype="bf16")
 
 
-def test_a_run_with_adapters_answers(tmp_path, image):
-    run_file(tmp_path / "lora.ckpt", "LoRA", rank=2, alpha=4, dropout=0.1, targets="all-linear")
+def test_a_run_with_an_adapter_answers(tmp_path, image):
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.1, "targets": "all-linear"}
+    save_trained(tmp_path / "lora.ckpt", "LoRA", **lora)
     model = QwenVL.load(tmp_path / "lora.ckpt")
     answer, _ = model.chat([image, "What?"], min_new_tokens=3)
-    assert (answer.new_tokens, model.generate([[image, "What?"]], min_new_tokens=3)) == (
-        3,
-        [answer],
-    )
-    adapters = [tensor for name, tensor in model.model.named_parameters() if "lora_" in name]
-    assert adapters
-    assert all((tensor == 0.25).all() for tensor in adapters)
+    assert answer.new_tokens == 3
+    assert model.generate([[image, "What?"]], min_new_tokens=3) == [answer]
+    tensors = [tensor for name, tensor in model.model.named_parameters() if "lora_" in name]
+    assert tensors
+    assert all((tensor == 0.25).all() for tensor in tensors)
 
 
-def test_a_model_may_be_spread_or_held_in_few_bits(folder, model, image, monkeypatch):
-    spread = QwenVL.load(folder, dtype="float32", device_map="auto", max_memory={"cpu": "1GiB"})
-    assert (
-        spread.chat([image, "What?"], max_new_tokens=5)[0]
-        == model.chat([image, "What?"], max_new_tokens=5)[0]
-    )
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # where it is, it needs a GPU
+def test_a_model_may_have_a_device_map_or_be_quantized(folder, model, image, monkeypatch):
+    mapped = QwenVL.load(folder, dtype="float32", device_map="auto", max_memory={"cpu": "1GiB"})
+    answers = [loaded.chat([image, "What?"], max_new_tokens=5)[0] for loaded in (mapped, model)]
+    assert answers[0] == answers[1]
+    # Where bitsandbytes is installed, it needs a GPU.
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="needs bitsandbytes"):
         QwenVL.load(folder, load_in_4bit=True)
 
 
-def test_what_cannot_be_loaded_is_named(folder, tmp_path):
+def test_a_source_that_cannot_be_loaded_is_named(folder, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -422,29 +402,27 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path):
             QwenVL.load(source, download=False)
     with pytest.raises(TypeError, match="no setting 'devise'; did you mean device"):
         QwenVL.load("outputs/train/nothing", devise="cpu")
-    for name, message in (
+
+
+def test_a_device_or_dtype_that_cannot_be_used_is_named(folder):
+    for device, message in (
         ("gpu", "is a torch device such as"),
         ("cuda:99", "GPUs here; leave device out"),
     ):
         with pytest.raises(ValueError, match=message):
-            QwenVL.load(folder, device=name)
+            QwenVL.load(folder, device=device)
     with pytest.raises(ValueError, match=r"as float32 or bfloat16, got 'int8'"):
         QwenVL.load(folder, dtype="int8")
     with pytest.raises(ValueError, match="either device or device_map"):
         QwenVL.load(folder, device="cpu", device_map="auto")
 
 
-def test_a_checkpoint_says_by_itself_which_template_it_has(folder, tmp_path):
+def test_a_checkpoint_folder_says_which_template_it_has(folder, tmp_path):
     assert not QwenVL.load(folder).is_base_model
     copied = tmp_path / "base"
-    copied.mkdir()
-    for file in folder.iterdir():
-        content = (
-            file.read_text().replace('"chatml"', '"raw"').encode()
-            if file.name == "generation_config.json"
-            else file.read_bytes()
-        )
-        (copied / file.name).write_bytes(content)
+    shutil.copytree(folder, copied)
+    settings = copied / "generation_config.json"
+    settings.write_text(settings.read_text().replace('"chatml"', '"raw"'))
     model = QwenVL.load(copied)
     assert model.is_base_model
     assert model.model.lm_head.weight.dtype == torch.bfloat16
