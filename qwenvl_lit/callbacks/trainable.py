@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -29,15 +28,6 @@ class TrainedTensors:
     dtype: str
     share: float  # of all parameters of the model, including adapters
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "part": self.component,
-            "tensors": self.tensors,
-            "parameters": self.parameters,
-            "dtype": self.dtype,
-            "share": self.share,
-        }
-
 
 class TrainableSummary(lightning.Callback):
     """Prints a table of the trained tensors of each component, and writes it to `trainable.json`.
@@ -55,7 +45,7 @@ class TrainableSummary(lightning.Callback):
             pl_module.model.named_parameters(), pl_module.family.components
         )
         summary = {
-            "components": [row.as_json() for row in rows],
+            "components": [asdict(row) for row in rows],
             "trained": sum(row.parameters for row in rows),
             "total": total,
         }

@@ -66,7 +66,7 @@ def test_the_summary_is_printed_and_written_to_the_run(tmp_path, capsys):
     trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path / "run")
     TrainableSummary().on_fit_start(trainer, module)
     written = json.loads((tmp_path / "run/trainable.json").read_text())
-    components = [row["part"] for row in written["components"]]
+    components = [row["component"] for row in written["components"]]
     assert components == ["vision", "resampler", "language"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert written["trained"] == sum(parameter.numel() for parameter in trained)
