@@ -15,12 +15,13 @@ START, END = 1000, 1001
 
 
 def encode(text: str) -> list[int]:
-    """One token a character."""
+    """Returns one token a character."""
     return [ord(character) for character in text]
 
 
 def decode(ids) -> str:
-    return "".join({START: "[", END: "]"}.get(id) or chr(id) for id in ids)
+    markers = {START: "[", END: "]"}
+    return "".join(markers.get(token_id) or chr(token_id) for token_id in ids)
 
 
 def message(role: str, text: str) -> Message:
@@ -28,11 +29,11 @@ def message(role: str, text: str) -> Message:
 
 
 def written(pieces) -> str:
-    return decode(id for piece in pieces for id in piece.ids)
+    return decode(token_id for piece in pieces for token_id in piece.ids)
 
 
-def learned(pieces) -> str:
-    return decode(id for piece in pieces if piece.supervised for id in piece.ids)
+def supervised(pieces) -> str:
+    return written(piece for piece in pieces if piece.supervised)
 
 
 def turn(role: str, *parts) -> Turn:
@@ -49,46 +50,43 @@ TALK = [
 CHAT = ChatML(encode, start=START, end=END)
 
 
-def test_turns_are_written_and_nothing_follows_the_last_end_mark():
+def test_nothing_is_written_after_the_last_end_of_turn_token():
     assert (
         written(CHAT.render(TALK))
         == "[system\nS]\n[user\nq1]\n[assistant\na1]\n[user\nq2]\n[assistant\na2]"
     )
 
 
-def test_answers_and_their_end_marks_are_learned():
-    assert learned(CHAT.render(TALK)) == "a1]a2]"
+def test_answers_and_their_end_of_turn_tokens_are_supervised():
+    assert supervised(CHAT.render(TALK)) == "a1]a2]"
 
 
-def test_the_official_script_also_learns_the_marks_of_every_turn():
+def test_official_also_supervises_the_markup_of_every_turn():
     official = ChatML(encode, start=START, end=END, supervise="official")
     pieces = list(official.render(TALK))
     assert written(pieces).endswith("a2]\n")
-    assert learned(pieces) == "[]\n[]\n[a1]\n[]\n[a2]\n"
+    assert supervised(pieces) == "[]\n[]\n[a1]\n[]\n[a2]\n"
 
 
 def test_a_prompt_opens_an_answer():
     pieces = list(CHAT.render(TALK[:2], prompt=True))
     assert written(pieces) == "[system\nS]\n[user\nq1]\n[assistant\n"
-    assert learned(pieces) == ""
+    assert supervised(pieces) == ""
 
 
-def test_the_span_of_a_image_is_not_learned_even_in_an_answer():
-    pieces = list(
-        CHAT.render([Message("assistant", [Piece(encode("see ")), Piece([7, 8, 9], image=0)])])
-    )
-    assert learned(pieces) == "see ]"
+def test_the_span_of_an_image_is_not_supervised_even_in_an_answer():
+    answer = Message("assistant", [Piece(encode("see ")), Piece([7, 8, 9], image=0)])
+    pieces = list(CHAT.render([answer]))
+    assert supervised(pieces) == "see ]"
 
 
-def test_a_conversation_gets_a_system_message_unless_it_has_one():
+def test_a_conversation_without_system_message_gets_one():
     question = turn("user", "q")
     assert with_system([question], None) == (turn("system", DEFAULT_SYSTEM), question)
     assert with_system([question], "Be brief.") == (turn("system", "Be brief."), question)
     assert with_system([question], "") == (turn("system", ""), question)
-    assert with_system([turn("system", ""), question], "Be brief.") == (
-        turn("system", ""),
-        question,
-    )
+    own = turn("system", "")
+    assert with_system([own, question], "Be brief.") == (own, question)
     with pytest.raises(DataError, match="only come first"):
         with_system([question, turn("system", "late")], None)
 
@@ -109,13 +107,13 @@ def test_the_window_stops_at_the_first_exchange_that_does_not_fit():
     assert CHAT.recent(talk, 80) == [talk[0], *talk[5:]]
 
 
-def test_the_question_and_the_system_message_are_never_left_out():
+def test_the_last_question_and_the_system_message_always_stay():
     assert CHAT.recent(TALK[:4], 1) == [TALK[0], TALK[3]]
     assert CHAT.recent([message("user", "q")], 1) == [message("user", "q")]
     assert CHAT.recent(TALK[1:4], 1) == [TALK[3]]
 
 
-def test_cutting_on_the_left_keeps_the_last_tokens():
+def test_truncation_on_the_left_keeps_the_last_tokens():
     pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], supervised=True)]
     assert truncate_left(pieces, 9) == pieces
     assert truncate_left(pieces, 4) == [Piece([3]), Piece([4]), Piece([5, 6], supervised=True)]
@@ -124,14 +122,14 @@ def test_cutting_on_the_left_keeps_the_last_tokens():
     assert truncate_left(pieces, 0) == []
 
 
-def test_cutting_never_parts_a_image():
+def test_truncation_never_splits_an_image():
     pieces = [Piece([1]), Piece([2, 3, 4], image=0), Piece([5]), Piece([6])]
     assert truncate_left(pieces, 5) == pieces[1:]
     for limit in (2, 3, 4):
         assert truncate_left(pieces, limit) == pieces[2:]
 
 
-def test_show_colours_what_is_learned_and_counts_repeated_tokens():
+def test_show_colors_supervised_tokens_and_counts_repeated_ones():
     ids = [*encode("q"), *encode("!" * 20), START, *encode("ok"), END]
     labels = [-100] * 22 + ids[22:]
     assert show(ids, labels, decode) == "\x1b[2mq! x 20 [\x1b[0m\x1b[32mok]\x1b[0m"

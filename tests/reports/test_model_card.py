@@ -13,11 +13,11 @@ ADAPTER = {
 
 
 def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
-    made = Run(config={"adapter": ADAPTER}, checkpoint=folder / "best.ckpt", folder=folder, **run)
+    source = Run(config={"adapter": ADAPTER}, checkpoint=folder / "best.ckpt", folder=folder, **run)
     config = {"model": {"path": path, "template": "chatml"}}
     return model_card(
         "mine",
-        run=made,
+        run=source,
         training=dict(trained),
         config=config,
         merged=merged,
@@ -26,11 +26,9 @@ def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
     ).splitlines()
 
 
-def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
-    best, last = (
-        {"step": 50, "val/loss": 1.23456, "val/caption": 0.5, "loss": 9},
-        {"step": 90, "val/loss": 2.0, "val/caption": None},
-    )
+def test_a_card_has_the_adapter_the_data_and_the_scores(tmp_path):
+    best = {"step": 50, "val/loss": 1.23456, "val/caption": 0.5, "loss": 9}
+    last = {"step": 90, "val/loss": 2.0, "val/caption": None}
     (tmp_path / "metrics.json").write_text(json.dumps({"fit": {"best": best, "last": last}}))
     trained = {
         "data": {"train": "my.jsonl", "test": {}, "num_workers": 3},
@@ -55,7 +53,7 @@ def test_a_card_has_what_was_trained_on_what_and_how_well_it_does(tmp_path):
     assert not any("num_workers" in line or "quantization" in line for line in lines)
 
 
-def test_a_base_in_a_folder_is_named_without_its_place_and_has_to_be_given(tmp_path):
+def test_a_base_model_in_a_folder_is_named_without_its_path(tmp_path):
     (tmp_path / "Qwen-VL-Chat").mkdir()
     lines = card(tmp_path, path=str(tmp_path / "Qwen-VL-Chat"), merged=False)
     assert lines[1] == "base_model: Qwen-VL-Chat"
@@ -65,5 +63,5 @@ def test_a_base_in_a_folder_is_named_without_its_place_and_has_to_be_given(tmp_p
     assert "python -m qwenvl_lit.chat ckpt=mine" in card(tmp_path, merged=False)
 
 
-def test_without_scores_there_is_no_table_of_them(tmp_path):
+def test_a_run_without_scores_has_no_table_of_scores(tmp_path):
     assert not any("Scores" in line for line in card(tmp_path))

@@ -1,4 +1,4 @@
-"""Checkpoints as they are published: found, checked, and loaded to the number."""
+"""Checkpoints in the published layout: how they are found, checked and loaded."""
 
 import json
 import threading
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint, missing_files
@@ -18,29 +19,12 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.types import DataError
 from scripts.make_checkpoint import write_checkpoint
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "kv_channels": 16,
-    "intermediate_size": 64,
-    "visual": {
-        "image_size": 16,
-        "patch_size": 8,
-        "width": 16,
-        "layers": 1,
-        "heads": 2,
-        "mlp_ratio": 2.0,
-        "output_dim": 32,
-        "n_queries": 4,
-        "resampler_heads": 2,
-    },
-}
+TWO_LAYERS = {**CONFIG, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def model() -> QwenVLForCausalLM:
-    return QwenVLFamily(config=SIZES, vocabulary="tiny").load()
+    return QwenVLFamily(config=TWO_LAYERS, vocabulary="tiny").load()
 
 
 @pytest.fixture(scope="module", params=["bin", "safetensors"])
@@ -53,7 +37,7 @@ def folder(request, model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(folder, tmp_path) -> Path:
-    """A copy of the checkpoint to spoil."""
+    """A copy of the checkpoint that a test may damage."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -71,19 +55,21 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 
 def change(file: Path, edit) -> None:
-    """Rewrite a shard after `edit(tensors)`."""
-    tensors = (
-        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-    )
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    """Rewrites a shard after `edit(tensors)`."""
+    is_safetensors = file.suffix == ".safetensors"
+    stored = load_file(file) if is_safetensors else torch.load(file, weights_only=True)
+    tensors = {name: tensor.clone() for name, tensor in stored.items()}
     edit(tensors)
-    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save(tensors, file)
+    if is_safetensors:
+        save_file(tensors, file)
+    else:
+        torch.save(tensors, file)
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------------------
+# -- folders --------------------------------------------------------------------------------------
 
 
-def test_the_published_layout_loads_to_the_number(folder, model):
+def test_a_checkpoint_in_the_published_layout_loads_exactly(folder, model):
     assert len(list(folder.glob("*-of-*"))) > 3
     family = QwenVLFamily(path=str(folder))
     assert_same(family.load(), model)
@@ -91,7 +77,7 @@ def test_the_published_layout_loads_to_the_number(folder, model):
     assert family.load().generation_config.top_p == 0.3
 
 
-def test_weights_take_the_wished_type_on_the_way(folder):
+def test_weights_are_converted_to_the_requested_dtype(folder):
     loaded = QwenVLFamily(path=str(folder), dtype="bfloat16").load()
     assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
 
@@ -102,33 +88,29 @@ def test_a_folder_written_by_transformers_loads(model, tmp_path):
     assert_same(QwenVLFamily(path=str(tmp_path)).load(), model)
 
 
-def test_the_auto_classes_know_the_model_and_run_no_remote_code(folder, model):
+def test_auto_classes_load_the_model_without_remote_code(folder, model):
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     assert AutoConfig.from_pretrained(folder).hidden_size == 32
     assert_same(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), model)
 
 
-def test_a_window_of_the_checkpoint_is_obeyed(copy):
+def test_the_window_size_of_the_checkpoint_is_used(copy):
     settings = json.loads((copy / "generation_config.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({**settings, "max_window_size": 100}))
     assert QwenVLFamily(path=str(copy)).processor().max_window_size == 100
     assert QwenVLFamily(path=str(copy), max_window_size=50).processor().max_window_size == 50
 
 
-def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(copy):
-    change(
-        shard_of(copy, "transformer.ln_f.weight"),
-        lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(7)}),
-    )
+def test_tensors_that_do_not_match_are_named_before_loading(copy):
+    other_shape = {"transformer.ln_f.weight": torch.ones(7)}
+    change(shard_of(copy, "transformer.ln_f.weight"), lambda tensors: tensors.update(other_shape))
     [index] = copy.glob("*.index.json")
     content = json.loads(index.read_text())
     first = content["weight_map"].pop("transformer.wte.weight")
     content["weight_map"]["transformer.h.9.ln_1.weight"] = first
     index.write_text(json.dumps(content))
-    change(
-        copy / first,
-        lambda tensors: tensors.update({"transformer.h.9.ln_1.weight": torch.ones(32)}),
-    )
+    unexpected = {"transformer.h.9.ln_1.weight": torch.ones(32)}
+    change(copy / first, lambda tensors: tensors.update(unexpected))
     with pytest.raises(DataError) as caught:
         QwenVLFamily(path=str(copy)).load()
     for message in (
@@ -140,7 +122,7 @@ def test_tensors_that_do_not_fit_are_named_before_anything_is_loaded(copy):
         assert message in str(caught.value)
 
 
-def test_a_tensor_that_its_shard_lacks_is_named(copy):
+def test_a_tensor_missing_from_its_shard_is_named(copy):
     shard = shard_of(copy, "transformer.ln_f.weight")
     change(shard, lambda tensors: tensors.pop("transformer.ln_f.weight"))
     with pytest.raises(DataError, match=rf"{shard.name} lacks transformer.ln_f.weight"):
@@ -154,7 +136,7 @@ def test_a_broken_shard_is_named(copy):
         QwenVLFamily(path=str(copy)).load()
 
 
-def test_a_bin_file_that_holds_code_is_refused(copy):
+def test_a_bin_file_with_code_is_refused(copy):
     class Evil:
         def __reduce__(self):
             return print, ("run!",)
@@ -168,7 +150,7 @@ def test_a_bin_file_that_holds_code_is_refused(copy):
         QwenVLFamily(path=str(copy)).load()
 
 
-def test_a_folder_says_what_it_lacks(copy):
+def test_missing_files_of_a_folder_are_named(copy):
     shard = shard_of(copy, "transformer.ln_f.weight")
     shard.unlink()
     (copy / "qwen.tiktoken").unlink()
@@ -177,23 +159,18 @@ def test_a_folder_says_what_it_lacks(copy):
         find_checkpoint(str(copy))
 
 
-def test_what_is_neither_folder_nor_name_is_refused():
+def test_a_path_that_is_neither_a_folder_nor_a_hub_name_is_refused():
     with pytest.raises(DataError, match="no folder, seen from"):
         find_checkpoint("./not/here")
 
 
-def test_weights_can_be_spread_and_offloaded(folder, model, tmp_path):
-    places = {
-        "transformer.wte": "cpu",
-        "transformer.h.0": "cpu",
-        "transformer.h.1": "disk",
-        "transformer.ln_f": "cpu",
-    }
-    places |= {"transformer.visual": "cpu", "lm_head": "cpu"}
-    spread = QwenVLFamily(path=str(folder), device_map=places).load()
-    assert spread.hf_device_map["transformer.h.1"] == "disk"
+def test_weights_can_be_distributed_and_offloaded(folder, model):
+    on_cpu = ["transformer.wte", "transformer.h.0", "transformer.ln_f", "transformer.visual"]
+    device_map = {**dict.fromkeys([*on_cpu, "lm_head"], "cpu"), "transformer.h.1": "disk"}
+    distributed = QwenVLFamily(path=str(folder), device_map=device_map).load()
+    assert distributed.hf_device_map["transformer.h.1"] == "disk"
     ids = torch.arange(1, 9)[None]
-    torch.testing.assert_close(spread(ids).logits, model(ids).logits)
+    torch.testing.assert_close(distributed(ids).logits, model(ids).logits)
 
 
 def test_random_weights_of_the_published_size_need_a_vocabulary():
@@ -201,27 +178,28 @@ def test_random_weights_of_the_published_size_need_a_vocabulary():
         _ = QwenVLFamily(path="Qwen/Qwen-VL-Chat", weights="random").config
     config = QwenVLFamily(path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny").config
     assert (config.vocab_size, config.hidden_size, config.visual["layers"]) == (151936, 4096, 48)
+    options = {"weights": "random", "vocabulary": "tiny", "device_map": "auto"}
     with pytest.raises(ValueError, match="device_map is for checkpoints"):
-        QwenVLFamily(
-            path="Qwen/Qwen-VL-Chat", weights="random", vocabulary="tiny", device_map="auto"
-        )
+        QwenVLFamily(path="Qwen/Qwen-VL-Chat", **options)
 
 
-def test_random_weights_take_the_sizes_of_a_folder(folder, model):
-    drawn = QwenVLFamily(path=str(folder), weights="random").load()
-    assert {name: tensor.shape for name, tensor in drawn.state_dict().items()} == {
-        n: t.shape for n, t in model.state_dict().items()
-    }
+def test_random_weights_have_the_sizes_of_a_folder(folder, model):
+    random = QwenVLFamily(path=str(folder), weights="random").load().state_dict()
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in random.items()} == expected
 
 
-# -- the hub ---------------------------------------------------------------------------------------------------------------------
+# -- the hub --------------------------------------------------------------------------------------
 
 
 class Hub(SimpleHTTPRequestHandler):
-    """Enough of the hub for one repository, `someone/small`; breaks off after so many bytes of each answer with a large file."""
+    """Enough of the hub for one repository, `someone/small`.
+
+    With `breaks_after`, the connection breaks after so many bytes of each large file.
+    """
 
     breaks_after: int | None = None
-    asked: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -230,28 +208,19 @@ class Hub(SimpleHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
-        type(self).asked += (f"{self.command} {self.path} {self.headers.get('Range', '')}".strip(),)
+        request = f"{self.command} {self.path} {self.headers.get('Range', '')}"
+        type(self).requests += (request.strip(),)
         folder = Path(self.directory)
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         if self.path.startswith("/api/models/someone/small/tree/"):
-            entries = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
-                for f in sorted(folder.iterdir())
-            ]
+            entries = []
+            for name, size in sizes.items():
+                entries.append({"type": "file", "path": name, "size": size, "oid": name})
             return self.send(entries, body=body)
         if self.path.startswith("/api/models/someone/small"):
-            siblings = [
-                {"rfilename": file.name, "size": file.stat().st_size}
-                for file in sorted(folder.iterdir())
-            ]
-            return self.send(
-                {
-                    "id": "someone/small",
-                    "modelId": "someone/small",
-                    "sha": "a" * 40,
-                    "siblings": siblings,
-                },
-                body=body,
-            )
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            info = {"id": "someone/small", "modelId": "someone/small", "sha": "a" * 40}
+            return self.send({**info, "siblings": siblings}, body=body)
         file = folder / self.path.rpartition("/")[2]
         if not self.path.startswith("/someone/small/resolve/") or not file.exists():
             return self.send_error(404)
@@ -285,7 +254,7 @@ class Hub(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    """A hub on this machine and an empty cache; the class that answers, to look at and to break."""
+    """A hub on this machine and an empty cache; returns the class of its request handler."""
     from huggingface_hub import constants
 
     handler = type("Answers", (Hub,), {})
@@ -293,65 +262,63 @@ def hub(folder, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     yield handler
     server.shutdown()
 
 
-def test_a_hub_name_is_fetched_once_and_then_read_from_the_cache(hub, model, caplog):
+def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, model, caplog):
     assert_same(QwenVLFamily(path="someone/small").load(), model)
     assert "downloading someone/small: 0.0 GB" in caplog.text
-    hub.asked = ()
+    hub.requests = ()
     assert_same(QwenVLFamily(path="someone/small", download=False).load(), model)
-    assert hub.asked == ()
+    assert hub.requests == ()
 
 
-def test_without_downloads_a_hub_name_says_what_to_fetch(hub):
-    with pytest.raises(
-        DataError, match=r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched"
-    ) as caught:
+def test_without_download_the_error_says_what_to_fetch(hub):
+    message = r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched"
+    with pytest.raises(DataError, match=message) as caught:
         find_checkpoint("someone/small", download=False)
     assert "19.3 GB; fetch with:  hf download someone/small" in str(caught.value)
-    assert hub.asked == ()
+    assert hub.requests == ()
 
 
-def test_offline_mode_is_honoured(hub, monkeypatch):
+def test_offline_mode_is_respected(hub, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="offline mode is on"):
         find_checkpoint("someone/small")
-    assert hub.asked == ()
+    assert hub.requests == ()
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Attempts at a download follow each other at once, in small pieces: a piece that is not whole is not kept."""
+    """Downloads are retried at once, in small chunks; an incomplete chunk is not kept."""
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
 
 
-def test_a_connection_that_breaks_off_is_taken_up_where_it_broke(hub, model, impatient):
+def test_a_broken_connection_is_resumed(hub, model, impatient):
     hub.breaks_after = 10_000
     assert_same(QwenVLFamily(path="someone/small").load(), model)
-    assert any("bytes=10000-" in request for request in hub.asked)
+    assert any("bytes=10000-" in request for request in hub.requests)
 
 
-def test_files_that_arrived_before_a_download_failed_are_kept(hub, model, impatient):
+def test_files_that_arrived_before_a_failed_download_are_kept(hub, model, impatient):
     hub.breaks_after = 0
     with pytest.raises(DataError, match="Files that have arrived are kept"):
         find_checkpoint("someone/small")
-    assert any(request.startswith("GET") and "config.json" in request for request in hub.asked)
-    hub.breaks_after, hub.asked = None, ()
+    assert any(request.startswith("GET") and "config.json" in request for request in hub.requests)
+    hub.breaks_after, hub.requests = None, ()
     assert_same(QwenVLFamily(path="someone/small").load(), model)
-    assert not any(request.startswith("GET") and "config.json" in request for request in hub.asked)
+    assert not any(
+        request.startswith("GET") and "config.json" in request for request in hub.requests
+    )
 
 
-def test_a_name_that_the_hub_does_not_have_is_an_error(hub):
+def test_an_unknown_hub_name_is_an_error(hub):
     with pytest.raises(DataError, match="someone/else could not be fetched"):
         find_checkpoint("someone/else")

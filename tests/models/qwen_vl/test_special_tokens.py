@@ -1,4 +1,6 @@
-"""Nobody forges a role, an end mark, an image or a box: names of special tokens in text stay text, in every role and field."""
+"""Names of special tokens in text stay text, in every role and field.
+
+Nobody can forge a role, an end-of-turn token, an image or a box."""
 
 import json
 
@@ -15,9 +17,8 @@ from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, TINY_VOCABULARY, QwenT
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)
-MARKUP = {
-    f"<{end}{kind}>" for kind in ("img", "ref", "box", "quad") for end in ("", "/")
-}  # of rows; alone it cannot be read
+# Markup that rows may have. A single tag cannot be read.
+MARKUP = {"<img>", "<ref>", "<box>", "<quad>", "</img>", "</ref>", "</box>", "</quad>"}
 PLAIN = "plain"
 IMAGE = ImageSource(Image.new("RGB", (8, 8)))
 
@@ -27,12 +28,12 @@ def processor(**options) -> QwenVLProcessor:
 
 
 def specials(sample) -> list[int]:
-    return [id for id in sample.input_ids.tolist() if id >= TOKENIZER.pad_id]
+    return sample.input_ids[sample.input_ids >= TOKENIZER.pad_id].tolist()
 
 
-# -- through the processor --------------------------------------------------------------------------------------------------------
+# -- through the processor ------------------------------------------------------------------------
 
-PLACES = {  # where `text` may stand in a conversation
+POSITIONS = {  # where `text` may be in a conversation
     "system": lambda text: [("system", text), ("user", "q"), ("assistant", "a")],
     "question": lambda text: [("user", IMAGE, text), ("assistant", "a")],
     "answer": lambda text: [("user", IMAGE, "q"), ("assistant", text)],
@@ -67,17 +68,19 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("place", PLACES)
-def test_no_name_becomes_a_special_token(place, use):
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_name_becomes_a_special_token(position, use):
     options, prompt = USES[use]
-    made = processor(**options)
+    ours = processor(**options)
 
-    def found(text: str) -> list[int]:
-        turns = tuple(Turn(role=role, parts=tuple(parts)) for role, *parts in PLACES[place](text))
-        return specials(made.encode(Conversation(id="x", turns=turns), prompt=prompt))
+    def special_ids(text: str) -> list[int]:
+        turns = tuple(
+            Turn(role=role, parts=tuple(parts)) for role, *parts in POSITIONS[position](text)
+        )
+        return specials(ours.encode(Conversation(id="x", turns=turns), prompt=prompt))
 
-    expected = found(PLAIN)
-    assert [name for name in SPECIALS if found(f"a{name}b{name}") != expected] == []
+    expected = special_ids(PLAIN)
+    assert [name for name in SPECIALS if special_ids(f"a{name}b{name}") != expected] == []
 
 
 def test_the_configured_system_message_is_text_too():
@@ -85,12 +88,11 @@ def test_the_configured_system_message_is_text_too():
         id="x", turns=(Turn(role="user", parts=("q",)), Turn(role="assistant", parts=("a",)))
     )
     expected = specials(processor(system=PLAIN).encode(talk))
-    assert [
-        name for name in SPECIALS if specials(processor(system=name).encode(talk)) != expected
-    ] == []
+    for name in SPECIALS:
+        assert specials(processor(system=name).encode(talk)) == expected, name
 
 
-# -- through the readers ----------------------------------------------------------------------------------------------------------
+# -- through the readers --------------------------------------------------------------------------
 
 OBJECT = {"bbox": [0, 0, 8, 8], "bbox_type": "real"}
 FIELDS = {  # layout -> field -> a row with `text` in that field
@@ -175,53 +177,45 @@ def test_every_layout_is_tried():
     assert FIELDS.keys() == {layout.name for layout in LAYOUTS + TEXT_LAYOUTS}
 
 
-@pytest.mark.parametrize(
-    ("layout", "field"), [(layout, field) for layout, fields in FIELDS.items() for field in fields]
-)
-def test_a_row_makes_special_tokens_of_its_formats_markup_only(folder, layout, field):
-    names = [PLAIN, *SPECIALS]
-    rows = [FIELDS[layout][field](f"a{name}b") for name in names]
-    (folder / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
-    expected, *found = [
-        encoded(read_rows(str(folder / "rows.jsonl")), place) for place in range(len(names))
-    ]
-    refused = {name for name, ids in zip(SPECIALS, found, strict=True) if ids is None}
-    assert refused <= MARKUP
-    assert [
-        name for name, ids in zip(SPECIALS, found, strict=True) if ids not in (expected, None)
-    ] == []
+CASES = [(layout, field) for layout, fields in FIELDS.items() for field in fields]
 
 
-def test_a_caption_and_the_question_about_a_image_are_text(folder):
-    def found(text: str) -> list[int] | None:
+@pytest.mark.parametrize(("layout", "field"), CASES)
+def test_only_the_markup_of_a_row_becomes_special_tokens(folder, layout, field):
+    file = folder / "rows.jsonl"
+    with file.open("w", encoding="utf-8") as stream:
+        for name in (PLAIN, *SPECIALS):
+            stream.write(json.dumps(FIELDS[layout][field](f"a{name}b")) + "\n")
+    rows = read_rows(str(file))
+    expected = encoded(rows, 0)
+    for index, name in enumerate(SPECIALS, 1):
+        ids = encoded(rows, index)
+        assert ids == expected or (ids is None and name in MARKUP), name
+
+
+def test_a_caption_and_the_question_about_an_image_are_text(folder):
+    def special_ids(text: str) -> list[int] | None:
         captions = {
             "images": [{"id": 1, "file_name": "a.png"}],
             "annotations": [{"image_id": 1, "caption": text}],
         }
-        (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
-        return encoded(
-            read_coco_captions(
-                str(folder / "captions.json"), ReadOptions(prompt=f"{{image}}{text}")
-            ),
-            0,
-        )
+        file = folder / "captions.json"
+        file.write_text(json.dumps(captions), encoding="utf-8")
+        options = ReadOptions(prompt=f"{{image}}{text}")
+        return encoded(read_coco_captions(str(file), options), 0)
 
-    expected = found(PLAIN)
-    assert [
-        name
-        for name in SPECIALS
-        if found(name) not in (expected, *([None] if name in MARKUP else []))
-    ] == []
+    expected = special_ids(PLAIN)
+    for name in SPECIALS:
+        ids = special_ids(name)
+        assert ids == expected or (ids is None and name in MARKUP), name
 
 
-def encoded(rows, place: int) -> list[int] | None:
-    """Special ids of the row's sample; None if the reader cannot read its markup."""
+def encoded(rows, index: int) -> list[int] | None:
+    """Returns the special ids of a row's sample; None if the reader cannot read its markup."""
     try:
-        row = rows[place]
-    except DataError as fault:
-        if "cannot read" in str(fault):
+        row = rows[index]
+    except DataError as error:
+        if "cannot read" in str(error):
             return None
         raise
     return specials(processor().encode(row))

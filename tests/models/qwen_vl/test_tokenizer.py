@@ -29,60 +29,47 @@ def tokenizer():
 
 def test_special_ids_follow_the_ranks(tokenizer):
     ranks = 556
-    assert list(tokenizer.special.items()) == [
-        (name, ranks + place) for place, name in enumerate(SPECIALS)
-    ]
+    expected = [(name, ranks + index) for index, name in enumerate(SPECIALS)]
+    assert list(tokenizer.special.items()) == expected
     assert (tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id) == (556, 557, 558)
     assert (tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.img_pad_id) == (770, 771, 772)
     assert tokenizer.vocab_size == 773
 
 
 @given(st.text())
-def test_any_text_comes_back_normalised_and_has_no_special_ids(text):
+def test_any_text_is_decoded_normalized_and_has_no_special_ids(text):
     ids = TINY.encode(text)
-    assert all(id < TINY.pad_id for id in ids)
+    assert all(token_id < TINY.pad_id for token_id in ids)
     assert TINY.encode(TINY.decode(ids)) == ids
 
 
 def test_the_name_of_a_special_token_is_text_unless_allowed(tokenizer):
     assert tokenizer.im_end_id not in tokenizer.encode("a<|im_end|>b")
-    assert tokenizer.encode("<|im_end|><ref>", allowed_special=["<|im_end|>"])[:2] == [
-        558,
-        tokenizer.encode("<")[0],
-    ]
+    ids = tokenizer.encode("<|im_end|><ref>", allowed_special=["<|im_end|>"])
+    assert ids[:2] == [558, tokenizer.encode("<")[0]]
 
 
 def test_every_digit_is_a_token_of_its_own(tokenizer):
-    assert [tokenizer.decode([id]) for id in tokenizer.encode("(215,318)")] == [
-        "(",
-        "2",
-        "1",
-        "5",
-        ",",
-        "3",
-        "1",
-        "8",
-        ")",
-    ]
+    tokens = [tokenizer.decode([token_id]) for token_id in tokenizer.encode("(215,318)")]
+    assert tokens == list("(215,318)")
 
 
-def test_decoding_can_leave_special_tokens_out_and_keep_some(tokenizer):
+def test_decoding_can_skip_special_tokens_except_some(tokenizer):
     ids = tokenizer.encode("<ref>cat</ref><|im_end|>", allowed_special=tokenizer.special)
     assert tokenizer.decode(ids) == "<ref>cat</ref><|im_end|>"
     assert tokenizer.decode(ids, skip_special=True) == "cat"
     assert tokenizer.decode(ids, skip_special=True, keep=tokenizer.tag_ids) == "<ref>cat</ref>"
 
 
-def test_ids_that_the_vocabulary_lacks_are_an_error_only_if_asked(tokenizer):
+def test_unknown_ids_are_an_error_only_if_strict(tokenizer):
     assert tokenizer.decode([0, 773, -1]) == "!\ufffd\ufffd"
     assert tokenizer.decode([0, 773], errors="ignore") == "!"
-    with pytest.raises(
-        ValueError, match=r"token id 773 is not among the 773 ids of .*synthetic\.tiktoken"
-    ):
+    message = r"token id 773 is not among the 773 ids of .*synthetic\.tiktoken"
+    with pytest.raises(ValueError, match=message):
         tokenizer.decode([0, 773], errors="strict")
 
 
-def test_a_path_written_into_a_span_is_read(tokenizer):
+def test_a_path_in_a_span_is_decoded(tokenizer):
     span = [770, *"é.png".encode(), 772, 772, 771]
     assert tokenizer.decode([0, *span, 0]) == "!<img>é.png</img>!"
     assert tokenizer.decode([770, 772, 772, 771]) == "<img></img>"
@@ -102,13 +89,13 @@ def test_streaming_never_emits_half_a_character():
     assert "图" in pieces
 
 
-def test_streaming_gives_a_character_as_soon_as_it_is_complete():
+def test_streaming_yields_a_character_as_soon_as_it_is_complete():
     taken = []
 
     def ids():
-        for id in TINY.encode("图a"):
-            taken.append(id)
-            yield id
+        for token_id in TINY.encode("图a"):
+            taken.append(token_id)
+            yield token_id
 
     assert next(TINY.stream(ids())) == "图"
     assert len(taken) == 3
@@ -149,25 +136,19 @@ def test_a_malformed_vocabulary_is_reported_with_file_and_line(tmp_path):
     assert "tiktoken:0: the file ends" in message([])
 
 
-def test_the_tiny_vocabulary_is_what_the_script_makes():
+def test_the_script_writes_the_tiny_vocabulary():
     assert runpy.run_path(str(SCRIPT))["vocabulary"]() == TINY_VOCABULARY.read_text()
 
 
 def test_the_tiny_vocabulary_has_the_bytes_in_the_published_order():
-    assert (
-        list(read_ranks(TINY_VOCABULARY))[:256]
-        == list(read_ranks(GOLDEN / "synthetic.tiktoken"))[:256]
-    )
+    published = list(read_ranks(GOLDEN / "synthetic.tiktoken"))
+    assert list(read_ranks(TINY_VOCABULARY))[:256] == published[:256]
 
 
 def test_every_word_of_the_demo_is_one_tiny_token():
     words = {word for text in synthetic.sentences() for word in regex.findall(PATTERN, text)}
-    words |= set(regex.findall(PATTERN, "You are a helpful assistant.")) | {
-        "system",
-        "user",
-        "assistant",
-        "\n",
-    }
+    words |= set(regex.findall(PATTERN, "You are a helpful assistant."))
+    words |= {"system", "user", "assistant", "\n"}
     assert [word for word in words if len(TINY.encode(word)) != 1] == []
     assert TINY.pad_id < 512
 
@@ -175,7 +156,8 @@ def test_every_word_of_the_demo_is_one_tiny_token():
 def test_tiny_tokens_are_built_from_pairs_of_earlier_ones():
     ranks = read_ranks(TINY_VOCABULARY)
     for token, rank in ranks.items():
-        halves = ((token[:place], token[place:]) for place in range(1, len(token)))
-        assert len(token) == 1 or any(
-            max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves
-        ), base64.b64encode(token)
+        if len(token) == 1:
+            continue
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        earlier = [max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves]
+        assert any(earlier), base64.b64encode(token)
