@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,17 +31,6 @@ from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
 
 FIND_PROMPT = "{image}Find {question}"  # how rows for chat ask for a box
-LOAD_ARGUMENTS = (  # of `QwenVL.load`, for the hint at a misspelt one
-    "device",
-    "dtype",
-    "device_map",
-    "max_memory",
-    "load_in_4bit",
-    "template",
-    "base_model",
-    "download",
-    "cache",
-)
 
 
 class QwenVL:
@@ -88,6 +78,7 @@ class QwenVL:
         template: Template | None = None,
         base_model: str | Path | None = None,
         download: bool = True,
+        trust: bool = False,
         cache: str | Path | None = None,
         **settings: Any,
     ) -> QwenVL:
@@ -106,6 +97,8 @@ class QwenVL:
                 says.
             base_model: the checkpoint that an adapter folder belongs to; None: the one it names.
             download: whether a checkpoint may be downloaded.
+            trust: build every class that the stored config of a run names, also such as are not
+                part of this package.
             cache: folder for downloaded images; None: the one that the commands use.
             settings: defaults of generation for all calls. Without them greedy and at most 512
                 tokens, or as in the run.
@@ -116,7 +109,8 @@ class QwenVL:
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
         # Unknown settings are refused before weights are read.
-        with_settings(Generation(), settings, *LOAD_ARGUMENTS)
+        own = [name for name in signature(cls.load).parameters if name != "settings"]
+        with_settings(Generation(), settings, *own)
         device = device_named(device)
         given = {
             "path": None if base_model is None else str(base_model),
@@ -128,7 +122,7 @@ class QwenVL:
         }
         changes = {name: value for name, value in given.items() if value is not None}
         read_options = ReadOptions(cache=Path(cache) if cache else default_cache())
-        run = _find_run(source)
+        run = _find_run(source, trust=trust)
         if run is not None:
             if template:
                 raise ValueError("template is for a checkpoint; a run has its own")
@@ -419,12 +413,12 @@ def default_cache() -> Path:
     return Path(os.environ.get("QWENVL_LIT_CACHE") or Path.home() / ".cache/qwenvl_lit")
 
 
-def _find_run(source: str | Path) -> Run | None:
+def _find_run(source: str | Path, *, trust: bool) -> Run | None:
     """The run that `source` names; None if it names a checkpoint."""
     path = Path(source).expanduser()
     is_run_folder = path.is_dir() and not (path / "config.json").exists()
     if source == "latest" or path.is_file() or is_run_folder:
-        return find_run(str(source))
+        return find_run(str(source), trust=trust)
     return None
 
 

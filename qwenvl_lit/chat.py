@@ -276,7 +276,9 @@ def main(config: DictConfig) -> None:
     module = build.module(
         config,
         adapted=config.ckpt is not None,
-        trained_checkpoint=find_run(config.ckpt).checkpoint if config.ckpt else None,
+        trained_checkpoint=find_run(config.ckpt, trust=config.trust).checkpoint
+        if config.ckpt
+        else None,
         load_device=device_named(config.device),
     )
     cache, folder = Path(config.paths.cache), Path(config.paths.run)

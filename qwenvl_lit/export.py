@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    run = find_run(config.ckpt) if config.ckpt else None
+    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
     quantized_base = run is not None and bool(config.adapter.get("quantization"))
     if quantized_base:
         # What was trained on a 4-bit base is merged into the published weights.

@@ -22,7 +22,17 @@ FULL = "qwenvl_lit.training.adapters.methods.Full"
 PROGRESS_BAR = "lightning.pytorch.callbacks.TQDMProgressBar"
 
 # The keys at the top of each command's config.
-MODEL_AND_DATA = {"seed", "paths", "adapter", "trainer", "generation", "metrics", "model", "data"}
+MODEL_AND_DATA = {
+    "seed",
+    "trust",
+    "paths",
+    "adapter",
+    "trainer",
+    "generation",
+    "metrics",
+    "model",
+    "data",
+}
 TRAINING = MODEL_AND_DATA | {"optim"}
 USING_A_RUN = MODEL_AND_DATA | {"ckpt", "init"}
 LOGGING = {"callbacks", "logger"}

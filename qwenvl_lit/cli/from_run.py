@@ -51,14 +51,14 @@ def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
     """
     ckpt, predictions = value_of(arguments, "ckpt"), value_of(arguments, "predictions")
     if ckpt is not None:
-        run = find_run(ckpt)
+        run = find_run(ckpt, trust=_trusts(arguments))
         return CommandLine(
             arguments=_replace_ckpt(arguments, [_checkpoint_argument(run, ckpt)]),
             run_groups=_groups(_config_to_use(run), run.folder),
             notes=_notes(arguments, ckpt, run),
         )
     if predictions is not None:
-        config = config_beside(predictions) or {}
+        config = config_beside(predictions, trust=_trusts(arguments)) or {}
         return CommandLine(arguments=list(arguments), run_groups=_groups(config))
     if not has_any(arguments, "model=", *HELP_FLAGS):
         raise DataError(
@@ -77,7 +77,7 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
     ckpt = value_of(arguments, "ckpt")
     if ckpt is None:
         return CommandLine(arguments=list(arguments))
-    run = find_run(ckpt)
+    run = find_run(ckpt, trust=_trusts(arguments))
     groups: dict[str, Mapping[str, Any]] = {"init": {}}
     choices = ["model=run"]
     if run.checkpoint is not None:
@@ -91,6 +91,10 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
         run_groups=groups,
         notes=_notes(arguments, ckpt, run),
     )
+
+
+def _trusts(arguments: Sequence[str]) -> bool:
+    return value_of(arguments, "trust") == "true"
 
 
 def _config_to_use(run: Run) -> Mapping[str, Any]:

@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
-from qwenvl_lit.runs.run import latest_run
+from qwenvl_lit.runs.run import COMPOSED_CONFIG, latest_run
+from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.types import DataError
 
 MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # when resuming
@@ -118,8 +119,11 @@ def resumed(config: DictConfig) -> DictConfig:
     """
     if config.resume in (None, "auto"):
         return config
-    stored = OmegaConf.load(Path(config.paths.run, ".hydra/config.yaml"))
+    file = Path(config.paths.run, COMPOSED_CONFIG)
+    stored = OmegaConf.load(file)
     assert isinstance(stored, DictConfig)
+    plain = OmegaConf.to_container(stored, resolve=False)
+    check_stored_config(plain, file, trust=config.trust)
     overridden = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
     for key in overridden.intersection(MAY_CHANGE):
         OmegaConf.update(stored, key, OmegaConf.select(config, key))

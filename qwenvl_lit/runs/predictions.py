@@ -11,6 +11,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from qwenvl_lit.data.predictions import FILENAME
+from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.types import DataError
 
 
@@ -30,15 +31,20 @@ def predictions_file(path: str | Path) -> Path:
     return file
 
 
-def config_beside(path: str) -> dict[str, Any] | None:
+def config_beside(path: str, *, trust: bool = False) -> dict[str, Any] | None:
     """Returns the config of the run that wrote a predictions file, with its interpolations.
 
     None if the file is no longer in the folder of the run.
 
+    Args:
+        trust: accept a config that names classes which are not part of this package.
+
     Raises:
-        DataError: as `predictions_file`.
+        DataError: as `predictions_file`, or the config is not trusted.
     """
     file = predictions_file(path).parent / ".hydra" / "config.yaml"
     if not file.exists():
         return None
-    return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))
+    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))
+    check_stored_config(config, file, trust=trust)
+    return config

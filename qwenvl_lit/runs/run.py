@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.types import DataError
 
 TRAIN_FOLDER = Path("outputs/train")
@@ -38,6 +39,8 @@ CONTENTS = {  # of a run folder; the last five only if there is something to wri
     "csv": "the logged values as a table",
     "train.log": "warnings",
 }
+# Groups of a stored config that other commands build objects from
+USED_GROUPS = ("model", "adapter", "init", "data", "metrics", "generation", "optim", "trainer")
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
 # Name on the hub of each published model, by the last part of the names that copies have
 PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}
@@ -64,15 +67,25 @@ def config_folder() -> Path:
     return next(folder for folder in folders if (folder / "train.yaml").exists())
 
 
-def find_run(ckpt: str) -> Run:
+def find_run(ckpt: str, *, trust: bool = False) -> Run:
     """Finds what `ckpt=` names.
 
     That is "latest", a run folder (its best checkpoint, otherwise its last one), a checkpoint file,
     an adapter folder of peft, or the folder of a whole model in the published layout.
 
+    Args:
+        trust: accept a config that names classes which are not part of this package.
+
     Raises:
-        DataError: there is no such run, or it has no checkpoint.
+        DataError: there is no such run, it has no checkpoint, or its config is not trusted.
     """
+    run = _find_run(ckpt)
+    used = {group: run.config[group] for group in USED_GROUPS if group in run.config}
+    check_stored_config(used, run.checkpoint or ckpt, trust=trust)
+    return run
+
+
+def _find_run(ckpt: str) -> Run:
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
         raise DataError(

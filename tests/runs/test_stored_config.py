@@ -1,0 +1,145 @@
+"""A stranger's checkpoint, run folder, exported folder or adapter executes nothing."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from qwenvl_lit import QwenVL
+from qwenvl_lit.cli.command import prepare
+from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run
+from qwenvl_lit.runs.stored_config import allowed_targets, check_stored_config
+from qwenvl_lit.types import DataError
+
+EVIDENCE = "executed"  # the file that a target would write
+ATTACK = {"_target_": "pathlib.Path.write_text", "_args_": [EVIDENCE, "x"]}
+# Keys of a stored config, at any depth, that are handed to Hydra or to peft
+PLACES = [
+    ("model", "config"),
+    ("model",),
+    ("adapter",),
+    ("adapter", "options", "rank_pattern"),
+    ("adapter", "options", "loftq_config"),
+    ("adapter", "targets"),
+    ("adapter", "rank"),
+    ("init",),
+    ("init", "adapter"),
+    ("data", "read"),
+    ("data", "test", "mine"),
+    ("metrics", "mine"),
+    ("generation", "top_p"),
+    ("optim",),
+    ("trainer", "callbacks", 0),
+]
+COMMANDS = {"test": "needed", "predict": "needed", "chat": "needed", "export": "needed"}
+COMMANDS |= {"train": "start"}
+
+
+@pytest.fixture
+def config() -> dict:
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return OmegaConf.to_container(compose("train"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not Path(EVIDENCE).exists()
+
+
+def put(config: dict, key: tuple, value) -> dict:
+    """`config` with `value` at `key`; what is missing on the way is created."""
+    node = config
+    for name, following in pairwise(key):
+        if not isinstance(node, list) and not isinstance(node.get(name), dict | list):
+            node[name] = [None] if following == 0 else {}
+        node = node[name]
+    node[key[-1]] = value
+    return config
+
+
+def checkpoint(file: Path, config: dict) -> Path:
+    torch.save({"config": config, "state_dict": {}}, file)
+    return file
+
+
+def test_configs_of_this_package_are_accepted(config):
+    check_stored_config(config, "train")
+    assert "qwenvl_lit.models.qwen_vl.family.QwenVLFamily" in allowed_targets()
+    assert "lightning.Trainer" in allowed_targets()
+    assert "pathlib.Path.write_text" not in allowed_targets()
+
+
+@pytest.mark.parametrize("key", PLACES, ids=lambda key: ".".join(map(str, key)))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_checkpoint_of_a_stranger_is_refused_by_every_command(config, command, key):
+    file = checkpoint(Path("evil.ckpt"), put(config, key, ATTACK))
+    name = ".".join(map(str, key))
+    with pytest.raises(DataError, match=rf"evil\.ckpt: {name}\._target_ names .*; trust=true"):
+        prepare(command, [f"ckpt={file}"], run=COMMANDS[command])
+    trusted = prepare(command, [f"ckpt={file}", "trust=true"], run=COMMANDS[command])
+    assert trusted.run_groups
+
+
+def test_a_checkpoint_of_a_stranger_is_refused_in_python(config):
+    checkpoint(Path("evil.ckpt"), put(config, ("adapter",), ATTACK))
+    with pytest.raises(DataError, match=r"evil\.ckpt: adapter\._target_ names"):
+        QwenVL.load("evil.ckpt", device="cpu")
+
+
+@pytest.mark.parametrize("argument", ["ckpt=evil", "predictions=evil"])
+def test_a_run_folder_of_a_stranger_is_refused(config, argument):
+    folder = Path("evil")
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / ".hydra").mkdir()
+    (folder / "predictions.jsonl").touch()
+    checkpoint(folder / "checkpoints/best.ckpt", config)
+    OmegaConf.save(put(config, ("model",), ATTACK), folder / COMPOSED_CONFIG)
+    with pytest.raises(DataError, match=r"model\._target_ names 'pathlib.Path.write_text'"):
+        prepare("test", [argument], run="needed")
+
+
+def test_an_exported_folder_of_a_stranger_is_refused():
+    folder = Path("evil")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    settings = {"model": {"template": "chatml"}, "generation": ATTACK}
+    (folder / "qwenvl_lit.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"evil: generation\._target_ names"):
+        find_run("evil")
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "layers_pattern", "target_modules", "r"])
+def test_an_adapter_folder_of_a_stranger_is_refused(key):
+    folder = Path("evil")
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"], key: ATTACK}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(DataError, match="evil"):
+        find_run("evil")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"_target_": ["os", "system"]}, "_target_ names"),
+        ("${oc.env:HOME}", "has the interpolation"),
+        ("a ${ oc.decode:x } b", "has the interpolation"),
+        ({"defaults": [{"/hydra/launcher": "submitit"}]}, "asks Hydra for other configs"),
+    ],
+)
+def test_other_ways_to_reach_code_are_refused(config, value, message):
+    with pytest.raises(DataError, match=f"evil: data.root.*{message}"):
+        check_stored_config(put(config, ("data", "root"), value), "evil")
+
+
+def test_interpolations_of_this_package_and_plain_references_are_kept(config):
+    check_stored_config(put(config, ("data", "root"), "${paths.cache}/mine"), "mine")
+    with pytest.raises(DataError, match="is not a mapping"):
+        check_stored_config([1], "evil")
