@@ -48,7 +48,7 @@ def main(config: DictConfig) -> None:
     module = build.module(
         config,
         adapted=run is not None,
-        trained_checkpoint=run.checkpoint if run else None,
+        trained_checkpoint=run and run.checkpoint,
         load_device=device,
     )
     batches = []
@@ -123,7 +123,9 @@ def training_config(run: Run | None) -> dict[str, Any]:
     if run is None or run.folder is None:
         return {}
     file = run.folder / "config.yaml"
-    return OmegaConf.to_container(OmegaConf.load(file)) if file.exists() else run.config
+    if not file.exists():
+        return run.config
+    return OmegaConf.to_container(OmegaConf.load(file))
 
 
 def checked_target(config: DictConfig) -> Path:
