@@ -12,7 +12,7 @@ __all__ = ["QwenVL", "__version__"]
 
 
 def __getattr__(name: str) -> type[QwenVL]:
-    """Hands on `QwenVL` lazily: importing the package alone imports neither torch nor transformers."""
+    """Imports `QwenVL` when it is first used: the package alone imports no torch."""
     if name == "QwenVL":
         from qwenvl_lit.api import QwenVL
 

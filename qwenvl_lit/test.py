@@ -1,8 +1,10 @@
-"""`python -m qwenvl_lit.test ckpt=RUN`: answer test sets and score the answers."""
+"""`python -m qwenvl_lit.test`: answers test sets and scores the answers."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
@@ -12,127 +14,183 @@ from qwenvl_lit.types import DataError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from qwenvl_lit.evaluation.benchmarks import Benchmark
+    from qwenvl_lit.evaluation.sets import EvaluationSet
+    from qwenvl_lit.models.protocols import Processor
+    from qwenvl_lit.reports.scores import ScoredSet
+    from qwenvl_lit.runs.run import Run
+
 SOURCES = ("ckpt=", "model=", "predictions=")  # arguments that say whose answers are scored
+RATES = ("/seconds", "/images_per_second")  # measurements among the results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a test found: results as SET/NAME, and the answers behind them."""
+
+    source: str
+    results: dict[str, float]
+    baseline: dict[str, float]
+    sets: list[ScoredSet]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {name: value for name, value in self.results.items() if not name.endswith(RATES)}
 
 
 def main(config: DictConfig) -> None:
-    from pathlib import Path
-
     from lightning.pytorch.utilities import rank_zero_only
-    from rich.console import Console
 
     from qwenvl_lit import build
-    from qwenvl_lit.callbacks.run_log import save_scores
-    from qwenvl_lit.evaluation.benchmarks import (
-        benchmark_table,
-        named_benchmarks,
-        published_model,
-        training_files,
-    )
-    from qwenvl_lit.evaluation.sets import (
-        earlier_runs,
-        evaluation_sets,
-        open_answered_sets,
-        run_test,
-        score_file,
-        written_predictions,
-    )
-    from qwenvl_lit.rendering.table import plain_table, score_table
-    from qwenvl_lit.reports.scores_page import ScoreReport, write_report
-    from qwenvl_lit.runs.predictions import predictions_file
+    from qwenvl_lit.evaluation.benchmarks import named_benchmarks
+    from qwenvl_lit.evaluation.sets import evaluation_sets
     from qwenvl_lit.runs.run import find_run
 
     if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
         raise DataError(
-            "predictions= scores answers that are there: leave out ckpt, benchmarks and baseline, or predictions"
+            "predictions= scores stored answers: leave out ckpt, benchmarks and baseline, "
+            "or predictions"
         )
     build.start(config)
     benchmarks = named_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
-    asked = evaluation_sets(config, processor, benchmarks)
-    run = find_run(config.ckpt) if config.ckpt else None
-    baseline: dict[str, float] = {}
-    results: dict[str, float] = {}
-    sets = []
+    sets = evaluation_sets(config, processor, benchmarks)
+    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
     if config.predictions:
-        source = config.predictions
-        [test] = asked
-        file = predictions_file(config.predictions)
-        open_answered_sets(test.data, file)
-        sets = score_file(test, file, processor)
-        for one in sets:
-            results |= {f"{one.name}/{metric}": value for metric, value in one.totals.items()} | {
-                f"{one.name}/rows": len(one.predictions)
-            }
+        outcome = score_stored_answers(config, sets, processor)
     else:
-        checkpoint = run.checkpoint if run else None
-        source = build.shown(str(checkpoint)) if checkpoint else config.model.path
-        if config.baseline:
-            untrained = build.module(config, adapted=run is not None)
-            for test in asked:
-                scores = run_test(untrained, test, baseline=True)
-                baseline |= {_name(test, name): value for name, value in scores.items()}
-            untrained.unload_model()
-        module = build.module(config, adapted=run is not None, trained_checkpoint=checkpoint)
-        for test in asked:
-            scores = run_test(module, test)
-            results |= {_name(test, name): value for name, value in scores.items()}
-    if rank_zero_only.rank:
-        return
-    scores = {
-        name: value
-        for name, value in results.items()
-        if not name.endswith(("/seconds", "/images_per_second"))
-    }
-    save_scores(config.paths.run, "test", scores)
-    if baseline:
-        save_scores(config.paths.run, "baseline", baseline)
-    if not config.predictions:
-        sets = [
-            one
-            for test in asked
-            if (file := written_predictions(test))
-            for one in score_file(test, file, processor)
-        ]
-    rows = benchmark_table(benchmarks, results, published_model(config))
-    notes = [
-        note
-        for one in benchmarks
-        for note in one.warnings(training_files(run.config["data"]) if run else [])
-    ]
-    if benchmarks and config.model.get("template", "raw") != "raw":
-        notes.append(
-            "Questions were asked in chat markup; published scores, Qwen-VL-Chat's too, are without: model.template=raw"
-        )
-    report = ScoreReport(
-        title=f"Scores of {source}",
-        sets=sets,
-        published=rows,
-        notes=notes,
-        earlier=list(earlier_runs(config, asked, processor)),
-    )
-    page = Path(config.paths.run, "report.html")
-    write_report(report, page)
+        outcome = answer_and_score(config, sets, processor, run)
+    if rank_zero_only.rank == 0:
+        report(config, sets, processor, benchmarks, run, outcome)
 
-    print(
-        f"\nScores of {source}"
-        + ("" if benchmarks else f" on the sets {', '.join(one.name for one in sets)}")
+
+def score_stored_answers(
+    config: DictConfig, sets: Sequence[EvaluationSet], processor: Processor
+) -> Outcome:
+    """Scores the answers of `predictions=`; no weights are loaded."""
+    from qwenvl_lit.evaluation.sets import open_answered_sets, score_file
+    from qwenvl_lit.runs.predictions import predictions_file
+
+    [evaluation_set] = sets
+    file = predictions_file(config.predictions)
+    open_answered_sets(evaluation_set.data, file)
+    scored_sets = score_file(evaluation_set, file, processor)
+    results: dict[str, float] = {}
+    for scored in scored_sets:
+        for metric, value in scored.totals.items():
+            results[f"{scored.name}/{metric}"] = value
+        results[f"{scored.name}/rows"] = len(scored.predictions)
+    return Outcome(source=config.predictions, results=results, baseline={}, sets=scored_sets)
+
+
+def answer_and_score(
+    config: DictConfig, sets: Sequence[EvaluationSet], processor: Processor, run: Run | None
+) -> Outcome:
+    """Lets the model answer, with `baseline=true` first the model before training."""
+    from qwenvl_lit import build
+    from qwenvl_lit.evaluation.sets import run_test, score_file, written_predictions
+
+    baseline: dict[str, float] = {}
+    if config.baseline:
+        untrained = build.module(config, adapted=run is not None)
+        for evaluation_set in sets:
+            scores = run_test(untrained, evaluation_set, baseline=True)
+            baseline |= _named(evaluation_set, scores)
+        untrained.unload_model()
+    checkpoint = run.checkpoint if run else None
+    module = build.module(config, adapted=run is not None, trained_checkpoint=checkpoint)
+    results: dict[str, float] = {}
+    for evaluation_set in sets:
+        results |= _named(evaluation_set, run_test(module, evaluation_set))
+    scored_sets: list[ScoredSet] = []
+    for evaluation_set in sets:
+        file = written_predictions(evaluation_set)
+        if file is not None:
+            scored_sets += score_file(evaluation_set, file, processor)
+    source = build.shown(str(checkpoint)) if checkpoint else config.model.path
+    return Outcome(source=source, results=results, baseline=baseline, sets=scored_sets)
+
+
+def _named(evaluation_set: EvaluationSet, scores: dict[str, float]) -> dict[str, float]:
+    """`refcoco/val/acc_at_50` for `val/acc_at_50` of a benchmark."""
+    named = {}
+    for logged, value in scores.items():
+        set_name, _, metric = logged.rpartition("/")
+        named[f"{evaluation_set.name_of(set_name)}/{metric}"] = value
+    return named
+
+
+def report(
+    config: DictConfig,
+    sets: Sequence[EvaluationSet],
+    processor: Processor,
+    benchmarks: Sequence[Benchmark],
+    run: Run | None,
+    outcome: Outcome,
+) -> None:
+    """Writes `metrics.json` and `report.html`, and prints the scores."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from qwenvl_lit import build
+    from qwenvl_lit.callbacks.run_log import save_scores
+    from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model
+    from qwenvl_lit.evaluation.sets import earlier_runs
+    from qwenvl_lit.rendering.table import plain_table, score_table
+    from qwenvl_lit.reports.scores_page import ScoreReport, write_report
+
+    folder = Path(config.paths.run)
+    save_scores(folder, "test", outcome.scores)
+    if outcome.baseline:
+        save_scores(folder, "baseline", outcome.baseline)
+    published = benchmark_table(benchmarks, outcome.results, published_model(config))
+    notes = _notes(config, benchmarks, run)
+    title = f"Scores of {outcome.source}"
+    page = folder / "report.html"
+    write_report(
+        ScoreReport(
+            title=title,
+            sets=outcome.sets,
+            published=published,
+            notes=notes,
+            earlier=list(earlier_runs(config, sets, processor)),
+        ),
+        page,
     )
     console = Console()
     if not console.is_terminal:
-        console.width = 160  # a file has room for whole names
-    console.print(plain_table(rows) if benchmarks else score_table(scores, baseline or None))
+        console.width = 160  # a file can hold whole names
+    if benchmarks:
+        print(f"\n{title}")
+        console.print(plain_table(published))
+    else:
+        print(f"\n{title} on the sets {', '.join(scored.name for scored in outcome.sets)}")
+        console.print(score_table(outcome.scores, outcome.baseline or None))
     for note in notes:
         print(note)
-    beside = ["metrics.json", *([] if config.predictions else ["predictions"])]
-    beside += ["images with boxes"] if Path(config.paths.run, "boxes").exists() else []
-    print(f"Report: {build.shown(str(page))}   beside it: {', '.join(beside)}")
+    files = ["metrics.json"]
+    if not config.predictions:
+        files.append("predictions")
+    if (folder / "boxes").exists():
+        files.append("images with boxes")
+    print(f"Report: {build.shown(str(page))}   beside it: {', '.join(files)}")
 
 
-def _name(test, logged: str) -> str:
-    """`refcoco/val/acc_at_50` for `val/acc_at_50` of a benchmark."""
-    set_name, _, metric = logged.rpartition("/")
-    return f"{test.name_of(set_name)}/{metric}"
+def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None) -> list[str]:
+    """Warnings about the comparison with published scores."""
+    from qwenvl_lit.evaluation.benchmarks import training_files
+
+    files = training_files(run.config["data"]) if run else []
+    notes: list[str] = []
+    for benchmark in benchmarks:
+        notes += benchmark.warnings(files)
+    if benchmarks and config.model.get("template", "raw") != "raw":
+        notes.append(
+            "Questions were asked with chat markup. Published scores, Qwen-VL-Chat's too, are "
+            "without: model.template=raw"
+        )
+    return notes
 
 
 def adjust_arguments(arguments: list[str]) -> list[str]:

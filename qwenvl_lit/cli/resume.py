@@ -107,9 +107,8 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
             advice = "choose another folder, or remove this one"
             if (folder / LAST).exists():
                 advice += f"; to continue its training: python -m qwenvl_lit.train resume={folder}"
-            raise DataError(
-                f"hydra.run.dir={folder} holds an earlier run ({file.relative_to(folder)}): {advice}"
-            )
+            name = file.relative_to(folder)
+            raise DataError(f"hydra.run.dir={folder} holds an earlier run ({name}): {advice}")
 
 
 def resumed(config: DictConfig) -> DictConfig:
