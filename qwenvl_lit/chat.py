@@ -273,12 +273,11 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
+    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
     module = build.module(
         config,
-        adapted=config.ckpt is not None,
-        trained_checkpoint=find_run(config.ckpt, trust=config.trust).checkpoint
-        if config.ckpt
-        else None,
+        adapted=run is not None,
+        trained_checkpoint=run.checkpoint if run else None,
         load_device=device_named(config.device),
     )
     cache, folder = Path(config.paths.cache), Path(config.paths.run)
