@@ -56,6 +56,6 @@ def read_json_lines(file: Path) -> list[dict]:
 
 
 def compose_config(command: str, *overrides: str) -> DictConfig:
-    """The config that a command line composes, without what commands do before Hydra."""
+    """The config of a command with these Hydra overrides; free text must be quoted."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose(command, list(overrides))

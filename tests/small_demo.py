@@ -1,6 +1,6 @@
 """The demo dataset in sizes for tests."""
 
-SIZES = {
+SIZES = {  # in images
     "train": 40,
     "single": 16,
     "validation": 4,
@@ -11,5 +11,5 @@ SIZES = {
 
 
 def small_demo(**sizes: int) -> list[str]:
-    """Overrides of `data=demo` that write so many images to each file; `SIZES` by default."""
+    """Overrides that set the sizes of the files of `data=demo`: `SIZES`, updated with `sizes`."""
     return [f"+data.prepare.{name}={count}" for name, count in {**SIZES, **sizes}.items()]

@@ -1,4 +1,4 @@
-"""A mistake on the command line gets one short message; help and lists say what there is."""
+"""Messages and exit statuses of commands, and `--help`."""
 
 import subprocess
 import sys
@@ -6,20 +6,11 @@ import time
 
 import pytest
 import torch
-
-
-def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    command, *rest = arguments
-    return subprocess.run(
-        [sys.executable, "-m", f"qwenvl_lit.{command}", *rest],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
+from commands import command_line, environment, run_command
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["train", "trainer.max_setps=3"], "did you mean trainer.max_steps"),
         (
@@ -46,16 +37,16 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
         (["test", "ckpt=latest"], "train first"),
     ],
 )
-def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_path):
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert says in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) < 15
+def test_a_mistake_gets_a_short_message_without_a_traceback(arguments, message, tmp_path):
+    process = run_command(tmp_path, *arguments)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert len(process.stderr.splitlines()) < 15
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["predict", "model=qwen_vl_tiny", "image=a.png"], "prompt is missing"),
         (
@@ -74,64 +65,69 @@ def test_a_mistake_gets_a_short_message_without_traceback(arguments, says, tmp_p
         ),
     ],
 )
-def test_a_command_that_is_refused_leaves_no_run_folder(arguments, says, tmp_path):
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode in (1, 2)
-    assert says in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_refused_command_leaves_no_run_folder(arguments, message, tmp_path):
+    process = run_command(tmp_path, *arguments)
+    assert process.returncode in (1, 2)
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
     assert list((tmp_path / "outputs").glob("*/*")) == []
 
 
 def test_a_refused_command_leaves_other_files_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    run("predict", "model=qwen_vl_tiny", "image=a.png", "hydra.run.dir=mine", cwd=tmp_path)
+    run_command(tmp_path, "predict", "model=qwen_vl_tiny", "image=a.png", "hydra.run.dir=mine")
     assert (tmp_path / "mine/notes.txt").read_text() == "keep"
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    result = run("train", "hydra.run.dir=/dev/null/run", cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: /dev/null/run cannot be written: Not a directory.")
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    process = run_command(tmp_path, "train", "hydra.run.dir=/dev/null/run")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: /dev/null/run cannot be written: Not a directory.")
 
 
 def test_no_command_overwrites_a_run(tmp_path):
     (tmp_path / "mine/checkpoints").mkdir(parents=True)
     (tmp_path / "mine/checkpoints/last.ckpt").write_text("weeks")
-    for command, *arguments in (["train"], ["predict", "model=qwen_vl_tiny"]):
-        result = run(command, *arguments, "hydra.run.dir=mine", cwd=tmp_path)
-        assert result.returncode == 2
-        assert result.stderr.startswith(
-            "error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)"
-        )
+    message = "error: hydra.run.dir=mine holds an earlier run (checkpoints/last.ckpt)"
+    for command in (["train"], ["predict", "model=qwen_vl_tiny"]):
+        process = run_command(tmp_path, *command, "hydra.run.dir=mine")
+        assert process.returncode == 2
+        assert process.stderr.startswith(message)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "checkpoints", "last.ckpt"]
 
 
 def test_help_ends_quietly_when_its_pipe_is_closed(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-m", "qwenvl_lit.train", "--help"],
+    process = subprocess.Popen(
+        command_line("train", "--help"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-    ) as process:
+        env=environment(tmp_path),
+    )
+    with process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
 
 
+def run_package(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenvl_lit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+
 def test_the_package_lists_its_commands(tmp_path):
-    command = [sys.executable, "-m", "qwenvl_lit"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0
-    assert result.stdout.startswith(
-        "python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n"
-    )
-    result = subprocess.run([*command, "train"], capture_output=True, text=True, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (
-        1,
-        "error: there is no command 'train' here; a dot comes before it, as above\n",
-    )
+    process = run_package(tmp_path)
+    first_line = "python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n"
+    assert process.returncode == 0
+    assert process.stdout.startswith(first_line)
+
+
+def test_a_command_given_to_the_package_is_refused(tmp_path):
+    process = run_package(tmp_path, "train")
+    message = "error: there is no command 'train' here; a dot comes before it, as above\n"
+    assert (process.returncode, process.stderr) == (1, message)
 
 
 def test_help_begins_with_the_keys_of_the_command_and_their_comments(tmp_path):
@@ -139,15 +135,15 @@ def test_help_begins_with_the_keys_of_the_command_and_their_comments(tmp_path):
         ("chat", "multiline: false  # true: a question"),
         ("export", "out: null  # the folder to write"),
     ):
-        text = run(command, "--help", cwd=tmp_path).stdout
+        text = run_command(tmp_path, command, "--help").stdout
         assert text.index(key) < text.index("Groups and their choices"), command
 
 
 @pytest.mark.parametrize("command", ["train", "test", "predict"])
 def test_help_lists_groups_and_choices_within_three_seconds(command, tmp_path):
     start = time.perf_counter()
-    result = run(command, "--help", cwd=tmp_path)
+    process = run_command(tmp_path, command, "--help")
     seconds = time.perf_counter() - start
-    assert result.returncode == 0, result.stderr
-    assert "model: qwen_vl, qwen_vl_chat, qwen_vl_tiny" in result.stdout
+    assert process.returncode == 0, process.stderr
+    assert "model: qwen_vl, qwen_vl_chat, qwen_vl_tiny" in process.stdout
     assert seconds < 3

@@ -1,5 +1,3 @@
-"""Free text reaches the program as typed; values of the command line are looked up."""
-
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -8,6 +6,7 @@ from qwenvl_lit.cli.overrides import quote_free_text, value_of
 
 
 def parsed(argument: str):
+    """The value of an argument as Hydra reads it."""
     [override] = OverridesParser.create().parse_overrides([argument])
     return override.value()
 
@@ -31,24 +30,24 @@ def parsed(argument: str):
         "3 cats",
     ],
 )
-def test_free_text_comes_through_as_typed(text):
+def test_free_text_is_read_as_typed(text):
     quoted = quote_free_text(f"prompt={text}")
     assert OmegaConf.create({"prompt": parsed(quoted)}).prompt == text
     assert quote_free_text(quoted) == quoted  # other ranks of a run get the quoted arguments
 
 
-def test_a_regular_expression_comes_through_as_typed():
+def test_a_regular_expression_is_read_as_typed():
     targets = r"transformer\.h\.[01]\.(attn\.c_attn|mlp\.w1)"
     assert parsed(quote_free_text(f"adapter.targets={targets}")) == targets
 
 
-def test_lists_of_files_come_through_as_typed():
+def test_lists_of_files_are_read_as_typed():
     quoted = quote_free_text("data.train=[one.jsonl#200, it's (two).jsonl,'a,b.jsonl']")
     assert parsed(quoted) == ["one.jsonl#200", "it's (two).jsonl", "a,b.jsonl"]
     assert quote_free_text(quoted) == quoted
 
 
-def test_model_keys_that_a_stored_run_may_lack_are_added():
+def test_model_keys_that_the_config_of_a_run_may_lack_are_added():
     quoted = quote_free_text("model.load_in_4bit=true")
     assert quoted == quote_free_text(quoted) == "++model.load_in_4bit=true"
 

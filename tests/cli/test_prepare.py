@@ -1,4 +1,4 @@
-"""What becomes of a command line before Hydra sees it; no process is needed."""
+"""Arguments as Hydra gets them. No process is started."""
 
 from pathlib import Path
 
@@ -23,16 +23,16 @@ CONFIG = {
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    """A run folder with a checkpoint, seen from its parent."""
+    """The run folder `mine`, and a link `model.ckpt` to its checkpoint, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    for name, text in ((".hydra/config.yaml", "seed: 1"), (".hydra/overrides.yaml", "[]")):
-        file = tmp_path / "mine" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    (tmp_path / "mine/checkpoints").mkdir()
-    torch.save({"config": CONFIG, "state_dict": {}}, tmp_path / "mine/checkpoints/last.ckpt")
-    (tmp_path / "model.ckpt").symlink_to(tmp_path / "mine/checkpoints/last.ckpt")
-    return tmp_path / "mine"
+    folder = tmp_path / "mine"
+    for name in (".hydra", "checkpoints"):
+        (folder / name).mkdir(parents=True)
+    (folder / ".hydra/config.yaml").write_text("seed: 1")
+    (folder / ".hydra/overrides.yaml").write_text("[]")
+    torch.save({"config": CONFIG, "state_dict": {}}, folder / "checkpoints/last.ckpt")
+    (tmp_path / "model.ckpt").symlink_to(folder / "checkpoints/last.ckpt")
+    return folder
 
 
 def test_free_text_is_quoted_and_preparing_twice_changes_nothing():
@@ -43,15 +43,17 @@ def test_free_text_is_quoted_and_preparing_twice_changes_nothing():
 
 def test_groups_that_the_command_line_does_not_choose_come_from_the_run(run):
     line = prepare("predict", ["seed=1", "ckpt=model.ckpt"], run="needed")
-    assert line.arguments[0] == "seed=1"
-    assert line.arguments[1].startswith("ckpt='") and line.arguments[1].endswith(".ckpt'")
+    seed, ckpt, *_ = line.arguments
+    assert seed == "seed=1"
+    assert ckpt.startswith("ckpt='")
+    assert ckpt.endswith(".ckpt'")
     assert line.run_groups["adapter"] == {"rank": 3}
     assert line.run_groups["generation"] == {"max_new_tokens": 4}
     assert "trainer" not in line.run_groups
     assert prepare("predict", line.arguments, run="needed").arguments == line.arguments
 
 
-def test_training_from_a_run_takes_its_weights_and_its_recipe_but_not_its_machine(run):
+def test_training_from_a_run_uses_its_weights_and_recipe_but_not_its_devices(run):
     line = prepare("train", ["ckpt=model.ckpt", "seed=1"], run="start")
     assert line.arguments[1:] == ["init=run", "model=run", "seed=1"]
     assert line.run_groups["init"]["checkpoint"].endswith(".ckpt")
@@ -60,11 +62,11 @@ def test_training_from_a_run_takes_its_weights_and_its_recipe_but_not_its_machin
         "defaults": [{"override /optim@_global_.optim": "run"}, "_self_"],
         "rank": 3,
     }
-    own_model = prepare("train", ["ckpt=model.ckpt", "model=qwen_vl_tiny"], run="start")
-    assert own_model.arguments[1:] == ["init=run", "model=qwen_vl_tiny"]
+    other_model = prepare("train", ["ckpt=model.ckpt", "model=qwen_vl_tiny"], run="start")
+    assert other_model.arguments[1:] == ["init=run", "model=qwen_vl_tiny"]
 
 
-def test_a_resumed_run_is_run_in_its_folder(run):
+def test_a_resumed_run_continues_in_its_folder(run):
     line = prepare("train", ["resume=mine", "trainer.max_steps=9"], run="start")
     assert line.arguments == [
         "trainer.max_steps=9",
@@ -94,7 +96,7 @@ def test_a_command_needs_a_run_or_a_published_model():
         (["benchmarks=[vqav2/val]", "data=demo"], ["benchmarks=[vqav2/val]", "data=demo"]),
     ],
 )
-def test_what_test_alone_makes_of_its_arguments(arguments, adjusted):
+def test_test_completes_what_its_arguments_imply(arguments, adjusted):
     assert test.adjust_arguments(arguments) == adjusted
 
 
@@ -104,10 +106,8 @@ def test_one_folder_cannot_be_compared():
 
 
 def test_predict_takes_a_question_or_rows():
-    assert predict.adjust_arguments(["data.test='a.jsonl'"]) == [
-        "data.test='a.jsonl'",
-        "data.validation=null",
-    ]
+    rows = predict.adjust_arguments(["data.test='a.jsonl'"])
+    assert rows == ["data.test='a.jsonl'", "data.validation=null"]
     assert predict.adjust_arguments(["data.test=null"]) == ["data.test=null"]
     with pytest.raises(DataError, match=r"image= with prompt= asks one question, and data=demo is"):
         predict.adjust_arguments(["prompt='Hi'", "image='a.png'", "data=demo"])

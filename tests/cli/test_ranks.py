@@ -1,66 +1,53 @@
-"""Processes that others start use one run folder."""
+"""Processes that torchrun, SLURM or Lightning starts share one run folder."""
 
-import json
-import os
 import subprocess
 import sys
 
 import pytest
+from commands import environment, only_run, read_json_lines
+from small_demo import small_demo
 
 from qwenvl_lit.cli.ranks import rank_arguments
 
-SMALL = [
-    "+data.prepare.train=8",
-    "+data.prepare.single=8",
-    "+data.prepare.validation=3",
-    "+data.prepare.test=4",
-]
-SMALL += [
-    "+data.prepare.unseen_pairs=2",
-    "+data.prepare.new_classes=8",
+TRAIN = [
+    "trainer=smoke",
+    *small_demo(train=8, single=8, validation=3),
+    "data.train=train.jsonl#8",
     "data.batch_size=2",
     "data.num_workers=0",
-]
-SMALL += [
-    "data.train=train.jsonl#8",
     "data.generated_validation_rows=3",
     "generation.max_new_tokens=4",
     "~callbacks.curves",
 ]
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    "-m",
-    "qwenvl_lit.train",
-]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+KILLED_AFTER_2_MINUTES = ["timeout", "-s", "KILL", "120"]
 
 
 @pytest.fixture
 def slurm(monkeypatch):
-    def rank(number: int) -> None:
-        for name, value in {"SLURM_PROCID": number, "SLURM_NTASKS": 2, "SLURM_JOB_ID": 77}.items():
-            monkeypatch.setenv(name, str(value))
+    """Returns a function that makes this process a rank of a SLURM job with two tasks."""
 
-    return rank
+    def become(rank: int) -> None:
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+
+    return become
 
 
-def test_processes_of_slurm_share_the_folder_of_their_job(slurm):
+def test_ranks_of_slurm_share_the_folder_of_their_job(slurm):
+    folder = "hydra.run.dir=outputs/train/slurm_77"
     slurm(0)
-    assert rank_arguments("train", ["seed=1"]) == ["seed=1", "hydra.run.dir=outputs/train/slurm_77"]
+    assert rank_arguments("train", ["seed=1"]) == ["seed=1", folder]
     slurm(1)
-    hydra = ["hydra.output_subdir=null", "hydra.job.name=train_rank_1"]
-    assert rank_arguments("train", ["seed=1"]) == [
-        "seed=1",
-        "hydra.run.dir=outputs/train/slurm_77",
-        *hydra,
-    ]
-    assert rank_arguments("train", ["hydra.run.dir='mine'"]) == ["hydra.run.dir='mine'", *hydra]
+    of_rank_1 = ["hydra.output_subdir=null", "hydra.job.name=train_rank_1"]
+    assert rank_arguments("train", ["seed=1"]) == ["seed=1", folder, *of_rank_1]
+    mine = "hydra.run.dir='mine'"
+    assert rank_arguments("train", [mine]) == [mine, *of_rank_1]
 
 
 @pytest.mark.parametrize("arguments", [["seed=1"], ["-m", "seed=1,2"]])
-def test_a_process_alone_and_a_sweep_keep_their_folders(monkeypatch, slurm, arguments):
+def test_a_single_process_and_a_sweep_keep_their_folders(slurm, arguments):
     if "-m" in arguments:
         slurm(1)
     assert rank_arguments("train", arguments) == arguments
@@ -70,34 +57,24 @@ def test_a_process_alone_and_a_sweep_keep_their_folders(monkeypatch, slurm, argu
     ("launcher", "strategy", "log"),
     [
         (TORCHRUN, "fsdp_cpu", "train_rank_1.log"),
-        (["-m", "qwenvl_lit.train"], "ddp_cpu", "train_ddp_process_1.log"),
+        ([], "ddp_cpu", "train_ddp_process_1.log"),
     ],
-    ids=["torchrun", "by Lightning"],
+    ids=["torchrun", "Lightning"],
 )
-def test_two_ranks_leave_one_run_folder(tmp_path, launcher, strategy, log):
-    environment = {
-        **os.environ,
-        "QWENVL_LIT_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        "timeout",
-        "-s",
-        "KILL",
-        "120",
-        sys.executable,
-        *launcher,
-        f"strategy={strategy}",
-        "trainer=smoke",
-        *SMALL,
-    ]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    [run] = (tmp_path / "outputs/train").iterdir()
-    assert {log, ".hydra", "checkpoints", "config.yaml", "metrics.json"} <= {
-        path.name for path in run.iterdir()
-    }
+def test_two_ranks_write_one_run_folder(tmp_path, launcher, strategy, log):
+    command = [*KILLED_AFTER_2_MINUTES, sys.executable, *launcher, "-m", "qwenvl_lit.train"]
+    process = subprocess.run(
+        [*command, f"strategy={strategy}", *TRAIN],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    run = only_run(tmp_path, "train")
+    names = {path.name for path in run.iterdir()}
+    assert {log, ".hydra", "checkpoints", "config.yaml", "metrics.json"} <= names
     assert f"strategy={strategy}" in (run / ".hydra/overrides.yaml").read_text()
-    steps = [json.loads(line) for line in (run / "logging.jsonl").open()]
-    assert [row["step"] for row in steps if "loss" in row] == [1, 2]  # 8 rows, 2 x 2 a step
-    assert result.stdout.count("Score it:") == 1
+    steps = [row["step"] for row in read_json_lines(run / "logging.jsonl") if "loss" in row]
+    assert steps == [1, 2]  # 8 rows: each step takes 2 on each of 2 ranks
+    assert process.stdout.count("Score it:") == 1

@@ -1,63 +1,65 @@
-"""What `resume=` makes of a command line, and a run that is killed and goes on as a person would let it."""
+"""`resume=`: the arguments that it becomes, and a run that is killed and resumed."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import command_line, environment, read_json_lines
+from small_demo import small_demo
 
 from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments
 from qwenvl_lit.types import DataError
 
-STARTED = ["model=qwen_vl_chat", "optim.lr=1e-5", "data.train='a b.jsonl'", "resume='auto'"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch) -> Path:
-    """A run that has saved a checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    folder = Path("outputs/train/mine")
-    for name, text in (
-        (".hydra/config.yaml", "seed: 1"),
-        (".hydra/overrides.yaml", "".join(f"- {one}\n" for one in STARTED)),
-        ("checkpoints/last.ckpt", ""),
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
-PLACED = [
+STARTED_WITH = [
+    "model=qwen_vl_chat",
+    "optim.lr=1e-5",
+    "data.train='a b.jsonl'",
+    "resume='auto'",
+]
+RESUMED = [
     "resume=outputs/train/mine",
     "hydra.run.dir=outputs/train/mine",
     "hydra.output_subdir=null",
 ]
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """A run with a checkpoint, started with the arguments `STARTED_WITH`."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("outputs/train/mine")
+    for name in (".hydra", "checkpoints"):
+        (folder / name).mkdir(parents=True)
+    (folder / ".hydra/config.yaml").write_text("seed: 1")
+    overrides = "".join(f"- {argument}\n" for argument in STARTED_WITH)
+    (folder / ".hydra/overrides.yaml").write_text(overrides)
+    (folder / "checkpoints/last.ckpt").touch()
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("arguments", "given"),
+    ("arguments", "kept"),
     [
         (["resume=outputs/train/mine"], []),
         (["resume='outputs/train/mine'", "trainer.max_steps=9"], ["trainer.max_steps=9"]),
         (["resume=latest"], []),
-        (["resume=auto", "hydra.run.dir='outputs/train/mine'", *STARTED[:3]], []),
+        (["resume=auto", "hydra.run.dir='outputs/train/mine'", *STARTED_WITH[:3]], []),
         (
-            ["resume=outputs/train/mine", *STARTED[:1], "trainer.max_epochs=3", "--cfg=job"],
+            ["resume=outputs/train/mine", STARTED_WITH[0], "trainer.max_epochs=3", "--cfg=job"],
             ["trainer.max_epochs=3", "--cfg=job"],
         ),
-        # as Lightning starts a second process of a run that goes on
+        # Lightning starts the second process of a resumed run with these arguments.
         (
-            [*PLACED, 'hydra.run.dir="outputs/train/mine"', "hydra.job.name=train_ddp_process_1"],
+            [*RESUMED, 'hydra.run.dir="outputs/train/mine"', "hydra.job.name=train_ddp_process_1"],
             ["hydra.job.name=train_ddp_process_1"],
         ),
     ],
 )
-def test_a_run_goes_on_in_its_folder_with_its_settings(run, arguments, given):
-    assert resume_arguments(arguments) == [*given, *PLACED]
+def test_a_resumed_run_continues_in_its_folder_with_its_settings(run, arguments, kept):
+    assert resume_arguments(arguments) == [*kept, *RESUMED]
 
 
 @pytest.mark.parametrize(
@@ -69,12 +71,12 @@ def test_a_run_goes_on_in_its_folder_with_its_settings(run, arguments, given):
         ["resume=auto", "-m", "seed=1,2"],
     ],
 )
-def test_without_a_checkpoint_a_run_begins(run, arguments):
+def test_without_a_checkpoint_a_new_run_starts(run, arguments):
     assert resume_arguments(arguments) == arguments
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (
             ["resume=outputs/train/mine", "optim.lr=2"],
@@ -92,12 +94,12 @@ def test_without_a_checkpoint_a_run_begins(run, arguments):
         (["resume=nowhere"], r"resume=nowhere: there is no checkpoints/last\.ckpt"),
     ],
 )
-def test_what_cannot_go_on_is_named(run, arguments, says):
-    with pytest.raises(DataError, match=says):
+def test_a_run_that_cannot_be_resumed_is_named(run, arguments, message):
+    with pytest.raises(DataError, match=message):
         resume_arguments(arguments)
 
 
-def test_a_run_without_its_last_checkpoint_is_named(run):
+def test_a_run_without_its_last_checkpoint_is_not_resumed(run):
     (run / "checkpoints/last.ckpt").rename(run / "checkpoints/best.ckpt")
     with pytest.raises(DataError, match=r"there is no checkpoints/last\.ckpt"):
         resume_arguments(["resume=outputs/train/mine"])
@@ -112,76 +114,56 @@ def test_a_run_without_its_last_checkpoint_is_named(run):
         "refcoco/val/predictions.jsonl",
     ],
 )
-def test_a_folder_that_holds_results_is_not_written_again(tmp_path, result):
-    file = tmp_path / "it's used" / result
+def test_a_folder_that_holds_results_is_refused(tmp_path, result):
+    folder = tmp_path / "it's used"
+    file = folder / result
     file.parent.mkdir(parents=True)
     for name in ("train.log", ".hydra"):
-        (tmp_path / "it's used" / name).touch()
+        (folder / name).touch()
     argument = f"hydra.run.dir='{tmp_path}/it\\'s used'"
     refuse_used_folder([argument])
     file.touch()
-    with pytest.raises(
-        DataError,
-        match=rf"it's used holds an earlier run \({result}\): choose another folder, or remove this one$",
-    ):
+    advice = "choose another folder, or remove this one$"
+    with pytest.raises(DataError, match=rf"it's used holds an earlier run \({result}\): {advice}"):
         refuse_used_folder([argument])
 
 
-def test_a_run_says_how_it_goes_on_and_goes_on(run):
-    with pytest.raises(
-        DataError,
-        match=r"to continue its training: python -m qwenvl_lit\.train resume=outputs/train/mine$",
-    ):
+def test_the_folder_of_a_run_is_refused_with_how_to_resume_it(run):
+    command = r"python -m qwenvl_lit\.train resume=outputs/train/mine$"
+    with pytest.raises(DataError, match=f"to continue its training: {command}"):
         refuse_used_folder(["hydra.run.dir='outputs/train/mine'"])
+
+
+def test_a_resumed_run_its_other_ranks_and_information_may_use_its_folder(run):
+    folder = "hydra.run.dir='outputs/train/mine'"
     refuse_used_folder(resume_arguments(["resume=outputs/train/mine"]))
-    refuse_used_folder(["hydra.run.dir='outputs/train/mine'", "--cfg=job"])
-    refuse_used_folder(
-        [
-            "hydra.run.dir='outputs/train/mine'",
-            "hydra.output_subdir=null",
-            "hydra.job.name=train_rank_1",
-        ]
-    )
+    refuse_used_folder([folder, "--cfg=job"])
+    refuse_used_folder([folder, "hydra.output_subdir=null", "hydra.job.name=train_rank_1"])
 
 
-SMALL = [
+TRAIN = [
     "trainer=smoke",
     "trainer.max_epochs=-1",
     "trainer.max_steps=40",
     "trainer.val_check_interval=16",
-]
-SMALL += ["callbacks.checkpoint.every=5", "callbacks.run_log.print_every=1", "data.num_workers=1"]
-SMALL += [
-    "+data.prepare.train=48",
-    "+data.prepare.single=16",
-    "+data.prepare.validation=4",
-    "+data.prepare.test=4",
-]
-SMALL += [
-    "+data.prepare.unseen_pairs=2",
-    "+data.prepare.new_classes=8",
-    "data.batch_size=8",
-    "data.generated_validation_rows=0",
-]
-SMALL += [
-    "data.train=[train_single.jsonl#16,train.jsonl#48]",
-    "adapter=lora",
     "callbacks=[train,early_stopping]",
+    "callbacks.checkpoint.every=5",
+    "callbacks.run_log.print_every=1",
+    *small_demo(train=48),
+    "data.train=[train_single.jsonl#16,train.jsonl#48]",
+    "data.batch_size=8",
+    "data.num_workers=1",
+    "data.generated_validation_rows=0",
+    "adapter=lora",
 ]
 
 
-def train(folder: Path, *arguments: str) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "QWENVL_LIT_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    command = [sys.executable, "-m", "qwenvl_lit.train", *arguments]
+def start_training(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Starts training as the first process of a new process group."""
     return subprocess.Popen(
-        command,
+        command_line("train", *TRAIN, *arguments),
         cwd=folder,
-        env=environment,
+        env=environment(folder, PYTHONUNBUFFERED="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -189,38 +171,48 @@ def train(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def trained(run: Path) -> dict[str, torch.Tensor]:
+def send_signal_at(process: subprocess.Popen, step: str, number: signal.Signals) -> str:
+    """Sends a signal to the process group when a line starts with `step`; returns the output.
+
+    So do clusters: the data workers get the signal too.
+    """
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith(step):
+            os.killpg(process.pid, number)
+    return output
+
+
+def trained_weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_the_same_command_goes_on_after_sigkill_and_after_sigterm(tmp_path):
-    """As a cluster does it: the signal goes to all processes of the run, loaders included."""
-    out, _ = (whole := train(tmp_path, *SMALL, "hydra.run.dir=whole")).communicate(timeout=120)
-    assert whole.returncode == 0, out
-    command = [*SMALL, "hydra.run.dir=killed", "resume=auto"]
-    for number, at, status in (
+def test_the_same_command_resumes_a_run_after_sigkill_and_after_sigterm(tmp_path):
+    uninterrupted = start_training(tmp_path, "hydra.run.dir=uninterrupted")
+    output, _ = uninterrupted.communicate(timeout=120)
+    assert uninterrupted.returncode == 0, output
+
+    resume = ["hydra.run.dir=resumed", "resume=auto"]
+    for number, step, status in (
         (signal.SIGKILL, "step 7/40", -9),
         (signal.SIGTERM, "step 17/40", 143),
-        (None, None, 0),
     ):
-        process = train(tmp_path, *command)
-        said = ""
-        for line in process.stdout:
-            said += line
-            if number and line.startswith(at):
-                os.killpg(process.pid, number)
-        assert process.wait(timeout=120) == status, said
-    assert "Traceback" not in said
-    assert "Nothing was left to train" not in said
-    finished, _ = train(tmp_path, *command).communicate(timeout=120)
-    assert (
-        "Nothing was left to train: the run has made its 40 steps; To train further: trainer.max_steps=..."
-        in finished
-    )
-    one, two = trained(tmp_path / "whole"), trained(tmp_path / "killed")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    lines = [
-        json.loads(line) for line in (tmp_path / "killed/logging.jsonl").read_text().splitlines()
-    ]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
-    assert [line["step"] for line in lines if "val/loss" in line] == [16, 32]
+        process = start_training(tmp_path, *resume)
+        output = send_signal_at(process, step, number)
+        assert process.wait(timeout=120) == status, output
+    last = start_training(tmp_path, *resume)
+    output, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, output
+    assert "Traceback" not in output
+    assert "Nothing was left to train" not in output
+    output, _ = start_training(tmp_path, *resume).communicate(timeout=120)
+    nothing_left = "Nothing was left to train: the run has made its 40 steps. To train further: "
+    assert f"{nothing_left}trainer.max_steps=..." in output
+
+    expected = trained_weights(tmp_path / "uninterrupted")
+    weights = trained_weights(tmp_path / "resumed")
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    log = read_json_lines(tmp_path / "resumed/logging.jsonl")
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 41))
+    assert [row["step"] for row in log if "val/loss" in row] == [16, 32]

@@ -3,18 +3,19 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from commands import output_of
 from hydra import compose, initialize_config_dir
 from hydra.conf import ConfigSourceInfo
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
+from small_demo import small_demo
 
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
@@ -270,46 +271,34 @@ def test_slurm_starts_a_task_for_each_device():
     }
 
 
-SMALL_DATA = [
-    "+data.prepare.train=24",
-    "+data.prepare.single=8",
-    "+data.prepare.validation=2",
-    "+data.prepare.test=2",
-    "+data.prepare.unseen_pairs=2",
-    "+data.prepare.new_classes=2",
+SWEEP_RANKS = [
+    "sweep=lora_rank",
+    "hydra.sweep.dir=ranks (2)",
+    "trainer=smoke",
+    *small_demo(train=24, single=8, validation=2, test=2, new_classes=2),
     "data.train=[train.jsonl#24]",
     "data.batch_size=4",
     "data.generated_validation_rows=2",
     "data.num_workers=0",
+    "~callbacks.samples",
+    "~callbacks.curves",
 ]
-SMALL_RUN = [*SMALL_DATA, "trainer=smoke", "~callbacks.samples", "~callbacks.curves"]
-
-
-def sweep_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "qwenvl_lit.train", "sweep=lora_rank"]
-    command += ["hydra.sweep.dir=ranks (2)", *arguments, *SMALL_RUN]
-    cache = {"QWENVL_LIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **cache}, capture_output=True, text=True
-    )
 
 
 def test_lora_rank_is_swept_from_the_command_line(tmp_path):
-    swept = sweep_ranks(tmp_path, "adapter.rank=2,4", "sweep.parallel=2")
-    assert swept.returncode == 0, swept.stdout + swept.stderr
+    printed = output_of(tmp_path, "train", *SWEEP_RANKS, "adapter.rank=2,4", "sweep.parallel=2")
     folder = tmp_path / "ranks (2)"
     for number, rank in enumerate((2, 4)):
         adapter = OmegaConf.load(folder / str(number) / "config.yaml").adapter
         assert adapter._target_ == "qwenvl_lit.training.adapters.methods.LoRA"
         assert adapter.rank == rank
         assert (folder / str(number) / "checkpoints/best.ckpt").exists()
-    assert "adapter.rank" in swept.stdout
+    assert "adapter.rank" in printed
     assert (folder / "sweep.csv").read_text().startswith("job,adapter.rank,val/loss,")
     assert (folder / "sweep.png").exists()
 
     (folder / "1/job.json").unlink()  # as if the sweep had been stopped in its second job
-    again = sweep_ranks(tmp_path, "adapter.rank=2,4")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "1 of 2 jobs are finished already" in again.stdout
-    assert "job 0" not in again.stdout
+    printed = output_of(tmp_path, "train", *SWEEP_RANKS, "adapter.rank=2,4")
+    assert "1 of 2 jobs are finished already" in printed
+    assert "job 0" not in printed
     assert saved_result(folder, 1)["error"] is None
