@@ -1,18 +1,17 @@
 import fcntl
 import io
-import json
 import os
 import pty
 import re
 import select
 import subprocess
-import sys
 import termios
 import time
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from commands import command_line, environment, only_run, read_json_lines
 from PIL import Image
 from scripted import says, tiny_checkpoint
 
@@ -22,7 +21,16 @@ from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 
 DOG = "<ref>the dog</ref><box>(250,500),(500,999)</box>"
-COMMAND = [sys.executable, "-m", "qwenvl_lit.chat", "model=qwen_vl_tiny"]
+TEN_WORDS = "one two three four five six seven eight nine ten"
+CHATML_USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+
+
+class Transcript(NamedTuple):
+    """What a chat printed, and the prompts that its model read, as text."""
+
+    output: str
+    errors: str
+    prompts: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -44,322 +52,314 @@ def image(tmp_path):
 
 @pytest.fixture
 def talk(model, tmp_path, monkeypatch, capsys):
-    """Type lines into a chat that answers with a script; gives what was printed, what went to standard error, and the prompts as text."""
+    """Returns a function that types lines into a chat whose answers are scripted."""
 
-    def run(typed, *answers, chat_with=model, **options):
+    def run(typed, *answers, chat_with=model, **options) -> Transcript:
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        with says(chat_with, *(answers or ("yes",))) as asked:
+        with says(chat_with, *(answers or ("yes",))) as prompts:
             Chat(chat_with, tmp_path, **options).run()
         printed = capsys.readouterr()
-        return printed.out, printed.err, [chat_with.processor.text(ids) for ids in asked]
+        texts = [chat_with.processor.text(ids) for ids in prompts]
+        return Transcript(printed.out, printed.err, texts)
 
     return run
 
 
-def rows(folder: Path) -> list[dict]:
-    return [
-        json.loads(line)
-        for line in (folder / "conversation.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+def recorded(folder) -> list[dict]:
+    return read_json_lines(folder / "conversation.jsonl")
 
 
 def questions(prompt: str) -> list[str]:
-    return re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
+    return CHATML_USER.findall(prompt)
 
 
-def test_each_line_is_a_question_and_answers_alone_are_printed(talk):
-    out, err, asked = talk("Hello\n\n   \nHow are you?\n", "Hi!", "日本 fine")
-    assert out == "Hi!\n日本 fine\n"
-    assert err == ""
-    assert [questions(prompt) for prompt in asked] == [["Hello"], ["Hello", "How are you?"]]
+def system_message(prompt: str) -> str:
+    return prompt.split("<|im_end|>")[0].removeprefix("<|im_start|>system\n")
+
+
+def test_each_line_is_a_question_and_only_answers_are_printed(talk):
+    output, errors, prompts = talk("Hello\n\n   \nHow are you?\n", "Hi!", "日本 fine")
+    assert output == "Hi!\n日本 fine\n"
+    assert errors == ""
+    assert [questions(prompt) for prompt in prompts] == [["Hello"], ["Hello", "How are you?"]]
 
 
 def test_lines_after_exit_are_not_read(talk):
     for word in ("exit", "quit", " EXIT "):
-        assert talk(f"Hello\n{word}\nHow are you?\n")[0] == "yes\n"
+        assert talk(f"Hello\n{word}\nHow are you?\n").output == "yes\n"
 
 
-def test_clear_forgets_what_was_said(talk):
-    _, err, asked = talk("Hello\nclear\nHow are you?\n")
-    assert questions(asked[-1]) == ["How are you?"]
-    assert err == "the history is empty\n"
+def test_clear_empties_the_history(talk):
+    chat = talk("Hello\nclear\nHow are you?\n")
+    assert questions(chat.prompts[-1]) == ["How are you?"]
+    assert chat.errors == "the history is empty\n"
 
 
 def test_reset_system_takes_the_next_input_and_clears_the_history(talk):
-    _, _, asked = talk(
-        "Hello\nreset-system\nBe brief.\nHow are you?\nreset-system\n\nAnd now?\n",
-        system="Be kind.",
-    )
-    assert [
-        prompt.split("<|im_end|>")[0].removeprefix("<|im_start|>system\n") for prompt in asked
-    ] == [
+    typed = "Hello\nreset-system\nBe brief.\nHow are you?\nreset-system\n\nAnd now?\n"
+    prompts = talk(typed, system="Be kind.").prompts
+    assert [system_message(prompt) for prompt in prompts] == [
         "Be kind.",
         "Be brief.",
         "You are a helpful assistant.",
     ]
-    assert [questions(prompt) for prompt in asked] == [["Hello"], ["How are you?"], ["And now?"]]
+    assert [questions(prompt) for prompt in prompts] == [["Hello"], ["How are you?"], ["And now?"]]
 
 
-def test_several_lines_are_a_question_until_a_line_that_ends_in_a_hash(talk):
-    typed = "multi-line\nOne\n#two # three\n\nfour#\nsingle-line\nfive #\nmulti-line\nsix\nexit\nseven # \nexit\nnever#\n"
-    _, err, asked = talk(typed)
-    assert questions(asked[-1]) == ["One\n#two # three\n\nfour", "five #", "six\nexit\nseven "]
-    assert err.splitlines() == [
+def test_in_multi_line_mode_a_question_ends_with_a_line_that_ends_in_a_hash(talk):
+    multi_line = "multi-line\nOne\n#two # three\n\nfour#\n"
+    single_line = "single-line\nfive #\n"
+    commands_inside = "multi-line\nsix\nexit\nseven # \nexit\nnever#\n"
+    chat = talk(multi_line + single_line + commands_inside)
+    assert questions(chat.prompts[-1]) == [
+        "One\n#two # three\n\nfour",
+        "five #",
+        "six\nexit\nseven ",
+    ]
+    assert chat.errors.splitlines() == [
         "a line that ends in # ends a question",
         "each line is a question",
         "a line that ends in # ends a question",
     ]
 
 
-def test_a_chat_may_begin_with_several_lines_and_the_end_of_input_ends_a_question(talk):
-    _, _, asked = talk("One\ntwo", multiline=True)
-    assert questions(asked[-1]) == ["One\ntwo"]
-    assert talk("clear#\nexit#\nOne#", multiline=True)[2] == []
+def test_a_chat_may_start_in_multi_line_mode_and_the_end_of_input_ends_a_question(talk):
+    chat = talk("One\ntwo", multiline=True)
+    assert questions(chat.prompts[-1]) == ["One\ntwo"]
+    assert talk("clear#\nexit#\nOne#", multiline=True).prompts == []
 
 
-def test_a_image_with_its_boxes_is_saved_and_named(talk, image, tmp_path):
-    out, err, _ = talk(
-        f"<img>{image}</img>Where is the dog?\nAnd now?\nThanks\n", f"There: {DOG}", DOG, "Bye"
-    )
-    assert out == f"There: {DOG}\n{DOG}\nBye\n"
-    assert re.findall("boxes: .*(boxes/.*)", err) == ["boxes/000000.png", "boxes/000001.png"]
-    drawn = Image.open(tmp_path / "boxes/000000.png")
-    assert drawn.width >= 320
-    assert len(drawn.getcolors(1 << 20)) > 2
-    assert [row["boxes"] for row in rows(tmp_path)] == [
-        ["boxes/000000.png"],
-        ["boxes/000001.png"],
-        [],
-    ]
+def test_images_with_boxes_are_saved_and_their_files_are_named(talk, image, tmp_path):
+    typed = f"<img>{image}</img>Where is the dog?\nAnd now?\nThanks\n"
+    output, errors, _ = talk(typed, f"There: {DOG}", DOG, "Bye")
+    assert output == f"There: {DOG}\n{DOG}\nBye\n"
+    assert re.findall("boxes: .*(boxes/.*)", errors) == ["boxes/000000.png", "boxes/000001.png"]
+    drawing = Image.open(tmp_path / "boxes/000000.png")
+    assert drawing.width >= 320
+    assert len(drawing.getcolors(1 << 20)) > 2
+    expected = [["boxes/000000.png"], ["boxes/000001.png"], []]
+    assert [row["boxes"] for row in recorded(tmp_path)] == expected
     talk(f"<img>{image}</img><img>{image}</img>Where is the dog?\n", DOG)
-    assert rows(tmp_path)[-1]["boxes"] == ["boxes/000000_1.png"]
+    assert recorded(tmp_path)[-1]["boxes"] == ["boxes/000000_1.png"]
 
 
-def test_a_box_that_reaches_beyond_its_image_is_remarked_once(talk, image):
-    _, err, _ = talk(
-        f"<img>{image}</img>Where?\n", DOG.replace("999", "1500") + DOG.replace("250", "-3")
-    )
-    assert err.count("reaches beyond its image") == 1
-    assert "reaches beyond" not in talk(f"<img>{image}</img>Where?\n", DOG)[1]
+def test_boxes_beyond_their_image_give_one_remark(talk, image):
+    typed = f"<img>{image}</img>Where?\n"
+    chat = talk(typed, DOG.replace("999", "1500") + DOG.replace("250", "-3"))
+    assert chat.errors.count("reaches beyond its image") == 1
+    assert "reaches beyond" not in talk(typed, DOG).errors
 
 
-def test_the_conversation_is_kept_as_rows_that_can_be_read_again(talk, image, tmp_path):
-    talk(
-        f"<img>{image}</img>Was ist das?\nIs it “big”?\n",
-        f"Ein Hund: {DOG}",
-        "是",
-        system="Be brief.",
-    )
-    first, second = rows(tmp_path)
-    assert (first["query"], first["history"], first["system"]) == (
-        f"<img>{image}</img>Was ist das?",
-        [],
-        "Be brief.",
-    )
+def test_the_conversation_is_recorded_as_rows_of_a_dataset(talk, image, tmp_path):
+    question = f"<img>{image}</img>Was ist das?"
+    talk(f"{question}\nIs it “big”?\n", f"Ein Hund: {DOG}", "是", system="Be brief.")
+    first, second = recorded(tmp_path)
+    assert (first["query"], first["history"], first["system"]) == (question, [], "Be brief.")
     assert second["history"] == [[first["query"], first["response"]]]
     assert second["prompt_tokens"] > first["prompt_tokens"] > 0
     assert second["seconds"] >= second["first_seconds"] > 0
-    read = read_rows(str(tmp_path / "conversation.jsonl"), ReadOptions())
-    assert [turn.role for turn in read[1].turns] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-    ]
-    assert read[1].turns[-1].parts == ("是",)
+    turns = read_rows(str(tmp_path / "conversation.jsonl"), ReadOptions())[1].turns
+    roles = [turn.role for turn in turns]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[-1].parts == ("是",)
 
 
-def test_images_of_the_conversation_are_found_from_anywhere(talk, image, tmp_path, monkeypatch):
+def test_recorded_image_paths_are_absolute(talk, image, tmp_path, monkeypatch):
     monkeypatch.chdir(image.parent)
     talk(f"<img>{image.name}</img>What?\nWhy?\n")
-    assert [row["query"] for row in rows(tmp_path)] == [f"<img>{image}</img>What?", "Why?"]
-    assert rows(tmp_path)[1]["history"] == [[f"<img>{image}</img>What?", "yes"]]
+    first, second = recorded(tmp_path)
+    assert [first["query"], second["query"]] == [f"<img>{image}</img>What?", "Why?"]
+    assert second["history"] == [[f"<img>{image}</img>What?", "yes"]]
 
 
-def test_a_mistake_is_one_line_and_the_chat_goes_on_without_it(talk, image, tmp_path):
-    (tmp_path / "broken.png").write_text("nothing")
-    typed = f"Hello\n<img>nowhere.png</img>What?\n{'1' * 3000}\n<img>{tmp_path / 'broken.png'}</img>What?\nBye\n"
-    out, err, asked = talk(typed)
-    assert out == "yes\nyes\n"
-    assert [line[:6] for line in err.splitlines()] == ["error:"] * 3
-    for said in ("'nowhere.png' does not exist", "the model reads fewer than 2048", "broken.png cannot be read"):
-        assert said in err
-    assert questions(asked[-1]) == ["Hello", "Bye"]
-    assert len(rows(tmp_path)) == 2
+def test_a_mistake_is_one_line_and_the_chat_continues_without_it(talk, image, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("nothing")
+    missing = "<img>nowhere.png</img>What?"
+    too_long = "1" * 3000
+    typed = f"Hello\n{missing}\n{too_long}\n<img>{broken}</img>What?\nBye\n"
+    output, errors, prompts = talk(typed)
+    assert output == "yes\nyes\n"
+    assert [line[:6] for line in errors.splitlines()] == ["error:"] * 3
+    assert "'nowhere.png' does not exist" in errors
+    assert "the model reads fewer than 2048" in errors
+    assert "broken.png cannot be read" in errors
+    assert questions(prompts[-1]) == ["Hello", "Bye"]
+    assert len(recorded(tmp_path)) == 2
 
 
-def raising(model, error: BaseException, *, after: int):
-    """The head of the network raises once, after so many tokens."""
-    left = [after]
+def raise_once(model, error: BaseException, *, after: int):
+    """Makes the head of the network raise `error` once, after that many tokens."""
+    calls = 0
 
-    def hook(*_):
-        left[0] -= 1
-        if left[0] == -1:
+    def count_and_raise(*_):
+        nonlocal calls
+        calls += 1
+        if calls == after + 1:
             raise error
 
-    return model.model.lm_head.register_forward_hook(hook)
+    return model.model.lm_head.register_forward_hook(count_and_raise)
 
 
-def test_an_answer_can_be_stopped_at_a_terminal_and_stays_as_far_as_it_came(talk, model, tmp_path):
-    hook = raising(model, KeyboardInterrupt(), after=5)
-    out, _, asked = talk(
-        "Hello\nBye\n", "one two three four five six seven eight nine ten", "yes", terminal=True
-    )
+def test_at_a_terminal_an_interrupted_answer_is_kept_as_far_as_it_was_printed(
+    talk, model, tmp_path
+):
+    hook = raise_once(model, KeyboardInterrupt(), after=5)
+    chat = talk("Hello\nBye\n", TEN_WORDS, "yes", terminal=True)
     hook.remove()
-    assert "\n(stopped)\n" in out
-    first, second = rows(tmp_path)
+    assert "\n(stopped)\n" in chat.output
+    first, second = recorded(tmp_path)
     assert first["stopped"] is True
     assert first["response"]
     assert "one two three four five six".startswith(first["response"])
     assert second["history"] == [["Hello", first["response"]]]
-    assert f"{first['response']}<|im_end|>" in asked[-1]
+    assert f"{first['response']}<|im_end|>" in chat.prompts[-1]
 
 
-def test_nothing_stays_of_an_answer_that_ran_out_of_memory(talk, model, tmp_path):
-    hook = raising(model, torch.OutOfMemoryError("no memory is left\ndetails"), after=5)
-    out, err, asked = talk(
-        "Hello\nBye\n", "one two three four five six seven eight nine ten", "yes"
-    )
+def test_an_answer_that_ran_out_of_memory_is_not_kept(talk, model, tmp_path):
+    error = torch.OutOfMemoryError("no memory is left\ndetails")
+    hook = raise_once(model, error, after=5)
+    output, errors, prompts = talk("Hello\nBye\n", TEN_WORDS, "yes")
     hook.remove()
-    assert err == "\nerror: no memory is left\n"
-    assert out.endswith("yes\n")
-    assert questions(asked[-1]) == ["Bye"]
-    assert len(rows(tmp_path)) == 1
+    assert errors == "\nerror: no memory is left\n"
+    assert output.endswith("yes\n")
+    assert questions(prompts[-1]) == ["Bye"]
+    assert len(recorded(tmp_path)) == 1
 
 
-def test_a_pipe_is_interrupted_as_a_whole(talk, model):
-    for hook in (raising(model, KeyboardInterrupt(), after=1),):
-        with pytest.raises(KeyboardInterrupt):
-            talk("Hello\nBye\n")
-        hook.remove()
+def test_without_a_terminal_an_interrupt_ends_the_chat(talk, model):
+    hook = raise_once(model, KeyboardInterrupt(), after=1)
+    with pytest.raises(KeyboardInterrupt):
+        talk("Hello\nBye\n")
+    hook.remove()
 
 
-def test_a_terminal_sees_prompts_remarks_and_no_control_characters(talk):
-    out, err, _ = talk("Hello\nexit\n", "a\x07b\x1b[2Jc\td", terminal=True)
-    assert out.startswith("An image is <img>path or address</img>. Commands: multi-line, ")
-    assert "you> ab[2Jc\td\nyou> " in out
-    assert err == ""
+def test_a_terminal_shows_prompts_and_no_control_characters(talk):
+    output, errors, _ = talk("Hello\nexit\n", "a\x07b\x1b[2Jc\td", terminal=True)
+    assert output.startswith("An image is <img>path or address</img>. Commands: multi-line, ")
+    assert "you> ab[2Jc\td\nyou> " in output
+    assert errors == ""
 
 
-def test_a_image_that_does_not_end_is_remarked(talk):
-    printed, remarks, [prompt] = talk("<img>dog.png What?\n")
-    assert (printed, "(an <img> without </img> is text)" in remarks) == ("yes\n", True)
+def test_an_img_tag_without_its_end_gives_a_remark(talk):
+    output, errors, [prompt] = talk("<img>dog.png What?\n")
+    assert output == "yes\n"
+    assert "(an <img> without </img> is text)" in errors
     assert "<img>dog.png What?" in prompt
 
 
-def test_the_base_model_says_what_it_is(talk, folder, capsys):
-    base = QwenVL.load(folder, dtype="float32", template="raw")
-    capsys.readouterr()  # what loading says
-    out, err, asked = talk("Once upon\nreset-system\nA dog\n", "a time", chat_with=base)
-    assert out == "a time\na time\n"
-    assert err.splitlines() == [
-        "This is a base model: it continues each text as it stands, without chat markup, system message and history.",
+def test_a_base_model_is_announced_and_has_no_system_message(talk, folder, capsys):
+    base_model = QwenVL.load(folder, dtype="float32", template="raw")
+    capsys.readouterr()  # what loading prints
+    output, errors, prompts = talk(
+        "Once upon\nreset-system\nA dog\n", "a time", chat_with=base_model
+    )
+    assert output == "a time\na time\n"
+    assert errors.splitlines() == [
+        "This is a base model: it continues each text as it stands, without chat markup, "
+        "system message and history.",
         "a base model has no system message",
     ]
-    assert asked == ["Once upon", "A dog"]
+    assert prompts == ["Once upon", "A dog"]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "QWENVL_LIT_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "TERM": "xterm",
-        "PYTHONUTF8": "1",
-    }
+def chat_command(*arguments: str) -> list[str]:
+    return command_line("chat", "model=qwen_vl_tiny", *arguments)
 
 
-def test_lines_through_a_pipe_are_answered(tmp_path, image):
-    lines = (
-        f"<img>{image}</img>Where's the car?\n<img>nowhere.png</img>What?\n".encode()
-        + b"not UTF-8: \xff\n"
+def chat_environment(folder) -> dict[str, str]:
+    return environment(folder, TERM="xterm", PYTHONUTF8="1")
+
+
+def test_lines_from_a_pipe_are_answered(tmp_path, image):
+    typed = f"<img>{image}</img>Where's the car?\n<img>nowhere.png</img>What?\n"
+    process = subprocess.run(
+        chat_command("generation.max_new_tokens=5", "system=Be brief, (always)!"),
+        cwd=tmp_path,
+        env=chat_environment(tmp_path),
+        input=typed.encode() + b"not UTF-8: \xff\n",
+        capture_output=True,
     )
-    command = [*COMMAND, "generation.max_new_tokens=5", "system=Be brief, (always)!"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(tmp_path), input=lines, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    [run] = (tmp_path / "outputs/chat").iterdir()
-    said = rows(run)
-    assert done.stdout.decode() == "".join(row["response"] + "\n" for row in said)
-    assert [row["query"] for row in said] == [
+    output, errors = process.stdout.decode(), process.stderr.decode()
+    assert process.returncode == 0, errors
+    rows = recorded(only_run(tmp_path, "chat"))
+    assert output == "".join(row["response"] + "\n" for row in rows)
+    assert [row["query"] for row in rows] == [
         f"<img>{image}</img>Where's the car?",
         "not UTF-8: \ufffd",
     ]
-    assert {row["system"] for row in said} == {"Be brief, (always)!"}
-    assert "error: image 'nowhere.png' does not exist" in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    assert {row["system"] for row in rows} == {"Be brief, (always)!"}
+    assert "error: image 'nowhere.png' does not exist" in errors
+    assert "Traceback" not in errors
 
 
 class Terminal:
-    """A command at a pseudo-terminal."""
+    """A process at a pseudo-terminal."""
 
     def __init__(self, command: list[str], **options):
-        self.own, other = pty.openpty()
+        self.controller, terminal = pty.openpty()
         self.process = subprocess.Popen(
             command,
-            stdin=other,
-            stdout=other,
-            stderr=other,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
             start_new_session=True,
-            preexec_fn=_take_terminal,
+            preexec_fn=_make_stdin_the_controlling_terminal,
             **options,
         )
-        os.close(other)
-        self.seen = ""
+        os.close(terminal)
+        self.unread = ""
 
-    def until(self, pattern: str, seconds: float = 120) -> None:
-        """Wait for what matches, and forget what came up to its end."""
-        ends = time.monotonic() + seconds
-        while not (found := re.search(pattern, self.seen)):
-            waited = f"waited for {pattern!r}, saw {self.seen[-2000:]!r}"
-            assert select.select([self.own], [], [], max(0, ends - time.monotonic()))[0], waited
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        """Waits for output that matches, and discards it with all that was printed before it."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.unread)):
+            message = f"waited for {pattern!r}, got {self.unread[-2000:]!r}"
+            timeout = max(0, deadline - time.monotonic())
+            assert select.select([self.controller], [], [], timeout)[0], message
             try:
-                self.seen += os.read(self.own, 1 << 16).decode(errors="replace")
-            except OSError as ended:  # nobody has the other side open any more
-                raise AssertionError(waited) from ended
-        self.seen = self.seen[found.end() :]
+                self.unread += os.read(self.controller, 1 << 16).decode(errors="replace")
+            except OSError as error:  # the process has closed its side
+                raise AssertionError(message) from error
+        self.unread = self.unread[match.end() :]
 
     def type(self, keys: str) -> None:
-        os.write(self.own, keys.encode())
+        os.write(self.controller, keys.encode())
 
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self.own)
+        os.close(self.controller)
 
 
-def _take_terminal() -> None:
-    """Make standard input the terminal of the new session, so that Ctrl-C reaches it."""
+def _make_stdin_the_controlling_terminal() -> None:
+    """Lets Ctrl-C reach the process; runs in the new session before the command starts."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_a_person_at_a_terminal_edits_recalls_stops_and_leaves(tmp_path):
-    long = ["generation.max_new_tokens=6000", "generation.min_new_tokens=6000"]
-    terminal = Terminal([*COMMAND, *long], cwd=tmp_path, env=environment(tmp_path))
+def test_a_person_at_a_terminal_edits_recalls_and_stops_lines_and_leaves(tmp_path):
+    endless = chat_command("generation.max_new_tokens=6000", "generation.min_new_tokens=6000")
+    terminal = Terminal(endless, cwd=tmp_path, env=chat_environment(tmp_path))
+    backspace, line_start, line_before, interrupt, end = "\x7f", "\x01", "\x1b[A", "\x03", "\x04"
     try:
-        terminal.until("you> ")
-        for keys in (
-            "many cat\x7fr?\x01How \r",
-            "\x1b[A\r",
-        ):  # backspace, and Ctrl-A to the beginning; then the line before
+        terminal.wait_for("you> ")
+        for keys in (f"many cat{backspace}r?{line_start}How \r", f"{line_before}\r"):
             terminal.type(keys)
-            terminal.until(r"\n")
-            terminal.until("[a-z]{3}")  # the answer has begun
-            terminal.type("\x03")
-            terminal.until(r"\(stopped\)\s+you> ")
+            terminal.wait_for(r"\n")
+            terminal.wait_for("[a-z]{3}")  # the answer has begun
+            terminal.type(interrupt)
+            terminal.wait_for(r"\(stopped\)\s+you> ")
         terminal.type("half a line")
-        terminal.until("half a line")
+        terminal.wait_for("half a line")
         time.sleep(0.3)  # readline notices a signal only while it waits for a key
-        terminal.type("\x03")
-        terminal.until(r"ends the chat\s+you> ")
-        terminal.type("\x04")
-        terminal.until("Conversation: outputs/chat/")
+        terminal.type(interrupt)
+        terminal.wait_for(r"ends the chat\s+you> ")
+        terminal.type(end)
+        terminal.wait_for("Conversation: outputs/chat/")
         assert terminal.process.wait(timeout=60) == 0
     finally:
         terminal.close()
-    [run] = (tmp_path / "outputs/chat").iterdir()
-    assert [row["query"] for row in rows(run)] == ["How many car?"] * 2
+    rows = recorded(only_run(tmp_path, "chat"))
+    assert [row["query"] for row in rows] == ["How many car?"] * 2
     assert (tmp_path / "cache/chat_history").read_text().splitlines()[-1] == "How many car?"

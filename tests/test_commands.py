@@ -1,66 +1,51 @@
-"""The verbs as a person types them, one after the other, in a folder of their own."""
+"""Commands as a user types them, one after another in one folder: train, test, predict."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import newest_run, output_of, read_json_lines, run_command
+from small_demo import small_demo
 
-SMALL = [
-    "+data.prepare.train=40",
-    "+data.prepare.single=16",
-    "+data.prepare.validation=4",
-    "+data.prepare.test=4",
-]
-SMALL += [
-    "+data.prepare.unseen_pairs=2",
-    "+data.prepare.new_classes=8",
+TRAIN = [
+    "trainer=smoke",
+    *small_demo(train=40, single=16),
+    "data.train=[train_single.jsonl#16,train.jsonl#40]",
     "data.batch_size=8",
     "data.generated_validation_rows=8",
 ]
-SMALL += ["data.train=[train_single.jsonl#16,train.jsonl#40]"]
+# Columns of logging.jsonl that depend on the speed of the machine.
+TIMED = {"elapsed_s", "remaining_s", "waiting_share", "samples_per_second", "tokens_per_second"}
+TIMED |= {"supervised_tokens_per_second", "tflop_per_second", "mfu"}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """An empty folder, and one trained run in it."""
+    """A folder with one trained run."""
     folder = tmp_path_factory.mktemp("home")
-    run(folder, "train", "trainer=smoke", *SMALL)
+    output_of(folder, "train", *TRAIN)
     return folder
 
 
-def run(folder: Path, verb: str, *arguments: str) -> str:
-    """What the verb prints; its caches are inside `folder` too."""
-    environment = {**os.environ, "QWENVL_LIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"qwenvl_lit.{verb}", *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
+def ids(file: Path) -> list[str]:
+    return [row["id"] for row in read_json_lines(file)]
 
 
-def newest(folder: Path, verb: str) -> Path:
-    return max((folder / "outputs" / verb).iterdir(), key=lambda path: path.stat().st_mtime)
+def predicted_ids(folder: Path, command: str = "predict") -> list[str]:
+    return ids(newest_run(folder, command) / "predictions.jsonl")
 
 
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def first_test_image(home: Path) -> Path:
+    return sorted((home / "cache/demo/images").glob("test_*.png"))[0]
 
 
-def test_train_leaves_a_run_folder_a_person_can_read(home):
-    folder = newest(home, "train")
-    log = rows(folder / "logging.jsonl")
-    training = [row for row in log if "loss" in row]
-    assert [row["step"] for row in training] == [1, 2, 3, 4]
-    assert {
-        "grad_norm",
-        "learning_rate",
-        "samples_per_second",
-        "mfu",
-        "waiting_share",
-        "remaining_s",
-    } <= set(training[0])
+def test_train_writes_a_run_folder_with_logs_plots_samples_and_checkpoints(home):
+    folder = newest_run(home, "train")
+    log = read_json_lines(folder / "logging.jsonl")
+    steps = [row for row in log if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    logged = {"grad_norm", "learning_rate", "samples_per_second", "mfu", "waiting_share"}
+    assert logged | {"remaining_s"} <= set(steps[0])
     assert any("val/loss" in row and "val/caption" in row for row in log)
     assert json.loads((folder / "metrics.json").read_text())["fit"]["best"]["monitor"] == "val/loss"
     for name in (
@@ -77,15 +62,11 @@ def test_train_leaves_a_run_folder_a_person_can_read(home):
 
 
 def test_test_scores_all_sets_and_writes_predictions_in_order(home):
-    printed = run(home, "test", "ckpt=latest", "baseline=true")
-    folder = newest(home, "test")
-    predictions = rows(folder / "predictions.jsonl")
-    expected = [
-        json.loads(line)["id"]
-        for name in ("test", "unseen_pairs")
-        for line in (home / f"cache/demo/{name}.jsonl").open()
-    ]
-    assert [row["id"] for row in predictions] == expected
+    printed = output_of(home, "test", "ckpt=latest", "baseline=true")
+    folder = newest_run(home, "test")
+    demo = home / "cache/demo"
+    expected = ids(demo / "test.jsonl") + ids(demo / "unseen_pairs.jsonl")
+    assert ids(folder / "predictions.jsonl") == expected
     scores = json.loads((folder / "metrics.json").read_text())
     assert scores["test"]["test/rows"] + scores["test"]["unseen_pairs/rows"] == len(expected)
     assert scores["baseline"].keys() == scores["test"].keys()
@@ -106,140 +87,89 @@ def test_test_scores_all_sets_and_writes_predictions_in_order(home):
 
 
 def test_predict_answers_a_question_and_draws_its_boxes(home):
-    image = sorted((home / "cache/demo/images").glob("test_*.png"))[0]
-    run(
-        home, "predict", "ckpt=latest", f"image={image}", "prompt=Where's the car, (left) or right?"
-    )
-    folder = newest(home, "predict")
-    [answer] = rows(folder / "predictions.jsonl")
-    assert answer["prompt"] == f"<img>{image}</img>Where's the car, (left) or right?"
+    image = first_test_image(home)
+    question = "Where's the car, (left) or right?"
+    output_of(home, "predict", "ckpt=latest", f"image={image}", f"prompt={question}")
+    folder = newest_run(home, "predict")
+    [answer] = read_json_lines(folder / "predictions.jsonl")
+    assert answer["prompt"] == f"<img>{image}</img>{question}"
     assert answer["set"] == "question"
     assert len(list(folder.glob("boxes/question/*.png"))) == bool(answer["objects"])
 
 
-def test_predict_takes_the_validation_rows_of_the_run_and_test_sets_of_other_data(home):
-    printed = run(home, "predict", "ckpt=latest")
-    answers = rows(newest(home, "predict") / "predictions.jsonl")
-    assert [row["id"] for row in answers] == [
-        json.loads(line)["id"] for line in (home / "cache/demo/validation.jsonl").open()
-    ]
+def test_predict_answers_the_validation_rows_of_the_run_or_other_test_sets(home):
+    printed = output_of(home, "predict", "ckpt=latest")
+    assert predicted_ids(home) == ids(home / "cache/demo/validation.jsonl")
     assert "validation" in printed
     (home / "mine.jsonl").write_text('{"query": "How many objects?", "response": "2"}\n')
-    run(home, "predict", "ckpt=latest", "data=jsonl", "data.num_workers=0", "data.test=mine.jsonl")
-    assert [row["id"] for row in rows(newest(home, "predict") / "predictions.jsonl")] == [
-        "mine.jsonl:1"
-    ]
-    run(home, "predict", "ckpt=latest", f"data.test={home / 'mine.jsonl'}")
-    assert [row["id"] for row in rows(newest(home, "predict") / "predictions.jsonl")] == [
-        "mine.jsonl:1"
-    ]
+    other_data = ["data=jsonl", "data.num_workers=0", "data.test=mine.jsonl"]
+    output_of(home, "predict", "ckpt=latest", *other_data)
+    assert predicted_ids(home) == ["mine.jsonl:1"]
+    output_of(home, "predict", "ckpt=latest", f"data.test={home / 'mine.jsonl'}")
+    assert predicted_ids(home) == ["mine.jsonl:1"]
 
 
-def test_held_out_rows_are_those_of_the_run_and_test_falls_back_to_them(home):
-    mine = [
-        "data=jsonl",
-        "metrics=exact",
-        "data.num_workers=0",
-        f"data.root={home / 'cache/demo'}",
-        "data.train=train.jsonl",
-    ]
-    run(
-        home,
-        "train",
-        "trainer=smoke",
-        *mine,
-        "data.validation=5",
-        "data.seed=3",
-        "data.batch_size=4",
-    )
-    trained = newest(home, "train")
-    held = list(json.loads((trained / "split.json").read_text())["validation"].values())
-    assert len(held) == 5
-    printed = run(home, "test", f"ckpt={trained}")
+def test_without_a_test_set_test_scores_the_rows_that_the_run_held_out(home):
+    data = ["data=jsonl", f"data.root={home / 'cache/demo'}", "data.train=train.jsonl"]
+    data += ["data.validation=5", "data.seed=3", "data.batch_size=4", "data.num_workers=0"]
+    output_of(home, "train", "trainer=smoke", "metrics=exact", *data)
+    trained = newest_run(home, "train")
+    split = json.loads((trained / "split.json").read_text())
+    held_out = list(split["validation"].values())
+    assert len(held_out) == 5
+    printed = output_of(home, "test", f"ckpt={trained}")
     assert "validation" in printed
-    assert [row["id"] for row in rows(newest(home, "test") / "predictions.jsonl")] == held
+    assert predicted_ids(home, "test") == held_out
 
 
-def test_answers_are_scored_without_a_model_and_as_with_one(home):
-    tested = newest(home, "test")
-    printed = run(
-        home, "test", f"predictions={tested}", f"compare=[{tested}]", "hydra.run.dir=scored"
+def test_stored_answers_get_the_same_scores_without_a_model(home):
+    tested = newest_run(home, "test")
+    arguments = [f"predictions={tested}", f"compare=[{tested}]", "hydra.run.dir=scored"]
+    printed = output_of(home, "test", *arguments)
+    metrics, scored = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tested, home / "scored")
     )
-    scores = [
-        json.loads((folder / "metrics.json").read_text())["test"]
-        for folder in (tested, home / "scored")
-    ]
-    assert scores[0] == scores[1]
+    assert scored["test"] == metrics["test"]
     assert f"Scores of {tested}" in printed
     assert f"Against {tested}" in (home / "scored/report.html").read_text()
 
 
-def test_a_set_of_ones_own_asks_how_it_is_scored(home):
+def test_a_test_set_without_metrics_is_refused_with_suggestions(home):
     image = next((home / "cache/demo/images").iterdir())
-    (home / "boxes.jsonl").write_text(
-        json.dumps({"query": f"<img>{image}</img>Where?", "response": "<box>(1,2),(3,4)</box>"})
-        + "\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "qwenvl_lit.test",
-        "ckpt=latest",
-        "data=jsonl",
-        "data.test=boxes.jsonl",
-    ]
-    result = subprocess.run(
-        command,
-        cwd=home,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert "metrics=grounding  the answers are boxes" in result.stderr
-    assert "Traceback" not in result.stderr
+    row = {"query": f"<img>{image}</img>Where?", "response": "<box>(1,2),(3,4)</box>"}
+    (home / "boxes.jsonl").write_text(json.dumps(row) + "\n")
+    process = run_command(home, "test", "ckpt=latest", "data=jsonl", "data.test=boxes.jsonl")
+    assert process.returncode == 1
+    assert "metrics=grounding  the answers are boxes" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
-def test_a_checkpoint_file_alone_is_enough(home, tmp_path):
-    checkpoint = newest(home, "train") / "checkpoints/best.ckpt"
-    copy = tmp_path / "model.ckpt"
-    copy.write_bytes(checkpoint.read_bytes())
-    image = sorted((home / "cache/demo/images").glob("test_*.png"))[0]
-    question = [f"image={image}", "prompt=How many objects?"]
-    assert (
-        run(home, "predict", f"ckpt={copy}", *question).splitlines()[:2]
-        == run(home, "predict", f"ckpt={checkpoint}", *question).splitlines()[:2]
-    )
+def test_a_checkpoint_file_is_enough_without_its_run_folder(home, tmp_path):
+    checkpoint = newest_run(home, "train") / "checkpoints/best.ckpt"
+    copied = tmp_path / "model.ckpt"
+    copied.write_bytes(checkpoint.read_bytes())
+    answers = []
+    for file in (copied, checkpoint):
+        question = [f"image={first_test_image(home)}", "prompt=How many objects?"]
+        answers.append(output_of(home, "predict", f"ckpt={file}", *question).splitlines()[:2])
+    assert answers[0] == answers[1]
 
 
 def test_the_same_seed_gives_the_same_run(home):
-    for name in ("one", "two"):
-        run(home, "train", "trainer=smoke", *SMALL, f"hydra.run.dir={home / name}")
-    one, two = (rows(home / name / "logging.jsonl") for name in ("one", "two"))
-    timed = {"elapsed_s", "remaining_s", "waiting_share", "samples_per_second", "tokens_per_second"}
-    timed |= {"supervised_tokens_per_second", "tflop_per_second", "mfu"}
-    assert [{k: v for k, v in row.items() if k not in timed} for row in one] == [
-        {k: v for k, v in row.items() if k not in timed} for row in two
-    ]
+    logs = []
+    for name in ("first", "second"):
+        output_of(home, "train", *TRAIN, f"hydra.run.dir={home / name}")
+        log = read_json_lines(home / name / "logging.jsonl")
+        logs.append([{key: row[key] for key in row.keys() - TIMED} for row in log])
+    assert logs[0] == logs[1]
 
 
-def test_broken_data_is_named_without_traceback(home):
-    (home / "broken.jsonl").write_text(
-        '{"query": "<img>nowhere.png</img>What?", "response": "x"}\n'
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_broken_data_is_named_without_a_traceback(home):
+    row = {"query": "<img>nowhere.png</img>What?", "response": "x"}
+    (home / "broken.jsonl").write_text(json.dumps(row) + "\n")
+    data = ["data=jsonl", "metrics=exact", "data.test=broken.jsonl"]
     for workers in (0, 1):
-        command = [
-            sys.executable,
-            "-m",
-            "qwenvl_lit.test",
-            "ckpt=latest",
-            "data=jsonl",
-            "metrics=exact",
-            "data.test=broken.jsonl",
-            f"data.num_workers={workers}",
-        ]
-        result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-        assert result.returncode == 1
-        assert "nowhere.png does not exist" in result.stderr
-        assert "Traceback" not in result.stderr
+        process = run_command(home, "test", "ckpt=latest", *data, f"data.num_workers={workers}")
+        assert process.returncode == 1
+        assert "nowhere.png does not exist" in process.stderr
+        assert "Traceback" not in process.stderr

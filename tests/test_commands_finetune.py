@@ -1,16 +1,13 @@
-"""The published model's layout and COCO's, as a person has them: fine-tune, go on from what was learned, score, ask."""
+"""Fine-tuning of a checkpoint in the published layout, on files in COCO's layout."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from commands import compose_config, newest_run, output_of, read_json_lines
 from make_checkpoint import write_checkpoint
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from qwenvl_lit import build
@@ -19,153 +16,109 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs.run import config_folder
 
-
-def small_checkpoint(folder: Path) -> Path:
-    """Random weights in the published layout."""
-    sizes = OmegaConf.to_container(
-        OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml").config
-    )
-    write_checkpoint(
-        QwenVLFamily(config=sizes, vocabulary="tiny", dtype="bfloat16").load(),
-        TINY_VOCABULARY,
-        folder,
-    )
-    return folder
+SHORT_ANSWERS = "generation.max_new_tokens=4"
 
 
-def coco(folder: Path, count: int) -> Path:
-    """Images of val2014 with a caption each."""
-    names = [f"COCO_val2014_{number:012}.jpg" for number in range(1, count + 1)]
-    for place in ("val2014", "annotations"):
-        (folder / place).mkdir(parents=True)
-    for number, name in enumerate(names, 1):
-        Image.new("RGB", (64 + number, 48), (5 * number, 100, 255 - 5 * number)).save(
-            folder / "val2014" / name
-        )
-    images = [
-        {"id": number, "file_name": name, "width": 64 + number, "height": 48}
-        for number, name in enumerate(names, 1)
-    ]
-    captions = [
-        {"id": image["id"], "image_id": image["id"], "caption": f"A plain of colour {image['id']}."}
-        for image in images
-    ]
-    (folder / "annotations/captions_val2014.json").write_text(
-        json.dumps({"images": images, "annotations": captions})
-    )
-    return folder
+def write_model(folder: Path) -> None:
+    """Writes random weights of the size of `model=qwen_vl_tiny` in the published layout."""
+    conf = OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml")
+    config = OmegaConf.to_container(conf.config)
+    family = QwenVLFamily(config=config, vocabulary="tiny", dtype="bfloat16")
+    write_checkpoint(family.load(), TINY_VOCABULARY, folder)
 
 
-def run(folder: Path, verb: str, *arguments: str) -> str:
-    environment = {**os.environ, "QWENVL_LIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", f"qwenvl_lit.{verb}", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, f"{verb} {arguments}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
-def newest(folder: Path, verb: str) -> Path:
-    return max((folder / "outputs" / verb).iterdir(), key=lambda path: path.stat().st_mtime)
+def write_coco(folder: Path, *, count: int) -> None:
+    """Writes images of val2014 with one caption each."""
+    for name in ("val2014", "annotations"):
+        (folder / name).mkdir(parents=True)
+    images, captions = [], []
+    for number in range(1, count + 1):
+        name = f"COCO_val2014_{number:012}.jpg"
+        width, color = 64 + number, (5 * number, 100, 255 - 5 * number)
+        Image.new("RGB", (width, 48), color).save(folder / "val2014" / name)
+        images.append({"id": number, "file_name": name, "width": width, "height": 48})
+        caption = f"A plain of colour {number}."
+        captions.append({"id": number, "image_id": number, "caption": caption})
+    annotations = {"images": images, "annotations": captions}
+    (folder / "annotations/captions_val2014.json").write_text(json.dumps(annotations))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A model in F, images in G, and one run."""
+    """A folder with a model in F, COCO in G, and one trained run."""
     folder = tmp_path_factory.mktemp("home")
-    small_checkpoint(folder / "F")
-    coco(folder / "G", count=40)
-    printed = run(
-        folder, "train", "model=qwen_vl_chat", "data=coco_en_mini", "model.path=F", "data.root=G"
-    )
-    assert "Trained parameters" in printed
+    write_model(folder / "F")
+    write_coco(folder / "G", count=40)
+    overrides = ["model=qwen_vl_chat", "model.path=F", "data=coco_en_mini", "data.root=G"]
+    assert "Trained parameters" in output_of(folder, "train", *overrides)
     return folder
 
 
-def test_fine_tuning_scoring_and_asking(home):
-    trained = newest(home, "train")
-    run(home, "test", f"ckpt={trained}", "generation.max_new_tokens=4")
+def predictions(home: Path, command: str) -> list[dict]:
+    return read_json_lines(newest_run(home, command) / "predictions.jsonl")
+
+
+def test_a_fine_tuned_model_is_scored_and_answers_a_question(home):
+    trained = newest_run(home, "train")
+    output_of(home, "test", f"ckpt={trained}", SHORT_ANSWERS)
     held_out = json.loads((trained / "split.json").read_text())["validation"]
-    [scored] = [
-        json.loads(line)
-        for line in (newest(home, "test") / "predictions.jsonl").read_text().splitlines()
-    ]
+    [scored] = predictions(home, "test")
     assert [scored["id"]] == list(held_out.values())
-    question = [
-        "image=G/val2014/COCO_val2014_000000000001.jpg",
-        "prompt=Is it red?",
-        "generation.max_new_tokens=4",
-    ]
-    run(home, "predict", f"ckpt={trained}", *question)
-    [answer] = (newest(home, "predict") / "predictions.jsonl").read_text().splitlines()
-    assert "Is it red?" in json.loads(answer)["prompt"]
+    question = ["image=G/val2014/COCO_val2014_000000000001.jpg", "prompt=Is it red?"]
+    output_of(home, "predict", f"ckpt={trained}", *question, SHORT_ANSWERS)
+    [answer] = predictions(home, "predict")
+    assert "Is it red?" in answer["prompt"]
 
 
-def test_a_run_on_top_of_a_run_rebuilds_itself(home):
-    first = newest(home, "train")
-    run(
-        home,
-        "train",
-        f"ckpt={first}",
-        "adapter=lora_all",
-        "data=coco_en_mini",
-        "data.root=G",
-        "trainer.max_steps=1",
-    )
-    second = newest(home, "train")
+def test_a_run_that_started_from_a_run_can_be_scored(home):
+    first = newest_run(home, "train")
+    data = ["data=coco_en_mini", "data.root=G"]
+    output_of(home, "train", f"ckpt={first}", "adapter=lora_all", *data, "trainer.max_steps=1")
+    second = newest_run(home, "train")
     stored = torch.load(second / "checkpoints/last.ckpt", weights_only=True)
     assert stored["config"]["init"]["checkpoint"] == str(first / "checkpoints/last.ckpt")
     assert stored["config"]["model"]["path"] == "F"
-    run(home, "test", f"ckpt={second}", "generation.max_new_tokens=4")
-    [scored] = (newest(home, "test") / "predictions.jsonl").read_text().splitlines()
-    assert json.loads(scored)["id"]
+    output_of(home, "test", f"ckpt={second}", SHORT_ANSWERS)
+    [scored] = predictions(home, "test")
+    assert scored["id"]
 
 
-def composed(monkeypatch, *arguments: str):
-    """The config of `train` with these arguments."""
+def train_config(*arguments: str) -> DictConfig:
+    """The config of `train` with these arguments, among them `ckpt=`."""
     line = prepare("train", arguments, run="start")
     offer_groups(line)
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose("train", line.arguments)
+    return compose_config("train", *line.arguments)
 
 
-def test_a_run_is_a_model_with_a_recipe_and_the_command_line_and_presets_win(monkeypatch, home):
-    ckpt = f"ckpt={newest(home, 'train')}"
+@pytest.fixture
+def in_home(home, monkeypatch) -> str:
+    """Makes `home` the current folder; returns the argument that names its newest run."""
     monkeypatch.chdir(home)
-    config = composed(monkeypatch, ckpt)
-    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == (
-        "F",
-        1e-4,
-        16,
-    )
-    assert (config.trainer.strategy, config.data.train) == (
-        "auto",
-        ["train_single.jsonl#5120", "train.jsonl#17920"],
-    )
-    config = composed(monkeypatch, ckpt, "adapter=full")
-    assert (config.model.path, config.optim.lr, config.trainer.accumulate_grad_batches) == (
-        "F",
-        1e-5,
-        16,
-    ), "a rate for what is trained"
-    config = composed(
-        monkeypatch, ckpt, "experiment=official_lora", "optim.lr=3e-5", "strategy=ddp_cpu"
-    )
-    assert (config.adapter.rank, config.optim.lr, config.model.path, config.model.supervise) == (
-        64,
-        3e-5,
-        "F",
-        "official",
-    )
+    return f"ckpt={newest_run(home, 'train')}"
+
+
+def test_training_from_a_run_uses_its_model_and_recipe(in_home):
+    config = train_config(in_home)
+    assert (config.model.path, config.optim.lr) == ("F", 1e-4)
+    assert (config.trainer.accumulate_grad_batches, config.trainer.strategy) == (16, "auto")
+    assert config.data.train == ["train_single.jsonl#5120", "train.jsonl#17920"]
+
+
+def test_another_adapter_than_the_run_has_brings_its_own_learning_rate(in_home):
+    config = train_config(in_home, "adapter=full")
+    assert (config.model.path, config.optim.lr) == ("F", 1e-5)
+    assert config.trainer.accumulate_grad_batches == 16
+
+
+def test_presets_and_the_command_line_override_the_recipe_of_a_run(in_home):
+    overrides = ["experiment=official_lora", "optim.lr=3e-5", "strategy=ddp_cpu"]
+    config = train_config(in_home, *overrides)
+    assert (config.adapter.rank, config.optim.lr) == (64, 3e-5)
+    assert (config.model.path, config.model.supervise) == ("F", "official")
     assert config.init.checkpoint.endswith("checkpoints/last.ckpt")
     assert config.trainer.strategy._target_.endswith("DDPStrategy")
 
 
-def test_without_a_run_training_starts_from_the_model(monkeypatch):
-    config = composed(monkeypatch, "model=qwen_vl_chat")
-    assert config.init == {}
-    assert build.module(composed(monkeypatch, "generation=short")).init is None
+def test_without_a_run_training_starts_from_the_model():
+    assert train_config("model=qwen_vl_chat").init == {}
+    assert build.module(train_config("generation=short")).init is None
