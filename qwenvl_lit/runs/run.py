@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.types import DataError
 
@@ -58,13 +59,6 @@ class Run:
     """None for a checkpoint outside its run folder, and for a model that others trained."""
     base_model: str | None = None
     """The base model that an adapter folder of others names."""
-
-
-def config_folder() -> Path:
-    """Returns `conf/` of the checkout, or its copy in the installed package."""
-    package = Path(__file__).parent.parent
-    folders = (package / "conf", package.parent / "conf")
-    return next(folder for folder in folders if (folder / "train.yaml").exists())
 
 
 def find_run(ckpt: str, *, trust: bool = False) -> Run:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.types import DataError
 
 # Named by stored configs, and written by this package instead of conf/
@@ -84,8 +85,6 @@ def _own_values() -> frozenset[str]:
 
 
 def _config_files() -> Iterator[str]:
-    from qwenvl_lit.runs.run import config_folder
-
     for file in sorted(config_folder().rglob("*.yaml")):
         yield file.read_text(encoding="utf-8")
 
