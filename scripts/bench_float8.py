@@ -29,7 +29,8 @@ import torch
 from bench_data import cpu_name
 
 from qwenvl_lit import __version__
-from qwenvl_lit.callbacks.run_log import LOG, SCORES, read_log
+from qwenvl_lit.callbacks.run_log import LOG, read_log
+from qwenvl_lit.metrics.summary import SCORES_FILE
 
 WINDOW = 20  # a smoothed loss is the mean of so many steps
 TRAIN = (
@@ -105,14 +106,14 @@ def train_and_test(demo: Path, arguments: Sequence[str], run: Path) -> dict[str,
         The losses, the last validation and the scores on the test rows.
     """
     scored = run.with_name(f"{run.name}_scores")
-    if not (run / SCORES).exists():
+    if not (run / SCORES_FILE).exists():
         run_command("train", f"ckpt={demo}", *arguments, f"hydra.run.dir={run}")
-    if not (scored / SCORES).exists():
+    if not (scored / SCORES_FILE).exists():
         run_command("test", f"ckpt={run}", "~callbacks.boxes", f"hydra.run.dir={scored}")
     return {
         "command": " ".join(["python -m qwenvl_lit.train ckpt=DEMO", *arguments]),
-        "validation": json.loads((run / SCORES).read_text())["fit"]["last"],
-        "test": json.loads((scored / SCORES).read_text())["test"],
+        "validation": json.loads((run / SCORES_FILE).read_text())["fit"]["last"],
+        "test": json.loads((scored / SCORES_FILE).read_text())["test"],
         "loss": curve(read_log(run / LOG)),
     }
 
