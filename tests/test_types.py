@@ -4,7 +4,7 @@ import math
 import pytest
 from PIL import Image
 
-from qwenvl_lit import types
+from qwenvl_lit import images
 from qwenvl_lit.types import BadImage, Box, Conversation, DataError, ImageSource, Quad, Turn
 
 
@@ -62,7 +62,7 @@ def test_a_truncated_image_is_refused(image_file):
 def test_the_error_about_a_missing_image_names_it(tmp_path):
     with pytest.raises(BadImage, match=r"none\.png does not exist"):
         ImageSource(tmp_path / "none.png").open()
-    with pytest.raises(BadImage, match=r"none\.png cannot be read: .*check the path"):
+    with pytest.raises(BadImage, match=r"none\.png does not exist; check the path"):
         _ = ImageSource(tmp_path / "none.png").key
 
 
@@ -99,7 +99,7 @@ def test_an_image_that_cannot_be_downloaded_is_a_bad_image():
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(image_file, monkeypatch):
-    monkeypatch.setattr(types, "MAX_IMAGE_PIXELS", 14)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 14)
     with pytest.raises(
         DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"
     ):
