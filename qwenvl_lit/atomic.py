@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qwenvl_lit.locks import ProcessLock
 from qwenvl_lit.types import DataError
 
 
@@ -45,24 +48,86 @@ def write_text(path: Path, text: str, *, concurrent: bool = False) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yields an empty folder to fill; when the block ends, it gets the name `path`.
 
-    A folder that stood there before is replaced. After an error the unfinished folder is removed
-    and `path` is unchanged.
+    After an error the unfinished folder is removed and `path` is unchanged. Beside `path` stand,
+    while the block runs, `.NAME.ID.part`, `.NAME.ID.lock` and at its end `.NAME.ID.old`, with an ID
+    that no other process has. Those of killed processes are removed by the next call. If one was
+    killed between the two renames of a replacement, the folder that it had moved away comes back.
+
+    Args:
+        replace: whether a folder that stands at `path` when the block ends is replaced.
+
+    Raises:
+        DataError: `path` exists when the block ends, and `replace` is false.
     """
-    unfinished, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    unfinished.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    unfinished, old, lock = _temporary_names(path, uuid.uuid4().hex)
+    process_lock = ProcessLock(lock)
+    process_lock.acquire()
     try:
+        unfinished.mkdir()
         yield unfinished
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        unfinished.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _move(unfinished, path, old if replace else None)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        _remove(old)
+        process_lock.release()
+
+
+def _temporary_names(path: Path, name: str) -> tuple[Path, Path, Path]:
+    stem = path.with_name(f".{path.name[:200]}.{name}")
+    return Path(f"{stem}.part"), Path(f"{stem}.old"), Path(f"{stem}.lock")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed processes have left of `path`; others of these names are in use."""
+    pattern = re.compile(re.escape(f".{path.name[:200]}.") + r"([0-9a-f]{32})\.lock")
+    for file in path.parent.iterdir():
+        leftover = pattern.fullmatch(file.name)
+        if leftover is None:
+            continue
+        process_lock = ProcessLock(file)
+        with suppress(OSError):  # a folder that cannot be cleaned up can still be written to
+            if process_lock.acquire():
+                unfinished, old, _ = _temporary_names(path, leftover[1])
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                _remove(unfinished)
+                _remove(old)
+                process_lock.release()
+
+
+def _move(unfinished: Path, path: Path, old: Path | None) -> None:
+    """Renames `unfinished` to `path`; what stands there is renamed to `old`, if that is given."""
+    while True:
+        if path.exists() or path.is_symlink():
+            if old is None:
+                raise DataError(
+                    f"{path} was made by another process in the meantime and is not replaced; "
+                    "choose another folder"
+                )
+            _remove(old)
+            with suppress(FileNotFoundError):
+                path.rename(old)
+        try:
+            unfinished.rename(path)
+            return
+        except OSError as error:
+            # Another process has put its own folder there since.
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def main(config: DictConfig) -> None:
         "model": exported_folder.portable_settings(model, module.family),
         "generation": OmegaConf.to_container(config.generation, resolve=True),
     }
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=config.overwrite) as folder:
         if config.merge:
             kind = dtype
             exported_folder.write_model(module, folder, getattr(torch, dtype))

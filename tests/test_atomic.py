@@ -176,27 +176,84 @@ def test_an_error_leaves_the_old_folder(tmp_path, error):
     assert names(tmp_path) == ["adapter"]
 
 
-def test_a_killed_process_leaves_a_part_folder_that_the_next_write_empties(tmp_path):
-    path = tmp_path / "adapter"
-    writer = PROCESSES.Process(target=kill_while_filling, args=(path,))
+def killed_while(target, path: Path) -> None:
+    writer = PROCESSES.Process(target=target, args=(path,))
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    assert names(tmp_path) == ["adapter.part"]
+
+
+def kill_while_replacing(path: Path) -> None:
     with atomic_folder(path) as unfinished:
         (unfinished / "config").write_text("new")
-    assert names(path) == ["config"]
-    assert names(tmp_path) == ["adapter"]
+        rename = Path.rename
+
+        def rename_once(source: Path, target: Path) -> None:
+            rename(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.rename = rename_once
 
 
-def test_a_folder_that_was_being_replaced_when_the_process_was_killed_is_written_again(tmp_path):
+def test_the_next_write_removes_what_a_killed_process_has_left(tmp_path):
     path = tmp_path / "adapter"
-    (tmp_path / "adapter.old").mkdir()
-    (tmp_path / "adapter.part").mkdir()
+    killed_while(kill_while_filling, path)
+    left = names(tmp_path)
+    assert [name.rpartition(".")[2] for name in left] == ["lock", "part"]
+    assert all(name.startswith(".adapter.") for name in left)
     with atomic_folder(path) as unfinished:
         (unfinished / "config").write_text("new")
     assert names(path) == ["config"]
     assert names(tmp_path) == ["adapter"]
+
+
+def test_a_folder_that_was_being_replaced_when_the_process_was_killed_comes_back(tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "config").write_text("old")
+    killed_while(kill_while_replacing, path)
+    assert not path.exists()
+    with pytest.raises(ValueError, match="mine"), atomic_folder(path):
+        raise ValueError("mine")
+    assert (path / "config").read_text() == "old"
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_folders_of_others_are_never_touched(tmp_path):
+    others = ["adapter.part", "adapter.old", ".adapter.part", f".adapter.{'0' * 32}.part"]
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    for _ in range(2):
+        with atomic_folder(tmp_path / "adapter") as unfinished:
+            (unfinished / "config").write_text("new")
+    assert names(tmp_path) == sorted(["adapter", *others])
+    assert all((tmp_path / name / "mine").exists() for name in others)
+
+
+def test_two_processes_that_fill_the_same_folder_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "adapter"
+    with atomic_folder(path) as first:
+        (first / "first").touch()
+        with atomic_folder(path) as second:
+            (second / "second").touch()
+        assert names(path) == ["second"]
+        assert names(first) == ["first"]
+    assert names(path) == ["first"], "the last to finish wins"
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_a_folder_that_another_process_has_made_meanwhile_is_kept_on_request(tmp_path):
+    path = tmp_path / "export"
+    with (
+        pytest.raises(DataError, match="export was made by another process in the meantime"),
+        atomic_folder(path, replace=False) as unfinished,
+    ):
+        (unfinished / "mine").touch()
+        path.mkdir()
+        (path / "other").touch()
+    assert names(path) == ["other"]
+    assert names(tmp_path) == ["export"]
 
 
 def test_parents_of_a_folder_are_created(tmp_path):
