@@ -13,7 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "qwenvl_lit"
 COMMANDS = {"train", "test", "predict", "chat", "check", "export", "__main__"}
 
 LAYERS = [  # a module imports from the rows above its own, and from its own folder
-    {"types", "grounding", "atomic"},  # single modules; they alone may import others of their row
+    {  # single modules; they alone may import others of their row
+        "types",
+        "grounding",
+        "atomic",
+        "locks",
+        "images",
+        "checksums",
+        "terminal",
+    },
     {"models"},
     {"data", "metrics", "generation", "rendering"},
     {"training"},
@@ -35,11 +43,14 @@ STARTS_FAST = COMMANDS | {  # modules that import nothing heavy before a command
     "cli.command",
     "cli.ranks",
     "cli.resume",
+    "cli.run_folder",
+    "locks",
     "runs.config_folder",
     "runs.predictions",
     "runs.run",
     "runs.stored_config",
     "runs.versions",
+    "stored_json",
     "sweep.results",
     "sweep.sweep",
     "types",

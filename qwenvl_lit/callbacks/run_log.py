@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
-from qwenvl_lit.metrics.summary import SCORES_FILE
+from qwenvl_lit.metrics.summary import SCORES_FILE, scores_to_update
 from qwenvl_lit.types import Batch
 
 LOG = "logging.jsonl"
@@ -211,14 +211,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def save_scores(folder: str | Path, part: str, scores: Mapping[str, Any]) -> None:
     """Replaces one part of the folder's `metrics.json`, and keeps its other parts.
 
+    A damaged file is set aside with a warning.
+
     Args:
         scores: plain data without nan.
     """
     path = Path(folder, SCORES_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {}
-    if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
+    content = scores_to_update(path.parent)
     write_text(path, json.dumps({**content, part: scores}, indent=2) + "\n")
 
 

@@ -6,16 +6,26 @@ They are drawn once: a run remembers them by index and id, and uses the same row
 from __future__ import annotations
 
 import json
+import logging
 import random
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from qwenvl_lit.atomic import write_text
+from qwenvl_lit.atomic import atomic_file, write_text
 from qwenvl_lit.data.selection import Concat, Rows, Subset
+from qwenvl_lit.stored_json import read_json_object
 from qwenvl_lit.types import DataError
+
+ENTRY = re.compile(r'"(\d{1,18})": ("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")')
+log = logging.getLogger(__name__)
+
+
+class _Damaged(DataError):
+    """A split file that is not what was written."""
 
 
 def hold_out(
@@ -28,14 +38,18 @@ def hold_out(
     Args:
         amount: number of rows (1 or more), or their share (below 1; at least one row is taken).
         file: where the split is written. If it exists, it decides, and `amount` and `seed` are
-            ignored.
+            ignored. If it is damaged, it is restored or refused.
 
     Raises:
-        DataError: `amount` leaves nothing to train on, or the rows are not those that `file` names.
+        DataError: `amount` leaves nothing to train on, the rows are not those that `file` names, or
+            `file` is damaged beyond restoring.
     """
     rows = Concat(sources)
     if file and file.exists():
-        held = _read_split(rows, file)
+        try:
+            held = _read_split(rows, file)
+        except _Damaged as damage:
+            held = _restore_split(rows, amount, seed, file, damage)
     else:
         held = _draw(rows, amount, seed)
         if file:
@@ -62,18 +76,34 @@ def _write_split(rows: Rows, held: Sequence[int], file: Path) -> None:
     ids = {str(index): rows[index].id for index in held}
     file.parent.mkdir(parents=True, exist_ok=True)
     split = json.dumps({"rows": len(rows), "validation": ids}, indent=0)
-    write_text(file, split, concurrent=True)  # every rank writes the same split
+    # Every rank writes the same split.
+    with atomic_file(file, concurrent=True, durable=True) as unfinished:
+        unfinished.write_text(split, encoding="utf-8")
 
 
 def _read_split(rows: Rows, file: Path) -> list[int]:
-    split = json.loads(file.read_text(encoding="utf-8"))
-    if split["rows"] != len(rows):
+    """Reads the held-out rows.
+
+    Raises:
+        _Damaged: `file` is not what `_write_split` writes.
+        DataError: the data is not that of the split.
+    """
+    try:
+        split = read_json_object(file)
+    except DataError as error:
+        raise _Damaged(str(error)) from error
+    count, ids = split.get("rows"), split.get("validation")
+    if not isinstance(count, int) or not isinstance(ids, dict):
+        raise _Damaged(f"{file} is damaged: expected rows and validation, found {sorted(split)}")
+    if count != len(rows):
         raise DataError(
-            f"{file}: the split was made of {split['rows']} rows, the data has {len(rows)} now; "
+            f"{file}: the split was made of {count} rows, the data has {len(rows)} now; "
             "give the data it was made with"
         )
     held = []
-    for key, row_id in split["validation"].items():
+    for key, row_id in ids.items():
+        if not (key.isascii() and key.isdigit() and int(key) < count):
+            raise _Damaged(f"{file} is damaged: {key!r} is not the number of a row")
         index = int(key)
         if rows[index].id != row_id:
             raise DataError(
@@ -81,4 +111,33 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
                 "give the data it was made with"
             )
         held.append(index)
+    return held
+
+
+def _restore_split(
+    rows: Rows, amount: int | float, seed: int, file: Path, reason: _Damaged
+) -> list[int]:
+    """Draws the rows of a damaged split again, if what is legible of it shows that they are those.
+
+    Raises:
+        DataError: nothing is legible, or the rows that would be drawn are others.
+    """
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    legible = {int(key): json.loads(row_id) for key, row_id in ENTRY.findall(text)}
+    held = _draw(rows, amount, seed)
+    drawn = {index: rows[index].id for index in held}
+    if not legible or not legible.items() <= drawn.items():
+        raise DataError(
+            f"{reason}; it names the rows held out for validation, which must stay the same: "
+            "restore it from a copy, or, if the data and the settings of the run are unchanged, "
+            f"remove it: data.validation={amount} and seed={seed} draw the same rows again"
+        )
+    aside = file.with_name(f"{file.name}.broken")
+    write_text(aside, text, concurrent=True)
+    _write_split(rows, held, file)
+    log.warning(
+        "%s; its %d legible rows are those that data.validation=%s and seed=%d draw, so it is "
+        "written again; the damaged file is now %s",
+        *(reason, len(legible), amount, seed, aside.name),
+    )
     return held

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenvl_lit.stored_json import read_json_object, set_aside
+from qwenvl_lit.types import DataError
+
 SCORES_FILE = "metrics.json"
 VALIDATION = "val/"  # the names of validation scores begin with it
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +35,45 @@ class FitSummary:
 
 
 def read_fit_summary(folder: Path) -> FitSummary:
-    """Reads the summary of the run in `folder`; empty until the run has written its scores."""
+    """Reads the summary of the run in `folder`; empty until the run has written its scores.
+
+    It is empty, with a warning, if the file is damaged.
+    """
+    try:
+        fit = _object(read_scores(folder).get("fit"))
+    except DataError as error:
+        log.warning("%s; the run counts as one without scores", error)
+        fit = {}
+    return FitSummary(best=_object(fit.get("best")), last=_object(fit.get("last")))
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Reads the whole scores file of the run in `folder`; empty if there is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     file = folder / SCORES_FILE
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    fit = content.get("fit", {})
-    return FitSummary(best=fit.get("best") or {}, last=fit.get("last") or {})
+    return read_json_object(file) if file.exists() else {}
+
+
+def scores_to_update(folder: Path) -> dict[str, Any]:
+    """Reads the scores file before a part of it is replaced; a damaged one is set aside."""
+    try:
+        return read_scores(folder)
+    except DataError as error:
+        aside = set_aside(folder / SCORES_FILE)
+        log.warning("%s; it is now %s, and its earlier scores are only there", error, aside.name)
+        return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _validation_scores(entry: dict[str, Any]) -> dict[str, float | None]:
-    return {name: value for name, value in entry.items() if name.startswith(VALIDATION)}
+    scores = {}
+    for name, value in entry.items():
+        if name.startswith(VALIDATION) and isinstance(value, int | float | None):
+            scores[name] = value
+    return scores

@@ -8,11 +8,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.atomic import write_text
+from qwenvl_lit.stored_json import read_json_object, set_aside
+from qwenvl_lit.types import DataError
 
 LIBRARIES = (
     "torch",
@@ -33,11 +36,7 @@ def save_versions(folder: Path) -> None:
     file = folder / "versions.json"
     now = versions()
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = []
-        for name in now:
-            if name != "command" and before.get(name) != now[name]:
-                changed.append(f"{name} {before.get(name)} -> {now[name]}")
+        changed = _changes(file, now)
         if changed:
             log.warning(
                 "%s was started with other versions; results may differ in the last digits: %s",
@@ -45,6 +44,21 @@ def save_versions(folder: Path) -> None:
                 ", ".join(changed),
             )
     write_text(file, json.dumps(now, indent=2) + "\n")
+
+
+def _changes(file: Path, now: Mapping[str, Any]) -> list[str]:
+    """Lists what differs from the versions in `file`; a damaged file is set aside."""
+    try:
+        before = read_json_object(file)
+    except DataError as error:
+        aside = set_aside(file)
+        log.warning("%s; it is now %s, and is written again", error, aside.name)
+        return []
+    changed = []
+    for name in now:
+        if name != "command" and before.get(name) != now[name]:
+            changed.append(f"{name} {before.get(name)} -> {now[name]}")
+    return changed
 
 
 def versions() -> dict[str, Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypedDict
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.metrics.summary import read_fit_summary
+from qwenvl_lit.stored_json import read_json_object
+from qwenvl_lit.types import DataError
 
 RESULT = "job.json"
 COMPOSED = ".hydra/config.yaml"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +35,15 @@ class Result:
     def values(self) -> dict[str, str]:
         """The values that the command line of the job has set."""
         return override_values(self.overrides)
+
+
+class _Record(TypedDict):
+    """What `save_result` writes."""
+
+    overrides: tuple[str, ...]
+    seconds: float
+    error: str | None
+    config: str | None
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, str]:
@@ -60,19 +74,26 @@ def save_result(
 
 
 def read_result(folder: Path) -> Result | None:
-    """Reads the result of the job in `folder`; None if it has not ended."""
+    """Reads the result of the job in `folder`; None if it has not ended.
+
+    A damaged result counts as none, with a warning: the job resumes, and ends with a new one.
+    """
     file = folder / RESULT
     if not file.exists():
         return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    return Result(
-        folder=folder,
-        overrides=tuple(record["overrides"]),
-        seconds=record["seconds"],
-        error=record["error"],
-        config=record["config"],
-        scores=read_fit_summary(folder).scores,
-    )
+    try:
+        record = read_json_object(file)
+        ended = _Record(
+            overrides=tuple(map(str, record["overrides"])),
+            seconds=float(record["seconds"]),
+            error=record["error"],
+            config=record["config"],
+        )
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, DataError) else f"{file} is damaged: {error!r}"
+        log.warning("%s; the job counts as unfinished", reason)
+        return None
+    return Result(folder=folder, **ended, scores=read_fit_summary(folder).scores)
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -58,3 +58,59 @@ def test_a_split_file_of_other_data_is_an_error(tmp_path):
 def test_holding_out_every_row_is_an_error(amount):
     with pytest.raises(DataError, match="leave some to train on"):
         hold_out([TEN], amount, seed=0, file=None)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A split file, and the ids of the rows that it holds out."""
+    file = tmp_path / "split.json"
+    held = ids(hold_out([TEN], 4, seed=7, file=file)[1])
+    return file, held
+
+
+def test_a_truncated_split_file_is_restored_if_its_rows_are_those_of_the_seed(written, caplog):
+    file, held = written
+    sound = file.read_text()
+    file.write_text(sound[:-9])
+    assert ids(hold_out([TEN], 4, seed=7, file=file)[1]) == held
+    assert file.read_text() == sound
+    assert (file.parent / "split.json.broken").read_text() == sound[:-9]
+    [warning] = caplog.records
+    assert "split.json is damaged: not JSON" in warning.getMessage()
+    assert "the damaged file is now split.json.broken" in warning.getMessage()
+
+
+def test_a_damaged_split_file_of_another_seed_is_refused_and_kept(written):
+    file, _ = written
+    file.write_text(file.read_text()[:-9])
+    content = file.read_text()
+    message = r"split\.json is damaged.*restore it from a copy, or.*data\.validation=4 and seed=8"
+    with pytest.raises(DataError, match=message):
+        hold_out([TEN], 4, seed=8, file=file)
+    assert file.read_text() == content
+    assert [path.name for path in file.parent.iterdir()] == ["split.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "\x00" * 40,
+        '{"rows": 10}',
+        '{"rows": 10, "validation": {"x": "a"}}',
+        '{"rows": 10, "validation": {"10": "a"}}',
+    ],
+)
+def test_a_split_file_without_legible_rows_is_refused_in_one_line(written, content):
+    file, _ = written
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"split\.json is damaged.*must stay the same") as refused:
+        hold_out([TEN], 4, seed=7, file=file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_split_file_that_is_not_utf_8_is_restored(written):
+    file, held = written
+    file.write_bytes(b"\xff" + file.read_bytes())
+    assert ids(hold_out([TEN], 4, seed=7, file=file)[1]) == held

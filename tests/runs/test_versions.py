@@ -1,6 +1,7 @@
 import json
 import re
 
+import pytest
 import torch
 
 from qwenvl_lit.runs.versions import save_versions
@@ -21,3 +22,24 @@ def test_versions_are_recorded_and_changed_ones_are_warned_about(tmp_path, caplo
     [warning] = caplog.records
     assert f"torch 1.0 -> {torch.__version__}" in warning.getMessage()
     assert "command" not in warning.getMessage()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path, caplog, content):
+    file = tmp_path / "versions.json"
+    file.write_bytes(content)
+    save_versions(tmp_path)
+    assert json.loads(file.read_text())["torch"] == torch.__version__
+    assert (tmp_path / "versions.json.broken").read_bytes() == content
+    [warning] = caplog.records
+    assert "versions.json is damaged" in warning.getMessage()
+    assert "it is now versions.json.broken" in warning.getMessage()
+
+
+def test_a_folder_in_place_of_the_file_is_set_aside(tmp_path, caplog):
+    (tmp_path / "versions.json").mkdir()
+    (tmp_path / "versions.json.broken").touch()
+    save_versions(tmp_path)
+    assert (tmp_path / "versions.json").is_file()
+    assert (tmp_path / "versions.json.broken_2").is_dir()
+    assert "versions.json cannot be read: Is a directory" in caplog.text

@@ -79,3 +79,14 @@ def test_the_terminal_shows_varied_values_scores_and_errors(sweep_folder):
 def test_values_that_all_jobs_share_are_not_varied():
     assert varied_keys([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}]) == ["b"]
     assert varied_keys([{"a": "1"}]) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"overrides": 3, "seconds": 1, "error": null, "config": null}']
+)
+def test_a_damaged_result_counts_as_none(sweep_folder, caplog, content):
+    (sweep_folder / "2/job.json").write_text(content)
+    assert "2" not in names(read_results(sweep_folder))
+    [warning] = caplog.records
+    assert "2/job.json is damaged" in warning.getMessage()
+    assert "the job counts as unfinished" in warning.getMessage()
