@@ -134,7 +134,7 @@ class CocoCaptions(Sequence[Conversation]):
             names, captions = _names_and_captions(content)
         except (KeyError, TypeError, AttributeError, UnicodeError) as error:
             raise DataError(
-                f"{file} is not in COCO's format: {error!r}; expected "
+                f"{file} is not in COCO's format: {error!r:.200}; expected "
                 f"{{images: [{{id, file_name}}], annotations: [{{image_id, caption}}]}}"
             ) from None
         if not names:
@@ -220,7 +220,9 @@ def read_json(file: Path, convert: Callable[[dict[str, Any]], Any]) -> Any:
         return json.loads(file.read_bytes(), object_hook=convert)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}; check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise DataError(f"{file} is not JSON: it is nested too deeply") from None
+    except ValueError as error:  # not JSON, not UTF-8, or a number of more than 4300 digits
         raise DataError(f"{file} is not JSON: {error}") from None
 
 

@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -33,6 +35,10 @@ _BLOCK = 1 << 22  # bytes
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"  # some Windows editors begin UTF-8 files with it
 csv.field_size_limit(1 << 30)  # the default is smaller than an image in base64
+
+_NAMES = reprlib.Repr()
+_NAMES.maxlist, _NAMES.maxstring = 20, 60
+list_names = _NAMES.repr  # shortens long lists of keys or columns, and long names
 
 # First byte, byte after the last, and line of a row, counted from 1.
 Location = tuple[int, int, int]
@@ -89,10 +95,11 @@ class RowFile(Sequence[dict[str, Any]]):
             header, _ = next(_records(stream, self.file), ([], ()))
         if not header:
             raise DataError(f"{self.file} is empty; expected a header line that names the columns")
-        repeated = sorted({column for column in header if header.count(column) > 1})
+        repeated = sorted(column for column, count in Counter(header).items() if count > 1)
         if repeated:
             raise DataError(
-                f"{self.file}:1: columns {repeated} are repeated in the header {header}"
+                f"{self.file}:1: columns {list_names(repeated)} are repeated in the header "
+                f"{list_names(header)}"
             )
         return header
 
@@ -136,7 +143,7 @@ class RowFile(Sequence[dict[str, Any]]):
         if len(cells) != len(self.header):
             raise DataError(
                 f"{self.where(index)}: {len(cells)} cells, but the header names "
-                f"{len(self.header)} columns: {self.header}"
+                f"{len(self.header)} columns: {list_names(self.header)}"
             )
         return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
 
@@ -156,9 +163,8 @@ def parse_json(text: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {repeated!r} is repeated in one object")
+        [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {list_names(repeated)} is repeated in one object")
     return mapping
 
 

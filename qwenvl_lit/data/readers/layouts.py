@@ -14,7 +14,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from qwenvl_lit.data.readers.files import parse_json
+from qwenvl_lit.data.readers.files import list_names, parse_json
 from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
 from qwenvl_lit.types import DataError, Role
 
@@ -85,7 +85,7 @@ class Layout:
         if actual != self.name:
             raise DataError(
                 f"is in the layout `{actual}`, but the first row of the file is in `{self.name}`; "
-                f"its keys are {list(row)}. Put each layout in its own file"
+                f"its keys are {list_names(list(row))}. Put each layout in its own file"
             )
         return self.draft(row, prompt)
 
@@ -121,7 +121,8 @@ def layout_of(row: Row) -> Layout:
         for layout in LAYOUTS + TEXT_LAYOUTS
     ]
     raise DataError(
-        f"keys {list(row)} fit {fit}. Known, optional keys in brackets: {'; '.join(known)}"
+        f"keys {list_names(list(row))} fit {fit}. Known, optional keys in brackets: "
+        f"{'; '.join(known)}"
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from qwenvl_lit.data.readers.rows import ReadOptions, image_from
+from qwenvl_lit.data.readers.layouts import Placeholder
+from qwenvl_lit.data.readers.rows import ReadOptions, image_from, split_at_tags
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import (
     BadImage,
@@ -27,7 +28,6 @@ Piece = ImageLike | GroundedObject | Mapping[str, ImageLike]
 Query = Piece | Sequence[Piece]
 History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
 
-_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
@@ -82,12 +82,17 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
             case GroundedObject():
                 parts.append(piece)
             case str(text) | {"text": str(text)}:
-                before, *pairs = _IMAGE.split(text)
-                add_text(before)
-                for source, after in zip(pairs[::2], pairs[1::2], strict=True):
-                    parts.append(image_of(source, read_options))
-                    images += 1
-                    add_text(after)
+                plain = ""
+                for before, tag in split_at_tags(text):
+                    plain += before
+                    if isinstance(tag, Placeholder):  # stands for nothing in a question
+                        plain += tag.value
+                        continue
+                    add_text(plain)
+                    plain = ""
+                    if tag is not None:
+                        parts.append(image_of(tag, read_options))
+                        images += 1
             case {"image": source} | source:
                 parts.append(image_of(source, read_options))
                 images += 1

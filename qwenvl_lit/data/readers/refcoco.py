@@ -70,9 +70,9 @@ class ReferringExpressions(Sequence[Conversation]):
         try:
             self._rows = _rows_of(expressions, split, content)
             check_texts(text for _, sentence, name, _ in self._rows for text in (sentence, name))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"{file} and {instances.name} are not in the published format: {error!r}; "
+                f"{file} and {instances.name} are not in the published format: {error!r:.200}; "
                 f"expected [{{ann_id, image_id, split, sentences: [{{sent_id, sent}}]}}] and "
                 f"{{images: [{{id, file_name}}], annotations: [{{id, bbox}}]}}"
             ) from None

@@ -62,12 +62,15 @@ class ReadOptions:
 
 DEFAULT = ReadOptions()
 
-_TAG = re.compile(r"<img>(.*?)</img>|<image>|<ref-object>|<bbox>", re.DOTALL)
+_TAG = re.compile(r"<img>|<image>|<ref-object>|<bbox>")
+_IMG_END = "</img>"
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
 # The first bytes of PNG, JPEG, GIF, WebP and BMP files.
-_BARE_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}={0,2}\s*")
+_BARE_BASE64 = re.compile(
+    r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3])[A-Za-z0-9+/\s]{50,}(?:=\s*){0,2}"
+)
 
 
 def conversation_from(
@@ -147,14 +150,38 @@ def _split_at_tags(parts: Sequence[DraftPart]) -> list[DraftPart]:
             pieces += group
             continue
         text = "".join(group)
-        end = 0
-        for tag in _TAG.finditer(text):
-            address = tag.group(1)
-            pieces.append(text[end : tag.start()])
-            pieces.append(Placeholder(tag[0]) if address is None else ImageReference(address))
-            end = tag.end()
-        pieces.append(text[end:])
+        for piece, tag in split_at_tags(text):
+            pieces.append(piece)
+            if isinstance(tag, str):
+                pieces.append(ImageReference(tag))
+            elif tag is not None:
+                pieces.append(tag)
     return pieces
+
+
+def split_at_tags(text: str) -> Iterator[tuple[str, str | Placeholder | None]]:
+    """Yields text and the tag after it: address of an `<img>`, `Placeholder`, or None at the end.
+
+    An `<img>` that is not closed stays text. The time is linear in the length of the text: a
+    pattern for `<img>...</img>` would search the whole rest of it at each tag that is not closed.
+
+    >>> list(split_at_tags("see <img>a.png</img>!"))
+    [('see ', 'a.png'), ('!', None)]
+    """
+    position = end = 0
+    last_close = text.rfind(_IMG_END)
+    while tag := _TAG.search(text, position):
+        position = tag.end()
+        if tag[0] != "<img>":
+            yield text[end : tag.start()], Placeholder(tag[0])
+        elif position <= last_close:
+            close = text.index(_IMG_END, position)
+            yield text[end : tag.start()], text[position:close]
+            position = close + len(_IMG_END)
+        else:
+            continue
+        end = position
+    yield text[end:], None
 
 
 def _place_listed_images(turns: Sequence[tuple[Role, list[DraftPart]]], images: int) -> None:

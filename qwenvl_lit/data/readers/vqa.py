@@ -5,6 +5,7 @@ A VQA dataset is a file of questions and a file of annotations, which hold the a
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ class VQAQuestions(Sequence[Conversation]):
             self._rows = _rows_of(content["questions"])
         except (KeyError, TypeError, AttributeError, UnicodeError) as error:
             raise DataError(
-                f"{file} is not in VQA's format: {error!r}; "
+                f"{file} is not in VQA's format: {error!r:.200}; "
                 f"expected {{questions: [{{question_id, image_id, question}}]}}"
             ) from None
         if not self._rows:
@@ -148,12 +149,11 @@ class VQAQuestions(Sequence[Conversation]):
         index = range(len(self))[index]
         row_id, image_id, question = self._rows[index]
         try:
-            # `image` may not fit: format then raises KeyError or ValueError.
-            name = self.image.format(image_id=image_id, split=self._split)
+            name = self._image_name(image_id)
             image = image_from(name, self.read_options.root or self.file.parent, self.read_options)
             parts = fill_prompt(self._prompt, image=image, question=question)
-        except (KeyError, ValueError) as error:
-            raise DataError(f"{self.file}: question {row_id}: {error}") from None
+        except DataError as error:
+            raise type(error)(f"{self.file}: question {row_id}: {error}") from None
         turns = [Turn(role="user", parts=parts)]
         answer, references = self._answers.get(row_id, (None, ()))
         if answer is not None:
@@ -165,6 +165,15 @@ class VQAQuestions(Sequence[Conversation]):
             index=index,
             where=str(self.file),
         )
+
+    def _image_name(self, image_id: Any) -> str:
+        try:
+            return self.image.format(image_id=image_id, split=self._split)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"`image` {self.image!r} does not fit the image_id {reprlib.repr(image_id)}: "
+                f"{error!r}"
+            ) from None
 
 
 def _rows_of(questions: Sequence[dict[str, Any]]) -> list[tuple[int | str, Any, str]]:
@@ -228,7 +237,7 @@ def read_answers(file: Path) -> dict[Any, tuple[str, tuple[str, ...]]]:
             answers[entry["question_id"]] = (sys.intern(answer), texts)
     except (KeyError, TypeError, AttributeError, IndexError, UnicodeError) as error:
         raise DataError(
-            f"{file} is not in VQA's format: {error!r}; "
+            f"{file} is not in VQA's format: {error!r:.200}; "
             f"expected {{annotations: [{{question_id, answers: [{{answer}}]}}]}}"
         ) from None
     return answers

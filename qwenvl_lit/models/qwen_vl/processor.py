@@ -33,6 +33,8 @@ from qwenvl_lit.types import (
 
 NAMED_IMAGE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 IGNORED = -100  # the label of a token that is not supervised
+# Characters of a turn. From a million blanks on, tiktoken's pattern overflows its stack.
+MAX_TEXT = 500_000
 
 Template = Literal["chatml", "raw"]
 TooLong = Literal["error", "drop", "truncate_left"]
@@ -61,7 +63,8 @@ class QwenVLProcessor:
         supervise: see `ChatML`. With "raw", answers and their `<|endoftext|>` are supervised.
         max_length: largest number of tokens of a training sample.
         too_long: what happens to longer samples. "error" raises, "drop" leaves the row out,
-            "truncate_left" keeps the last tokens, and every image as a whole or not at all.
+            "truncate_left" keeps the last tokens, and every image as a whole or not at all. A turn
+            with more than `MAX_TEXT` characters is dropped, or else an error.
         max_window_size: a prompt's system message and earlier exchanges have fewer tokens than
             this; the oldest exchanges are left out. Unused with "raw".
         features: computes or looks up the vision features of images, in place of their pixels.
@@ -219,7 +222,8 @@ class QwenVLProcessor:
             turns = with_system(turns, self.system)
         messages: list[Message] = []
         images_before = 0
-        for turn in turns:
+        for number, turn in enumerate(turns, 1):
+            self._check_text(number, turn)
             body = list(self._body(turn, images_before, conversation.images))
             messages.append(Message(turn.role, body))
             images_before += sum(isinstance(part, ImageSource) for part in turn.parts)
@@ -232,6 +236,20 @@ class QwenVLProcessor:
         if prompt:
             return [piece._replace(supervised=False) for piece in pieces]
         return self._limited(pieces)
+
+    def _check_text(self, number: int, turn: Turn) -> None:
+        characters = 0
+        for part in turn.parts:
+            if isinstance(part, str):
+                characters += len(part)
+            elif isinstance(part, GroundedObject) and part.label is not None:
+                characters += len(part.label)
+        if characters <= MAX_TEXT:
+            return
+        excess = f"turn {number} has {characters} characters of text, more than {MAX_TEXT}"
+        if self.too_long == "drop":
+            raise Dropped(excess)
+        raise DataError(f"{excess}; split the row, or leave it out with model.too_long=drop")
 
     def _render_raw(self, messages: Sequence[Message]) -> Iterator[Piece]:
         for role, body in messages:

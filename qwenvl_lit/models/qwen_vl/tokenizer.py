@@ -7,6 +7,7 @@ import binascii
 import codecs
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import tiktoken
@@ -20,6 +21,8 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SORTED_BY_PYTHON = 64  # combining marks of one character
+_MARKS_IN_ONE = "\u0f73\u0f75\u0f81"  # no combining class, but they consist of combining marks
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -96,7 +99,7 @@ class QwenTokenizer:
 
         Names of special tokens in `text` are plain text, except those in `allowed_special`.
         """
-        text = unicodedata.normalize("NFC", text)
+        text = normalized(text)
         if not allowed_special:
             return self._encoding.encode_ordinary(text)
         return self._encoding.encode(
@@ -192,6 +195,29 @@ class QwenTokenizer:
             return None
         values = span[: span.index(self.img_pad_id)]
         return bytes(values) if all(0 <= value < 256 for value in values) else None
+
+
+def normalized(text: str) -> str:
+    """Returns the NFC form of `text`, in a time that is linear in its length.
+
+    Python sorts the combining marks of a character by insertion: a hundred thousand of them take
+    eight seconds. They are sorted here first, which gives an equivalent text.
+    """
+    if unicodedata.is_normalized("NFC", text):
+        return text
+    for character in _MARKS_IN_ONE:
+        text = text.replace(character, unicodedata.normalize("NFD", character))
+    classes = map(unicodedata.combining, text)
+    pieces: list[str] = []
+    start = 0
+    for marked, run in groupby(classes, key=bool):
+        end = start + sum(1 for _ in run)
+        piece = text[start:end]
+        if marked and len(piece) > _SORTED_BY_PYTHON:
+            piece = "".join(sorted(piece, key=unicodedata.combining))
+        pieces.append(piece)
+        start = end
+    return unicodedata.normalize("NFC", "".join(pieces))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -7,7 +7,7 @@ from PIL import Image
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.readers.vqa import fetch_vqav2, read_answered, read_vqa
-from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
+from qwenvl_lit.types import BadImage, Conversation, DataError, ImageSource, Turn
 
 IMAGE = "coco/{split}/COCO_{split}_{image_id:012d}.jpg"
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -109,7 +109,7 @@ def test_an_error_of_a_missing_image_names_the_question(vqa):
         DataError, match=rf"{QUESTIONS}: question 42000: image .*000000000043.jpg does not exist"
     ):
         rows[0]
-    with pytest.raises(DataError, match=rf"{QUESTIONS}: question 42000: Unknown format code 'd'"):
+    with pytest.raises(DataError, match=rf"{QUESTIONS}: question 42000: .*Unknown format code 'd'"):
         rows[1]
 
 
@@ -212,3 +212,16 @@ def test_missing_files_are_listed_with_address_and_size_when_downloads_are_off(t
         "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip (21.7 MB)"
         in str(error.value)
     )
+
+
+def test_a_question_whose_image_is_missing_is_a_bad_image(root, vqa):
+    rows = vqa([WHERE | {"image_id": 43}], [annotation(42000, "down")])
+    with pytest.raises(BadImage, match=r"questions\.json: question 42000: .*000043\.jpg does not"):
+        rows[0]
+
+
+@pytest.mark.parametrize("image_id", ["text", None, [1], 1.5])
+def test_an_image_id_that_does_not_fit_the_file_name_is_refused(root, vqa, image_id):
+    rows = vqa([WHERE | {"image_id": image_id}], [annotation(42000, "down")])
+    with pytest.raises(DataError, match=r"question 42000: `image` .* does not fit the image_id"):
+        rows[0]

@@ -1,6 +1,7 @@
 import base64
 import pickle
 import runpy
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from qwenvl_lit.models.qwen_vl.tokenizer import (
     SPECIALS,
     TINY_VOCABULARY,
     QwenTokenizer,
+    normalized,
     read_ranks,
 )
 
@@ -161,3 +163,14 @@ def test_tiny_tokens_are_built_from_pairs_of_earlier_ones():
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         earlier = [max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves]
         assert any(earlier), base64.b64encode(token)
+
+
+@given(
+    st.text(
+        st.sampled_from("ae\u1161\u11a8가각\u3099\u0301\u0323\u0344\u0f71\u0f73\u0f74\u05b0"),
+        max_size=300,
+    )
+)
+def test_many_combining_marks_are_normalized_as_python_does(text):
+    marks = "\u0323\u0301\u0f73\u0f71" * 50
+    assert normalized(text + marks) == unicodedata.normalize("NFC", text + marks)
