@@ -6,17 +6,18 @@ These types know nothing about the markup of a model. They check only what they 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import struct
-import zlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from qwenvl_lit import images
+from qwenvl_lit.terminal import printable
 
 if TYPE_CHECKING:
     import torch
@@ -24,26 +25,24 @@ if TYPE_CHECKING:
 Frame = Literal["pixel", "grid", "unit"]  # pixels of the image | integers 0..999 | 0..1
 Role = Literal["system", "user", "assistant"]
 
-# 300 MB as RGB. A file that claims to be larger is broken, or made to exhaust the memory.
-MAX_IMAGE_PIXELS = 100_000_000
-
-# Pillow's readers raise all of these for broken files.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-)
+_RAISED_IN_WORKER = re.compile(r"(?m)^qwenvl_lit\.types\.\w+: ")
 
 
 class DataError(ValueError):
     """Input that cannot be used.
 
     The message names the file, line and row id, what was expected, what was found and what to do.
+    Each argument is a line of it, in which control characters are escaped: names and ids that it
+    quotes may hold some.
     """
+
+    def __str__(self) -> str:
+        lines = []
+        for argument in self.args:
+            # An error from a data worker starts with that worker's traceback.
+            message = _RAISED_IN_WORKER.split(str(argument))[-1].strip()
+            lines.append(printable(message))
+        return "\n".join(lines)
 
 
 class BadImage(DataError):  # noqa: N818 - a kind of DataError
@@ -130,11 +129,11 @@ class ImageSource:
         An EXIF rotation is not applied, because the original model applies none.
 
         Raises:
-            BadImage: the file is missing, broken, no image, or has more than `MAX_IMAGE_PIXELS`.
+            BadImage: the file is missing, broken, no image of `images.FORMATS`, or too large.
         """
-        with self._opened() as image:
-            image.load()
-            return image
+        file = self._file()
+        with self._reading_errors():
+            return images.read_image(file)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,11 +144,15 @@ class ImageSource:
         """
         if self._size is not None:
             return self._size
-        with self._opened() as image:
-            # A frozen dataclass can fill a cache in no other way. `_size` follows from `source`,
-            # so the value itself does not change.
-            object.__setattr__(self, "_size", image.size)
-            return image.size
+        file = self._file()
+        if isinstance(file, Image.Image):
+            return file.size
+        with self._reading_errors():
+            size = images.read_size(file)
+        # A frozen dataclass can fill a cache in no other way. `_size` follows from `source`,
+        # so the value itself does not change.
+        object.__setattr__(self, "_size", size)
+        return size
 
     @property
     def key(self) -> str:
@@ -170,49 +173,35 @@ class ImageSource:
         return self.source.name
 
     @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        if isinstance(self.source, Image.Image):
-            yield self.source
-            return
-        file = self._file()
+    def _reading_errors(self) -> Iterator[None]:
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError(
-                        f"{image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS}; "
-                        "scale it down"
-                    )
-                yield image
+            yield
         except FileNotFoundError:
             raise BadImage(
                 f"image {self.name} does not exist; check the path and `data.root`"
             ) from None
-        except UnidentifiedImageError:
-            raise BadImage(
-                f"image {self.name} cannot be read as an image: its format is unknown"
-            ) from None
-        except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
+        except images.UnreadableImageError as error:
             raise BadImage(f"image {self.name} cannot be read as an image: {error}") from error
-
-    def _content(self) -> bytes:
-        if isinstance(self.source, Image.Image):
-            # Equal indices under different palettes are different images.
-            header = repr((self.source.mode, self.source.size, self.source.getpalette()))
-            return header.encode() + self.source.tobytes()
-        file = self._file()
-        if isinstance(file, bytes):
-            return file
-        try:
-            return file.read_bytes()
         except OSError as error:
             raise BadImage(
                 f"image {self.name} cannot be read: {error.strerror}; "
                 "check the path and `data.root`"
             ) from None
 
-    def _file(self) -> Path | bytes:
-        assert not isinstance(self.source, Image.Image)
-        if isinstance(self.source, Path | bytes):
+    def _content(self) -> bytes:
+        file = self._file()
+        if isinstance(file, bytes):
+            return file
+        if isinstance(file, Image.Image):
+            image = self.open()
+            # Equal indices under different palettes are different images.
+            header = repr((image.mode, image.size, image.getpalette()))
+            return header.encode() + image.tobytes()
+        with self._reading_errors():
+            return images.read_file(file)
+
+    def _file(self) -> Path | bytes | Image.Image:
+        if isinstance(self.source, Path | bytes | Image.Image):
             return self.source
         try:
             return self.source.path()

@@ -72,7 +72,7 @@ def evaluation_sets(
         sets.append(_evaluation_set(config, processor))
     for evaluation_set in sets:
         if not evaluation_set.metrics:
-            raise DataError(_advice_on_metrics(evaluation_set.data))
+            raise DataError(*_advice_on_metrics(evaluation_set.data))
     if len(sets) > 1:  # check all sets before answering the first
         for evaluation_set in sets:
             _open(evaluation_set.data)
@@ -98,18 +98,19 @@ def _open(data: DataModule) -> None:
     data.setup("test")
 
 
-def _advice_on_metrics(data: DataModule) -> str:
-    """An error message with the metrics that fit the answers."""
+def _advice_on_metrics(data: DataModule) -> list[str]:
+    """The lines of an error message with the metrics that fit the answers."""
     _open(data)
-    suggestions = ""
+    suggestions = []
     for name, rows in data.test.items():
         remark = f" ({name})" if len(data.test) > 1 else ""
         for metrics, why in suggested_metrics(rows):
-            suggestions += f"\n  metrics={metrics}  {why}{remark}"
+            suggestions.append(f"  metrics={metrics}  {why}{remark}")
     advice = "These rows have no answers to compare with"
     if suggestions:
-        advice = f"These fit the answers:{suggestions}"
-    return f"metrics is missing: choose how to score. {advice}\nconf/metrics has all choices"
+        advice = "These fit the answers:"
+    first = f"metrics is missing: choose how to score. {advice}"
+    return [first, *suggestions, "conf/metrics has all choices"]
 
 
 def run_test(
