@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwenvl_lit.locks import ProcessLock
 from qwenvl_lit.types import DataError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -45,6 +48,31 @@ def write_text(path: Path, text: str, *, concurrent: bool = False) -> None:
     """Writes a UTF-8 file with `atomic_file`."""
     with atomic_file(path, concurrent=concurrent) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def write_to_cache(path: Path, write: Callable[[Path], object]) -> bool:
+    """Writes a file of a cache, which can be made again at any time.
+
+    If it cannot be written, because the cache is full or read-only, a warning names the file.
+
+    Args:
+        write: called with the path of an unfinished file, see `atomic_file`.
+
+    Returns:
+        Whether the file was written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, concurrent=True) as unfinished:
+            write(unfinished)
+    except OSError as error:
+        log.warning(
+            "the cache file %s cannot be written: %s; it will be made again each time. Make room "
+            "there, or choose another cache with paths.cache=FOLDER",
+            *(path, error.strerror or error),
+        )
+        return False
+    return True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors, write_text
+from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors, write_text, write_to_cache
 from qwenvl_lit.types import DataError
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -245,15 +245,39 @@ def test_two_processes_that_fill_the_same_folder_do_not_disturb_each_other(tmp_p
 
 def test_a_folder_that_another_process_has_made_meanwhile_is_kept_on_request(tmp_path):
     path = tmp_path / "export"
-    with (
-        pytest.raises(DataError, match="export was made by another process in the meantime"),
-        atomic_folder(path, replace=False) as unfinished,
-    ):
-        (unfinished / "mine").touch()
-        path.mkdir()
-        (path / "other").touch()
+
+    def fill() -> None:
+        with atomic_folder(path, replace=False) as unfinished:
+            (unfinished / "mine").touch()
+            path.mkdir()
+            (path / "other").touch()
+
+    with pytest.raises(DataError, match="export was made by another process in the meantime"):
+        fill()
     assert names(path) == ["other"]
     assert names(tmp_path) == ["export"]
+
+
+def test_a_cache_file_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "cache").touch()
+    file = tmp_path / "cache/indexes/a.npy"
+    assert not write_to_cache(file, pytest.fail)
+    [warning] = caplog.records
+    assert f"{file} cannot be written: Not a directory" in warning.getMessage()
+    assert "paths.cache=FOLDER" in warning.getMessage()
+    (tmp_path / "cache").unlink()
+    assert write_to_cache(file, lambda unfinished: unfinished.write_text("new"))
+    assert file.read_text() == "new"
+
+
+def test_a_full_cache_leaves_no_unfinished_file(tmp_path, caplog):
+    def fill(unfinished: Path) -> None:
+        unfinished.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert not write_to_cache(tmp_path / "a.npy", fill)
+    assert names(tmp_path) == []
+    assert "No space left on device" in caplog.text
 
 
 def test_parents_of_a_folder_are_created(tmp_path):

@@ -24,7 +24,7 @@ ENTRY = re.compile(r'"(\d{1,18})": ("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-f
 log = logging.getLogger(__name__)
 
 
-class _Damaged(DataError):
+class _DamagedError(DataError):
     """A split file that is not what was written."""
 
 
@@ -48,7 +48,7 @@ def hold_out(
     if file and file.exists():
         try:
             held = _read_split(rows, file)
-        except _Damaged as damage:
+        except _DamagedError as damage:
             held = _restore_split(rows, amount, seed, file, damage)
     else:
         held = _draw(rows, amount, seed)
@@ -85,16 +85,18 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
     """Reads the held-out rows.
 
     Raises:
-        _Damaged: `file` is not what `_write_split` writes.
+        _DamagedError: `file` is not what `_write_split` writes.
         DataError: the data is not that of the split.
     """
     try:
         split = read_json_object(file)
     except DataError as error:
-        raise _Damaged(str(error)) from error
+        raise _DamagedError(str(error)) from error
     count, ids = split.get("rows"), split.get("validation")
     if not isinstance(count, int) or not isinstance(ids, dict):
-        raise _Damaged(f"{file} is damaged: expected rows and validation, found {sorted(split)}")
+        raise _DamagedError(
+            f"{file} is damaged: expected rows and validation, found {sorted(split)}"
+        )
     if count != len(rows):
         raise DataError(
             f"{file}: the split was made of {count} rows, the data has {len(rows)} now; "
@@ -103,7 +105,7 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
     held = []
     for key, row_id in ids.items():
         if not (key.isascii() and key.isdigit() and int(key) < count):
-            raise _Damaged(f"{file} is damaged: {key!r} is not the number of a row")
+            raise _DamagedError(f"{file} is damaged: {key!r} is not the number of a row")
         index = int(key)
         if rows[index].id != row_id:
             raise DataError(
@@ -115,7 +117,7 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
 
 
 def _restore_split(
-    rows: Rows, amount: int | float, seed: int, file: Path, reason: _Damaged
+    rows: Rows, amount: int | float, seed: int, file: Path, reason: _DamagedError
 ) -> list[int]:
     """Draws the rows of a damaged split again, if what is legible of it shows that they are those.
 
