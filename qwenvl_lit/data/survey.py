@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from qwenvl_lit.atomic import atomic_file
+from qwenvl_lit.atomic import write_to_cache
+from qwenvl_lit.data.orphans import end_with_parent
 from qwenvl_lit.types import Conversation, DataError, Dropped, ImageSource
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
     lines = [f"{len(errors)} of {rows} rows cannot be used:", *errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"... and {len(errors) - SHOWN} more")
-    raise DataError("\n".join(lines))
+    raise DataError(*lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,7 @@ _work: tuple[Sequence[Conversation], Look] | None = None
 
 def _start_worker(rows: Sequence[Conversation], look: Look) -> None:
     global _work
+    end_with_parent()
     _work = rows, look
     # There are as many processes as cores, so each one needs a single thread. A process in which
     # nothing has imported torch has no threads to limit, and importing it would take seconds.
@@ -258,13 +260,13 @@ def _key(identity: Any) -> str:
 
 
 def _load(file: Path, rows: int) -> Measured | None:
-    """Returns what `_save` wrote, or None if the file is missing or damaged."""
+    """Returns what `_save` wrote, or None if the file is missing, unreadable or damaged."""
     try:
         with np.load(file, allow_pickle=False) as content:
             lengths, supervised = content["lengths"], content["supervised"]
             findings = json.loads(content["findings"].tobytes())
         known = tuple(Finding(**finding) for finding in findings)
-    except (FileNotFoundError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError):
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError):
         return None
     if len(lengths) != rows:
         return None
@@ -272,12 +274,15 @@ def _load(file: Path, rows: int) -> Measured | None:
 
 
 def _save(file: Path, measured: Measured) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     findings = json.dumps([asdict(finding) for finding in measured.findings])
     arrays = {
         "lengths": measured.lengths,
         "supervised": measured.supervised,
         "findings": np.frombuffer(findings.encode(), dtype=np.uint8),
     }
-    with atomic_file(file, concurrent=True) as unfinished, unfinished.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)
+
+    write_to_cache(file, write)
