@@ -6,12 +6,10 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from qwenvl_lit.data.predictions import FILENAME
-from qwenvl_lit.runs.stored_config import check_stored_config
+from qwenvl_lit.runs.stored_config import check_stored_config, read_config
 from qwenvl_lit.types import DataError
 
 
@@ -45,6 +43,6 @@ def config_beside(path: str, *, trust: bool = False) -> dict[str, Any] | None:
     file = predictions_file(path).parent / ".hydra" / "config.yaml"
     if not file.exists():
         return None
-    config = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(file)))
+    config = read_config(file)
     check_stored_config(config, file, trust=trust)
     return config

@@ -8,7 +8,6 @@ outputs/train/2026-11-23_09-00-00/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from qwenvl_lit.runs.config_folder import config_folder
-from qwenvl_lit.runs.stored_config import check_stored_config
+from qwenvl_lit.runs.stored_config import check_stored_config, group_targets, read_config
+from qwenvl_lit.stored_files import read_checkpoint, read_json_object
 from qwenvl_lit.types import DataError
 
 TRAIN_FOLDER = Path("outputs/train")
@@ -41,7 +41,8 @@ CONTENTS = {  # of a run folder; the last five only if there is something to wri
     "train.log": "warnings",
 }
 # Groups of a stored config that other commands build objects from
-USED_GROUPS = ("model", "adapter", "init", "data", "metrics", "generation", "optim", "trainer")
+RECIPE_GROUPS = ("model", "adapter", "generation", "optim", "trainer")  # every run has them
+USED_GROUPS = (*RECIPE_GROUPS, "init", "data", "metrics")
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
 # Name on the hub of each published model, by the last part of the names that copies have
 PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}
@@ -73,13 +74,19 @@ def find_run(ckpt: str, *, trust: bool = False) -> Run:
     Raises:
         DataError: there is no such run, it has no checkpoint, or its config is not trusted.
     """
-    run = _find_run(ckpt)
-    used = {group: run.config[group] for group in USED_GROUPS if group in run.config}
-    check_stored_config(used, run.checkpoint or ckpt, trust=trust)
+    run = _find_run(ckpt, trust=trust)
+    source = run.checkpoint or ckpt
+    used: Any = run.config
+    if isinstance(run.config, Mapping):
+        used = {group: run.config[group] for group in USED_GROUPS if group in run.config}
+    check_stored_config(used, source, trust=trust)
+    missing = [group for group in RECIPE_GROUPS if group not in used]
+    if missing:
+        raise DataError(f"{source}: the stored config lacks {', '.join(missing)}")
     return run
 
 
-def _find_run(ckpt: str) -> Run:
+def _find_run(ckpt: str, *, trust: bool) -> Run:
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
         raise DataError(
@@ -92,12 +99,13 @@ def _find_run(ckpt: str) -> Run:
     if path.is_file():
         folder = path.parent.parent
         if (folder / COMPOSED_CONFIG).exists():
-            return Run(config=_composed_config(folder), checkpoint=path, folder=folder)
+            config = read_config(folder / COMPOSED_CONFIG)
+            return Run(config=config, checkpoint=path, folder=folder)
         return Run(config=_config_in(path), checkpoint=path, folder=None)
     if (path / "adapter_config.json").exists():
-        return _find_adapter(path)
+        return _find_adapter(path, trust=trust)
     if (path / "config.json").exists():
-        return _find_whole_model(path)
+        return _find_whole_model(path, trust=trust)
     if not (path / COMPOSED_CONFIG).exists():
         raise DataError(
             f"{ckpt} is not a run folder (it has no {COMPOSED_CONFIG}); {_known_runs()}"
@@ -105,7 +113,8 @@ def _find_run(ckpt: str) -> Run:
     for name in ("best.ckpt", "last.ckpt"):
         checkpoint = path / "checkpoints" / name
         if checkpoint.exists():
-            return Run(config=_composed_config(path), checkpoint=checkpoint, folder=path)
+            config = read_config(path / COMPOSED_CONFIG)
+            return Run(config=config, checkpoint=checkpoint, folder=path)
     raise DataError(
         f"{ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one"
     )
@@ -143,15 +152,27 @@ def contents(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """Reads the settings of prompts and answers, as parts of a config, in an exported folder.
+def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str, Any]]:
+    """Reads the groups `model` and `generation` that an exported folder stores, with `_target_`.
 
     Empty for folders that others wrote.
+
+    Raises:
+        DataError: the file is damaged, or has settings that these groups do not know.
     """
     file = folder / SETTINGS
     if not file.exists():
         return {}
-    return json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json_object(file)
+    for group, node in settings.items():
+        if group not in ("model", "generation"):
+            raise DataError(f"{file}: {group} is unknown; expected model and generation")
+        if not isinstance(node, dict):
+            raise DataError(f"{file}: {group} is {node!r:.100}, expected a JSON object")
+        [target] = group_targets(group)
+        settings[group] = {"_target_": target, **node}
+    check_stored_config(settings, file, trust=trust)
+    return settings
 
 
 def _known_runs() -> str:
@@ -161,41 +182,26 @@ def _known_runs() -> str:
     return f"the newest run here is {newest}"
 
 
-def _composed_config(folder: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(OmegaConf.load(folder / COMPOSED_CONFIG))
-    return cast("dict[str, Any]", config)
-
-
 def _config_in(checkpoint: Path) -> dict[str, Any]:
     """Reads the config that is stored in a checkpoint."""
-    import torch
-
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        config = stored.get("config")
-    except (OSError, RuntimeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{checkpoint} cannot be read as a checkpoint of this package: {error}"
-        ) from error
+    config = read_checkpoint(checkpoint).get("config")
     if config is None:
         raise DataError(f"{checkpoint} has no config: it was not written by this package")
     return config
 
 
-def _find_adapter(folder: Path) -> Run:
+def _find_adapter(folder: Path, *, trust: bool) -> Run:
     """An adapter folder of peft, written by a run of this package or by others."""
-    from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
+    from qwenvl_lit.training.adapters.peft_files import adapter_node, read_peft_config, weights_file
 
     run_folder = folder.resolve().parent.parent
     in_checkpoints = folder.resolve().parent.name == "checkpoints"
     if in_checkpoints and (run_folder / COMPOSED_CONFIG).exists():
-        config = _composed_config(run_folder)
+        config = read_config(run_folder / COMPOSED_CONFIG)
         return Run(config=config, checkpoint=weights_file(folder), folder=run_folder)
-    base_model = read_config(folder).get("base_model_name_or_path") or None
+    base_model = read_peft_config(folder).get("base_model_name_or_path") or None
     path = _base_model_path(base_model)
-    config = _recipe(path, stored_settings(folder) or {"model": {"path": path}})
+    config = _recipe(path, stored_settings(folder, trust=trust) or {"model": {"path": path}})
     return Run(
         config={**config, "adapter": adapter_node(folder)},
         checkpoint=weights_file(folder),
@@ -204,9 +210,9 @@ def _find_adapter(folder: Path) -> Run:
     )
 
 
-def _find_whole_model(folder: Path) -> Run:
+def _find_whole_model(folder: Path, *, trust: bool) -> Run:
     """A model in the published layout, written by `export` or by others."""
-    stored = stored_settings(folder)
+    stored = stored_settings(folder, trust=trust)
     model = {**stored.get("model", {}), "path": str(folder)}
     config = _recipe(str(folder), {**stored, "model": model})
     return Run(config=config, checkpoint=None, folder=None)
@@ -255,5 +261,5 @@ def _continues_text(path: str) -> bool:
     """Whether the model at `path` is a base model, which continues text without chat markup."""
     file = Path(path).expanduser() / "generation_config.json"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8")).get("chat_format") == "raw"
+        return read_json_object(file).get("chat_format") == "raw"
     return Path(path).name.lower() == "qwen-vl"

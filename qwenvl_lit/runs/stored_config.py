@@ -1,19 +1,26 @@
 """Stored configs are data: what a checkpoint or a folder of a stranger may ask to be built.
 
 The config of a run comes from files that others may have written: a checkpoint, a run folder, an
-exported folder. Hydra would call whatever it names. Here a config may name only what conf/ names.
+exported folder. Hydra would call whatever it names. Here a config may name only what conf/ names,
+with arguments of the types that it takes.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.stored_files import errors_named, read_text, unreadable
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches, parameter_types, type_name
 
 # Named by stored configs, and written by this package instead of conf/
 OWN_TARGETS = (
@@ -21,7 +28,31 @@ OWN_TARGETS = (
     "qwenvl_lit.training.adapters.merging.StartingCheckpoint",
 )
 TARGET = re.compile(r"^\s*(?:-\s*)?_target_:\s*([\w.]+)", re.MULTILINE)
+GROUP_TARGET = re.compile(r"^_target_:\s*([\w.]+)", re.MULTILINE)  # what a file builds itself
 RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")  # an interpolation that calls a function
+# Groups that are objects: what a file of conf/GROUP builds, or nothing
+OBJECT_GROUPS = ("model", "adapter", "init", "data", "generation", "optim", "trainer", "speed")
+GROUPS = (*OBJECT_GROUPS, "metrics", "callbacks", "paths")
+# Keys beside `_target_` that mean something to Hydra; conf/ uses no others
+HYDRA_KEYS = {"_partial_": bool, "_convert_": str}
+MAX_BYTES = 1_000_000  # of a config
+MAX_VALUES, MAX_DEPTH = 100_000, 50  # references of a pickle can make it endless
+
+
+def read_config(file: Path) -> Any:
+    """Reads a YAML file that this package or Hydra wrote; its interpolations stay.
+
+    Raises:
+        DataError: the file is damaged, or has references, which may stand for very many values.
+    """
+    import yaml
+
+    text = read_text(file, limit=MAX_BYTES)
+    with errors_named(file):
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise unreadable(file, f"it has a YAML reference, *{event.anchor}")
+        return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def check_stored_config(
@@ -29,8 +60,8 @@ def check_stored_config(
 ) -> None:
     """Refuses a stored config that names other code than conf/ does, anywhere in it.
 
-    Interpolations that call a resolver, such as `${oc.env:HOME}`, are refused unless conf/ has the
-    same one.
+    So are interpolations that call a resolver, such as `${oc.env:HOME}`, unless conf/ has the same
+    one, and arguments that a target does not take.
 
     Args:
         source: the file, for messages.
@@ -39,27 +70,89 @@ def check_stored_config(
     Raises:
         DataError: names the key and what to do.
     """
-    if trust:
-        return
     if not isinstance(config, Mapping):
         raise DataError(f"{source}: the stored config is not a mapping; is the file damaged?")
-    for key, value in _leaves(config, ()):
-        name = ".".join(key)
-        is_target = key[-1] == "_target_"
-        if is_target and (not isinstance(value, str) or value not in allowed_targets()):
+    for group in GROUPS:
+        if not isinstance(config.get(group), Mapping | None):
             raise DataError(
-                f"{source}: {name} names {value!r:.100}, which is not part of this package; "
-                f"trust=true builds it all the same, if the file is your own"
-            )
-        if "defaults" in key:
-            raise DataError(
-                f"{source}: {name} asks Hydra for other configs, which no stored config does; "
+                f"{source}: {group} is {config[group]!r:.100}, expected a mapping; "
                 f"is the file damaged?"
             )
-        if isinstance(value, str) and RESOLVER.search(value) and value not in _own_values():
+    if trust:
+        return
+    nodes: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
+    for number, (key, value) in enumerate(_walk(config, ())):
+        if number > MAX_VALUES or len(key) > MAX_DEPTH:
+            raise DataError(f"{source}: the stored config is endless; is the file damaged?")
+        _check_value(key, value, source)
+        if isinstance(value, Mapping) and "_target_" in value:
+            nodes.append((key, value))
+    for group in OBJECT_GROUPS:
+        target = (config.get(group) or {}).get("_target_")
+        if target is not None and target not in group_targets(group):
             raise DataError(
-                f"{source}: {name} has the interpolation {value!r:.100}, which is not one of this "
-                f"package; trust=true resolves it all the same, if the file is your own"
+                f"{source}: {group}._target_ names {target!r:.100}, which is no {group}; "
+                f"is the file damaged?"
+            )
+    for key, node in nodes:
+        check_arguments(node, node["_target_"], key, source)
+    with errors_named(Path(source)):
+        OmegaConf.create(dict(config))  # refuses what no YAML file could hold
+
+
+def _check_value(key: tuple[str, ...], value: Any, source: str | Path) -> None:
+    name = ".".join(key)
+    is_target = key[-1:] == ("_target_",)
+    if is_target and (not isinstance(value, str) or value not in allowed_targets()):
+        raise DataError(
+            f"{source}: {name} names {value!r:.100}, which is not part of this package; "
+            f"trust=true builds it all the same, if the file is your own"
+        )
+    if "defaults" in key:
+        raise DataError(
+            f"{source}: {name} asks Hydra for other configs, which no stored config does; "
+            f"is the file damaged?"
+        )
+    if isinstance(value, str) and RESOLVER.search(value) and value not in _own_values():
+        raise DataError(
+            f"{source}: {name} has the interpolation {value!r:.100}, which is not one of this "
+            f"package; trust=true resolves it all the same, if the file is your own"
+        )
+
+
+def check_arguments(
+    node: Mapping[str, Any], target: str, key: tuple[str, ...], source: str | Path
+) -> None:
+    """Refuses arguments that a target does not take, of another type, or missing.
+
+    Args:
+        target: a name in `allowed_targets`.
+        key: of the node, for messages.
+    """
+    signature = inspect.signature(_located(target))
+    expected = _types(target)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name, value in node.items():
+        where = f"{source}: {'.'.join((*key, str(name)))}"
+        annotation = HYDRA_KEYS.get(name, expected.get(name))
+        if name == "_target_":
+            continue
+        if annotation is None and not takes_all:
+            raise DataError(
+                f"{where} is no argument of {target}; was the file written by another version?"
+            )
+        if annotation is not None and not matches(value, annotation):
+            raise DataError(
+                f"{where} is {value!r:.100}, expected {type_name(annotation)}; is the file damaged?"
+            )
+    if node.get("_partial_"):
+        return
+    for name, parameter in signature.parameters.items():
+        is_variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.default is parameter.empty and not is_variadic and name not in node:
+            raise DataError(
+                f"{source}: {'.'.join(key)} lacks {name}, an argument of {target}; "
+                f"is the file damaged?"
             )
 
 
@@ -67,16 +160,36 @@ def check_stored_config(
 def allowed_targets() -> frozenset[str]:
     """Every class and function that a file of conf/ names, and those in `OWN_TARGETS`."""
     targets = set(OWN_TARGETS)
-    for text in _config_files():
+    for text in _config_files(config_folder()):
         targets.update(TARGET.findall(text))
     return frozenset(targets)
+
+
+@cache
+def group_targets(group: str) -> frozenset[str]:
+    """What the config of a group may build: what a file of conf/GROUP builds itself."""
+    targets = set(OWN_TARGETS) if group == "init" else set()
+    for text in _config_files(config_folder() / group):
+        targets.update(GROUP_TARGET.findall(text))
+    return frozenset(targets)
+
+
+@cache
+def _located(target: str) -> Callable[..., Any]:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@cache
+def _types(target: str) -> dict[str, Any]:
+    return parameter_types(_located(target))
 
 
 @cache
 def _own_values() -> frozenset[str]:
     """Values with a resolver that files of conf/ hold, such as that of `paths.cache`."""
     values: set[str] = set()
-    for text in _config_files():
+    for text in _config_files(config_folder()):
         for line in text.splitlines():
             value = line.partition(": ")[2].split("  #")[0].strip().strip("\"'")
             if RESOLVER.search(value):
@@ -84,22 +197,17 @@ def _own_values() -> frozenset[str]:
     return frozenset(values)
 
 
-def _config_files() -> Iterator[str]:
-    for file in sorted(config_folder().rglob("*.yaml")):
+def _config_files(folder: Path) -> Iterator[str]:
+    for file in sorted(folder.rglob("*.yaml")):
         yield file.read_text(encoding="utf-8")
 
 
-def _leaves(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value below `node` that is no mapping or list, with its key; `_target_` of any type."""
+def _walk(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields every value at and below `node`, mappings and lists included, with its key."""
+    yield key, node
     if isinstance(node, Mapping):
         for name, value in node.items():
-            inner = (*key, str(name))
-            if name == "_target_":
-                yield inner, value
-            else:
-                yield from _leaves(value, inner)
+            yield from _walk(value, (*key, str(name)))
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
-            yield from _leaves(value, (*key, str(index)))
-    else:
-        yield key, node
+            yield from _walk(value, (*key, str(index)))

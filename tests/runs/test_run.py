@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 
 import pytest
@@ -7,13 +8,20 @@ import torch
 from qwenvl_lit.runs.run import Run, contents, find_run, init_from
 from qwenvl_lit.types import DataError
 
+GROUPS = {group: {} for group in ("adapter", "generation", "optim", "trainer")}
+
 
 def write_run(folder, *checkpoints: str):
     (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra/config.yaml").write_text("model:\n  path: ${paths.cache}/x\n")
+    (folder / ".hydra/config.yaml").write_text(
+        json.dumps({"model": {"path": "${paths.cache}/x"}, **GROUPS})
+    )
     (folder / "checkpoints").mkdir()
     for name in checkpoints:
-        torch.save({"config": {"model": {"path": "stored"}}}, folder / "checkpoints" / name)
+        torch.save(
+            {"config": {"model": {"path": "stored"}, **GROUPS}, "state_dict": {}},
+            folder / "checkpoints" / name,
+        )
     return folder
 
 
@@ -30,7 +38,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
     run = find_run(str(write_run(tmp_path / "run", "last.ckpt", "best.ckpt")))
     assert run.checkpoint.name == "best.ckpt"
-    assert run.config == {"model": {"path": "${paths.cache}/x"}}
+    assert run.config == {"model": {"path": "${paths.cache}/x"}, **GROUPS}
 
 
 def test_without_a_best_checkpoint_it_gives_the_last(tmp_path):
@@ -45,9 +53,9 @@ def test_a_checkpoint_file_in_a_run_folder_gives_that_run(tmp_path):
 
 def test_a_checkpoint_file_elsewhere_gives_the_config_stored_in_it(tmp_path):
     file = tmp_path / "alone.ckpt"
-    torch.save({"config": {"model": {"path": "stored"}}}, file)
+    torch.save({"config": {"model": {"path": "stored"}, **GROUPS}, "state_dict": {}}, file)
     run = find_run(str(file))
-    assert (run.config, run.folder) == ({"model": {"path": "stored"}}, None)
+    assert (run.config, run.folder) == ({"model": {"path": "stored"}, **GROUPS}, None)
 
 
 def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
@@ -71,7 +79,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
         (lambda path: path.mkdir(), "is not a run folder"),
         (lambda path: write_folder_with(path, "adapter_config.json"), "only LORA"),
         (lambda path: write_run(path), "stopped before it saved one"),
-        (lambda path: path.write_text("hello"), "cannot be read as a checkpoint"),
+        (lambda path: path.write_text("hello"), "cannot be read: it makes no sense"),
         (lambda path: torch.save({"state_dict": {}}, path), "has no config"),
         (lambda path: torch.save([1], path), "cannot be read as a checkpoint"),
     ],

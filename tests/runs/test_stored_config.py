@@ -110,7 +110,7 @@ def test_an_exported_folder_of_a_stranger_is_refused():
     (folder / "config.json").write_text("{}")
     settings = {"model": {"template": "chatml"}, "generation": ATTACK}
     (folder / "qwenvl_lit.json").write_text(json.dumps(settings))
-    with pytest.raises(DataError, match=r"evil: generation\._target_ names"):
+    with pytest.raises(DataError, match=r"evil/qwenvl_lit\.json: generation\._target_ names"):
         find_run("evil")
 
 

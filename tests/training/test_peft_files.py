@@ -10,7 +10,7 @@ from small_network import small_network
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters.merging import read_trained_state
 from qwenvl_lit.training.adapters.methods import LoRA
-from qwenvl_lit.training.adapters.peft_files import adapter_node, read_config, weights_file
+from qwenvl_lit.training.adapters.peft_files import adapter_node, read_peft_config, weights_file
 from qwenvl_lit.types import DataError
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["c_attn"]}
@@ -81,7 +81,7 @@ def test_broken_and_missing_files_are_named(folder):
         weights_file(path)
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
-        read_config(path)
+        read_peft_config(path)
 
 
 def test_an_adapter_on_the_resamplers_attention_as_one_module_is_refused(folder):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qwenvl_lit.models.components import network_of
+from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.adapters.peft_files import PEFT_FILES, peft_names, read_peft_file
 from qwenvl_lit.types import DataError
@@ -160,13 +161,18 @@ def load_trained_state(adapted: nn.Module, checkpoint: Path, *, assign: bool = F
     Raises:
         DataError: the checkpoint does not hold exactly the tensors that the model trains.
     """
+    state = adapted.state_dict()
     trained = [name for name, tensor in adapted.named_parameters() if tensor.requires_grad]
     tensors = read_trained_state(checkpoint, adapted)
     try:
         check_trained_names(tensors, trained)
-        adapted.load_state_dict(tensors, strict=False, assign=assign)
-    except (ValueError, RuntimeError) as error:  # torch raises RuntimeError for other shapes
+        for name, tensor in tensors.items():
+            if tensor.shape != state[name].shape:
+                found, expected = tuple(tensor.shape), tuple(state[name].shape)
+                raise ValueError(f"{name} has shape {found}, expected {expected}")
+    except ValueError as error:
         raise DataError(f"{checkpoint} belongs to another model or adapter: {error}") from error
+    adapted.load_state_dict(tensors, strict=False, assign=assign)
 
 
 def check_trained_names(stored: Iterable[str], trained: Iterable[str]) -> None:
@@ -185,11 +191,10 @@ def read_trained_state(checkpoint: Path, adapted: nn.Module) -> dict[str, torch.
         adapted: the model that `Adapter.apply` returned, whose names the tensors get.
 
     Raises:
-        DataError: peft's file cannot be read, or has a tensor that the model does not have.
+        DataError: the file is damaged, or has a tensor that the model does not have.
     """
     if checkpoint.name not in PEFT_FILES:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        tensors = stored["state_dict"].items()
+        tensors = read_checkpoint(checkpoint)["state_dict"].items()
         return {name.removeprefix("model."): tensor for name, tensor in tensors}
     tensors = read_peft_file(checkpoint)
     names = peft_names(adapted)

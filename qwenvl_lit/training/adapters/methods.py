@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
+from qwenvl_lit.value_types import matches, type_name
+
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
+
+# Settings of peft's `LoraConfig` that make sense for `LoRA.options`, with their types. The others
+# are set by `LoRA` itself, or are for other models; Megatron's make peft import a named module.
+PEFT_OPTIONS: Mapping[str, Any] = {
+    "alpha_pattern": dict[str, float],
+    "bias": Literal["none", "all", "lora_only"],
+    "ensure_weight_tying": bool,
+    "exclude_modules": str | list[str],
+    "fan_in_fan_out": bool,
+    "init_lora_weights": bool | str,
+    "layer_replication": list[tuple[int, int]],
+    "layers_pattern": str | list[str],
+    "layers_to_transform": int | list[int],
+    "lora_bias": bool,
+    "modules_to_save": list[str],
+    "qalora_group_size": int,
+    "rank_pattern": dict[str, int],
+    "target_parameters": list[str],
+    "trainable_token_indices": list[int] | dict[str, list[int]],
+    "use_dora": bool,
+    "use_qalora": bool,
+    "use_rslora": bool,
+}
 
 
 class Adapter(Protocol):
@@ -118,7 +143,7 @@ class LoRA:
         self.targets = targets if isinstance(targets, str) else list(targets)
         if isinstance(self.targets, str):
             _check_pattern(self.targets)
-        self.options = dict(options or {})
+        self.options = _checked_options(options or {})
         self.quantization = dict(quantization) if quantization else None
 
     def apply(self, model: nn.Module, family: Family) -> nn.Module:
@@ -129,11 +154,6 @@ class LoRA:
             targets = family.lora_targets.get(targets, targets)
         if targets != "all-linear":
             self._check_targets(targets, model, family)
-        unknown = sorted(set(self.options) - set(LoraConfig.__dataclass_fields__))
-        if unknown:
-            raise ValueError(
-                f"adapter.options has {', '.join(unknown)}, which peft's LoraConfig does not know"
-            )
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -168,6 +188,18 @@ class LoRA:
                 raise ValueError(
                     f"adapter.targets={self.targets!r} matches {path}, which is not a linear layer"
                 )
+
+
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        expected = PEFT_OPTIONS.get(name)
+        if expected is None:
+            raise ValueError(f"adapter.options has {name}; it may have {', '.join(PEFT_OPTIONS)}")
+        if value is not None and not matches(value, expected):
+            raise ValueError(
+                f"adapter.options.{name} is {value!r:.100}, expected {type_name(expected)}"
+            )
+    return dict(options)
 
 
 def _check_pattern(targets: str) -> None:

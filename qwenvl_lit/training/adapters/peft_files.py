@@ -5,19 +5,18 @@ The folders may be written by this package, peft, ms-swift or Qwen-VL's own fine
 
 from __future__ import annotations
 
-import json
-import pickle
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from qwenvl_lit.training.adapters.methods import LoRA
+from qwenvl_lit.stored_files import read_json_object, read_tensors
+from qwenvl_lit.training.adapters.methods import PEFT_OPTIONS, LoRA
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches, type_name
 
 # Names of the weights file, in the order in which they are looked for
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -44,28 +43,43 @@ IGNORED = (
     "lorap_emb_lr",
     "lorap_lr_ratio",
 )
+# Types of the settings, where peft's own are looser or name classes
+FIELDS: Mapping[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "target_modules": str | list[str],
+    "base_model_name_or_path": str,
+    "init_lora_weights": bool | str,
+    **PEFT_OPTIONS,
+}
 # Initializations that subtract the initial adapter from the base weights
 CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Tensors of peft's adapter on a `torch.nn.MultiheadAttention`
 ADAPTER_ON_ATTENTION = "attn_pool.attn.lora_"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_peft_config(folder: Path) -> dict[str, Any]:
     """Reads the configuration of an adapter folder.
 
     Raises:
-        DataError: the file is broken, or describes another method than LoRA.
+        DataError: the file is damaged, or describes another method than LoRA.
     """
     file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}; is it complete?") from error
-    method = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json_object(file)
+    method = config.get("peft_type")
     if method != "LORA":
         raise DataError(
-            f"{file} has peft_type {method}; only LORA and its variants, such as DoRA, can be used"
+            f"{file} has peft_type {method!s:.100}; only LORA and its variants, such as DoRA, can "
+            f"be used"
         )
+    for key, value in config.items():
+        expected = FIELDS.get(key)
+        if expected is not None and value is not None and not matches(value, expected):
+            raise DataError(
+                f"{file}: {key} is {value!r:.100}, expected {type_name(expected)}; "
+                f"is the file damaged?"
+            )
     return config
 
 
@@ -77,7 +91,7 @@ def adapter_node(folder: Path) -> dict[str, Any]:
     """
     from peft import LoraConfig
 
-    config, file = read_config(folder), folder / CONFIG
+    config, file = read_peft_config(folder), folder / CONFIG
     if not config.get("target_modules"):
         raise DataError(f"{file} lacks target_modules: which layers does it adapt?")
     initialization = config.get("init_lora_weights")
@@ -96,13 +110,13 @@ def adapter_node(folder: Path) -> dict[str, Any]:
         known_elsewhere = key in ARGUMENTS or key in IGNORED
         if not known_elsewhere and value and value != defaults.get(key):
             options[key] = value
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        settings = ", ".join(f"{key}={options[key]}" for key in unknown)
-        raise DataError(
-            f"{file} has {settings}, which the installed peft does not know; "
-            f"a newer one may: pip install -U peft"
-        )
+    for key, value in options.items():
+        if key in PEFT_OPTIONS:
+            continue
+        reason = "is not used here"
+        if key not in defaults:
+            reason = "the installed peft does not know; a newer one may: pip install -U peft"
+        raise DataError(f"{file} has {key}={value!r:.100}, which {reason}")
     node: dict[str, Any] = {"_target_": f"{LoRA.__module__}.{LoRA.__name__}"}
     for key, argument in ARGUMENTS.items():
         node[argument] = config.get(key, defaults[key])
@@ -134,20 +148,7 @@ def read_peft_file(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         DataError: the file is incomplete or not in the format that its name promises.
     """
-    try:
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise DataError(f"{file} cannot be read: {error}; is it complete?") from error
+    tensors = read_tensors(file)
     # peft leaves the adapter's name, "default", out; scripts that save a state dict keep it.
     return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
 
