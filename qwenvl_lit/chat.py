@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -206,9 +206,7 @@ class Chat:
             "system": self.system,
             **details,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "conversation.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_json_lines(self.folder / "conversation.jsonl", [row])
         self.answers += 1
 
 

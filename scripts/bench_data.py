@@ -62,7 +62,7 @@ def plain_loop(folder: Path, tokenizer: QwenTokenizer) -> int:
     all_ids: list[torch.Tensor] = []
     all_pixels: list[torch.Tensor] = []
     rows = 0
-    for line in (folder / "rows.jsonl").read_text().splitlines():
+    for line in (folder / "rows.jsonl").read_text().split("\n")[:-1]:
         row = json.loads(line)
         before, rest = row["query"].split("<img>")
         name, after = rest.split("</img>")

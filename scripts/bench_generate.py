@@ -177,7 +177,7 @@ def measure_prediction(arguments: argparse.Namespace) -> Measured:
         process_s = time.perf_counter() - start
         if run.returncode:
             sys.exit(f"predict ended with {run.returncode}: {run.stdout}")
-        lines = (folder / "run" / "predictions.jsonl").read_text().splitlines()
+        lines = (folder / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
         assert [json.loads(line)["index"] for line in lines] == list(range(arguments.rows))
     rate = r"([\d.]+) images/s, (\d+) new tokens/s"
     all_rows = re.search(rf"predict: (\d+) rows in ([\d.]+) s, {rate}", run.stdout)

@@ -52,7 +52,7 @@ def only_run(folder: Path, command: str) -> Path:
 
 
 def read_json_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def compose_config(command: str, *overrides: str) -> DictConfig:

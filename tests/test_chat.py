@@ -89,6 +89,15 @@ def test_lines_after_exit_are_not_read(talk):
         assert talk(f"Hello\n{word}\nHow are you?\n").output == "yes\n"
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_a_recorded_conversation_is_one_line_whatever_it_holds(talk, tmp_path, character):
+    talk(f"a{character}b\n", f"c{character}d")
+    [row] = recorded(tmp_path)
+    assert (row["query"], row["response"]) == (f"a{character}b", f"c{character}d")
+    [read] = read_rows(str(tmp_path / "conversation.jsonl"))
+    assert read.turns[0].parts == (f"a{character}b",)
+
+
 def test_clear_empties_the_history(talk):
     chat = talk("Hello\nclear\nHow are you?\n")
     assert questions(chat.prompts[-1]) == ["How are you?"]

@@ -17,6 +17,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import answered_rows
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.reports.scores import answers
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
@@ -141,6 +142,29 @@ def test_a_prediction_whose_rows_are_all_answered_becomes_complete(module, tmp_p
     predict(tmp_path / "resumed", module, data(module, answered=all_rows), writer, recorder)
     assert recorder.ids == [["ggg"]]
     assert written(tmp_path / "resumed") == written(complete)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_answers_are_scored_whatever_line_separators_the_questions_hold(
+    character, module, tmp_path
+):
+    rows = [
+        Conversation(
+            id=f"{name}{character}",
+            turns=(
+                Turn(role="user", parts=(f"a{character}b",)),
+                Turn(role="assistant", parts=(f"c{character}",)),
+            ),
+        )
+        for name in "xy"
+    ]
+    datamodule = DataModule(
+        processor=module.processor, read=lambda source, read_options: rows, test="any"
+    )
+    predict(tmp_path, module, datamodule, PredictionWriter())
+    predictions = answers(tmp_path / "predictions.jsonl", {"test": rows}, module.processor)
+    assert [row.conversation.id for row in predictions["test"]] == [row.id for row in rows]
+    assert [row.reference for row in predictions["test"]] == [f"c{character}"] * 2
 
 
 def test_answers_to_other_rows_are_refused(module, tmp_path):

@@ -18,8 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
+from qwenvl_lit.data.json_lines import append_json_lines, read_json_lines
 from qwenvl_lit.metrics.summary import SCORES_FILE, scores_to_update
-from qwenvl_lit.types import Batch
+from qwenvl_lit.stored_json import set_aside
+from qwenvl_lit.types import Batch, DataError
 
 LOG = "logging.jsonl"
 PRINTED = ("loss", "accuracy", "grad_norm", "learning_rate", "samples_per_second", "memory_gib")
@@ -146,6 +148,8 @@ class RunLog(lightning.Callback):
         kept = []
         if trainer.global_step:
             kept = read_log(path)[: self._lines]
+            if path.exists() and len(kept) < self._lines:
+                log.warning("the damaged %s is now %s", path, set_aside(path))
         self._lines = len(kept)
         self._repeated = None
         if kept and "total" not in kept[-1]:
@@ -192,20 +196,33 @@ class RunLog(lightning.Callback):
         return record
 
     def _append(self, trainer: lightning.Trainer, record: Mapping[str, Any]) -> None:
-        with Path(trainer.default_root_dir, LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_lines(Path(trainer.default_root_dir, LOG), [record])
         self._lines += 1
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a `logging.jsonl`; none if the file does not exist.
 
-    A last line that a killed run left unfinished is skipped.
+    A last line that a killed run left unfinished is skipped. The records end before a line that is
+    damaged, with a warning: a run can be resumed without its history.
     """
+    records: list[dict[str, Any]] = []
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+        return records
+    try:
+        for number, record in read_json_lines(path, unfinished=True):
+            if not _is_record(record):
+                raise DataError(f"{path}:{number}: expected numbers by name; is the file damaged?")
+            records.append(record)
+    except DataError as damage:
+        log.warning("%s; only the %d lines before it are used", damage, len(records))
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    return all(isinstance(value, int | float | None) for value in record.values())
 
 
 def save_scores(folder: str | Path, part: str, scores: Mapping[str, Any]) -> None:

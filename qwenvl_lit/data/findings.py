@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.data.mixture import OpenedDataset
 from qwenvl_lit.types import DataError
 
@@ -33,10 +33,7 @@ class FindingsWriter:
         file = self.folder / FILENAME
         if self.rank:
             file = file.with_stem(f"{file.stem}.rank{self.rank}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            for finding in findings:
-                stream.write(json.dumps(finding, ensure_ascii=False) + "\n")
+        append_json_lines(file, findings)
 
 
 class FindingsLog:

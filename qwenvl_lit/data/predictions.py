@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_lit.atomic import atomic_file
+from qwenvl_lit.data.json_lines import read_json_lines
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.data.selection import Rows
 
 FILENAME = "predictions.jsonl"
+_REPR = reprlib.Repr()
+_REPR.maxdict = _REPR.maxstring = 60
+_short = _REPR.repr
 
 
 def rank_file(file: Path, rank: int | str) -> Path:
@@ -59,7 +64,7 @@ def answered_rows(folder: Path, filename: str = FILENAME) -> dict[str, dict[int,
     The run may have been interrupted.
 
     Raises:
-        DataError: the folder holds no predictions.
+        DataError: the folder holds no predictions, or as `prediction_rows`.
     """
     merged = folder / filename
     files = sorted(folder.glob(rank_file(merged, "*").name))
@@ -72,12 +77,33 @@ def answered_rows(folder: Path, filename: str = FILENAME) -> dict[str, dict[int,
         )
     rows: dict[str, dict[int, dict[str, Any]]] = {}
     for file in files:
-        # After the last line break comes nothing, or a line cut off when the process was killed.
-        complete_lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        for line in complete_lines:
-            row = json.loads(line)
+        for row in prediction_rows(file, unfinished=True):
             rows.setdefault(row["set"], {})[row["index"]] = row
     return rows
+
+
+def prediction_rows(file: Path, *, unfinished: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a predictions file.
+
+    Args:
+        unfinished: as for `read_json_lines`.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a prediction.
+    """
+    for number, row in read_json_lines(file, unfinished=unfinished):
+        if not _is_prediction(row):
+            raise DataError(
+                f"{file}:{number}: expected {{set, index, id, prediction}} as `predict` writes "
+                f"them, with an index that is 0 or more and text otherwise; got {_short(row)}"
+            )
+        yield row
+
+
+def _is_prediction(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("index")) is not int or row["index"] < 0:
+        return False
+    return all(isinstance(row.get(key), str) for key in ("set", "id", "prediction"))
 
 
 def unanswered(name: str, rows: Rows, answered: Mapping[int, str]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from bisect import bisect_right
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_lit.data.predictions import prediction_rows
 from qwenvl_lit.metrics.boxes import expected_boxes, first_box, first_box_iou
 from qwenvl_lit.metrics.per_sample import PerSampleMetric, sample_key
 from qwenvl_lit.models.protocols import Processor
@@ -99,23 +99,12 @@ def read_predictions(file: Path) -> dict[str, dict[int, tuple[str, str]]]:
     """Reads id and text of the answers in a `predictions.jsonl`, by set and row index.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a prediction.
+        DataError: as `prediction_rows`, or the file has no rows.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"predictions={file} cannot be read: {error}") from None
     answers_by_set: dict[str, dict[int, tuple[str, str]]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            answers_of_set = answers_by_set.setdefault(row["set"], {})
-            answers_of_set[int(row["index"])] = (row["id"], str(row["prediction"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{file}:{number}: expected {{set, index, id, prediction}} "
-                f"as `predict` writes them: {error!r}"
-            ) from None
+    for row in prediction_rows(file):
+        answers_of_set = answers_by_set.setdefault(row["set"], {})
+        answers_of_set[row["index"]] = (row["id"], row["prediction"])
     if not answers_by_set:
         raise DataError(f"predictions={file} has no rows")
     return answers_by_set
@@ -225,9 +214,9 @@ def sorted_groups(names: Iterable[str]) -> list[str]:
 
 
 def _group_order(name: str) -> tuple[bool, float, str]:
-    number = re.split("[ –]", name)[0]
-    if number.replace(".", "", 1).isdigit():
-        return False, float(number), ""
+    number = re.match(r"[0-9]+(?:\.[0-9]+)?(?=[ –]|$)", name)
+    if number:
+        return False, float(number[0]), ""
     return True, 0.0, name
 
 

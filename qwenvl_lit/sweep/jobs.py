@@ -161,7 +161,7 @@ def _error(status: int, output: Path) -> str:
         cause = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{cause}"
     last_line = last_error = ""
-    for line in output.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in output.read_text(encoding="utf-8", errors="replace").split("\n"):
         if line.strip():
             last_line = line
         if line.startswith("error: "):

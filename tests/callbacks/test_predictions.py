@@ -11,7 +11,7 @@ from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Pre
 
 
 def read(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def write_rank_file(path, rows) -> None:

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_task import ToyData, ToyTask, conversation, trainer
 
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
+from qwenvl_lit.data.json_lines import append_json_lines
 
 DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four steps an epoch
 
@@ -138,3 +139,29 @@ def test_a_component_with_its_own_learning_rate_has_it_in_the_log(tmp_path):
     [record] = read_log(tmp_path / "logging.jsonl")
     rates = {name: record[name] for name in record if name.startswith("learning_rate")}
     assert rates == {"learning_rate": 0.1, "learning_rate_vision": 0.01}
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_records_are_read_whatever_the_names_of_scores_hold(tmp_path, character):
+    record = {"step": 1, f"val/a{character}b": 1.0}
+    append_json_lines(tmp_path / "logging.jsonl", [record, record])
+    assert read_log(tmp_path / "logging.jsonl") == [record, record]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": "1"}', "[" * 100_000, "\x00"])
+def test_a_damaged_history_does_not_stop_a_resumed_run_and_is_kept(tmp_path, caplog, line):
+    checkpoints = ModelCheckpoint(
+        dirpath=tmp_path, filename="at", every_n_train_steps=3, save_top_k=-1
+    )
+    options = {"limit_val_batches": 0, "max_epochs": 1, "enable_checkpointing": True}
+    trainer(tmp_path, RunLog(), checkpoints, **options).fit(ToyTask(), DATA)
+    history = tmp_path / "logging.jsonl"
+    lines = history.read_text().split("\n")
+    history.write_text("\n".join([lines[0], line, *lines[2:]]))
+    damaged = history.read_bytes()
+    trainer(tmp_path, RunLog(), **options).fit(
+        ToyTask(), DATA, ckpt_path=tmp_path / "at.ckpt", weights_only=True
+    )
+    assert [record["step"] for record in read_log(history)] == [1, 4]
+    assert "logging.jsonl:2: " in caplog.text
+    assert (tmp_path / "logging.jsonl.broken").read_bytes() == damaged

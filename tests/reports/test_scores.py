@@ -98,6 +98,8 @@ def test_groups_are_sorted_by_size_and_then_by_name():
     intervals = ["16 and more", "2–3", "1", "", "8–15"]
     assert sorted_groups(intervals) == ["1", "2–3", "8–15", "16 and more"]
     assert sorted_groups(["b", "", "a"]) == ["a", "b"]
+    digits = ["²", "10", "٣", "1.5", "2", "1.2.3", "9" * 400, "2nd"]  # "²".isdigit() is true
+    assert sorted_groups(digits) == ["1.5", "2", "10", "9" * 400, "1.2.3", "2nd", "²", "٣"]
 
 
 def test_the_worst_and_the_best_answers_are_distinct():
@@ -182,7 +184,7 @@ def test_answers_to_other_rows_are_refused(tmp_path, wrong, message):
 def test_a_line_that_is_not_a_prediction_is_named(tmp_path, wrong):
     file = tmp_path / "some.jsonl"
     file.write_text(json.dumps(line("a", 0, "x", "")) + "\n" + wrong + "\n")
-    with pytest.raises(DataError, match=r"some\.jsonl:2: expected \{set, index, id, prediction\}"):
+    with pytest.raises(DataError, match=r"some\.jsonl:2: (expected \{set, index|not JSON)"):
         read_predictions(file)
 
 
