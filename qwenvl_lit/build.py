@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
+from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
@@ -171,7 +172,7 @@ def trainer(
     nodes = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
         nodes.pop("progress", None)  # a progress bar needs a terminal; `RunLog` prints lines
-    built = [_instantiate(node) for node in nodes.values()]
+    built = [Peers(), *(_instantiate(node) for node in nodes.values())]
     if features is not None:
         folder = Path(config.paths.cache, "vision")
         built.append(VisionCache(features, folder, limit_gb=config.speed.vision_cache_gb))

@@ -20,6 +20,7 @@ from torch import nn
 from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors
 from qwenvl_lit.callbacks.stop_signals import StopSignals
 from qwenvl_lit.data.loop_state import rebuild_train_loader, state_after_batch, validation_follows
+from qwenvl_lit.stopping import NOTHING_KEPT, signals
 from qwenvl_lit.training.rng import rng_state, set_rng_state
 from qwenvl_lit.types import Batch, DataError
 
@@ -35,9 +36,10 @@ class RunCheckpoint(Checkpoint):
     `last` is saved every `every` optimizer steps, after the validation if one is due, and at the
     end. `best` is saved after the validation with the best `monitor`.
 
-    On SIGTERM, SIGUSR1 and Ctrl-C the run finishes its step or its validation, saves, and exits
-    with status 143, or 130 after Ctrl-C; see `StopSignals`. Several processes stop together, one
-    step later.
+    On SIGTERM, SIGUSR1, SIGHUP and Ctrl-C the run finishes its step or its validation, saves, and
+    exits with status 143, 129 after SIGHUP, or 130 after Ctrl-C; see `StopSignals`. Several
+    processes stop together, one step later. A step that does not end is ended, see
+    `SignalListener`.
 
     Random numbers that loaders and validations draw between two training batches do not change
     those of training.
@@ -97,6 +99,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         self._saved_step = self._latest_step = trainer.global_step
         self._due = self._stopping = False
+        is_resuming = self._rng_state is not None
         if self._rng_state is None:
             self._rng_state = rng_state()
         else:
@@ -104,6 +107,7 @@ class RunCheckpoint(Checkpoint):
             rebuild_train_loader(trainer)
         self._loop_state = trainer.fit_loop.state_dict()
         self._rng_state_of_step = self._rng_state
+        signals.kept = _saved_line(trainer) if is_resuming else NOTHING_KEPT
         self._signals.listen()
 
     def on_train_batch_start(
@@ -124,6 +128,7 @@ class RunCheckpoint(Checkpoint):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        signals.progress()
         self._rng_state = rng_state()
         if trainer.global_step == self._latest_step:  # accumulated gradients are not saved
             return
@@ -135,6 +140,9 @@ class RunCheckpoint(Checkpoint):
         # Lightning skips a validation that follows when it resumes from a checkpoint before it.
         if self._due and not validation_follows(trainer):
             self._save_last(trainer)
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        signals.progress()
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -156,7 +164,7 @@ class RunCheckpoint(Checkpoint):
             self._save_last(trainer)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        self._signals.release_ctrl_c()
+        self._signals.release()
 
     on_exception = teardown
 
@@ -209,6 +217,7 @@ class RunCheckpoint(Checkpoint):
         self._due = False
         self._save(trainer, "last")
         self._saved_step = trainer.global_step
+        signals.kept = _saved_line(trainer)
         if self.keep and trainer.is_global_zero:
             with _disk_errors(self.folder):
                 self._keep_older(trainer.global_step)
@@ -219,10 +228,7 @@ class RunCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             # Lightning kills rank 0 when another rank ends with an error.
             raise SystemExit(0)
-        print(
-            f"\nStopped by a signal; saved after step {trainer.global_step}. "
-            f"Resume:  python -m qwenvl_lit.train resume={trainer.default_root_dir}"
-        )
+        print(f"\nStopped by a signal; {signals.kept[0].lower()}{signals.kept[1:]}", flush=True)
         raise SystemExit(self._signals.exit_status)
 
     def _keep_older(self, step: int) -> None:
@@ -239,6 +245,13 @@ class RunCheckpoint(Checkpoint):
         Raises:
             DataError: rank 0 cannot write them; raised on all ranks.
         """
+        with signals.saving():
+            error_message = self._write(trainer, name)
+        if error_message:
+            raise DataError(error_message)
+
+    def _write(self, trainer: lightning.Trainer, name: str) -> str | None:
+        """Writes what `_save` writes; returns the error of rank 0 on all ranks."""
         error_message = None
         try:
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
@@ -252,9 +265,7 @@ class RunCheckpoint(Checkpoint):
                 save_adapter(model, tensors, self.folder / f"{name}_adapter")
             except DataError as error:
                 error_message = str(error)
-        error_message = trainer.strategy.broadcast(error_message)
-        if error_message:
-            raise DataError(error_message)
+        return trainer.strategy.broadcast(error_message)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -292,6 +303,11 @@ def save_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: 
             model.save_pretrained(unfinished, state_dict=state, save_embedding_layers=False)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+
+
+def _saved_line(trainer: lightning.Trainer) -> str:
+    resume = f"python -m qwenvl_lit.train resume={trainer.default_root_dir}"
+    return f"Saved after step {trainer.global_step}. Resume:  {resume}"
 
 
 def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> None:

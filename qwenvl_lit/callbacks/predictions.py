@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
 
+from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.data.predictions import FILENAME, answered_rows, merge_rank_files, rank_file
 from qwenvl_lit.rendering.text import box_numbers, prompt_text
+from qwenvl_lit.stopping import Stopped, signals
 from qwenvl_lit.types import Batch, GroundedObject, Prediction
 
 
@@ -59,7 +59,8 @@ class PredictionWriter(lightning.Callback):
     """Writes the predictions of `test_step` and `predict_step` to a file of the run folder.
 
     Each rank appends to a file of its own, `NAME.rank0.jsonl` and so on, batch by batch. At the end
-    the files are merged; after an interrupt they remain.
+    the files are merged; after an interrupt they remain. `predict` continues from them with
+    `answered`; `test` starts again in the same folder.
 
     Args:
         answered: the folder of an earlier prediction whose rows are taken over.
@@ -75,10 +76,13 @@ class PredictionWriter(lightning.Callback):
         file = self._rank_file(trainer, trainer.global_rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
+        if trainer.is_global_zero:
+            self._remove_other_files(trainer)
         if self.answered and trainer.is_global_zero:
             earlier = answered_rows(Path(self.answered), self.filename)
             for rows in earlier.values():
-                _append(file, rows.values())
+                append_json_lines(file, rows.values())
+        signals.kept = _how_to_continue(trainer)
 
     def on_test_batch_end(
         self,
@@ -91,7 +95,7 @@ class PredictionWriter(lightning.Callback):
     ) -> None:
         name = set_name(trainer, dataloader_idx)
         rows = [prediction_row(prediction, name) for prediction in outputs]
-        _append(self._rank_file(trainer, trainer.global_rank), rows)
+        append_json_lines(self._rank_file(trainer, trainer.global_rank), rows)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         trainer.strategy.barrier("predictions are written")
@@ -109,21 +113,26 @@ class PredictionWriter(lightning.Callback):
         pl_module: lightning.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Prints how an interrupted prediction is continued."""
-        if not (trainer.predicting and trainer.is_global_zero):
+        """Prints how a failed prediction is continued; a command prints it after a signal."""
+        if isinstance(exception, Stopped) or not (trainer.predicting and trainer.is_global_zero):
             return
         file = self._rank_file(trainer, 0)
         if file.exists() and file.stat().st_size:
-            print(
-                f"\nStopped; the same command with answered={file.parent} answers the other rows.",
-                file=sys.stderr,
-            )
+            print(f"\nStopped. {_how_to_continue(trainer)}", file=sys.stderr)
+
+    def _remove_other_files(self, trainer: lightning.Trainer) -> None:
+        """Removes what an interrupted test with more processes has left in the folder."""
+        own_files = {self._rank_file(trainer, rank) for rank in range(trainer.world_size)}
+        pattern = rank_file(Path(self.filename), "*").name
+        for file in set(Path(trainer.default_root_dir).glob(pattern)) - own_files:
+            file.unlink()
 
     def _rank_file(self, trainer: lightning.Trainer, rank: int) -> Path:
         return rank_file(Path(trainer.default_root_dir, self.filename), rank)
 
 
-def _append(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _how_to_continue(trainer: lightning.Trainer) -> str:
+    folder = trainer.default_root_dir
+    if trainer.predicting:
+        return f"The same command with answered={folder} answers the other rows."
+    return f"The same command, also with hydra.run.dir={folder}, starts the test again."

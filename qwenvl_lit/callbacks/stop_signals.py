@@ -1,56 +1,40 @@
-"""Signals that ask a run to save and stop."""
+"""All ranks of a run agree on whether a signal has asked them to save and stop."""
 
 from __future__ import annotations
-
-import signal
-import threading
-from typing import Any
 
 import lightning
 import torch
 
 from qwenvl_lit.models.host_copy import HostCopy
+from qwenvl_lit.stopping import exit_status, signals
 from qwenvl_lit.training.strategies import sum_over_ranks
-
-STOPPED = 143  # exit status after SIGTERM or SIGUSR1: 128 + 15, as a shell reports SIGTERM
-INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 
 
 class StopSignals:
-    """Records SIGTERM, SIGUSR1 and Ctrl-C, so that a run can finish its step and save.
+    """Records stop signals, so that a run can finish its step and save; see `SignalListener`.
 
-    Clusters send SIGTERM or SIGUSR1 before they take a machine away. The handlers replace
-    Lightning's, which would save and requeue the job by themselves. A second Ctrl-C is not
-    recorded: it raises KeyboardInterrupt.
+    The handlers replace Lightning's, which would save and requeue the job by themselves.
     """
 
     def __init__(self) -> None:
-        self._received = 0  # the number of the latest signal
         self._ranks_before: HostCopy | None = None  # how many ranks had a signal one step ago
 
     def listen(self) -> None:
-        """Starts to record signals; the Trainer restores the earlier handlers after `fit`.
-
-        Python can set handlers in the main thread only; in other threads nothing is recorded.
-        """
-        self._received = 0
+        """Starts to record signals; the Trainer restores the earlier handlers after `fit`."""
         self._ranks_before = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                signal.signal(number, self._record)
+        signals.record()
 
-    def release_ctrl_c(self) -> None:
-        """Lets Ctrl-C raise KeyboardInterrupt again."""
-        if signal.getsignal(signal.SIGINT) == self._record:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def release(self) -> None:
+        """Lets signals end the command again."""
+        signals.release()
 
     @property
     def received(self) -> bool:
-        return bool(self._received)
+        return bool(signals.received)
 
     @property
     def exit_status(self) -> int:
-        return INTERRUPTED if self._received == signal.SIGINT else STOPPED
+        return exit_status(signals.received)
 
     def received_by_any_rank(self, trainer: lightning.Trainer) -> bool:
         """Returns whether a rank has received a signal, the same on all ranks; call it each step.
@@ -63,12 +47,3 @@ class StopSignals:
         received = torch.full((), float(self.received), device=trainer.strategy.root_device)
         ranks_before, self._ranks_before = self._ranks_before, HostCopy(sum_over_ranks(received))
         return ranks_before is not None and bool(ranks_before.read())
-
-    def _record(self, number: int, *_: Any) -> None:
-        self._received = number
-        if number == signal.SIGINT:
-            self.release_ctrl_c()
-            print(
-                "\nThe run finishes its step and saves; press Ctrl-C again to end it at once.",
-                flush=True,
-            )

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.callbacks.stop_signals import INTERRUPTED
 from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.data.feature_pass import (
     distinct_rows,
@@ -28,6 +27,7 @@ from qwenvl_lit.data.features import CachedFeatures, FeatureStore
 from qwenvl_lit.data.survey import ReportProgress, available_cores
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
+from qwenvl_lit.stopping import INTERRUPTED, NOTHING_KEPT, signals
 from qwenvl_lit.types import DataError, ImageSource
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the stored features; raise it when images are read or encoded in another way
 ENCODER = ("vision", "resampler")  # the components of a family that compute image features
+RESUMES = "The images encoded so far are stored; the next run encodes the remaining ones."
 WORTHWHILE_USES = 1.5  # how often training must use an image for the cache to save time
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class VisionCache(lightning.Callback):
         Raises:
             DataError: the tower or the resampler is trained, the features are larger than
                 `limit_gb` or the free disk space, or an image cannot be opened.
-            SystemExit: Ctrl-C while images are encoded; status 130.
+            SystemExit: KeyboardInterrupt while images are encoded; status 130.
         """
         family, data = pl_module.family, trainer.datamodule
         drop_bad = data.on_bad_image == "drop"
@@ -103,6 +104,7 @@ class VisionCache(lightning.Callback):
         # No rank may write before all have looked up what is missing.
         trainer.strategy.barrier("images are counted")
         share = missing[trainer.local_rank :: trainer.num_devices]
+        signals.kept = RESUMES
         try:
             with _progress(trainer) as report:
                 encode_images(
@@ -119,12 +121,9 @@ class VisionCache(lightning.Callback):
             status = 0  # of ranks above 0: Lightning kills rank 0 when another one fails
             if trainer.is_global_zero:
                 status = INTERRUPTED
-                print(
-                    "\nStopped. The images encoded so far are stored; "
-                    "the next run encodes the remaining ones.",
-                    flush=True,
-                )
+                print(f"\nStopped. {RESUMES}", flush=True)
             raise SystemExit(status) from None
+        signals.kept = NOTHING_KEPT
         trainer.strategy.barrier("images are encoded")
         store.refresh()
         self.features.open(store)

@@ -8,23 +8,20 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +31,10 @@ from qwenvl_lit.cli.mixture import keep_expanded_datasets
 from qwenvl_lit.cli.overrides import INFO_FLAGS, quote_free_text
 from qwenvl_lit.cli.ranks import rank_arguments
 from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
+from qwenvl_lit.cli.run_folder import remove_unused_folder
+from qwenvl_lit.cli.signals import stops_reported
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.stopping import Stopped
 from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
 from qwenvl_lit.types import DataError
 
@@ -75,8 +75,15 @@ def command(
         adjust: what this command alone changes in its arguments, before all else.
 
     Exits with status 2 after a mistake on the command line, with 1 after one in the data or in a
-    job of a sweep, and with 143 or 130 if a signal made a run save and stop.
+    job of a sweep, and with 143, 130 or 129 if SIGTERM, Ctrl-C or SIGHUP stopped it.
     """
+    with stops_reported(name):
+        _run_reporting_mistakes(name, main, run, adjust)
+
+
+def _run_reporting_mistakes(
+    name: str, main: Main, run: Literal["unused", "needed", "start"], adjust: Adjust
+) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function unchanged
     OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
     arguments = sys.argv[1:]
@@ -182,8 +189,11 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
     try:
         keep_expanded_datasets(config)
         main(resumed(config) if "resume" in config else config)
+    except Stopped:
+        remove_unused_folder()
+        raise
     except DataError as error:
-        _remove_empty_folder()
+        remove_unused_folder()
         _exit(1, _last_message(str(error)))
     except Exception as error:
         cause: BaseException = error
@@ -191,29 +201,13 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
             cause = error.__cause__
         if not _is_a_mistake(cause):
             raise
-        _remove_empty_folder()
+        remove_unused_folder()
         _exit(2, str(cause))
 
 
 def _last_message(text: str) -> str:
     """The message alone: an error from a data worker starts with that worker's traceback."""
     return re.split(r"(?m)^qwenvl_lit\.types\.\w+: ", text)[-1].strip()
-
-
-def _remove_empty_folder() -> None:
-    """Removes the run folder of a command that was refused before it wrote anything.
-
-    Jobs of a sweep and resumed runs keep theirs.
-    """
-    job: Any = HydraConfig.get()
-    folder, hydra_folder = Path(job.runtime.output_dir), job.output_subdir
-    if hydra_folder is None or job.mode != RunMode.RUN or folder.resolve() == Path.cwd():
-        return
-    for file in folder.iterdir():
-        is_empty_log = file.suffix == ".log" and file.stat().st_size == 0
-        if file.name != hydra_folder and not is_empty_log:
-            return
-    shutil.rmtree(folder)
 
 
 def _is_a_mistake(error: BaseException) -> bool:

@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader
 
 from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
-from qwenvl_lit.data.loading import EncodedDataset, ResumableDataLoader, ignore_cluster_signals
+from qwenvl_lit.data.loading import (
+    EncodedDataset,
+    ResumableDataLoader,
+    ignore_cluster_signals,
+    loader_without_rows,
+)
 from qwenvl_lit.data.loop_state import data_position, optimizer_steps
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
@@ -207,18 +212,12 @@ class DataModule(lightning.LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader]:
         """Returns the loaders of `test_dataloader` without the `answered` rows.
 
-        If all rows are answered, the last one is answered again: Lightning runs no loop without
-        batches.
-
         Raises:
             DataError: the answers belong to other rows.
         """
         indices: dict[str, list[int]] = {}
         for name, rows in self.test.items():
             indices[name] = unanswered(name, rows, self.answered.get(name, {}))
-        if not any(indices.values()):
-            last_set = self.test_names[-1]
-            indices[last_set] = [len(self.test[last_set]) - 1]
         return [self._prompt_loader(rows, indices[name]) for name, rows in self.test.items()]
 
     def steps_of_run(self) -> float:
@@ -365,6 +364,8 @@ class DataModule(lightning.LightningDataModule):
             order = order[np.argsort(-lengths[order], kind="stable")]
         # Each row goes to exactly one rank; none is repeated to fill up.
         of_rank = order[self._rank :: self._world_size].tolist()
+        if not of_rank:
+            return loader_without_rows(self.processor.pad_id)
         pad = Pad(pad_id=self.processor.pad_id, side="left" if prompt else "right")
         batching = {"batch_size": self.eval_batch_size, "sampler": of_rank}
         return self._loader(rows, pad, prompt=prompt, renumber=True, **batching)

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
+from qwenvl_lit.data.loading import DROP_ADVICE, ignore_cluster_signals
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
 from qwenvl_lit.data.survey import Finding, ReportProgress, survey
 from qwenvl_lit.types import BadImage, Conversation, DataError
@@ -109,6 +110,7 @@ def encode_images(
         batch_size=BATCH_SIZE,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=ignore_cluster_signals,
         pin_memory=torch.cuda.is_available(),
         # The default generator would advance, and training would draw other random numbers.
         generator=torch.Generator(),
@@ -121,7 +123,7 @@ def encode_images(
         try:
             for keys, pixels, errors in loader:
                 if errors and not drop_bad:
-                    raise BadImage(errors[0])
+                    raise BadImage(f"{errors[0]}; {DROP_ADVICE}")
                 if keys:
                     features |= zip(keys, encode_padded(encode, pixels), strict=True)
                 if len(features) > IMAGES_PER_FILE - BATCH_SIZE:

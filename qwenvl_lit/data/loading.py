@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
+from operator import itemgetter
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader, Dataset
 
+from qwenvl_lit.data.collate import empty_batch
+from qwenvl_lit.data.orphans import end_with_parent
 from qwenvl_lit.data.samplers import BatchSampler
 from qwenvl_lit.data.selection import Rows
 from qwenvl_lit.types import BadImage, DataError, Dropped, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
+
+DROP_ADVICE = "or leave out such rows: data.on_bad_image=drop"  # ends the message of a bad image
 
 
 class EncodedDataset(Dataset):
@@ -53,7 +58,7 @@ class EncodedDataset(Dataset):
         except BadImage as error:
             if self.drop_bad:
                 return Dropped(str(error))
-            raise
+            raise BadImage(f"{error}; {DROP_ADVICE}") from error
 
 
 class ResumableDataLoader(DataLoader):
@@ -85,13 +90,23 @@ class ResumableDataLoader(DataLoader):
             )
 
 
+def loader_without_rows(pad_id: int) -> DataLoader:
+    """Returns a loader of one batch without rows, for a rank that has no row of a set.
+
+    Lightning skips the whole loop on a rank without batches, with the hooks and collectives that
+    the other ranks wait for.
+    """
+    return ResumableDataLoader([empty_batch(pad_id, ())], batch_size=1, collate_fn=itemgetter(0))
+
+
 def ignore_cluster_signals(worker_id: int) -> None:
-    """Makes a data worker ignore SIGTERM and SIGUSR1 unless its parent process sent them.
+    """Makes a data worker ignore Ctrl-C and the signals of clusters unless its parent sent them.
 
     A cluster that stops a run signals the whole process group. The trainer still needs its workers,
     to finish the step and to save a checkpoint.
     """
-    signals = {signal.SIGTERM, signal.SIGUSR1}
+    end_with_parent()
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def wait_for_parent() -> None:

@@ -1,0 +1,39 @@
+"""A command that a signal stops ends with one line and the status that a shell expects."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from qwenvl_lit.stopping import Stopped, exit_status, is_first_rank, signals
+
+
+@contextmanager
+def stops_reported(command: str) -> Iterator[None]:
+    """Lets stop signals end the block, and prints what was kept.
+
+    Ctrl-C during `chat` stays a KeyboardInterrupt, which ends an answer.
+    """
+    signals.install(ctrl_c=command != "chat")
+    try:
+        yield
+    except Stopped as stop:
+        _exit(stop.number)
+    except KeyboardInterrupt:
+        _exit(signal.SIGINT)
+    except Exception as error:
+        if not signals.received:
+            raise
+        # For example a data worker that got the signal too
+        message = str(error).strip().partition("\n")[0]
+        _exit(signals.received, f" ({type(error).__name__}: {message})")
+
+
+def _exit(number: int, reason: str = "") -> NoReturn:
+    if not is_first_rank():
+        sys.exit(0)  # Lightning kills rank 0 when another rank ends with an error
+    print(f"\n{signals.line(number, reason)}", file=sys.stderr, flush=True)
+    sys.exit(exit_status(number))
