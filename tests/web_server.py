@@ -58,6 +58,7 @@ def gives(
     tag='"1"',
     length=True,
     kind="application/zip",
+    encoding=None,
 ):
     """Returns an answer that sends `content`, or the range of it that is requested.
 
@@ -69,6 +70,7 @@ def gives(
         tag: the ETag.
         length: send a Content-Length.
         kind: the Content-Type.
+        encoding: the Content-Encoding that the answer claims to have.
     """
 
     def answer(handler):
@@ -89,6 +91,8 @@ def gives(
             handler.send_header("Content-Length", str(len(content) - start))
         handler.send_header("ETag", tag)
         handler.send_header("Content-Type", kind)
+        if encoding:
+            handler.send_header("Content-Encoding", encoding)
         handler.end_headers()
         handler.wfile.write(content[start:][:stops_after])
         handler.wfile.flush()
@@ -106,3 +110,32 @@ def refuses(code):
 def hangs_up(handler):
     """Ends the connection without an answer."""
     handler.close_connection = True
+
+
+def redirects(location, code=302):
+    """Returns an answer that sends the client to another address."""
+
+    def answer(handler):
+        handler.send_response(code)
+        handler.send_header("Location", location)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def repeats(beginning, piece, *, pause=0.0):
+    """Returns an answer that sends bytes, then the same piece again and again without end."""
+
+    def answer(handler):
+        handler.close_connection = True
+        try:
+            handler.wfile.write(beginning)
+            while True:
+                handler.wfile.write(piece)
+                handler.wfile.flush()
+                time.sleep(pause)
+        except OSError:
+            pass  # the client has left
+
+    return answer

@@ -9,24 +9,28 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
-import math
 import os
 import re
 import shutil
-import string
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from qwenvl_lit.atomic import atomic_file, disk_errors
+from qwenvl_lit.data.download.connections import (
+    Limits,
+    PartMismatchError,
+    RetryableError,
+    check_scheme,
+    opened,
+)
+from qwenvl_lit.data.download.encodings import decoded, encoding_of
+from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError, ImageSource
 
 log = logging.getLogger(__name__)
@@ -36,7 +40,6 @@ OFFLINE = ("QWENVL_LIT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables that
 
 _BLOCK = 1 << 20  # bytes
 _REPORT_SECONDS = 15
-_TEMPORARY = {408, 425, 429}  # HTTP errors below 500 after which it is worth trying again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +48,8 @@ class RetryPolicy:
 
     tries: int = 5
     pause_seconds: float = 1.0  # before the second try; doubled before each further one
-    timeout_seconds: float = 30.0  # without a single byte
-    total_seconds: float = math.inf
+    timeout_seconds: float = 30.0  # without a single byte; also until all headers have arrived
+    total_seconds: float = 24 * 3600.0  # of all tries together
 
 
 DEFAULT_RETRIES = RetryPolicy()
@@ -96,7 +99,8 @@ def fetch(
                 # Nothing could tell whether an earlier part and the rest are of the same file.
                 part.unlink(missing_ok=True)
             log.info("downloading %s%s to %s", url, format_size(size), target)
-            _Download(url, part, size=size, retries=retries).run()
+            # The host is the package's choice; where it redirects to is checked.
+            _Download(url, part, size=size, retries=retries, allow_private=True).run()
             _check_sum(part, checksum, url)
             os.replace(part, target)
             lock.unlink(missing_ok=True)
@@ -117,6 +121,9 @@ def why_offline(download: bool = True) -> str:
 class RemoteImage:
     """An image on the web, downloaded into `folder` when it is first needed.
 
+    Args:
+        allow_private_hosts: the host of `url` may be this machine or one of its network.
+
     Raises:
         DataError: `url` is not http or https.
     """
@@ -124,10 +131,11 @@ class RemoteImage:
     url: str
     folder: Path
     download: bool = True
+    allow_private_hosts: bool = False
     retries: RetryPolicy = RetryPolicy(tries=3, timeout_seconds=20.0, total_seconds=120.0)
 
     def __post_init__(self):
-        _check_scheme(self.url)
+        check_scheme(self.url)
 
     @property
     def name(self) -> str:
@@ -151,17 +159,15 @@ class RemoteImage:
         with disk_errors(target):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(target, concurrent=True) as unfinished:
-                _Download(self.url, unfinished, limit=MAX_IMAGE_BYTES, retries=self.retries).run()
+                _Download(
+                    self.url,
+                    unfinished,
+                    limit=MAX_IMAGE_BYTES,
+                    retries=self.retries,
+                    allow_private=self.allow_private_hosts,
+                ).run()
                 _check_image(unfinished, self.url)
         return target
-
-
-class RetryableError(Exception):
-    """A try failed, but another one may succeed."""
-
-
-class PartMismatchError(RetryableError):
-    """The part on disk is not the beginning of the file that the server now has."""
 
 
 class _Download:
@@ -170,6 +176,7 @@ class _Download:
     Args:
         size: the published size in bytes, which the file must have.
         limit: the largest allowed size in bytes.
+        allow_private: see `Hosts`.
     """
 
     def __init__(
@@ -180,9 +187,11 @@ class _Download:
         retries: RetryPolicy,
         size: int | None = None,
         limit: int | None = None,
+        allow_private: bool,
     ):
-        _check_scheme(url)
+        check_scheme(url)
         self.url, self.part, self.retries, self.size, self.limit = url, part, retries, size, limit
+        self.allow_private = allow_private
         # Version of the file at `url`: parts of different versions must not be joined.
         self.version: str | None = None
         self.deadline = time.monotonic() + retries.total_seconds
@@ -204,10 +213,12 @@ class _Download:
                         f"{error}; try again later"
                     ) from None
                 pause = self.retries.pause_seconds * 2 ** max(0, failed - 1)
+                if time.monotonic() + pause > self.deadline:
+                    raise self._too_slow(self.received, str(error)) from None
                 received = format_bytes(self.received)
                 log.warning(
-                    f"{self.url}: {error}; trying again in {pause:.3g} s, "
-                    f"with {received} received so far"
+                    f"{printable(self.url)}: {printable(str(error))}; trying again in "
+                    f"{pause:.3g} s, with {received} received so far"
                 )
                 time.sleep(pause)
 
@@ -225,7 +236,12 @@ class _Download:
             headers["Range"] = f"bytes={received}-"
             if self.version:
                 headers["If-Range"] = self.version
-        with _opened(self.url, headers, self.retries.timeout_seconds) as response:
+        limits = Limits(idle_seconds=self.retries.timeout_seconds, deadline=self.deadline)
+        with opened(self.url, headers, limits=limits, allow_private=self.allow_private) as response:
+            encoding = encoding_of(response.headers["Content-Encoding"], self.url)
+            if encoding:
+                self._decode(response, encoding)
+                return
             start = _start(response)
             if start not in (0, received):
                 raise PartMismatchError(
@@ -237,10 +253,21 @@ class _Download:
             self._check_total(total, response.headers["Content-Type"])
             self.version = _version(response)
             with self.part.open("ab" if start else "wb") as file:
-                self._copy(response, file, start, total)
+                self._copy(_blocks(response), file, start, total)
         if total is not None and self.received < total:
             raise RetryableError(f"the transfer ended after {self.received} of {total} bytes")
         self._check_total(self.received, "the server gave no length")
+
+    def _decode(self, response: http.client.HTTPResponse, encoding: str) -> None:
+        """Writes a body that the server has compressed. Such a transfer is not resumed."""
+        if _start(response):
+            raise PartMismatchError(f"the server sent a part in {encoding} encoding")
+        try:
+            with self.part.open("wb") as file:
+                self._copy(decoded(_blocks(response), encoding), file, 0, self.size)
+        except RetryableError as error:
+            raise PartMismatchError(str(error)) from None
+        self._check_total(self.received, f"decoded from {encoding}")
 
     def _check_total(self, total: int | None, source: str) -> None:
         if total is None:
@@ -256,53 +283,37 @@ class _Download:
                 f"{self.url} has {format_bytes(total)}, the limit is {format_bytes(self.limit)}"
             )
 
-    def _copy(
-        self, response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None
-    ) -> None:
+    def _copy(self, blocks: Iterator[bytes], file: BinaryIO, start: int, total: int | None) -> None:
         done, began, reported = start, time.monotonic(), time.monotonic()
-        while block := _read(response):
-            file.write(block)
+        for block in blocks:
             done += len(block)
-            now = time.monotonic()
+            if self.size is not None and done > self.size:
+                self._check_total(done, "and more")
             if self.limit is not None and done > self.limit:
                 raise DataError(
                     f"{self.url} is larger than the limit of {format_bytes(self.limit)}"
                 )
+            file.write(block)
+            now = time.monotonic()
             if now > self.deadline:
-                raise DataError(
-                    f"{self.url} is too slow: {format_bytes(done)} in "
-                    f"{self.retries.total_seconds:.0f} s"
-                )
+                raise self._too_slow(done, "it is still arriving")
             if now - reported > _REPORT_SECONDS:
                 reported = now
                 of_total = f" of {format_bytes(total)}" if total else ""
                 rate = format_bytes((done - start) / (now - began))
                 log.info("%s%s, %s/s", format_bytes(done), of_total, rate)
 
+    def _too_slow(self, received: int, reason: str) -> DataError:
+        seconds = self.retries.total_seconds
+        return DataError(
+            f"{self.url} is too slow: {format_bytes(received)} in {seconds:.0f} s ({reason}); "
+            f"try again later"
+        )
 
-@contextmanager
-def _opened(
-    url: str, headers: Mapping[str, str], timeout: float
-) -> Iterator[http.client.HTTPResponse]:
-    try:
-        # Spaces and letters beyond ASCII are quoted as browsers do.
-        ascii_url = quote(url, safe=string.punctuation)
-        request = urllib.request.Request(ascii_url, headers=dict(headers))
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        reason = f"the server says {error.code} {error.reason}"
-        if error.code == 416:  # range not satisfiable
-            raise PartMismatchError(reason) from None
-        if error.code < 500 and error.code not in _TEMPORARY:
-            raise DataError(f"{url} cannot be downloaded: {reason}; check the address") from None
-        raise RetryableError(reason) from None
-    except (ValueError, http.client.InvalidURL) as error:
-        raise DataError(f"{url} is not an address: {error}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise RetryableError(f"no answer: {error}") from None
-    with response:
-        _check_scheme(response.url)  # it may have been redirected
-        yield response
+
+def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    while block := _read(response):
+        yield block
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
@@ -328,15 +339,6 @@ def _version(response: http.client.HTTPResponse) -> str | None:
     """Returns the strong ETag, or the date of the last change."""
     tag = response.headers["ETag"]
     return tag if tag and not tag.startswith("W/") else response.headers["Last-Modified"]
-
-
-def _check_scheme(url: str) -> None:
-    try:
-        scheme = urlsplit(url).scheme.lower()
-    except ValueError as error:
-        raise DataError(f"{url[:200]!r} is not an address: {error}") from None
-    if scheme not in ("http", "https"):
-        raise DataError(f"{url[:200]!r} is not an http or https address; no other is downloaded")
 
 
 def _check_size(file: Path, size: int | None) -> None:
@@ -366,10 +368,7 @@ def _check_image(part: Path, url: str) -> None:
     try:
         _ = ImageSource(part).size
     except DataError as error:
-        with part.open("rb") as file:
-            beginning = file.read(40)
-        reason = str(error).replace(str(part), url)
-        raise DataError(f"{reason}; it begins with {beginning!r}") from None
+        raise DataError(str(error).replace(str(part), url)) from None
 
 
 def check_free_space(folder: Path, needed: int) -> None:
