@@ -87,6 +87,11 @@ class ProcessLock:
         os.close(handle)
 
 
+def lock_of(folder: Path) -> Path:
+    """The file that is locked by the process that writes to the run folder `folder`."""
+    return folder / ".lock"
+
+
 def is_locked(file: Path) -> bool:
     """Whether a living process holds the lock on `file`."""
     try:
