@@ -118,14 +118,14 @@ def check_choices(config: DictConfig) -> None:
 
 def training_config(run: Run | None) -> dict[str, Any]:
     """Returns the resolved config of the training; empty if it was not a run of this package."""
-    from omegaconf import OmegaConf
+    from qwenvl_lit.runs.stored_config import read_config
 
     if run is None or run.folder is None:
         return {}
     file = run.folder / "config.yaml"
     if not file.exists():
         return run.config
-    return OmegaConf.to_container(OmegaConf.load(file))
+    return read_config(file)
 
 
 def checked_target(config: DictConfig) -> Path:

@@ -11,11 +11,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
 from qwenvl_lit.runs.run import COMPOSED_CONFIG, latest_run
-from qwenvl_lit.runs.stored_config import check_stored_config
+from qwenvl_lit.runs.stored_config import check_stored_config, read_config
+from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches, type_name
 
-MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers")  # when resuming
+MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers", "trust")  # resuming
 LAST = "checkpoints/last.ckpt"
+RESUMED = {  # what Lightning restores from a checkpoint
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 RESULTS = (  # files of a run folder that no later command overwrites
     "checkpoints/*.ckpt",
     "metrics.json",
@@ -70,7 +80,10 @@ def _run_to_resume(resume: str, arguments: Sequence[str]) -> Path | None:
 
 
 def _compatible_arguments(resume: str, run: Path, arguments: Sequence[str]) -> list[str]:
-    started_with = OmegaConf.to_container(OmegaConf.load(run / ".hydra/overrides.yaml"))
+    overrides = run / ".hydra/overrides.yaml"
+    started_with = read_config(overrides)
+    if not matches(started_with, list[str]):
+        raise DataError(f"{overrides} is no list of arguments; is it complete?")
     kept = []
     for argument in arguments:
         key = argument.partition("=")[0]
@@ -119,10 +132,14 @@ def resumed(config: DictConfig) -> DictConfig:
     if config.resume in (None, "auto"):
         return config
     file = Path(config.paths.run, COMPOSED_CONFIG)
-    stored = OmegaConf.load(file)
-    assert isinstance(stored, DictConfig)
-    plain = OmegaConf.to_container(stored, resolve=False)
+    plain = read_config(file)
     check_stored_config(plain, file, trust=config.trust)
+    missing = sorted(set(config) - set(plain))
+    if missing:
+        raise DataError(f"{file} lacks {', '.join(missing)}; is it complete?")
+    stored = OmegaConf.create(plain)
+    # A run writes into its own folder, whatever the stored config says.
+    OmegaConf.update(stored, "paths.run", config.paths.run)
     overridden = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
     for key in overridden.intersection(MAY_CHANGE):
         OmegaConf.update(stored, key, OmegaConf.select(config, key))
@@ -142,7 +159,11 @@ def steps_of(checkpoint: Path | None) -> int:
     """The optimizer steps that a checkpoint has made; 0 without one."""
     if checkpoint is None:
         return 0
-    import torch
-
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    stored = read_checkpoint(checkpoint)
+    for key, expected in RESUMED.items():
+        if not matches(stored.get(key), expected):
+            raise DataError(
+                f"{checkpoint} cannot be resumed: its {key} is no {type_name(expected)}; "
+                f"ckpt= starts another run from its weights"
+            )
     return stored["global_step"]

@@ -5,13 +5,10 @@ A checkpoint is checked for completeness before any weights are read.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +17,19 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from transformers import GenerationConfig
 
+from qwenvl_lit.models.qwen_vl.config import FIXED_SETTINGS, QwenVLConfig
+from qwenvl_lit.stored_files import errors_named, read_json_object, read_tensors
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches, type_name
 
 log = logging.getLogger(__name__)
 
 # The first base class is the error of the HTTP client that huggingface_hub uses, httpx or httpx2.
 NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)
 
+CONFIG = "config.json"
 VOCABULARY = "qwen.tiktoken"
 INDEX = "{}.index.json"
 # Looked for in this order, each as one file or as shards that its INDEX lists.
@@ -37,6 +37,24 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # The small files of a repository. An export copies some of them.
 COMPANIONS = ("*.json", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 PUBLISHED_GB = 19.3  # of Qwen-VL and of Qwen-VL-Chat: 9.657 B parameters of two bytes
+# What is read of `config.json`: the fields of `QwenVLConfig`, and settings with one possible value
+CONFIG_TYPES: dict[str, Any] = {
+    **dict.fromkeys(FIXED_SETTINGS, int | float | bool),
+    **dict.fromkeys(("use_dynamic_ntk", "use_logn_attn", "use_cache", "tie_word_embeddings"), bool),
+    **dict.fromkeys(("rotary_emb_base", "layer_norm_epsilon", "initializer_range"), float),
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), int),
+    **dict.fromkeys(("kv_channels", "intermediate_size", "seq_length"), int),
+    "max_position_embeddings": int,
+    "visual": dict[str, float | None],
+}
+GENERATION_TYPES: dict[str, Any] = {
+    "chat_format": str,
+    "max_window_size": int,
+    "max_new_tokens": int | None,
+    "do_sample": bool,
+    "top_k": int | None,
+    "top_p": float | None,
+}
 SHOWN_NAMES = 8  # of tensors, in an error message
 
 
@@ -64,7 +82,7 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
             f"Qwen/Qwen-VL-Chat"
         )
     cached = _cached(path)
-    missing = missing_files(cached) if cached else ["config.json", VOCABULARY, "the weights"]
+    missing = missing_files(cached) if cached else [CONFIG, VOCABULARY, "the weights"]
     if cached and not missing:
         return cached
     reason = None
@@ -86,7 +104,7 @@ def missing_files(folder: Path) -> list[str]:
 
     If its weights have an index, these include the shards that the index lists.
     """
-    missing = [name for name in ("config.json", VOCABULARY) if not (folder / name).exists()]
+    missing = [name for name in (CONFIG, VOCABULARY) if not (folder / name).exists()]
     if any((folder / name).exists() for name in WEIGHTS):
         return missing
     for name in WEIGHTS:
@@ -127,8 +145,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, *weights]))
     except NETWORK_ERRORS as error:
         raise DataError(
-            f"{name} could not be fetched from {constants.ENDPOINT}: {error}\n"
-            f"Files that have arrived are kept; start again."
+            f"{name} could not be fetched from {constants.ENDPOINT}: {error}; "
+            f"files that have arrived are kept; start again"
         ) from error
 
 
@@ -214,15 +232,57 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         DataError: the file is incomplete or of another format than its name says.
     """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        zipped = zipfile.is_zipfile(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    return read_tensors(file)
+
+
+def read_network_config(folder: Path) -> QwenVLConfig:
+    """Reads the sizes of the network from the `config.json` of a checkpoint.
+
+    Its other settings are for transformers' own loaders, which would fetch code that they name.
+
+    Raises:
+        DataError: the file is damaged, or describes another network or quantized weights.
+    """
+    file = folder / CONFIG
+    settings = read_json_object(file)
+    if settings.get("quantization_config"):
         raise DataError(
-            f"{file} cannot be read: {error}; is it complete? Fetch it again"
-        ) from error
+            f"{file} describes quantized weights, which are not read; take the checkpoint that "
+            f"they were made from, with model.load_in_4bit=true"
+        )
+    sizes: dict[str, Any] = {}
+    for name, expected in CONFIG_TYPES.items():
+        if name in settings:
+            if not matches(settings[name], expected):
+                raise DataError(
+                    f"{file}: {name} is {settings[name]!r:.100}, expected {type_name(expected)}; "
+                    f"is the file damaged?"
+                )
+            sizes[name] = settings[name]
+    try:
+        return QwenVLConfig(**sizes)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Reads `generation_config.json` of a checkpoint; transformers' defaults without the file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return GenerationConfig()
+    settings = read_json_object(file)
+    for name, expected in GENERATION_TYPES.items():
+        if name in settings and not matches(settings[name], expected):
+            raise DataError(
+                f"{file}: {name} is {settings[name]!r:.100}, expected {type_name(expected)}; "
+                f"is the file damaged?"
+            )
+    with errors_named(file):
+        return GenerationConfig.from_dict(settings)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -235,7 +295,11 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{index} is no index of shards: {error!r}; fetch it again") from error
+    """The file of each tensor; files are in the folder of the index."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not matches(weight_map, dict[str, str]):
+        raise DataError(f"{index} is no index of shards: it has no weight_map; fetch it again")
+    for file in weight_map.values():
+        if file != os.path.basename(file):
+            raise DataError(f"{index} names {file!r:.100}, which is not a file beside it")
+    return weight_map

@@ -27,6 +27,21 @@ FIXED_SETTINGS = {
     "rotary_pct": 1,
     "scale_attn_weights": True,
 }
+# Sizes count something; `mlp_ratio` and `spatial_start` are the numbers that do not.
+LANGUAGE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_channels",
+    "intermediate_size",
+    "seq_length",
+    "max_position_embeddings",
+)
+RATIOS = ("mlp_ratio", "spatial_start")
+MAX_SIZE = 2**31  # beyond it a file is damaged
+MAX_RATIO = 10_000
+MAX_LAYERS = 1000  # more would take minutes to create, even without weights
 
 
 class QwenVLConfig(PreTrainedConfig):
@@ -85,6 +100,9 @@ class QwenVLConfig(PreTrainedConfig):
         return self.tower["n_queries"]
 
     def _check_language(self) -> None:
+        for key in LANGUAGE_SIZES:
+            _require_size(key, getattr(self, key))
+        _require_size("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS)
         heads, head_dim = self.num_attention_heads, self.kv_channels
         _require(
             head_dim * heads == self.hidden_size,
@@ -118,6 +136,16 @@ class QwenVLConfig(PreTrainedConfig):
             not unknown,
             f"visual has unknown keys {', '.join(unknown)}; known are {', '.join(known)}",
         )
+        for key, value in visual.items():
+            if key in RATIOS:
+                is_number = isinstance(value, int | float) and -MAX_RATIO < value < MAX_RATIO
+                _require(
+                    value is None or is_number,
+                    f"visual.{key} must be a number below {MAX_RATIO}, got {value!r:.100}",
+                )
+            elif value is not None:
+                _require_size(f"visual.{key}", value)
+        _require_size("visual.layers", visual["layers"], MAX_LAYERS)
         self._require_multiple("image_size", "patch_size")
         self._require_multiple("width", "heads")
         dim, last_id = visual["output_dim"], visual["image_start_id"] + 2
@@ -147,6 +175,13 @@ class QwenVLConfig(PreTrainedConfig):
             size % divisor == 0,
             f"visual.{size_key}={size} must be a multiple of visual.{divisor_key}={divisor}",
         )
+
+
+def _require_size(key: str, value: Any, largest: int = MAX_SIZE) -> None:
+    _require(
+        isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest,
+        f"{key} must be a whole number from 1 to {largest}, got {value!r:.100}",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from qwenvl_lit.models.qwen_vl.checkpoint import (
     COMPANIONS,
+    CONFIG,
     INDEX,
     VOCABULARY,
     WEIGHTS,
@@ -24,7 +25,9 @@ from qwenvl_lit.models.qwen_vl.checkpoint import (
     open_shard,
 )
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches
 
 # Reads a tensor by its name in the network, into host memory.
 Read = Callable[[str], torch.Tensor]
@@ -166,8 +169,11 @@ def write_companions(
     shutil.copyfile(vocabulary, folder / VOCABULARY)
     stored: dict[str, Any] = {}
     if base is not None:
-        stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    code = runnable(stored.pop("auto_map", {}), folder)
+        stored = read_json_object(base / CONFIG)
+    auto_map = stored.pop("auto_map", {})
+    if not matches(auto_map, dict[str, str | list[str | None]]):
+        raise DataError(f"{base}/{CONFIG}: auto_map is {auto_map!r:.100}, expected classes by name")
+    code = runnable(auto_map, folder)
     settings = published_config(config, stored, dtype=dtype)
     _write_with_code(folder / "config.json", settings, code)
     _write_generation(folder / "generation_config.json", config, template)
@@ -193,7 +199,7 @@ def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
     if not file.exists():
         ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
         write_json(file, {**PUBLISHED_GENERATION, "chat_format": template, **ids})
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json_object(file)
     if stored.get("chat_format") != template:
         write_json(file, {**stored, "chat_format": template})
 

@@ -20,6 +20,8 @@ from qwenvl_lit.models.qwen_vl.checkpoint import (
     VOCABULARY,
     find_checkpoint,
     open_shard,
+    read_generation_config,
+    read_network_config,
     stored_tensors,
 )
 from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
@@ -158,7 +160,7 @@ class QwenVLFamily:
         """
         tokenizer = self.tokenizer
         if self.folder is not None:
-            config = QwenVLConfig.from_pretrained(self.folder)
+            config = read_network_config(self.folder)
         elif self.path is not None:  # the published sizes, with the published number of embeddings
             visual = {**QWEN_VL_VISUAL, "image_start_id": tokenizer.img_start_id}
             config = QwenVLConfig(visual=visual)
@@ -186,9 +188,7 @@ class QwenVLFamily:
     @cached_property
     def generation(self) -> GenerationConfig:
         """The checkpoint's `generation_config.json`, or transformers' defaults without the file."""
-        if self.folder is not None and (self.folder / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig()
+        return GenerationConfig() if self.folder is None else read_generation_config(self.folder)
 
     def processor(self, features: FeatureSource | None = None) -> QwenVLProcessor:
         """Returns a processor; see `Family.processor`."""
@@ -268,6 +268,7 @@ class QwenVLFamily:
         offload_folder = TemporaryDirectory()  # for what fits neither on GPUs nor in host memory
         model = QwenVLForCausalLM.from_pretrained(
             self.folder,
+            config=self.config,
             dtype=self.dtype,
             device_map=self.device_map,
             max_memory=self.max_memory,

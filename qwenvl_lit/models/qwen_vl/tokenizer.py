@@ -12,6 +12,9 @@ from pathlib import Path
 
 import tiktoken
 
+from qwenvl_lit.stored_files import read_bytes
+from qwenvl_lit.types import DataError
+
 # Written by scripts/make_tiny_vocabulary.py.
 TINY_VOCABULARY = Path(__file__).with_name("tiny.tiktoken")
 
@@ -224,27 +227,27 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Returns the rank of every token, from lines of base64, a blank and the rank.
 
     Raises:
-        ValueError: a line is malformed or out of order, a token is repeated, or a single byte has
-            no token. The message names file and line.
+        DataError: the file cannot be read, a line is malformed or out of order, a token is
+            repeated, or a single byte has no token. The message names file and line.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
             encoded, rank = line.split()
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number}: expected base64, a blank and a rank, got {line[:80]!r}; "
                 f"is the file complete?"
             ) from None
         if value != number - 1 or token in ranks:
-            raise ValueError(
+            raise DataError(
                 f"{path}:{number}: expected a new token of rank {number - 1}, "
                 f"got {token!r} of rank {value}"
             )
         ranks[token] = value
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(
+        raise DataError(
             f"{path}:{len(ranks)}: the file ends without the single bytes {missing[:8]}; "
             f"is it complete?"
         )
