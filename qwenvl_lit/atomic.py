@@ -158,6 +158,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def set_aside(file: Path) -> Path:
+    """Renames a damaged file to `NAME.broken`, or `NAME.broken_2` and so on; returns the name."""
+    number = 1
+    name = aside = file.with_name(f"{file.name}.broken")
+    while os.path.lexists(aside):
+        number += 1
+        aside = name.with_name(f"{name.name}_{number}")
+    file.rename(aside)
+    return aside
+
+
 @contextmanager
 def disk_errors(path: Path, advice: str = "make room, or choose another folder") -> Iterator[None]:
     """Turns an `OSError` in the block into a `DataError` that names `path` and says what to do.

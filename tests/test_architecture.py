@@ -55,7 +55,6 @@ STARTS_FAST = COMMANDS | {  # modules that import nothing heavy before a command
     "runs.run",
     "runs.stored_config",
     "runs.versions",
-    "stored_json",
     "sweep.results",
     "sweep.sweep",
     "types",

@@ -16,11 +16,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from qwenvl_lit.atomic import write_text
+from qwenvl_lit.atomic import set_aside, write_text
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.data.json_lines import append_json_lines, read_json_lines
 from qwenvl_lit.metrics.summary import SCORES_FILE, scores_to_update
-from qwenvl_lit.stored_json import set_aside
 from qwenvl_lit.types import Batch, DataError
 
 LOG = "logging.jsonl"

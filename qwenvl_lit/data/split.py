@@ -17,7 +17,7 @@ import numpy as np
 
 from qwenvl_lit.atomic import atomic_file, write_text
 from qwenvl_lit.data.selection import Concat, Rows, Subset
-from qwenvl_lit.stored_json import read_json_object
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
 ENTRY = re.compile(r'"(\d{1,18})": ("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")')
@@ -95,7 +95,7 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
     count, ids = split.get("rows"), split.get("validation")
     if not isinstance(count, int) or not isinstance(ids, dict):
         raise _DamagedError(
-            f"{file} is damaged: expected rows and validation, found {sorted(split)}"
+            f"{file} cannot be read: expected rows and validation, found {sorted(split)}"
         )
     if count != len(rows):
         raise DataError(
@@ -105,7 +105,7 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
     held = []
     for key, row_id in ids.items():
         if not (key.isascii() and key.isdigit() and int(key) < count):
-            raise _DamagedError(f"{file} is damaged: {key!r} is not the number of a row")
+            raise _DamagedError(f"{file} cannot be read: {key!r} is not the number of a row")
         index = int(key)
         if rows[index].id != row_id:
             raise DataError(
@@ -130,7 +130,7 @@ def _restore_split(
     drawn = {index: rows[index].id for index in held}
     if not legible or not legible.items() <= drawn.items():
         raise DataError(
-            f"{reason}; it names the rows held out for validation, which must stay the same: "
+            f"{reason}. It names the rows held out for validation, which must stay the same: "
             "restore it from a copy, or, if the data and the settings of the run are unchanged, "
             f"remove it: data.validation={amount} and seed={seed} draw the same rows again"
         )
@@ -138,7 +138,7 @@ def _restore_split(
     write_text(aside, text, concurrent=True)
     _write_split(rows, held, file)
     log.warning(
-        "%s; its %d legible rows are those that data.validation=%s and seed=%d draw, so it is "
+        "%s. Its %d legible rows are those that data.validation=%s and seed=%d draw, so it is "
         "written again; the damaged file is now %s",
         *(reason, len(legible), amount, seed, aside.name),
     )

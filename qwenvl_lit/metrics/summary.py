@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.stored_json import read_json_object, set_aside
+from qwenvl_lit.atomic import set_aside
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
 SCORES_FILE = "metrics.json"
@@ -42,7 +43,7 @@ def read_fit_summary(folder: Path) -> FitSummary:
     try:
         fit = _object(read_scores(folder).get("fit"))
     except DataError as error:
-        log.warning("%s; the run counts as one without scores", error)
+        log.warning("%s. The run counts as one without scores", error)
         fit = {}
     return FitSummary(best=_object(fit.get("best")), last=_object(fit.get("last")))
 
@@ -63,7 +64,7 @@ def scores_to_update(folder: Path) -> dict[str, Any]:
         return read_scores(folder)
     except DataError as error:
         aside = set_aside(folder / SCORES_FILE)
-        log.warning("%s; it is now %s, and its earlier scores are only there", error, aside.name)
+        log.warning("%s. It is now %s, and its earlier scores are only there", error, aside.name)
         return {}
 
 

@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwenvl_lit.atomic import write_text
-from qwenvl_lit.stored_json import read_json_object, set_aside
+from qwenvl_lit.atomic import set_aside, write_text
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
 LIBRARIES = (
@@ -52,7 +52,7 @@ def _changes(file: Path, now: Mapping[str, Any]) -> list[str]:
         before = read_json_object(file)
     except DataError as error:
         aside = set_aside(file)
-        log.warning("%s; it is now %s, and is written again", error, aside.name)
+        log.warning("%s. It is now %s, and a new one is written", error, aside.name)
         return []
     changed = []
     for name in now:

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.metrics.summary import read_fit_summary
-from qwenvl_lit.stored_json import read_json_object
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
 RESULT = "job.json"
@@ -90,8 +90,8 @@ def read_result(folder: Path) -> Result | None:
             config=record["config"],
         )
     except (DataError, KeyError, TypeError, ValueError) as error:
-        reason = error if isinstance(error, DataError) else f"{file} is damaged: {error!r}"
-        log.warning("%s; the job counts as unfinished", reason)
+        reason = error if isinstance(error, DataError) else f"{file} cannot be read: {error!r}"
+        log.warning("%s. The job counts as unfinished", reason)
         return None
     return Result(folder=folder, **ended, scores=read_fit_summary(folder).scores)
 

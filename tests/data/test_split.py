@@ -76,7 +76,7 @@ def test_a_truncated_split_file_is_restored_if_its_rows_are_those_of_the_seed(wr
     assert file.read_text() == sound
     assert (file.parent / "split.json.broken").read_text() == sound[:-9]
     [warning] = caplog.records
-    assert "split.json is damaged: not JSON" in warning.getMessage()
+    assert "split.json cannot be read: it is not JSON" in warning.getMessage()
     assert "the damaged file is now split.json.broken" in warning.getMessage()
 
 
@@ -84,7 +84,9 @@ def test_a_damaged_split_file_of_another_seed_is_refused_and_kept(written):
     file, _ = written
     file.write_text(file.read_text()[:-9])
     content = file.read_text()
-    message = r"split\.json is damaged.*restore it from a copy, or.*data\.validation=4 and seed=8"
+    message = (
+        r"split\.json cannot be read.*restore it from a copy, or.*data\.validation=4 and seed=8"
+    )
     with pytest.raises(DataError, match=message):
         hold_out([TEN], 4, seed=8, file=file)
     assert file.read_text() == content
@@ -105,7 +107,9 @@ def test_a_damaged_split_file_of_another_seed_is_refused_and_kept(written):
 def test_a_split_file_without_legible_rows_is_refused_in_one_line(written, content):
     file, _ = written
     file.write_text(content)
-    with pytest.raises(DataError, match=r"split\.json is damaged.*must stay the same") as refused:
+    with pytest.raises(
+        DataError, match=r"split\.json cannot be read.*must stay the same"
+    ) as refused:
         hold_out([TEN], 4, seed=7, file=file)
     assert "\n" not in str(refused.value)
 

@@ -40,7 +40,7 @@ def test_a_run_with_a_damaged_file_counts_as_one_without_scores(tmp_path, caplog
     (tmp_path / "metrics.json").write_bytes(content)
     assert read_fit_summary(tmp_path).scores == {}
     [warning] = caplog.records
-    assert "metrics.json is damaged" in warning.getMessage()
+    assert "metrics.json cannot be read" in warning.getMessage()
     assert (tmp_path / "metrics.json").read_bytes() == content
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_file_is_set_aside_before_scores_are_written(tmp_path, caplog,
     (tmp_path / "metrics.json").write_bytes(content)
     assert scores_to_update(tmp_path) == {}
     assert (tmp_path / "metrics.json.broken").read_bytes() == content
-    assert "it is now metrics.json.broken" in caplog.text
+    assert "It is now metrics.json.broken" in caplog.text
 
 
 def test_the_parts_of_a_sound_file_are_kept(tmp_path):

@@ -32,8 +32,8 @@ def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path, caplog, content):
     assert json.loads(file.read_text())["torch"] == torch.__version__
     assert (tmp_path / "versions.json.broken").read_bytes() == content
     [warning] = caplog.records
-    assert "versions.json is damaged" in warning.getMessage()
-    assert "it is now versions.json.broken" in warning.getMessage()
+    assert "versions.json cannot be read" in warning.getMessage()
+    assert "It is now versions.json.broken" in warning.getMessage()
 
 
 def test_a_folder_in_place_of_the_file_is_set_aside(tmp_path, caplog):
@@ -42,4 +42,4 @@ def test_a_folder_in_place_of_the_file_is_set_aside(tmp_path, caplog):
     save_versions(tmp_path)
     assert (tmp_path / "versions.json").is_file()
     assert (tmp_path / "versions.json.broken_2").is_dir()
-    assert "versions.json cannot be read: Is a directory" in caplog.text
+    assert "versions.json cannot be read: it is a folder" in caplog.text

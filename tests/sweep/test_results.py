@@ -88,5 +88,5 @@ def test_a_damaged_result_counts_as_none(sweep_folder, caplog, content):
     (sweep_folder / "2/job.json").write_text(content)
     assert "2" not in names(read_results(sweep_folder))
     [warning] = caplog.records
-    assert "2/job.json is damaged" in warning.getMessage()
-    assert "the job counts as unfinished" in warning.getMessage()
+    assert "2/job.json cannot be read" in warning.getMessage()
+    assert "The job counts as unfinished" in warning.getMessage()
