@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwenvl_lit.data.loading import DROP_ADVICE
 from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest, with_location
 from qwenvl_lit.data.selection import Concat, Rows, Subset
 from qwenvl_lit.data.survey import Finding, Kind, ReportProgress, survey
@@ -186,6 +187,8 @@ class _InspectedSet:
         few = len(bad_rows) <= max_bad_fraction * len(self.rows)
         kind: Kind = "dropped" if few else "error"
         for index, row_id, message in self.broken:
+            if not few and not max_bad_fraction:
+                message += f"; {DROP_ADVICE}"
             self.add(Finding(kind=kind, index=index, id=row_id, message=message))
 
     def facts(self) -> SetFacts:

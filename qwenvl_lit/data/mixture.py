@@ -44,7 +44,7 @@ class DatasetSpec:
 
     Args:
         read: opens files, `read(files, read_options)`.
-        root, path_map, on_bad_box, prompt, cache, download: see `ReadOptions`.
+        root, path_map, on_bad_box, prompt, cache, download, allow_private_hosts: see `ReadOptions`.
         train: a path or a glob pattern, or several. A path may end in `#N`, which takes N rows:
             as many whole passes as fit, then a random rest.
         validation: files, given as for `train`; or the number (int) or share (float below 1) of
@@ -70,6 +70,7 @@ class DatasetSpec:
     prompt: str | None = None
     cache: str | Path | None = None
     download: bool = True
+    allow_private_hosts: bool = False
     train: Files | None = None
     validation: Files | int | float | None = None
     test: str | Mapping[str, Files] | None = None
@@ -97,6 +98,7 @@ class DatasetSpec:
             prompt=self.prompt,
             cache=_path(self.cache),
             download=self.download,
+            allow_private_hosts=self.allow_private_hosts,
             seed=self.seed,
         )
 

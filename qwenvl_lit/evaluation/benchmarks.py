@@ -22,6 +22,7 @@ SHARED_OVERRIDES = (
     "data.root",
     "data.path_map",
     "data.download",
+    "data.allow_private_hosts",
     "data.prompt",
     "data.eval_batch_size",
     "data.num_workers",

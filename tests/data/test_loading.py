@@ -42,8 +42,13 @@ def test_a_row_that_is_left_out_becomes_its_reason(error, drop_bad):
     ids=["another error", "bad image"],
 )
 def test_other_errors_are_raised(error, drop_bad):
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=str(error)):
         dataset(error, drop_bad=drop_bad)[0]
+
+
+def test_a_bad_image_says_how_to_leave_out_its_row():
+    with pytest.raises(BadImage, match=r"is broken; .*data\.on_bad_image=drop"):
+        dataset(BadImage("a.png is broken"), drop_bad=False)[0]
 
 
 def wait_as_worker(is_ready: Callable[[], None], stop) -> None:

@@ -198,3 +198,8 @@ def test_a_row_that_is_selected_several_times_is_measured_once():
 def test_keys_of_a_single_dataset_are_refused_beside_datasets():
     with pytest.raises(ValueError, match=r"data\.root belongs to a single dataset"):
         DataModule(processor=Codes(), datasets={"one": DatasetSpec(read=read)}, root="x")
+
+
+def test_a_dataset_says_whether_its_rows_may_name_private_hosts():
+    assert not DatasetSpec(read=read).read_options.allow_private_hosts
+    assert DatasetSpec(read=read, allow_private_hosts=True).read_options.allow_private_hosts

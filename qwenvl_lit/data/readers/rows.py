@@ -42,6 +42,8 @@ class ReadOptions:
         cache: folder of remote images and of indexes of files; None: remote images are refused, and
             indexes are kept in memory only.
         download: fetch remote images; false: use only those in `cache`.
+        allow_private_hosts: fetch images that the rows name on this machine and in its network,
+            too.
     """
 
     root: Path | None = None
@@ -50,6 +52,7 @@ class ReadOptions:
     prompt: str | None = None
     cache: Path | None = None
     download: bool = True
+    allow_private_hosts: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -335,7 +338,8 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         from qwenvl_lit.data.download.files import RemoteImage
 
         folder = read_options.cache / "images"
-        return ImageSource(RemoteImage(address, folder, read_options.download))
+        allow = read_options.allow_private_hosts
+        return ImageSource(RemoteImage(address, folder, read_options.download, allow))
     if scheme and scheme[1].lower() == "file":
         address = address[scheme.end() :]
     elif scheme or address.startswith("data:"):

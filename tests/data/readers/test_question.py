@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
     assert image_of((tmp_path / "a.png").as_uri(), read_options).size == (8, 8)
     url = "https://example.org/a.png"
     assert image_of(url, read_options) == ImageSource(RemoteImage(url, tmp_path / "cache/images"))
+    allowing = replace(read_options, allow_private_hosts=True)
+    assert image_of(url, allowing).source.allow_private_hosts
     assert image_of("data:image/png;base64,aGVsbG8=", read_options) == ImageSource(b"hello")
     image = Image.new("RGB", (2, 2))
     assert image_of(image, read_options).source is image
