@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_lit.locks import is_locked, lock_of, read_holder
 from qwenvl_lit.metrics.summary import read_fit_summary
 from qwenvl_lit.sweep.results import RESULT, override_values, save_result
 from qwenvl_lit.types import DataError
@@ -45,7 +47,7 @@ class Job:
 
 class _Running(NamedTuple):
     job: Job
-    process: subprocess.Popen
+    process: subprocess.Popen | None  # None: an earlier start of the sweep has started the job
     slot: Mapping[str, str]
     start: float
 
@@ -101,7 +103,9 @@ def run_jobs(
     """Runs jobs, as many at a time as there are slots, and prints when each starts and ends.
 
     A job that fails leaves its error in its folder, and the other jobs continue. An interrupt or
-    SIGTERM stops the running jobs, which then count as unfinished.
+    SIGTERM stops the running jobs, which then count as unfinished. A job whose folder is locked
+    still runs since an earlier start of the sweep, which was killed: when that process has ended,
+    the job is started and continues from there.
 
     Args:
         metric: printed when a job has ended.
@@ -113,34 +117,50 @@ def run_jobs(
     try:
         while waiting or running:
             while waiting and free_slots:
-                job = waiting.pop(0)
-                running.append(_start(job, free_slots.pop(0)))
-                output = _relative(job.folder / OUTPUT)
-                print(f"{job.name(keys)}: starts, prints to {output}", flush=True)
+                running.append(_start(waiting.pop(0), free_slots.pop(0), keys))
             for entry in list(running):
-                if entry.process.poll() is not None:
-                    print(f"{entry.job.name(keys)}: {_finish(entry, metric)}", flush=True)
-                    running.remove(entry)
-                    free_slots.append(entry.slot)
+                if not _has_ended(entry):
+                    continue
+                running.remove(entry)
+                if entry.process is None or is_locked(lock_of(entry.job.folder)):
+                    running.append(_start(entry.job, entry.slot, keys))
+                    continue
+                print(f"{entry.job.name(keys)}: {_finish(entry, metric)}", flush=True)
+                free_slots.append(entry.slot)
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGTERM, handler)
         _stop(running)
 
 
-def _start(job: Job, slot: Mapping[str, str]) -> _Running:
+def _start(job: Job, slot: Mapping[str, str], keys: Sequence[str]) -> _Running:
+    """Starts a job, or finds the process of an earlier start that still runs it."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    output, lock = job.folder / OUTPUT, lock_of(job.folder)
+    if is_locked(lock):
+        holder = read_holder(lock)
+        process = "another process" if holder is None else f"process {holder.process}"
+        print(f"{job.name(keys)}: still runs as {process}, waiting for its end", flush=True)
+        return _Running(job, None, slot, time.perf_counter())
     (job.folder / RESULT).unlink(missing_ok=True)
     environment = {**os.environ, **slot, "PYTHONUNBUFFERED": "1"}
-    with (job.folder / OUTPUT).open("ab") as output:
+    with output.open("ab") as stream:
         process = subprocess.Popen(
-            job.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            job.command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
         )
+    print(f"{job.name(keys)}: starts, prints to {_relative(output)}", flush=True)
     return _Running(job, process, slot, time.perf_counter())
+
+
+def _has_ended(entry: _Running) -> bool:
+    if entry.process is None:
+        return not is_locked(lock_of(entry.job.folder))
+    return entry.process.poll() is not None
 
 
 def _finish(ended: _Running, metric: str) -> str:
     """Saves the result of a job whose process has ended; returns it in words."""
+    assert ended.process is not None
     job, status = ended.job, ended.process.returncode
     seconds = time.perf_counter() - ended.start
     error = _error(status, job.folder / OUTPUT) if status else None
@@ -161,7 +181,8 @@ def _error(status: int, output: Path) -> str:
         cause = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{cause}"
     last_line = last_error = ""
-    for line in output.read_text(encoding="utf-8", errors="replace").split("\n"):
+    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    for line in text.split("\n"):
         if line.strip():
             last_line = line
         if line.startswith("error: "):
@@ -170,14 +191,26 @@ def _error(status: int, output: Path) -> str:
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    for entry in running:
-        entry.process.terminate()
+    _signal(running, signal.SIGTERM)
     deadline = time.perf_counter() + GRACE_SECONDS
     for entry in running:
-        try:
-            entry.process.wait(max(0.0, deadline - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            entry.process.kill()
+        while not _has_ended(entry) and time.perf_counter() < deadline:
+            time.sleep(0.1)
+    _signal(running, signal.SIGKILL)
+
+
+def _signal(running: Sequence[_Running], number: signal.Signals) -> None:
+    """Sends a signal to the jobs that have not ended; those of another machine get none."""
+    for entry in running:
+        if _has_ended(entry):
+            continue
+        if entry.process is not None:
+            entry.process.send_signal(number)
+            continue
+        holder = read_holder(lock_of(entry.job.folder))
+        if holder is not None and holder.is_here:
+            with suppress(ProcessLookupError):
+                os.kill(holder.process, number)
 
 
 def _relative(path: Path) -> Path:

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from commands import output_of
+from commands import output_of, run_command
 from hydra import compose, initialize_config_dir
 from hydra.conf import ConfigSourceInfo
 from hydra.core.config_store import ConfigStore
@@ -113,6 +114,73 @@ def test_a_stopped_sweep_stops_its_jobs_which_count_as_unfinished(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
     assert not list(tmp_path.glob("*/job.json"))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qwenvl_lit.locks import ProcessLock, lock_of
+lock = ProcessLock(lock_of(Path(sys.argv[1])))
+assert lock.acquire()
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+lock.release()
+"""
+
+
+def start_orphan(folder: Path, seconds: float) -> subprocess.Popen:
+    """A job that a killed sweep has left."""
+    folder.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_job_that_still_runs_is_waited_for_and_then_started(tmp_path, capsys):
+    orphan = start_orphan(tmp_path / "0", 1.5)
+    threading.Thread(target=orphan.wait, daemon=True).start()
+    program = f"import os, pathlib; assert not pathlib.Path('/proc/{orphan.pid}').exists()"
+    run_jobs([job(tmp_path, 0, program)], [{}], metric="val/loss")
+    assert saved_result(tmp_path, 0)["error"] is None
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"job 0: still runs as process {orphan.pid}, waiting for its end"
+    assert printed[1].startswith("job 0: starts")
+    assert len(printed) == 3
+
+
+def test_a_job_that_was_refused_because_it_still_runs_is_started_later(tmp_path, capsys):
+    program = f"""
+import os, subprocess, sys, time
+if not os.path.exists({str(tmp_path / "once")!r}):
+    open({str(tmp_path / "once")!r}, "w").close()
+    arguments = [sys.executable, "-c", {HOLD!r}, {str(tmp_path / "0")!r}, "1.5"]
+    subprocess.Popen(arguments, stdout=subprocess.PIPE).stdout.readline()
+    sys.exit(1)
+"""
+    run_jobs([job(tmp_path, 0, program)], [{}], metric="val/loss")
+    assert saved_result(tmp_path, 0)["error"] is None
+    events = [line.split(": ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert events == ["starts,", "still", "starts,", "no"]
+
+
+def test_a_stopped_sweep_also_stops_the_jobs_that_it_has_found(tmp_path):
+    orphan = start_orphan(tmp_path / "0", 60)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit):
+        run_jobs([job(tmp_path, 0, "")], [{}], metric="val/loss")
+    assert orphan.wait(timeout=5) == -signal.SIGTERM
+    assert not (tmp_path / "0/job.json").exists()
+
+
+def test_a_job_whose_output_is_gone_is_a_failed_job(tmp_path):
+    program = f"import os, sys; os.remove({str(tmp_path / '0/output.log')!r}); sys.exit(3)"
+    run_jobs([job(tmp_path, 0, program), job(tmp_path, 1, "")], [{}], metric="val/loss")
+    assert [saved_result(tmp_path, number)["error"] for number in (0, 1)] == [
+        "exit status 3",
+        None,
+    ]
 
 
 def test_each_job_has_its_own_gpus(monkeypatch):
@@ -302,3 +370,14 @@ def test_lora_rank_is_swept_from_the_command_line(tmp_path):
     assert "1 of 2 jobs are finished already" in printed
     assert "job 0" not in printed
     assert saved_result(folder, 1)["error"] is None
+
+
+def test_a_job_that_is_refused_early_is_a_row_and_the_other_jobs_run(tmp_path):
+    arguments = [argument for argument in SWEEP_RANKS if argument != "sweep=lora_rank"]
+    process = run_command(tmp_path, "train", "-m", *arguments, "optim.lr=oops,1e-3")
+    assert process.returncode == 1
+    folder = tmp_path / "ranks (2)"
+    assert "oops" in saved_result(folder, 0)["error"]
+    assert saved_result(folder, 1)["error"] is None
+    assert "Traceback" not in process.stdout + process.stderr
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 3
