@@ -132,7 +132,8 @@ class QwenVL:
             raise ValueError("base_model is for an adapter folder; a checkpoint needs none")
         else:
             folder = find_checkpoint(str(source), download=download)
-            model = cls._from_checkpoint(folder, changes, template, device, read_options)
+            stored = stored_settings(folder, trust=trust)
+            model = cls._from_checkpoint(folder, stored, changes, template, device, read_options)
         model.generation = replace(model.generation, **settings)
         return model
 
@@ -140,13 +141,13 @@ class QwenVL:
     def _from_checkpoint(
         cls,
         folder: Path,
+        stored: Mapping[str, Mapping[str, Any]],
         changes: Mapping[str, Any],
         template: Template | None,
         device: torch.device,
         read_options: ReadOptions,
     ) -> QwenVL:
-        stored = _stored_arguments(folder)
-        arguments = {"dtype": "bfloat16", **stored.get("model", {}), **changes}
+        arguments = {"dtype": "bfloat16", **_arguments(stored, "model"), **changes}
         arguments["path"] = str(folder)
         arguments["template"] = template or arguments.get("template") or _template(folder)
         family = QwenVLFamily(**arguments)
@@ -154,7 +155,7 @@ class QwenVL:
             family=family,
             model=family.load(device, quantization=family.quantization),
             device=device,
-            generation=Generation(**stored.get("generation", {})),
+            generation=Generation(**_arguments(stored, "generation")),
             read_options=read_options,
         )
 
@@ -422,12 +423,10 @@ def _find_run(source: str | Path, *, trust: bool) -> Run | None:
     return None
 
 
-def _stored_arguments(folder: Path) -> dict[str, dict[str, Any]]:
-    """Arguments of the family and of `Generation` that an exported folder stores."""
-    arguments: dict[str, dict[str, Any]] = {}
-    for group, node in stored_settings(folder).items():
-        arguments[group] = {key: value for key, value in node.items() if key != "_target_"}
-    return arguments
+def _arguments(stored: Mapping[str, Mapping[str, Any]], group: str) -> dict[str, Any]:
+    """The arguments that an exported folder stores for the object of a group."""
+    node = stored.get(group, {})
+    return {key: value for key, value in node.items() if not key.startswith("_")}
 
 
 def _template(folder: Path) -> Template:

@@ -31,6 +31,7 @@ from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import FeatureSource, Processor
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
+from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
@@ -207,6 +208,8 @@ def trainer(
 def start(config: DictConfig) -> None:
     """Seeds all random generators, and silences warnings that a user cannot act on."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(PrintableRecords())
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' bar of loaded weights
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
@@ -227,7 +230,8 @@ def save_config(config: DictConfig) -> None:
 def shown(path: str) -> str:
     """Returns `path` to be printed: relative to the current folder if it is inside."""
     here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+    inside = Path(path).is_relative_to(here)
+    return printable(str(Path(path).relative_to(here)) if inside else path)
 
 
 def _instantiate(node: DictConfig | None) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.data.json_lines import append_json_lines
+from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class Chat:
 
     def remark(self, text: str) -> None:
         """Prints something that is not part of an answer."""
-        print(text, file=sys.stdout if self.terminal else sys.stderr, flush=True)
+        stream = sys.stdout if self.terminal else sys.stderr
+        print(printable(text, keep="\n\t"), file=stream, flush=True)
 
     def _welcome(self) -> None:
         if self.terminal:
@@ -171,7 +173,7 @@ class Chat:
 
     def _printable(self, text: str) -> str:
         """For a terminal, `text` without control characters, which it would obey."""
-        if not self.terminal:
+        if not self.terminal and not sys.stdout.isatty():
             return text
         return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 

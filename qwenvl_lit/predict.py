@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.overrides import value_of
+from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def main(config: DictConfig) -> None:
     if trainer.is_global_zero:
         answered = "the question" if is_question else f"the rows of {', '.join(data.test_names)}"
         drawings = ", with images of its boxes" if Path(config.paths.run, "boxes").exists() else ""
-        print(f"Answers to {answered}{drawings}: {build.shown(config.paths.run)}")
+        print(f"Answers to {printable(answered)}{drawings}: {build.shown(config.paths.run)}")
 
 
 def asks_a_question(config: DictConfig) -> bool:
@@ -90,7 +92,10 @@ def print_answers(
     trainer: Trainer, module: VisionLanguageModule, predictions: list[Prediction], *_: object
 ) -> None:
     for prediction in predictions:
-        print(f"\n{prediction.text}\n")
+        text = prediction.text
+        if sys.stdout.isatty():
+            text = printable(text, keep="\n\t")
+        print(f"\n{text}\n")
 
 
 def adjust_arguments(arguments: list[str]) -> list[str]:

@@ -137,7 +137,9 @@ def errors_named(file: Path) -> Iterator[None]:
     except Exception as error:
         # Unpickling damaged bytes can raise whatever a constructor raises, so that no list of
         # exceptions is complete.
-        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        if " " not in reason:  # a KeyError, for instance, says no more than the key
+            reason = f"it makes no sense, {type(error).__name__} {reason}"
         raise unreadable(file, reason) from None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.overrides import has_any
+from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -162,13 +163,14 @@ def report(
     if not console.is_terminal:
         console.width = 160  # a file can hold whole names
     if benchmarks:
-        print(f"\n{title}")
+        print(f"\n{printable(title)}")
         console.print(plain_table(published))
     else:
-        print(f"\n{title} on the sets {', '.join(scored.name for scored in outcome.sets)}")
+        names = ", ".join(scored.name for scored in outcome.sets)
+        print("\n" + printable(f"{title} on the sets {names}"))
         console.print(score_table(outcome.scores, outcome.baseline or None))
     for note in notes:
-        print(note)
+        print(printable(note))
     files = ["metrics.json"]
     if not config.predictions:
         files.append("predictions")

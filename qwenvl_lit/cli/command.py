@@ -36,6 +36,7 @@ from qwenvl_lit.cli.signals import stops_reported
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.stopping import Stopped
 from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
+from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 PACKAGE = Path(__file__).parents[1]
@@ -163,7 +164,7 @@ def offer_groups(line: CommandLine) -> None:
         ConfigStore.instance().store(group=group, name="run", node=node)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for note in line.notes:
-            print(note, file=sys.stderr)
+            print(printable(note), file=sys.stderr)
 
 
 def _compose_and_run(name: str, main: Main, sweep: Sweep) -> None:
@@ -218,5 +219,5 @@ def _is_a_mistake(error: BaseException) -> bool:
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}", keep="\n"), file=sys.stderr)
     sys.exit(status)

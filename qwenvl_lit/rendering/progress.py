@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from qwenvl_lit.terminal import printable
+
 
 @contextmanager
 def progress_bars(
@@ -31,7 +33,7 @@ def progress_bars(
             prints nothing.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -44,6 +46,7 @@ def progress_bars(
 
         def report(name: str, done: int, total: int) -> None:
             nonlocal last_line
+            name = printable(name)
             if name not in bars:
                 bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=done)

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
 from rich.table import Table
+from rich.text import Text
+
+from qwenvl_lit.terminal import printable
 
 Scores = Mapping[str, SupportsFloat]  # by SET/METRIC, as `trainer.test` logs them
 
@@ -28,15 +31,15 @@ def score_table(scores: Scores, baseline: Scores | None = None) -> Table:
     table.add_column("metric")
     for name in sets:
         if baseline is not None:
-            table.add_column(f"{name}, before", justify="right", style="dim")
-        table.add_column(name, justify="right")
+            table.add_column(cell(f"{name}, before"), justify="right", style="dim")
+        table.add_column(cell(name), justify="right")
     for metric in sorted(metrics, key=lambda metric: metric == "rows"):
         row = [metric]
         for name in sets:
             if baseline is not None:
                 row.append(baseline_cells.get((name, metric), ""))
             row.append(cells.get((name, metric), ""))
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table
 
 
@@ -47,10 +50,15 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """
     table = Table()
     for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index < 2 else "right")
+        table.add_column(cell(name), justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(cell, row.values()))
     return table
+
+
+def cell(content: str) -> Text:
+    """Returns text of the data for a table: without markup of rich and control characters."""
+    return Text(printable(content))
 
 
 def _cells(scores: Scores) -> dict[tuple[str, str], str]:

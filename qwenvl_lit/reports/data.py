@@ -16,6 +16,7 @@ from rich.text import Text
 
 from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.data.survey import Kind
+from qwenvl_lit.terminal import printable
 
 SHOWN_ERRORS = 20
 SETS_PER_TABLE = 4  # more columns would not fit into 80 characters
@@ -53,16 +54,6 @@ def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
             if finding.kind == kind:
                 counts[reason(finding.message)] += 1
     return counts.most_common()
-
-
-def printable(text: str) -> str:
-    """Escapes control characters and characters that UTF-8 cannot encode, for a terminal."""
-    characters = []
-    for character in text:
-        if not character.isprintable():
-            character = ascii(character)[1:-1]
-        characters.append(character)
-    return "".join(characters)
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from html import escape
 
 from PIL import Image
 
-from qwenvl_lit.reports.data import printable
+from qwenvl_lit.terminal import printable
 
 IMAGE_SIDE_PX = 480
 

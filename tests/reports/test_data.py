@@ -12,11 +12,11 @@ from qwenvl_lit.reports.data import (
     histogram,
     percentiles,
     print_summary,
-    printable,
     reason,
     reasons,
     write_findings,
 )
+from qwenvl_lit.terminal import printable
 
 
 def finding(index: int, message: str, kind="error") -> Finding:
