@@ -66,6 +66,8 @@ def write_to_cache(path: Path, write: Callable[[Path], object]) -> bool:
         with atomic_file(path, concurrent=True) as unfinished:
             write(unfinished)
     except OSError as error:
+        if error.errno is None:
+            raise  # not about a disk: what `write` reads is damaged, for instance
         log.warning(
             "the cache file %s cannot be written: %s; it will be made again each time. Make room "
             "there, or choose another cache with paths.cache=FOLDER",

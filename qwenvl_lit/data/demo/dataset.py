@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
-from qwenvl_lit.atomic import atomic_folder, write_text
+from qwenvl_lit.atomic import atomic_folder, disk_errors, write_text
 from qwenvl_lit.data.demo.scenes import PLACEMENTS, SIDE_PX, Scene, SceneObject, scenes
 from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES
 from qwenvl_lit.grounding import tags_from_object, to_frame
+from qwenvl_lit.locks import ProcessLock
+from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import Box, DataError, GroundedObject
 
 Task = Literal["caption", "grounded", "find", "name", "count", "left", "right"]
@@ -185,22 +186,28 @@ def write_demo(
         raise DataError(
             f"{folder} exists and is not a demo dataset; choose another folder or remove it"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
+    advice = "make room there, or choose another folder with data.root=, or paths.cache= for all"
+    with disk_errors(folder, advice):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = ProcessLock(folder.with_name(f".{folder.name}.lock"))
+        while not lock.acquire():
+            time.sleep(0.1)
         try:
             if _manifest_of(folder) != manifest:  # another process may have written it meanwhile
                 with atomic_folder(folder) as unfinished:
                     _write_files(unfinished, sizes, seed)
                     write_text(unfinished / MANIFEST, json.dumps(manifest))
         finally:
-            lock.unlink(missing_ok=True)
+            lock.release()
     return folder
 
 
 def _manifest_of(folder: Path) -> dict[str, int] | None:
-    file = folder / MANIFEST
-    return json.loads(file.read_text()) if file.exists() else None
+    """Reads what is in the folder; None if it does not say."""
+    try:
+        return read_json_object(folder / MANIFEST)
+    except DataError:
+        return None
 
 
 def _write_files(folder: Path, sizes: Mapping[str, int], seed: int) -> None:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qwenvl_lit.atomic import atomic_file
+from qwenvl_lit.atomic import disk_errors, write_to_cache
 from qwenvl_lit.types import DataError
 
 _VERSION = 1  # of the indexes on disk
@@ -210,23 +210,29 @@ def _version(file: Path) -> tuple[int, int]:
 
 def _cached(file: Path, folder: Path, suffix: str) -> Path:
     """Returns the path in `folder` for a file that is made from the current version of `file`."""
-    folder.mkdir(parents=True, exist_ok=True)
     source = f"{_VERSION} {file.resolve()} {_version(file)}"
     return folder / (hashlib.sha256(source.encode()).hexdigest()[:32] + suffix)
 
 
 def _decompressed(file: Path, folder: Path | None) -> Path:
-    if folder is None:
-        folder = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = _cached(file, folder, ".rows")
-    if not target.exists():
-        with (
-            gzip.open(file) as source,
-            atomic_file(target, concurrent=True) as unfinished,
-            unfinished.open("wb") as copy,
-        ):
+    """Returns a decompressed copy of `file`, in a temporary folder if `folder` cannot be used."""
+
+    def decompress(target: Path) -> None:
+        with gzip.open(file) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy, _BLOCK)
+
+    if folder is not None:
+        cached = _cached(file, folder, ".rows")
+        if cached.exists() or write_to_cache(cached, decompress):
+            return cached
+    with disk_errors(Path(tempfile.gettempdir()), "make room there, or set TMPDIR"):
+        temporary = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        target = _cached(file, temporary, ".rows")
+        try:
+            decompress(target)
+        except gzip.BadGzipFile as error:
+            raise DataError(f"{file} is not a complete gzip file: {error}") from None
     return target
 
 
@@ -242,12 +248,13 @@ def _index(
     with file.open("rb") as stream:
         index = find_rows(stream)
     if cached is not None:
-        with (
-            atomic_file(cached, concurrent=True) as unfinished,
-            unfinished.open("wb") as stream,
-        ):
-            np.save(stream, index)
+        write_to_cache(cached, lambda unfinished: _write_index(unfinished, index))
     return index
+
+
+def _write_index(file: Path, index: np.ndarray) -> None:
+    with file.open("wb") as stream:
+        np.save(stream, index)
 
 
 def _read_index(cached: Path, size: int) -> np.ndarray | None:

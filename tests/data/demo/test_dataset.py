@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import random
+import time
 
 import pytest
 from PIL import Image, ImageChops
@@ -325,3 +326,31 @@ def test_nothing_is_left_after_a_failure(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_demo(tmp_path / "demo", **SIZES | {"seed": object()})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_next_start_removes_what_a_killed_one_has_left(tmp_path):
+    folder = tmp_path / "demo"
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=write_demo, args=(folder,), kwargs=SIZES | {"train": 5000})
+    process.start()
+    while not list(tmp_path.glob(".demo.*.part/*.jsonl")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not folder.exists()
+    write_demo(folder, **SIZES)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[1]"])
+def test_a_folder_with_a_damaged_manifest_is_refused(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(DataError, match="not a demo dataset"):
+        write_demo(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").touch()
+    message = r"cache/demo cannot be written: File exists; make room there, or .*paths\.cache="
+    with pytest.raises(DataError, match=message):
+        write_demo(tmp_path / "cache/demo", **SIZES)

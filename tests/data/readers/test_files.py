@@ -251,3 +251,16 @@ def test_text_in_another_encoding_is_refused(folder):
             match=rf"{name}:{2 if name == 'rows.csv' else 1}: not UTF-8: .*save it as UTF-8",
         ):
             read_rows(str(folder / name))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_cache_that_cannot_be_written_is_a_warning_and_the_rows_are_read(tmp_path, name, caplog):
+    file, cache = tmp_path / name, tmp_path / "cache"
+    content = b'{"id": 1}\n{"id": 2}\n'
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    cache.touch()  # a file in place of the folder
+    assert [row["id"] for row in RowFile(file, cache)] == [1, 2]
+    assert caplog.records
+    for warning in caplog.records:
+        assert f"the cache file {cache}/indexes/" in warning.getMessage()
+        assert "paths.cache=FOLDER" in warning.getMessage()
