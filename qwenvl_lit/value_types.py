@@ -22,7 +22,7 @@ def matches(value: Any, annotation: Any) -> bool:
     describes: a mapping with `_target_`. Wherever data is expected, also inside `Any`, such a
     mapping does not match. Annotations of other kinds, such as type variables, match everything.
     """
-    if isinstance(value, str) and (UNRESOLVED in value or value == MISSING):
+    if isinstance(value, str) and is_unresolved(value):
         return True
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is object:
@@ -50,6 +50,15 @@ def matches(value: Any, annotation: Any) -> bool:
     if container is Callable or inspect.isclass(annotation):
         return isinstance(value, Mapping)
     return True
+
+
+def is_unresolved(value: Any) -> bool:
+    """Returns whether a value, or one in it, is an interpolation or still to be given."""
+    if isinstance(value, Mapping):
+        return any(map(is_unresolved, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(is_unresolved, value))
+    return isinstance(value, str) and (UNRESOLVED in value or value == MISSING)
 
 
 def has_target(value: Any) -> bool:

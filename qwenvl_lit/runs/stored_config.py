@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,15 @@ def check_stored_config(
         check_arguments(node, node["_target_"], key, source)
     with errors_named(Path(source)):
         OmegaConf.create(dict(config))  # refuses what no YAML file could hold
+
+
+def check_groups(config: Mapping[str, Any], groups: Iterable[str], source: str | Path) -> None:
+    """Raises a DataError if a stored config lacks one of the groups."""
+    missing = [group for group in groups if group not in config]
+    if missing:
+        raise DataError(
+            f"{source}: the stored config lacks {', '.join(missing)}; is the file damaged?"
+        )
 
 
 def _check_value(key: tuple[str, ...], value: Any, source: str | Path) -> None:
