@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError
 from torch import nn
 
+from qwenvl_lit import checksums
 from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors
 from qwenvl_lit.callbacks.stop_signals import StopSignals
 from qwenvl_lit.data.loop_state import rebuild_train_loader, state_after_batch, validation_follows
@@ -284,8 +285,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _disk_errors(path),
             atomic_file(path, durable=True) as unfinished,
             unfinished.open("wb") as file,  # from a path, torch would store the name in the file
+            checksums.sealed(file) as writer,
         ):
-            _torch_save(checkpoint, file)
+            _torch_save(checkpoint, writer)
 
 
 def save_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -303,6 +305,7 @@ def save_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: 
             model.save_pretrained(unfinished, state_dict=state, save_embedding_layers=False)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        checksums.write_sums(unfinished)
 
 
 def _saved_line(trainer: lightning.Trainer) -> str:
@@ -310,7 +313,7 @@ def _saved_line(trainer: lightning.Trainer) -> str:
     return f"Saved after step {trainer.global_step}. Resume:  {resume}"
 
 
-def _torch_save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+def _torch_save(checkpoint: dict[str, Any], file: checksums.Writer) -> None:
     """`torch.save` with the exceptions that caused its own."""
     try:
         torch.save(checkpoint, file)
