@@ -6,6 +6,7 @@ Hydra stops here: the modules below take plain values.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
+from qwenvl_lit import checksums
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.vision_cache import VisionCache
@@ -61,13 +63,16 @@ def module(
         trained_checkpoint, load_device, features: as for `VisionLanguageModule`.
 
     Raises:
-        DataError: the config is for training, and its model can only answer.
+        DataError: the config is for training, and its model can only answer; or the weights at
+            `model.path` are damaged.
     """
     if "speed" in config and config.model.get("load_in_4bit"):
         raise DataError(
             "model.load_in_4bit quantizes a model that only answers; "
             "to train adapters on a 4-bit model: adapter=qlora"
         )
+    if config.get("verify", True):
+        checksums.verify(Path(str(config.model.path)).expanduser())
     adapter, init = None, None
     if adapted:
         adapter = _instantiate(config.adapter) or None
@@ -88,14 +93,19 @@ def module(
 
 
 def trained_module(
-    run: Run, changes: Mapping[str, Any], *, load_device: torch.device | str = "cpu"
+    run: Run,
+    changes: Mapping[str, Any],
+    *,
+    load_device: torch.device | str = "cpu",
+    verify: bool = True,
 ) -> VisionLanguageModule:
     """Builds the module of a run, with the tensors that the run has trained, to answer.
 
     Args:
         changes: settings of the model that replace those of the run.
+        verify: compare the base weights with their checksums, if they have any.
     """
-    config = {"init": None, **run.config, "metrics": {}}
+    config = {"init": None, **run.config, "metrics": {}, "verify": verify}
     config["model"] = {**config["model"], **changes}
     for group in ("optim", "speed"):  # for training
         config.pop(group, None)
@@ -208,6 +218,9 @@ def trainer(
 def start(config: DictConfig) -> None:
     """Seeds all random generators, and silences warnings that a user cannot act on."""
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    if config.trainer.get("deterministic"):
+        # cuBLAS reads it when it is first used; torch refuses to be deterministic without it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for handler in logging.getLogger().handlers:
         handler.addFilter(PrintableRecords())
     if not sys.stderr.isatty():

@@ -6,7 +6,7 @@ Methods of modules are replaced by `models.components.replace_method`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -185,8 +185,8 @@ def checkpoint_blocks(model: nn.Module, names: Collection[str] | None = None) ->
 def compile_blocks(model: nn.Module) -> None:
     """Compiles `compute` of each block of a model.
 
-    All blocks of a type share one compiled graph. It is recompiled once with dynamic shapes and a
-    few times for other modes. FSDP hooks stay outside the graph.
+    All blocks of a type share one compiled graph with dynamic sizes. It is recompiled a few times
+    for other modes. FSDP hooks stay outside the graph.
     """
     allow_recompilations(RECOMPILATIONS)
     for block in blocks_of(model).values():
@@ -220,6 +220,8 @@ class CompiledBlock:
         if kept is not None:
             mark_dynamic(kept, 0)  # one entry for each supervised token of a batch
             kwargs["kept"] = kept
+        if kwargs.get("segments") is None:  # packed batches all have one shape
+            mark_sizes_dynamic(x, kwargs, type(self.block).dynamic_dims)
         try:
             return self._run(x, kwargs)
         except CompileError as error:
@@ -232,6 +234,28 @@ class CompiledBlock:
         if self.checkpointed and torch.is_grad_enabled():
             return self.checkpointed_forward(self.block, x, **kwargs)
         return self.forward(self.block, x, **kwargs)
+
+
+def mark_sizes_dynamic(
+    x: torch.Tensor, kwargs: Mapping[str, Any], dims: tuple[int, ...]
+) -> None:
+    """Asks the compiler for one graph for all sizes of `dims` of a block's input, from the start.
+
+    Otherwise the first batch would get a graph for its own size, and with it other kernels than a
+    resumed run, whose first batch is another one: their results would differ in the last bits.
+
+    Args:
+        kwargs: further arguments of the block. Dimensions of the same size are dynamic, too.
+    """
+    sizes = {x.shape[dim] for dim in dims}
+    for dim in dims:
+        mark_dynamic(x, dim)
+    for value in kwargs.values():
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, torch.Tensor):
+                for dim, size in enumerate(tensor.shape[:-1]):
+                    if size in sizes and size > 1:
+                        mark_dynamic(tensor, dim)
 
 
 def block_forward(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:

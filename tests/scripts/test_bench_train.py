@@ -93,7 +93,7 @@ def test_two_cases_are_measured_through_the_entry_point(tmp_path, monkeypatch):
     cached = results["cached_bf16_16"]
     supervised = pytest.approx(16 * cached["samples_per_second"], rel=0.01)
     assert cached["supervised_tokens_per_second"] == supervised
-    assert cached["vision_pass_s"] > 0
+    assert 0 <= cached["vision_pass_s"] <= cached["start_s"]  # in tenths
     assert results["fp8_16"]["not_measured"] == "it needs a GPU"
     assert results["lora"]["what"] == "before"
     again = f"python scripts/bench_train.py --record {record} --size small --device cpu"

@@ -18,6 +18,8 @@ from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 class LanguageBlock(GradientCheckpointingLayer):
     """Pre-norm decoder block, (B, T, D) -> (B, T, D)."""
 
+    dynamic_dims = (0, 1)  # rows and tokens: sizes that differ from batch to batch
+
     def __init__(self, config: QwenVLConfig, layer_idx: int):
         super().__init__()
         self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)

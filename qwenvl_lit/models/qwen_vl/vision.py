@@ -83,6 +83,8 @@ class VisionTower(nn.Module):
 class VisionBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block, (N, P, C) -> (N, P, C)."""
 
+    dynamic_dims = (0,)  # images: their number differs from batch to batch
+
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
         hidden = int(width * mlp_ratio)  # truncated: 1664 * 4.9231 is 8192.04
