@@ -174,7 +174,7 @@ class SignalListener:
         if number == signal.SIGINT and is_repeated:
             raise Stopped(number)
         if self._records:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and is_first_rank():
                 print(
                     "\nThe run finishes its step and saves; press Ctrl-C again to end it at once.",
                     flush=True,

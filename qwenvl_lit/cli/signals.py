@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,19 +22,23 @@ def stops_reported(command: str) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        _exit(stop.number)
+        _exit(stop.number, stop.__cause__)
     except KeyboardInterrupt:
         _exit(signal.SIGINT)
     except Exception as error:
         if not signals.received:
             raise
-        # For example a data worker that got the signal too
-        message = str(error).strip().partition("\n")[0]
-        _exit(signals.received, f" ({type(error).__name__}: {message})")
+        _exit(signals.received, error)
 
 
-def _exit(number: int, reason: str = "") -> NoReturn:
+def _exit(number: int, cause: BaseException | None = None) -> NoReturn:
+    """Exits after the signal `number`, or after the error that it has caused."""
+    reason = ""
+    if cause is not None:
+        message = str(cause).strip().partition("\n")[0]
+        reason = f" ({type(cause).__name__}: {message})"
     if not is_first_rank():
         sys.exit(0)  # Lightning kills rank 0 when another rank ends with an error
+    logging.disable()  # libraries log when the interpreter exits
     print(f"\n{signals.line(number, reason)}", file=sys.stderr, flush=True)
     sys.exit(exit_status(number))

@@ -105,9 +105,9 @@ def ignore_cluster_signals(worker_id: int) -> None:
     A cluster that stops a run signals the whole process group. The trainer still needs its workers,
     to finish the step and to save a checkpoint.
     """
-    end_with_parent()
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads inherit it: none is started before
+    end_with_parent()
 
     def wait_for_parent() -> None:
         while signal.sigwaitinfo(signals).si_pid != os.getppid():
