@@ -1,13 +1,14 @@
 # make demo   train a small Qwen-VL on embedded images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
-# Both do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
+# make faults kill, fill up, damage, attack: what README says of reliability   (25 minutes on two cores)
+# All do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := outputs/train/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint suite format clean
+.PHONY: demo test lint suite faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -24,6 +25,9 @@ lint: .venv/installed-dev
 
 suite: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+faults: .venv/installed-dev
+	$(BIN)/python scripts/run_faults.py --record benchmarks/faults.json
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
