@@ -9,19 +9,23 @@ from pathlib import Path
 import lightning
 import pytest
 import torch.multiprocessing
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from tiny import read_letters, tiny_task
 from toy_task import trainer
+from two_ranks import GLOO
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.training.adapters.methods import Full
+from qwenvl_lit.training.strategies import FSDP2Strategy
+
+ONE = {0: "p"}  # index and id of the row of the test set
 
 
 class RecordRows(lightning.Callback):
     """Records the rows of each batch by loop."""
 
     def __init__(self):
-        self.seen = {"train": [], "validation": [], "test": []}
+        self.seen = {"train": [], "validation": [], "test": [], "predict": []}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.seen["train"].append("".join(row.id for row in batch.conversations))
@@ -31,6 +35,37 @@ class RecordRows(lightning.Callback):
 
     def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         self.seen["test"].append("".join(row.id for row in batch.conversations))
+
+    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen["predict"].append("".join(row.id for row in batch.conversations))
+
+
+def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:
+    """Trains with one validation row, scores one row, and answers one and then none."""
+    seen = {}
+    for stage, answered in (("fit", {}), ("test", {}), ("predict", {}), ("none", {"test": ONE})):
+        task, recorder = tiny_task(adapter), RecordRows()
+        data = DataModule(
+            processor=task.processor,
+            read=read_letters,
+            train="abcd",
+            validation="k" if stage == "fit" else (),
+            test="p",
+            generated_validation_rows=1,
+            answered=answered,
+        )
+        options = {"strategy": strategy(**GLOO), "devices": 2, "max_epochs": 1}
+        made = trainer(None, recorder, **options)
+        if stage == "fit":
+            made.fit(task, data)
+            seen["fit"] = recorder.seen["validation"]
+        elif stage == "test":
+            made.test(task, data, verbose=False)
+            seen["test"] = recorder.seen["test"]
+        else:
+            made.predict(task, data, return_predictions=False)
+            seen[stage] = recorder.seen["predict"]
+    return seen
 
 
 def run_rank(rank: int, folder: Path, port: int) -> None:
@@ -62,7 +97,9 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     two_ranks().fit(task, data)
     two_ranks().test(task, data, verbose=False)
     weights = float(sum(parameter.double().sum() for parameter in task.parameters()))
-    (folder / f"seen{rank}.json").write_text(json.dumps({**recorder.seen, "weights": weights}))
+    few = {"ddp": use_few_rows(DDPStrategy, Full()), "fsdp": use_few_rows(FSDP2Strategy, Full())}
+    seen = {**recorder.seen, "weights": weights, "few": few}
+    (folder / f"seen{rank}.json").write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +130,11 @@ def test_no_rank_loses_a_step_to_a_dropped_row_which_is_listed_once(ranks):
     assert one["weights"] == other["weights"]
     assert [(finding["set"], finding["kind"]) for finding in findings] == [("train", "dropped")]
     assert "sample 'J': image <bytes> cannot be read" in findings[0]["message"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_without_rows_takes_part_in_every_loop(ranks, strategy):
+    one, other, _ = ranks
+    few, without = one["few"][strategy], other["few"][strategy]
+    assert few == {"fit": ["k", "k"], "test": ["p"], "predict": ["p"], "none": [""]}
+    assert without == {"fit": ["", ""], "test": [""], "predict": [""], "none": [""]}
