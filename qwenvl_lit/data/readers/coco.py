@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.data.download.archives import Archive, ensure_unpacked
+from qwenvl_lit.data.readers.files import check_is_file
 from qwenvl_lit.data.readers.prompts import CAPTION_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, image_from
 from qwenvl_lit.data.readers.sources import open_source
@@ -216,6 +217,7 @@ def read_json(file: Path, convert: Callable[[dict[str, Any]], Any]) -> Any:
     Raises:
         DataError: the file cannot be read, or is not JSON.
     """
+    check_is_file(file)
     try:
         return json.loads(file.read_bytes(), object_hook=convert)
     except OSError as error:

@@ -15,6 +15,7 @@ import os
 import re
 import reprlib
 import shutil
+import stat
 import tempfile
 import zlib
 from collections import Counter
@@ -62,6 +63,7 @@ class RowFile(Sequence[dict[str, Any]]):
         self.file = file
         self.header: list[str] = []
         folder = None if cache is None else cache / "indexes"
+        check_is_file(file)
         with _readable(file):
             self._plain = _decompressed(file, folder) if file.suffix == ".gz" else file
             self._version = _version(self._plain)
@@ -146,6 +148,24 @@ class RowFile(Sequence[dict[str, Any]]):
                 f"{len(self.header)} columns: {list_names(self.header)}"
             )
         return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
+
+
+def check_is_file(file: Path) -> None:
+    """Raises an error unless `file` is a regular file.
+
+    Reading a pipe would wait forever, and reading a device such as `/dev/zero` would not end.
+
+    Raises:
+        DataError: it is something else, or there is nothing.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file} cannot be read: {reason}; check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise DataError(f"{file} is {kind}, expected a file; check the path")
 
 
 def parse_json(text: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwenvl_lit.data.readers.coco import check_texts, only, read_json
+from qwenvl_lit.data.readers.files import check_is_file
 from qwenvl_lit.data.readers.layouts import ImageReference, referring_draft
 from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, conversation_from
@@ -142,6 +143,7 @@ def read_plain_pickle(file: Path) -> Any:
     Raises:
         DataError: the file cannot be read, or holds other values.
     """
+    check_is_file(file)
     try:
         with file.open("rb") as stream:
             return _PlainUnpickler(stream, encoding="utf-8").load()
