@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwenvl_lit import build
+from qwenvl_lit import build, checksums
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.question import History, ImageLike, Query, conversation, image_of
@@ -79,6 +79,7 @@ class QwenVL:
         base_model: str | Path | None = None,
         download: bool = True,
         trust: bool = False,
+        verify: bool = True,
         cache: str | Path | None = None,
         **settings: Any,
     ) -> QwenVL:
@@ -99,6 +100,7 @@ class QwenVL:
             download: whether a checkpoint may be downloaded.
             trust: build every class that the stored config of a run names, also such as are not
                 part of this package.
+            verify: compare weights with their checksums, if they have any.
             cache: folder for downloaded images; None: the one that the commands use.
             settings: defaults of generation for all calls. Without them greedy and at most 512
                 tokens, or as in the run.
@@ -122,16 +124,18 @@ class QwenVL:
         }
         changes = {name: value for name, value in given.items() if value is not None}
         read_options = ReadOptions(cache=Path(cache) if cache else default_cache())
-        run = _find_run(source, trust=trust)
+        run = _find_run(source, trust=trust, verify=verify)
         if run is not None:
             if template:
                 raise ValueError("template is for a checkpoint; a run has its own")
-            module = build.trained_module(run, changes, load_device=device)
+            module = build.trained_module(run, changes, load_device=device, verify=verify)
             model = cls.from_module(module, read_options=read_options)
         elif base_model is not None:
             raise ValueError("base_model is for an adapter folder; a checkpoint needs none")
         else:
             folder = find_checkpoint(str(source), download=download)
+            if verify:
+                checksums.verify(folder)
             stored = stored_settings(folder, trust=trust)
             model = cls._from_checkpoint(folder, stored, changes, template, device, read_options)
         model.generation = replace(model.generation, **settings)
@@ -414,12 +418,12 @@ def default_cache() -> Path:
     return Path(os.environ.get("QWENVL_LIT_CACHE") or Path.home() / ".cache/qwenvl_lit")
 
 
-def _find_run(source: str | Path, *, trust: bool) -> Run | None:
+def _find_run(source: str | Path, *, trust: bool, verify: bool) -> Run | None:
     """The run that `source` names; None if it names a checkpoint."""
     path = Path(source).expanduser()
     is_run_folder = path.is_dir() and not (path / "config.json").exists()
     if source == "latest" or path.is_file() or is_run_folder:
-        return find_run(str(source), trust=trust)
+        return find_run(str(source), trust=trust, verify=verify)
     return None
 
 

@@ -273,7 +273,9 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
+    run = None
+    if config.ckpt:
+        run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
     module = build.module(
         config,
         adapted=run is not None,

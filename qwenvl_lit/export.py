@@ -28,9 +28,9 @@ def main(config: DictConfig) -> None:
     import torch
     from omegaconf import OmegaConf
 
-    from qwenvl_lit import build
+    from qwenvl_lit import build, checksums
     from qwenvl_lit.api import device_named
-    from qwenvl_lit.atomic import atomic_folder
+    from qwenvl_lit.atomic import atomic_folder, disk_errors
     from qwenvl_lit.data.download.files import format_bytes
     from qwenvl_lit.evaluation.equivalence import check_equivalence, comparison_batches
     from qwenvl_lit.reports.model_card import model_card
@@ -38,7 +38,9 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
+    run = None
+    if config.ckpt:
+        run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
     quantized_base = run is not None and bool(config.adapter.get("quantization"))
     if quantized_base:
         # What was trained on a 4-bit base is merged into the published weights.
@@ -59,7 +61,8 @@ def main(config: DictConfig) -> None:
         "model": exported_folder.portable_settings(model, module.family),
         "generation": OmegaConf.to_container(config.generation, resolve=True),
     }
-    with atomic_folder(out, replace=config.overwrite) as folder:
+    advice = "make room, or choose another folder with out="
+    with disk_errors(out, advice), atomic_folder(out, replace=config.overwrite) as folder:
         if config.merge:
             kind = dtype
             exported_folder.write_model(module, folder, getattr(torch, dtype))
@@ -91,6 +94,7 @@ def main(config: DictConfig) -> None:
             compared="; ".join(notes),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        checksums.write_sums(folder)
     size = format_bytes(sum(file.stat().st_size for file in out.iterdir()))
     print(f"\nWrote {build.shown(str(out))}: {size}, {kind}")
     print("\n".join(notes))

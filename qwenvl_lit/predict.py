@@ -30,7 +30,10 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
-    checkpoint = find_run(config.ckpt, trust=config.trust).checkpoint if config.ckpt else None
+    checkpoint = None
+    if config.ckpt:
+        run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
+        checkpoint = run.checkpoint
     module = build.module(config, adapted=config.ckpt is not None, trained_checkpoint=checkpoint)
     data = question_data(config, module) if is_question else dataset(config, module)
     trainer = build.trainer(config)

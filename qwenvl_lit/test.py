@@ -56,7 +56,9 @@ def main(config: DictConfig) -> None:
     benchmarks = named_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
     sets = evaluation_sets(config, processor, benchmarks)
-    run = find_run(config.ckpt, trust=config.trust) if config.ckpt else None
+    run = None
+    if config.ckpt:
+        run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
     if config.predictions:
         outcome = score_stored_answers(config, sets, processor)
     else:

@@ -11,6 +11,7 @@ from typing import Any
 from qwenvl_lit.cli.overrides import HELP_FLAGS, has_any, quote, value_of
 from qwenvl_lit.runs.predictions import config_beside
 from qwenvl_lit.runs.run import Run, find_run, init_from
+from qwenvl_lit.runs.stored_config import check_groups
 from qwenvl_lit.types import DataError
 
 # Groups that a command with `ckpt=` takes from the run unless the command line chooses them.
@@ -51,7 +52,7 @@ def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
     """
     ckpt, predictions = value_of(arguments, "ckpt"), value_of(arguments, "predictions")
     if ckpt is not None:
-        run = find_run(ckpt, trust=_trusts(arguments))
+        run = find_run(ckpt, trust=_trusts(arguments), verify=_verifies(arguments))
         return CommandLine(
             arguments=_replace_ckpt(arguments, [_checkpoint_argument(run, ckpt)]),
             run_groups=_groups(_config_to_use(run), run.folder),
@@ -77,7 +78,8 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
     ckpt = value_of(arguments, "ckpt")
     if ckpt is None:
         return CommandLine(arguments=list(arguments))
-    run = find_run(ckpt, trust=_trusts(arguments))
+    run = find_run(ckpt, trust=_trusts(arguments), verify=_verifies(arguments))
+    check_groups(run.config, RECIPE, ckpt)
     groups: dict[str, Mapping[str, Any]] = {"init": {}}
     choices = ["model=run"]
     if run.checkpoint is not None:
@@ -95,6 +97,10 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
 
 def _trusts(arguments: Sequence[str]) -> bool:
     return value_of(arguments, "trust") == "true"
+
+
+def _verifies(arguments: Sequence[str]) -> bool:
+    return (value_of(arguments, "verify") or "true").lower() != "false"
 
 
 def _config_to_use(run: Run) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit import checksums
 from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
 from qwenvl_lit.runs.run import COMPOSED_CONFIG, latest_run
 from qwenvl_lit.runs.stored_config import check_stored_config, read_config
@@ -17,6 +18,7 @@ from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import matches, type_name
 
 MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers", "trust")  # resuming
+PERMISSIONS = ("trust", "verify")  # of a command, not of a run
 LAST = "checkpoints/last.ckpt"
 RESUMED = {  # what Lightning restores from a checkpoint
     "global_step": int,
@@ -89,7 +91,7 @@ def _compatible_arguments(resume: str, run: Path, arguments: Sequence[str]) -> l
         key = argument.partition("=")[0]
         if key in ("resume", "hydra.run.dir", "hydra.output_subdir"):
             continue
-        if key in MAY_CHANGE or argument.startswith(("-", "hydra.")):
+        if key in (*MAY_CHANGE, *PERMISSIONS) or argument.startswith(("-", "hydra.")):
             kept.append(argument)
         elif argument not in started_with:
             raise DataError(
@@ -117,11 +119,24 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
     folder = Path(str(OverridesParser.create().parse_override(argument).value()))
     for pattern in RESULTS:
         for file in sorted(folder.glob(pattern)):
+            if ".rank" in file.name and _is_a_test(folder):
+                continue  # answers of an interrupted test, which starts again
             advice = "choose another folder, or remove this one"
             if (folder / LAST).exists():
                 advice += f"; to continue its training: python -m qwenvl_lit.train resume={folder}"
             name = file.relative_to(folder)
             raise DataError(f"hydra.run.dir={folder} holds an earlier run ({name}): {advice}")
+
+
+def _is_a_test(folder: Path) -> bool:
+    """Whether the command `test` has made a run folder."""
+    file = folder / ".hydra/hydra.yaml"
+    if not file.exists():
+        return False
+    try:
+        return OmegaConf.select(read_config(file), "hydra.job.name") == "test"
+    except DataError:
+        return False
 
 
 def resumed(config: DictConfig) -> DictConfig:
@@ -144,15 +159,20 @@ def resumed(config: DictConfig) -> DictConfig:
     for key in overridden.intersection(MAY_CHANGE):
         OmegaConf.update(stored, key, OmegaConf.select(config, key))
     OmegaConf.update(stored, "resume", config.resume)
+    for key in PERMISSIONS:
+        OmegaConf.update(stored, key, config[key], force_add=True)
     OmegaConf.set_struct(stored, True)
     return stored
 
 
 def checkpoint_of(config: DictConfig) -> Path | None:
-    """The checkpoint that a run resumes from; None for a new run."""
+    """The checkpoint that a run resumes from, compared with its checksum; None for a new run."""
     if config.resume in (None, "auto"):
         return None
-    return Path(config.paths.run, LAST)
+    checkpoint = Path(config.paths.run, LAST)
+    if config.verify:
+        checksums.verify(checkpoint)
+    return checkpoint
 
 
 def steps_of(checkpoint: Path | None) -> int:

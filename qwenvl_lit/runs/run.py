@@ -16,10 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from qwenvl_lit import checksums
 from qwenvl_lit.runs.config_folder import config_folder
-from qwenvl_lit.runs.stored_config import check_stored_config, group_targets, read_config
+from qwenvl_lit.runs.stored_config import (
+    check_groups,
+    check_stored_config,
+    group_targets,
+    read_config,
+)
 from qwenvl_lit.stored_files import read_checkpoint, read_json_object
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import is_unresolved
 
 TRAIN_FOLDER = Path("outputs/train")
 COMPOSED_CONFIG = ".hydra/config.yaml"
@@ -41,8 +48,8 @@ CONTENTS = {  # of a run folder; the last five only if there is something to wri
     "train.log": "warnings",
 }
 # Groups of a stored config that other commands build objects from
-RECIPE_GROUPS = ("model", "adapter", "generation", "optim", "trainer")  # every run has them
-USED_GROUPS = (*RECIPE_GROUPS, "init", "data", "metrics")
+NEEDED_GROUPS = ("model", "adapter", "generation")  # to answer
+USED_GROUPS = (*NEEDED_GROUPS, "init", "data", "metrics", "optim", "trainer")
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
 # Name on the hub of each published model, by the last part of the names that copies have
 PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}
@@ -62,7 +69,7 @@ class Run:
     """The base model that an adapter folder of others names."""
 
 
-def find_run(ckpt: str, *, trust: bool = False) -> Run:
+def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
     """Finds what `ckpt=` names.
 
     That is "latest", a run folder (its best checkpoint, otherwise its last one), a checkpoint file,
@@ -70,9 +77,11 @@ def find_run(ckpt: str, *, trust: bool = False) -> Run:
 
     Args:
         trust: accept a config that names classes which are not part of this package.
+        verify: compare the weights with their checksums, if they have any.
 
     Raises:
-        DataError: there is no such run, it has no checkpoint, or its config is not trusted.
+        DataError: there is no such run, it has no checkpoint, its config is not trusted, or its
+            weights are damaged.
     """
     run = _find_run(ckpt, trust=trust)
     source = run.checkpoint or ckpt
@@ -80,9 +89,9 @@ def find_run(ckpt: str, *, trust: bool = False) -> Run:
     if isinstance(run.config, Mapping):
         used = {group: run.config[group] for group in USED_GROUPS if group in run.config}
     check_stored_config(used, source, trust=trust)
-    missing = [group for group in RECIPE_GROUPS if group not in used]
-    if missing:
-        raise DataError(f"{source}: the stored config lacks {', '.join(missing)}")
+    check_groups(run.config, NEEDED_GROUPS, source)
+    if verify:
+        checksums.verify(run.checkpoint or Path(ckpt).expanduser())
     return run
 
 
@@ -172,6 +181,8 @@ def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str,
         [target] = group_targets(group)
         settings[group] = {"_target_": target, **node}
     check_stored_config(settings, file, trust=trust)
+    if is_unresolved(settings):
+        raise DataError(f"{file} has an interpolation or ???; exported settings have neither")
     return settings
 
 
