@@ -179,6 +179,7 @@ def _run(
     os.chdir(folder)
     os.environ.update(environment(folder, **variables))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a command that is not forked
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

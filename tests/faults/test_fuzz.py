@@ -33,8 +33,8 @@ LONG = {"a million blanks": " " * 1_000_000, "a million letters": "a" * 1_000_00
 # The tokenizer and the commands take text that UTF-8 can hold.
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ANSWERS = st.one_of(UNICODE, st.lists(st.sampled_from(MARKUP), max_size=12).map("".join))
-NUMBERS = ("-1", "0", "nan", "inf", "-inf", "1e400", "1.5", "99999999999999999999", "true", "null")
-NUMBERS += ("abc", "[1]", "{a:1}", '""', "-0.0", "1_0", "0x10")
+ODD = ("-1", "0", "nan", "1e400", "99999999999999999999", "abc")
+NUMBERS = (*ODD, "inf", "-inf", "1.5", "true", "null", "[1]", "{a:1}", '""', "-0.0", "1_0", "0x10")
 KEYS = ("seed", "optim.lr", "optim.weight_decay", "data.batch_size", "data.max_tokens")
 KEYS += ("data.num_workers", "data.validation", "trainer.max_steps", "trainer.max_epochs")
 KEYS += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.devices")
@@ -168,7 +168,7 @@ def test_any_argument_composes_or_is_a_mistake(tmp_path, monkeypatch, size):
         attempts_of(tally, numbers, size, check_number)
 
 
-@sizes(short=None, full=NUMBERS[:9])
+@sizes(short=None, full=ODD)
 def test_an_odd_number_is_refused_or_works(tmp_path, size):
     """Every numeric key with every odd value, through the whole command."""
     short = ["trainer.max_steps=2", "trainer.max_epochs=1", "trainer.val_check_interval=2"]

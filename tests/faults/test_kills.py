@@ -120,16 +120,17 @@ def kill_until(tally: Tally, recipe: Recipe, folder: Path, *, kills: int, seed: 
                 share = chance.random()
                 number = chance.choice((signal.SIGKILL, signal.SIGTERM))
                 to_group = number == signal.SIGTERM and chance.random() < 0.5
-                moment = f"{number.name}{' to the group' * to_group} at {share:.2f}"
-                if not kill_at(share * cpu_seconds, home, recipe, number, to_group):
-                    break  # it was done before
+                moments.append(f"{number.name}{' to the group' * to_group} at {share:.2f}")
                 attempt.count += 1
-                moments.append(moment)
+                if not kill_at(share * cpu_seconds, home, recipe, number, to_group):
+                    attempt.count -= 1  # it was done before
+                    moments.pop()
+                    break
             if moments:
                 finish(home, recipe, f"after {', '.join(moments)}")
                 recipe.compare(home, whole)
         if tally.failed and tally.failed[-1].startswith(f"chain {chain}:"):
-            tally.failed[-1] += f" ({', '.join(moments) or 'first kill'})"
+            tally.failed[-1] += f" ({', '.join(moments)})"
         shutil.rmtree(home)
 
 
@@ -181,7 +182,8 @@ def kill_at(
             assert "Traceback (most" not in started.output, (
                 f"a traceback after {number.name}: {started.output.strip().splitlines()[-1]}"
             )
-            assert status in STOPPED, f"exit status {status} after SIGTERM"
+            lines = started.output.strip().splitlines()[-1:]
+            assert status in STOPPED, f"exit status {status} after SIGTERM, last line {lines}"
         return True
 
 
