@@ -449,10 +449,17 @@ def test_a_folder_is_replaced_only_if_it_is_an_export_and_overwrite_is_true(
     for out, message in refused.items():
         with pytest.raises(DataError, match=message):
             run_command(export, ckpt, f"out={out}")
-    (home / "mine").mkdir(exist_ok=True)
+    for name in ("mine", "kept.part", "kept.old"):
+        (home / name).mkdir(exist_ok=True)
+        (home / name / "notes.txt").write_text("keep")
     with pytest.raises(DataError, match="was not written by an export and is not replaced"):
         run_command(export, ckpt, "out=mine", "overwrite=true")
     assert (home / "kept/config.json").stat().st_ino == before
+    run_command(export, ckpt, "out=kept", "compare=none", "overwrite=true")
+    assert (home / "kept/config.json").stat().st_ino != before
+    for name in ("mine", "kept.part", "kept.old"):
+        assert (home / name / "notes.txt").read_text() == "keep"
+    assert not list(home.glob(".kept.*"))
 
 
 def test_a_model_that_answers_differently_is_not_kept(home, trained, run_command, monkeypatch):

@@ -5,11 +5,11 @@ Nothing here imports torch, so that `--help` and a misspelt key answer at once.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -25,6 +25,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
 from qwenvl_lit.cli.hints import explain
 from qwenvl_lit.cli.mixture import keep_expanded_datasets
@@ -34,7 +35,7 @@ from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.cli.run_folder import remove_unused_folder
 from qwenvl_lit.cli.signals import stops_reported
 from qwenvl_lit.runs.run import config_folder
-from qwenvl_lit.stopping import Stopped
+from qwenvl_lit.stopping import Stopped, signals
 from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
@@ -45,14 +46,6 @@ COMPOSITION_ERRORS = (
     MissingConfigException,
     OverrideParseException,
     OmegaConfBaseException,
-)
-DISK_ERRORS = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EROFS,
 )
 
 Main = Callable[[DictConfig], None]
@@ -86,6 +79,8 @@ def _run_reporting_mistakes(
     name: str, main: Main, run: Literal["unused", "needed", "start"], adjust: Adjust
 ) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function unchanged
+    # Hydra makes exceptions of its callbacks warnings.
+    warnings.filterwarnings("error", message="Callback .* raised", category=UserWarning)
     OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
     arguments = sys.argv[1:]
     try:
@@ -112,8 +107,8 @@ def _run_reporting_mistakes(
             raise
         _exit(
             1,
-            f"{error.filename or 'the run folder'} cannot be written: {error.strerror}. "
-            f"Make room there, or choose another folder with hydra.run.dir=...",
+            f"{error.filename or 'the run folder'} cannot be written: {error.strerror}; "
+            f"make room there, or choose another folder with hydra.run.dir=FOLDER",
         )
     if sweep.failed:
         sys.exit(1)
@@ -196,7 +191,14 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
     except DataError as error:
         remove_unused_folder()
         _exit(1, _last_message(str(error)))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        run, cache = Path(config.paths.run), Path(config.paths.cache)
+        _exit(1, disk_message(error, run=run, cache=cache))
     except Exception as error:
+        if signals.received:  # a consequence, such as a data worker that got the signal too
+            raise Stopped(signals.received) from error
         cause: BaseException = error
         if isinstance(error, InstantiationException) and error.__cause__:
             cause = error.__cause__

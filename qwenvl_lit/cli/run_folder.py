@@ -6,6 +6,8 @@ import atexit
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -49,7 +51,8 @@ class ClaimRunFolder(Callback):
         key = f"hydra.{kind}.dir"
         named = value_of(list(config.hydra.overrides.hydra), key) is not None
         shares_name = kind == "run" and is_under_torchrun() and not named
-        self.folder = Path(config.hydra[kind].dir)
+        with _hydra_config(config):
+            self.folder = Path(config.hydra[kind].dir)
         try:
             if is_first_rank():
                 with disk_errors(self.folder, f"make room, or choose another folder with {key}="):
@@ -61,7 +64,7 @@ class ClaimRunFolder(Callback):
             # Hydra turns other exceptions of a callback into warnings.
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-        with read_write(config), open_dict(config):
+        with read_write(config.hydra), open_dict(config.hydra):
             config.hydra[kind].dir = str(self.folder)
             if kind == "sweep":  # Hydra composes each of its jobs from the overrides again
                 config.hydra.overrides.hydra.append(f"{key}={quote(str(self.folder))}")
@@ -127,6 +130,18 @@ class ClaimRunFolder(Callback):
             if file.name not in own and not is_empty_log:
                 return
         shutil.rmtree(self.folder)
+
+
+@contextmanager
+def _hydra_config(config: DictConfig) -> Iterator[None]:
+    """Lets `${hydra:...}` be resolved, which Hydra does only when it runs a job."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    instance.set_config(config)
+    try:
+        yield
+    finally:
+        instance.cfg = before
 
 
 def remove_unused_folder() -> None:

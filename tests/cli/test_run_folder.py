@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from commands import command_line, environment, read_json_lines, run_command
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, open_dict
 from small_demo import small_demo
 
-from qwenvl_lit.locks import ProcessLock, lock_of
+from qwenvl_lit.cli.run_folder import ClaimRunFolder
+from qwenvl_lit.locks import ProcessLock, is_locked, lock_of
+from qwenvl_lit.runs.run import config_folder
 
 TRAIN = [
     "trainer=smoke",
@@ -34,13 +38,19 @@ def start(folder: Path, command: str, *arguments: str) -> subprocess.Popen:
     )
 
 
+def compose_hydra(command: str, overrides: list[str]) -> DictConfig:
+    """The config of a command with Hydra's own part."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose(command, overrides, return_hydra_config=True)
+
+
 @pytest.fixture
 def one_time(tmp_path) -> str:
     """An argument that makes all runs start in the same second: a folder of configs."""
     configs = tmp_path / "configs"
     (configs / "experiment").mkdir(parents=True)
     (configs / "experiment/now.yaml").write_text(
-        "# @package _global_\nhydra:\n  run:\n    dir: outputs/now\n  sweep:\n    dir: outputs/now\n"
+        "# @package _global_\nhydra:\n  run:\n    dir: outputs/now\n"
     )
     return f"--config-dir={configs}"
 
@@ -116,3 +126,29 @@ def test_a_named_folder_that_cannot_be_made_is_an_error_of_one_line(tmp_path):
     assert process.returncode == 1
     assert process.stderr.startswith("error: file/mine cannot be written: Not a directory; ")
     assert len(process.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_a_name_that_is_taken_gets_a_suffix(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ClaimRunFolder, "claimed", None)
+    for number in range(3):
+        config = compose_hydra("train", [])
+        with open_dict(config):
+            config.hydra[kind].dir = "outputs/${hydra:job.name}/now"
+        start_of = ClaimRunFolder()
+        getattr(start_of, "on_run_start" if kind == "run" else "on_multirun_start")(config)
+        name = "now" if number == 0 else f"now_{number + 1}"
+        assert config.hydra[kind].dir == f"outputs/train/{name}"
+        assert is_locked(lock_of(tmp_path / "outputs/train" / name))
+    if kind == "sweep":
+        # Hydra composes each job of a sweep from these overrides.
+        assert config.hydra.overrides.hydra == ["hydra.sweep.dir='outputs/train/now_3'"]
+
+
+def test_other_ranks_neither_make_nor_lock_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    config = compose_hydra("train", [f"hydra.run.dir={tmp_path}/mine"])
+    ClaimRunFolder().on_run_start(config)
+    assert config.hydra.run.dir == f"{tmp_path}/mine"
+    assert not (tmp_path / "mine").exists()
