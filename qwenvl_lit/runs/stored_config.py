@@ -49,9 +49,16 @@ def read_config(file: Path) -> Any:
 
     text = read_text(file, limit=MAX_BYTES)
     with errors_named(file):
-        for event in yaml.parse(text):
+        depth = 0
+        for number, event in enumerate(yaml.parse(text)):
             if isinstance(event, yaml.AliasEvent):
                 raise unreadable(file, f"it has a YAML reference, *{event.anchor}")
+            if isinstance(event, yaml.ScalarEvent) and not depth:
+                raise unreadable(file, "it holds a single value")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or number > MAX_VALUES:
+                raise unreadable(file, "it is nested too deeply, or endless")
         return OmegaConf.to_container(OmegaConf.create(text))
 
 
