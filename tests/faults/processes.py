@@ -134,7 +134,7 @@ def fork_command(
     folder: Path,
     command: str,
     *arguments: str,
-    seconds: float = 120,
+    seconds: float = 60,
     file_limit: int | None = None,
     **variables: str,
 ) -> Finished:
@@ -155,7 +155,7 @@ def fork_command(
     process.join(seconds)
     status = process.exitcode
     if status is None:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.join()
     text = output.read_text(encoding="utf-8", errors="replace")
     output.unlink()

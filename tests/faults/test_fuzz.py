@@ -33,7 +33,9 @@ LONG = {"a million blanks": " " * 1_000_000, "a million letters": "a" * 1_000_00
 # The tokenizer and the commands take text that UTF-8 can hold.
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ANSWERS = st.one_of(UNICODE, st.lists(st.sampled_from(MARKUP), max_size=12).map("".join))
-ODD = ("-1", "0", "nan", "1e400", "99999999999999999999", "abc")
+HUGE = "99999999999999999999"
+ODD = ("-1", "0", "nan", "1e400", HUGE, "abc")
+STARTS_PROCESSES = ("data.num_workers", "trainer.devices")
 NUMBERS = (*ODD, "inf", "-inf", "1.5", "true", "null", "[1]", "{a:1}", '""', "-0.0", "1_0", "0x10")
 KEYS = ("seed", "optim.lr", "optim.weight_decay", "data.batch_size", "data.max_tokens")
 KEYS += ("data.num_workers", "data.validation", "trainer.max_steps", "trainer.max_epochs")
@@ -134,7 +136,7 @@ def test_any_text_survives_the_tokenizer(size):
                 check_text(text)
 
 
-@sizes(short=30, full=600)
+@sizes(short=30, full=300)
 def test_any_argument_composes_or_is_a_mistake(tmp_path, monkeypatch, size):
     monkeypatch.chdir(tmp_path)
 
@@ -175,6 +177,8 @@ def test_an_odd_number_is_refused_or_works(tmp_path, size):
     with tallied("fuzzed values", "odd numbers, as arguments of train") as tally:
         for key in KEYS:
             for number in size:
+                if key in STARTS_PROCESSES and number == HUGE:
+                    continue  # a bench must not depend on the check that it is about
                 argument = f"{key}={number}"
                 adapter = ["adapter=lora"] if key.startswith("adapter.") else []
                 line = ["train", *TRAIN, *short, *adapter, argument]
