@@ -25,6 +25,7 @@ PROGRESS_BAR = "lightning.pytorch.callbacks.TQDMProgressBar"
 MODEL_AND_DATA = {
     "seed",
     "trust",
+    "verify",
     "paths",
     "adapter",
     "trainer",
