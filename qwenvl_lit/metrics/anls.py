@@ -1,4 +1,4 @@
-"""ANLS: accuracy of text that was read from an image, tolerant of a few wrong characters."""
+"""ANLS: accuracy of text read from an image, which tolerates a few wrong characters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def anls(
     *,
     protocol: ScoringProtocol = "correct",
 ) -> float:
-    """Returns 1 minus the normalized edit distance to the closest reference; 0 below `threshold`.
+    """Returns the similarity to the closest reference, or 0 if it is below `threshold`.
 
-    The distance is divided by the length of the longer text. Case and the amount of white space are
-    ignored. The published script ignores white space in the distance but not in the length, so that
-    more white space makes an error cheaper.
+    The similarity is 1 minus the edit distance divided by the length of the longer text. Case and
+    the amount of white space are ignored. The published script ignores white space in the distance
+    but not in the length. With that script, additional white space makes an error cost less.
 
     >>> anls("Helo world", ["hello world"]), anls("abc", ["xyz"])
     (0.9090909090909091, 0.0)

@@ -1,4 +1,4 @@
-"""Metrics of grounded answers: overlap of the first box, and agreement of all objects."""
+"""Metrics for answers with boxes: IoU of the first box, and agreement of all objects."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from qwenvl_lit.metrics.per_sample import Where
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Prediction, Quad
 
-LabelledBox = tuple[str | None, Box | None]
+LabeledBox = tuple[str | None, Box | None]
 
 
-def predicted_boxes(prediction: Prediction) -> list[LabelledBox]:
-    """Returns label and box of each object in the answer, as `labelled_boxes` does."""
-    return labelled_boxes(prediction.parts, prediction.conversation)
+def predicted_boxes(prediction: Prediction) -> list[LabeledBox]:
+    """Returns the pairs of `labeled_boxes` for the answer."""
+    return labeled_boxes(prediction.parts, prediction.conversation)
 
 
-def expected_boxes(prediction: Prediction) -> list[LabelledBox]:
-    """Returns label and box of each object in the expected answer, as `labelled_boxes` does."""
+def expected_boxes(prediction: Prediction) -> list[LabeledBox]:
+    """Returns the pairs of `labeled_boxes` for the expected answer."""
     expected = prediction.conversation.answer
-    return labelled_boxes(expected.parts if expected else (), prediction.conversation)
+    return labeled_boxes(expected.parts if expected else (), prediction.conversation)
 
 
-def labelled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabelledBox]:
+def labeled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabeledBox]:
     """Returns (label, box) for each box of each object in reading order.
 
-    An object without boxes gives one pair, with None as its box. Boxes are in the unit frame of
-    their image. The IoU is the same there as in pixels, and answers are comparable although markup
-    cannot say which of several images it means. A quad becomes the smallest box around it.
+    An object without boxes gives one pair, with None as its box. A quad is replaced by the smallest
+    box around it. Boxes are in the unit frame of their image: markup cannot say to which of several
+    images a box belongs, and in this frame the images' sizes make no difference. The IoU is the
+    same as in pixels.
     """
-    pairs: list[LabelledBox] = []
+    pairs: list[LabeledBox] = []
     for part in parts:
         if not isinstance(part, GroundedObject):
             continue
@@ -50,15 +51,15 @@ def _box_around(region: Box | Quad) -> Box:
     return Box(x0=min(xs), y0=min(ys), x1=max(xs), y1=max(ys), frame=region.frame)
 
 
-def first_box(pairs: Iterable[LabelledBox]) -> Box | None:
-    """Returns the first box, if there is any."""
+def first_box(pairs: Iterable[LabeledBox]) -> Box | None:
+    """Returns the first box, or None if there is no box."""
     return next((box for _, box in pairs if box), None)
 
 
 def first_box_iou(prediction: Prediction) -> float | None:
     """Returns the IoU of the first predicted box with the first expected box.
 
-    0 if the answer has no box; None if the expected answer has none.
+    Returns 0 if the answer has no box, and None if the expected answer has no box.
     """
     expected = first_box(expected_boxes(prediction))
     if expected is None:
@@ -69,24 +70,24 @@ def first_box_iou(prediction: Prediction) -> float | None:
     return iou(predicted, expected)
 
 
-def same_objects(
-    predicted: Sequence[LabelledBox], expected: Sequence[LabelledBox], threshold: float
+def have_same_objects(
+    predicted: Sequence[LabeledBox], expected: Sequence[LabeledBox], threshold: float
 ) -> bool:
-    """Tells whether both sequences name the same objects, in any order.
+    """Returns whether both sequences name the same objects, in any order.
 
-    They do if a one-to-one pairing exists in which the labels of each pair are equal and the IoU of
-    its boxes is at least `threshold`.
+    They do if the objects can be matched one to one such that matched objects have equal labels and
+    their boxes have an IoU of at least `threshold`.
 
     >>> box = Box(x0=0, y0=0, x1=1, y1=1, frame="unit")
-    >>> same_objects([("cat", box), ("dog", None)], [("dog", None), ("cat", box)], 0.5)
+    >>> have_same_objects([("cat", box), ("dog", None)], [("dog", None), ("cat", box)], 0.5)
     True
     """
     if len(predicted) != len(expected):
         return False
-    predicted_of: dict[int, int] = {}  # index in `expected` -> index of its partner in `predicted`
+    predicted_of: dict[int, int] = {}  # index in `expected` -> matched index in `predicted`
 
     def find_partner(index: int, tried: set[int]) -> bool:
-        """Pairs a predicted object, moving earlier ones if needed (augmenting paths, Kuhn 1955)."""
+        """Matches a predicted object and, if necessary, changes earlier matches (Kuhn 1955)."""
         for candidate, wanted in enumerate(expected):
             if candidate in tried or not _matches(predicted[index], wanted, threshold):
                 continue
@@ -100,8 +101,8 @@ def same_objects(
     return all(find_partner(index, set()) for index in range(len(predicted)))
 
 
-def _matches(predicted: LabelledBox, expected: LabelledBox, threshold: float) -> bool:
-    """Whether labels are equal and either boxes overlap enough or neither object has a box."""
+def _matches(predicted: LabeledBox, expected: LabeledBox, threshold: float) -> bool:
+    """Returns whether labels are equal and the boxes overlap enough or are both missing."""
     predicted_label, predicted_box = predicted
     expected_label, expected_box = expected
     if predicted_label != expected_label:
@@ -125,12 +126,12 @@ class MeanIoU(SampleMean):
 
 
 class BoxAccuracy(SampleMean):
-    """Acc@IoU: share of rows whose first predicted box overlaps the first expected box enough.
+    """Acc@IoU: fraction of rows whose first predicted box overlaps the first expected box enough.
 
-    The metric of RefCOCO, RefCOCO+ and RefCOCOg (Mao et al., CVPR 2016).
+    This is the metric of RefCOCO, RefCOCO+ and RefCOCOg (Mao et al., CVPR 2016).
 
     Args:
-        threshold: lowest IoU of a right answer, itself included as in
+        threshold: the lowest IoU that counts as correct. An IoU equal to it is correct, as in
             `eval_mm/evaluate_grounding.py` of Qwen-VL.
     """
 
@@ -148,14 +149,15 @@ class BoxAccuracy(SampleMean):
 
 
 class GroundedAccuracy(SampleMean):
-    """Share of rows whose answer names and boxes every expected object and no other.
+    """Fraction of rows whose answer has every expected object with its box, and no other object.
 
     Objects are compared as a multiset of (label, box), in any order. Labels must be equal, except
-    for white space around them. This is our own metric for answers with several objects: Acc@IoU
-    looks at the first box alone, and average precision needs confidences, which text does not have.
+    for white space around them. This project defines the metric for answers with several objects.
+    Acc@IoU considers the first box only, and average precision requires confidences, which
+    generated text does not have.
 
     Args:
-        threshold: lowest IoU of a right box.
+        threshold: the lowest IoU at which a box counts as correct.
     """
 
     needs = "expected object"
@@ -168,4 +170,4 @@ class GroundedAccuracy(SampleMean):
         expected = expected_boxes(prediction)
         if not expected:
             return None
-        return float(same_objects(predicted_boxes(prediction), expected, self.threshold))
+        return float(have_same_objects(predicted_boxes(prediction), expected, self.threshold))

@@ -1,8 +1,8 @@
-"""Metrics of captions as the COCO caption tools compute them: CIDEr, BLEU and ROUGE-L.
+"""CIDEr, BLEU and ROUGE-L of captions, computed as the COCO caption tools compute them.
 
-Papers compare scores of these tools, so their constants are kept and there is a single protocol.
-BLEU and ROUGE of torchmetrics are different: its BLEU is 0 without a matching 4-gram, and its
-ROUGE-L weights precision and recall equally and takes both from one reference.
+Papers report scores of these tools. The metrics therefore use the constants of the tools, and have
+no `protocol` argument. BLEU and ROUGE of torchmetrics differ: BLEU is 0 without a matching 4-gram,
+and ROUGE-L weights precision and recall equally and takes both from the same reference.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import DataError, Prediction
 
-N = 4  # length of the longest n-grams
-SIGMA = 6.0  # width of CIDEr-D's length penalty
-BETA = 1.2  # ROUGE-L: weight of recall relative to precision
+N = 4  # n of the longest n-grams
+SIGMA = 6.0  # standard deviation in CIDEr-D's length penalty
+BETA = 1.2  # weight of recall relative to precision in ROUGE-L
 
-# Shape suffixes: R rows; T texts, of each row its caption and then its references; W words of all
-# texts; K distinct n-grams of a length; P distinct pairs of a text and an n-gram that it has.
+# Shape suffixes:
+# R rows
+# T texts: the caption of the first row, its references, the caption of the second row, ...
+# W words of all texts
+# K distinct n-grams of one length n
+# P distinct pairs (text, n-gram in this text)
 
 
 def cider(
     captions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> torch.Tensor:
-    """Computes CIDEr-D of each caption of a corpus: (rows,) float64, 0 to 10.
+    """Computes CIDEr-D of each caption of a corpus, (rows,) float64 from 0 to 10.
 
-    The corpus scores the mean. The weight of an n-gram depends on all references of the corpus, so
-    a corpus of one row scores 0.
+    The score of the corpus is the mean. The weight of an n-gram depends on all references of the
+    corpus, so the score of a corpus of one row is 0.
 
     >>> cider([["a", "dog"], ["a", "cat"]], [[["a", "dog"]], [["the", "cat"]]])
     tensor([5.0000, 1.2500], dtype=torch.float64)
@@ -58,32 +62,32 @@ def cider(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Texts:
-    """The texts of a corpus by row."""
+    """Which row each text of a corpus belongs to, and which texts are references."""
 
     rows: int
-    row: torch.Tensor  # (T,) the row that each text belongs to
-    is_reference: torch.Tensor  # (T,)
+    row: torch.Tensor  # (T,) index of the row of each text
+    is_reference: torch.Tensor  # (T,) False for captions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _WeightedNGrams:
-    """The n-grams of each text for one length n, sorted by text and then by kind."""
+    """The distinct n-grams of each text for one n, sorted by text and then by n-gram."""
 
-    kinds: int
-    text: torch.Tensor  # (P,)
-    kind: torch.Tensor  # (P,) 0 ... kinds - 1
-    weight: torch.Tensor  # (P,) tf-idf
+    kinds: int  # number of distinct n-grams in all texts, K
+    text: torch.Tensor  # (P,) index of the text
+    kind: torch.Tensor  # (P,) index of the n-gram, 0 ... kinds - 1
+    weight: torch.Tensor  # (P,) tf-idf weight
 
 
 def _cider(
     words_W: torch.Tensor, words_per_text_T: torch.Tensor, texts_per_row_R: torch.Tensor
 ) -> torch.Tensor:
-    """Computes CIDEr-D of each row from integer words.
+    """Computes CIDEr-D of each row from words that are given as integers.
 
     Args:
         words_W: int64, the words of all texts of all rows, text after text.
-        words_per_text_T: int64.
-        texts_per_row_R: int64. The first text of a row is its caption.
+        words_per_text_T: int64, the number of words of each text.
+        texts_per_row_R: int64, the number of texts of each row. The first one is its caption.
     """
     rows, text_count = len(texts_per_row_R), len(words_per_text_T)
     row_T = torch.arange(rows).repeat_interleave(texts_per_row_R)
@@ -91,16 +95,16 @@ def _cider(
     is_reference_T = torch.ones(text_count, dtype=torch.bool).index_fill(0, caption_R, False)
     texts = _Texts(rows=rows, row=row_T, is_reference=is_reference_T)
 
-    # The published length counts pairs of neighboring words, and 0 for a text without words.
+    # As in the published tools, the length of a text is its number of bigrams, not of words.
     length_T = (words_per_text_T - 1).clamp(min=0).double()
     penalty_T = (-((length_T[caption_R][row_T] - length_T) ** 2) / (2 * SIGMA**2)).exp()
 
     text_W = torch.arange(text_count).repeat_interleave(words_per_text_T)
     vocabulary, words_W = words_W.long().unique(return_inverse=True)
     similarity_T = torch.zeros(text_count, dtype=torch.float64)
-    grams = words_W  # a number for each n-gram, at the word it begins with
+    grams = words_W  # an integer that identifies the n-gram which begins at each word
     for n in range(1, N + 1):
-        if n > 1:  # an n-gram is an (n - 1)-gram and the word that follows it
+        if n > 1:  # an n-gram is an (n - 1)-gram and the next word
             grams = grams[:-1] * len(vocabulary) + words_W[n - 1 :]
         text_of_gram = text_W[: len(grams)]
         in_one_text = text_of_gram == text_W[n - 1 :]
@@ -109,7 +113,8 @@ def _cider(
         distinct, kinds_of_grams = grams[in_one_text].unique(return_inverse=True)
         weighted = _tf_idf(text_of_gram[in_one_text], kinds_of_grams, len(distinct), texts)
         similarity_T += _cosine(weighted, texts)
-        # Renumber, so that numbers stay small. N-grams across texts stay excluded.
+        # Renumber the n-grams to keep the integers small. An n-gram that spans two texts becomes
+        # 0, and every longer n-gram that contains it spans two texts too.
         grams = torch.zeros_like(grams).masked_scatter(in_one_text, kinds_of_grams)
 
     reference_scores_T = similarity_T * penalty_T * is_reference_T
@@ -120,9 +125,9 @@ def _cider(
 def _tf_idf(
     text_of_gram: torch.Tensor, kind_of_gram: torch.Tensor, kinds: int, texts: _Texts
 ) -> _WeightedNGrams:
-    """Weights each distinct n-gram of each text by term and inverse document frequency.
+    """Weights each distinct n-gram of each text by tf-idf.
 
-    A document is a row: its references count together.
+    All references of a row together are one document.
     """
     pairs_P, counts_P = (text_of_gram * kinds + kind_of_gram).unique(return_counts=True)
     text_P, kind_P = pairs_P // kinds, pairs_P % kinds
@@ -134,9 +139,10 @@ def _tf_idf(
 
 
 def _cosine(ngrams: _WeightedNGrams, texts: _Texts) -> torch.Tensor:
-    """Cosine similarity of each reference to the caption of its row, (T,).
+    """Returns the cosine similarity of each reference to the caption of its row, (T,).
 
-    Weights of the caption are clipped to those of the reference: repeating an n-gram gains nothing.
+    The weights of the caption are clipped to the weights of the reference. Repeating an n-gram does
+    not raise the score.
     """
     text_P, weight_P = ngrams.text, ngrams.weight
     zeros_T = torch.zeros(len(texts.row), dtype=torch.float64)
@@ -146,7 +152,7 @@ def _cosine(ngrams: _WeightedNGrams, texts: _Texts) -> torch.Tensor:
 
     row_and_kind_P = texts.row[text_P] * ngrams.kinds + ngrams.kind
     of_reference = texts.is_reference[text_P]
-    # Sorted, because a row has one caption and rows are in order.
+    # `in_captions` is sorted: rows are in order, and each row has one caption.
     in_captions, caption_weights = row_and_kind_P[~of_reference], weight_P[~of_reference]
     in_references, weights = row_and_kind_P[of_reference], weight_P[of_reference]
     if not len(in_captions):
@@ -159,13 +165,17 @@ def _cosine(ngrams: _WeightedNGrams, texts: _Texts) -> torch.Tensor:
     return dot_T / torch.where(norms_T == 0, 1, norms_T)
 
 
-@lru_cache(maxsize=1 << 12)  # BLEU-1 to BLEU-4 ask for the same captions in turn
+@lru_cache(maxsize=1 << 12)  # BLEU-1 to BLEU-4 request the counts of the same captions
 def bleu_counts(caption: str, references: tuple[str, ...]) -> tuple[int, ...]:
-    """Returns the counts that BLEU of a caption is computed from.
+    """Returns the counts from which BLEU of a caption is computed.
 
     Returns:
-        Words of the caption; words of the reference whose length is closest, the shorter of two;
-        n-grams of the caption for n = 1 to 4; n-grams that a reference has too, for n = 1 to 4.
+        A tuple of these ten counts:
+
+        - the words of the caption
+        - the words of the reference whose length is closest to that, the shorter one of two
+        - the n-grams of the caption, for n = 1 to 4
+        - the n-grams of the caption that also occur in a reference, for n = 1 to 4
     """
     words = ptb_words(caption)
     others = list(map(ptb_words, references))
@@ -190,7 +200,7 @@ def _ngram_counts(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 def bleu(counts: Sequence[float], n: int) -> float:
     """Computes BLEU-n from `bleu_counts` of a caption, or from their sum over a corpus."""
     length, closest, *ngrams = counts
-    # The small constants are those of the published tools.
+    # The published tools add the same small constants.
     precisions = [(ngrams[N + k] + 1e-15) / (ngrams[k] + 1e-9) for k in range(n)]
     ratio = (length + 1e-15) / (closest + 1e-9)
     brevity_penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1
@@ -198,9 +208,10 @@ def bleu(counts: Sequence[float], n: int) -> float:
 
 
 def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Computes ROUGE-L: the F-measure of precision and recall by longest common subsequences.
+    """Computes ROUGE-L, the F-measure of precision and recall of longest common subsequences.
 
-    Precision and recall are the best over all references, possibly of different ones.
+    Precision and recall are each the maximum over all references. The two maxima may belong to
+    different references.
 
     >>> rouge_l(["a", "b", "c"], [["a", "x", "c"], ["a", "b"]])
     0.8299319727891156
@@ -220,7 +231,7 @@ def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence, by dynamic programming row by row."""
+    """Returns the length of the longest common subsequence, by dynamic programming."""
     above = [0] * (len(b) + 1)
     for word in a:
         row = [0]
@@ -234,17 +245,17 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 class CIDEr(PerSampleMetric):
-    """CIDEr-D of the captions against their references, 0 to 10; papers print 100 times that.
+    """CIDEr-D of captions, from 0 to 10. Papers report this value times 100.
 
-    The score needs the words of all captions and references of all ranks at once. Each word is kept
-    as a 64-bit hash, as row ids are.
+    The score depends on the words of all captions and references of all ranks. Each word is stored
+    as its 64-bit hash, like the row ids.
     """
 
     needs = "reference caption"
     dtype_of_rows = torch.int64
 
     def measure(self, prediction: Prediction) -> list[int] | None:
-        """Returns the number of texts, the number of words of each, and all their words as keys."""
+        """Returns the number of texts, the number of words of each, and the hashes of all words."""
         references = reference_texts(prediction)
         if not references:
             return None
@@ -271,7 +282,7 @@ _word_key = lru_cache(maxsize=1 << 17)(sample_key)
 
 
 class Bleu(PerSampleMetric):
-    """Corpus BLEU-n of the captions, 0 to 1."""
+    """Corpus BLEU-n of captions, from 0 to 1."""
 
     needs = "reference caption"
 
@@ -292,7 +303,7 @@ class Bleu(PerSampleMetric):
 
 
 class RougeL(SampleMean):
-    """Mean ROUGE-L of the captions, 0 to 1."""
+    """Mean ROUGE-L of captions, from 0 to 1."""
 
     needs = "reference caption"
 

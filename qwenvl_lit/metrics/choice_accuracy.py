@@ -1,4 +1,4 @@
-"""Accuracy on multiple-choice questions whose answer is the letter of an option."""
+"""Accuracy on multiple-choice questions whose expected answer is the letter of an option."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LETTER = re.compile(
 
 
 def chosen_letter(text: str) -> str | None:
-    """Returns the letter that an answer begins with, in upper case.
+    """Returns the option letter with which an answer begins, in upper case, or None.
 
     The letter stands alone or is marked as a choice: `B`, `b.`, `(B)`, `B: a dog`, `Answer: B`,
-    `The answer is B`. None if there is no such letter; the article of `A dog` is not one.
+    `The answer is B`. The article in `A dog` is not an option letter.
 
     >>> [chosen_letter(text) for text in ("B", "(b) two", "C. a dog", "The answer is D because")]
     ['B', 'B', 'C', 'D']
@@ -35,7 +35,7 @@ def chosen_letter(text: str) -> str | None:
 
 
 class ChoiceAccuracy(SampleMean):
-    """Share of answers that choose the expected letter; an answer without a letter is wrong."""
+    """Fraction of answers with the expected letter. An answer without a letter is wrong."""
 
     needs = "expected letter"
 

@@ -1,4 +1,4 @@
-"""Exact match: an answer is right if it equals an expected one character by character."""
+"""Exact match: an answer is correct if it is the same text as an expected answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenvl_lit.types import Prediction
 
 
 def exact_match(text: str, references: Sequence[str], *, ignore_case: bool = False) -> bool:
-    """Tells whether `text` equals one of `references`, apart from white space around them.
+    """Returns whether `text` equals one of `references`, ignoring white space around them.
 
     >>> exact_match("two ", ["2", "two"]), exact_match("Two", ["2", "two"])
     (True, False)
@@ -22,12 +22,12 @@ def exact_match(text: str, references: Sequence[str], *, ignore_case: bool = Fal
 
 
 class ExactMatch(SampleMean):
-    """Share of answers that equal the expected answer or one of the row's references.
+    """Fraction of answers that equal the expected answer or one of the row's references.
 
-    Answers are compared in the markup of the model family, boxes included.
+    Answers are compared as text in the markup of the model family, including boxes.
 
     Args:
-        ignore_case: compare as `eval_mm` of Qwen-VL does for AI2D and OCR-VQA.
+        ignore_case: ignore case, as `eval_mm` of Qwen-VL does for AI2D and OCR-VQA.
     """
 
     needs = "expected answer"

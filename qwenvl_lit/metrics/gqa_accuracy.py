@@ -1,4 +1,4 @@
-"""Accuracy on GQA, which expects a word or two, for models that answer in sentences."""
+"""Accuracy on GQA. Its expected answers are one or two words; a model may answer in sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwenvl_lit.types import Prediction
 def first_clause(text: str) -> str:
     """Returns the text before the first full stop, comma or exclamation mark.
 
-    The clause is in lower case and without a leading article.
+    The clause is converted to lower case, and a leading article is removed.
 
     >>> first_clause("The panda, probably.")
     'panda'
@@ -23,7 +23,9 @@ def first_clause(text: str) -> str:
 
 
 def core_of(text: str) -> str:
-    """Returns the part of the first clause after `is` or `are` and before `of`, without an article.
+    """Returns the words of the first clause after `is` or `are` and before `of`.
+
+    A leading article is removed.
 
     >>> core_of("It is a piece of cake."), core_of("panda")
     ('piece', 'panda')
@@ -33,9 +35,10 @@ def core_of(text: str) -> str:
 
 
 def gqa_answer_official(text: str) -> str:
-    """Returns what Qwen-VL's script compares.
+    """Returns the text that Qwen-VL's evaluation script compares with the expected answer.
 
-    The script finds `is`, `a` and the like inside other words too: "sea horse" becomes "horse".
+    The script also finds "is ", "a " and so on at the end of other words: "sea horse" becomes
+    "horse".
     """
     text = re.split("[.,!]", text.strip())[0].lower()
     for mark in ("is ", "are ", "a ", "an ", "the "):
@@ -45,7 +48,7 @@ def gqa_answer_official(text: str) -> str:
 
 
 def gqa_match(answer: str, expected: str) -> bool:
-    """Tells whether the first clause of an answer, or its core, is the expected answer.
+    """Returns whether the expected answer is the first clause of `answer` or its `core_of`.
 
     >>> gqa_match("It is a dog.", "dog"), gqa_match("Yes.", "yes")
     (True, True)
@@ -56,7 +59,7 @@ def gqa_match(answer: str, expected: str) -> bool:
 
 
 class GQAAccuracy(ProtocolMean):
-    """Share of answers that give the expected answer, possibly in a sentence."""
+    """Fraction of answers that contain the expected answer as `gqa_match` defines it."""
 
     needs = "expected answer"
 

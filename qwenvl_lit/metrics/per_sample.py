@@ -1,4 +1,4 @@
-"""The base class of all metrics over predictions: selects rows and counts each one once."""
+"""The base class of all metrics over predictions. It selects rows and counts each row once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
-Where = Mapping[str, str | Sequence[str]]  # name of a column -> wanted value, or several of them
+Where = Mapping[str, str | Sequence[str]]  # column name -> accepted value, or accepted values
 
 
 def sample_key(sample_id: str) -> int:
-    """Hashes an id to a signed 64-bit integer, the same in every process and every run.
+    """Hashes a row id to a signed 64-bit integer, which is the same in every process and run.
 
     >>> sample_key("coco/42")
     -338348784862774994
@@ -28,14 +28,14 @@ def sample_key(sample_id: str) -> int:
 
 
 def answer_text(prediction: Prediction) -> str:
-    """Returns the answer as plain text, with the label in place of each object."""
+    """Returns the answer as plain text, in which each object is replaced by its label."""
     return _plain_text(prediction.parts, prediction.text)
 
 
 def reference_texts(prediction: Prediction) -> tuple[str, ...]:
-    """Returns the references of the row, or its expected answer as plain text if it has none.
+    """Returns the references of the row. Without references, returns the expected answer as text.
 
-    Empty if the row has neither.
+    Returns an empty tuple if the row has neither.
     """
     conversation = prediction.conversation
     if conversation.references or prediction.reference is None:
@@ -45,7 +45,7 @@ def reference_texts(prediction: Prediction) -> tuple[str, ...]:
 
 
 def _plain_text(parts: Sequence[Part], text: str) -> str:
-    """Joins `parts` if there is an object among them; otherwise `text` holds no markup."""
+    """Returns `text` if `parts` has no objects, and otherwise the texts and labels of `parts`."""
     if not any(isinstance(part, GroundedObject) for part in parts):
         return text.strip()
     words = []
@@ -60,56 +60,57 @@ def _plain_text(parts: Sequence[Part], text: str) -> str:
 class PerSampleMetric(Metric, ABC):
     """A score of a dataset that is computed from a few numbers per row.
 
-    Rows are identified by `Conversation.id`. A row that arrives twice counts once, because a
-    distributed sampler may repeat rows to give every rank the same number. `total` receives the
-    rows of all ranks sorted by key, so the score does not depend on batch size, row order or number
-    of ranks. Without any row the score is NaN, with a warning.
+    Rows are identified by `Conversation.id`. A row that is passed to `update` twice counts once: a
+    distributed sampler may repeat rows so that every rank has the same number of rows. `total`
+    receives the rows of all ranks sorted by key, so the score does not depend on the batch size,
+    the order of the rows or the number of ranks. Without any row the score is NaN, and a warning is
+    logged.
 
     Args:
-        where: Count only rows whose `Conversation.columns` have the wanted value, or one of the
-            wanted values, in every column named here.
+        where: accepted values by column name. Only rows whose `Conversation.columns` have an
+            accepted value in each of these columns are counted. None counts all rows.
     """
 
     higher_is_better = True
     is_differentiable = False
     full_state_update = False
 
-    needs: ClassVar[str]  # what a row without numbers lacks; for the warning
+    needs: ClassVar[str]  # what a row must have to be scored, for the warning about other rows
     dtype_of_rows: ClassVar[torch.dtype] = torch.float64
-    count: int = 0  # rows in the last `compute`, over all ranks
+    count: int = 0  # rows scored by the last `compute`, over all ranks
 
     keys: list[torch.Tensor]
-    sizes: list[torch.Tensor]  # how many numbers each row has; 0 if it was left out
+    sizes: list[torch.Tensor]  # count of numbers of each row; 0 for rows that are left out
     numbers: list[torch.Tensor]
 
     def __init__(self, *, where: Where | None = None):
         super().__init__()
         self.where: dict[str, set[str]] = {}
-        for column, wanted in (where or {}).items():
-            self.where[column] = {wanted} if isinstance(wanted, str) else set(wanted)
+        for column, accepted in (where or {}).items():
+            self.where[column] = {accepted} if isinstance(accepted, str) else set(accepted)
         for name in ("keys", "sizes", "numbers"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     @abstractmethod
     def measure(self, prediction: Prediction) -> Sequence[float] | None:
-        """Returns the numbers of one row, at least one; None leaves the row out."""
+        """Returns the numbers of one row, at least one, or None to leave the row out."""
 
     @abstractmethod
     def total(self, rows: Sequence[torch.Tensor]) -> float:
-        """Computes the score of a dataset from the numbers of at least one row, on the CPU."""
+        """Computes the score of a dataset, on the CPU, from the numbers of at least one row."""
 
     def row_scores(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Computes each row's own score, (rows,) float64. `total` need not be their mean."""
+        """Computes a score for each row, (rows,) float64. `total` is not always their mean."""
         return torch.tensor([self.total([row]) for row in rows], dtype=torch.float64)
 
     def selects(self, prediction: Prediction) -> bool:
-        """Tells whether the row satisfies `where`."""
+        """Returns whether the row satisfies `where`."""
         columns = prediction.conversation.columns
-        return all(columns.get(column) in wanted for column, wanted in self.where.items())
+        return all(columns.get(column) in accepted for column, accepted in self.where.items())
 
     def update(self, predictions: Sequence[Prediction]) -> None:
         keys, sizes, numbers = [], [], []
-        for key, row in self._measured(predictions):
+        for key, row in self._measure_selected(predictions):
             keys.append(key)
             sizes.append(len(row))
             numbers.extend(row)
@@ -118,8 +119,10 @@ class PerSampleMetric(Metric, ABC):
         self.sizes.append(torch.tensor(sizes, dtype=torch.int64, device=device))
         self.numbers.append(torch.tensor(numbers, dtype=self.dtype_of_rows, device=device))
 
-    def _measured(self, predictions: Sequence[Prediction]) -> list[tuple[int, Sequence[float]]]:
-        """The key and the numbers of each selected row; no numbers if the row is left out."""
+    def _measure_selected(
+        self, predictions: Sequence[Prediction]
+    ) -> list[tuple[int, Sequence[float]]]:
+        """Returns key and numbers of each selected row. A row that is left out has no numbers."""
         measured = []
         for prediction in predictions:
             if self.selects(prediction):
@@ -128,16 +131,17 @@ class PerSampleMetric(Metric, ABC):
         return measured
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        # A rank without batches would send torchmetrics' empty float32 state. The other ranks send
-        # int64, and the gather would fail.
+        # A rank without batches would send torchmetrics' empty state, which is float32. The other
+        # ranks send int64, and the gather would fail.
         if len(self.keys) == 0:
             self.update([])
         super().sync(*args, **kwargs)
 
     def rows(self) -> dict[int, torch.Tensor]:
-        """Returns the numbers of each row by `sample_key`, sorted by key; none for rows left out.
+        """Returns the numbers of each row by `sample_key`, sorted by key.
 
-        Holds the rows of this rank, and inside `compute` those of all ranks.
+        A row that was left out has an empty tensor. The result has the rows of this rank. Inside
+        `compute`, when the state is synchronized, it has the rows of all ranks.
         """
         if len(self.keys) == 0:
             return {}
@@ -157,13 +161,14 @@ class PerSampleMetric(Metric, ABC):
         return torch.tensor(self._score(rows), dtype=torch.float64, device=self.device)
 
     def evaluate(self, predictions: Sequence[Prediction]) -> tuple[float, dict[int, float]]:
-        """Scores `predictions` alone: the state of the metric and other ranks take no part.
+        """Scores `predictions` without using the state of the metric and without other ranks.
 
         Returns:
-            The score, as `compute` would return it, and the score of each row by `sample_key`, of
-            the rows that are not left out.
+            The score that `compute` would return, and the scores of rows by `sample_key`. Rows that
+            are left out have no score.
         """
-        measured = dict(self._measured(predictions))  # the last row of an id counts
+        # If several rows have the same id, the last one counts.
+        measured = dict(self._measure_selected(predictions))
         rows = {}
         for key in sorted(measured):
             rows[key] = torch.tensor(measured[key], dtype=self.dtype_of_rows)
@@ -175,7 +180,7 @@ class PerSampleMetric(Metric, ABC):
         return score, dict(zip(kept, row_scores, strict=True))
 
     def _score(self, rows: Mapping[int, torch.Tensor]) -> float:
-        """The score of all rows; warns about rows that are left out, or if there is none."""
+        """Returns the score of all rows. Warns if rows are left out or no row was selected."""
         name = type(self).__name__
         kept = [row for row in rows.values() if len(row)]
         left_out = len(rows) - len(kept)

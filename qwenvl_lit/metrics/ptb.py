@@ -1,11 +1,14 @@
 """Splits captions into words as the COCO caption tools do.
 
-These tools call Stanford's PTBTokenizer 3.4.1 (`-lowerCase`), which needs Java, and drop
-punctuation. This module was written from the output of that program: 114,000 words with and without
-a full stop, contractions, numbers, quotes, and sentences made of them. Known differences, all rare
-in captions: PTBTokenizer keeps a tag with attributes, a fraction with a space and a telephone
-number with a space as one token each; and whether the full stop after a single letter at the very
-end belongs to that letter depends on the caption of the next line.
+These tools call Stanford's PTBTokenizer 3.4.1 (`-lowerCase`), which requires Java, and then drop
+punctuation. The rules of this module were derived from the output of PTBTokenizer for 114,000 words
+with and without a full stop, for contractions, numbers and quotes, and for sentences made of them.
+Two differences are known, both rare in captions:
+
+- PTBTokenizer keeps a tag with attributes, a fraction with a space, and a telephone number with a
+  space as one token each.
+- If a caption ends in a single letter and a full stop, PTBTokenizer joins the two or splits them
+  depending on the caption in the next line.
 """
 
 from __future__ import annotations
@@ -28,16 +31,16 @@ _REPLACEMENTS = {
     "¾": " 3/4 ",
     "⅓": " 1/3 ",
     "⅔": " 2/3 ",
-    "£": "#",  # as the Penn Treebank writes it
+    "£": "#",  # as in the Penn Treebank
     "€": "$",
     "¢": " cents ",
     "\u200b": " ",
     **dict.fromkeys("\u00ad\ufe0f「」『』", ""),
 }
 _REPLACED_CHARACTERS = str.maketrans(_REPLACEMENTS)
-_DELETED = re.compile("[\U00010000-\U0010ffff]")  # emoji and the like
+_DELETED = re.compile("[\U00010000-\U0010ffff]")  # mainly emoji
 
-# Abbreviations that keep their full stop: in any case, in this case only, and before a number only.
+# Abbreviations that keep their full stop in upper and lower case.
 _ABBREVIATIONS = """
 adj adm adv al ala alex apr ariz assn assoc asst atty aug ave bancorp bldg blvd brig bros calif capt
 cf cie cmdr co col colo comdr conn corp cos cpl ct dak dec dept dr drs elec ens esq est etc ext feb
@@ -46,12 +49,14 @@ messrs mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okl
 pres prof profs pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt sys tel
 tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo
 """
+# Abbreviations that keep their full stop only in the spelling given here.
 _CASED_ABBREVIATIONS = """
 Ark ARK Bhd BHD Del DEL Det DET Ga GA Ill ILL La LA Mass MASS mfg Mfg Miss MISS Mtg Ore ORE Pa PA
 pte Pte pty Pty Tex TEX Wash WASH
 """
+# Abbreviations that keep their full stop only before a number.
 _NUMBERED_ABBREVIATIONS = "art ca fig figs no nos op pp prop"
-# Words that begin a sentence: before them, the full stop after a single letter ends a sentence.
+# If one of these words follows a single letter and a full stop, the full stop ends a sentence.
 _SENTENCE_STARTS = """
 A About According After An As At But Earlier He Her Here However If In It Last Many More Now Once
 One Other Our She Since So Some Such That The Their Then There These They This We What When While
@@ -64,15 +69,15 @@ def _any_of(words: str) -> str:
 
 
 def _combining_marks() -> str:
-    """Vowel signs and accents."""
+    """Returns the vowel signs and accents of Unicode."""
     signs = map(chr, range(0x300, 0xFE00))
     return "".join(sign for sign in signs if unicodedata.category(sign)[0] == "M")
 
 
-_W = rf"(?:[^\W_²³¹⁰-₟]|[{_combining_marks()}])"  # a letter with the marks around it, or a digit
+_W = rf"(?:[^\W_²³¹⁰-₟]|[{_combining_marks()}])"  # a letter, a combining mark or a digit
 _HYPHEN = "[-‐‑_/]"
 _STOP_INSIDE = rf"(?<=[A-Za-z])[.!?](?=[A-Za-z]){_W}+"  # the.dog
-_COMPOUND = (  # a word or number, with those that hyphens join to it: t-shirt
+_COMPOUND = (  # words and numbers joined by hyphens, such as t-shirt, or a single one
     rf"(?:[^\W\d_]{_W}*(?:{_HYPHEN}{_W}+|{_STOP_INSIDE})*|{_W}+(?:{_HYPHEN}{_W}+)*)"
 )
 _ABBREVIATION = (
@@ -83,8 +88,8 @@ _INITIAL = (  # a single letter with a full stop
     rf"[A-Za-z]\.(?!{_W}*[A-Za-z])"
     rf"(?!\s+(?:(?:{_any_of(_SENTENCE_STARTS)})(?![\w'])|M[rs]\.\s))"
 )
-_TOKEN_PATTERNS = (  # the first one that matches
-    r"(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)[A-Za-z]+(?=[\s,;]|$)",  # most words, fast
+_TOKEN_PATTERNS = (  # the first pattern that matches determines the token
+    r"(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)[A-Za-z]+(?=[\s,;]|$)",  # fast, most words
     r"</?[A-Za-z!?][^<>\s]*>",
     r"(?i:https?)://[^\s\"<>]*[^\s\"<>.,;:!?()']",
     rf"{_W}[\w.+-]*@{_W}[\w-]*(?:\.{_W}[\w-]*)*",
@@ -109,11 +114,11 @@ _TOKEN_PATTERNS = (  # the first one that matches
 )
 _TOKEN = re.compile(rf"\s*({'|'.join(_TOKEN_PATTERNS)})")
 _CONTRACTED = "cannot gonna gotta wanna lemme gimme"
-# Words that need the patterns, even in a caption of plain letters.
+# Words that `_splits_at_spaces` must leave to the patterns although they consist of letters.
 _SPECIAL = frozenset(f"{_CONTRACTED} {_ABBREVIATIONS} {_CASED_ABBREVIATIONS}".lower().split())
 
 
-@lru_cache(maxsize=1 << 14)  # several metrics ask for the same captions in turn
+@lru_cache(maxsize=1 << 14)  # several metrics split the same captions
 def ptb_words(caption: str) -> tuple[str, ...]:
     """Returns the words of a caption in lower case, without punctuation.
 
@@ -133,9 +138,9 @@ def ptb_words(caption: str) -> tuple[str, ...]:
 
 
 def _splits_at_spaces(words: list[str]) -> bool:
-    """Whether the patterns would find exactly these words, which takes ten times longer.
+    """Returns whether the patterns, which take ten times as long, would find exactly these words.
 
-    True for most captions: plain letters without abbreviations and contractions.
+    This is true for most captions: letters only, without abbreviations and contractions.
     """
     if not words or len(words[-1]) <= 1:
         return False
@@ -144,7 +149,7 @@ def _splits_at_spaces(words: list[str]) -> bool:
 
 
 def _lower(token: str) -> str:
-    """Lower case; the bracket of a smiley is spelled out."""
+    """Converts a token to lower case, and replaces the bracket of a smiley by its name."""
     if token[0] in ":;=" and token[-1] in "()":
         token = token[:-1] + _BRACKETS[token[-1]]
     return token.lower()

@@ -1,4 +1,4 @@
-"""Relaxed accuracy: numbers read off a chart may deviate by 5 %."""
+"""Relaxed accuracy: a number that was read from a chart may deviate by 5 %."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qwenvl_lit.types import Prediction
 
 
 def relaxed_match(answer: str, expected: str, tolerance: float = 0.05) -> bool:
-    """Tells whether `answer` is within `tolerance` of the number `expected`.
+    """Returns whether `answer` deviates from the number `expected` by at most `tolerance`.
 
-    Text that is not a number has to be equal, apart from case and white space around it. 50% is
-    0.5. A number with commas is text, as in the published definition (Masry et al., Findings of
-    ACL 2022).
+    `tolerance` is relative to `expected`. If one of the two is not a number, the texts must be
+    equal, ignoring case and white space around them. "50%" is the number 0.5. "1,000" is not a
+    number, as in the published definition (Masry et al., Findings of ACL 2022).
 
     >>> relaxed_match("9.5", "10"), relaxed_match("10.6", "10")
     (True, False)
@@ -24,14 +24,14 @@ def relaxed_match(answer: str, expected: str, tolerance: float = 0.05) -> bool:
     number, target = _number(answer.strip()), _number(expected.strip())
     if number is None or target is None or not math.isfinite(number) or not math.isfinite(target):
         return answer.strip().lower() == expected.strip().lower()
-    rounding = 1 + 1e-9  # 1.05 counts as within 5 % of 1, although its binary value is larger
+    rounding = 1 + 1e-9  # in binary, 1.05 deviates from 1 by slightly more than 5 %
     return abs(number - target) <= tolerance * abs(target) * rounding
 
 
 def relaxed_match_official(answer: str, expected: str) -> bool:
-    """Compares as Qwen-VL's script does, which allows 5 % of the *answer*.
+    """Compares as Qwen-VL's script does: the deviation is relative to the answer.
 
-    An answer of 0 is compared as text there.
+    An answer of 0 is compared as text.
     """
     answer = answer.strip()
     number, target = _number(answer), _number(expected)
@@ -48,9 +48,9 @@ def _number(text: str) -> float | None:
 
 
 class RelaxedAccuracy(ProtocolMean):
-    """Share of answers within 5 % of a reference.
+    """Fraction of answers that match a reference within 5 %.
 
-    The metric of ChartQA, which reports the mean of its two test sets.
+    This is the metric of ChartQA, which reports the mean over its two test sets.
     """
 
     needs = "expected answer"

@@ -1,4 +1,4 @@
-"""Metrics that score each row by itself and average the rows."""
+"""Metrics that score each row separately and average the scores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ScoringProtocol = Literal["correct", "official"]
 
 
 class SampleMean(PerSampleMetric):
-    """The mean of `score` over the rows of a dataset; the sum is exact."""
+    """The mean of `score` over the rows of a dataset. The sum is exact (`math.fsum`)."""
 
     @abstractmethod
     def score(self, prediction: Prediction) -> float | None:
-        """Returns the score of one row; None leaves out a row that lacks what the score needs."""
+        """Returns the score of a row, or None if the row lacks what `needs` names."""
 
     def measure(self, prediction: Prediction) -> tuple[float] | None:
         value = self.score(prediction)
@@ -37,11 +37,11 @@ class ProtocolMean(SampleMean):
     """A `SampleMean` for a score whose published script deviates from its definition.
 
     Args:
-        protocol: `correct` computes the score as it is defined, `official` as the published script
-            computes it, faults included.
+        protocol: "correct" computes the score by its definition. "official" reproduces the
+            published script, including its errors.
 
     Raises:
-        DataError: `protocol` is neither.
+        DataError: `protocol` has another value.
     """
 
     def __init__(self, protocol: ScoringProtocol = "correct", *, where: Where | None = None):

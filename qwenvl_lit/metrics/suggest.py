@@ -1,4 +1,4 @@
-"""Suggests metrics for a user's own test set by the form of its answers."""
+"""Suggests metrics for a test set from the form of its expected answers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INSPECTED_ROWS = 500
 _NUMBER = re.compile(r"[$€£]?-?\d[\d.,]*%?")
 
 
-def suggested_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
-    """Returns files of conf/metrics that fit the answers, each with a reason, the best one first.
+def suggest_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
+    """Returns suitable files of conf/metrics, the best one first, each with a reason.
 
-    Empty if no row has an answer.
+    The list is empty if no row has an expected answer.
     """
     inspected = [rows[index] for index in range(min(len(rows), INSPECTED_ROWS))]
     answered = [row for row in inspected if row.answer or row.references]
@@ -48,7 +48,7 @@ def suggested_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
 
 
 def _most(facts: Iterable[object]) -> bool:
-    """Whether more than half of `facts` are true."""
+    """Returns whether more than half of `facts` are true."""
     facts = list(map(bool, facts))
     return sum(facts) > len(facts) / 2
 
@@ -59,7 +59,7 @@ def _has_box(row: Conversation) -> bool:
 
 
 def _texts(row: Conversation) -> tuple[str, ...]:
-    """The references of a row, or the text of its expected answer if it has none."""
+    """Returns the references of a row. Without references, returns its expected answer as text."""
     if row.references or row.answer is None:
         return row.references
     return ("".join(part for part in row.answer.parts if isinstance(part, str)),)

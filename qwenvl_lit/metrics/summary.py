@@ -1,4 +1,4 @@
-"""`metrics.json` of a run folder: reads the validation scores of its best and last checkpoint."""
+"""Reads the validation scores of a run's best and last checkpoint from its `metrics.json`."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
 SCORES_FILE = "metrics.json"
-VALIDATION = "val/"  # the names of validation scores begin with it
+VALIDATION = "val/"  # prefix of the names of validation scores
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitSummary:
-    """The best and the last validation of a training run; empty if there was none."""
+    """The best and the last validation of a training run. Both are empty without validation."""
 
     best: dict[str, Any]
     last: dict[str, Any]
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """Validation scores of the best checkpoint, or of the last validation if none was kept."""
+        """Scores of the best validation, or of the last one if no best one is recorded."""
         return _validation_scores(self.best) or _validation_scores(self.last)
 
     @property
     def score_names(self) -> list[str]:
-        """Names of all validation scores, of the best and of the last validation."""
+        """The names of all scores of the best and the last validation."""
         return list(_validation_scores({**self.best, **self.last}))
 
 
 def read_fit_summary(folder: Path) -> FitSummary:
-    """Reads the summary of the run in `folder`; empty until the run has written its scores.
+    """Reads the summary of the run in `folder`.
 
-    It is empty, with a warning, if the file is damaged.
+    The summary is empty if the run has not written any scores yet. If the file is damaged, a
+    warning is logged and the summary is empty.
     """
     try:
         fit = _object(read_scores(folder).get("fit"))
@@ -49,7 +50,7 @@ def read_fit_summary(folder: Path) -> FitSummary:
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Reads the whole scores file of the run in `folder`; empty if there is none.
+    """Reads the complete scores file of the run in `folder`. Returns {} if it does not exist.
 
     Raises:
         DataError: the file is damaged.
@@ -59,7 +60,10 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def scores_to_update(folder: Path) -> dict[str, Any]:
-    """Reads the scores file before a part of it is replaced; a damaged one is set aside."""
+    """Reads the scores file before some of its entries are replaced.
+
+    A damaged file is renamed with a warning, and {} is returned.
+    """
     try:
         return read_scores(folder)
     except DataError as error:

@@ -9,8 +9,9 @@ from torchmetrics import Metric
 class TokenScores(Metric):
     """Loss, perplexity and next-token accuracy over the supervised tokens of all batches and ranks.
 
-    NaN without any token. The state is sums over batches, which do not tell rows apart. A row that
-    arrives twice therefore counts twice: the sampler must not repeat any.
+    The scores are NaN without any token. The state consists of sums over batches, which do not
+    identify rows. A row that is passed twice therefore counts twice, so the sampler must not repeat
+    rows.
     """
 
     is_differentiable = False
@@ -32,9 +33,9 @@ class TokenScores(Metric):
         """Adds a batch.
 
         Args:
-            loss_sum: sum of the losses of its supervised tokens, in nats.
-            tokens: number of supervised tokens.
-            correct: how many of them the model predicted as the most likely token.
+            loss_sum: the sum of the losses of the batch's supervised tokens, in nats.
+            tokens: the number of supervised tokens.
+            correct: the number of supervised tokens that the model considered most likely.
         """
         self.loss += loss_sum.detach().double()
         self.tokens += tokens

@@ -9,7 +9,7 @@ from qwenvl_lit.metrics.per_sample import answer_text
 from qwenvl_lit.metrics.sample_mean import ProtocolMean
 from qwenvl_lit.types import Prediction
 
-MIN_PEOPLE = 4  # with fewer, three of the others can never agree, whoever is left out
+MIN_PEOPLE = 4  # after one person is left out, three others must remain to agree
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
@@ -27,7 +27,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _contractions_by_misspelling(contractions: Sequence[str]) -> dict[str, str]:
-    """Maps each contraction without one of its apostrophes to the contraction."""
+    """Maps each contraction that lacks one apostrophe to its correct spelling."""
     contraction_of = {}
     for contraction in contractions:
         for index, sign in enumerate(contraction):
@@ -38,8 +38,8 @@ def _contractions_by_misspelling(contractions: Sequence[str]) -> dict[str, str]:
 
 
 _SPELLING = _contractions_by_misspelling([*_CONTRACTIONS.split(), "somebody'd", "i'm", "i've"])
-# The script maps "somebody'd" the other way round. Its entries for `Im` and `Ive` never apply,
-# because answers are in lower case.
+# The published script maps "somebody'd" to the misspelling. Its entries for `Im` and `Ive` have no
+# effect, because answers are in lower case.
 _SPELLING_OFFICIAL = {
     **_contractions_by_misspelling(_CONTRACTIONS.split()),
     "somebody'd": "somebodyd",
@@ -49,8 +49,12 @@ _SPELLING_OFFICIAL = {
 def normalize_answer(text: str) -> str:
     """Normalizes an answer as the VQA evaluation page defines it.
 
-    Lower case; no full stops except decimal points; no commas inside numbers; other punctuation
-    becomes a space; digits for numbers up to ten; no articles; contractions with apostrophes.
+    - Letters are converted to lower case.
+    - Commas inside numbers and full stops other than decimal points are removed.
+    - Any other punctuation mark becomes a space.
+    - Number words up to ten become digits.
+    - Articles are removed.
+    - Contractions get their apostrophes.
 
     >>> normalize_answer("The T-shirt, size 1,000."), normalize_answer("Dont know")
     ('t shirt size 1000', "don't know")
@@ -61,11 +65,12 @@ def normalize_answer(text: str) -> str:
     return _replace_words(text.translate(punctuation_to_space), _SPELLING)
 
 
-def without_punctuation_official(text: str) -> str:
+def remove_punctuation_official(text: str) -> str:
     """Removes punctuation as the published script does.
 
-    A mark is deleted if it stands next to a space anywhere in the text, or if the text has a comma
-    between digits; otherwise it becomes a space. At most 32 full stops are deleted.
+    All occurrences of a punctuation mark are deleted if one of them is next to a space, or if the
+    text has a comma between digits. Otherwise they become spaces. At most 32 full stops are
+    deleted.
     """
     has_comma_in_number = re.search(r"\d,\d", text)
     result = text
@@ -75,8 +80,8 @@ def without_punctuation_official(text: str) -> str:
     return re.sub(r"\.(?!\d)", "", result, count=32)
 
 
-def reworded_official(text: str) -> str:
-    """Replaces capitals, numbers, articles and contractions as the published script does."""
+def normalize_words_official(text: str) -> str:
+    """Normalizes case, number words, articles and contractions as the published script does."""
     return _replace_words(text.lower(), _SPELLING_OFFICIAL)
 
 
@@ -90,9 +95,11 @@ def _replace_words(text: str, spelling: Mapping[str, str]) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Returns the accuracy of an answer: min(agreeing people / 3, 1), averaged over subsets.
+    """Returns the VQA accuracy of an answer, from 0 to 1.
 
-    Each subset leaves one of `references` out. Answers are compared after `normalize_answer`.
+    The accuracy against a set of people is min(agreeing people / 3, 1). The result is its mean over
+    all subsets of `references` that leave one person out. Answers are compared after
+    `normalize_answer`.
 
     >>> vqa_accuracy("Two", ["2", "2", "2", "3", "3", "3", "3", "4", "5", "6"])
     0.9
@@ -106,18 +113,18 @@ def vqa_accuracy_official(
 ) -> float:
     """Returns the accuracy as the published script computes it.
 
-    The script removes punctuation from `references` if they are not all equal. Apart from that it
-    compares them as written.
+    The script removes punctuation from `references` only if they are not all equal. It does not
+    normalize them any further.
 
     Args:
-        numbered: the annotations give each reference an id. Without ids the script leaves out all
-            references that equal the one left out.
+        numbered: whether the annotations give each reference an id. Without ids, the script leaves
+            out everyone whose answer equals that of the person to leave out.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
-    answer = reworded_official(without_punctuation_official(answer))
+    answer = normalize_words_official(remove_punctuation_official(answer))
     people = list(references)
     if len(set(people)) > 1:
-        people = list(map(without_punctuation_official, people))
+        people = list(map(remove_punctuation_official, people))
     return _agreement(answer, people, equal_answers_stay=numbered)
 
 
@@ -125,7 +132,8 @@ def _agreement(answer: str, people: Sequence[str], *, equal_answers_stay: bool =
     """Averages min(agreeing people / 3, 1) over the subsets that leave one person out.
 
     Args:
-        equal_answers_stay: only the one person is left out, not everyone with the same answer.
+        equal_answers_stay: whether other people with the same answer as the person who is left
+            out remain in the subset.
     """
     agreeing = people.count(answer)
     accuracies = []
@@ -140,9 +148,9 @@ def _agreement(answer: str, people: Sequence[str], *, equal_answers_stay: bool =
 class VQAAccuracy(ProtocolMean):
     """Mean VQA accuracy against the answers of several people.
 
-    The references of a row are these answers: ten in VQAv2, OK-VQA, TextVQA and VizWiz. Rows with
-    fewer than four are left out, because no answer could be fully right. For rows with a single
-    expected answer use `ExactMatch`.
+    The references of a row are the answers of these people. VQAv2, OK-VQA, TextVQA and VizWiz have
+    ten per row. Rows with fewer than four are left out, because no answer could score 1. For rows
+    with a single expected answer, use `ExactMatch`.
     """
 
     needs = "answers of four people or more"

@@ -1,7 +1,7 @@
 import pytest
 from toy_task import grounded
 
-from qwenvl_lit.metrics.suggest import suggested_metrics
+from qwenvl_lit.metrics.suggest import suggest_metrics
 from qwenvl_lit.types import Conversation, Turn
 
 
@@ -29,8 +29,8 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
     ],
 )
 def test_metrics_are_suggested_by_the_form_of_the_answers(rows, first):
-    assert suggested_metrics(rows)[0][0] == first
+    assert suggest_metrics(rows)[0][0] == first
 
 
 def test_nothing_is_suggested_for_rows_without_answers():
-    assert suggested_metrics([row()]) == []
+    assert suggest_metrics([row()]) == []

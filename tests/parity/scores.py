@@ -17,9 +17,9 @@ from qwenvl_lit.metrics.gqa_accuracy import gqa_answer_official
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.relaxed_accuracy import relaxed_match_official
 from qwenvl_lit.metrics.vqa_accuracy import (
-    reworded_official,
+    normalize_words_official,
+    remove_punctuation_official,
     vqa_accuracy_official,
-    without_punctuation_official,
 )
 
 SCORE = 1e-9
@@ -69,9 +69,9 @@ def gqa(path: Path) -> Iterator[Result]:
 def vqa_normalisation(path: Path) -> Iterator[Result]:
     for case in read(path)["cases"]:
         text = case["text"]
-        yield same(text, "punctuation", without_punctuation_official(text), case["punctuation"])
-        yield same(text, "words", reworded_official(text), case["digit_article"])
-        both = reworded_official(without_punctuation_official(text))
+        yield same(text, "punctuation", remove_punctuation_official(text), case["punctuation"])
+        yield same(text, "words", normalize_words_official(text), case["digit_article"])
+        both = normalize_words_official(remove_punctuation_official(text))
         yield same(text, "both", both, case["both"])
 
 
