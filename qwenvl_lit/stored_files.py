@@ -138,7 +138,9 @@ def errors_named(file: Path) -> Iterator[None]:
         # Unpickling damaged bytes can raise whatever a constructor raises, so that no list of
         # exceptions is complete.
         reason = " ".join(str(error).split())[:MAX_REASON]
-        if " " not in reason:  # a KeyError, for instance, says no more than the key
+        if "weights_only" in reason:  # torch's advice to execute the file
+            reason = "it is not a file of torch.save"
+        elif " " not in reason:  # a KeyError, for instance, says no more than the key
             reason = f"it makes no sense, {type(error).__name__} {reason}"
         raise unreadable(file, reason) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,9 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 NUMBERS = {int: (int,), float: (int, float)}
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 PLAIN = (str, int, float, bool, Path, type(None))
 # Values of every type: interpolations of OmegaConf, and a value that is still to be given
 UNRESOLVED, MISSING = "${", "???"
+
+
+def brief(value: Any) -> str:
+    """Returns a short `repr` of a value, which may be endless."""
+    return _REPR.repr(value)
 
 
 def matches(value: Any, annotation: Any) -> bool:

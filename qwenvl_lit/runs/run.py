@@ -26,7 +26,7 @@ from qwenvl_lit.runs.stored_config import (
 )
 from qwenvl_lit.stored_files import read_checkpoint, read_json_object
 from qwenvl_lit.types import DataError
-from qwenvl_lit.value_types import is_unresolved
+from qwenvl_lit.value_types import brief, is_unresolved
 
 TRAIN_FOLDER = Path("outputs/train")
 COMPOSED_CONFIG = ".hydra/config.yaml"
@@ -84,7 +84,7 @@ def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
             weights are damaged.
     """
     run = _find_run(ckpt, trust=trust)
-    source = run.checkpoint or ckpt
+    source = run.folder / COMPOSED_CONFIG if run.folder else run.checkpoint or ckpt
     used: Any = run.config
     if isinstance(run.config, Mapping):
         used = {group: run.config[group] for group in USED_GROUPS if group in run.config}
@@ -177,7 +177,7 @@ def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str,
         if group not in ("model", "generation"):
             raise DataError(f"{file}: {group} is unknown; expected model and generation")
         if not isinstance(node, dict):
-            raise DataError(f"{file}: {group} is {node!r:.100}, expected a JSON object")
+            raise DataError(f"{file}: {group} is {brief(node)}, expected a JSON object")
         [target] = group_targets(group)
         settings[group] = {"_target_": target, **node}
     check_stored_config(settings, file, trust=trust)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.stored_files import errors_named, read_text, unreadable
 from qwenvl_lit.types import DataError
-from qwenvl_lit.value_types import matches, parameter_types, type_name
+from qwenvl_lit.value_types import brief, matches, parameter_types, type_name
 
 # Named by stored configs, and written by this package instead of conf/
 OWN_TARGETS = (
@@ -82,7 +82,7 @@ def check_stored_config(
     for group in GROUPS:
         if not isinstance(config.get(group), Mapping | None):
             raise DataError(
-                f"{source}: {group} is {config[group]!r:.100}, expected a mapping; "
+                f"{source}: {group} is {brief(config[group])}, expected a mapping; "
                 f"is the file damaged?"
             )
     if trust:
@@ -98,7 +98,7 @@ def check_stored_config(
         target = (config.get(group) or {}).get("_target_")
         if target is not None and target not in group_targets(group):
             raise DataError(
-                f"{source}: {group}._target_ names {target!r:.100}, which is no {group}; "
+                f"{source}: {group}._target_ names {brief(target)}, which is no {group}; "
                 f"is the file damaged?"
             )
     for key, node in nodes:
@@ -108,8 +108,11 @@ def check_stored_config(
 
 
 def check_groups(config: Mapping[str, Any], groups: Iterable[str], source: str | Path) -> None:
-    """Raises a DataError if a stored config lacks one of the groups."""
+    """Raises a DataError if a stored config lacks one of the groups, or what a model is."""
     missing = [group for group in groups if group not in config]
+    for group in ("model", "generation"):
+        if group not in missing and "_target_" not in config[group]:
+            missing.append(f"{group}._target_")
     if missing:
         raise DataError(
             f"{source}: the stored config lacks {', '.join(missing)}; is the file damaged?"
@@ -121,7 +124,7 @@ def _check_value(key: tuple[str, ...], value: Any, source: str | Path) -> None:
     is_target = key[-1:] == ("_target_",)
     if is_target and (not isinstance(value, str) or value not in allowed_targets()):
         raise DataError(
-            f"{source}: {name} names {value!r:.100}, which is not part of this package; "
+            f"{source}: {name} names {brief(value)}, which is not part of this package; "
             f"trust=true builds it all the same, if the file is your own"
         )
     if "defaults" in key:
@@ -131,7 +134,7 @@ def _check_value(key: tuple[str, ...], value: Any, source: str | Path) -> None:
         )
     if isinstance(value, str) and RESOLVER.search(value) and value not in _own_values():
         raise DataError(
-            f"{source}: {name} has the interpolation {value!r:.100}, which is not one of this "
+            f"{source}: {name} has the interpolation {brief(value)}, which is not one of this "
             f"package; trust=true resolves it all the same, if the file is your own"
         )
 
@@ -159,7 +162,7 @@ def check_arguments(
             )
         if annotation is not None and not matches(value, annotation):
             raise DataError(
-                f"{where} is {value!r:.100}, expected {type_name(annotation)}; is the file damaged?"
+                f"{where} is {brief(value)}, expected {type_name(annotation)}; is the file damaged?"
             )
     if node.get("_partial_"):
         return

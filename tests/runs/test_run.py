@@ -8,18 +8,20 @@ import torch
 from qwenvl_lit.runs.run import Run, contents, find_run, init_from
 from qwenvl_lit.types import DataError
 
-GROUPS = {group: {} for group in ("adapter", "generation", "optim", "trainer")}
+FAMILY = {"_target_": "qwenvl_lit.models.qwen_vl.family.QwenVLFamily"}
+GENERATION = {"_target_": "qwenvl_lit.generation.generation.Generation"}
+GROUPS = {"adapter": {}, "generation": GENERATION, "optim": {}, "trainer": {}}
 
 
 def write_run(folder, *checkpoints: str):
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra/config.yaml").write_text(
-        json.dumps({"model": {"path": "${paths.cache}/x"}, **GROUPS})
+        json.dumps({"model": {**FAMILY, "path": "${paths.cache}/x"}, **GROUPS})
     )
     (folder / "checkpoints").mkdir()
     for name in checkpoints:
         torch.save(
-            {"config": {"model": {"path": "stored"}, **GROUPS}, "state_dict": {}},
+            {"config": {"model": {**FAMILY, "path": "stored"}, **GROUPS}, "state_dict": {}},
             folder / "checkpoints" / name,
         )
     return folder
@@ -38,7 +40,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def test_a_run_folder_gives_its_best_checkpoint(tmp_path):
     run = find_run(str(write_run(tmp_path / "run", "last.ckpt", "best.ckpt")))
     assert run.checkpoint.name == "best.ckpt"
-    assert run.config == {"model": {"path": "${paths.cache}/x"}, **GROUPS}
+    assert run.config == {"model": {**FAMILY, "path": "${paths.cache}/x"}, **GROUPS}
 
 
 def test_without_a_best_checkpoint_it_gives_the_last(tmp_path):
@@ -53,9 +55,11 @@ def test_a_checkpoint_file_in_a_run_folder_gives_that_run(tmp_path):
 
 def test_a_checkpoint_file_elsewhere_gives_the_config_stored_in_it(tmp_path):
     file = tmp_path / "alone.ckpt"
-    torch.save({"config": {"model": {"path": "stored"}, **GROUPS}, "state_dict": {}}, file)
+    torch.save(
+        {"config": {"model": {**FAMILY, "path": "stored"}, **GROUPS}, "state_dict": {}}, file
+    )
     run = find_run(str(file))
-    assert (run.config, run.folder) == ({"model": {"path": "stored"}, **GROUPS}, None)
+    assert (run.config, run.folder) == ({"model": {**FAMILY, "path": "stored"}, **GROUPS}, None)
 
 
 def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):

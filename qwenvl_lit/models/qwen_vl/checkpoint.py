@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from qwenvl_lit.models.qwen_vl.config import FIXED_SETTINGS, QwenVLConfig
 from qwenvl_lit.stored_files import errors_named, read_json_object, read_tensors
 from qwenvl_lit.types import DataError
-from qwenvl_lit.value_types import matches, type_name
+from qwenvl_lit.value_types import brief, matches, type_name
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def read_network_config(folder: Path) -> QwenVLConfig:
         if name in settings:
             if not matches(settings[name], expected):
                 raise DataError(
-                    f"{file}: {name} is {settings[name]!r:.100}, expected {type_name(expected)}; "
+                    f"{file}: {name} is {brief(settings[name])}, expected {type_name(expected)}; "
                     f"is the file damaged?"
                 )
             sizes[name] = settings[name]
@@ -278,7 +278,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     for name, expected in GENERATION_TYPES.items():
         if name in settings and not matches(settings[name], expected):
             raise DataError(
-                f"{file}: {name} is {settings[name]!r:.100}, expected {type_name(expected)}; "
+                f"{file}: {name} is {brief(settings[name])}, expected {type_name(expected)}; "
                 f"is the file damaged?"
             )
     with errors_named(file):
@@ -301,5 +301,5 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise DataError(f"{index} is no index of shards: it has no weight_map; fetch it again")
     for file in weight_map.values():
         if file != os.path.basename(file):
-            raise DataError(f"{index} names {file!r:.100}, which is not a file beside it")
+            raise DataError(f"{index} names {brief(file)}, which is not a file beside it")
     return weight_map

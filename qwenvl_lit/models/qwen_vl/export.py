@@ -27,7 +27,7 @@ from qwenvl_lit.models.qwen_vl.checkpoint import (
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
-from qwenvl_lit.value_types import matches
+from qwenvl_lit.value_types import brief, matches
 
 # Reads a tensor by its name in the network, into host memory.
 Read = Callable[[str], torch.Tensor]
@@ -172,7 +172,7 @@ def write_companions(
         stored = read_json_object(base / CONFIG)
     auto_map = stored.pop("auto_map", {})
     if not matches(auto_map, dict[str, str | list[str | None]]):
-        raise DataError(f"{base}/{CONFIG}: auto_map is {auto_map!r:.100}, expected classes by name")
+        raise DataError(f"{base}/{CONFIG}: auto_map is {brief(auto_map)}, expected classes by name")
     code = runnable(auto_map, folder)
     settings = published_config(config, stored, dtype=dtype)
     _write_with_code(folder / "config.json", settings, code)

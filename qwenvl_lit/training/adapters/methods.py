@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
-from qwenvl_lit.value_types import matches, type_name
+from qwenvl_lit.bounds import check_number
+from qwenvl_lit.value_types import brief, matches, type_name
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
@@ -132,11 +133,9 @@ class LoRA:
         options: Mapping[str, Any] | None = None,
         quantization: Mapping[str, Any] | None = None,
     ):
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"adapter.rank is a whole number, 1 or more, got {rank!r}")
-        for name, value in (("alpha", alpha), ("dropout", dropout)):
-            if not isinstance(value, int | float) or value < 0:
-                raise ValueError(f"adapter.{name} is a number, 0 or more, got {value!r}")
+        check_number("adapter.rank", rank, least=1, most=1_000_000, whole=True)
+        check_number("adapter.alpha", alpha, least=0)
+        check_number("adapter.dropout", dropout, least=0, below=1)
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -197,7 +196,7 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"adapter.options has {name}; it may have {', '.join(PEFT_OPTIONS)}")
         if value is not None and not matches(value, expected):
             raise ValueError(
-                f"adapter.options.{name} is {value!r:.100}, expected {type_name(expected)}"
+                f"adapter.options.{name} is {brief(value)}, expected {type_name(expected)}"
             )
     return dict(options)
 

@@ -16,7 +16,7 @@ from torch import nn
 from qwenvl_lit.stored_files import read_json_object, read_tensors
 from qwenvl_lit.training.adapters.methods import PEFT_OPTIONS, LoRA
 from qwenvl_lit.types import DataError
-from qwenvl_lit.value_types import matches, type_name
+from qwenvl_lit.value_types import brief, matches, type_name
 
 # Names of the weights file, in the order in which they are looked for
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -77,7 +77,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         expected = FIELDS.get(key)
         if expected is not None and value is not None and not matches(value, expected):
             raise DataError(
-                f"{file}: {key} is {value!r:.100}, expected {type_name(expected)}; "
+                f"{file}: {key} is {brief(value)}, expected {type_name(expected)}; "
                 f"is the file damaged?"
             )
     return config
@@ -116,7 +116,7 @@ def adapter_node(folder: Path) -> dict[str, Any]:
         reason = "is not used here"
         if key not in defaults:
             reason = "the installed peft does not know; a newer one may: pip install -U peft"
-        raise DataError(f"{file} has {key}={value!r:.100}, which {reason}")
+        raise DataError(f"{file} has {key}={brief(value)}, which {reason}")
     node: dict[str, Any] = {"_target_": f"{LoRA.__module__}.{LoRA.__name__}"}
     for key, argument in ARGUMENTS.items():
         node[argument] = config.get(key, defaults[key])
