@@ -30,17 +30,18 @@ def disk_message(error: OSError, *, run: Path, cache: Path) -> str:
     }
     if isinstance(error.filename, str):
         file = Path(error.filename)
-        for folder, what_to_do in advice.items():
+        for folder, hint in advice.items():
             if file.absolute().is_relative_to(folder.absolute()):
-                return f"{file} cannot be written: {error.strerror}; {what_to_do}"
+                return f"{file} cannot be written: {error.strerror}; {hint}"
         return (
             f"{file} cannot be written: {error.strerror}; make room there, or choose another path"
         )
     # The system does not say which file it was.
     full = [folder for folder in advice if _is_full(folder)]
     folders = full if len(full) == 1 else list(advice)
-    names = " or ".join(map(str, folders))
-    return f"{names} cannot be written: {error.strerror}; {'; '.join(map(advice.get, folders))}"
+    names = " or ".join(str(folder) for folder in folders)
+    what_to_do = "; ".join(advice[folder] for folder in folders)
+    return f"{names} cannot be written: {error.strerror}; {what_to_do}"
 
 
 def _is_full(folder: Path) -> bool:

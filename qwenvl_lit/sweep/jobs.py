@@ -139,8 +139,8 @@ def _start(job: Job, slot: Mapping[str, str], keys: Sequence[str]) -> _Running:
     output, lock = job.folder / OUTPUT, lock_of(job.folder)
     if is_locked(lock):
         holder = read_holder(lock)
-        process = "another process" if holder is None else f"process {holder.process}"
-        print(f"{job.name(keys)}: still runs as {process}, waiting for its end", flush=True)
+        number = "of unknown number" if holder is None else holder.process
+        print(f"{job.name(keys)}: still runs as process {number}, waiting for its end", flush=True)
         return _Running(job, None, slot, time.perf_counter())
     (job.folder / RESULT).unlink(missing_ok=True)
     environment = {**os.environ, **slot, "PYTHONUNBUFFERED": "1"}
@@ -181,7 +181,9 @@ def _error(status: int, output: Path) -> str:
         cause = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-status).name}{cause}"
     last_line = last_error = ""
-    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    text = ""
+    if output.exists():
+        text = output.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):
         if line.strip():
             last_line = line

@@ -82,18 +82,27 @@ def read_result(folder: Path) -> Result | None:
     if not file.exists():
         return None
     try:
-        record = read_json_object(file)
-        ended = _Record(
+        ended = _read_record(file)
+    except DataError as error:
+        log.warning("%s. The job counts as unfinished", error)
+        return None
+    return Result(folder=folder, **ended, scores=read_fit_summary(folder).scores)
+
+
+def _read_record(file: Path) -> _Record:
+    record = read_json_object(file)
+    for key in ("error", "config"):
+        if not isinstance(record.get(key), str | None):
+            raise DataError(f"{file} cannot be read: {key} is {record[key]!r:.40}, expected text")
+    try:
+        return _Record(
             overrides=tuple(map(str, record["overrides"])),
             seconds=float(record["seconds"]),
             error=record["error"],
             config=record["config"],
         )
-    except (DataError, KeyError, TypeError, ValueError) as error:
-        reason = error if isinstance(error, DataError) else f"{file} cannot be read: {error!r}"
-        log.warning("%s. The job counts as unfinished", reason)
-        return None
-    return Result(folder=folder, **ended, scores=read_fit_summary(folder).scores)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error!r}") from error
 
 
 def read_results(folder: Path) -> list[Result]:

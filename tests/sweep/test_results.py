@@ -82,7 +82,14 @@ def test_values_that_all_jobs_share_are_not_varied():
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"overrides": 3, "seconds": 1, "error": null, "config": null}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"overrides": 3, "seconds": 1, "error": null, "config": null}',
+        '{"overrides": [], "seconds": 1, "error": null, "config": 5}',
+    ],
 )
 def test_a_damaged_result_counts_as_none(sweep_folder, caplog, content):
     (sweep_folder / "2/job.json").write_text(content)
