@@ -37,7 +37,9 @@ class Target:
 TARGETS = {
     "last.ckpt": Target("run/checkpoints/last.ckpt", RESUME, weights=True),
     "best.ckpt": Target("run/checkpoints/best.ckpt", READ_RUN, weights=True),
-    "a checkpoint without its run": Target("alone.ckpt", [["predict", "ckpt=alone.ckpt"]]),
+    "a checkpoint without its run": Target(
+        "alone.ckpt", [["predict", "ckpt=alone.ckpt"]], weights=True
+    ),
     "config.yaml of Hydra": Target("run/.hydra/config.yaml", [*RESUME, *READ_RUN]),
     "overrides.yaml of Hydra": Target("run/.hydra/overrides.yaml", RESUME),
     "split.json": Target("run/split.json", [*RESUME, READ_RUN[0]], needed=False),
