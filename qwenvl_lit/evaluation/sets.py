@@ -15,7 +15,7 @@ from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
-from qwenvl_lit.metrics.suggest import suggested_metrics
+from qwenvl_lit.metrics.suggest import suggest_metrics
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.reports.scores import ScoredSet, answers, read_predictions, score
 from qwenvl_lit.reports.scores_page import EarlierRun
@@ -104,7 +104,7 @@ def _advice_on_metrics(data: DataModule) -> list[str]:
     suggestions = []
     for name, rows in data.test.items():
         remark = f" ({name})" if len(data.test) > 1 else ""
-        for metrics, why in suggested_metrics(rows):
+        for metrics, why in suggest_metrics(rows):
             suggestions.append(f"  metrics={metrics}  {why}{remark}")
     advice = "These rows have no answers to compare with"
     if suggestions:
