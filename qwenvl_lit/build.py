@@ -6,7 +6,9 @@ Hydra stops here: the modules below take plain values.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,11 +21,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit import checksums
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.vision_cache import VisionCache
@@ -38,6 +42,8 @@ from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
 
+LIBRARIES = ("lightning.", "torchmetrics.", "torch.")  # their messages do not name the key
+REFUSALS = (MisconfigurationException, ValueError, TypeError)
 IGNORED_WARNINGS = (  # regular expressions
     ".*does not have many workers.*",
     ".*LeafSpec.*",
@@ -178,12 +184,16 @@ def trainer(
         features: filled by the vision cache before the first step; see `cached_features`.
 
     Raises:
-        DataError: a GPU is asked for and there is none, or a limit is not a whole number.
+        DataError: a GPU is asked for and there is none.
+        ValueError: names the key whose value is refused, by Lightning or before.
     """
     nodes = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
         nodes.pop("progress", None)  # a progress bar needs a terminal; `RunLog` prints lines
-    built = [Peers(), *(_instantiate(node) for node in nodes.values())]
+    built: list[lightning.Callback] = [Peers()]
+    for name, node in nodes.items():
+        _check_early_stopping(f"callbacks.{name}", node)
+        built.append(_instantiate(node, f"callbacks.{name}"))
     if features is not None:
         folder = Path(config.paths.cache, "vision")
         built.append(VisionCache(features, folder, limit_gb=config.speed.vision_cache_gb))
@@ -192,11 +202,8 @@ def trainer(
             "there is no GPU: strategy=auto uses what there is; "
             "strategy=ddp_cpu and strategy=fsdp_cpu run distributed code on the CPU"
         )
+    _check_trainer(config.trainer)
     make_trainer = _instantiate(config.trainer)
-    for name in ("max_steps", "max_epochs"):
-        value = config.trainer[name]
-        if not isinstance(value, int | None):
-            raise DataError(f"trainer.{name} must be a whole number, got {value!r}")
     options: dict[str, Any] = {}
     if config.model.get("device_map"):
         options["strategy"] = DeviceMapStrategy()
@@ -205,18 +212,67 @@ def trainer(
     options["logger"] = False
     if config.get("logger"):
         options["logger"] = list(_instantiate(config.logger).values())
-    return make_trainer(
-        default_root_dir=config.paths.run,
-        enable_progress_bar="progress" in nodes,
-        # If it is enabled without such a callback, Lightning adds its own.
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),
-        callbacks=built,
-        **options,
-    )
+    try:
+        return make_trainer(
+            default_root_dir=config.paths.run,
+            enable_progress_bar="progress" in nodes,
+            # If it is enabled without such a callback, Lightning adds its own.
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in built),
+            callbacks=built,
+            **options,
+        )
+    except REFUSALS as error:
+        raise ValueError(f"{_refused_keys(config.trainer, error)}: {_first_line(error)}") from error
+
+
+def _check_trainer(settings: DictConfig) -> None:
+    for name in ("max_steps", "max_epochs"):
+        value = settings.get(name)
+        optional = name == "max_epochs"
+        check_number(f"trainer.{name}", value, least=-1, whole=True, optional=optional)
+        if value == 0:
+            raise ValueError(f"trainer.{name} must be 1 or more, or -1 for no limit, got 0")
+    # None lets Lightning decide.
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
+        check_number(f"trainer.{name}", settings.get(name), least=1, whole=True, optional=True)
+    sanity_steps = settings.get("num_sanity_val_steps")
+    check_number("trainer.num_sanity_val_steps", sanity_steps, least=-1, whole=True, optional=True)
+    clip = settings.get("gradient_clip_val")
+    check_number("trainer.gradient_clip_val", clip, least=0, optional=True)
+    for name, value in settings.items():
+        # An int is a number of batches, a float a share of them, and text a time.
+        if name.startswith("limit_") or name in ("overfit_batches", "val_check_interval"):
+            most = 1 if isinstance(value, float) else math.inf
+            if name != "val_check_interval":
+                check_number(f"trainer.{name}", value, least=0, most=most, optional=True)
+            elif not isinstance(value, str):
+                check_number(f"trainer.{name}", value, above=0, most=most, optional=True)
+    if settings.get("limit_train_batches") == 0:
+        raise ValueError("trainer.limit_train_batches must be above 0, or null, got 0")
+
+
+def _refused_keys(settings: DictConfig, error: Exception) -> str:
+    """Names the keys that the message of a refused setting is about."""
+    words = set(re.findall(r"[\w./-]+", str(error)))
+    keys = []
+    for name, value in settings.items():
+        is_plain = isinstance(value, str | float) or (type(value) is int and value not in (0, 1))
+        if name in words or (is_plain and str(value) in words):
+            keys.append(f"trainer.{name}={value}")
+    return " ".join(keys) or "trainer"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def start(config: DictConfig) -> None:
-    """Seeds all random generators, and silences warnings that a user cannot act on."""
+    """Seeds all random generators, and silences warnings that a user cannot act on.
+
+    Raises:
+        ValueError: the seed is none.
+    """
+    check_number("seed", config.seed, least=0, most=2**32 - 1, whole=True)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.get("deterministic"):
         # cuBLAS reads it when it is first used; torch refuses to be deterministic without it
@@ -247,8 +303,11 @@ def shown(path: str) -> str:
     return printable(str(Path(path).relative_to(here)) if inside else path)
 
 
-def _instantiate(node: DictConfig | None) -> Any:
+def _instantiate(node: DictConfig | None, key: str = "") -> Any:
     """Builds what a config node describes; plain values become dicts and lists, None stays None.
+
+    Args:
+        key: of the node, for messages about classes of Lightning and torchmetrics.
 
     Raises:
         ValueError: a constructor refused a value; Hydra's wrapper around this error is removed.
@@ -256,6 +315,21 @@ def _instantiate(node: DictConfig | None) -> Any:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if not isinstance(error.__cause__, ValueError):
+        cause = error.__cause__
+        target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
+        if key and target.startswith(LIBRARIES) and isinstance(cause, REFUSALS):
+            raise ValueError(f"{key}: {_first_line(cause)}") from None
+        if not isinstance(cause, ValueError):
             raise
-        raise error.__cause__ from None
+        raise cause from None
+
+
+def _check_early_stopping(key: str, node: DictConfig) -> None:
+    if str(node.get("_target_", "")).rpartition(".")[2] != "EarlyStopping":
+        return
+    mode = node.get("mode", "min")
+    if mode not in ("min", "max"):
+        raise ValueError(f"{key}.mode must be min or max, got {mode!r}")
+    check_number(f"{key}.patience", node.get("patience", 3), least=0, whole=True)
+    for name in ("min_delta", "stopping_threshold", "divergence_threshold"):
+        check_number(f"{key}.{name}", node.get(name), optional=True)

@@ -17,6 +17,7 @@ LAYERS = [  # a module imports from the rows above its own, and from its own fol
         "types",
         "grounding",
         "atomic",
+        "bounds",
         "locks",
         "images",
         "checksums",

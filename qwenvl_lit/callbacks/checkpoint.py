@@ -19,6 +19,7 @@ from torch import nn
 
 from qwenvl_lit import checksums
 from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.stop_signals import StopSignals
 from qwenvl_lit.data.loop_state import rebuild_train_loader, state_after_batch, validation_follows
 from qwenvl_lit.stopping import NOTHING_KEPT, signals
@@ -60,10 +61,13 @@ class RunCheckpoint(Checkpoint):
         monitor: str = "val/loss",
         mode: Literal["min", "max"] = "min",
     ):
-        if every < 1 or keep < 0 or mode not in ("min", "max"):
+        check_number("callbacks.checkpoint.every", every, least=1, whole=True)
+        check_number("callbacks.checkpoint.keep", keep, least=0, whole=True)
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint.mode must be min or max, got {mode!r}")
+        if not isinstance(monitor, str):
             raise ValueError(
-                f"callbacks.checkpoint: every={every} must be 1 or more, keep={keep} 0 or more, "
-                f"mode={mode!r} min or max"
+                f"callbacks.checkpoint.monitor must be the name of a score, got {monitor!r}"
             )
         self.every = every
         self.keep = keep

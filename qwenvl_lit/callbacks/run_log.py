@@ -14,9 +14,10 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from qwenvl_lit.atomic import set_aside, write_text
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.data.json_lines import append_json_lines, read_json_lines
 from qwenvl_lit.metrics.summary import SCORES_FILE, scores_to_update
@@ -53,6 +54,7 @@ class RunLog(lightning.Callback):
     """
 
     def __init__(self, print_every: int = 10):
+        check_number("callbacks.run_log.print_every", print_every, least=1, whole=True)
         self.print_every = print_every
         self._total_steps: int | None = None
         self._first_step = 0
@@ -60,6 +62,7 @@ class RunLog(lightning.Callback):
         self._start = 0.0
         self._elapsed_before = 0.0  # seconds, in earlier runs of this folder
         self._learning_rates: dict[str, float] = {}
+        self._monitors_checked = False
         self._lines = 0  # in the file
         # The last validation, which a run that stopped within a step repeats when it resumes.
         self._repeated: dict[str, Any] | None = None
@@ -116,7 +119,12 @@ class RunLog(lightning.Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if not self._monitors_checked:  # after the first validation
+            self._monitors_checked = True
+            _check_monitors(trainer)
+        if not trainer.is_global_zero:
             return
         scores = _scores(trainer, "val/")
         record = {"step": trainer.global_step, "epoch": trainer.current_epoch, **scores}
@@ -266,6 +274,33 @@ def _scores(trainer: lightning.Trainer, prefix: str = "") -> dict[str, float | N
             score = float(value)
             scores[name] = score if math.isfinite(score) else None
     return scores
+
+
+def _check_monitors(trainer: lightning.Trainer) -> None:
+    """Compares what callbacks monitor with the logged scores.
+
+    A checkpoint callback whose score is missing keeps no best checkpoint: this is a warning.
+
+    Raises:
+        ValueError: early stopping would wait for a score that is not logged.
+    """
+    logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or monitor in trainer.callback_metrics:
+            continue
+        if isinstance(callback, EarlyStopping):
+            raise ValueError(
+                f"callbacks.early_stopping.monitor={monitor}: no such score is logged; "
+                f"these are: {logged}"
+            )
+        if isinstance(callback, RunCheckpoint | ModelCheckpoint) and trainer.is_global_zero:
+            log.warning(
+                "callbacks.checkpoint.monitor=%s: no such score is logged, so no best checkpoint "
+                "is kept; these are: %s",
+                monitor,
+                logged,
+            )
 
 
 def _validation_summary(trainer: lightning.Trainer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from qwenvl_lit.bounds import check_bool, check_number
 from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import (
@@ -87,12 +88,17 @@ class DataModule(lightning.LightningDataModule):
         super().__init__()
         _check_choice("order", order, ("mixed", "staged"))
         _check_choice("on_bad_image", on_bad_image, ("error", "drop"))
-        _check_positive("batch_size", batch_size)
-        _check_positive("eval_batch_size", eval_batch_size)
-        if max_tokens is not None:
-            _check_positive("max_tokens", max_tokens, "a whole number, 1 or more, or null")
-        _check_bool("packing", packing)
-        _check_bool("group_by_length", group_by_length)
+        check_number("data.batch_size", batch_size, least=1, whole=True)
+        check_number("data.eval_batch_size", eval_batch_size, least=1, whole=True)
+        check_number("data.max_tokens", max_tokens, least=1, whole=True, optional=True)
+        check_number("data.max_bad_fraction", max_bad_fraction, least=0, most=1)
+        check_number(
+            "data.generated_validation_rows", generated_validation_rows, least=0, whole=True
+        )
+        check_number("data.num_workers", num_workers, least=0, most=1024, whole=True)
+        check_number("data.seed", seed, least=0, whole=True)
+        check_bool("data.packing", packing)
+        check_bool("data.group_by_length", group_by_length)
         if packing:
             _check_packing(processor, max_tokens)
         if datasets is not None and dataset:
@@ -416,16 +422,6 @@ class DataModule(lightning.LightningDataModule):
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {value!r}")
-
-
-def _check_positive(name: str, value: object, allowed: str = "a whole number, 1 or more") -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"data.{name} must be {allowed}, got {value!r}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"data.{name} must be true or false, got {value!r}")
 
 
 def _check_packing(processor: Processor, max_tokens: int | None) -> None:

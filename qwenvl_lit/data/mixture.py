@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -80,10 +81,12 @@ class DatasetSpec:
     split_file: str | Path | None = None
 
     def __post_init__(self):
+        _check_validation(self.validation)
         if self.rows is None:
             return
+        is_number = isinstance(self.rows, int | float) and 0 < self.rows < math.inf
         # `rows=1` could mean one row or every row once.
-        if self.rows <= 0 or (isinstance(self.rows, int) and self.rows < 2):
+        if not is_number or (isinstance(self.rows, int) and self.rows < 2):
             raise DataError(
                 f"rows={self.rows}: give a number of rows such as 2000, or how often to take each, "
                 "with a decimal point: 0.5, 1.0"
@@ -238,6 +241,18 @@ class DatasetSpec:
         if isinstance(self.read, partial):
             return repr(self.read.args), repr(self.read.keywords)
         return ()
+
+
+def _check_validation(validation: Files | int | float | None) -> None:
+    if isinstance(validation, str | Sequence | None):
+        return
+    share = isinstance(validation, float) and 0 <= validation < 1
+    count = isinstance(validation, int) and not isinstance(validation, bool) and validation >= 0
+    if not share and not count:
+        raise ValueError(
+            f"data.validation must be a file, a whole number of rows or a share below 1, "
+            f"got {validation!r:.100}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

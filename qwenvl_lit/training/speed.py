@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import blocks_of, network_of, replace_method
 from qwenvl_lit.models.dynamo import CompileError, allow_recompilations, mark_dynamic
 from qwenvl_lit.training.float8 import to_float8
@@ -73,6 +74,7 @@ class Speed:
         self.checkpointing = checkpointing
         self.float8 = float8
         self.vision_cache = vision_cache
+        check_number("speed.vision_cache_gb", vision_cache_gb, above=0)
         self.vision_cache_gb = vision_cache_gb
         self.compiled = False  # set by `apply`: whether the blocks were compiled
 
@@ -236,9 +238,7 @@ class CompiledBlock:
         return self.forward(self.block, x, **kwargs)
 
 
-def mark_sizes_dynamic(
-    x: torch.Tensor, kwargs: Mapping[str, Any], dims: tuple[int, ...]
-) -> None:
+def mark_sizes_dynamic(x: torch.Tensor, kwargs: Mapping[str, Any], dims: tuple[int, ...]) -> None:
     """Asks the compiler for one graph for all sizes of `dims` of a block's input, from the start.
 
     Otherwise the first batch would get a graph for its own size, and with it other kernels than a

@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from toy_task import ToyData, ToyTask, conversation, trainer
 
+from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.callbacks.run_log import RunLog, read_log
 from qwenvl_lit.data.json_lines import append_json_lines
 
@@ -165,3 +166,19 @@ def test_a_damaged_history_does_not_stop_a_resumed_run_and_is_kept(tmp_path, cap
     assert [record["step"] for record in read_log(history)] == [1, 4]
     assert "logging.jsonl:2: " in caplog.text
     assert (tmp_path / "logging.jsonl.broken").read_bytes() == damaged
+
+
+def test_a_misspelt_monitor_of_the_checkpoint_is_one_line_with_the_logged_scores(tmp_path, caplog):
+    options = {"max_epochs": 2, "enable_checkpointing": True}
+    checkpoint = RunCheckpoint(monitor="val/los")
+    trainer(tmp_path, RunLog(), checkpoint, **options).fit(ToyTask(), DATA)
+    [line] = [text for text in caplog.messages if "monitor" in text]
+    assert line.startswith("callbacks.checkpoint.monitor=val/los: no such score is logged")
+    assert "val/loss" in line
+
+
+def test_a_misspelt_monitor_of_early_stopping_is_refused_by_name(tmp_path):
+    stopping = EarlyStopping(monitor="val/los")
+    message = r"^callbacks\.early_stopping\.monitor=val/los: no such score .*val/loss"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, RunLog(), stopping, max_epochs=1).fit(ToyTask(), DATA)

@@ -486,7 +486,7 @@ def test_decoding_ends_when_every_row_has_ended():
     ids=str,
 )
 def test_wrong_settings_are_named(wrong):
-    with pytest.raises(ValueError, match=f"generation.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"generation.{list(wrong)[-1]}"):
         Generation(**wrong)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.chatml import ChatML, Message, Piece, Supervise, truncate_left, with_system
 from qwenvl_lit.models.protocols import FeatureSource
@@ -90,6 +91,8 @@ class QwenVLProcessor:
         _check_choice("template", template, get_args(Template))
         _check_choice("supervise", supervise, get_args(Supervise))
         _check_choice("too_long", too_long, get_args(TooLong))
+        check_number("model.max_length", max_length, least=1, whole=True, optional=True)
+        check_number("model.max_window_size", max_window_size, least=1, whole=True)
         self.tokenizer = tokenizer
         self.tokens_per_image = tokens_per_image
         self.image_size = image_size
