@@ -11,8 +11,11 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit import QwenVL
 from qwenvl_lit.cli.command import prepare
-from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run
+from qwenvl_lit.cli.resume import resumed
+from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run, stored_settings
 from qwenvl_lit.runs.stored_config import allowed_targets, check_stored_config
+from qwenvl_lit.training.adapters.methods import LoRA
+from qwenvl_lit.training.adapters.peft_files import adapter_node
 from qwenvl_lit.types import DataError
 
 EVIDENCE = "executed"  # the file that a target would write
@@ -143,3 +146,90 @@ def test_interpolations_of_this_package_and_plain_references_are_kept(config):
     check_stored_config(put(config, ("data", "root"), "${paths.cache}/mine"), "mine")
     with pytest.raises(DataError, match="is not a mapping"):
         check_stored_config([1], "evil")
+
+
+@pytest.mark.parametrize("key", PLACES, ids=lambda key: ".".join(map(str, key)))
+def test_a_run_of_a_stranger_is_not_resumed(config, key):
+    check_stored_config(config, "run")
+    with pytest.raises(DataError, match=r"_target_ names 'pathlib\.Path\.write_text'"):
+        check_stored_config(put(config, key, ATTACK), "run/.hydra/config.yaml")
+
+
+def test_a_stored_config_of_a_stranger_is_checked_before_a_run_resumes(config):
+    folder = Path("evil")
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(put(config, ("callbacks", "mine"), ATTACK), folder / COMPOSED_CONFIG)
+    current = OmegaConf.create({"resume": "evil", "paths": {"run": "evil"}, "trust": False})
+    with pytest.raises(DataError, match=r"config\.yaml: callbacks\.mine\._target_ names"):
+        resumed(current)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("model", "max_length"), "x", "model.max_length is 'x', expected int | None"),
+        (("model", "surprise"), 1, "model.surprise is no argument of qwenvl_lit.*QwenVLFamily"),
+        (("generation", "top_p"), [1], r"generation.top_p is \[1\], expected float"),
+        (("generation", "compile"), "yes", "generation.compile is 'yes', expected"),
+        (("adapter", "train"), "all", "adapter.train is 'all', expected Sequence"),
+        (("model",), {"_target_": "lightning.Trainer"}, "model._target_ names .*, which is no model"),
+        (("adapter",), "full", "adapter is 'full', expected a mapping"),
+        (("data", "read"), {"_target_": "lightning.Trainer", "x": 1}, "data.read.x is no argument"),
+        (
+            ("model", "config"),
+            {"_target_": "lightning.Trainer"},
+            "model.config is .*, expected Mapping",
+        ),
+    ],
+)
+def test_an_argument_of_another_type_is_named(config, key, value, message):
+    with pytest.raises(DataError, match=f"evil: {message}"):
+        check_stored_config(put(config, key, value), "evil")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": {"surprise": 1}}, "model.surprise is no argument"),
+        ({"generation": {"max_new_tokens": "many"}}, "generation.max_new_tokens is 'many'"),
+        ({"generation": {"max_new_tokens": "${x}"}}, "has an interpolation"),
+        ({"generation": [1]}, r"generation is \[1\], expected a JSON object"),
+        ({"trainer": {}}, "trainer is unknown"),
+    ],
+)
+def test_settings_of_an_exported_folder_are_checked(settings, message):
+    folder = Path("evil")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "qwenvl_lit.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=rf"qwenvl_lit\.json:? {message}"):
+        stored_settings(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "8", "r is '8', expected int"),
+        ("lora_alpha", [1], r"lora_alpha is \[1\]"),
+        ("rank_pattern", {"w1": ATTACK}, "rank_pattern is"),
+        ("alpha_pattern", {"w1": "x"}, "alpha_pattern is"),
+        ("layers_pattern", [1], r"layers_pattern is \[1\]"),
+        ("target_modules", [ATTACK], "target_modules is"),
+        ("megatron_config", {"a": 1}, "has megatron_config=.* is not used here"),
+        ("megatron_core", "evil", "has megatron_core='evil', which is not used here"),
+        ("loftq_config", ATTACK, "has loftq_config=.* is not used here"),
+        ("eva_config", ATTACK, "has eva_config=.* is not used here"),
+    ],
+)
+def test_a_setting_of_adapter_config_json_is_checked(key, value, message):
+    folder = Path("evil")
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"], key: value}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=rf"adapter_config\.json:? {message}"):
+        adapter_node(folder)
+
+
+def test_an_option_of_peft_that_imports_a_module_is_refused():
+    with pytest.raises(ValueError, match=r"adapter\.options has megatron_core; it may have"):
+        LoRA(rank=2, alpha=4, dropout=0, targets="attention", options={"megatron_core": "evil"})
