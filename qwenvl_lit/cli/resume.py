@@ -134,7 +134,7 @@ def _is_a_test(folder: Path) -> bool:
     if not file.exists():
         return False
     try:
-        return OmegaConf.select(read_config(file), "hydra.job.name") == "test"
+        return OmegaConf.select(OmegaConf.create(read_config(file)), "hydra.job.name") == "test"
     except DataError:
         return False
 

@@ -22,12 +22,12 @@ from toy_task import ToyData, ToyTask, conversation, trainer
 
 from qwenvl_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint, save_adapter
 from qwenvl_lit.callbacks.run_log import RunLog
-from qwenvl_lit.callbacks.stop_signals import INTERRUPTED, STOPPED
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.stopping import INTERRUPTED, STOPPED
 from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.types import DataError
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 def load(folder: Path, name: str = "last") -> dict:
