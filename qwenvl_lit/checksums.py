@@ -110,9 +110,9 @@ def verify(path: Path) -> None:
             _compare(file, expected, f"if it was changed on purpose, remove it from {SUMS}")
     if path.name not in sums and path.is_file():
         with path.open("rb") as stream:
-            expected = _expected_in(stream)
-        if expected:
-            _compare(path, expected, "copy it again, or use another checkpoint of the run")
+            sealed_with = _expected_in(stream)
+        if sealed_with:
+            _compare(path, sealed_with, "copy it again, or use another checkpoint of the run")
 
 
 def _compare(file: Path, expected: str, advice: str) -> None:
