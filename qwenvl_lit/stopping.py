@@ -153,6 +153,12 @@ class SignalListener:
         os._exit(status)
 
     @property
+    def _listened(self) -> frozenset[int]:
+        if self._records:
+            return frozenset(STOP_SIGNALS)
+        return self._raises
+
+    @property
     def _grace(self) -> float:
         return max(GRACE_SECONDS, 2 * self._slowest)
 
@@ -164,7 +170,7 @@ class SignalListener:
             os.register_at_fork(after_in_child=self._leave_to_parent)
             threading.Thread(target=self._watch, daemon=True, name="stop signals").start()
         signal.set_wakeup_fd(self._wake[1].fileno(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS if self._records else self._raises:
+        for number in self._listened:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, *_: object) -> None:
@@ -189,7 +195,7 @@ class SignalListener:
         while True:
             if select.select([self._wake[0]], [], [], 0.5)[0]:
                 for number in self._wake[0].recv(64):
-                    if number not in (STOP_SIGNALS if self._records else self._raises):
+                    if number not in self._listened:
                         continue
                     if self._deadline == math.inf:
                         first, self._deadline = number, time.monotonic() + self._grace
