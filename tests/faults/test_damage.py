@@ -41,7 +41,7 @@ TARGETS = {
         "alone.ckpt", [["predict", "ckpt=alone.ckpt"]], weights=True
     ),
     "config.yaml of Hydra": Target("run/.hydra/config.yaml", [*RESUME, *READ_RUN]),
-    "overrides.yaml of Hydra": Target("run/.hydra/overrides.yaml", RESUME),
+    "overrides.yaml of Hydra": Target("run/.hydra/overrides.yaml", RESUME, needed=False),
     "split.json": Target("run/split.json", [*RESUME, READ_RUN[0]], needed=False),
     "metrics.json": Target("run/metrics.json", RESUME, needed=False),
     "versions.json": Target("run/versions.json", RESUME, needed=False),
