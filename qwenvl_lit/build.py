@@ -78,7 +78,7 @@ def module(
             "to train adapters on a 4-bit model: adapter=qlora"
         )
     if config.get("verify", True):
-        checksums.verify(Path(str(config.model.path)).expanduser())
+        checksums.verify(Path(str(config.model.get("path"))).expanduser())
     adapter, init = None, None
     if adapted:
         adapter = _instantiate(config.adapter) or None

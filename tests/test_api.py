@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -142,7 +143,9 @@ def test_images_are_numbered_across_the_history(model, image):
     assert answer.objects == [GroundedObject(label="the dog", boxes=(box,))]
 
 
-def test_an_image_on_the_web_is_fetched_once(model, image):
+def test_an_image_on_the_web_is_fetched_once(model, image, monkeypatch):
+    options = replace(model.read_options, allow_private_hosts=True)  # for the server of the test
+    monkeypatch.setattr(model, "read_options", options)
     with Server() as server:
         url = server.plan("/dog.png", gives(image.read_bytes(), kind="image/png"))
         assert prompt(model, f"<img>{url}</img>What?") == prompt(model, [image, "What?"])

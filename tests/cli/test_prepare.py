@@ -10,12 +10,19 @@ from qwenvl_lit.cli.command import prepare
 from qwenvl_lit.types import DataError
 
 CONFIG = {
-    "model": {"path": "M", "template": "chatml"},
+    "model": {
+        "_target_": "qwenvl_lit.models.qwen_vl.family.QwenVLFamily",
+        "path": "M",
+        "template": "chatml",
+    },
     "adapter": {"rank": 3},
     "init": {},
     "data": {"split_file": "old/split.json", "datasets": {"a": {"split_file": "old/split_a.json"}}},
     "metrics": {},
-    "generation": {"max_new_tokens": 4},
+    "generation": {
+        "_target_": "qwenvl_lit.generation.generation.Generation",
+        "max_new_tokens": 4,
+    },
     "optim": {"lr": 1e-4},
     "trainer": {"max_steps": 5, "devices": 2, "strategy": "ddp"},
 }
@@ -48,7 +55,7 @@ def test_groups_that_the_command_line_does_not_choose_come_from_the_run(run):
     assert ckpt.startswith("ckpt='")
     assert ckpt.endswith(".ckpt'")
     assert line.run_groups["adapter"] == {"rank": 3}
-    assert line.run_groups["generation"] == {"max_new_tokens": 4}
+    assert line.run_groups["generation"] == CONFIG["generation"]
     assert "trainer" not in line.run_groups
     assert prepare("predict", line.arguments, run="needed").arguments == line.arguments
 
