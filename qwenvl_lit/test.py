@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
     from qwenvl_lit import build
-    from qwenvl_lit.evaluation.benchmarks import named_benchmarks
+    from qwenvl_lit.evaluation.benchmarks import read_benchmarks
     from qwenvl_lit.evaluation.sets import evaluation_sets
     from qwenvl_lit.runs.run import find_run
 
@@ -53,7 +53,7 @@ def main(config: DictConfig) -> None:
             "or predictions"
         )
     build.start(config)
-    benchmarks = named_benchmarks(config) if config.benchmarks else []
+    benchmarks = read_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
     sets = evaluation_sets(config, processor, benchmarks)
     run = None
@@ -91,7 +91,7 @@ def answer_and_score(
 ) -> Outcome:
     """Lets the model answer, with `baseline=true` first the model before training."""
     from qwenvl_lit import build
-    from qwenvl_lit.evaluation.sets import run_test, score_file, written_predictions
+    from qwenvl_lit.evaluation.sets import run_test, score_file, written_predictions_file
 
     baseline: dict[str, float] = {}
     if config.baseline:
@@ -107,7 +107,7 @@ def answer_and_score(
         results |= _named(evaluation_set, run_test(module, evaluation_set))
     scored_sets: list[ScoredSet] = []
     for evaluation_set in sets:
-        file = written_predictions(evaluation_set)
+        file = written_predictions_file(evaluation_set)
         if file is not None:
             scored_sets += score_file(evaluation_set, file, processor)
     source = build.shown(str(checkpoint)) if checkpoint else config.model.path
@@ -138,7 +138,7 @@ def report(
 
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
-    from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model
+    from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model_name
     from qwenvl_lit.evaluation.sets import earlier_runs
     from qwenvl_lit.rendering.table import plain_table, score_table
     from qwenvl_lit.reports.scores_page import ScoreReport, write_report
@@ -147,7 +147,7 @@ def report(
     save_scores(folder, "test", outcome.scores)
     if outcome.baseline:
         save_scores(folder, "baseline", outcome.baseline)
-    published = benchmark_table(benchmarks, outcome.results, published_model(config))
+    published = benchmark_table(benchmarks, outcome.results, published_model_name(config))
     notes = _notes(config, benchmarks, run)
     title = f"Scores of {outcome.source}"
     page = folder / "report.html"

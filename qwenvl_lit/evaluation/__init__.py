@@ -1,1 +1,4 @@
-"""Evaluation by the `test` command: test sets, benchmarks with published scores, comparisons."""
+"""Evaluation for the `test` and `export` commands.
+
+The modules read test sets and benchmarks, and compare exported models with their runs.
+"""

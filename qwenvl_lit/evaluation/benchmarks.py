@@ -1,4 +1,4 @@
-"""Published test sets by name, as in `test benchmarks=[refcoco/val,flickr30k/test]`."""
+"""Benchmarks: published test sets, chosen by name as in `test benchmarks=[refcoco/val]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
-# Overrides of the command line that apply to every benchmark begin with one of these.
+# Overrides that begin with one of these prefixes apply to every benchmark.
 SHARED_OVERRIDES = (
     "data.root",
     "data.path_map",
@@ -36,24 +36,26 @@ SHARED_OVERRIDES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """One test set with its protocol. Published scores are times 100, by model."""
+    """A published test set, its evaluation settings, and published scores by model, times 100."""
 
-    name: str  # "refcoco/val": a file of conf/benchmark and a set in it
-    config: DictConfig  # of the command, with data, metrics, generation and run folder of this set
-    metric: str  # the published one
+    name: str  # FILE/SET, such as "refcoco/val": a file of conf/benchmark and a test set in it
+    # The config of the command, in which data, metrics, generation and run folder are replaced by
+    # those of this test set.
+    config: DictConfig
+    metric: str  # the metric of the published scores
     published: Mapping[str, float] = field(default_factory=dict)
-    published_mean: Mapping[str, float] = field(default_factory=dict)  # over all sets of the file
-    published_split: str | None = None  # if the scores were published for another split
-    # Patterns of training files that show the images of this set, and how the two are related.
+    published_mean: Mapping[str, float] = field(default_factory=dict)  # over all sets of FILE
+    published_split: str | None = None  # the split of the published scores if it is another one
+    # Pattern of the names of training files that contain images of this test set -> explanation.
     seen_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
-        """The file of conf/benchmark."""
+        """The name of the file in conf/benchmark."""
         return self.name.partition("/")[0]
 
     def warnings(self, training_files: Sequence[str]) -> Iterator[str]:
-        """Yields a warning for each training file whose images are in this set."""
+        """Yields a warning for each training file that contains images of this test set."""
         for file in training_files:
             file_name = Path(file.partition("#")[0]).name
             for pattern, relation in self.seen_with.items():
@@ -64,14 +66,14 @@ class Benchmark:
                     )
 
 
-def named_benchmarks(config: DictConfig) -> list[Benchmark]:
-    """Reads the benchmarks that `config.benchmarks` names.
+def read_benchmarks(config: DictConfig) -> list[Benchmark]:
+    """Reads the benchmarks that `config.benchmarks` lists.
 
-    A name is FILE of conf/benchmark, which stands for all its sets, or FILE/SET. `#N` after it
-    takes N rows of each set.
+    An entry is FILE/SET, or FILE for all test sets of a file of conf/benchmark. With `#N` at the
+    end, only N rows of each test set are used.
 
     Raises:
-        DataError: there is no such file or set.
+        DataError: the file or the test set does not exist.
     """
     benchmarks: list[Benchmark] = []
     for name in config.benchmarks:
@@ -107,7 +109,7 @@ def _read(name: str, config: DictConfig) -> Iterator[Benchmark]:
 
 
 def _compose(file: str) -> DictConfig:
-    """A file of conf/benchmark, with the shared overrides of the command line."""
+    """Composes conf/benchmark/FILE with the command line's overrides in `SHARED_OVERRIDES`."""
     shared = []
     for override in HydraConfig.get().overrides.task:
         if override.lstrip("+~").startswith(SHARED_OVERRIDES):
@@ -122,7 +124,7 @@ def _compose(file: str) -> DictConfig:
 def _config_of_set(
     config: DictConfig, node: DictConfig, file: str, set_name: str, rows: str
 ) -> DictConfig:
-    """The config of the command for one set alone, read from `rows`."""
+    """Returns the config of the command for a single test set, which is read from `rows`."""
     config = deepcopy(config)
     OmegaConf.set_struct(config, False)
     for group in ("data", "metrics", "generation"):
@@ -134,7 +136,7 @@ def _config_of_set(
 
 
 def training_files(data: Mapping[str, Any]) -> list[str]:
-    """Returns the training files of a run's `data`, including those of each mixed dataset."""
+    """Returns all training files in the `data` config of a run, including mixed datasets."""
     sources = [data]
     for source in (data.get("datasets") or {}).values():
         if isinstance(source, Mapping):
@@ -149,13 +151,15 @@ def training_files(data: Mapping[str, Any]) -> list[str]:
 def benchmark_table(
     benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
 ) -> list[dict[str, str]]:
-    """Returns table rows with score and published score of each benchmark, times 100.
+    """Returns a table row for each benchmark with its score and the published score, times 100.
 
-    A row with the mean follows after the last set of a file whose mean is published.
+    If the mean over all test sets of a file is published, a row with the mean follows the last
+    test set of the file.
 
     Args:
-        results: scores as BENCHMARK/METRIC, and BENCHMARK/rows, /seconds and /images_per_second.
-        model: whose published scores.
+        results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows, BENCHMARK/seconds and
+            BENCHMARK/images_per_second.
+        model: the name of the model whose published scores are shown.
     """
     table = []
     for benchmark in benchmarks:
@@ -181,7 +185,7 @@ def benchmark_table(
 def _mean_row(
     benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
 ) -> dict[str, str]:
-    """The mean over the benchmarks of one file; without a score if any of them has none."""
+    """Returns the row of the mean over the benchmarks of a file; no mean if a score is missing."""
     last = benchmarks[-1]
     scores = [results.get(f"{benchmark.name}/{last.metric}") for benchmark in benchmarks]
     mean = None
@@ -215,7 +219,10 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f}"
 
 
-def published_model(config: DictConfig) -> str:
-    """Returns the published model to compare with, judging by the name of the base model."""
+def published_model_name(config: DictConfig) -> str:
+    """Returns the name of the model whose published scores are comparable.
+
+    The name of the base model decides which one this is.
+    """
     name = Path(config.model.get("path") or "").name
     return "Qwen-VL-Chat" if "chat" in name.lower() else "Qwen-VL"

@@ -1,4 +1,4 @@
-"""Compares an exported model with the run that it was made from, by their logits."""
+"""Compares the logits of an exported model with those of the run that was exported."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from qwenvl_lit.runs.run import find_run
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import Batch, Conversation, DataError, ImageSource, Turn
 
-ROWS = 3  # that are compared
-# Largest difference of logits, as a share of the largest logit. In float32 the order of summation
-# differs; in the other formats the merged weights are rounded once more.
+ROWS = 3  # number of prompts to compare
+# Largest allowed difference of logits, relative to the largest logit. With float32, only the order
+# of summation differs. With the other dtypes, the merged weights are also rounded once more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}
 
 
 def comparison_batches(
     config: DictConfig, module: VisionLanguageModule, device: torch.device
 ) -> Iterator[Batch]:
-    """Yields prompts to compare on, one a batch.
+    """Yields batches of one prompt each, on which the logits are compared.
 
-    They are rows of the run's data, or of drawn images if the config asks for these or names no
-    data.
+    With `compare=run`, the prompts are rows of the run's data. Otherwise, and for a run without
+    data, they are questions about generated images.
     """
     if config.compare == "run" and config.data:
         conversations = _rows_of_run(config, module)
@@ -66,7 +66,10 @@ def check_equivalence(
     """Loads an exported folder as a user would, and compares its logits with those of the run.
 
     Args:
-        dtypes: those of the weights of the run and of the exported model, see `TOLERANCE`.
+        module: the model of the run.
+        folder: the exported folder.
+        dtypes: the dtypes of the weights of the run and of the exported model. The larger
+            tolerance of the two applies.
 
     Returns:
         The result as a sentence.
@@ -75,36 +78,36 @@ def check_equivalence(
         DataError: the logits are not finite, or differ by more than the tolerance.
     """
     expected = _logits(module, batches)
-    run = find_run(str(folder), trust=True)  # it was written just now
+    run = find_run(str(folder), trust=True)  # this process has just written it
     exported = build.trained_module(run, {}, load_device=device)
     actual = _logits(exported, batches)
     largest = float(max(logits.abs().max() for logits in expected))
     allowed = max(TOLERANCE[dtype] for dtype in dtypes) * largest
     difference, agreeing, tokens = 0.0, 0, 0
-    for ours, theirs in zip(expected, actual, strict=True):
-        if not torch.isfinite(theirs).all():
+    for run_logits, exported_logits in zip(expected, actual, strict=True):
+        if not torch.isfinite(exported_logits).all():
             raise DataError(
-                "the exported model gives logits that are not finite; "
-                "float16 only reaches 65504: choose dtype=bfloat16"
+                "the logits of the exported model are not finite. The largest float16 number is "
+                "65504; choose dtype=bfloat16"
             )
-        difference = max(difference, float((ours - theirs).abs().max()))
-        agreeing += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        tokens += len(ours)
+        difference = max(difference, float((run_logits - exported_logits).abs().max()))
+        agreeing += int((run_logits.argmax(-1) == exported_logits.argmax(-1)).sum())
+        tokens += len(run_logits)
     if not difference <= allowed:
         raise DataError(
             f"the exported model is not the run's: logits up to {largest:.3g} differ by up to "
-            f"{difference:.3g}, and rounding explains {allowed:.3g}; nothing was kept"
+            f"{difference:.3g}, but rounding explains only {allowed:.3g}; no model was exported"
         )
     return (
-        f"logits up to {largest:.3g} differ by {difference:.2g} at most in {len(batches)} rows; "
-        f"{agreeing} of {tokens} likeliest tokens agree"
+        f"logits up to {largest:.3g} differ by at most {difference:.2g} in {len(batches)} rows; "
+        f"{agreeing} of {tokens} most likely tokens agree"
     )
 
 
 def _logits(module: VisionLanguageModule, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Returns the logits (T, V) of each batch of one row, on the CPU.
+    """Returns the logits (T, V) of each batch of one prompt, on the CPU.
 
-    The weights are loaded for this and freed afterwards.
+    Loads the weights of `module` and frees them afterwards.
     """
     module.configure_model()
     module.model.eval()

@@ -1,4 +1,4 @@
-"""Test sets of the `test` command: opens them, lets the model answer, and scores the answers."""
+"""Opens the test sets of the `test` command, generates answers, and scores the answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BASELINE = "baseline.jsonl"  # answers of the model before training
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSet:
-    """Sets of rows that are answered together: those of the command's data, or one benchmark."""
+    """Test sets that are evaluated together: all test sets of the command, or one benchmark."""
 
     config: DictConfig
     data: DataModule
@@ -37,20 +37,20 @@ class EvaluationSet:
 
     @property
     def folder(self) -> Path:
-        """The folder with the answers."""
+        """The folder to which the answers are written."""
         return Path(self.config.paths.run)
 
     def name_of(self, set_name: str) -> str:
-        """Returns the name of a set of rows among those of all evaluation sets."""
+        """Returns the name of a test set that is unique among all evaluation sets."""
         if self.benchmark:
             return self.benchmark.name
         return set_name
 
     def predictions_in(self, run: str) -> Path:
-        """Returns the file with the answers of an earlier run to this evaluation set.
+        """Returns the file with an earlier run's answers to this evaluation set.
 
         Raises:
-            DataError: there is no such file.
+            DataError: the file does not exist.
         """
         if self.benchmark:
             return predictions_file(Path(run, self.benchmark.name))
@@ -60,10 +60,11 @@ class EvaluationSet:
 def evaluation_sets(
     config: DictConfig, processor: Processor, benchmarks: Sequence[Benchmark]
 ) -> list[EvaluationSet]:
-    """Opens what the command evaluates: `benchmarks`, or without any the sets of its own data.
+    """Opens an evaluation set for each of `benchmarks`. Without any, opens the command's data.
 
     Raises:
-        DataError: no metrics are chosen, or a run of `compare=` has not answered one of the sets.
+        DataError: no metrics are chosen, or a run in `compare=` has not answered one of the
+            evaluation sets.
     """
     sets = []
     for benchmark in benchmarks:
@@ -99,7 +100,7 @@ def _open(data: DataModule) -> None:
 
 
 def _advice_on_metrics(data: DataModule) -> list[str]:
-    """The lines of an error message with the metrics that fit the answers."""
+    """Returns the lines of an error message that suggests metrics."""
     _open(data)
     suggestions = []
     for name, rows in data.test.items():
@@ -116,15 +117,15 @@ def _advice_on_metrics(data: DataModule) -> list[str]:
 def run_test(
     module: VisionLanguageModule, evaluation_set: EvaluationSet, *, baseline: bool = False
 ) -> dict[str, float]:
-    """Lets the model answer, and writes and scores the answers.
+    """Generates answers with the model, and writes and scores the answers.
 
     Args:
-        baseline: the model is the one before training. Its answers are written to `BASELINE`,
-            beside those of the trained model, and nothing else is written.
+        baseline: whether `module` is the model before training. Its answers are written to
+            `BASELINE`, beside the answers of the trained model, and nothing else is written.
 
     Returns:
-        The scores as SET/METRIC. Without `baseline` also SET/seconds and SET/images_per_second,
-        which are of all sets of `evaluation_set` together.
+        The scores by SET/METRIC. Without `baseline`, also SET/seconds and SET/images_per_second.
+        These two describe all test sets of `evaluation_set` together and are the same for each.
     """
     config = evaluation_set.config
     module.evaluate_with(generation=build.generation(config), metrics=evaluation_set.metrics)
@@ -152,19 +153,19 @@ def _baseline_writer() -> DictConfig:
 
 @rank_zero_only
 def _save_config(evaluation_set: EvaluationSet) -> None:
-    """Makes the folder of a benchmark one that `predictions=` and `compare=` accept."""
+    """Writes the config that `predictions=` and `compare=` expect in the folder of a benchmark."""
     file = evaluation_set.folder / ".hydra" / "config.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(evaluation_set.config, file)
 
 
 def open_answered_sets(data: DataModule, file: Path) -> None:
-    """Opens the sets that the predictions in `file` answer.
+    """Opens the sets of `data` to which the predictions in `file` belong.
 
-    They are the sets that `test` takes, or else those that `predict` takes.
+    These are the sets that the `test` command opens or the sets that the `predict` command opens.
 
     Raises:
-        DataError: the data has no such sets.
+        DataError: `data` does not have these sets.
     """
     data.prepare_data()
     answered = list(read_predictions(file))
@@ -176,12 +177,12 @@ def open_answered_sets(data: DataModule, file: Path) -> None:
         known |= dict.fromkeys(data.test_names)
     raise DataError(
         f"{file} answers the sets {', '.join(answered)}, the data has {', '.join(known)}; "
-        "give the data= it was made with"
+        "choose the data= with which the answers were generated"
     )
 
 
-def written_predictions(evaluation_set: EvaluationSet) -> Path | None:
-    """Returns the file that the test has written; None if its writer was switched off."""
+def written_predictions_file(evaluation_set: EvaluationSet) -> Path | None:
+    """Returns the file with the answers of the test, or None if none were written."""
     file = evaluation_set.folder / FILENAME
     if not file.exists():
         return None
@@ -189,7 +190,7 @@ def written_predictions(evaluation_set: EvaluationSet) -> Path | None:
 
 
 def score_file(evaluation_set: EvaluationSet, file: Path, processor: Processor) -> list[ScoredSet]:
-    """Scores the answers in a file to the sets that are open."""
+    """Scores the answers in `file` to the opened test sets of `evaluation_set`."""
     rows_by_set = evaluation_set.data.test
     scored = []
     for set_name, predictions in answers(file, rows_by_set, processor).items():
@@ -201,9 +202,10 @@ def score_file(evaluation_set: EvaluationSet, file: Path, processor: Processor) 
 def earlier_runs(
     config: DictConfig, sets: Sequence[EvaluationSet], processor: Processor
 ) -> Iterator[EarlierRun]:
-    """Yields the runs to compare with.
+    """Yields the runs to compare with, and their scores.
 
-    These are the model before training, with `baseline=true`, and the runs that `compare=` names.
+    With `baseline=true`, the first one is the model before training. The runs that `compare=` names
+    follow.
     """
     if config.baseline:
         scored: dict[str, ScoredSet] = {}

@@ -1,4 +1,4 @@
-"""A model's answer as Python sees it: text with its parse and its measurements."""
+"""The answer type of the Python API."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 
 class Answer(str):
-    """The text of an answer, in the family's markup, with its parse and its measurements.
+    """The text of an answer in the family's markup, with its parsed parts, token counts and times.
 
     Args:
-        prediction: the answer with its conversation; boxes are in pixels of its images.
-        prompt_tokens: tokens of the prompt, those of images included.
-        new_tokens: generated tokens, without the end-of-turn token.
-        seconds: from the question to the whole answer; in a batch, to all answers of the batch.
-        first_seconds: from the question to the first token; None in a batch.
+        prediction: the parsed answer with its conversation. Boxes are in pixels of the images.
+        prompt_tokens: the number of tokens of the prompt, including those of images.
+        new_tokens: the number of generated tokens, without the end-of-turn token.
+        seconds: the time from the question to the end of the answer. For a batch of questions, the
+            time to the end of the last answer.
+        first_seconds: the time from the question to the first token. None for a batch.
     """
 
     def __new__(cls, prediction: Prediction, *measurements: float | None) -> Answer:
@@ -33,19 +34,20 @@ class Answer(str):
         self.seconds = seconds
         self.first_seconds = first_seconds
 
-    def __getnewargs__(self):  # for copies and pickles
+    def __getnewargs__(self):  # called by `copy` and `pickle`
         counts = (self.prompt_tokens, self.new_tokens)
         return (self.prediction, *counts, self.seconds, self.first_seconds)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The answer as text and objects, in order."""
+        """The texts and objects of the answer, in order."""
         return self.prediction.parts
 
     @property
     def objects(self) -> list[GroundedObject]:
         """The objects of the answer.
 
-        Boxes are in pixels; without an image in the conversation, on the grid of 0..999.
+        Boxes are in pixels of their image. If the conversation has no image, boxes are on the grid
+        0..999.
         """
         return [part for part in self.parts if isinstance(part, GroundedObject)]

@@ -1,6 +1,6 @@
-"""Multiple choice without decoding: the likelihood of each option after the prompt."""
+"""Answers multiple-choice prompts by the likelihood of each option, without decoding."""
 
-# B rows, T tokens of the prompts, L tokens of an option, V vocabulary
+# B batch size, T tokens of a padded prompt, L tokens of a padded option, V vocabulary size
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def choose(
     inputs: Mapping[str, Any],
     conversations: Sequence[Conversation],
 ) -> list[Prediction]:
-    """Answers multiple-choice prompts with the option that has the lowest mean loss.
+    """Answers multiple-choice prompts with the option that has the lowest mean loss per token.
 
     Args:
-        inputs: the prompts of `conversations`, as for `option_losses`.
+        inputs: the prompts of `conversations`, see `option_losses`.
 
     Raises:
         DataError: a conversation has no options.
@@ -37,7 +37,7 @@ def choose(
         if not row.options:
             raise DataError(
                 f"{row.where or 'data'}: row {row.id!r} has no options, but other rows of its set "
-                f"have; put rows without options into a set of their own"
+                "have options; put rows without options into a separate set"
             )
     options = [processor.option_ids(conversation) for conversation in conversations]
     losses_of_rows = option_losses(model, inputs, options)
@@ -54,13 +54,13 @@ def option_losses(
 ) -> list[list[float]]:
     """Returns the mean negative log-likelihood, in nats, of each option of each row.
 
-    The prompts go through the network once. The first token of an option is scored by their last
-    logits; the tokens after it continue from the cache.
+    The network reads the prompts once. The last logits of the prompts give the loss of the first
+    token of each option. The other tokens are passed to the network with the prompts' KV cache.
 
     Args:
         inputs: B left-padded prompts, as for `model.generate`.
-        options: for each row, the token ids of each of its options, without end-of-turn token. Rows
-            may have different numbers of options.
+        options: for each row of the batch, the token ids of each of its options, without
+            end-of-turn token. Rows may have different numbers of options.
     """
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, mask_BT = outputs.past_key_values, inputs["attention_mask"]
@@ -68,20 +68,20 @@ def option_losses(
     for option_index in range(max(map(len, options))):
         ids = []
         for row_options in options:
-            # A row with fewer options takes part with its first one.
+            # For a row with fewer options, its first option is computed again and ignored.
             index = option_index if option_index < len(row_options) else 0
             ids.append(torch.tensor(row_options[index], device=mask_BT.device))
         ids_BL = pad_sequence(ids, batch_first=True, padding_value=-100)
         logits_BLV = outputs.logits
         if ids_BL.shape[1] > 1:
-            # Padding follows the tokens that count, so none of them attends to it.
-            inside = ids_BL[:, :-1].clamp(min=0)
-            mask = torch.cat([mask_BT, torch.ones_like(inside)], dim=1)
-            rest = model(
-                input_ids=inside, attention_mask=mask, past_key_values=cache, use_cache=True
+            # Padding is on the right, and attention is causal: no option token attends to it.
+            all_but_last = ids_BL[:, :-1].clamp(min=0)
+            mask = torch.cat([mask_BT, torch.ones_like(all_but_last)], dim=1)
+            continued = model(
+                input_ids=all_but_last, attention_mask=mask, past_key_values=cache, use_cache=True
             )
-            logits_BLV = torch.cat([logits_BLV, rest.logits], dim=1)
-            cache.crop(-inside.shape[1])
+            logits_BLV = torch.cat([logits_BLV, continued.logits], dim=1)
+            cache.crop(-all_but_last.shape[1])
         token_losses_BL = cross_entropy(
             logits_BLV.float().mT, ids_BL, ignore_index=-100, reduction="none"
         )

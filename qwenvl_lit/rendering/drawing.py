@@ -1,4 +1,4 @@
-"""Draws boxes and labels on images, readable on any background and at any size."""
+"""Draws boxes and labels on images so that they are readable on any background and at any size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qwenvl_lit.types import Box, GroundedObject, Part, Prediction, Quad
 Point = tuple[float, float]
 Rectangle = tuple[float, float, float, float]
 
-# Two colours that can be told apart with every kind of colour blindness.
+# These two colors are distinguishable with every kind of color blindness.
 PREDICTED = "#d81b60"
 EXPECTED = "#00695c"
-MIN_LONGER_SIDE_PX = 320  # labels would cover a smaller image
-HAN_CHARACTERS = re.compile("[\u2e80-\u9fff\uac00-\uffef]")  # with full-width punctuation
+MIN_LONGER_SIDE_PX = 320  # labels would cover most of a smaller image
+HAN_CHARACTERS = re.compile("[\u2e80-\u9fff\uac00-\uffef]")  # including full-width punctuation
 HAN_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans SC",
@@ -36,20 +36,23 @@ HAN_FONTS = (
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """A region to draw, in pixels of the canvas."""
+    """The outline of a box or quad, in pixels of the canvas, and how to draw it."""
 
     label: str | None
     corners: list[Point]
-    colour: str
+    color: str
     dashed: bool
 
 
 def draw_prediction(
     prediction: Prediction, image: int = 0, *, largest_side_px: int | None = None
 ) -> Image.Image:
-    """Draws an image of the conversation with the objects of the answer and of the reference.
+    """Draws the objects of the answer and of the expected answer on an image of the conversation.
 
-    See `draw_objects`.
+    See `draw_objects` for the arguments and the result.
+
+    Args:
+        image: the index of the image in the conversation.
     """
     source, reference = prediction.conversation.images[image], prediction.conversation.answer
     opened = source.open()
@@ -61,11 +64,11 @@ def draw_prediction(
 def objects_of_image(
     parts: Iterable[Part], image: int, size: tuple[int, int]
 ) -> list[GroundedObject]:
-    """Returns the objects among `parts` that have boxes in an image, with the boxes in its pixels.
+    """Returns the objects among `parts` that have boxes in an image, with boxes in pixels.
 
     Args:
-        image: index of the image in the conversation.
-        size: width and height of the image.
+        image: the index of the image in the conversation.
+        size: the width and height of the image.
     """
     objects = []
     for part in parts:
@@ -82,14 +85,15 @@ def draw_objects(
     *,
     largest_side_px: int | None = None,
 ) -> Image.Image:
-    """Returns an RGB copy of the image with solid predicted and dashed expected boxes and labels.
+    """Returns an RGB copy of the image with boxes and labels. Expected boxes are dashed.
 
-    Boxes are in pixels of `image`, and drawn even if they are inverted; parts outside of the image
-    are drawn at its edge. An image whose longer side is below 320 px is enlarged by a whole number
-    without smoothing, so that labels are readable.
+    Boxes are in pixels of `image`. Inverted boxes are drawn too, and corners outside the image are
+    moved to its edge. An image whose longer side is below 320 px is enlarged by an integer factor
+    without smoothing, so that the labels are readable.
 
     Args:
-        largest_side_px: an image with a longer side is shrunk to it before drawing.
+        largest_side_px: the longer side of the result, at most. Larger images are scaled down
+            before drawing.
     """
     scale = _scale(image.size, largest_side_px)
     smoothing = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
@@ -112,7 +116,7 @@ def draw_objects(
 
 @lru_cache(maxsize=64)
 def font(size_px: int, *, han: bool = False) -> ImageFont.FreeTypeFont:
-    """Returns Pillow's own scalable font, or with `han` a Chinese font if one is installed."""
+    """Returns Pillow's scalable font. With `han`, returns a Chinese font if one is installed."""
     if han:
         installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
         for name in HAN_FONTS:
@@ -140,7 +144,7 @@ def _outlines(
     objects: Iterable[GroundedObject],
     scale: float,
     size: tuple[int, int],
-    colour: str,
+    color: str,
     *,
     dashed: bool,
 ) -> Iterator[_Outline]:
@@ -148,9 +152,9 @@ def _outlines(
     for obj in objects:
         for region in obj.boxes:
             corners = []
-            for x, y in _corners(region):  # clamped: a model may put a corner far outside
+            for x, y in _corners(region):  # clamped: a model may predict corners far outside
                 corners.append((_clamp(x * scale, right), _clamp(y * scale, bottom)))
-            yield _Outline(obj.label, corners, colour, dashed)
+            yield _Outline(obj.label, corners, color, dashed)
 
 
 def _corners(region: Box | Quad) -> tuple[Point, ...]:
@@ -167,15 +171,15 @@ def _clamp(value: float, largest: float) -> float:
 def _draw_outline(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> None:
     sides = list(pairwise((*outline.corners, outline.corners[0])))
     for side in sides:
-        draw.line(side, fill="white", width=width + 2)  # a border, visible on dark images
+        draw.line(side, fill="white", width=width + 2)  # a border that dark images need
     for start, end in sides:
         pieces = _dashes(start, end, 4 * width) if outline.dashed else [(start, end)]
         for piece in pieces:
-            draw.line(piece, fill=outline.colour, width=width)
+            draw.line(piece, fill=outline.color, width=width)
 
 
 def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Point]]:
-    """Yields every other piece, of about `length`, of a line; the first and the last are drawn."""
+    """Divides a line into pieces of about `length` and yields the first, third, ... and last."""
     x, y = start
     dx, dy = end[0] - x, end[1] - y
     pieces = 2 * round(max(abs(dx), abs(dy)) / length / 2) + 1
@@ -187,10 +191,10 @@ def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Po
 def _draw_label(
     draw: ImageDraw.ImageDraw, label: str, outline: _Outline, taken: Sequence[Rectangle]
 ) -> Rectangle:
-    """Writes a label at its box, where it covers no other label, and returns what it covers.
+    """Writes a label at its box and returns the rectangle that the label covers.
 
-    The places are tried from above the box to below it, for dashed boxes from below to above. If
-    all are taken, the first is used.
+    Four positions are tried, from above the box to below it, or in reverse order for a dashed box.
+    The first one that overlaps no rectangle of `taken` is used, or the first one if all overlap.
     """
     right, bottom = draw.im.size
     letters = font(max(13, round(max(right, bottom) / 40)), han=has_han(label))
@@ -205,7 +209,7 @@ def _draw_label(
         top = max(0, min(top, bottom - height))
         rectangles.append((left, top, left + width, top + height))
     rectangle = _first_free(rectangles, taken)
-    draw.rectangle(rectangle, fill=outline.colour)
+    draw.rectangle(rectangle, fill=outline.color)
     draw.text((rectangle[0] + 2, rectangle[1]), label, fill="white", font=letters)
     return rectangle
 

@@ -1,4 +1,4 @@
-"""Progress bars for work outside of Lightning's loops."""
+"""Progress bars for work outside Lightning's loops."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def progress_bars(
 ) -> Iterator[Callable[[str, int, int], None]]:
     """Yields a function `report(name, done, total)` that draws a bar for each name.
 
-    The bars are drawn on a terminal only, and disappear at the end of the block.
+    The bars are drawn only if standard output is a terminal, and disappear at the end of the
+    `with` block.
 
     Args:
-        enabled: False shows nothing, for ranks other than 0.
-        seconds_per_line: how often to print a line where standard output is not a terminal; None
-            prints nothing.
+        enabled: whether to show progress. Ranks other than 0 pass False.
+        seconds_per_line: seconds between lines that are printed if standard output is not a
+            terminal. With None, no lines are printed.
     """
     columns = (
         TextColumn("{task.description}", markup=False),

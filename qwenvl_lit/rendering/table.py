@@ -10,18 +10,18 @@ from rich.text import Text
 
 from qwenvl_lit.terminal import printable
 
-Scores = Mapping[str, SupportsFloat]  # by SET/METRIC, as `trainer.test` logs them
+Scores = Mapping[str, SupportsFloat]  # named SET/METRIC, as `trainer.test` logs them
 
 
 def score_table(scores: Scores, baseline: Scores | None = None) -> Table:
-    """Returns a table with a row for each metric and a column for each set.
+    """Returns a table with a row for each metric and a column for each test set.
 
-    `SET/rows` is a whole number and in the last row; other scores have three decimals. A cell is
-    empty if the set has no such score.
+    `SET/rows` is an integer in the last row. Other scores have three decimals. A cell is empty if
+    the test set has no such score.
 
     Args:
-        baseline: scores of the model before training; each set then has a column for them, to the
-            left of its own.
+        baseline: scores of the model before training. With a baseline, each test set has a second
+            column, on the left, for its baseline scores.
     """
     cells = _cells(scores)
     baseline_cells = _cells(baseline or {})
@@ -44,9 +44,9 @@ def score_table(scores: Scores, baseline: Scores | None = None) -> Table:
 
 
 def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Returns a table of rows that all have the columns of the first.
+    """Returns a table of rows that all have the same columns.
 
-    The first two columns are text, the others numbers.
+    The first two columns are text and left-aligned. The others are numbers and right-aligned.
     """
     table = Table()
     for index, name in enumerate(rows[0]):
@@ -57,12 +57,12 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def cell(content: str) -> Text:
-    """Returns text of the data for a table: without markup of rich and control characters."""
+    """Returns a table cell in which rich's markup and control characters have no effect."""
     return Text(printable(content))
 
 
 def _cells(scores: Scores) -> dict[tuple[str, str], str]:
-    """Formatted scores by set and metric; a set may have a slash in its name."""
+    """Returns formatted scores by test set and metric. The name of a set may contain slashes."""
     cells = {}
     for name, value in scores.items():
         set_name, slash, metric = name.rpartition("/")
@@ -71,6 +71,7 @@ def _cells(scores: Scores) -> dict[tuple[str, str], str]:
         if metric == "rows":
             cells[set_name, metric] = f"{float(value):.0f}"
         else:
-            # logged as float32: 0.8325 is slightly less, and would be rounded down
+            # Scores are logged as float32. 0.8325 as float32 is smaller, so that rounding it to
+            # three decimals directly would give 0.832.
             cells[set_name, metric] = f"{round(float(value), 6):.3f}"
     return cells

@@ -1,4 +1,4 @@
-"""Conversations, answers and boxes as text for people."""
+"""Formats conversations, answers and boxes as text for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Par
 
 
 def readable(parts: Iterable[Part]) -> str:
-    """Returns the parts as text: `<img>NAME</img>` for an image, label and boxes for an object.
+    """Returns the parts as text, with `<img>NAME</img>` for images and label and boxes for objects.
 
     >>> box = Box(x0=1, y0=2, x1=3.5, y1=4)
     >>> readable(["Where is ", GroundedObject(label="the dog", boxes=(box,)), "?"])
@@ -28,15 +28,16 @@ def readable(parts: Iterable[Part]) -> str:
 def box_numbers(obj: GroundedObject) -> list[list[float]]:
     """Returns each box as [x0, y0, x1, y1], and each quad as the x, y of its four corners.
 
-    They stay in their own frame, and are rounded to a hundredth.
+    The values stay in the frame of the box and are rounded to two decimals.
     """
     return [_values(region) for region in obj.boxes]
 
 
 def prompt_text(conversation: Conversation) -> str:
-    """Returns the prompt of the model as text.
+    """Returns the prompt of the conversation as text.
 
-    Several turns are lines that begin with the role; a single turn is its text alone.
+    A prompt of one turn is the text of the turn. A prompt of several turns has a paragraph for each
+    turn, which begins with the role.
     """
     turns = conversation.prompt().turns
     if len(turns) == 1:
@@ -45,7 +46,7 @@ def prompt_text(conversation: Conversation) -> str:
 
 
 def images_with_boxes(prediction: Prediction) -> list[int]:
-    """Returns the indices of the images in which the answer or the reference has boxes."""
+    """Returns the indices of images in which the answer or the expected answer has boxes."""
     parts = list(prediction.parts)
     reference = prediction.conversation.answer
     if reference:

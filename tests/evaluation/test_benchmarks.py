@@ -19,8 +19,8 @@ from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.evaluation.benchmarks import (
     Benchmark,
     benchmark_table,
-    named_benchmarks,
-    published_model,
+    published_model_name,
+    read_benchmarks,
     training_files,
 )
 from qwenvl_lit.runs.run import config_folder
@@ -114,7 +114,7 @@ def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
     [("Qwen/Qwen-VL-Chat", "Qwen-VL-Chat"), ("/models/qwen-vl", "Qwen-VL"), (None, "Qwen-VL")],
 )
 def test_the_name_of_the_base_model_decides_whose_scores_are_compared(path, model):
-    assert published_model(OmegaConf.create({"model": {"path": path}})) == model
+    assert published_model_name(OmegaConf.create({"model": {"path": path}})) == model
 
 
 @pytest.fixture(scope="module")
@@ -231,4 +231,4 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(name, message, monk
         config = compose("train", return_hydra_config=True)
         monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
         with pytest.raises(DataError, match=message):
-            named_benchmarks(OmegaConf.create({"benchmarks": [name], "paths": {"run": "run"}}))
+            read_benchmarks(OmegaConf.create({"benchmarks": [name], "paths": {"run": "run"}}))

@@ -7,8 +7,8 @@ from qwenvl_lit.rendering.drawing import EXPECTED, PREDICTED, draw_objects, draw
 from qwenvl_lit.types import GroundedObject, Prediction, Quad
 
 
-def pixels(image: Image.Image, colour: str) -> np.ndarray:
-    return (np.asarray(image) == ImageColor.getrgb(colour)).all(-1)
+def pixels(image: Image.Image, color: str) -> np.ndarray:
+    return (np.asarray(image) == ImageColor.getrgb(color)).all(-1)
 
 
 def test_small_images_are_enlarged_by_a_whole_number_and_large_ones_kept():
