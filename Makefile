@@ -1,4 +1,4 @@
-# make demo   train a small Qwen-VL on embedded images, score it, ask it a question   (a few minutes, CPU is enough)
+# make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
 # make faults kill, fill up, damage, attack: what README says of reliability   (25 minutes on two cores)
 # All do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
