@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def is_equal(one: Any, other: Any) -> bool:
 
 
 def file_names(folder: Path) -> set[str]:
+    """Names of the files of a folder; a logger may have started a new version of its folder."""
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    names = {re.sub(r"/version_\d+/", "/version/", name) for name in names}
     return {name for name in names if not name.endswith((".log", ".lock"))}
 
 

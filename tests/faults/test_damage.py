@@ -68,7 +68,7 @@ TARGETS = {
     "config.json of a published model": Target("model/config.json", READ_MODEL),
     "rows": Target("rows.jsonl", READ_ROWS),
     "an image": Target("images/train_00001.png", READ_ROWS),
-    "answers": Target("answers/predictions.jsonl", READ_ANSWERS),
+    "answers": Target("answers/predictions.jsonl", READ_ANSWERS, needed=False),
 }
 IN_SHORT = {"last.ckpt": ("truncated",), "metrics.json": ("a list",)}
 IN_SHORT |= {"exported config.json": ("truncated",), "adapter_config.json": ("wrong types",)}
@@ -93,7 +93,11 @@ def attempt(everything: Path, folder: Path, target: Target, damage: str, line: l
         shutil.copyfile(folder / "run/checkpoints/last.ckpt", folder / "alone.ckpt")
         damages_of(target)[damage](folder / target.file)
         finished = fork_command(folder, *line)
-        if must_refuse(target, damage):
+        if line[0] == "check":  # its report holds what is wrong
+            finished.has_no_traceback()
+            assert finished.status in (0, 1, 2), f"exit status {finished.status}"
+            assert finished.status or not must_refuse(target, damage), "it found nothing"
+        elif must_refuse(target, damage):
             finished.refuses()
         else:
             finished.refuses_or_works()
