@@ -32,7 +32,7 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.survey import available_cores
-from qwenvl_lit.models.qwen_vl.image_processing import normalized, preprocess
+from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 
@@ -128,7 +128,7 @@ def measure(folder: Path, rounds: int, workers: int) -> dict[str, float]:
 
     def load() -> int:
         # On a GPU, normalizing takes almost no time.
-        return sum(len(normalized(batch.vision["pixel_values"])) for batch in loader)
+        return sum(len(normalize_pixels(batch.vision["pixel_values"])) for batch in loader)
 
     load()  # starts the workers, as a run does once, and brings all files into the page cache
     return median_rates(

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from training_rows import write_images
 
-from qwenvl_lit.models.qwen_vl.image_processing import resized
+from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.training.float8 import FP8, MIN_CAPABILITY, scaled_matmul
 
 ROUNDS = 5
@@ -83,7 +83,7 @@ def images_per_second(side: int) -> float:
         def read() -> None:
             for file in files:
                 with Image.open(file) as image:
-                    resized(image, side)
+                    resize_image(image, side)
 
         return len(files) / seconds_of(read, torch.device("cpu"), 1)
 

@@ -1,4 +1,4 @@
-"""Finding one's way in a network: inside adapters, by component, by block."""
+"""Finds the network inside adapters, the component of a tensor, and the blocks of a network."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside peft's wrappers, or `model` itself if it has none.
+    """Returns the transformers model inside peft's wrappers, or `model` itself without wrappers.
 
-    The module paths in `Family.components` start at this network.
+    The module paths in `Family.components` are relative to this network.
     """
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def component_of_tensor(name: str, components: Mapping[str, str]) -> str | None:
-    """The component that contains a tensor, the innermost if they are nested; None if none does.
+    """Returns the component that contains a tensor, or None if no component does.
+
+    If components are nested, returns the innermost one.
 
     Args:
-        name: the tensor's name; wrappers may have added a prefix.
+        name: the name of the tensor, with or without the prefixes that wrappers add.
         components: component -> module path.
 
     >>> components = {"vision": "transformer.visual", "resampler": "transformer.visual.attn_pool"}
@@ -33,7 +35,7 @@ def component_of_tensor(name: str, components: Mapping[str, str]) -> str | None:
 
 
 def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
-    """The transformer blocks of a model by module path, in the order of `named_modules`."""
+    """Returns the transformer blocks of a model by module path, in the order of `named_modules`."""
     blocks = {}
     for path, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -42,19 +44,20 @@ def blocks_of(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
 
 
 def replace_method(module: nn.Module, name: str, function: Callable[..., Any] | None) -> None:
-    """Makes `module` call `function` in place of its method `name`; None restores the method.
+    """Replaces the method `name` of `module` by `function`. With None, restores the method.
 
-    Methods of modules are replaced here and nowhere else: a block's `compute`, to compile it, and
-    the vision tower's `forward`, to record it as a CUDA graph. There is no better hook for this:
+    All methods that this project replaces are replaced by this function: the `compute` method of
+    blocks to compile it, and the `forward` method of the vision tower to record it as a CUDA graph.
+    The alternatives have drawbacks:
 
-    - A module around the block would change the names of its parameters.
+    - A module that wraps the block would change the names of its parameters.
     - `nn.Module.compile()` would put FSDP's hooks and transformers' checkpointing into the graph.
 
     Raises:
-        TypeError: the class has no such method.
+        TypeError: the class of `module` does not have this method.
     """
     if not hasattr(type(module), name):
-        raise TypeError(f"{type(module).__name__} has no method `{name}` that could be replaced")
+        raise TypeError(f"{type(module).__name__} has no method `{name}` to replace")
     if function is not None:
         setattr(module, name, function)
     elif name in vars(module):

@@ -1,4 +1,4 @@
-"""Copies from the device to the host that do not synchronize."""
+"""Device-to-host copies that do not synchronize."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 class HostCopy:
     """An asynchronous copy of a tensor to host memory.
 
-    The copy is queued at once and read later, when the device has finished it, so that the host
-    does not block on kernels that were queued before. A tensor on a CPU is copied immediately.
+    The constructor enqueues the copy without blocking. `read` is called later, when the device has
+    usually finished the copy and all kernels before it. A CPU tensor is copied immediately.
     """
 
     def __init__(self, tensor: torch.Tensor):
@@ -21,7 +21,7 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> torch.Tensor:
-        """Returns the tensor in host memory; blocks only if the copy has not arrived yet."""
+        """Returns the tensor in host memory. Blocks only if the copy is not finished yet."""
         if self._arrived:
             self._arrived.synchronize()
         return self._copy

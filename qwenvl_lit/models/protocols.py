@@ -1,7 +1,7 @@
-"""The seam between model families and everything that trains, evaluates and runs them.
+"""The interface between model families and the code that trains, evaluates and runs models.
 
-A new family is a folder beside `qwen_vl`, whose classes have these members, and a yaml file in
-`conf/model/`.
+To add a family, add a folder beside `qwen_vl` with classes that have these members, and a yaml file
+in `conf/model/`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction, Sample
 
-# B rows, T tokens of a row, N images, Q tokens of an image, D model width
+# B batch size, T tokens of a row, N images, Q tokens of an image, D model width
 
 
 class FeatureSource(Protocol):
-    """Vision features that are known before a batch is formed, for example a vision cache."""
+    """A source of vision features that were computed before, such as a vision cache."""
 
     def __call__(self, images: Sequence[ImageSource]) -> torch.Tensor | None:
-        """Returns the features (N, Q, D) of `images`, or None while the source has none.
+        """Returns the features (N, Q, D) of `images`, or None as long as the source is not ready.
 
-        `Processor.encode` puts the features into a sample in place of pixels. After None it decodes
-        the images.
+        `Processor.encode` puts the features into a sample in place of pixels. If the source returns
+        None, `encode` decodes the images.
         """
         ...
 
@@ -34,18 +34,18 @@ class FeatureSource(Protocol):
 class Processor(Protocol):
     """Converts conversations to tensors, and generated token ids to text and boxes.
 
-    A processor holds no weights, so that it is cheap to copy into data workers.
+    A processor has no weights. Copying it into data workers is therefore cheap.
     """
 
     pad_id: int
     stop_ids: tuple[int, ...]
-    """An answer ends before the first of these."""
+    """Token ids that end an answer. The answer does not include them."""
     supports_packing: bool
-    """As `Family.supports_packing`."""
+    """The value of `Family.supports_packing`."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Plain data that determines ids and labels.
+        """Plain data that determines token ids and labels.
 
         Two processors with equal settings encode every conversation to the same ids and labels.
         """
@@ -53,34 +53,34 @@ class Processor(Protocol):
 
     @property
     def image_settings(self) -> Mapping[str, Any]:
-        """Plain data that determines the result of `pixels`."""
+        """Plain data that determines the results of `pixels`."""
         ...
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
-        """Returns the ids, labels and images of a conversation.
+        """Returns the token ids, labels and images of a conversation.
 
         Args:
-            prompt: leave out the answer and open a turn of the assistant.
+            prompt: whether to leave out the answer and begin a turn of the assistant in its place.
 
         Raises:
-            Dropped: the sample is too long, and the config says to drop such rows.
+            Dropped: the sample is too long, and the processor is configured to drop such rows.
             DataError: an image cannot be read, a box refers to an image that does not exist, or the
                 sample is too long.
         """
         ...
 
     def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Returns the number of tokens and of supervised tokens that `encode` would give.
+        """Returns the numbers of tokens and of supervised tokens of the sample `encode` returns.
 
-        No image is decoded.
+        Does not decode any image.
 
         Raises:
-            DataError: as `encode`, except for images that cannot be decoded.
+            DataError: for the same reasons as `encode`, except images that cannot be decoded.
         """
         ...
 
     def pixels(self, image: ImageSource) -> torch.Tensor:
-        """Returns an image as `Family.image_features` takes it; the shape is the same for all.
+        """Returns an image as input of `Family.image_features`. All images have the same shape.
 
         Raises:
             BadImage: the image cannot be decoded.
@@ -88,60 +88,60 @@ class Processor(Protocol):
         ...
 
     def text(self, ids: Sequence[int]) -> str:
-        """Returns ids as text to be read by people; special tokens appear as their names."""
+        """Returns token ids as text for people, in which special tokens are shown by name."""
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
-        """Converts generated ids, without the prompt, to a prediction.
+        """Converts generated token ids, without those of the prompt, to a prediction.
 
         Boxes of the prediction are in pixels of the conversation's images.
         """
         ...
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
-        """Converts the text of an answer to the prediction that `decode` gives with this text."""
+        """Converts the text of an answer to a prediction, as `decode` does after decoding ids."""
         ...
 
     def option_ids(self, conversation: Conversation) -> list[list[int]]:
-        """Returns the ids of each option of a multiple-choice conversation.
+        """Returns the token ids of each option of a multiple-choice conversation.
 
-        They are tokenized as they would follow the prompt, and have no end-of-turn token.
+        The ids are those of the option as an answer to the prompt, without the end-of-turn token.
         """
         ...
 
 
 class Family(Protocol):
-    """One kind of model: how to build its network and processor, and how they fit together.
+    """A model architecture: builds its network and its processor, and connects the two.
 
-    The blocks of the network are transformers' `GradientCheckpointingLayer`s. Their `forward` calls
-    a method `compute`, which `speed` compiles.
+    The blocks of the network are subclasses of transformers' `GradientCheckpointingLayer`. Their
+    `forward` calls a method `compute`, which `training.speed` may compile.
     """
 
     components: Mapping[str, str]
     """Module paths of "vision", "resampler", "language", "embeddings" and "head"."""
     lora_targets: Mapping[str, str]
-    """Named groups of linear layers for adapters: regular expressions that match module paths."""
+    """Groups of linear layers for adapters, each a regular expression that matches module paths."""
     quantization: Mapping[str, Any] | None
-    """Default of `load(quantization=)`. An adapter trained on a quantized base overrides it."""
+    """Quantization of the base weights, unless the adapter requires its own quantization."""
     supports_packing: bool
-    """True if several samples may share a row, separated by positions that start again at 0."""
+    """Whether a row may contain several samples whose positions each start at 0."""
     fsdp_units: Collection[str]
-    """Class names of the modules whose weights FSDP gathers together, such as blocks."""
+    """Class names of modules, such as blocks, whose weights FSDP gathers as a unit."""
     machine_settings: Sequence[str]
-    """Constructor arguments that depend on the machine, and are no property of a trained model."""
+    """Constructor arguments that depend on the machine and are not properties of a model."""
     base_settings: Sequence[str]
-    """Constructor arguments that choose the base weights; an exported model has its own weights."""
+    """Constructor arguments that choose the base weights. An exported model does not need them."""
 
     def processor(self, features: FeatureSource | None = None) -> Processor:
         """Returns a processor.
 
         Args:
-            features: where samples get vision features from, in place of pixels.
+            features: a source of vision features, which replace pixels in samples.
         """
         ...
 
     def meta_model(self) -> PreTrainedModel:
-        """Returns the network on the meta device: names, shapes and dtypes without weights."""
+        """Returns the network on the meta device, with names, shapes and dtypes but no weights."""
         ...
 
     def load(
@@ -150,62 +150,63 @@ class Family(Protocol):
         """Returns the network with its base weights on `device`, in evaluation mode.
 
         Args:
-            quantization: settings of `BitsAndBytesConfig` for the linear layers; None: keep the
-                weights unquantized.
+            quantization: settings of `BitsAndBytesConfig` for the linear layers. With None, the
+                weights are not quantized.
         """
         ...
 
-    def quantized(
+    def quantize(
         self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]
     ) -> PreTrainedModel:
-        """Returns what `load` would return if the base weights were those of `model`."""
+        """Returns the result of `load` with the weights of `model` in place of the base weights."""
         ...
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
-        """Returns the arguments of the network's `forward`, or of `generate`, for a batch."""
+        """Returns the arguments of the network's `forward`, or of its `generate`, for a batch."""
         ...
 
     def image_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Returns the features (N, Q, D) of N images from `Processor.pixels`.
 
-        They hold everything that the vision tower and the resampler of `model` pass on to the rest
-        of it; a batch that has them needs no pixels. `model` may be wrapped by adapters.
+        The features are the complete output of the vision tower and the resampler of `model`. A
+        batch that has features needs no pixels. `model` may be wrapped by adapters.
         """
         ...
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
-        """Returns the floating-point operations of a training step on `batch`, without padding.
+        """Returns the FLOPs of a training step on `batch`, not counting padding.
 
         Args:
-            trained: for each component, the share of its parameters that is trained.
+            trained: the fraction of the parameters that is trained, by component.
         """
         ...
 
     def base_reader(self, device: torch.device | str = "cpu") -> Callable[[str], torch.Tensor]:
-        """Returns a function that reads a base weight into host memory, by its name in the network.
+        """Returns a function that reads a base weight into host memory by its name in the network.
 
-        Weights of a checkpoint are read when they are asked for, and few are in memory at once.
+        The function reads weights from disk when it is called, so that few of them are in memory at
+        the same time.
 
         Args:
-            device: where random weights are made.
+            device: the device on which random weights are generated if there is no checkpoint.
         """
         ...
 
     def export(
         self, read: Callable[[str], torch.Tensor], folder: Path, *, dtype: torch.dtype
     ) -> None:
-        """Writes a whole model into a folder, in the layout in which the family is published.
+        """Writes a merged model to a folder, in the format of the family's published checkpoints.
 
         Args:
-            read: returns a weight by its name in the network.
+            read: a function that returns a weight by its name in the network.
 
         Raises:
-            DataError: the disk is too small.
+            DataError: the disk does not have enough free space.
         """
         ...
 
     def adapter_caveats(self, tensors: Iterable[str]) -> list[str]:
-        """Returns sentences about what limits the use of an exported adapter elsewhere.
+        """Returns warnings about using an exported adapter with other software.
 
         Args:
             tensors: the names of the adapter's tensors.

@@ -1,4 +1,4 @@
-"""4-bit weights by bitsandbytes, for any family."""
+"""Quantization of weights to 4 bits by bitsandbytes, for all model families."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ def bnb_config(
     """Returns the config with which transformers quantizes the linear layers of a model.
 
     Args:
-        settings: arguments of `BitsAndBytesConfig`; they override the others.
-        dtype: the quantized layers compute in this.
-        skip: modules that are not quantized.
+        settings: arguments of `BitsAndBytesConfig`. They take precedence over `dtype` and `skip`.
+        dtype: the dtype in which quantized layers compute.
+        skip: names of modules that are not quantized.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or there is no such setting.
+        ValueError: bitsandbytes is not installed, or `settings` has an unknown argument.
     """
     known = inspect.signature(BitsAndBytesConfig).parameters
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(
-            f"quantization: BitsAndBytesConfig has no {', '.join(unknown)}, but {', '.join(known)}"
+            f"quantization: BitsAndBytesConfig has no argument {', '.join(unknown)}; it has "
+            f"{', '.join(known)}"
         )
     try:
         import bitsandbytes  # noqa: F401

@@ -1,4 +1,4 @@
-"""Loads a model to train or to answer: base weights, earlier checkpoints, quantization, adapter."""
+"""Loads a model for training or inference, with checkpoints, quantization and adapter."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def load_model(
 
     Args:
         init: a checkpoint that is merged into the base weights before the adapter is applied.
-        trained_checkpoint: a checkpoint with the tensors that `adapter` trains.
+        trained_checkpoint: a checkpoint with the tensors that `adapter` trained.
 
     Raises:
-        DataError: a checkpoint is missing, or belongs to another model or adapter.
+        DataError: a checkpoint does not exist, or belongs to another model or adapter.
     """
     if trained_checkpoint and adapter and adapter.trains_base_weights and family.quantization:
-        # 4-bit weights cannot be overwritten: the trained weights are merged before quantizing.
+        # 4-bit weights cannot be overwritten. The trained weights are merged before quantization.
         init = StartingCheckpoint(
             checkpoint=str(trained_checkpoint), sha256=None, adapter=adapter, init=init
         )
@@ -46,9 +46,9 @@ def load_model(
     elif quantization is None:
         model = init.merge_into(family.load(device), family)
     else:
-        # Merging needs full precision, for which `device` may lack the memory.
+        # Merging needs unquantized weights, for which `device` may not have enough memory.
         model = init.merge_into(family.load("cpu"), family)
-        model = family.quantized(model, device, quantization)
+        model = family.quantize(model, device, quantization)
     if adapter:
         model = adapter.apply(model, family)
     if trained_checkpoint:

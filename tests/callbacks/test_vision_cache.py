@@ -172,13 +172,13 @@ def stored(cache: Path) -> int:
 def decoded(monkeypatch) -> list:
     """A list that grows with each image that is decoded for the tower."""
     calls = []
-    resized = processor.resized
+    resized = processor.resize_image
 
     def recorded(*arguments):
         calls.append(arguments)
         return resized(*arguments)
 
-    monkeypatch.setattr(processor, "resized", recorded)
+    monkeypatch.setattr(processor, "resize_image", recorded)
     return calls
 
 
@@ -279,21 +279,21 @@ def test_an_interrupted_pass_keeps_the_features_that_it_computed(
 ):
     monkeypatch.setattr(feature_pass, "BATCH_SIZE", 2)
     monkeypatch.setattr(feature_pass, "IMAGES_PER_FILE", 4)
-    resized = processor.resized
+    resized = processor.resize_image
 
     def until_interrupted(*arguments):
         if len(decoded) == 8:
             raise end
         return resized(*arguments)
 
-    monkeypatch.setattr(processor, "resized", until_interrupted)
+    monkeypatch.setattr(processor, "resize_image", until_interrupted)
     with pytest.raises(SystemExit if status else end) as ended:
         run(tmp_path / "run", cache=tmp_path / "cache")
     assert getattr(ended.value, "code", None) == status
     assert ("next run encodes the remaining" in capsys.readouterr().out) == bool(status)
     assert stored(tmp_path / "cache") == 6, "three batches: a file of four and one of two"
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
-    monkeypatch.setattr(processor, "resized", resized)
+    monkeypatch.setattr(processor, "resize_image", resized)
     run(tmp_path / "run", cache=tmp_path / "cache")
     assert stored(tmp_path / "cache") == 11
     assert len(decoded) == 8 + 1 + 5

@@ -28,7 +28,7 @@ from parity.network import before_stop, load
 from parity.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.qwen_vl.image_processing import normalized
+from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
@@ -196,7 +196,7 @@ def chat(path: Path) -> Iterator[Result]:
         stops = [*processor.stop_ids, *extra]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if len(batch.vision_positions):
-            inputs["pixel_values"] = normalized(batch.vision["pixel_values"])
+            inputs["pixel_values"] = normalize_pixels(batch.vision["pixel_values"])
             inputs["vision_positions"] = batch.vision_positions
         generate = Generation(max_new_tokens=case["max_new_tokens"])
         ids = generate(model, inputs, stop_ids=stops, pad_id=processor.pad_id)[0]

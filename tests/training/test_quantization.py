@@ -74,7 +74,8 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_an_unknown_setting_is_named():
-    with pytest.raises(ValueError, match=r"BitsAndBytesConfig has no bits, but load_in_8bit"):
+    message = "BitsAndBytesConfig has no argument bits; it has load_in_8bit"
+    with pytest.raises(ValueError, match=message):
         family().load(quantization={"bits": 4})
 
 
@@ -98,7 +99,7 @@ class FakeQuantized(QwenVLFamily):
         model.quantized = quantization is not None
         return model
 
-    def quantized(self, model, device, quantization):
+    def quantize(self, model, device, quantization):
         model.quantized = True
         return model
 
@@ -154,7 +155,7 @@ def test_a_starting_checkpoint_is_merged_before_quantizing(folder, tmp_path):
     start = StartingCheckpoint(checkpoint=str(file), sha256=fingerprint(file), adapter=Full())
     module = loaded(family, qlora(targets="all-linear"), init=start)
     whole = start.merge_into(family.load(), family)
-    expected = family.quantized(whole, DEVICE, qlora().quantization).train()
+    expected = family.quantize(whole, DEVICE, qlora().quantization).train()
     ids = torch.arange(1, 12, device=DEVICE)[None]
     torch.testing.assert_close(
         module.model(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0
@@ -172,7 +173,7 @@ def test_fully_fine_tuned_weights_are_there_before_quantizing(folder, tmp_path, 
         save(dict(whole.named_parameters()), checkpoint)
     family = published(folder, load_in_4bit=True)
     module = loaded(family, Full(), trained_checkpoint=checkpoint)
-    expected = published(folder).quantized(whole, DEVICE, NF4)
+    expected = published(folder).quantize(whole, DEVICE, NF4)
     assert type(module.model.transformer.h[0].mlp.w1).__name__ == "Linear4bit"
     ids = torch.arange(1, 12, device=DEVICE)[None]
     torch.testing.assert_close(

@@ -1,15 +1,20 @@
-"""Decoding with a Qwen-VL network: prompts fill a static cache in one pass, then every step has a
-fixed shape and is replayed as a CUDA graph.
+"""Decodes with a Qwen-VL network and a static KV cache.
 
-Why not transformers' static cache and `generate`? There, as in the original, positions are slots
-that count padding, and one alpha of dynamic NTK holds for the whole batch. Here positions, dynamic
-NTK and log-n scaling are those of each row, so that each row of a left-padded batch is answered as
-it would be alone.
+A prefill pass writes the prompts to the cache. Every decoding step after it has a fixed shape and
+is replayed as a CUDA graph.
+
+The decoder does not use transformers' `generate`. There, as in the original Qwen-VL code, positions
+include left padding, and a single alpha of dynamic NTK applies to the whole batch. The decoder
+computes positions, dynamic NTK and log-n scaling separately for each row. A row of a left-padded
+batch therefore has the same answer as a batch of this row only.
+
+A slot is the index of a token in its row of the cache, including padding. A position is the index
+of a token in its row without padding.
 """
 
-# B rows of the cache, n <= B rows that are answered, b rows of a prefill pass, T tokens of the
-# prompts, S slots of the cache, D width, V vocabulary, H heads, K head width, N images, Q tokens of
-# an image
+# B rows of the cache, n <= B rows of the batch, b rows of a prefill pass, T tokens of a padded
+# prompt, S slots that a step reads, D width, V vocabulary size, H heads, K head width, N images,
+# Q tokens of an image
 
 from __future__ import annotations
 
@@ -39,27 +44,28 @@ from qwenvl_lit.models.qwen_vl.language import (
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
 
-PROMPT_TOKENS = 16384  # per prefill pass: more take memory and are no faster
+# Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
+PROMPT_TOKENS = 16384
 COMPILE_AFTER = 60  # seconds of decoding after which compile="auto" compiles
 
 log = logging.getLogger(__name__)
 
-# One decoder for each network, for as long as the network exists.
+# The decoder of each network. An entry exists as long as its network.
 _decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: nn.Module) -> Decoder | None:
     """Returns the decoder of a Qwen-VL network, with or without adapters around it.
 
-    Returns None for networks that it cannot decode with: those spread over several devices, sharded
-    networks, and networks of another family.
+    Returns None if `Decoder` does not support the network. It supports neither networks on several
+    devices, nor sharded networks, nor networks of another family.
     """
     network = network_of(model)
     if not isinstance(network, QwenVLForCausalLM):
         return None
     device_map = getattr(network, "hf_device_map", None) or {}
-    sharded = any(isinstance(parameter, DTensor) for parameter in network.parameters())
-    if sharded or len(set(device_map.values())) > 1:
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in network.parameters())
+    if is_sharded or len(set(device_map.values())) > 1:
         return None
     device = network.transformer.wte.weight.device
     if network not in _decoders or _decoders[network].device != device:
@@ -68,36 +74,36 @@ def decoder_of(model: nn.Module) -> Decoder | None:
 
 
 def release(model: nn.Module) -> None:
-    """Deletes the decoder of a network: its cache, its graphs and its encoded images."""
+    """Deletes the decoder of a network with its cache, CUDA graphs and encoded images."""
     _decoders.pop(network_of(model), None)
 
 
 @dataclass(slots=True)
 class StepInputs:
-    """Inputs of a step of B rows; written in place, since graphs read fixed addresses."""
+    """The inputs of a decoding step. They are written in place: graphs read fixed addresses."""
 
     ids: torch.Tensor  # (B,) the latest token of each row
-    slot: torch.Tensor  # (1,) the slot of these tokens, counted with padding
-    starts: torch.Tensor  # (B, 1) the slot of each row's first token
-    frequencies: torch.Tensor  # (B, 1, 1, 1, K / 2) of its rotary positions
+    slot: torch.Tensor  # (1,) the slot of these tokens
+    starts: torch.Tensor  # (B, 1) the slot of the first token of each row after padding
+    frequencies: torch.Tensor  # (B, 1, 1, 1, K / 2) rotary frequencies of each row
 
 
 class Decoder:
     """The cache, the CUDA graphs and the encoded images of one network."""
 
     def __init__(self, network: QwenVLForCausalLM):
-        self._network = weakref.ref(network)  # a reference would keep `_decoders`' key alive
+        self._network = weakref.ref(network)  # a strong one would keep the key of `_decoders` alive
         self.device = network.transformer.wte.weight.device
         self.cache = KVCache(network.config, self.device)
         self.images = ImageCache()
-        self.answer = 0  # number of the current answer, so that an earlier one cannot resume
+        self.answer = 0  # number of the current answer, with which `step` detects earlier ones
 
-        # Time spent on earlier answers; start and latest step of the current one.
-        self.seconds = self.started = self.latest = 0.0
+        self.seconds = 0.0  # time spent on earlier answers
+        self.started = self.latest = 0.0  # start and latest step of the current answer
 
         self.step_inputs: dict[int, StepInputs] = {}  # by B
-        self.requests: Counter[int] = Counter()  # how often n rows were asked for, by n
-        # A step's graph and its logits, by B and slots read.
+        self.requests: Counter[int] = Counter()  # number of batches of n rows, by n
+        # (B, slots that the step reads) -> graph of a step and the logits that it writes
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.can_capture = True
         self.can_compile = True
@@ -122,15 +128,13 @@ class Decoder:
         image_keys: Sequence[str] | None = None,
         compiled: Literal["auto"] | bool = "auto",
     ) -> torch.Tensor:
-        """Reads the prompts of n left-padded rows.
-
-        Returns the logits (n, V) of their first new tokens.
+        """Reads n left-padded prompts and returns the logits (n, V) of the first new tokens.
 
         Args:
-            inputs: the prompts, as for `QwenVLForCausalLM.forward`.
-            new_tokens: the most that will be decoded.
-            image_keys: as for `ImageCache`.
-            compiled: as `Generation.compile`.
+            inputs: the prompts, as arguments of `QwenVLForCausalLM.forward`.
+            new_tokens: the maximum number of new tokens per row.
+            image_keys: the argument `keys` of `ImageCache`.
+            compiled: the value of `Generation.compile`.
         """
         self.seconds += self.latest - self.started
         self.started = self.latest = perf_counter()
@@ -139,7 +143,7 @@ class Decoder:
         self.n, length = ids.shape
         lengths = [length] * self.n
         if mask is not None:
-            lengths = mask.sum(1).tolist()  # synchronizes, before the device has any work
+            lengths = mask.sum(1).tolist()  # synchronizes, when no work is queued yet
         self._set_compiled(compiled)
         self.rows = self._choose_rows(self.n, length + new_tokens)
         self.filled = length
@@ -149,19 +153,19 @@ class Decoder:
             try:
                 x_nTD = self._embed(inputs, image_keys)
                 return self._prefill(x_nTD, padded=min(lengths) < length)
-            except CompileError as error:  # layers of other packages may not be compilable
+            except CompileError as error:  # for example, in a layer of another package
                 self._stop_compiling(error)
 
     def step(self, ids: torch.Tensor, answer: int | None = None) -> torch.Tensor:
-        """Appends the tokens `ids` (n,) to the rows and returns the logits (n, V) that follow.
+        """Appends the tokens `ids` (n,) to the rows and returns the next logits (n, V).
 
         Raises:
-            ValueError: `answer` is not the latest one that was started.
+            ValueError: `answer` is not the number of the answer that was started last.
         """
         if answer not in (None, self.answer):
             raise ValueError(
-                "another answer of this model was begun before this one had ended; "
-                "read one to its end, or load the model twice"
+                "another answer of this model was begun before this one ended; "
+                "read each answer to its end before the next one, or load the model twice"
             )
         step_inputs = self.step_inputs[self.rows]
         step_inputs.ids[: self.n] = ids
@@ -172,7 +176,7 @@ class Decoder:
         return logits[: self.n]
 
     def _embed(self, inputs: Mapping[str, Any], image_keys: Sequence[str] | None) -> torch.Tensor:
-        """Returns the prompts as (n, T, D), with the tokens of their images."""
+        """Returns the embeddings (n, T, D) of the prompts and their images."""
         images = {}
         for name in ("vision_features", "vision_positions"):
             if name in inputs:
@@ -183,7 +187,7 @@ class Decoder:
         return self.network.embed(inputs["input_ids"], **images)
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # The rest of a batch has another shape, which is not worth a compilation of its own.
+        # Only full passes are compiled. A smaller last pass would need another compilation.
         if self.compiled and len(pixel_values) == IMAGES_PER_PASS:
             return self.network.get_image_features(pixel_values, self.run_vision_block)
         return self.network.get_image_features(pixel_values)
@@ -193,8 +197,8 @@ class Decoder:
     def _prefill(self, x_nTD: torch.Tensor, *, padded: bool) -> torch.Tensor:
         """Writes keys and values of the prompts to the cache.
 
-        Returns the logits (n, V) of the last tokens. A pass takes as many rows as `PROMPT_TOKENS`
-        allow.
+        Each pass takes as many rows as `PROMPT_TOKENS` allows. Returns the logits (n, V) of the
+        last tokens.
         """
         network, step_inputs = self.network, self.step_inputs[self.rows]
         cache = self.cache.view(self.rows)
@@ -224,9 +228,9 @@ class Decoder:
         return network.lm_head(network.transformer.ln_f(torch.cat(last)))
 
     def _step(self, rows: int, slots_read: int) -> torch.Tensor:
-        """Runs one token of all B rows, which attend to the first `slots_read` slots.
+        """Runs the network on the latest token of each of B rows, and returns the logits (B, V).
 
-        Returns the logits (B, V).
+        The tokens attend to the first `slots_read` slots of the cache.
         """
         network, step_inputs = self.network, self.step_inputs[rows]
         slot, starts_B1, cache = step_inputs.slot, step_inputs.starts, self.cache.view(rows)
@@ -254,7 +258,7 @@ class Decoder:
     # -- graphs and compilation --------------------------------------------------------------------
 
     def _replay(self, rows: int, slots_read: int) -> torch.Tensor:
-        """Runs `_step`, as a graph where graphs help."""
+        """Runs `_step`, as a CUDA graph if that is faster."""
         if not self._graphs_help():
             return self._step(rows, slots_read)
         if (rows, slots_read) not in self.graphs:
@@ -263,7 +267,7 @@ class Decoder:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # Layers of other packages may not be compilable, or may synchronize.
+                # A layer of another package may not be compilable, or may synchronize.
                 if self.compiled:
                     self._stop_compiling(error)
                     return self._replay(rows, slots_read)
@@ -276,9 +280,9 @@ class Decoder:
         return logits
 
     def _graphs_help(self) -> bool:
-        """Whether steps run as graphs: on a GPU, but not under autocast.
+        """Returns whether CUDA graphs are possible and faster.
 
-        Autocast casts the weights in every step, and a graph would replay these casts.
+        Under autocast they are not faster, because a graph would replay the casts of all weights.
         """
         on_gpu = self.device.type == "cuda"
         return self.can_capture and on_gpu and not torch.is_autocast_enabled("cuda")
@@ -287,27 +291,27 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Libraries initialize themselves in a first run. The replay overwrites its results.
+            # The first run initializes libraries. The graph overwrites what it writes.
             self._step(rows, slots_read)
         torch.cuda.current_stream().wait_stream(stream)
         graph, pool = torch.cuda.CUDAGraph(), None
-        if self.graphs:  # graphs never run at the same time, so they share their memory
+        if self.graphs:  # graphs never run concurrently, so they share a memory pool
             pool = next(iter(self.graphs.values()))[0].pool()
-        # "thread_local": other threads may pin batches during the capture.
+        # "thread_local" allows other threads to pin the memory of batches during the capture.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             logits = self._step(rows, slots_read)
         return graph, logits
 
-    def _set_compiled(self, wanted: Literal["auto"] | bool) -> None:
-        if wanted == "auto":
-            wanted = self.compiled or (self._graphs_help() and self.seconds > COMPILE_AFTER)
-        wanted = wanted and self.can_compile
-        if wanted == self.compiled:
+    def _set_compiled(self, compiled: Literal["auto"] | bool) -> None:
+        if compiled == "auto":
+            compiled = self.compiled or (self._graphs_help() and self.seconds > COMPILE_AFTER)
+        compiled = compiled and self.can_compile
+        if compiled == self.compiled:
             return
-        self.compiled = wanted
+        self.compiled = compiled
         self.graphs.clear()
-        if wanted:
-            # Blocks are compiled, not the network: all blocks share one compilation.
+        if compiled:
+            # Blocks are compiled instead of the network, because all blocks share a compilation.
             self.before_attention = CompiledPair(LanguageBlock.before_attention)
             self.after_attention = CompiledPair(LanguageBlock.after_attention)
             self.run_vision_block = torch.compile(
@@ -325,10 +329,10 @@ class Decoder:
     # -- memory ------------------------------------------------------------------------------------
 
     def _choose_rows(self, n: int, slots: int) -> int:
-        """Returns B for n rows.
+        """Returns B for a batch of n rows.
 
-        A number of rows that comes up for the first time, such as a dataset's last batch, uses the
-        graphs of a larger one.
+        The first batch of n rows, such as the last batch of a dataset, uses the graphs of a larger
+        batch size if there are any. A second batch of n rows gets graphs for this batch size.
         """
         self.requests[n] += 1
         if n in self.step_inputs or self.requests[n] > 1 or not self._graphs_help():
@@ -348,7 +352,7 @@ class Decoder:
             self.cache.allocate(rows, slots, dtype)
 
     def _write_step_inputs(self, lengths: list[int], length: int) -> None:
-        """Sets the step inputs to prompts of `lengths` tokens, left-padded to `length`."""
+        """Sets the step inputs for prompts of `lengths` tokens that are left-padded to `length`."""
         config, rows, device = self.network.config, self.rows, self.device
         channels = config.kv_channels
         if rows not in self.step_inputs:
@@ -373,10 +377,10 @@ class Decoder:
 
 
 class CompiledPair:
-    """A function of a block, compiled twice.
+    """A function of a block, compiled separately for prompts and for steps.
 
-    Prompts have all lengths and share one compilation with dynamic shapes. Steps have few shapes
-    and are compiled for each number of rows.
+    Prompts have many different lengths and share one compilation with dynamic shapes. Steps have
+    few different shapes and are compiled for each batch size.
     """
 
     def __init__(self, function: Callable):

@@ -1,4 +1,4 @@
-"""Dynamic NTK: the rotary base is stretched for texts longer than those of training."""
+"""Dynamic NTK: increases the rotary base for texts that are longer than those of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from transformers.cache_utils import Cache
 
 
 def ntk_alpha(length: int, seq_length: int) -> int:
-    """Returns the stretch of the rotary base for `length` tokens, trained on `seq_length`.
+    """Returns alpha, which scales the rotary base, for `length` tokens.
+
+    `seq_length` is the maximum length of texts in training.
 
     >>> [ntk_alpha(length, 2048) for length in (1, 2048, 2049, 4096, 4097)]
     [1, 1, 3, 3, 7]
@@ -20,26 +22,28 @@ def ntk_alpha(length: int, seq_length: int) -> int:
 def alpha_after(cache: Cache | None, length: int, seq_length: int) -> int:
     """Returns alpha for `length` tokens that follow those in `cache`.
 
-    The length of the prompt decides, and its alpha holds for all tokens decoded after it, because
-    keys in the cache are already rotated. One generation has one cache, so alpha is stored there
-    and cannot leak into another text. It is an attribute and not a subclass of `DynamicCache`,
-    because `generate` also makes static caches and callers may pass any cache of transformers.
+    The length of the prompt determines alpha. The tokens decoded after it use the same alpha,
+    because the keys in the cache are already rotated. Each generation has its own cache, so alpha
+    is stored in the cache and does not affect other texts. It is an attribute that is added to the
+    cache: a subclass of `DynamicCache` would not be enough, because `generate` also creates static
+    caches and callers may pass any cache of transformers.
     """
     if cache is None:
         return ntk_alpha(length, seq_length)
     past = cache.get_seq_length()
-    # A static cache counts tokens in a tensor, and reading it synchronizes. A decoding step must
-    # not do that and need not: one token after a prompt is no prompt.
-    readable = isinstance(past, int) or (length > 1 and not torch.compiler.is_compiling())
-    if not hasattr(cache, "ntk_alpha") or (readable and past == 0):
+    # A static cache counts its tokens in a tensor. Reading the tensor would synchronize, which a
+    # decoding step must not do. Decoding steps are recognized by their length of one token.
+    can_read = isinstance(past, int) or (length > 1 and not torch.compiler.is_compiling())
+    if not hasattr(cache, "ntk_alpha") or (can_read and past == 0):
         cache.ntk_alpha = ntk_alpha(length, seq_length)
     return cache.ntk_alpha
 
 
 def forget_alpha(cache: Cache) -> None:
-    """Removes the previous prompt's alpha from an empty cache.
+    """Removes the alpha of the previous prompt from an empty cache.
 
-    `generate` reuses its static cache for the next prompt, which may have a single token.
+    `generate` reuses its static cache for the next prompt. A prompt of a single token looks like a
+    decoding step to `alpha_after`, which would use the previous alpha.
     """
     if hasattr(cache, "ntk_alpha") and cache.get_seq_length() == 0:
         del cache.ntk_alpha

@@ -1,6 +1,6 @@
-"""Writes checkpoints in the published layout, a shard at a time.
+"""Writes checkpoints in the format of the published checkpoints, shard by shard.
 
-The original code, and software made for it, can load them.
+The original Qwen-VL code, and software that supports it, can load them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, matches
 
-# Reads a tensor by its name in the network, into host memory.
+# A function that reads a tensor into host memory by its name in the network.
 Read = Callable[[str], torch.Tensor]
 
-# While a published shard of 2 GB is read, less than two such shards are in memory.
+# Size of a written shard. With the published shards of 2 GB, which are mapped into memory to read
+# them, a conversion takes less than 4 GB of memory.
 SHARD_BYTES = 10**9
-# Settings of the published config.json that are none of the network's.
+# Settings of the published config.json that `QwenVLConfig` does not have.
 PUBLISHED_CONFIG = {
     "architectures": ["QWenLMHeadModel"],
     "auto_map": {
@@ -64,16 +65,16 @@ PUBLISHED_GENERATION = {
 PUBLISHED_TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
 FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-FONT = "*.ttf"  # the original's tokenizer draws boxes with it
+FONT = "*.ttf"  # the original tokenizer draws boxes with this font
 NOT_COPIED = ("config.json", "adapter_config.json")
-# The input projections of the resampler, which are one tensor in files.
+# Names of the input projections of the resampler, which are a single tensor in files.
 PROJECTION = re.compile(r"attn\.([qkv])_proj\.")
 
 
 def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtype) -> Read:
-    """Returns a function that reads the tensors of files by their names in the network.
+    """Returns a function that reads stored tensors by their names in the network.
 
-    At most one file is mapped into memory.
+    At most one file at a time is mapped into memory.
     """
     last_file: Path | None = None
 
@@ -96,8 +97,8 @@ def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtyp
 
 
 def read_as_stored(read: Read, name: str) -> torch.Tensor:
-    """Reads a tensor by its name in files: the resampler's three input projections as one."""
-    # The vision tower's `attn.in_proj.` does not match: it is one tensor in the network too.
+    """Reads a tensor by its name in files. Joins the resampler's three input projections."""
+    # `attn.in_proj.` of the vision tower does not match. It is a single tensor in the network.
     prefix, projections, kind = name.rpartition("attn.in_proj_")
     if not projections:
         return read(name)
@@ -105,11 +106,15 @@ def read_as_stored(read: Read, name: str) -> torch.Tensor:
 
 
 def check_disk(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Raises a DataError if tensors of `shapes` do not fit on the disk of `folder`."""
+    """Checks that the disk of `folder` has enough free space for tensors of `shapes`.
+
+    Raises:
+        DataError: the disk does not have enough free space.
+    """
     size, free = total_bytes(shapes, dtype), shutil.disk_usage(folder).free
     if size > free:
         raise DataError(
-            f"{folder.parent} has {free / 1e9:.1f} GB left, and the model takes {size / 1e9:.1f} GB"
+            f"{folder.parent} has {free / 1e9:.1f} GB left, but the model takes {size / 1e9:.1f} GB"
         )
 
 
@@ -122,10 +127,11 @@ def write_weights(
     kind: Literal["safetensors", "bin"] = "safetensors",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes shards and their index. In memory are a shard, or a tensor if that is larger.
+    """Writes the weights as shards with an index. At most one shard is in memory.
 
     Args:
-        shapes: the tensors by their names in files, in the order in which they are written.
+        shapes: the shapes of the tensors by their names in files, in the order of writing.
+        shard_bytes: the maximum size of a shard. A larger tensor has its own shard.
     """
     name = next(name for name in WEIGHTS if name.endswith(kind))
     shards = list(shards_of(shapes, shard_bytes, dtype.itemsize))
@@ -139,7 +145,7 @@ def write_weights(
             weight_map[tensor_name] = file
         if kind == "safetensors":
             save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors makes it readable by its owner only
+            (folder / file).chmod(0o644)  # safetensors creates it readable for its owner only
         else:
             torch.save(tensors, folder / file)
         del tensors
@@ -156,13 +162,13 @@ def write_companions(
     base: Path | None,
     template: str,
 ) -> None:
-    """Writes everything that the published folder has besides weights.
+    """Writes all files of a published checkpoint other than the weights.
 
-    These are the configs, the vocabulary, and code and licence if `base` has them.
+    These are the configs and the vocabulary, and the code and license if `base` has them.
 
     Args:
-        base: the checkpoint that the weights come from, if any.
-        template: the prompt format that the weights were trained with.
+        base: the folder of the base checkpoint, if any.
+        template: the prompt format with which the weights were trained.
     """
     if base is not None:
         _copy_companions(base, folder)
@@ -195,7 +201,10 @@ def _write_with_code(file: Path, settings: Mapping[str, Any], code: Mapping[str,
 
 
 def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
-    """Writes the published settings, or corrects the template of those that were copied."""
+    """Writes the published generation settings with `template`.
+
+    If the file was copied from the base checkpoint, only its template is changed.
+    """
     if not file.exists():
         ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
         write_json(file, {**PUBLISHED_GENERATION, "chat_format": template, **ids})
@@ -207,10 +216,10 @@ def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
 def published_config(
     config: QwenVLConfig, stored: Mapping[str, Any], *, dtype: str
 ) -> dict[str, Any]:
-    """Returns the content of `config.json` as the original code reads it, without `auto_map`.
+    """Returns the content of `config.json` for the original Qwen-VL code, without `auto_map`.
 
     Args:
-        stored: further settings, from the `config.json` of a checkpoint.
+        stored: the `config.json` of the base checkpoint, whose additional settings are kept.
     """
     settings = {**PUBLISHED_CONFIG, **stored}
     for key in ("auto_map", "dtype", "_name_or_path"):
@@ -228,24 +237,27 @@ def published_config(
 
 
 def runnable(auto_map: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns the entries of `auto_map` whose code is in `folder`, without repository names."""
-    kept: dict[str, Any] = {}
+    """Returns the entries of `auto_map` whose Python files are in `folder`.
+
+    Repository names are removed, so that the classes are loaded from the folder.
+    """
+    available: dict[str, Any] = {}
     for name, classes in auto_map.items():
-        several = classes if isinstance(classes, list) else [classes]
-        local = [reference and reference.rpartition("--")[2] for reference in several]
+        references = classes if isinstance(classes, list) else [classes]
+        local = [reference and reference.rpartition("--")[2] for reference in references]
         if all(_has_code(folder, reference) for reference in local):
-            kept[name] = local if isinstance(classes, list) else local[0]
-    return kept
+            available[name] = local if isinstance(classes, list) else local[0]
+    return available
 
 
 def _has_code(folder: Path, reference: str | None) -> bool:
-    """Returns whether the module of "module.Class" is in `folder`; None needs no code."""
+    """Returns whether `folder` has the module of "module.Class". None refers to no class."""
     return reference is None or (folder / f"{reference.rpartition('.')[0]}.py").exists()
 
 
 def end_of_text(config: QwenVLConfig) -> int:
-    """Returns the id of `<|endoftext|>`, the first special token, 214 before `<img>`."""
-    assert config.visual is not None  # the config fills it in
+    """Returns the id of `<|endoftext|>`, which is the id of `<img>` minus 214."""
+    assert config.visual is not None  # set by the constructor of the config
     return config.visual["image_start_id"] - 214
 
 
@@ -256,7 +268,10 @@ def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> in
 def shards_of(
     shapes: Mapping[str, tuple[int, ...]], limit: int, element_bytes: int
 ) -> Iterator[list[str]]:
-    """Yields names of consecutive tensors of at most `limit` bytes; a larger tensor is alone."""
+    """Yields the tensor names of each shard.
+
+    A shard has consecutive tensors of at most `limit` bytes, or a single larger tensor.
+    """
     names: list[str] = []
     size = 0
     for name, shape in shapes.items():

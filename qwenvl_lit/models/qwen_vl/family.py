@@ -34,7 +34,7 @@ from qwenvl_lit.models.qwen_vl.export import (
     write_weights,
 )
 from qwenvl_lit.models.qwen_vl.flops import training_flops
-from qwenvl_lit.models.qwen_vl.image_processing import normalized
+from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
@@ -227,7 +227,7 @@ class QwenVLFamily:
         """
         if self.random:
             model = self._random_model(torch.device(device))
-            return self.quantized(model, device, quantization) if quantization else model
+            return self.quantize(model, device, quantization) if quantization else model
         assert self.folder is not None
         shapes = file_shapes(self.meta_model())
         try:
@@ -241,7 +241,7 @@ class QwenVLFamily:
         model.generation_config = self.generation
         return model.eval()
 
-    def quantized(
+    def quantize(
         self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]
     ) -> QwenVLForCausalLM:
         """Returns a quantized network with the weights of `model`, which may be on any device."""
@@ -315,7 +315,7 @@ class QwenVLFamily:
             inputs["vision_positions"] = batch.vision_positions
             pixels = batch.vision.get("pixel_values")
             if pixels is not None and pixels.dtype == torch.uint8:
-                inputs["pixel_values"] = normalized(pixels)
+                inputs["pixel_values"] = normalize_pixels(pixels)
         if batch.segment_bounds is not None:
             inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch.segment_bounds)
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.longest_segment)
@@ -328,7 +328,7 @@ class QwenVLFamily:
 
     def image_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """(N, size, size, 3) uint8 -> (N, Q, D)."""
-        return network_of(model).get_image_features(normalized(pixels))
+        return network_of(model).get_image_features(normalize_pixels(pixels))
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
         """Returns the floating-point operations of a training step; see `Family.flops`."""

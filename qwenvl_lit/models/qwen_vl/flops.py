@@ -1,6 +1,6 @@
-"""The work of a pass through Qwen-VL, in floating-point operations of its matmuls.
+"""Counts the FLOPs of Qwen-VL's matmuls in a forward pass and in a training step.
 
-A multiplication and an addition are two operations. Recomputed activations are not counted.
+A multiplication and an addition count as two FLOPs. Recomputation of activations is not counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
-# Components, and those whose output reaches their input.
+# Component -> components whose output is part of its input, directly or indirectly.
 EARLIER_COMPONENTS: dict[str, tuple[str, ...]] = {
     "vision": (),
     "resampler": ("vision",),
@@ -27,11 +27,12 @@ def training_flops(
     targets: int,
     trained: Mapping[str, float],
 ) -> float:
-    """Returns the operations of a training step.
+    """Returns the FLOPs of a training step.
 
     Args:
-        lengths: tokens of each sample, whether padded or packed.
-        targets: positions whose logits are computed.
+        lengths: the number of tokens of each sample, without padding.
+        images: the number of images.
+        targets: the number of positions whose logits are computed.
         trained: see `training_passes`.
     """
     lengths = tuple(lengths)
@@ -46,13 +47,14 @@ def training_flops(
 def forward_flops(
     config: QwenVLConfig, *, tokens: int, squares: int, images: int, targets: int
 ) -> dict[str, float]:
-    """Returns the operations of a forward pass by component.
+    """Returns the FLOPs of a forward pass by component.
 
     Args:
-        tokens: of all samples, without padding.
-        squares: the sum of the squares of the samples' lengths. Attention is causal, so half of the
-            pairs of tokens count.
-        targets: positions whose logits are computed.
+        tokens: the number of tokens of all samples, without padding.
+        squares: the sum of the squared lengths of the samples. Attention is causal, so only half of
+            the pairs of tokens are counted.
+        images: the number of images.
+        targets: the number of positions whose logits are computed.
     """
     tower, width, dim = config.tower, config.visual["width"], config.hidden_size
     patch, queries = config.visual["patch_size"], config.n_queries
@@ -70,20 +72,20 @@ def forward_flops(
 
 
 def training_passes(trained: Mapping[str, float]) -> dict[str, int]:
-    """Returns how often a training step does the work of each component's forward pass.
+    """Returns the FLOPs of a training step relative to a forward pass, by component.
 
-    The forward pass counts once, a backward pass to the inputs once more, and one to the weights
-    once more. An adapter's own work is not counted. Neither is a resampler that no gradient passes
-    through, because the rates that these figures are compared with do not count it.
+    The forward pass counts 1, the gradients of inputs 1, and the gradients of weights 1. The FLOPs
+    of adapters are not counted. A resampler without any gradients counts 0, because the published
+    figures to compare with do not include it.
 
     Args:
-        trained: for each component, the share of its parameters that is trained. A share below one
-            half is an adapter.
+        trained: the fraction of the parameters that is trained, by component. A fraction below 0.5
+            means that the component has an adapter.
     """
     passes = {}
     for component, earlier in EARLIER_COMPONENTS.items():
-        reached = any(trained.get(name, 0) > 0 for name in (component, *earlier))
-        passes[component] = 1 + reached + (trained.get(component, 0) >= 0.5)
+        has_gradients = any(trained.get(name, 0) > 0 for name in (component, *earlier))
+        passes[component] = 1 + has_gradients + (trained.get(component, 0) >= 0.5)
     if passes["resampler"] == 1:
         passes["resampler"] = 0
     return passes

@@ -1,6 +1,6 @@
-"""A cache of encoded images, so that an image which is asked about repeatedly is encoded once."""
+"""Caches image features, so that repeated questions about an image do not encode it again."""
 
-# N images, S side in pixels, Q tokens of an image, D width
+# N images, S image side in pixels, Q tokens of an image, D model width
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-MAX_IMAGES = 256  # images in the cache; 2 MiB each in bfloat16
-IMAGES_PER_PASS = 32  # images that go through the tower at a time
+MAX_IMAGES = 256  # images in the cache. An image takes 2 MiB in bfloat16.
+IMAGES_PER_PASS = 32  # images that are encoded as one batch
 
 
 class ImageCache:
-    """Encodes images, and keeps the features of the latest ones by key."""
+    """Encodes images and stores the features of the most recently used ones by key."""
 
     def __init__(self):
         self.features: OrderedDict[str, torch.Tensor] = OrderedDict()  # key -> (Q, D)
@@ -28,11 +28,12 @@ class ImageCache:
         """Returns the features (N, Q, D) of images (N, 3, S, S).
 
         Args:
-            keys: equal for equal images, of which only the first is encoded. With None every image
-                is encoded and none is kept.
+            keys: a key for each image. Images with the same key are encoded only once. With None,
+                every image is encoded and none is stored.
+            encode: computes the features of a batch of images.
 
         Raises:
-            ValueError: there are not as many keys as images.
+            ValueError: the numbers of keys and images differ.
         """
         if keys is None:
             return _encode_in_passes(pixel_values, encode)
@@ -59,4 +60,4 @@ class ImageCache:
 def _encode_in_passes(
     pixel_values: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    return torch.cat([encode(part) for part in pixel_values.split(IMAGES_PER_PASS)])
+    return torch.cat([encode(batch) for batch in pixel_values.split(IMAGES_PER_PASS)])

@@ -1,6 +1,6 @@
-"""The tokens of a text that stand for images: where they are, and what is written over them."""
+"""Finds the placeholder tokens of images in token ids, and replaces their embeddings."""
 
-# B rows, T tokens, D width, N images, Q tokens of an image, M = N * Q
+# B batch size, T tokens, D width, N images, Q tokens of an image, M = N * Q
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 def find_image_tokens(
     input_ids: torch.Tensor | None, images: int, config: QwenVLConfig
 ) -> torch.Tensor:
-    """Returns the flat indices (M,) into `input_ids` (B, T) of the tokens between `<img>` and
-    `</img>`, in reading order. Synchronizes.
+    """Finds the tokens between `<img>` and `</img>` in `input_ids` (B, T).
+
+    Returns their flat indices (M,) into B * T, in reading order. Synchronizes.
 
     Raises:
-        ValueError: the text does not have one span of `config.n_queries` tokens for each image.
+        ValueError: `input_ids` does not have a span of `config.n_queries` tokens for each image.
     """
     if input_ids is None:
         raise ValueError(
@@ -34,8 +35,8 @@ def find_image_tokens(
     lengths = ends - starts - 1
     if (lengths != config.n_queries).any():
         raise ValueError(
-            f"an image takes {config.n_queries} tokens, "
-            f"but those between <img> and </img> are {lengths.tolist()}"
+            f"an image has {config.n_queries} tokens, "
+            f"but the numbers of tokens between <img> and </img> are {lengths.tolist()}"
         )
     return (starts[:, None] + torch.arange(1, config.n_queries + 1, device=starts.device)).flatten()
 
@@ -46,7 +47,7 @@ def write_image_tokens(
     """Returns `x_BTD` with the tokens at the flat indices `positions_M` replaced by `features_NQD`.
 
     Raises:
-        ValueError: there are not as many positions as features.
+        ValueError: the numbers of positions and features differ.
     """
     images, queries = features_NQD.shape[:2]
     if images * queries != len(positions_M):
@@ -59,10 +60,10 @@ def write_image_tokens(
 
 
 def repeat_positions(positions_M: torch.Tensor, copies: int, length: int) -> torch.Tensor:
-    """Returns the positions of all images after every row of `length` tokens is repeated.
+    """Returns the positions of image tokens after each row of `length` tokens was repeated.
 
-    The copies of row r are the rows r * copies, r * copies + 1, ...; all images of the first
-    copies come before those of the second.
+    The copies of row r are the rows r * copies, r * copies + 1, and so on. The result has the
+    positions in the first copies of all rows, then those in the second copies, and so on.
     """
     copy = torch.arange(copies, device=positions_M.device)[:, None]
     rows = positions_M // length * copies + copy

@@ -1,4 +1,4 @@
-"""The initial weights of a Qwen-VL network, where they differ from transformers' defaults."""
+"""Initializes the weights of a Qwen-VL network that transformers would initialize differently."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from qwenvl_lit.models.qwen_vl.vision import (
 
 
 def initialize(module: nn.Module, config: QwenVLConfig) -> None:
-    """Initializes the weights of `module` as the original code does.
+    """Initializes the weights of `module` as the original Qwen-VL code does.
 
-    It follows transformers' own `_init_weights` (linear layers and embeddings: normal with
-    `initializer_range`; norms: ones; biases: zeros). Children come before their parents. The
-    functions of `transformers.initialization` leave tensors alone that were loaded from a file.
+    This function is called after transformers' `_init_weights`, which initializes linear layers and
+    embeddings from a normal distribution with `initializer_range`, norms with ones, and biases with
+    zeros. transformers initializes child modules before their parents. The functions of
+    `transformers.initialization` do not change tensors that were loaded from a file.
     """
     if isinstance(module, (Attention, MLP)):
         _initialize_residual(module.c_proj, config)
@@ -44,22 +45,26 @@ def initialize(module: nn.Module, config: QwenVLConfig) -> None:
         if module.spatial_start:
             _initialize_spatial(module.attn, module.spatial_start)
     elif isinstance(module, CrossAttention):
-        gain = math.sqrt(0.5)  # Xavier of the three projections as one matrix
+        # The original Qwen-VL code initializes the three projections as one (3 * D, D) matrix.
+        gain = math.sqrt(0.5)
         for layer in (module.v_proj, module.q_proj, module.k_proj):
             init.xavier_uniform_(layer.weight, gain)
 
 
 def _initialize_residual(layer: nn.Linear, config: QwenVLConfig) -> None:
-    """GPT-2's smaller weights for layers that add to the residual stream.
+    """Initializes a layer that adds to the residual stream with smaller weights, as GPT-2 does.
 
-    The original divides by the number of language blocks, in the vision tower too.
+    The original Qwen-VL code uses the number of language blocks in the vision tower as well.
     """
     std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     init.normal_(layer.weight, std=std)
 
 
 def _initialize_spatial(attention: CrossAttention, scale: float) -> None:
-    """An option of ours: queries and keys are projected by the same scaled orthogonal matrix, so
-    that equal positions attract each other."""
+    """Makes queries attend to keys at the same position.
+
+    Both are projected by the same scaled orthogonal matrix. The original Qwen-VL code does not have
+    this option.
+    """
     init.orthogonal_(attention.q_proj.weight, gain=scale)
     init.copy_(attention.k_proj.weight, attention.q_proj.weight)

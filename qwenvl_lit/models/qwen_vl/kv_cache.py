@@ -1,6 +1,6 @@
-"""The static cache of the decoder: keys and values of all layers in one allocation."""
+"""The static KV cache of the decoder: keys and values of all layers in a single allocation."""
 
-# B rows, H heads, S slots of a row, K head width
+# B rows, H heads, S slots of a row, each for one token or its padding, K head width
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 
 
 class KVCache:
-    """Keys and values, allocated once and viewed for any number of rows.
+    """Keys and values in one allocation, of which `view` makes a tensor for any number of rows.
 
-    The allocation grows when needed and never shrinks. A CUDA graph refers to addresses, so that
-    `allocate` makes all graphs invalid that were captured before.
+    The allocation grows when necessary and never shrinks. CUDA graphs refer to its addresses, so
+    `allocate` invalidates all graphs that were captured before.
     """
 
     def __init__(self, config: QwenVLConfig, device: torch.device):
         self.config = config
         self.device = device
-        self.memory: torch.Tensor | None = None  # flat
+        self.memory: torch.Tensor | None = None  # one-dimensional
 
     def fits(self, rows: int, slots: int, dtype: torch.dtype) -> bool:
-        """Returns whether the allocation has `slots` for each of `rows` rows."""
+        """Returns whether the allocation has at least `slots` slots for each of `rows` rows."""
         return self.capacity(rows) >= slots and self.memory.dtype == dtype
 
     def allocate(self, rows: int, slots: int, dtype: torch.dtype) -> None:
-        """Replaces the allocation by one with at least `slots` for each of `rows` rows."""
-        self.memory = None  # frees the old one first
+        """Replaces the allocation by one with at least `slots` slots for each of `rows` rows."""
+        self.memory = None  # frees the old allocation first
         elements = self._elements_per_slot(rows) * _round_up(rows, slots)
-        # Zeros, because masked slots are multiplied by 0, and 0 * NaN is NaN.
+        # Initialized, because attention multiplies the values of masked slots by 0: 0 * NaN is NaN.
         self.memory = torch.zeros(elements, dtype=dtype, device=self.device)
 
     def capacity(self, rows: int) -> int:
-        """Slots for each of `rows` rows, a multiple of 8, which attention kernels prefer."""
+        """Returns the number of slots per row if there are `rows` rows.
+
+        The number is a multiple of 8, with which attention kernels are faster.
+        """
         if self.memory is None:
             return 0
         return self.memory.numel() // self._elements_per_slot(rows) // 8 * 8
 
     def slots_to_read(self, rows: int, filled: int) -> int:
-        """Slots that a decoding step reads when `filled` of them are in use.
+        """Returns how many slots a decoding step reads if `filled` slots are in use.
 
-        Rounded up, because a graph for each count would be too many; more coarsely for few rows,
-        whose cache is small.
+        The number is rounded up, because each number needs its own CUDA graph. With few rows, it is
+        rounded more coarsely, because reading unused slots of a small cache is cheap.
         """
         return min(_round_up(rows, filled), self.capacity(rows))
 
     def view(self, rows: int) -> torch.Tensor:
-        """The cache of `rows` rows as (layers, 2, B, H, S, K): keys, then values."""
+        """Returns the cache of `rows` rows as (layers, 2, B, H, S, K), keys before values."""
         config, slots = self.config, self.capacity(rows)
         heads, head_dim = config.num_attention_heads, config.kv_channels
         flat = self.memory[: self._elements_per_slot(rows) * slots]

@@ -1,6 +1,6 @@
 """The language model of Qwen-VL: decoder blocks and rotary positions."""
 
-# B rows, T tokens, D width, H heads, K head width, F width of one MLP branch, S slots of a cache
+# B batch size, T tokens, D width, H heads, K head width, S tokens in the cache including new ones
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 class LanguageBlock(GradientCheckpointingLayer):
     """Pre-norm decoder block, (B, T, D) -> (B, T, D)."""
 
-    dynamic_dims = (0, 1)  # rows and tokens: sizes that differ from batch to batch
+    dynamic_dims = (0, 1)  # B and T, which differ between batches
 
     def __init__(self, config: QwenVLConfig, layer_idx: int):
         super().__init__()
@@ -28,34 +28,36 @@ class LanguageBlock(GradientCheckpointingLayer):
         self.mlp = MLP(config.hidden_size, config.intermediate_size // 2)
 
     def forward(self, x_BTD: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Runs `compute`; the keyword arguments are those of `Attention.forward`."""
+        """Runs `compute`. The keyword arguments are those of `Attention.forward`."""
         return self.compute(x_BTD, **kwargs)
 
     def compute(
-        self, x_BTD: torch.Tensor, kept: torch.Tensor | None = None, **kwargs
+        self, x_BTD: torch.Tensor, output_positions: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """The part of `forward` that may be compiled: transformers wraps `forward` in hooks.
+        """Computes the block. This method may be compiled; `forward` has hooks of transformers.
 
-        With `kept` (count,), flat indices into B * T, the MLP computes and the block returns only
-        these tokens, (count, D).
+        Args:
+            output_positions: (count,), flat indices into B * T. If it is given, the MLP computes
+                only these tokens, and the result is (count, D).
         """
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), **kwargs)[0]
-        if kept is not None:
-            x_BTD = x_BTD.flatten(0, 1).index_select(0, kept)
+        if output_positions is not None:
+            x_BTD = x_BTD.flatten(0, 1).index_select(0, output_positions)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
     def before_attention(
         self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the block up to its attention, for a decoder that attends by itself.
+        """Computes the block up to its attention, which the decoder computes itself.
 
-        Returns the queries (B, H, T, K), and the keys and values (2, B, H, T, K).
+        Returns:
+            The queries (B, H, T, K), and the keys and values (2, B, H, T, K).
         """
         q_BHTK, k_BHTK, v_BHTK = self.attn.heads(self.ln_1(x_BTD), rotary)
         return q_BHTK, torch.stack((k_BHTK, v_BHTK))
 
     def after_attention(self, x_BTD: torch.Tensor, attended_BHTK: torch.Tensor) -> torch.Tensor:
-        """Computes the rest of the block; `x_BTD` is the input of `before_attention`."""
+        """Computes the block after its attention. `x_BTD` is the input of `before_attention`."""
         x_BTD = x_BTD + self.attn.c_proj(attended_BHTK.transpose(1, 2).flatten(2))
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
@@ -63,11 +65,11 @@ class LanguageBlock(GradientCheckpointingLayer):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions.
 
-    The kernel is the one of transformers' `attn_implementation`.
+    The option `attn_implementation` of transformers chooses the kernel.
     """
 
     is_causal = True
-    num_key_value_groups = 1  # every head has its own keys and values
+    num_key_value_groups = 1  # each head has its own keys and values
 
     def __init__(self, config: QwenVLConfig, layer_idx: int):
         super().__init__()
@@ -75,24 +77,25 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.kv_channels
         self.scaling = self.head_dim**-0.5
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows: q | k | v
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # output: q, k, v
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self, x_BTD, *, rotary, attention_mask=None, past_key_values=None, segments=None, **kwargs
     ):
-        """Attends to the tokens of the cache, to earlier tokens and to the token itself.
+        """Computes causal self-attention over the tokens in the cache and those of `x_BTD`.
 
         Args:
-            rotary: the tables of `rotary_tables`.
-            attention_mask: the mask that transformers made for this kernel; `None` is causal.
-            past_key_values: a cache, to which the rotated keys and the values are added.
-            segments: the last two arguments of `attend_in_segments`, for packed rows; they replace
-                mask and cache.
+            rotary: the result of `rotary_tables`.
+            attention_mask: the mask that transformers created for this kernel. None means causal.
+            past_key_values: a cache, to which the rotated keys and the values are appended.
+            segments: the arguments `bounds` and `longest` of `attend_in_segments`, for packed rows.
+                Mask and cache are then not used.
             kwargs: passed to the kernel.
 
         Returns:
-            (B, T, D), and the weights (B, H, T, S) if the kernel returns them, else `None`.
+            The output (B, T, D), and the attention weights (B, H, T, S) or None if the kernel does
+            not return them.
         """
         q_BHTK, k_BHTK, v_BHTK = self.heads(x_BTD, rotary)
         if segments is not None:
@@ -121,9 +124,10 @@ class Attention(nn.Module):
 
 
 def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, **kwargs):
-    """Attention in plain operations, with the signature of transformers' kernels.
+    """Computes attention with basic operations, with the signature of transformers' kernels.
 
-    Returns the output (B, T, H, K) and the weights (B, H, T, S).
+    Returns:
+        The output (B, T, H, K) and the attention weights (B, H, T, S).
     """
     scores_BHTS = q_BHTK @ k_BHSK.mT * scaling
     if attention_mask is not None:
@@ -141,22 +145,22 @@ def attend_in_segments(
     *,
     scaling: float,
 ) -> torch.Tensor:
-    """Causal attention within each segment of packed rows, (B, T, H, K).
+    """Computes causal attention within each segment of packed rows, (B, T, H, K).
 
-    The work is that of the segments alone. It needs no mask and does not synchronize. Call it only
-    if `has_segments_kernel`.
+    Attention between segments is not computed. The function needs no mask and does not synchronize.
+    Call it only if `has_segments_kernel` returns True.
 
     Args:
-        bounds: (n + 1,) int32, cumulative lengths of the segments over all B * T tokens; segments
-            may be empty.
-        longest: an upper bound of the tokens of a segment.
+        bounds: (n + 1,) int32, the cumulative lengths of the segments over all B * T tokens.
+            Segments may be empty.
+        longest: an upper bound of the number of tokens of a segment.
     """
-    # Imported here: it loads the compiler, which takes seconds.
+    # Imported here because this import loads the compiler, which takes seconds.
     from torch.nn.attention.varlen import varlen_attn
 
     rows_BTHK = [x_BHTK.transpose(1, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]
     flat = [x_BTHK.flatten(0, 1) for x_BTHK in rows_BTHK]
-    causal = (-1, 0)  # all earlier tokens, no later ones
+    causal = (-1, 0)  # each token attends to all earlier tokens and to no later ones
     attended = varlen_attn(
         *flat, bounds, bounds, longest, longest, scale=scaling, window_size=causal
     )
@@ -176,7 +180,7 @@ def has_segments_kernel(x: torch.Tensor) -> bool:
 
 
 class MLP(nn.Module):
-    """Gated MLP, (B, T, D) -> (B, T, D): `w2` is the gate."""
+    """Gated MLP, (B, T, D) -> (B, T, D). `w2` computes the gate."""
 
     def __init__(self, dim: int, branch: int):
         super().__init__()
@@ -191,7 +195,8 @@ class MLP(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension.
 
-    As in the original, the norm is computed in float32 and cast back before the weight is applied.
+    As in the original Qwen-VL code, the norm is computed in float32, and the result is cast back
+    before it is multiplied by the weight.
     """
 
     def __init__(self, dim: int, epsilon: float):
@@ -204,46 +209,48 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(
-    slots: torch.Tensor,
+    positions: torch.Tensor,
     head_dim: int,
     base: float,
     *,
     alpha: int = 1,
     logn_above: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns cosines and sines for `rotate`, float32 (B, T, 1, 1, K / 2), at `slots` (B, T).
+    """Returns cosines and sines of `positions` (B, T) for `rotate`, float32 (B, T, 1, 1, K / 2).
 
     Args:
         alpha: see `rotary_frequencies`.
-        logn_above: if given, the tables are (B, T, 2, 1, K / 2), and those of the queries are
-            scaled by ln(slot + 1) / ln(logn_above) where that is above 1 (log-n attention).
-            Rotation and scaling commute, so the scaling costs nothing per layer.
+        logn_above: if it is given, log-n attention is used. The tables are then
+            (B, T, 2, 1, K / 2), and those of the queries are scaled by
+            max(1, ln(position + 1) / ln(logn_above)). Rotation and scaling commute, so no layer
+            needs to scale its queries.
     """
-    frequencies = rotary_frequencies(head_dim, base, alpha, device=slots.device)
-    return rotary_tables_at(slots, frequencies, logn_above=logn_above)
+    frequencies = rotary_frequencies(head_dim, base, alpha, device=positions.device)
+    return rotary_tables_at(positions, frequencies, logn_above=logn_above)
 
 
 def rotary_frequencies(
     head_dim: int, base: float, alpha: int = 1, device: torch.device | None = None
 ) -> torch.Tensor:
-    """Returns the radians per slot, float32 (K / 2,).
+    """Returns the rotation of each pair of channels in radians per position, float32 (K / 2,).
 
-    `alpha`, see `ntk_alpha`, stretches the wavelength of the slowest channel by this factor and
-    that of the fastest one not at all.
+    Args:
+        alpha: the factor by which the wavelength of the slowest pair is stretched, see `ntk_alpha`.
+            Faster pairs are stretched less, and the fastest one is not stretched.
     """
     base = base * alpha ** (head_dim / (head_dim - 2))
     return 1 / base ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
 
 
 def rotary_tables_at(
-    slots: torch.Tensor, frequencies: torch.Tensor, *, logn_above: int | None = None
+    positions: torch.Tensor, frequencies: torch.Tensor, *, logn_above: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotary_tables` with given frequencies: (K / 2,), or (B, 1, 1, 1, K / 2) for each row."""
-    angles = slots[:, :, None, None, None] * frequencies
+    """Returns `rotary_tables` for frequencies (K / 2,) or, by row, (B, 1, 1, 1, K / 2)."""
+    angles = positions[:, :, None, None, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     if logn_above is None:
         return cos, sin
-    scale_BT = ((slots.float() + 1).log() / math.log(logn_above)).clamp(min=1)
+    scale_BT = ((positions.float() + 1).log() / math.log(logn_above)).clamp(min=1)
     scale_BT2 = torch.stack((scale_BT, torch.ones_like(scale_BT)), dim=-1)  # queries, keys
     scale = scale_BT2[..., None, None]
     return cos * scale, sin * scale
@@ -252,7 +259,7 @@ def rotary_tables_at(
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates channels i and i + K / 2 of x (B, T, 2, H, K) by the angles of `rotary_tables`.
 
-    Computes in float32 and returns the dtype of `x`.
+    Computes in float32. The result has the dtype of `x`.
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

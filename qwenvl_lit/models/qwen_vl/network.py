@@ -1,10 +1,10 @@
 """Qwen-VL as a transformers model: a language model that reads images.
 
-Weights are saved under their original names, in the layout of the published files.
+Weights are saved under the names and in the format of the published checkpoints.
 """
 
-# B rows, T tokens, D width, V vocabulary, N images, Q tokens of an image, S side in pixels,
-# M = N * Q, K width of an attention head
+# B batch size, T tokens, D width, V vocabulary size, K width of an attention head, N images,
+# Q tokens of an image, S image side in pixels, M = N * Q
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ IMAGES = ("pixel_values", "vision_positions", "vision_features")  # arguments of
 class QwenVLPreTrainedModel(PreTrainedModel):
     """Declares to transformers what the network supports, and initializes its weights.
 
-    The attributes and methods with an underscore are those that transformers asks its models for.
+    transformers prescribes the names of attributes and methods that begin with an underscore.
     """
 
     config_class = QwenVLConfig
@@ -64,10 +64,10 @@ class QwenVLPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def _initialize_weights(self, module: nn.Module, *_):
-        """Initializes as for transformers' own models.
+        """Initializes a module as if the model were part of transformers.
 
-        For other packages' models, transformers passes `is_custom_code=True` and then skips modules
-        that have no tensors of their own, such as `CrossAttention`.
+        For models of other packages, transformers passes `is_custom_code=True`, which skips modules
+        without tensors of their own, such as `CrossAttention`.
         """
         super()._initialize_weights(module)
 
@@ -77,7 +77,7 @@ class QwenVLPreTrainedModel(PreTrainedModel):
 
 
 class QwenVLModel(QwenVLPreTrainedModel):
-    """Tokens and images to hidden states: `QwenVLForCausalLM` without its head."""
+    """The network that maps tokens and images to hidden states, without language model head."""
 
     def __init__(self, config: QwenVLConfig):
         super().__init__(config)
@@ -107,7 +107,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         """Returns the hidden states (B, T, D) after the last norm.
 
         The arguments are those of `QwenVLForCausalLM.forward`. With `target_positions`, the last
-        block returns only these tokens, (count, D): no later layer needs the others.
+        block and this method return the hidden states of only these tokens, (count, D).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -118,8 +118,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
             position_ids = None
             if use_cache and past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
-        # Rotary tables and mask come before the images: making a mask may synchronize, which costs
-        # nothing while the device has no work yet.
+        # Rotary tables and mask are computed before the images. Creating a mask may synchronize,
+        # which costs no time as long as no work is queued on the device.
         rotary = self._rotary(x_BTD, position_ids, past_key_values)
         segments = None
         if packed and "cu_seq_lens_q" in kwargs and self._attends_in_segments(x_BTD):
@@ -136,15 +136,15 @@ class QwenVLModel(QwenVLPreTrainedModel):
             x_BTD, input_ids, past_key_values, pixel_values, vision_positions, vision_features
         )
         for block in self.h:
-            kept = target_positions if block is self.h[-1] else None
+            output_positions = target_positions if block is self.h[-1] else None
             x_BTD = block(
                 x_BTD,
                 rotary=rotary,
                 attention_mask=attention_mask,
-                position_ids=position_ids,  # FlashAttention finds packed samples by them
+                position_ids=position_ids,  # tell FlashAttention where packed samples begin
                 past_key_values=past_key_values,
                 segments=segments,
-                kept=kept,
+                output_positions=output_positions,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -157,16 +157,16 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def _rotary(
         self, x_BTD: torch.Tensor, position_ids: torch.Tensor | None, cache: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rotary tables of all layers.
+        """Returns the rotary tables, which all layers share.
 
-        They are those of `position_ids` (B, T) for packed samples, and otherwise (None) those of
-        the slots that follow the cache.
+        The positions of packed samples are `position_ids` (B, T). With None, positions continue
+        those of the tokens in the cache, which include padding.
         """
         config, length, packed = self.config, x_BTD.shape[1], position_ids is not None
         if not packed:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(length, device=x_BTD.device) + past)[None]
-        alpha, logn_above = 1, None  # the original applies neither rule in training
+        alpha, logn_above = 1, None  # the original Qwen-VL code uses both only for inference
         if config.use_dynamic_ntk and not self.training:
             if packed:
                 length = int(position_ids.max()) + 1
@@ -184,23 +184,23 @@ class QwenVLModel(QwenVLPreTrainedModel):
     def encode_images(
         self, pixel_values: torch.Tensor, run_block: RunBlock | None = None
     ) -> torch.Tensor:
-        """Encodes images (N, 3, S, S) as (N, Q, D); `run_block` as in `VisionTower.encode`.
+        """Encodes images (N, 3, S, S) as (N, Q, D). For `run_block`, see `VisionTower.encode`.
 
-        A frozen tower saves nothing for gradients and computes in its own precision, not in that of
-        autocast. Its features are then the same in every run, so they may be stored.
+        A frozen vision tower saves no activations, and computes in the precision of its weights
+        instead of the autocast precision. Its features are therefore the same in every run, and may
+        be stored.
         """
         encode = self.visual
         if run_block is not None:
             encode = partial(self.visual.encode, run_block=run_block)
-        trains = any(tensor.requires_grad for tensor in self.visual.parameters())
-        if trains or pixel_values.requires_grad:
+        is_trained = any(tensor.requires_grad for tensor in self.visual.parameters())
+        if is_trained or pixel_values.requires_grad:
             return encode(pixel_values)
         with torch.no_grad(), no_autocast(pixel_values.device):
             return encode(pixel_values)
 
     def _other_ranks_wait_for_tower(self) -> bool:
-        """Whether other ranks would block on this rank's vision tower: on its gradients (DDP) or on
-        its shards (FSDP)."""
+        """Returns whether other ranks block on this rank's gradients (DDP) or shards (FSDP)."""
         return any(
             tensor.requires_grad or isinstance(tensor, DTensor)
             for tensor in self.visual.parameters()
@@ -215,16 +215,16 @@ class QwenVLModel(QwenVLPreTrainedModel):
         positions: torch.Tensor | None,
         features: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Returns the embeddings with image tokens written over those at `positions`."""
+        """Returns the embeddings, in which those at `positions` are replaced by image tokens."""
         if pixel_values is not None and features is not None:
             raise ValueError("give either pixel_values or vision_features")
         has_images = pixel_values is not None or features is not None
         if has_images and cache is not None and cache.get_seq_length() > 0:
-            pixel_values = features = None  # the cache contains them already
+            pixel_values = features = None  # the images are part of the cached tokens
         if pixel_values is not None and len(pixel_values):
             features = self.encode_images(pixel_values)
         elif features is None and self.training and self._other_ranks_wait_for_tower():
-            # Other ranks may have images. One patch is enough to reach every parameter.
+            # Other ranks may have images. An image of one patch uses every parameter.
             patch_size = self.visual.patch_size
             blank = x_BTD.new_zeros(1, 3, patch_size, patch_size)
             x_BTD = x_BTD + 0 * self.encode_images(blank).mean()
@@ -236,12 +236,12 @@ class QwenVLModel(QwenVLPreTrainedModel):
 
 
 class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
-    """Qwen-VL with its language model head: logits, losses and `generate`.
+    """Qwen-VL with its language model head, which computes logits and losses and generates.
 
     >>> model = QwenVLForCausalLM.from_pretrained("Qwen/Qwen-VL-Chat")  # doctest: +SKIP
     """
 
-    # Applies only if `config.tie_word_embeddings`.
+    # transformers uses this mapping only if `config.tie_word_embeddings` is true.
     _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: QwenVLConfig):
@@ -271,37 +271,38 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         """Computes logits, and a loss if `labels` are given.
 
         Args:
-            input_ids, inputs_embeds: (B, T) or (B, T, D), one of the two.
-            attention_mask: (B, past + T), 0 at padding; or the mask that `generate` made of it.
-            position_ids: (B, T), restarting with every sample of packed rows. They are used only
-                without mask and cache. Otherwise positions are slots, counted from the start of
-                the row with its padding, as in the original.
-            past_key_values: a cache; images are ignored unless it is empty.
+            input_ids, inputs_embeds: (B, T) or (B, T, D). Exactly one of the two is given.
+            attention_mask: (B, past + T), 0 for padding, or what `generate` derives from it.
+            position_ids: (B, T), starting at 0 for every sample of a packed row. They are used only
+                without attention mask and cache. Otherwise, as in the original Qwen-VL code,
+                positions are counted from the first token of a row, including padding.
+            past_key_values: a KV cache. Images are ignored if the cache is not empty.
             pixel_values: (N, 3, S, S), all images in the order of their tokens.
-            vision_positions: (M,), flat indices into B * T of the image tokens. Without them the
-                tokens are located in `input_ids`, which synchronizes.
+            vision_positions: (M,), flat indices into B * T of the image tokens. Without this
+                argument, image tokens are located in `input_ids`, which synchronizes.
             vision_features: (N, Q, D) from `get_image_features`, in place of `pixel_values`.
-            labels: (B, T), not shifted; -100 where a token is not supervised.
+            labels: (B, T), not shifted, -100 for tokens that are not supervised.
             target_positions: (count,), flat indices into B * T of the tokens whose successors are
-                supervised. Logits are then computed for these alone, (count, V); the loss is the
-                same.
-            num_items_in_batch: divides the sum of the losses of all supervised tokens; without it
-                the loss is their mean.
-            use_cache: whether to fill and return a cache. By default it follows the config in
-                evaluation without labels, and is off otherwise; packed rows never have a cache.
-            logits_to_keep: how many logits to compute, counted from the end (0: all), or their
-                indices.
-            kwargs: with `position_ids`, the bounds (n + 1,) of packed samples as `cu_seq_lens_q`
-                and `cu_seq_lens_k`, and the longest sample as `max_length_q` and `max_length_k`.
-                Kernels that take them need no mask; the results are the same.
+                supervised. Only the logits (count, V) of these tokens are then computed. The loss
+                is the same.
+            num_items_in_batch: the divisor of the summed losses of all supervised tokens. By
+                default, the loss is their mean.
+            use_cache: whether to fill and return a cache. By default, `config.use_cache` decides in
+                evaluation mode without labels, and otherwise there is no cache. Packed rows never
+                have one.
+            logits_to_keep: the number of logits to compute, counted from the end (0 computes all),
+                or the indices of these logits.
+            kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, the bounds (n + 1,) of packed samples, and
+                `max_length_q` and `max_length_k`, the length of the longest sample. They accompany
+                `position_ids`. Kernels that use them need no mask, and the results are the same.
 
         Raises:
-            ValueError: images, their tokens and positions disagree, or no token is supervised.
+            ValueError: images, image tokens and positions do not match, or no token is supervised.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        targeted = labels is not None and target_positions is not None
-        if not targeted:
+        only_targets = labels is not None and target_positions is not None
+        if not only_targets:
             target_positions = None
         elif not len(target_positions):
             raise ValueError("target_positions is empty: no token of this batch is supervised")
@@ -319,18 +320,18 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss = None
-        x_BTD = outputs.last_hidden_state  # (count, D) if targeted
+        x_BTD = outputs.last_hidden_state  # (count, D) if only_targets
         kwargs["vocab_size"] = self.config.vocab_size
         kwargs["num_items_in_batch"] = num_items_in_batch
-        if targeted:
+        if only_targets:
             logits = self.lm_head(x_BTD)
             targets = labels.flatten().index_select(0, target_positions + 1)
             loss = self.loss_function(logits, labels=None, shift_labels=targets, **kwargs)
         else:
-            kept = logits_to_keep
+            indices = logits_to_keep
             if isinstance(logits_to_keep, int):
-                kept = slice(-logits_to_keep, None)
-            logits = self.lm_head(x_BTD[:, kept])
+                indices = slice(-logits_to_keep, None)
+            logits = self.lm_head(x_BTD[:, indices])
             if labels is not None:
                 loss = self.loss_function(logits, labels=labels, **kwargs)
         return CausalLMOutputWithPast(
@@ -348,7 +349,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         vision_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the input (B, T, D) of the first block for ids (B, T) and encoded images."""
+        """Returns the input (B, T, D) of the first block for ids (B, T) and image features."""
         x_BTD = self.transformer.wte(input_ids)
         return self.transformer.insert_images(
             x_BTD, input_ids, None, None, vision_positions, vision_features
@@ -357,18 +358,19 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
     def get_image_features(
         self, pixel_values: torch.Tensor, run_block: RunBlock | None = None
     ) -> torch.Tensor:
-        """Encodes images (N, 3, S, S) as the `vision_features` (N, Q, D) of `forward`.
+        """Encodes images (N, 3, S, S) as the argument `vision_features` (N, Q, D) of `forward`.
 
-        `run_block` is the one of `VisionTower.encode`.
+        For `run_block`, see `VisionTower.encode`.
         """
         return self.transformer.encode_images(pixel_values, run_block)
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, prompt_length=None, **kwargs
     ):
-        """Passes images with the prompt alone, because afterwards the cache contains them.
+        """Passes the images to the first step only, because the cache contains them afterwards.
 
-        Without a cache they are passed in every step, in rows that have become longer.
+        Without a cache, images are passed in every step. Rows become longer in each step, so their
+        flat positions change.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -389,7 +391,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
     ):
-        """Repeats rows for beams and for several answers to a row; each image is encoded once."""
+        """Repeats rows for beams and for several answers per row, and encodes each image once."""
         pixel_values, positions, features = (kwargs.pop(name, None) for name in IMAGES)
         images = pixel_values if features is None else features
         embeds = kwargs.get("inputs_embeds")
@@ -416,7 +418,7 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
 
 
 def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the network's tensors in files, the published layout."""
+    """Returns the names and shapes that the network's tensors have in checkpoint files."""
     shapes = {}
     for name, tensor in model.state_dict().items():
         projection = re.search(r"attn\.([qkv])_proj\.", name)
@@ -431,13 +433,13 @@ def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
 
 
 def _join_projections(kind: str) -> WeightConverter:
-    """In files, the input projections of `CrossAttention` are one tensor: q, k and v in a row."""
+    """Maps the three projections of `CrossAttention` to the single tensor in files."""
     names = [f"attn.{letter}_proj.{kind}" for letter in "qkv"]
     return WeightConverter(f"attn.in_proj_{kind}", names, [Chunk(dim=0)])
 
 
-# By class and not by model type, because peft rewrites the adapters of model types that have
-# conversions.
+# Registered by class name and not by model type, because peft rewrites the adapters of model types
+# that have conversions.
 register_checkpoint_conversion_mapping(
     QwenVLForCausalLM.__name__,
     [_join_projections("weight"), _join_projections("bias")],

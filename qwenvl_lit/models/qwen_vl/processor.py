@@ -18,7 +18,7 @@ from qwenvl_lit.bounds import check_number
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
 from qwenvl_lit.models.chatml import ChatML, Message, Piece, Supervise, truncate_left, with_system
 from qwenvl_lit.models.protocols import FeatureSource
-from qwenvl_lit.models.qwen_vl.image_processing import resized
+from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import (
     Conversation,
@@ -169,7 +169,7 @@ class QwenVLProcessor:
 
     def pixels(self, image: ImageSource) -> torch.Tensor:
         """Returns the resized image, (image_size, image_size, 3) uint8."""
-        return resized(image.open(), self.image_size)
+        return resize_image(image.open(), self.image_size)
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns ids as text; special tokens by name, nothing between the tags of an image."""

@@ -1,7 +1,10 @@
-"""The image side of Qwen-VL: a vision transformer encodes patches, a resampler turns the patches of
-an image into a fixed number of tokens."""
+"""The vision tower of Qwen-VL.
 
-# N images, S side of an image in pixels, P patches, Q queries (tokens of an image),
+A vision transformer encodes the patches of an image. A resampler converts the encoded patches to a
+fixed number of tokens.
+"""
+
+# N images, S image side in pixels, P patches, Q queries (tokens of an image),
 # C width of the tower, D width of the language model, H heads, K head width
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 EPSILON = 1e-6
-POSITIONS = 256  # entries of the tower's position table, 16 x 16 in every published file
+POSITIONS = 256  # positions of the tower's embedding table, 16 x 16 in all published checkpoints
 
 RunBlock: TypeAlias = "Callable[[VisionBlock, torch.Tensor], torch.Tensor]"
 
@@ -28,10 +31,11 @@ class VisionTower(nn.Module):
     """Images (N, 3, S, S) -> image tokens (N, Q, D). S may be any multiple of the patch size.
 
     Args:
-        spatial_start: scale of a spatial initialization for small networks trained from scratch;
-            None in the published networks. Position embeddings start as sines and cosines, and
-            query and key projections of the resampler as one orthogonal matrix times this scale,
-            so that each query attends to its own location.
+        spatial_start: the scale of a spatial initialization, for small networks that are trained
+            from scratch. None in the published models. With a scale, position embeddings start as
+            sines and cosines, and the query and key projections of the resampler both start as the
+            same orthogonal matrix times the scale. Each query then attends to its own location at
+            the start of training.
     """
 
     def __init__(
@@ -63,12 +67,17 @@ class VisionTower(nn.Module):
         """Encodes normalized pixels (N, 3, S, S) as (N, Q, D).
 
         Raises:
-            ValueError: the pixels have another shape, or S is no multiple of the patch size.
+            ValueError: the pixels have another shape, or S is not a multiple of the patch size.
         """
         return self.encode(pixel_values)
 
     def encode(self, pixel_values: torch.Tensor, run_block: RunBlock | None = None) -> torch.Tensor:
-        """`forward` with a choice of how each block runs, for example compiled."""
+        """Encodes images as `forward` does.
+
+        Args:
+            run_block: called for each block with the block and its input, and returns its output.
+                By default, the block is called. The decoder passes a compiled function.
+        """
         shape = pixel_values.shape
         if len(shape) != 4 or shape[2] != shape[3] or shape[3] % self.patch_size:
             expected = f"(N, 3, S, S) with S a multiple of {self.patch_size}"
@@ -83,7 +92,7 @@ class VisionTower(nn.Module):
 class VisionBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block, (N, P, C) -> (N, P, C)."""
 
-    dynamic_dims = (0,)  # images: their number differs from batch to batch
+    dynamic_dims = (0,)  # N, which differs between batches
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -100,7 +109,7 @@ class VisionBlock(GradientCheckpointingLayer):
         return self.compute(x_NPC)
 
     def compute(self, x_NPC: torch.Tensor) -> torch.Tensor:
-        """The part of `forward` that may be compiled, as `LanguageBlock.compute`."""
+        """Computes the block. This method may be compiled, see `LanguageBlock.compute`."""
         x_NPC = x_NPC + self.attn(self.ln_1(x_NPC))
         return x_NPC + self.mlp(self.ln_2(x_NPC))
 
@@ -108,7 +117,7 @@ class VisionBlock(GradientCheckpointingLayer):
 class VisionAttention(nn.Module):
     """Self-attention over all patches, (N, P, C) -> (N, P, C).
 
-    The rows of `in_proj` are interleaved: q, k, v of head 0, then q, k, v of head 1, ...
+    The output channels of `in_proj` are q, k and v of head 0, then q, k and v of head 1, and so on.
     """
 
     def __init__(self, width: int, heads: int):
@@ -125,10 +134,10 @@ class VisionAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Trained queries attend to the patches of an image, (N, P, C) -> (N, Q, D).
+    """Cross-attention of trained queries to the patches of an image, (N, P, C) -> (N, Q, D).
 
-    Positions are added to queries and keys, not to values. Their table is stored with the weights
-    but never trained, hence a buffer.
+    Position embeddings are added to queries and keys, not to values. Their table is a buffer,
+    because it is saved with the weights but never trained.
     """
 
     def __init__(
@@ -137,7 +146,7 @@ class Resampler(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(n_queries, dim))
         self.register_buffer("pos_embed", torch.empty(n_queries, dim))
-        self.kv_proj = nn.Identity()  # as the original, which then has no weight either
+        self.kv_proj = nn.Identity()  # has no weight, as in the published checkpoints
         if patch_dim != dim:
             self.kv_proj = nn.Linear(patch_dim, dim, bias=False)
         self.spatial_start = spatial_start
@@ -154,11 +163,12 @@ class Resampler(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Q queries attend to P patches.
+    """Attention of Q queries to P patches.
 
-    In files the three input projections are one tensor, `in_proj_weight`, and one bias. Here each
-    is a linear layer, so that adapters reach it and each input is projected only as needed.
-    `models.qwen_vl.network` has transformers split them on loading and join them on saving.
+    In checkpoint files, the three input projections are a single weight, `in_proj_weight`, and a
+    single bias. In this class, each projection is a linear layer, so that adapters can wrap it and
+    no input is projected more often than necessary. `models.qwen_vl.network` registers a conversion
+    with which transformers splits the projections on loading and joins them on saving.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -172,7 +182,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, query_QD: torch.Tensor, key_NPD: torch.Tensor, value_NPD: torch.Tensor
     ) -> torch.Tensor:
-        """Returns (N, Q, D); all images share the queries."""
+        """Returns the attention output (N, Q, D). All images share the queries."""
         q_HQK = self.q_proj(query_QD).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         k_NHPK = self.k_proj(key_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v_NHPK = self.v_proj(value_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -182,9 +192,9 @@ class CrossAttention(nn.Module):
 
 
 def resize_positions(table: torch.Tensor, patches: int) -> torch.Tensor:
-    """Interpolates a square grid of positions (G * G, C) bicubically to (P, C).
+    """Interpolates a square grid of position embeddings (G * G, C) bicubically to (P, C).
 
-    A table that has as many positions as there are patches is returned itself.
+    If G * G = P, the table is returned unchanged.
     """
     if len(table) == patches:
         return table
@@ -194,9 +204,10 @@ def resize_positions(table: torch.Tensor, patches: int) -> torch.Tensor:
 
 @lru_cache
 def _interpolation(positions: int, patches: int, device: torch.device) -> torch.Tensor:
-    """Bicubic interpolation as a matrix: the weight of each position for each patch, (P, G * G).
+    """Returns bicubic interpolation as a matrix (P, G * G): weights of positions for each patch.
 
-    Torch's own kernel takes 14 ms for a table on an H100, more than a matmul.
+    Multiplying by this matrix is faster than torch's interpolation kernel, which takes 14 ms for a
+    table on an H100.
     """
     grid, side = math.isqrt(positions), math.isqrt(patches)
     with torch.inference_mode(False):  # the matrix may be saved for a backward pass later
@@ -207,16 +218,17 @@ def _interpolation(positions: int, patches: int, device: torch.device) -> torch.
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Disables autocast on `device`, so that modules compute in the precision of their weights."""
+    """Returns a context manager that disables autocast on `device`."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def sine_cosine_positions(positions: int, dim: int) -> torch.Tensor:
-    """Returns the fixed embedding (positions, dim) of a square grid in reading order.
+    """Returns the fixed embeddings (positions, dim) of a square grid in reading order.
 
-    The first half of the channels are sines and cosines of x, the second half those of y.
+    The first half of the channels are sines and cosines of x. The second half are sines and cosines
+    of y.
 
     >>> sine_cosine_positions(4, 4)[1]  # at x = 1, y = 0
     tensor([0.8415, 0.5403, 0.0000, 1.0000])

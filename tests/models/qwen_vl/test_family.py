@@ -7,7 +7,7 @@ from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.image_processing import normalized, preprocess
+from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.types import (
@@ -184,7 +184,9 @@ def test_images_keep_their_numbers_when_old_turns_are_left_out():
         "<|im_start|>user\nPicture 2: <img></img>\nsecond<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert torch.equal(normalized(prompt.vision["pixel_values"])[0], preprocess(BLUE.open(), SIDE))
+    assert torch.equal(
+        normalize_pixels(prompt.vision["pixel_values"])[0], preprocess(BLUE.open(), SIDE)
+    )
     assert len(prompt.vision_positions) == SPAN
 
 

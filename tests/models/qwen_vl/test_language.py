@@ -36,8 +36,8 @@ def test_rotary_rotates_channel_i_with_channel_i_plus_half():
 
 def test_rotary_scores_depend_only_on_the_distance():
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    slots = torch.arange(100)[None]
-    tables = rotary_tables(slots, head_dim=16, base=10000)
+    positions = torch.arange(100)[None]
+    tables = rotary_tables(positions, head_dim=16, base=10000)
     everywhere = torch.stack((q, k)).view(1, 1, 2, 1, 16).expand(1, 100, 2, 1, 16)
     qk = rotate(everywhere, *tables)[0, :, :, 0]
     scores = qk[:, 0] @ qk[:, 1].T
@@ -47,9 +47,9 @@ def test_rotary_scores_depend_only_on_the_distance():
 
 
 def test_alpha_stretches_the_slowest_channel_and_not_the_fastest():
-    first_slot = torch.tensor([[1]])
-    _, sines = rotary_tables(first_slot, head_dim=64, base=10000)
-    _, stretched = rotary_tables(first_slot, head_dim=64, base=10000, alpha=3)
+    first_position = torch.tensor([[1]])
+    _, sines = rotary_tables(first_position, head_dim=64, base=10000)
+    _, stretched = rotary_tables(first_position, head_dim=64, base=10000, alpha=3)
     angles, stretched_angles = sines.flatten().asin(), stretched.flatten().asin()
     torch.testing.assert_close(angles[0], stretched_angles[0])
     torch.testing.assert_close(angles[-1], stretched_angles[-1] * 3)
@@ -57,9 +57,9 @@ def test_alpha_stretches_the_slowest_channel_and_not_the_fastest():
 
 def test_logn_scales_queries_above_the_training_length_and_no_keys():
     x = torch.ones(1, 40, 2, 1, 4)
-    slots = torch.arange(40)[None]
-    plain = rotate(x, *rotary_tables(slots, head_dim=4, base=10000))
-    scaled = rotate(x, *rotary_tables(slots, head_dim=4, base=10000, logn_above=10))
+    positions = torch.arange(40)[None]
+    plain = rotate(x, *rotary_tables(positions, head_dim=4, base=10000))
+    scaled = rotate(x, *rotary_tables(positions, head_dim=4, base=10000, logn_above=10))
     torch.testing.assert_close(scaled[:, :, 1], plain[:, :, 1])
     torch.testing.assert_close(scaled[:, :10, 0], plain[:, :10, 0])
     torch.testing.assert_close(scaled[:, 19, 0], plain[:, 19, 0] * math.log(20) / math.log(10))
@@ -145,8 +145,8 @@ def _segments(query, key, value, bounds, longest, is_causal, scale) -> Iterator[
 
 def packed_row(lengths: list[int]) -> tuple[dict, dict]:
     """Arguments of a block for segments of these lengths: with a mask, and with bounds."""
-    slots = torch.cat([torch.arange(length) for length in lengths])[None]
-    rotary = rotary_tables(slots, head_dim=8, base=10000)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    rotary = rotary_tables(positions, head_dim=8, base=10000)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
     mask = (segment[:, None] == segment) & causal

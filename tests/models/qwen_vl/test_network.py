@@ -189,9 +189,9 @@ def test_an_image_changes_only_later_tokens_of_its_own_row(model, talk):
         (IMAGE + IMAGE, "1 images, but the text has 2 <img> and 2 </img>"),
         (
             [IMG, *[IMG_PAD] * 3, IMG_END],
-            r"an image takes 4 tokens, but those between <img> and </img> are \[3\]",
+            r"an image has 4 tokens, but the numbers of tokens between <img> and </img> are \[3\]",
         ),
-        ([IMG_END, *[IMG_PAD] * 4, IMG], "an image takes 4 tokens"),
+        ([IMG_END, *[IMG_PAD] * 4, IMG], "an image has 4 tokens"),
     ],
 )
 def test_a_text_whose_image_tokens_do_not_match_the_images_is_refused(model, row, message):
