@@ -91,7 +91,7 @@ def main(config: DictConfig) -> None:
             config=settings,
             merged=config.merge,
             dtype=dtype,
-            compared="; ".join(notes),
+            comparison="; ".join(notes),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         checksums.write_sums(folder)

@@ -181,7 +181,8 @@ def measure_prediction(arguments: argparse.Namespace) -> Measured:
         assert [json.loads(line)["index"] for line in lines] == list(range(arguments.rows))
     rate = r"([\d.]+) images/s, (\d+) new tokens/s"
     all_rows = re.search(rf"predict: (\d+) rows in ([\d.]+) s, {rate}", run.stdout)
-    warm = re.search(rf"first batch, of ([\d.]+) s: {rate}; loading took ([\d.]+) s", run.stdout)
+    loading = r"loading took ([\d.]+) s"
+    warm = re.search(rf"first batch, which took ([\d.]+) s: {rate}; {loading}", run.stdout)
     assert all_rows, run.stdout
     assert warm, run.stdout
     return {

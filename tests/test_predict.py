@@ -17,7 +17,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import answered_rows
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.reports.scores import answers
+from qwenvl_lit.reports.scores import read_predictions
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
@@ -162,7 +162,7 @@ def test_answers_are_scored_whatever_line_separators_the_questions_hold(
         processor=module.processor, read=lambda source, read_options: rows, test="any"
     )
     predict(tmp_path, module, datamodule, PredictionWriter())
-    predictions = answers(tmp_path / "predictions.jsonl", {"test": rows}, module.processor)
+    predictions = read_predictions(tmp_path / "predictions.jsonl", {"test": rows}, module.processor)
     assert [row.conversation.id for row in predictions["test"]] == [row.id for row in rows]
     assert [row.reference for row in predictions["test"]] == [f"c{character}"] * 2
 
@@ -182,8 +182,9 @@ def test_answers_to_other_rows_are_refused(module, tmp_path):
 def test_speed_is_printed_with_and_without_the_first_batch(module, tmp_path, capsys):
     predict(tmp_path, module, data(module), Throughput())
     speed = r"[\d.]+ images/s, \d+ new tokens/s"
-    total, loading = rf"predict: 7 rows in [\d.]+ s, {speed}\n  ", r"loading took [\d.]+ s before\n"
-    without_first = rf"without the first batch, of [\d.]+ s: {speed}; "
+    total = rf"predict: 7 rows in [\d.]+ s, {speed}\n  "
+    loading = r"loading took [\d.]+ s before that\n"
+    without_first = rf"without the first batch, which took [\d.]+ s: {speed}; "
     assert re.fullmatch(total + without_first + loading, capsys.readouterr().out)
     predict(tmp_path, module, data(module, batch_size=7), Throughput())
     assert re.fullmatch(total + loading, capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Images with predicted and expected boxes, as files."""
+"""Draws predicted and expected boxes on images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from qwenvl_lit.types import Batch, Prediction
 
 
 class BoxDrawer(lightning.Callback):
-    """Draws the boxes of answers to `boxes/SET/INDEX.png` in the run folder.
+    """Writes images with the boxes of answers to `boxes/SET/INDEX.png` in the run folder.
 
-    Predicted boxes are solid, expected ones dashed; images without boxes are skipped. In a
-    conversation with several images the file of image k > 0 is `INDEX_k.png`. Rank 0 draws its
-    share of the rows.
+    SET is the name of the test set, and INDEX the index of the row. In a conversation with several
+    images, the file of image k > 0 is `INDEX_k.png`. Predicted boxes are solid, and expected boxes
+    are dashed. Images without boxes are skipped. The answers are those of rank 0.
 
     Args:
-        limit: how many images of each set are drawn, the first ones.
+        limit: the maximum number of images per test set.
     """
 
     def __init__(self, limit: int = 16):
         self.limit = limit
-        self._counts: Counter[str] = Counter()  # drawn images of each set
+        self._counts: Counter[str] = Counter()  # number of images drawn so far, by test set
 
     def on_test_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -1,4 +1,4 @@
-"""Plots of what a run has logged, one image per scalar."""
+"""Plots the logged values of a run, one image per value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from qwenvl_lit.callbacks.run_log import LOG, read_log
 
 NOT_PLOTTED = {"step", "total", "epoch", "elapsed_s", "remaining_s"}
-AXIS_LABELS = {  # of other scalars, their name
+AXIS_LABELS = {  # the label of any other value is its name
     "loss": "loss (nats per token)",
     "accuracy": "next-token accuracy",
     "grad_norm": "gradient norm before clipping",
@@ -21,24 +21,24 @@ AXIS_LABELS = {  # of other scalars, their name
     "samples_per_second": "samples / s",
     "tokens_per_second": "tokens / s, without padding",
     "supervised_tokens_per_second": "supervised tokens / s",
-    "padding_share": "share of padding",
-    "waiting_share": "share of time waiting for data",
+    "padding_share": "fraction of padding",
+    "waiting_share": "fraction of time waiting for data",
     "tflop_per_second": "TFLOP / s per device",
     "mfu": "model FLOPs utilization",
     "compilations": "compiled graphs",
     "memory_gib": "peak memory (GiB)",
 }
 SMOOTHED = {"loss", "accuracy", "grad_norm"}
-SMOOTHING = 0.9  # as in ms-swift and TensorBoard
-TRAINING_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d95f02"
+SMOOTHING = 0.9  # weight of earlier values, computed as in ms-swift and TensorBoard
+TRAINING_COLOR, VALIDATION_COLOR = "#1f77b4", "#d95f02"
 
 Points = tuple[list[int], list[float]]  # steps and values
 
 
 class Curves(lightning.Callback):
-    """Plots the log of the run when training ends, also after an error or an interrupt.
+    """Plots the logged values when training ends, also after an error or an interrupt.
 
-    It reads what `RunLog` has written.
+    The values are read from the file that `RunLog` writes.
     """
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -59,10 +59,10 @@ class Curves(lightning.Callback):
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Writes `NAME.png` for each scalar of the records, and returns the files.
+    """Writes a file `NAME.png` for each value NAME in the records, and returns the files.
 
-    Validation (`val/NAME`) is drawn as points in the image of NAME. Noisy scalars are drawn twice,
-    raw in a light colour and smoothed. Missing values and null are left out.
+    Validation values, `val/NAME`, are points in the image of NAME. Noisy values are drawn twice:
+    unsmoothed in a light color, and smoothed. Missing values and null are left out.
     """
     names: dict[str, None] = {}  # in order of appearance
     for record in records:
@@ -81,7 +81,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Returns the exponential moving average without a bias towards the first value.
+    """Returns the exponential moving average with bias correction.
 
     >>> smooth([1.0, 1.0, 4.0], 0.5)
     [1.0, 1.0, 2.7142857142857144]
@@ -110,12 +110,12 @@ def _plot(name: str, training: Points, validation: Points) -> Figure:
     if steps and name in SMOOTHED:
         smoothed = smooth(values, SMOOTHING)
         label = f"training, smoothed ({SMOOTHING})"
-        axes.plot(steps, values, color=TRAINING_COLOUR, alpha=0.3, linewidth=1, label="training")
-        axes.plot(steps, smoothed, color=TRAINING_COLOUR, linewidth=2, label=label)
+        axes.plot(steps, values, color=TRAINING_COLOR, alpha=0.3, linewidth=1, label="training")
+        axes.plot(steps, smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
     elif steps:
-        axes.plot(steps, values, color=TRAINING_COLOUR, linewidth=1.5, label="training")
+        axes.plot(steps, values, color=TRAINING_COLOR, linewidth=1.5, label="training")
     if validation[0]:
-        style = {"color": VALIDATION_COLOUR, "marker": "o", "markersize": 5, "linewidth": 1}
+        style = {"color": VALIDATION_COLOR, "marker": "o", "markersize": 5, "linewidth": 1}
         axes.plot(*validation, **style, label="validation")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(AXIS_LABELS.get(name, name))

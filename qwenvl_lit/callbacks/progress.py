@@ -1,4 +1,4 @@
-"""The progress bar of a terminal."""
+"""The progress bar in the terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ LABELS = {  # logged name -> label on the bar
     "train/samples_per_second": "samples/s",
     "val/loss": "val loss",
 }
-REFRESH_S = 1.0  # reading a logged value synchronizes with the device
+REFRESH_S = 1.0  # seconds between reads of logged values, because each read synchronizes
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with the end of the run as its end, if `trainer.max_steps` is in an epoch.
+    """Lightning's progress bar with two corrections.
 
-    Lightning's own bar counts a whole epoch, and with `trainer.max_epochs=-1` takes steps for
-    batches. It also synchronizes with the device in every step to show values that are logged "to
-    the bar"; this one reads them once a second.
+    - If `trainer.max_steps` ends the run within an epoch, the bar ends at this step. Lightning's
+      bar ends at the end of the epoch, and confuses steps and batches if `trainer.max_epochs=-1`.
+    - Logged values are read once per second. Lightning's bar reads them in every step, and
+      synchronizes to do so.
     """
 
     def __init__(self, **options):
@@ -51,9 +52,10 @@ class ProgressBar(RichProgressBar):
         return min(batches, steps_left * accumulated)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Lightning's "Epoch 0/-2" without the "/-2" of a run that has no last epoch.
+        """Removes the "/-2" of Lightning's "Epoch 0/-2" if the run has no last epoch.
 
-        Lightning has no public way to change it; `test_progress.py` fails if it gets another name.
+        Lightning has no public method for this. `test_progress.py` fails if Lightning renames this
+        one.
         """
         description = super()._get_train_description(current_epoch)
         return description.replace("/-2", "") if self.trainer.max_epochs == -1 else description

@@ -1,4 +1,4 @@
-"""A sheet of validation answers at each validation, to see at a glance what the model can do."""
+"""Draws a sheet of example answers at each validation."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from qwenvl_lit.rendering.text import images_with_boxes, readable
 from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction
 
 COLUMNS = 4
-CELL_PX = 320  # width of a cell, and largest side of its image
+CELL_PX = 320  # width of a cell, and maximum side of its image
 MARGIN_PX = 12
 TEXT_PX = 14
 LINE_PX = TEXT_PX + 5
-MAX_LINES = 6  # of each text
-MAX_CHARACTERS = 80  # of a line
-CORRECT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"  # colours of texts
+MAX_LINES = 6  # lines of each text
+MAX_CHARACTERS = 80  # characters of a line
+CORRECT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"  # text colors
 
-ColouredText = tuple[str, str]  # text and colour
+ColoredText = tuple[str, str]  # text and color
 
 
 class SampleVisualiser(lightning.Callback):
-    """Writes `samples/step_STEP.png` to the run folder: the first answers of each validation.
+    """Writes the first answers of each validation to `samples/step_STEP.png` in the run folder.
 
-    The sheet is drawn by `contact_sheet`. Validation steps that return None, without generation,
-    are skipped. Rank 0 shows its share of the rows.
+    `contact_sheet` draws the answers. Validation steps without generation, which return None, are
+    skipped. The answers are those of rank 0.
 
     Args:
-        count: answers on a sheet.
+        count: the number of answers on a sheet.
     """
 
     def __init__(self, count: int = 8):
@@ -66,10 +66,10 @@ class SampleVisualiser(lightning.Callback):
 
 
 def contact_sheet(predictions: Sequence[Prediction]) -> Image.Image:
-    """Draws answers in rows of four: image with boxes, question, answer and expected answer.
+    """Draws answers in rows of four, each with image, question, answer and expected answer.
 
-    Predicted boxes are solid, expected ones dashed. The answer is green if it equals the expected
-    one or a reference, else red. Long texts end in an ellipsis.
+    Predicted boxes are solid, and expected boxes are dashed. An answer is green if it equals the
+    expected answer or a reference, and otherwise red. Long texts are cut and end in an ellipsis.
     """
     cells = [_cell(prediction) for prediction in predictions]
     rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
@@ -87,7 +87,7 @@ def contact_sheet(predictions: Sequence[Prediction]) -> Image.Image:
 
 
 def _height(row: Sequence[Image.Image]) -> int:
-    """The height of a row of cells and the margin below it."""
+    """Returns the height of a row of cells, including the margin below it."""
     return max(cell.height for cell in row) + MARGIN_PX
 
 
@@ -98,43 +98,43 @@ def _cell(prediction: Prediction) -> Image.Image:
         index = boxed[0] if boxed else 0
         image = draw_prediction(prediction, index, largest_side_px=CELL_PX)
         top = image.height + 6
-    lines: list[ColouredText] = []
-    for text, colour in _texts(prediction):
+    lines: list[ColoredText] = []
+    for text, color in _texts(prediction):
         for line in _wrap(text):
-            lines.append((line, colour))
+            lines.append((line, color))
     cell = Image.new("RGB", (CELL_PX, top + LINE_PX * len(lines)), "white")
     if image:
         cell.paste(image, ((CELL_PX - image.width) // 2, 0))
     draw = ImageDraw.Draw(cell)
-    for index, (line, colour) in enumerate(lines):
-        draw.text((0, top + index * LINE_PX), line, fill=colour, font=_font_for(line))
+    for index, (line, color) in enumerate(lines):
+        draw.text((0, top + index * LINE_PX), line, fill=color, font=_font_for(line))
     return cell
 
 
-def _texts(prediction: Prediction) -> list[ColouredText]:
-    """Question, answer and, if there is one, the expected answer."""
+def _texts(prediction: Prediction) -> list[ColoredText]:
+    """Returns question, answer and, if it exists, expected answer, each with its color."""
     conversation = prediction.conversation
     answer = prediction.text.strip()
     references = [text.strip() for text in conversation.references]
     if prediction.reference is not None:
         references.insert(0, prediction.reference.strip())
-    colour = PLAIN
+    color = PLAIN
     if references:
-        colour = CORRECT if answer in references else WRONG
-    texts = [(f"Question: {_question(conversation)}", PLAIN), (f"Answer: {answer}", colour)]
+        color = CORRECT if answer in references else WRONG
+    texts = [(f"Question: {_question(conversation)}", PLAIN), (f"Answer: {answer}", color)]
     if references:
         texts.append((f"Expected: {references[0]}", PLAIN))
     return texts
 
 
 def _question(conversation: Conversation) -> str:
-    """The last turn of the prompt without its images."""
+    """Returns the text of the last turn of the prompt."""
     parts = conversation.prompt().turns[-1].parts
     return readable(part for part in parts if not isinstance(part, ImageSource)).strip()
 
 
 def _wrap(text: str) -> list[str]:
-    """At most `MAX_LINES` lines that fit into a cell; a longer text ends in an ellipsis."""
+    """Splits a text into at most `MAX_LINES` lines. A text that is cut ends in an ellipsis."""
     lines = list(islice(_lines(text), MAX_LINES + 1))
     if len(lines) > MAX_LINES:
         lines.pop()
@@ -143,7 +143,7 @@ def _wrap(text: str) -> list[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines that fit into a cell, broken at spaces or, where there are none, anywhere."""
+    """Yields lines that fit into a cell. Words are split only if a line has no space."""
     letters = _font_for(text)
     for paragraph in text.splitlines():
         rest = paragraph
@@ -158,7 +158,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _fitting_characters(text: str, letters: ImageFont.FreeTypeFont) -> int:
-    """The length of the longest start of the text that fits into a cell, at least 1."""
+    """Returns how many characters at the start of `text` fit into a cell, at least 1."""
     end = min(len(text), MAX_CHARACTERS)
     while end > 1 and letters.getlength(text[:end]) > CELL_PX:
         end -= 1

@@ -1,4 +1,4 @@
-"""Speed of training, testing and prediction, and the share of padding."""
+"""Logs the speed of training, and prints the speed of tests and predictions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.models.dynamo import compiled_graphs
 from qwenvl_lit.types import Batch
 
-# Dense bfloat16 FLOP/s from the vendor's data sheets; the first name that matches counts.
-# Lightning's own table has the H100 NVL with sparsity, and does not recognize an H200 by its name.
+# Peak bfloat16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part
+# of the device name determines the peak. Lightning's table has the H100 NVL with sparsity, and does
+# not recognize an H200 by its name.
 PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -29,31 +30,31 @@ PEAKS = (
 
 
 class Snapshot(NamedTuple):
-    """Totals of a training run at one time; two snapshots give the rates between them."""
+    """Totals since the start of training. The difference of two snapshots gives the speed."""
 
     seconds: float
-    data_wait: float  # seconds
-    operations: float = 0.0
+    data_wait: float  # seconds spent waiting for batches
+    flops: float = 0.0
     samples: int = 0
     supervised_tokens: int = 0
     tokens: int = 0  # without padding
-    slots: int = 0  # tokens and padding
+    tokens_with_padding: int = 0
 
 
 class AnswerCounts(NamedTuple):
-    """Totals of a test or prediction on this rank at one time."""
+    """Totals of a test or prediction since its start, on this rank unless stated otherwise."""
 
     seconds: float
     rows: int = 0
     images: int = 0
-    tokens: int = 0  # generated
+    tokens: int = 0  # generated tokens
 
 
 class DataWaitProfiler(PassThroughProfiler):
-    """Sums the seconds in which the training loop waits for batches.
+    """Measures the time for which the training loop waits for batches.
 
-    Lightning reports these times to the Trainer's profiler only. `Throughput` reads them if this is
-    the Trainer's profiler.
+    Lightning reports this time only to the profiler of the Trainer. `Throughput` reads it if the
+    profiler is a `DataWaitProfiler`.
     """
 
     def __init__(self) -> None:
@@ -73,37 +74,38 @@ class DataWaitProfiler(PassThroughProfiler):
 class Throughput(lightning.Callback):
     """Logs the speed of training, and prints the speed of a test or prediction at its end.
 
-    Logs means over the last `window` batches, including data loading and optimizer steps, excluding
-    validation and checkpointing:
+    The logged values are averages over the last `window` batches. They include data loading and
+    optimizer steps, but neither validation nor the writing of checkpoints:
 
     - `train/samples_per_second`, `train/supervised_tokens_per_second` and
-      `train/tokens_per_second` (without padding): of all ranks, estimated as those of rank 0 times
-      the number of ranks
-    - `train/padding_share`: share of padding in `Batch.input_ids`
-    - `train/waiting_share`: share of the time spent waiting for data; nan if the Trainer's profiler
-      is not a `DataWaitProfiler`
-    - `train/tflop_per_second`: the family's operations on one device, in 1e12
-    - `train/mfu`: model FLOPs utilization, the share of the device's peak; nan if it is not known
-    - `train/compilations`: graphs compiled by torch.compile since training began; it keeps growing
-      if shapes keep changing
+      `train/tokens_per_second`, which does not count padding. The speed of all ranks is estimated
+      as the speed of rank 0 times the number of ranks.
+    - `train/padding_share`: the fraction of padding in `Batch.input_ids`.
+    - `train/waiting_share`: the fraction of the time spent waiting for data. NaN if the Trainer's
+      profiler is not a `DataWaitProfiler`.
+    - `train/tflop_per_second`: TFLOP/s of one device, from `Family.flops`.
+    - `train/mfu`: model FLOPs utilization, the fraction of the peak FLOP/s of the device. NaN if
+      the peak is unknown.
+    - `train/compilations`: the number of graphs that torch.compile has compiled since training
+      began. If this number keeps growing, batches keep having new shapes.
 
-    Everything is counted on the host, without synchronizing with the device. The callback belongs
-    before `RunLog`, which writes what has been logged in the step.
+    All values are computed on the host without synchronizing. This callback must come before
+    `RunLog`, which writes the values that were logged in a step.
 
     Attributes:
-        rates: `seconds` and `images_per_second` of the latest test or prediction, of all ranks; on
-            rank 0, at its end.
+        rates: `seconds` and `images_per_second` of the latest test or prediction, over all ranks.
+            They are set on rank 0 at its end.
     """
 
     def __init__(self, window: int = 20):
         self.window = window
         self.rates: dict[str, float] = {}
         self._snapshots: deque[Snapshot] = deque(maxlen=window + 1)
-        self._trained_shares: dict[str, float] = {}  # by component
+        self._trained_fractions: dict[str, float] = {}  # by component
         self._peak = math.nan
         self._graphs_before = 0
         self._loading_start = 0.0
-        # Of a test or prediction: at the start, after the first batch, and after the latest one.
+        # Totals of a test or prediction at its start, after its first and after its latest batch.
         self._start = self._first_batch = self._latest = AnswerCounts(0.0)
 
     def on_train_start(
@@ -112,7 +114,8 @@ class Throughput(lightning.Callback):
         self._snapshots.clear()
         self._peak = peak_flops(trainer.strategy.root_device)
         if hasattr(pl_module, "family"):
-            self._trained_shares = trained_shares(pl_module.model, pl_module.family.components)
+            components = pl_module.family.components
+            self._trained_fractions = trained_fractions(pl_module.model, components)
         self._graphs_before = compiled_graphs()
 
     def on_train_batch_start(
@@ -134,22 +137,22 @@ class Throughput(lightning.Callback):
         batch_idx: int,
     ) -> None:
         last = self._snapshots[-1]
-        operations = math.nan
-        if self._trained_shares:
-            operations = pl_module.family.flops(batch, self._trained_shares)
+        flops = math.nan
+        if self._trained_fractions:
+            flops = pl_module.family.flops(batch, self._trained_fractions)
         now = Snapshot(
             seconds=perf_counter(),
             data_wait=_data_wait(trainer),
-            operations=last.operations + operations,
+            flops=last.flops + flops,
             samples=last.samples + len(batch.conversations),
             supervised_tokens=last.supervised_tokens + len(batch.target_positions),
             tokens=last.tokens + sum(batch.lengths),
-            slots=last.slots + batch.input_ids.numel(),
+            tokens_with_padding=last.tokens_with_padding + batch.input_ids.numel(),
         )
         self._snapshots.append(now)
         rates = self._training_rates(self._snapshots[0], now, trainer.world_size)
         for name, value in rates.items():
-            # As CPU tensors: Lightning would copy plain numbers to the device, and synchronize.
+            # CPU tensors, because Lightning would copy numbers to the device and synchronize.
             pl_module.log(
                 f"train/{name}", torch.tensor(float(value)), batch_size=len(batch.conversations)
             )
@@ -211,11 +214,11 @@ class Throughput(lightning.Callback):
         command = "predict" if trainer.predicting else "test"
         rows = "1 row" if latest.rows == 1 else f"{latest.rows} rows"
         print(f"{command}: {rows} in {seconds:.1f} s, {_answer_rates(self._start, latest)}")
-        loading = f"loading took {self._start.seconds - self._loading_start:.1f} s before"
+        loading = f"loading took {self._start.seconds - self._loading_start:.1f} s before that"
         if latest.seconds > first.seconds:
             first_seconds = first.seconds - self._start.seconds
             loading = (
-                f"without the first batch, of {first_seconds:.1f} s: "
+                f"without the first batch, which took {first_seconds:.1f} s: "
                 f"{_answer_rates(first, latest)}; {loading}"
             )
         print(f"  {loading}")
@@ -228,21 +231,22 @@ class Throughput(lightning.Callback):
         seconds = now.seconds - first.seconds
         tokens = now.tokens - first.tokens
         supervised_tokens = now.supervised_tokens - first.supervised_tokens
-        operations_per_second = (now.operations - first.operations) / seconds
+        tokens_with_padding = now.tokens_with_padding - first.tokens_with_padding
+        flop_per_second = (now.flops - first.flops) / seconds
         return {
             "samples_per_second": (now.samples - first.samples) * (ranks / seconds),
             "supervised_tokens_per_second": supervised_tokens * (ranks / seconds),
             "tokens_per_second": tokens * (ranks / seconds),
-            "padding_share": 1 - tokens / (now.slots - first.slots),
+            "padding_share": 1 - tokens / tokens_with_padding,
             "waiting_share": (now.data_wait - first.data_wait) / seconds,
-            "tflop_per_second": operations_per_second / 1e12,
-            "mfu": operations_per_second / self._peak,
+            "tflop_per_second": flop_per_second / 1e12,
+            "mfu": flop_per_second / self._peak,
             "compilations": compiled_graphs() - self._graphs_before,
         }
 
 
 def peak_flops(device: torch.device) -> float:
-    """Returns the peak bfloat16 FLOP/s of a device; nan if it is not known."""
+    """Returns the peak bfloat16 FLOP/s of a device, or NaN if it is unknown."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     for name, peak in PEAKS:
         if name in device_name:
@@ -250,10 +254,10 @@ def peak_flops(device: torch.device) -> float:
     return math.nan
 
 
-def trained_shares(model: nn.Module, components: Mapping[str, str]) -> dict[str, float]:
-    """Returns the share of each component's parameters that is trained.
+def trained_fractions(model: nn.Module, components: Mapping[str, str]) -> dict[str, float]:
+    """Returns the fraction of the parameters of each component that is trained.
 
-    A tensor of nested components counts for the innermost.
+    A parameter of nested components counts for the innermost component only.
     """
     trained = dict.fromkeys(components, 0)
     total = dict.fromkeys(components, 0)

@@ -1,4 +1,4 @@
-"""A summary of the trained parameters, printed before the first step and kept with the run."""
+"""Prints a summary of the trained parameters before training, and writes it to the run folder."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from rich.table import Table
 from qwenvl_lit.models.components import component_of_tensor
 
 FILE = "trainable.json"
-OTHER = "other"  # tensors outside of all components, such as the last norm of the language model
+OTHER = "other"  # tensors outside all components, such as the last norm of the language model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedTensors:
-    """The trained tensors of one dtype in a component of the model."""
+    """The number and size of the trained tensors of one dtype in a component of the model."""
 
     component: str
     tensors: int
     parameters: int
     dtype: str
-    share: float  # of all parameters of the model, including adapters
+    share: float  # fraction of all parameters of the model, including adapters
 
 
 class TrainableSummary(lightning.Callback):
     """Prints a table of the trained tensors of each component, and writes it to `trainable.json`.
 
-    The file has the rows of the table as `components`, and the number of `trained` and of all
-    (`total`) parameters.
+    In the file, `components` has the rows of the table, `trained` is the number of trained
+    parameters, and `total` is the number of all parameters.
     """
 
     def on_fit_start(
@@ -58,10 +58,10 @@ class TrainableSummary(lightning.Callback):
 def trained_tensors(
     parameters: Iterable[tuple[str, torch.Tensor]], components: Mapping[str, str]
 ) -> tuple[list[TrainedTensors], int]:
-    """Counts the trained tensors of each component and dtype, and the parameters of the model.
+    """Counts the trained tensors of each component and dtype, and all parameters of the model.
 
     Returns:
-        Rows in the order of `components`, and the number of all parameters, trained or not.
+        The trained tensors in the order of `components`, and the number of all parameters.
     """
     sizes: dict[tuple[str, str], list[int]] = {}
     total = 0
@@ -88,9 +88,9 @@ def trained_tensors(
 
 
 def unquantized_size(tensor: torch.Tensor) -> int:
-    """Returns the number of parameters a tensor holds, over all ranks.
+    """Returns the number of parameters in a tensor, including shards on other ranks.
 
-    bitsandbytes packs two 4-bit parameters in a byte.
+    bitsandbytes stores two 4-bit parameters in a byte, so `numel` of a quantized tensor is smaller.
     """
     quant_state = getattr(tensor, "quant_state", None)
     if quant_state is None:
@@ -99,7 +99,7 @@ def unquantized_size(tensor: torch.Tensor) -> int:
 
 
 def trainable_table(rows: Iterable[TrainedTensors], total: int) -> Table:
-    """Returns the rows as a table that ends with their sum."""
+    """Returns a table of `rows` whose last line has the totals."""
     table = Table(title="Trained parameters")
     for title in ("component", "tensors", "parameters", "dtype", "share"):
         is_text = title in ("component", "dtype")

@@ -97,7 +97,7 @@ class VisionCache(lightning.Callback):
             return family.image_features(model, pixels.to(trainer.strategy.root_device))
 
         store = self._open_store(data.processor, encode, fingerprint(tensors))
-        missing = store.missing(locations)
+        missing = store.missing_keys(locations)
         self._check_size(store, len(locations), len(missing))
         if trainer.is_global_zero:
             _announce(store, len(locations), len(missing), uses * data.epochs_of_run())

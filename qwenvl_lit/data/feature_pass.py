@@ -1,4 +1,4 @@
-"""The pass of the vision cache over a run's images: find them, encode them, store the features."""
+"""Finds all images of a run, encodes them and stores their features, for the vision cache."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from qwenvl_lit.types import BadImage, Conversation, DataError
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
-BATCH_SIZE = 16  # images that go through the encoder at once
+BATCH_SIZE = 16  # images that are encoded as one batch
 
 Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (N, ...) -> features (N, Q, D)
-Locations = dict[str, tuple[int, int]]  # image key -> a row that has the image, and its index there
+# Image key -> index of a row that has the image, and index of the image in this row.
+Locations = dict[str, tuple[int, int]]
 
 
 def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:
-    """Returns each row of training and validation once, and how often an epoch trains on it."""
+    """Returns all distinct training and validation rows, and how often an epoch uses each."""
     sources, positions = flatten(Concat([*train, validation]))
     distinct, index = np.unique(positions, return_inverse=True)
     train_rows = sum(map(len, train))
@@ -46,28 +47,30 @@ def find_images(
     drop_bad: bool,
     progress: ReportProgress,
 ) -> tuple[Locations, int]:
-    """Returns the distinct images of all rows in their order, and the images an epoch trains on.
+    """Returns the distinct images of all rows, and the number of images an epoch trains on.
 
-    Each rank reads a share of the rows; all ranks return the same.
+    The images are in the order of the rows. Each rank reads some of the rows, and all ranks return
+    the same result.
 
     Args:
-        repeats: (rows,) how often an epoch trains on each row; its images count as often.
-        workers: processes that read rows.
-        drop_bad: leave out rows whose images cannot be read.
+        repeats: (rows,) how often an epoch trains on each row. An image that occurs several times
+            in an epoch is counted each time.
+        workers: the number of processes that read rows.
+        drop_bad: whether to leave out rows whose images cannot be read.
 
     Raises:
         DataError: an image cannot be read, and `drop_bad` is False.
     """
-    share = range(rank, len(rows), world_size)
+    rows_of_rank = range(rank, len(rows), world_size)
     locations: Locations = {}
     errors, uses = [], 0
 
     def report(done: int) -> None:
-        progress("images looked up", done, len(share))
+        progress("images looked up", done, len(rows_of_rank))
 
     report(0)
-    results = survey(Subset(rows, share), _image_keys, workers=workers, progress=report)
-    for row, result in zip(share, results, strict=True):
+    results = survey(Subset(rows, rows_of_rank), _image_keys, workers=workers, progress=report)
+    for row, result in zip(rows_of_rank, results, strict=True):
         if isinstance(result, Finding):
             errors.append(result.message)
             continue
@@ -78,9 +81,9 @@ def find_images(
 
 
 def encode_padded(encode: Encode, pixels: torch.Tensor) -> torch.Tensor:
-    """Returns the features of up to `BATCH_SIZE` images, on the CPU.
+    """Encodes up to `BATCH_SIZE` images, and returns their features on the CPU.
 
-    The batch is padded to a fixed size, so that the encoder is compiled at most once.
+    The batch is padded to `BATCH_SIZE` images, so that the encoder is compiled for one size only.
     """
     padding = pixels[-1:].expand(BATCH_SIZE - len(pixels), *pixels.shape[1:])
     return encode(torch.cat([pixels, padding]))[: len(pixels)].cpu()
@@ -99,7 +102,11 @@ def encode_images(
 ) -> None:
     """Encodes images and adds their features to `store`.
 
-    Features that have been computed are stored even if an exception ends the pass.
+    If an exception is raised, the features that were computed before it are still stored.
+
+    Args:
+        locations: the images to encode.
+        drop_bad: whether to leave out images that cannot be decoded.
 
     Raises:
         BadImage: an image cannot be decoded, and `drop_bad` is False.
@@ -112,7 +119,8 @@ def encode_images(
         collate_fn=_collate,
         worker_init_fn=ignore_cluster_signals,
         pin_memory=torch.cuda.is_available(),
-        # The default generator would advance, and training would draw other random numbers.
+        # Otherwise the loader would draw from torch's default generator and change the random
+        # numbers of the training.
         generator=torch.Generator(),
     )
     features: dict[str, torch.Tensor] = {}
@@ -127,7 +135,7 @@ def encode_images(
                 if keys:
                     features |= zip(keys, encode_padded(encode, pixels), strict=True)
                 if len(features) > IMAGES_PER_FILE - BATCH_SIZE:
-                    # Two files in the queue would take twice the memory.
+                    # Wait for the previous file, so that only one file at a time is in memory.
                     _wait(writing)
                     writing, features = writer.submit(store.add, features), {}
                 done += len(keys) + len(errors)
@@ -139,9 +147,10 @@ def encode_images(
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns a SHA-256 over the names, dtypes, shapes and checksums of tensors.
+    """Returns a SHA-256 hash of the names, dtypes, shapes and checksums of tensors.
 
-    Two checksums of the bits, one weighted by position, are computed on the tensor's device.
+    The checksums of a tensor are the sum of its elements, as integers, and their sum weighted by
+    position. They are computed on the device of the tensor.
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     described, sums = [], []
@@ -155,20 +164,20 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _merge(
-    shares: Sequence[tuple[Locations, int, list[str]]], drop_bad: bool
+    results: Sequence[tuple[Locations, int, list[str]]], drop_bad: bool
 ) -> tuple[Locations, int]:
-    """Joins what the ranks found in their rows."""
+    """Merges the locations, image counts and errors of all ranks."""
     merged: Locations = {}
     errors: list[str] = []
     total_uses = 0
-    for locations, uses, errors_of_rank in shares:
+    for locations, uses, errors_of_rank in results:
         total_uses += uses
         errors += errors_of_rank
         for key, location in locations.items():
             merged[key] = min(location, merged.get(key, location))
     if errors and not drop_bad:
         raise DataError(
-            f"{errors[0]}; the vision cache needs every image, and {len(errors)} rows have images "
+            f"{errors[0]}; the vision cache needs every image, but {len(errors)} rows have images "
             "that cannot be read"
         )
     return dict(sorted(merged.items(), key=lambda item: item[1])), total_uses
@@ -189,17 +198,18 @@ def _image_keys(conversation: Conversation) -> tuple[str, ...]:
 
 
 def _with_row(conversation: Conversation, error: BadImage) -> str:
-    """The message of `error` with the file, line and id of the row in front."""
+    """Returns the message of `error`, preceded by the file, line and id of the row."""
     return f"{conversation.where}: sample {conversation.id!r}: {error}".removeprefix(": ")
 
 
 def _wait(writing: Future | None) -> None:
+    """Waits until a file is written, and raises the exception of the writer, if any."""
     if writing is not None:
         writing.result()
 
 
 class _ImageDataset(Dataset):
-    """Pairs of an image key and the pixels, or the message of why the image cannot be decoded."""
+    """Image keys with the pixels of the image, or with the reason why it cannot be decoded."""
 
     def __init__(self, rows: Rows, locations: Locations, processor: Processor):
         self.rows = rows
@@ -221,7 +231,7 @@ class _ImageDataset(Dataset):
 def _collate(
     items: Sequence[tuple[str, torch.Tensor | str]],
 ) -> tuple[list[str], torch.Tensor, list[str]]:
-    """Keys and pixels of the images that could be decoded, and messages about the others."""
+    """Returns keys and pixels of the images that were decoded, and messages about the others."""
     keys, pixels, errors = [], [], []
     for key, content in items:
         if isinstance(content, str):

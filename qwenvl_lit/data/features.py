@@ -1,4 +1,4 @@
-"""Image features of a frozen vision tower, stored on disk and read memory-mapped."""
+"""Stores image features of a frozen vision tower on disk, and reads them memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from safetensors.torch import save_file
 from qwenvl_lit.atomic import atomic_file, disk_errors, write_text
 from qwenvl_lit.types import DataError, ImageSource
 
-IMAGES_PER_FILE = 512  # at most; 1 GB of Qwen-VL's features
+IMAGES_PER_FILE = 512  # maximum. 512 images take 1 GB with Qwen-VL.
 SETTINGS = "settings.json"
-ABANDONED_S = 3600  # age of an unfinished file whose process was killed; writing takes seconds
+# Writing a file takes seconds. An unfinished file of this age belongs to a process that was killed.
+ABANDONED_S = 3600
 
 # N images, Q tokens of an image, D model width
 
 
 class FeatureStore:
-    """A folder of image features (Q, D), found by `ImageSource.key`.
+    """A folder with image features (Q, D), which are identified by `ImageSource.key`.
 
-    Features are in files of up to `IMAGES_PER_FILE` images. Each combination of settings, shape and
-    dtype has a subfolder of its own below `folder`.
+    Features are stored in files of up to `IMAGES_PER_FILE` images. Each combination of settings,
+    shape and dtype has its own subfolder of `folder`.
 
-    A file appears complete and under a name that no other process uses. Several processes may add
-    images at once, and a killed process leaves the files that it has finished. `refresh` finds the
-    images that other processes have added. A copy in a data worker opens its own files.
+    Each file is written under a temporary name and renamed when it is complete, and no two
+    processes use the same name. Several processes may add images at the same time. If a process is
+    killed, the files that it finished remain. `refresh` finds the images that other processes
+    added. A copy of the store in a data worker opens the files itself.
 
     Args:
         settings: plain data that determines the features, such as a fingerprint of the weights.
-        shape, dtype: of the features of one image.
+        shape, dtype: the shape and dtype of the features of one image.
     """
 
     def __init__(
@@ -68,11 +70,11 @@ class FeatureStore:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes that the features of one image take on disk."""
+        """The size of the features of one image on disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def refresh(self) -> None:
-        """Reads again which images the folder has.
+        """Updates the list of stored images from the files in the folder.
 
         Raises:
             DataError: a file cannot be read.
@@ -82,8 +84,8 @@ class FeatureStore:
             files |= dict.fromkeys(self._open(file.name).keys(), file.name)
         self._files = files
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Returns the keys that are not stored, each once, in their order."""
+    def missing_keys(self, keys: Iterable[str]) -> list[str]:
+        """Returns the keys of images that are not stored, each once, in the order of `keys`."""
         return [key for key in dict.fromkeys(keys) if key not in self._files]
 
     def add(self, features: Mapping[str, torch.Tensor]) -> None:
@@ -99,36 +101,36 @@ class FeatureStore:
             assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype), key
             tensors[key] = tensor.contiguous()
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        with disk_errors(file, "make room, or train with speed.vision_cache=false"):
+        with disk_errors(file, "free disk space, or train with speed.vision_cache=false"):
             self._remove_abandoned_files()
             with atomic_file(file, durable=True) as unfinished:
                 try:
                     save_file(tensors, unfinished)
                 except SafetensorError as error:
                     raise OSError(str(error)) from error
-                # safetensors lets the owner alone read its files; give them the usual permissions
+                # safetensors creates files that only their owner can read.
                 unfinished.chmod((self.folder / SETTINGS).stat().st_mode)
         self._files |= dict.fromkeys(features, file.name)
 
-    def of(self, images: Sequence[ImageSource]) -> torch.Tensor:
+    def read(self, images: Sequence[ImageSource]) -> torch.Tensor:
         """Returns the features (N, Q, D) of images.
 
         Raises:
-            BadImage: an image is not stored because it cannot be opened.
-            DataError: an image can be opened, but is not stored.
+            BadImage: an image is not stored and cannot be opened.
+            DataError: an image is not stored although it can be opened.
         """
         if not images:
             return torch.empty(0, *self.shape, dtype=self.dtype)
-        return torch.stack([self._read(image) for image in images])
+        return torch.stack([self._read_image(image) for image in images])
 
-    def _read(self, image: ImageSource) -> torch.Tensor:
-        """The features (Q, D) of an image, mapped: they are read from the disk at first use."""
+    def _read_image(self, image: ImageSource) -> torch.Tensor:
+        """Returns the memory-mapped features (Q, D) of an image."""
         key = image.key
         if key not in self._files:
             image.open()
             raise DataError(
                 f"image {image.name} is not in the vision cache {self.folder}; "
-                "did it change after the run began? start the run again"
+                "if the image was changed after the run began, start the run again"
             )
         return self._open(self._files[key]).get_tensor(key)
 
@@ -139,22 +141,23 @@ class FeatureStore:
                 self._opened[name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise DataError(
-                    f"{path} cannot be read: {error}; delete it, and its images are encoded again"
+                    f"{path} cannot be read: {error}; delete it to encode its images again"
                 ) from error
         return self._opened[name]
 
     def _remove_abandoned_files(self) -> None:
         for unfinished in self.folder.glob("*.part"):
-            with suppress(FileNotFoundError):  # another process has just finished this file
+            with suppress(FileNotFoundError):  # another process has just renamed this file
                 if time.time() - unfinished.stat().st_mtime > ABANDONED_S:
                     unfinished.unlink()
 
 
 class CachedFeatures:
-    """The feature source that a processor and the vision cache share.
+    """The `FeatureSource` that a processor and the callback `VisionCache` share.
 
-    It is closed at first, and the processor decodes images. Once the store has every image of a run
-    the vision cache opens it, and the processor takes the features from there until it is closed.
+    The source is closed at first, and the processor decodes images. As soon as a store has the
+    features of all images of a run, the callback opens the source with this store. The processor
+    then uses the stored features until the source is closed.
     """
 
     def __init__(self) -> None:
@@ -164,9 +167,9 @@ class CachedFeatures:
         """Returns the features (N, Q, D) of images, or None while the source is closed.
 
         Raises:
-            BadImage, DataError: see `FeatureStore.of`.
+            BadImage, DataError: see `FeatureStore.read`.
         """
-        return None if self._store is None else self._store.of(images)
+        return None if self._store is None else self._store.read(images)
 
     @property
     def is_open(self) -> bool:

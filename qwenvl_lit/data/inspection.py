@@ -156,7 +156,7 @@ class _InspectedSet:
         self.severity[finding.index] = max(self.severity[finding.index], severity)
 
     def add_row(self, index: int, row: RowFacts) -> None:
-        self.counts[:, index] = row.tokens, row.supervised, row.boxes, row.answered
+        self.counts[:, index] = row.tokens, row.supervised_tokens, row.boxes, row.has_answer
         names = []
         for image in row.images:
             if isinstance(image, str):
@@ -166,7 +166,7 @@ class _InspectedSet:
                 self.files.setdefault(image.name, image)
                 names.append(image.name)
         self.questions[index] = row.question, tuple(names)
-        for message in row.broken:
+        for message in row.broken_images:
             self.broken.append((index, row.id, message))
         for kind, message in row.findings:
             self.add(Finding(kind=kind, index=index, id=row.id, message=message))

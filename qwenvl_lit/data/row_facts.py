@@ -1,4 +1,4 @@
-"""The facts about a row that the inspection of a dataset keeps."""
+"""Extracts the facts about each row that the inspection of a dataset uses."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowFacts:
-    """The facts about one row. They are few, since those of all rows are in memory at once."""
+    """Facts about one row. They are small, because the facts of all rows are in memory."""
 
     tokens: int  # 0 if the row cannot be encoded
-    supervised: int
+    supervised_tokens: int
     boxes: int
-    answered: bool
-    question: bytes  # digest of the prompt without its images
+    has_answer: bool
+    question: bytes  # hash of the prompt without its images
     images: tuple[ImageSource | str, ...]
-    """In reading order: files and addresses, and the content keys of images inside the row."""
-    broken: tuple[str, ...]  # messages about images inside the row that cannot be decoded
+    """In reading order. An image whose data is in the row is represented by its content key."""
+    broken_images: tuple[str, ...]  # messages about image data in the row that cannot be decoded
     findings: tuple[tuple[Kind, str], ...]  # kinds and messages
-    id: str  # "" if there is no message about the row
+    id: str  # "" if the row has neither broken images nor findings, to save memory
 
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Reads the facts of a conversation.
+    """Extracts the facts about a conversation.
 
     Args:
-        prompt: the row is a question to answer, without supervised tokens.
+        prompt: whether rows are prompts for generation, which have no supervised tokens.
     """
 
     processor: Processor
@@ -46,13 +46,14 @@ class RowReader:
         findings: list[tuple[Kind, str]] = []
         for note in conversation.notes:
             findings.append(("note", with_location(conversation, note)))
-        tokens = supervised = 0
+        tokens = supervised_tokens = 0
         try:
-            tokens, supervised = self.processor.length(conversation, prompt=self.prompt)
+            length = self.processor.length(conversation, prompt=self.prompt)
+            tokens, supervised_tokens = length
         except DataError as error:
             findings.append(("dropped" if isinstance(error, Dropped) else "error", str(error)))
         images: list[ImageSource | str] = []
-        broken: list[str] = []
+        broken_images: list[str] = []
         for image in conversation.images:
             if not isinstance(image.source, bytes | Image.Image):
                 images.append(image)
@@ -61,22 +62,22 @@ class RowReader:
                 image.open()
                 images.append(image.key)
             except DataError as error:
-                broken.append(with_location(conversation, error))
+                broken_images.append(with_location(conversation, error))
         return RowFacts(
             tokens=tokens,
-            supervised=supervised,
+            supervised_tokens=supervised_tokens,
             boxes=_count_boxes(conversation),
-            answered=conversation.answer is not None,
+            has_answer=conversation.answer is not None,
             question=_question_digest(conversation),
             images=tuple(images),
-            broken=tuple(broken),
+            broken_images=tuple(broken_images),
             findings=tuple(findings),
-            id=conversation.id if broken or findings else "",
+            id=conversation.id if broken_images or findings else "",
         )
 
 
 def with_location(conversation: Conversation, message: object) -> str:
-    """Returns the message with file, line and row id in front, unless it begins with them."""
+    """Returns the message, preceded by file, line and row id unless it begins with them."""
     text = str(message)
     if not conversation.where:
         return f"row {conversation.id!r}: {text}"

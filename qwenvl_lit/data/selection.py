@@ -1,4 +1,4 @@
-"""Selections of rows: subsets, concatenations and repetitions, which copy no row."""
+"""Subsets, concatenations and repetitions of rows, which do not copy any row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = Sequence[Conversation]
 
 @dataclass(frozen=True, slots=True)
 class Subset(Sequence[Conversation]):
-    """The rows at `indices`, in that order; an index may occur several times."""
+    """The rows at `indices`, in the order of `indices`. An index may occur several times."""
 
     rows: Rows
     indices: Sequence[int] | np.ndarray
@@ -46,7 +46,7 @@ class Concat(Sequence[Conversation]):
 
 
 def parse_count(files: str) -> tuple[str, int | None]:
-    """Splits `FILES#N` into the files and the number of rows to take; None stands for all rows.
+    """Splits `FILES#N` into `FILES` and the number of rows N, which is None for all rows.
 
     >>> parse_count("rows.jsonl#2000")
     ('rows.jsonl', 2000)
@@ -58,7 +58,7 @@ def parse_count(files: str) -> tuple[str, int | None]:
 
 
 def take(rows: Rows, count: int, seed: int = 0) -> Rows:
-    """Returns `count` rows: as many whole passes as fit, then a random rest without repetition.
+    """Returns `count` rows: all rows as often as possible, then random distinct rows.
 
     >>> "".join(take("abc", 6))
     'abcabc'
@@ -75,8 +75,8 @@ def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
     """Resolves nested `Subset`s and `Concat`s.
 
     Returns:
-        The sources below them, each once, and for each row its index in the concatenation of
-        these sources. A row that occurs twice has the same index twice.
+        The distinct sources of the rows, and the index of each row in the concatenation of these
+        sources. If a row occurs twice, its index occurs twice.
 
     >>> flatten(Concat([Subset("abc", [2, 2]), "de"]))
     (['abc', 'de'], array([2, 2, 3, 4]))
@@ -88,10 +88,10 @@ def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
         return [rows], np.arange(len(rows))
     sources, starts, end = [], {}, 0  # `starts` is keyed by the identity of a source
     indices = [np.empty(0, dtype=np.int64)]
-    for part in rows.sources:
-        part_sources, inner = flatten(part)
+    for nested in rows.sources:
+        inner_sources, inner = flatten(nested)
         moved = [np.empty(0, dtype=np.int64)]
-        for source in part_sources:
+        for source in inner_sources:
             if id(source) not in starts:
                 starts[id(source)] = end
                 sources.append(source)

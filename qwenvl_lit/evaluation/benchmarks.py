@@ -62,7 +62,7 @@ class Benchmark:
                 if fnmatch.fnmatchcase(file_name, pattern):
                     yield (
                         f"{self.name}: the model was trained on {file}; {relation}. "
-                        "The score is too high to be compared"
+                        "The score is too high to compare it with published scores"
                     )
 
 

@@ -17,7 +17,7 @@ from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
 from qwenvl_lit.metrics.suggest import suggest_metrics
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.reports.scores import ScoredSet, answers, read_predictions, score
+from qwenvl_lit.reports.scores import ScoredSet, read_answer_texts, read_predictions, score_set
 from qwenvl_lit.reports.scores_page import EarlierRun
 from qwenvl_lit.runs.predictions import predictions_file
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -168,7 +168,7 @@ def open_answered_sets(data: DataModule, file: Path) -> None:
         DataError: `data` does not have these sets.
     """
     data.prepare_data()
-    answered = list(read_predictions(file))
+    answered = list(read_answer_texts(file))
     known: dict[str, None] = {}
     for stage in ("test", "predict"):
         data.setup(stage)
@@ -193,9 +193,9 @@ def score_file(evaluation_set: EvaluationSet, file: Path, processor: Processor) 
     """Scores the answers in `file` to the opened test sets of `evaluation_set`."""
     rows_by_set = evaluation_set.data.test
     scored = []
-    for set_name, predictions in answers(file, rows_by_set, processor).items():
+    for set_name, predictions in read_predictions(file, rows_by_set, processor).items():
         name, rows = evaluation_set.name_of(set_name), len(rows_by_set[set_name])
-        scored.append(score(name, predictions, evaluation_set.metrics, rows=rows))
+        scored.append(score_set(name, predictions, evaluation_set.metrics, rows=rows))
     return scored
 
 

@@ -1,4 +1,4 @@
-"""Prints the summary of an inspected dataset, and writes its findings to a file."""
+"""Prints a summary of an inspected dataset, and writes the findings to a file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SPECIFIC = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|{_PATH}|{_NUMBER}")
 
 
 def reason(message: str) -> str:
-    """Returns what a message shares with others of its kind: no location, names and numbers.
+    """Removes location, names and numbers from a message, so that equal findings have equal text.
 
     >>> reason("a.jsonl:3: row 'x': image /data/7.jpg does not exist; check `data.root`")
     'image … does not exist; check `data.root`'
@@ -47,7 +47,7 @@ def reason(message: str) -> str:
 
 
 def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
-    """Returns the reasons of all findings of a kind with their counts, the most frequent first."""
+    """Returns the distinct reasons of findings of a kind with their counts, most frequent first."""
     counts: Counter[str] = Counter()
     for facts in inspection.sets:
         for finding in facts.findings:
@@ -57,7 +57,9 @@ def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
-    """Returns (first, last, count) of intervals of equal, round width that cover all lengths.
+    """Returns (first, last, count) of consecutive intervals that cover all lengths.
+
+    All intervals have the same width, which is a round number.
 
     >>> histogram(np.array([3, 5, 12, 29]), bins=5)
     [(0, 9, 2), (10, 19, 1), (20, 29, 1)]
@@ -74,7 +76,7 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
 
 
 def _round_width(span: int, bins: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... of which `bins - 2` cover `span`."""
+    """Returns the smallest of 1, 2, 5, 10, ... of which `bins - 2` intervals cover `span`."""
     for power in range(10):
         for factor in (1, 2, 5):
             width = 10**power * factor
@@ -84,7 +86,7 @@ def _round_width(span: int, bins: int) -> int:
 
 
 def percentiles(lengths: np.ndarray) -> tuple[int, int, int]:
-    """Returns the median, the 99th percentile and the maximum; zeros without any length."""
+    """Returns the median, the 99th percentile and the maximum, or zeros if `lengths` is empty."""
     if not len(lengths):
         return 0, 0, 0
     median, percentile_99, maximum = np.percentile(lengths, (50, 99, 100))
@@ -92,7 +94,7 @@ def percentiles(lengths: np.ndarray) -> tuple[int, int, int]:
 
 
 def set_facts(facts: SetFacts) -> dict[str, str]:
-    """Returns the figures of a set by their names."""
+    """Returns the statistics of a set by name, formatted as text."""
     median, percentile_99, maximum = percentiles(facts.lengths)
     supervised = f"{int(facts.supervised.sum(dtype=np.int64)):,}"
     return {
@@ -112,28 +114,28 @@ def set_facts(facts: SetFacts) -> dict[str, str]:
 
 
 def error_count(inspection: Inspection) -> str:
-    """Returns the number of errors in words."""
-    return _counted(len(inspection.errors), "error")
+    """Returns the number of errors as text, such as "2 errors"."""
+    return _count_noun(len(inspection.errors), "error")
 
 
-def _counted(count: int, noun: str) -> str:
+def _count_noun(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def overlap_lines(inspection: Inspection) -> list[str]:
-    """Returns a line for each two sets that have rows or images in common."""
+    """Returns a line for each pair of sets that have rows or images in common."""
     lines = []
     for overlap in inspection.overlaps:
         lines.append(
-            f"{overlap.first} and {overlap.second}: rows of {overlap.second} with the images and "
-            f"the question of a row of {overlap.first}: {overlap.rows:,}; "
-            f"images in both: {overlap.images:,}"
+            f"{overlap.first} and {overlap.second}: {overlap.rows:,} rows of {overlap.second} have "
+            f"the images and the question of a row of {overlap.first}; "
+            f"{overlap.images:,} images are in both"
         )
     return lines
 
 
 def print_summary(inspection: Inspection, console: Console) -> None:
-    """Prints what a person needs to know about a dataset, with its first errors."""
+    """Prints statistics of a dataset, its findings by frequency, and its first errors."""
     for part in _summary(inspection):
         console.print(part, soft_wrap=isinstance(part, Text))
 
@@ -144,7 +146,7 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
         yield _table(sets[start : start + SETS_PER_TABLE])
     for facts in sets:
         for file in facts.files:
-            rows = _counted(file.rows, "row")
+            rows = _count_noun(file.rows, "row")
             yield _line(f"{facts.name}: {file.path}: {rows}, layout {file.layout}")
     for facts in sets:
         yield _heading(f"Tokens per row of {facts.name}")
@@ -166,7 +168,7 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
 
 
 def _table(sets: Sequence[SetFacts]) -> Table:
-    """The figures of a few sets side by side."""
+    """Returns a table of statistics with a column for each set."""
     headings = [Column(Text(printable(facts.name)), justify="right") for facts in sets]
     table = Table("", *headings)
     columns = list(map(set_facts, sets))
@@ -189,7 +191,7 @@ def _line(text: str, style: str = "") -> Text:
 
 
 def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
-    """A histogram as lines of text."""
+    """Yields the lines of a text histogram."""
     if not intervals:
         return
     highest = max(count for _, _, count in intervals)
@@ -202,7 +204,7 @@ def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
 
 
 def write_findings(inspection: Inspection, file: Path) -> None:
-    """Writes a line of JSON for each finding: set, kind, index, id and message."""
+    """Writes the findings as JSON lines with set, kind, index, id and message."""
     with file.open("w") as stream:
         for facts in inspection.sets:
             for finding in facts.findings:

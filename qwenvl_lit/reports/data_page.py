@@ -1,4 +1,4 @@
-"""Writes an inspected dataset as an HTML page (see `page`)."""
+"""Writes an HTML page about an inspected dataset."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ SHOWN_ERRORS = 200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A row as the model gets it."""
+    """A row as the model receives it."""
 
     set_name: str
     conversation: Conversation
-    runs: tuple[tuple[str, bool], ...]  # text of consecutive tokens, and whether it is supervised
+    runs: tuple[tuple[str, bool], ...]  # texts of token sequences, and whether they are supervised
     tokens: int
-    reference: str | None  # of a prompt: the expected answer in the model's markup
-    images: tuple[Image.Image, ...]  # with boxes drawn
+    reference: str | None  # for prompts, the expected answer in the model's markup
+    images: tuple[Image.Image, ...]  # with boxes
 
 
 def examples(
@@ -57,26 +57,26 @@ def examples(
     count: int = 10,
     seed: int = 0,
 ) -> list[Example]:
-    """Draws usable rows at random, the same number from each set that has enough."""
-    shares = _equal_shares(inspection, count)
+    """Selects random usable rows, the same number from each set that has enough."""
+    counts = _equal_counts(inspection, count)
     generator = random.Random(seed)
-    drawn = []
+    selected = []
     for facts in inspection.sets:
-        for index in sorted(generator.sample(facts.usable.tolist(), shares[facts.name])):
-            drawn.append(_example(facts, sets[facts.name][int(index)], processor))
-    return drawn
+        for index in sorted(generator.sample(facts.usable.tolist(), counts[facts.name])):
+            selected.append(_example(facts, sets[facts.name][int(index)], processor))
+    return selected
 
 
-def _equal_shares(inspection: Inspection, count: int) -> dict[str, int]:
-    """How many of `count` rows to draw from each set; the sets take turns."""
+def _equal_counts(inspection: Inspection, count: int) -> dict[str, int]:
+    """Returns how many of `count` rows to select from each set."""
     capacities = {facts.name: len(facts.usable) for facts in inspection.sets}
-    shares = dict.fromkeys(capacities, 0)
+    counts = dict.fromkeys(capacities, 0)
     total = min(count, sum(capacities.values()))
-    while sum(shares.values()) < total:
+    while sum(counts.values()) < total:
         for name, capacity in capacities.items():
-            if shares[name] < capacity and sum(shares.values()) < total:
-                shares[name] += 1
-    return shares
+            if counts[name] < capacity and sum(counts.values()) < total:
+                counts[name] += 1
+    return counts
 
 
 def _example(facts: SetFacts, conversation: Conversation, processor: Processor) -> Example:
@@ -102,7 +102,7 @@ def _example(facts: SetFacts, conversation: Conversation, processor: Processor) 
 
 
 def write_page(inspection: Inspection, shown: Sequence[Example], file: Path, *, title: str) -> None:
-    """Writes the page: verdict, sets, files, lengths, findings and the examples `shown`."""
+    """Writes a page with statistics, files, histograms, findings and the examples `shown`."""
     write_text(file, page(title, _body(inspection, shown, title)))
 
 
@@ -121,22 +121,22 @@ def _body(inspection: Inspection, shown: Sequence[Example], title: str) -> Itera
             yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, text_columns=["finding"])
     yield from _errors(inspection)
     if shown:
-        yield f"<h2>{len(shown)} rows as the model gets them</h2>"
+        yield f"<h2>{len(shown)} rows as the model receives them</h2>"
         yield paragraph(
             '<span class="supervised">Supervised text</span> is marked. Boxes of the question and '
-            "of the answer are drawn into the images."
+            "of the answer are drawn on the images."
         )
         yield from map(_shown, shown)
 
 
 def _verdict(inspection: Inspection) -> str:
     if inspection.errors:
-        return f'<b class="bad">{error_count(inspection)}</b>: this data cannot be used as it is.'
+        return f'<b class="bad">{error_count(inspection)}</b>: fix them before using this data.'
     return '<b class="good">No errors.</b>'
 
 
 def _sets_table(inspection: Inspection) -> str:
-    """A column for each set, a row for each figure."""
+    """Returns a table of statistics with a column for each set."""
     figures_by_set = {facts.name: set_facts(facts) for facts in inspection.sets}
     rows = []
     for name in next(iter(figures_by_set.values())):

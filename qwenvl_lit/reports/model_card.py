@@ -1,6 +1,6 @@
 """Writes the model card of an exported folder.
 
-It says what the model is, how it was trained and on what, its scores, and how to load it.
+The card describes the model, its training and training data, its scores, and how to load it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from qwenvl_lit.metrics.summary import VALIDATION, read_fit_summary
 from qwenvl_lit.runs.run import Run
 
-# The settings of each group that the card shows.
+# Settings that the card shows, by group.
 SHOWN = {
     "data": (
         "train",
@@ -47,26 +47,29 @@ def model_card(
     config: Mapping[str, Any],
     merged: bool,
     dtype: str,
-    compared: str,
+    comparison: str,
 ) -> str:
     """Returns the card in Markdown.
 
     Args:
-        run: the run that the model comes from; None for a published model.
-        training: the config of the training; empty if this package did not train it.
+        name: the title of the card, which is the name of the folder.
+        run: the run that was exported, or None for a published model.
+        training: the config of the training run. It is empty if the model was not trained by this
+            package.
         config: the exported settings of model and generation.
-        merged: whether the folder holds a whole model, not an adapter.
-        dtype: of the weights of a whole model.
-        compared: the result of the comparison with the run.
+        merged: whether the folder contains a merged model, and not an adapter.
+        dtype: the dtype of the weights of a merged model.
+        comparison: the result of the comparison with the run.
     """
     path = config["model"].get("path")
     in_folder = path is not None and Path(path).expanduser().is_dir()
-    # The location of a folder means nothing on another machine.
+    # A path is not valid on other machines, so the card shows only the name of the folder.
     base = Path(path).expanduser().resolve().name if in_folder else path
     if merged:
-        library, kind = "transformers", f"Qwen-VL in the published layout, {dtype}."
+        library = "transformers"
+        kind = f"Qwen-VL in the format of the published checkpoint, {dtype}."
     else:
-        library, kind = "peft", "An adapter for Qwen-VL in the format of peft, float32."
+        library, kind = "peft", "A PEFT adapter for Qwen-VL, float32."
     lines = ["---"]
     if base:
         lines.append(f"base_model: {base}")
@@ -74,14 +77,14 @@ def model_card(
     lines += ["| | |", "|---|---|", f"| base | {base or 'random weights'} |"]
     lines += _training_rows(run, training)
     lines += _rows("model", config["model"], SHOWN["model"])
-    lines += [f"| compared | {compared} |", ""]
+    lines += [f"| comparison | {comparison} |", ""]
     if run and run.folder:
         lines += _scores(run.folder)
     command = f"python -m qwenvl_lit.chat ckpt={name}"
     if in_folder and not merged:
         command += f" model.path=FOLDER-OF-{base}"
     lines += ["## Use", "", "```", command, "```", ""]
-    lines += ["The weights of Qwen-VL have their own licence.", ""]
+    lines += ["The weights of Qwen-VL have their own license.", ""]
     return "\n".join(lines)
 
 
@@ -110,12 +113,12 @@ def _code(value: Any) -> str:
 
 
 def _scores(folder: Path) -> Iterator[str]:
-    """Yields a table of a run's best and last validation, if it had any."""
+    """Yields a table of the best and the last validation of a run, if there is any."""
     summary = read_fit_summary(folder)
     best, last = summary.best, summary.last
     if not summary.score_names:
         return
-    yield from ("## Scores of the validation", "")
+    yield from ("## Validation scores", "")
     yield f"| | best, step {best.get('step', '-')} | last, step {last.get('step', '-')} |"
     yield "|---|---|---|"
     for name in summary.score_names:

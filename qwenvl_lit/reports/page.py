@@ -1,6 +1,6 @@
-"""Builds HTML pages of a single file each, which need no server, network or script.
+"""Builds HTML pages that are a single file and need no server, network access or scripts.
 
-Everything that comes from the data is escaped: pass it through `text`.
+Text from the data must be escaped with `text`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """Returns a whole page with `parts`, which are HTML, as its body."""
+    """Returns a complete HTML page, whose body consists of the HTML in `parts`."""
     body = "\n".join(parts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -62,23 +62,23 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def text(content: str) -> str:
-    """Escapes text from the data.
+    """Returns text from the data as HTML.
 
-    Line breaks stay. Other control characters and lone surrogates are written as escape sequences.
+    Line breaks are preserved. Other control characters and lone surrogates become escape sequences.
     """
     return escape("\n".join(map(printable, content.split("\n"))))
 
 
 def paragraph(html: str, style: str = "") -> str:
-    """Returns a paragraph; `style` is a class of the style sheet."""
+    """Returns a paragraph. `style` is a class of `STYLE`."""
     return f'<p class="{style}">{html}</p>' if style else f"<p>{html}</p>"
 
 
 def table(rows: Sequence[Mapping[str, str]], *, text_columns: Collection[str]) -> str:
-    """Returns a table of rows that all have the columns of the first one.
+    """Returns a table of rows that all have the same columns.
 
     Args:
-        text_columns: aligned to the left; the other columns are numbers, aligned to the right.
+        text_columns: names of left-aligned columns. The other columns are numbers, right-aligned.
     """
     html = '<div class="wide"><table>'
     names = list(rows[0])
@@ -97,7 +97,7 @@ def _table_row(tag: str, cells: Mapping[str, str], text_columns: Collection[str]
 
 
 def example(header: str, images: str, words: str) -> str:
-    """Returns a framed row of a dataset: `header` above, `images` beside `words`, all HTML."""
+    """Returns a frame with `header` above `images` and `words` side by side. All are HTML."""
     return (
         f'<section class="example"><header>{header}</header>'
         f'<div class="images">{images}</div><div class="words">{words}</div></section>'
@@ -105,7 +105,7 @@ def example(header: str, images: str, words: str) -> str:
 
 
 def embedded_image(image: Image.Image) -> str:
-    """Returns an image whose JPEG data is part of the page."""
+    """Returns an `<img>` element that contains the image as JPEG data."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
@@ -124,9 +124,9 @@ def histogram_figure(
     """Returns a histogram as SVG.
 
     Args:
-        counts: name of each interval, shown when the mouse is over it, and its count.
-        ends: labels of the two ends of the axis.
-        unit: what is counted.
+        counts: the name and the count of each interval. The name is shown as a tooltip.
+        ends: the labels of the two ends of the axis.
+        unit: the noun for the counted objects, such as "rows".
     """
     highest = max(1, *(count for _, count in counts))
     step = width / len(counts)

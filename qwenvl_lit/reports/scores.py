@@ -1,4 +1,4 @@
-"""Analyses scores: of each row, with confidence intervals, by group, and between two runs."""
+"""Analyzes scores: by row, by group, with confidence intervals, and between two runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows = Sequence[Conversation]
 
 
 class Mean(NamedTuple):
-    """The mean score of some rows, with its 95 % confidence interval."""
+    """A mean score over rows, with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -36,21 +36,21 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredSet:
-    """The answers to one set, with their scores by metric."""
+    """The answers to one test set, with their scores by metric."""
 
     name: str
     predictions: Sequence[Prediction]
-    totals: Mapping[str, float]  # by metric: the score of the whole set
-    scores: Mapping[str, np.ndarray]  # by metric: the score of each prediction; NaN if not counted
-    unanswered: int = 0  # rows of the set without a prediction
+    totals: Mapping[str, float]  # metric -> score of the test set
+    scores: Mapping[str, np.ndarray]  # metric -> score of each prediction, NaN if it is not counted
+    unanswered: int = 0  # number of rows of the test set without a prediction
 
     def is_mean(self, metric: str) -> bool:
-        """Tells whether the score is the mean over rows; BLEU, for instance, is not."""
+        """Returns whether the score is the mean over rows. BLEU, for example, is not."""
         mean = np.nanmean(self.scores[metric])
         return bool(np.isclose(mean, self.totals[metric], rtol=1e-5, atol=1e-7))
 
     def mean(self, metric: str) -> Mean:
-        """Returns a score; its interval is NaN if the score is not a mean over rows."""
+        """Returns a score. Its interval is NaN if the score is not a mean over rows."""
         mean = bootstrap(self.scores[metric])._replace(value=self.totals[metric])
         if not self.is_mean(metric):
             return mean._replace(low=np.nan, high=np.nan)
@@ -63,12 +63,12 @@ class Difference(NamedTuple):
     before: float
     now: float
     change: Mean
-    better: int  # rows
-    worse: int
+    better: int  # number of rows whose score is higher now
+    worse: int  # number of rows whose score is lower now
 
 
 class ChangedRow(NamedTuple):
-    """A row whose score by `metric` has changed."""
+    """A row whose score by `metric` changed between two runs."""
 
     metric: str
     by: float
@@ -86,7 +86,7 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> Mean:
     count = len(values)
     if not count:
         return Mean(np.nan, np.nan, np.nan, 0)
-    # A resample is determined by how often it draws each distinct value.
+    # Only the number of times that a resample has each distinct value matters.
     distinct, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
     resamples = generator.multinomial(count, counts / count, size=RESAMPLES)
@@ -95,11 +95,11 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> Mean:
     return Mean(float(values.mean()), float(low), float(high), count)
 
 
-def read_predictions(file: Path) -> dict[str, dict[int, tuple[str, str]]]:
-    """Reads id and text of the answers in a `predictions.jsonl`, by set and row index.
+def read_answer_texts(file: Path) -> dict[str, dict[int, tuple[str, str]]]:
+    """Reads row id and text of the answers in a `predictions.jsonl`, by test set and row index.
 
     Raises:
-        DataError: as `prediction_rows`, or the file has no rows.
+        DataError: the file has no rows, or `prediction_rows` raises the error.
     """
     answers_by_set: dict[str, dict[int, tuple[str, str]]] = {}
     for row in prediction_rows(file):
@@ -110,19 +110,20 @@ def read_predictions(file: Path) -> dict[str, dict[int, tuple[str, str]]]:
     return answers_by_set
 
 
-def answers(
+def read_predictions(
     file: Path, sets: Mapping[str, Rows], processor: Processor
 ) -> dict[str, list[Prediction]]:
-    """Restores the predictions in a file: by set, sorted by row index.
+    """Reads the predictions in a `predictions.jsonl`, by test set and sorted by row index.
 
     Raises:
-        DataError: as `read_predictions`, or the file answers other rows than those of `sets`.
+        DataError: the file has answers to rows that are not in `sets`, or `read_answer_texts`
+            raises the error.
     """
-    answers_by_set = read_predictions(file)
+    answers_by_set = read_answer_texts(file)
     if unknown := sorted(set(answers_by_set) - set(sets)):
         raise DataError(
             f"{file} answers the sets {', '.join(unknown)}, the data has {', '.join(sets)}; "
-            "give the data= it was made with"
+            "choose the data= with which the answers were generated"
         )
     predictions: dict[str, list[Prediction]] = {}
     for name, answers_of_set in answers_by_set.items():
@@ -134,7 +135,11 @@ def answers(
 
 
 def _row(rows: Rows, index: int, row_id: str, *, source: str) -> Conversation:
-    """The row at `index`; raises an error that begins with `source` if it has another id."""
+    """Returns the row at `index`.
+
+    Raises:
+        DataError: the row does not exist or has another id. The message begins with `source`.
+    """
     state = "does not exist"
     if 0 <= index < len(rows):
         row = rows[index]
@@ -142,25 +147,29 @@ def _row(rows: Rows, index: int, row_id: str, *, source: str) -> Conversation:
             return replace(row, index=index)
         state = f"is {row.id!r}"
     raise DataError(
-        f"{source} is {row_id!r}, which {state} in the data; give the data= it was made with"
+        f"{source} is {row_id!r}, which {state} in the data; "
+        "choose the data= with which the answers were generated"
     )
 
 
-def score(
+def score_set(
     name: str,
     predictions: Sequence[Prediction],
     metrics: Mapping[str, PerSampleMetric],
     *,
     rows: int | None = None,
 ) -> ScoredSet:
-    """Scores the answers to a set of `rows` rows.
+    """Scores the answers to the test set `name`.
 
-    A metric without any row that it can score is left out, as in a test.
+    Metrics that cannot score any row are left out, as in the `test` command.
+
+    Args:
+        rows: the number of rows of the test set, if rows without answers are to be counted.
     """
     totals, scores = {}, {}
     for title, metric in metrics.items():
         total, row_scores = metric.evaluate(predictions)
-        total = float(np.float32(total))  # as Lightning logs it, to the last digit
+        total = float(np.float32(total))  # rounded as Lightning logs it
         if np.isfinite(total):
             totals[title] = total
             scores[title] = _scores_of(predictions, row_scores)
@@ -174,7 +183,10 @@ def score(
 
 
 def _scores_of(predictions: Sequence[Prediction], row_scores: Mapping[int, float]) -> np.ndarray:
-    """The score of each prediction; NaN if it is not counted or a later one has the same id."""
+    """Returns the score of each prediction.
+
+    The score is NaN if the prediction is not counted or a later prediction has the same row id.
+    """
     last_of_id = {row.conversation.id: index for index, row in enumerate(predictions)}
     values = np.full(len(predictions), np.nan)
     for row_id, index in last_of_id.items():
@@ -182,12 +194,13 @@ def _scores_of(predictions: Sequence[Prediction], row_scores: Mapping[int, float
     return values
 
 
-def groups(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
-    """Groups predictions by each column of the data, and by properties of the row.
+def group_predictions(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
+    """Groups predictions in several ways: by each column of the data and by properties of rows.
 
     Returns:
-        By title: the name of each prediction's group, "" if it is in none. Groupings that do not
-        tell rows apart are left out, and so are those into more than `MAX_GROUPS` groups.
+        A mapping from the title of a grouping to the group name of each prediction. The name is ""
+        if the prediction is in no group. Groupings with fewer than two or more than `MAX_GROUPS`
+        groups are left out.
     """
     columns: set[str] = set()
     for prediction in predictions:
@@ -209,7 +222,7 @@ def groups(predictions: Sequence[Prediction]) -> dict[str, np.ndarray]:
 
 
 def sorted_groups(names: Iterable[str]) -> list[str]:
-    """Returns each group once: numbers and intervals by size, then names in alphabetical order."""
+    """Returns distinct groups: numbers and intervals by size, then names in alphabetical order."""
     return sorted(set(names) - {""}, key=_group_order)
 
 
@@ -221,7 +234,10 @@ def _group_order(name: str) -> tuple[bool, float, str]:
 
 
 def _words_group(prediction: Prediction) -> str:
-    """The interval of the number of words expected; "" if boxes are expected or no answer is."""
+    """Returns the interval of the number of words in the expected answer.
+
+    Returns "" without an expected answer, or if the expected answer has boxes.
+    """
     answer = prediction.conversation.answer
     if answer is None:
         return ""
@@ -235,7 +251,7 @@ def _words_group(prediction: Prediction) -> str:
 
 
 def _area_group(prediction: Prediction) -> str:
-    """The interval of the area of the first expected box in percent; "" if none is expected."""
+    """Returns the interval of the area of the first expected box in percent, or "" without box."""
     box = first_box(expected_boxes(prediction))
     if box is None:
         return ""
@@ -245,7 +261,7 @@ def _area_group(prediction: Prediction) -> str:
 
 
 def _interval(value: float, starts: Sequence[int]) -> tuple[int, int | None]:
-    """The start of the interval that holds `value`, and the start of the next one, if any."""
+    """Returns the start of the interval that contains `value`, and of the next one if it exists."""
     index = max(0, bisect_right(starts, value) - 1)
     if index == len(starts) - 1:
         return starts[index], None
@@ -253,15 +269,16 @@ def _interval(value: float, starts: Sequence[int]) -> tuple[int, int | None]:
 
 
 def ious(predictions: Sequence[Prediction]) -> np.ndarray:
-    """Returns the IoU of first predicted and first expected box, of rows that expect a box."""
+    """Returns the IoU of the first predicted and expected box of each row with an expected box."""
     values = map(first_box_iou, predictions)
     return np.array([value for value in values if value is not None])
 
 
 def extremes(scored: ScoredSet, count: int, *, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Returns indices of the `count` worst and the `count` best answers, no index in both.
+    """Returns the indices of the `count` worst and the `count` best answers.
 
-    A row counts by its score of the first metric that has one. Ties are broken at random.
+    Answers are ranked by `first_scores`, and answers with equal scores in random order. No index is
+    in both lists.
     """
     values = first_scores(scored)
     known = np.random.default_rng(seed).permutation(np.flatnonzero(~np.isnan(values)))
@@ -273,7 +290,7 @@ def extremes(scored: ScoredSet, count: int, *, seed: int = 0) -> tuple[list[int]
 
 
 def first_scores(scored: ScoredSet) -> np.ndarray:
-    """Returns the score of each answer by the first metric that has one."""
+    """Returns the score of each answer by the first metric that scores it."""
     values = np.full(len(scored.predictions), np.nan)
     for metric_scores in scored.scores.values():
         values = np.where(np.isnan(values), metric_scores, values)
@@ -284,7 +301,8 @@ def compare(before: ScoredSet, now: ScoredSet) -> tuple[dict[str, Difference], l
     """Compares two runs on the rows that both have answered.
 
     Returns:
-        The difference by metric, and each row that has changed, by its largest change.
+        The difference by metric, and the changed rows, those with the largest change first. If a
+        row has changed by several metrics, only its largest change is listed.
     """
     before_indices, now_indices = _common_rows(before.predictions, now.predictions)
     differences: dict[str, Difference] = {}
@@ -310,7 +328,7 @@ def compare(before: ScoredSet, now: ScoredSet) -> tuple[dict[str, Difference], l
             new_prediction = now.predictions[now_indices[index]]
             row = ChangedRow(metric, float(change[index]), old_prediction, new_prediction)
             changed.append(row)
-    random.Random(0).shuffle(changed)  # the sort is stable: ties are in random order
+    random.Random(0).shuffle(changed)  # the sort is stable, so ties are in random order
     changed.sort(key=lambda row: -abs(row.by))
     return differences, _first_of_each_row(changed)
 
@@ -318,7 +336,7 @@ def compare(before: ScoredSet, now: ScoredSet) -> tuple[dict[str, Difference], l
 def _common_rows(
     before: Sequence[Prediction], now: Sequence[Prediction]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices in `before` and in `now` of the rows that both have."""
+    """Returns the indices in `before` and in `now` of rows that are in both."""
     index_before = {row.conversation.index: index for index, row in enumerate(before)}
     before_indices, now_indices = [], []
     for index, prediction in enumerate(now):
@@ -329,7 +347,7 @@ def _common_rows(
 
 
 def _first_of_each_row(changed: Iterable[ChangedRow]) -> list[ChangedRow]:
-    """Several metrics may have changed for one row."""
+    """Returns the first change of each row, because several metrics may have changed."""
     by_index: dict[int, ChangedRow] = {}
     for row in changed:
         by_index.setdefault(row.now.conversation.index, row)

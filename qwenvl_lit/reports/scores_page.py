@@ -1,4 +1,4 @@
-"""Writes scores as an HTML page (see `page`)."""
+"""Writes an HTML page with scores."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ from qwenvl_lit.reports.scores import (
     compare,
     extremes,
     first_scores,
-    groups,
+    group_predictions,
     ious,
     sorted_groups,
 )
 from qwenvl_lit.types import BadImage, Prediction
 
-MAX_EXAMPLES = 6  # of each set: worst, best, worse than before, better than before
-MAX_IMAGES = 4  # of a row
-MAX_REFERENCES = 10
+# Examples per test set in each list: worst answers, best answers, worse now, better now.
+MAX_EXAMPLES = 6
+MAX_IMAGES = 4  # images per example
+MAX_REFERENCES = 10  # references per example
 INTERVAL = "95 % interval"
 LEGEND = paragraph(
     'Predicted boxes are <span class="predicted">solid</span>, '
@@ -50,7 +51,7 @@ LEGEND = paragraph(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlierRun:
-    """The answers of another run to the same sets."""
+    """The answers of another run to the same test sets."""
 
     name: str
     sets: Mapping[str, ScoredSet]
@@ -58,17 +59,17 @@ class EarlierRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreReport:
-    """The content of a page."""
+    """The content of a page about scores."""
 
     title: str
     sets: Sequence[ScoredSet]
-    published: Sequence[Mapping[str, str]] = ()  # rows of the table of benchmarks
+    published: Sequence[Mapping[str, str]] = ()  # rows of `benchmark_table`
     notes: Sequence[str] = ()
     earlier: Sequence[EarlierRun] = ()
 
 
 def write_report(report: ScoreReport, file: Path) -> None:
-    """Writes the page: scores, comparisons with earlier runs, and details of each set."""
+    """Writes a page with scores, comparisons with earlier runs, and details of each test set."""
     write_text(file, page(report.title, _body(report)))
 
 
@@ -102,14 +103,14 @@ def _scores(sets: Sequence[ScoredSet]) -> Iterator[str]:
     if rows:
         yield "<h2>Scores</h2>" + table(rows, text_columns=["set", "metric"])
         yield paragraph(
-            "The interval shows how far the score may move with other rows of the same kind "
+            "The interval shows how much the score could differ on other rows of the same kind "
             "(bootstrap over rows).",
             "faint",
         )
 
 
 def _scores_by_group(scored: ScoredSet) -> Iterator[str]:
-    groupings = groups(scored.predictions)
+    groupings = group_predictions(scored.predictions)
     for metric in filter(scored.is_mean, scored.totals):
         rows = []
         for title, names in groupings.items():
@@ -123,7 +124,7 @@ def _scores_by_group(scored: ScoredSet) -> Iterator[str]:
 def _group_rows(
     metric: str, scores: np.ndarray, title: str, names: np.ndarray
 ) -> list[dict[str, str]]:
-    """A table row for each group that has scores."""
+    """Returns a table row for each group that has scores."""
     rows = []
     for name in sorted_groups(names):
         mean = bootstrap(scores[names == name])
@@ -172,8 +173,8 @@ def _comparison(earlier: EarlierRun, sets: Sequence[ScoredSet]) -> Iterator[str]
         return
     yield table(rows, text_columns=["set", "metric"])
     yield paragraph(
-        "Differences are taken row by row, on the rows that both runs have answered. "
-        "An interval without 0 is more than chance.",
+        "Differences are computed row by row, on the rows that both runs have answered. "
+        "If the interval does not contain 0, the difference is unlikely to be chance.",
         "faint",
     )
     for heading, shown in (("Worse now", worse), ("Better now", better)):
@@ -224,7 +225,7 @@ def _answer(heading: str, content: str) -> str:
 
 
 def _expected_answers(prediction: Prediction) -> list[str]:
-    """The expected answer and the references, each text once."""
+    """Returns the distinct texts of the expected answer and the references."""
     texts = [*prediction.conversation.references]
     if prediction.reference is not None:
         texts.insert(0, prediction.reference)
@@ -232,13 +233,13 @@ def _expected_answers(prediction: Prediction) -> list[str]:
 
 
 def _images(prediction: Prediction) -> Iterator[str]:
-    """The images with boxes, or all images if none has boxes."""
+    """Yields the images with boxes as HTML, or all images if none has boxes."""
     shown = images_with_boxes(prediction) or range(len(prediction.conversation.images))
     for index in shown[:MAX_IMAGES]:
         try:
             image = draw_prediction(prediction, index, largest_side_px=IMAGE_SIDE_PX)
         except BadImage as error:
-            # The scores do not need the image: it may have been deleted after the model answered.
+            # The image may have been deleted after the model answered. Scores do not depend on it.
             yield paragraph(text(str(error)), "bad")
         else:
             yield embedded_image(image)
@@ -249,7 +250,7 @@ def _number(value: float) -> str:
 
 
 def _interval(mean: Mean, *, sign: str = "-") -> str:
-    """The limits of the interval; with `sign="+"` positive numbers get a sign too."""
+    """Formats an interval. With `sign="+"`, positive numbers have a sign as well."""
     if np.isnan(mean.low):
         return "–"
     return f"{mean.low:{sign}.3f} to {mean.high:{sign}.3f}"

@@ -1,10 +1,11 @@
-"""Frozen linear layers with FP8 matmuls, for the forward pass and for input gradients.
+"""Frozen linear layers with FP8 matmuls in the forward pass and for input gradients.
 
-Faster on GPUs with FP8 tensor cores. torchao.float8 is for layers that train: it quantizes their
-weights in every step and computes weight gradients. A frozen weight is quantized once, here.
+They are faster on GPUs with FP8 tensor cores. torchao.float8 is made for layers that are trained:
+it quantizes their weights in every step and computes weight gradients. `Float8Linear` quantizes its
+frozen weight only once.
 """
 
-# M rows, K input features, N output features
+# M tokens, K input features, N output features
 
 from __future__ import annotations
 
@@ -17,41 +18,42 @@ from torch import nn
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.types import DataError
 
-FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
+FP8 = torch.float8_e4m3fn  # 4 bits for the exponent, 3 bits for the mantissa
 FP8_MAX = torch.finfo(FP8).max
 ALIGNMENT = 16  # both sizes of a layer must be multiples of this
-MIN_CAPABILITY = (8, 9)  # lowest compute capability with FP8 matmuls
+MIN_CAPABILITY = (8, 9)  # lowest CUDA compute capability with FP8 matmuls
 log = logging.getLogger(__name__)
 
 
 class Float8Linear(nn.Module):
-    """The frozen layer `layer` with FP8 matmuls: (..., K) -> (..., N).
+    """Replaces a frozen `nn.Linear` by a layer with FP8 matmuls, (..., K) -> (..., N).
 
     The weight is quantized once, with a single scale. Inputs and gradients are quantized in every
-    call, with the scale that fits the tensor. The output has the dtype that `layer` would give.
-    The weight is stored twice, once for each direction, in as much memory as in bfloat16.
+    call, each with the scale of its largest element. The output has the dtype that `layer` would
+    return. The weight is stored twice, for the forward and for the backward pass. This takes as
+    much memory as the weight in bfloat16.
     """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight, self.scale = quantize(layer.weight.detach())  # the scale: () float32
-        # Stored as uint8: gloo cannot send FP8, and `.to(dtype)` would cast it. A parameter, not a
-        # buffer: DDP broadcasts buffers every step.
+        weight, self.scale = quantize(layer.weight.detach())  # scale: () float32
+        # Stored as uint8, because gloo cannot send FP8 and `.to(dtype)` would cast it.
+        # It is a parameter and not a buffer, because DDP broadcasts buffers in every step.
         self.packed = nn.Parameter(weight.view(torch.uint8), requires_grad=False)
         self.bias = layer.bias
         self._set_weights()
 
     def _set_weights(self) -> None:
-        self.weight = self.packed.detach().view(FP8)  # (N, K), the same memory
-        # (K, N). FP8 matmuls on a GPU take their second operand in column-major order only.
+        self.weight = self.packed.detach().view(FP8)  # (N, K), a view of `packed`
+        # (K, N). FP8 matmuls on GPUs accept their second operand in column-major order only.
         self.transposed = self.weight.t().contiguous()
 
     def _apply(self, fn, recurse=True):
-        """Moves the layer to another device with the rest of a model.
+        """Moves the layer to another device together with its model.
 
-        `Module.to` calls this private method. There is no public hook for tensors that are neither
-        parameters nor buffers; torch's own recurrent layers override this method, too.
+        `Module.to` calls this private method. torch has no public hook for tensors that are neither
+        parameters nor buffers, and its own recurrent layers override this method as well.
         """
         super()._apply(fn, recurse)
         self.scale = self.scale.to(self.packed.device)
@@ -73,7 +75,7 @@ class Float8Linear(nn.Module):
 
 
 class Float8Matmul(torch.autograd.Function):
-    """(M, K), quantized to FP8, times a frozen FP8 weight (N, K): (M, N)."""
+    """Quantizes x (M, K) and multiplies it by a frozen FP8 weight (N, K), which gives (M, N)."""
 
     @staticmethod
     def forward(context, x, weight, transposed, scale, dtype):
@@ -91,12 +93,12 @@ class Float8Matmul(torch.autograd.Function):
 def quantized_matmul(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Quantizes x (M, K) and multiplies it with the transpose of `weight` (N, K): (M, N).
+    """Quantizes x (M, K), multiplies it by the transpose of `weight` (N, K) and returns (M, N).
 
     Args:
-        weight: in FP8.
-        scale: that of `weight`.
-        dtype: of the result.
+        weight: an FP8 weight.
+        scale: the scale of `weight`.
+        dtype: the dtype of the result.
     """
     if not len(x):
         return x.new_zeros(0, len(weight), dtype=dtype)
@@ -105,22 +107,23 @@ def quantized_matmul(
 
 
 def scaled_matmul(x, x_scale, weight, weight_scale, dtype):
-    # Private, but what torch.compile and torchao use; `test_float8.py` fails when it changes
+    # A private function, which torch.compile and torchao use as well. `test_float8.py` fails if it
+    # changes.
     return torch._scaled_mm(
         x, weight.t(), scale_a=x_scale, scale_b=weight_scale, out_dtype=dtype, use_fast_accum=True
     )
 
 
 def emulated_matmul(x, x_scale, weight, weight_scale, dtype):
-    """`scaled_matmul` for a CPU, where it is hundreds of times faster.
+    """Emulates `scaled_matmul` on a CPU, hundreds of times faster than `torch._scaled_mm` there.
 
-    The operands are FP8 values; the sums are more precise.
+    The operands are the same FP8 values, and the sums are more precise.
     """
     return (x.float() @ weight.float().t() * (x_scale * weight_scale)).to(dtype)
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns x in FP8, and the scale () float32 by which to multiply it."""
+    """Returns x in FP8, and the scale () float32 by which to multiply it to get x."""
     scale = (x.abs().amax().float() / FP8_MAX).clamp(min=1e-12)
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
@@ -128,25 +131,25 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def to_float8(
     model: nn.Module, components: Mapping[str, str], *, exclude: Collection[str] = ("head",)
 ) -> int:
-    """Replaces the frozen linear layers of a model one by one; returns their number.
+    """Replaces the frozen linear layers of a model by `Float8Linear`, and returns their number.
 
     Args:
-        model: a model that has its adapter.
-        components: component -> module path, of the family.
-        exclude: components that stay as they are.
+        model: a model with its adapter.
+        components: component -> module path, see `Family.components`.
+        exclude: components whose layers are not replaced.
 
     Raises:
-        DataError: there are no such layers, or the device has no FP8 matmuls.
+        DataError: the model has no frozen linear layers, or the device has no FP8 matmuls.
     """
     names = _names_to_replace(model, components, exclude)
     if not names:
         raise DataError(
-            "speed.float8=true is for frozen linear layers, and there are none; adapter=full and "
-            "adapter=qlora have none, adapter=lora leaves its base frozen"
+            "speed.float8=true is for frozen linear layers, and this model has none. Models with "
+            "adapter=full and adapter=qlora have none; with adapter=lora, base weights are frozen"
         )
     check_device(model.get_submodule(names[0]).weight.device)
     for name in names:
-        # Nothing else refers to a layer, so it is freed before the next one is quantized
+        # There is no other reference to the layer: it is freed before the next one is quantized.
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Float8Linear(model.get_submodule(name)))
     return len(names)
@@ -155,23 +158,23 @@ def to_float8(
 def _names_to_replace(
     model: nn.Module, components: Mapping[str, str], exclude: Collection[str]
 ) -> list[str]:
-    # Variants of peft's adapters such as DoRA read the weight of the layer that they wrap
-    weight_is_read = set()
+    # Variants of peft's adapters, such as DoRA, read the weight of the layer that they wrap.
+    read_by_adapters = set()
     for name, module in model.named_modules():
         if getattr(module, "lora_variant", None):
-            weight_is_read.add(f"{name}.base_layer")
+            read_by_adapters.add(f"{name}.base_layer")
     names = []
     for name, module in model.named_modules():
         component = component_of_tensor(f"{name}.weight", components)
-        if _can_replace(module) and name not in weight_is_read and component not in exclude:
+        if _can_replace(module) and name not in read_by_adapters and component not in exclude:
             names.append(name)
     return names
 
 
 def _can_replace(module: nn.Module) -> bool:
-    """Whether this is a frozen linear layer whose sizes allow FP8 matmuls.
+    """Returns whether `module` is a frozen linear layer whose sizes allow FP8 matmuls.
 
-    Subclasses of `nn.Linear` store their weights differently.
+    Subclasses of `nn.Linear` are not replaced, because they may store their weights differently.
     """
     if type(module) is not nn.Linear or module.weight.requires_grad:
         return False
@@ -179,10 +182,10 @@ def _can_replace(module: nn.Module) -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuses a GPU without FP8 matmuls. On a CPU FP8 is emulated, for testing, with a warning.
+    """Checks that the device has FP8 matmuls. On a CPU, logs a warning that FP8 is emulated.
 
     Raises:
-        DataError: the device is such a GPU.
+        DataError: the device is a GPU without FP8 matmuls.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         lowest = ".".join(map(str, MIN_CAPABILITY))
@@ -192,5 +195,5 @@ def check_device(device: torch.device) -> None:
         )
     if device.type == "cpu":
         log.warning(
-            "a CPU only emulates FP8 and is slower with it; speed=fp8 is for GPUs with FP8 matmuls"
+            "a CPU only emulates FP8 and is slower with it; use speed=fp8 on GPUs with FP8 matmuls"
         )

@@ -1,4 +1,4 @@
-"""Estimates the memory a run needs per GPU, on the meta device, before any weights are loaded."""
+"""Estimates the GPU memory that training takes, on the meta device, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
 
 GIB = 2**30
-# Bytes of a weight in NF4 with double quantization: 4 bits, a byte of scale for 64 weights, and a
-# float32 for 16,384.
+# Bytes per weight in NF4 with double quantization: 4 bits, a scale of one byte for 64 weights, and
+# a float32 scale for 16,384 weights.
 NF4_BYTES = 0.5 + 1 / 64 + 1 / 4096
-FRAGMENTATION = 1.04  # allowance for fragmentation, a factor
-CUDA_CONTEXT = 0.5 * GIB  # what CUDA itself takes of a GPU
-Sharding = Literal["none", "ddp", "fsdp"]  # how several GPUs hold the weights; "none": a single GPU
+FRAGMENTATION = 1.04  # factor by which fragmentation increases the memory
+CUDA_CONTEXT = 0.5 * GIB  # memory of a GPU that the CUDA context takes
+# How GPUs share the weights: a single GPU, a copy on each GPU, or shards.
+Sharding = Literal["none", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Peak memory of training in bytes per GPU."""
+    """The peak memory of training, in bytes per GPU."""
 
     weights: Mapping[str, float]  # component -> bytes
     gradients: float
     optimizer_states: float
     activations: float
-    workspace: float  # buffers of the optimizer step or of communication, whichever is larger
+    workspace: float  # temporary buffers of the optimizer step or of communication, the larger one
 
     @property
     def total(self) -> float:
@@ -50,24 +51,24 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockActivations:
-    """Bytes that the forward pass of one block saves for the backward pass."""
+    """The bytes that a block saves in the forward pass for the backward pass."""
 
-    input: int  # all that a checkpointed block saves
-    total: int
+    input: int  # saved with activation checkpointing
+    total: int  # saved without activation checkpointing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """Bytes that one forward and backward pass holds besides weights and their gradients."""
+    """The bytes that a forward and backward pass takes in addition to weights and gradients."""
 
-    blocks: Mapping[str, BlockActivations]  # by module path; blocks that save nothing are left out
+    blocks: Mapping[str, BlockActivations]  # by module path, without blocks that save nothing
     outside_blocks: int
 
     def bytes(self, checkpointed: int | None = 0, *, compiled: bool = False) -> int:
-        """Peak bytes if the first `checkpointed` blocks are checkpointed (None: all of them).
+        """Returns the peak bytes if the first `checkpointed` blocks are checkpointed (None: all).
 
-        One checkpointed block at a time is recomputed. A compiled one saves its attention output
-        too, which is as large as its input: see `speed.keep_attention_outputs`.
+        Checkpointed blocks are recomputed one at a time. A compiled checkpointed block also saves
+        its attention output, which is as large as its input, see `speed.keep_attention_outputs`.
         """
         blocks = list(self.blocks.values())
         recomputed = blocks[:checkpointed]
@@ -90,14 +91,16 @@ def estimate_memory(
     sharding: Sharding = "none",
     gpus: int = 1,
 ) -> MemoryEstimate:
-    """Estimates what it takes to train `model` with `inputs` on each GPU.
+    """Estimates the memory per GPU for training `model` with `inputs`.
 
     Args:
         model: a network on the meta device, with its adapter.
-        components: component -> module path, of the family.
-        quantized: whether the frozen linear layers except the head are held in 4 bits.
+        inputs: the arguments of the network's `forward`, on the meta device.
+        components: component -> module path, see `Family.components`.
+        quantized: whether the frozen linear layers except the head are quantized to 4 bits.
         checkpointed, compiled: see `Activations.bytes`.
-        activations: those of `model` and `inputs`, if they are known already.
+        activations: the result of `activations_of(model, inputs)`, to avoid computing it again.
+        sharding, gpus: how the weights are distributed, and over how many GPUs.
     """
     shards = gpus if sharding == "fsdp" else 1
     quantized_ids: set[int] = set()
@@ -113,13 +116,13 @@ def estimate_memory(
     activations = activations or activations_of(model, inputs)
     saved = activations.bytes(checkpointed, compiled=compiled)
     workspace = _workspace(model, trained, gradients, sharding)
-    # One quantized weight at a time is dequantized
+    # Quantized weights are dequantized one at a time.
     workspace += max((_bytes(t) for t in model.parameters() if id(t) in quantized_ids), default=0)
     if sharding == "fsdp":
-        # To validate, every rank gathers all weights. Gradients are held meanwhile, except those
-        # of bfloat16 weights: `StochasticAdamW` has freed them.
-        held_gradients = 0 if _has_bfloat16(trained) else gradients
-        gathered = sum(weights.values()) * (gpus - 1) + held_gradients
+        # For validation, every rank gathers all weights. The gradients are still in memory, except
+        # those of bfloat16 weights, which `StochasticAdamW` frees.
+        remaining_gradients = 0 if _has_bfloat16(trained) else gradients
+        gathered = sum(weights.values()) * (gpus - 1) + remaining_gradients
         workspace = max(workspace, gathered - gradients - saved)
     present = [component for component in (*components, "other") if component in weights]
     return MemoryEstimate(
@@ -138,8 +141,8 @@ def _workspace(
     if sharding == "ddp":
         return max(rounding, gradients)  # DDP's buckets
     if sharding == "fsdp":
-        # The largest unit and the next one are gathered; the gradients of the largest, and their
-        # sum over the ranks in float32.
+        # Two units are gathered at a time, the current and the next one. In addition, there are the
+        # gradients of a unit and their float32 sum over the ranks.
         size, elements = max(_fsdp_units(model), key=lambda unit: unit[0])
         gathered = 2 * size
         if trained:
@@ -153,7 +156,7 @@ def _has_bfloat16(tensors: list[nn.Parameter]) -> bool:
 
 
 def _fsdp_units(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Bytes and elements of what FSDP gathers at once: blocks, and large tables outside them."""
+    """Yields bytes and elements of the units that FSDP gathers: blocks and embeddings."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer | nn.Embedding) or module is model:
             tensors = list(module.parameters(recurse=module is not model))
@@ -161,11 +164,11 @@ def _fsdp_units(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
-    """Counts what autograd saves for each block, by a forward pass on the meta device."""
+    """Runs a forward pass on the meta device, and counts the bytes that each block saves."""
     tensors = [*model.parameters(), *model.buffers()]
     # `_cdata` is the address of a storage. The public `data_ptr()` is 0 on the meta device.
     weights = {tensor.untyped_storage()._cdata for tensor in tensors}
-    # Storages are kept alive, so that no other storage gets the address of one that was counted
+    # The references keep counted storages alive, so that no other storage gets the same address.
     counted: dict[int, torch.UntypedStorage] = {}
     saved_bytes: dict[nn.Module | None, int] = defaultdict(int)
     current: list[nn.Module | None] = [None]
@@ -206,9 +209,9 @@ def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Makes attention save what fused kernels save.
+    """Makes attention on the meta device save the same tensors as fused kernels.
 
-    On the meta device torch itself would save the attention weights of all heads.
+    By default, attention on the meta device saves the attention weights of all heads.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -226,7 +229,7 @@ class _SavedByAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        raise NotImplementedError("only what the forward pass saves is counted")
+        raise NotImplementedError("only the forward pass is used")
 
 
 def blocks_to_checkpoint(
@@ -236,13 +239,14 @@ def blocks_to_checkpoint(
     available: float,
     **options: Any,
 ) -> list[str]:
-    """Finds the fewest blocks to checkpoint so that training fits into `available` bytes per GPU.
+    """Finds the fewest blocks to checkpoint for training to fit into `available` bytes per GPU.
 
     Args:
-        options: those of `estimate_memory`.
+        options: further arguments of `estimate_memory`.
 
     Returns:
-        Their module paths; those of all blocks if not even that is enough.
+        The module paths of the blocks to checkpoint. If even checkpointing all blocks is not
+        enough, the paths of all blocks.
     """
     activations = activations_of(model, inputs)
     blocks = list(activations.blocks)
@@ -256,11 +260,11 @@ def blocks_to_checkpoint(
 
 
 def memory_table(estimate: MemoryEstimate, available: float, *, device: str, batches: str) -> Table:
-    """Formats an estimate in GiB.
+    """Formats an estimate as a table in GiB.
 
     Args:
-        available: the memory of one device, in bytes.
-        device: what the estimate is for one of, "GPU" or "process".
+        available: the memory of a GPU or process, in bytes.
+        device: "GPU" or "process", for the title.
         batches: a description of the batches, for the title.
     """
     table = Table(title=f"Estimated memory per {device} for {batches}")
@@ -278,7 +282,10 @@ def memory_table(estimate: MemoryEstimate, available: float, *, device: str, bat
 
 
 def _quantized_weights(model: nn.Module, components: Mapping[str, str]) -> set[int]:
-    """Ids of the weights that `bnb_config` quantizes: frozen linear layers except the head."""
+    """Returns the `id`s of the weights of frozen linear layers, except the head.
+
+    These are the weights that are quantized with `bnb_config`.
+    """
     ids = set()
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module.weight.requires_grad:
@@ -293,33 +300,35 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def fits(estimate: MemoryEstimate, available: float) -> bool:
-    """Whether a GPU with `available` bytes has room for an estimate, fragmentation and CUDA."""
+    """Returns whether `available` bytes are enough for the estimate, fragmentation and CUDA."""
     return estimate.total * FRAGMENTATION + CUDA_CONTEXT <= available
 
 
 def available_gpu_memory() -> float:
-    """Bytes of the smallest GPU that this process sees."""
+    """Returns the memory, in bytes, of the smallest GPU that is visible to this process."""
     gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return min(gpu.total_memory for gpu in gpus)
 
 
 def training_inputs(
-    family: Family, rows: int, *, tokens: int, images: int = 1, targets: int = 64
+    family: Family, batch_size: int, *, tokens: int, images: int = 1, targets: int = 64
 ) -> dict[str, Any]:
-    """Makes arguments of the network's `forward` for `rows` equal rows, on the meta device.
+    """Returns arguments of the network's `forward` for a batch of equal rows, on the meta device.
 
     Args:
-        tokens: per row; at most `max_length` of the processor, at least what the images need.
-        targets: supervised tokens per row.
+        tokens: the number of tokens per row. It is reduced to the processor's `max_length`, and
+            increased to the number of tokens that images and targets take.
+        images: the number of images per row.
+        targets: the number of supervised tokens per row.
     """
     processor = family.processor()
     if max_length := processor.settings.get("max_length"):
         tokens = min(tokens, max_length)
-    # A digit is one token in every vocabulary. The end-of-turn token is supervised too.
+    # A digit is one token in every vocabulary. The end-of-turn token is supervised as well.
     answer = "1" * max(1, targets - 1)
     length = processor.length(_row(images, "", answer))[0]
     sample = processor.encode(_row(images, "1" * max(0, tokens - length), answer))
-    inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * rows))
+    inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * batch_size))
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             inputs[name] = value.to("meta")

@@ -1,6 +1,7 @@
 """Detects non-finite gradients without synchronizing.
 
-The optimizer skips the step on the device; the host finds out one step later and stops the run.
+The optimizer skips the step on the device. One step later, the host reads the result and stops the
+run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qwenvl_lit.types import Batch, DataError
 
 
 class NonFiniteGuard:
-    """Remembers whether the last gradient was finite, and the batches that it came from."""
+    """Records whether the last gradient was finite, and from which batches it was computed."""
 
     def __init__(self) -> None:
         self._finite: HostCopy | None = None
@@ -23,23 +24,24 @@ class NonFiniteGuard:
         self._batches: Sequence[Batch] = ()
 
     def note(self, finite: torch.Tensor, *, step: int, batches: Sequence[Batch]) -> None:
-        """Queues the verdict on a gradient, to be read by the next `check`.
+        """Records whether a gradient is finite. The next call of `check` reads the result.
 
         Args:
-            finite: () on the device; true if the gradient of `batches` is finite.
-            step: the optimizer step that this gradient is for.
+            finite: a scalar on the device, true if the gradient is finite.
+            step: the optimizer step of the gradient.
+            batches: the micro-batches that the gradient was computed from.
         """
         self._finite = HostCopy(finite)
         self._step, self._batches = step, batches
 
     def check(self, folder: Path, rank: int) -> None:
-        """Reads the verdict that was noted last.
+        """Checks that the gradient of the last call of `note` is finite.
 
         Raises:
-            DataError: that gradient was not finite; its batches are saved in `folder`.
+            DataError: the gradient is not finite. Its batches were saved in `folder`.
         """
-        noted, self._finite = self._finite, None
-        if noted is None or noted.read():
+        finite, self._finite = self._finite, None
+        if finite is None or finite.read():
             return
         rows = []
         for batch in self._batches:
@@ -51,8 +53,9 @@ class NonFiniteGuard:
         torch.save({"step": self._step, "rows": rows, "batches": batches}, file)
         raise DataError(
             f"the gradient of step {self._step} is not finite and was not applied. Its rows on "
-            f"rank {rank}: {', '.join(rows)}; saved as {file}. Check these rows, then resume from "
-            "the last checkpoint, with a smaller optim.lr if the rows are correct"
+            f"rank {rank} are {', '.join(rows)}; their tensors are saved in {file}. Check these "
+            "rows. Then resume from the last checkpoint, with a smaller optim.lr if the rows are "
+            "correct"
         )
 
 

@@ -1,4 +1,4 @@
-"""The state of the random number generators."""
+"""Saves and restores the states of the random number generators."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Returns the RNG states of Python, NumPy, torch and this process's GPU.
+    """Returns the RNG states of Python, NumPy, torch and the GPU of this process.
 
-    They are plain data and tensors, which `torch.load(weights_only=True)` reads.
+    The states are plain data and tensors, so that `torch.load(weights_only=True)` can read them.
     """
-    kind, keys, *rest = np.random.get_state()
+    algorithm, keys, *further_state = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (algorithm, torch.from_numpy(keys.astype(np.int64)), *further_state),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restores what `rng_state` returned; a GPU's state only where there is a GPU."""
+    """Restores the states that `rng_state` returned. Without a GPU, its state is ignored."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    algorithm, keys, *further_state = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *further_state))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""Lightning strategies: FSDP2 for training, and a model that transformers spread over devices."""
+"""Lightning strategies for FSDP2 and for models that `device_map` distributes over devices."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from qwenvl_lit.types import DataError
 
 
 class DeviceMapStrategy(SingleDeviceStrategy):
-    """One process for a model that `device_map` has spread over GPUs and host memory.
+    """A single process with a model that `device_map` distributes over GPUs and host memory.
 
-    Lightning moves no tensor of the model. For testing and predicting only.
+    Lightning does not move any tensor of the model. The strategy does not support training.
     """
 
     def __init__(self):
         super().__init__(device="cuda:0" if torch.cuda.is_available() else "cpu")
 
     def setup(self, trainer: lightning.Trainer) -> None:
-        """Sets the strategy up as Lightning does.
+        """Sets up the strategy.
 
         Raises:
-            DataError: the trainer is about to train.
+            DataError: the trainer is going to train.
         """
         if trainer.state.fn == "fit":
             raise DataError(
@@ -42,28 +42,28 @@ class DeviceMapStrategy(SingleDeviceStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Does nothing: the tensors stay where they are."""
+        """Does nothing, because the tensors are already on their devices."""
 
     def teardown(self) -> None:
         """Does nothing.
 
-        Lightning would move the model to the host, which offloaded layers on the meta device
-        cannot follow.
+        Lightning would move the model to the host. This fails for offloaded layers, which are on
+        the meta device.
         """
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer states across all ranks (FSDP2).
 
-    In training, the weights of a block are gathered when they are needed. To validate, test and
-    predict, every rank gathers all weights once, so that ranks can generate different numbers of
-    rows and tokens without blocking each other.
+    In training, the weights of a block are gathered when the block runs. For validation, testing
+    and prediction, every rank gathers all weights once. Ranks can then generate different numbers
+    of rows and tokens without blocking each other.
 
-    Checkpoints are those of a single process: the trained tensors, gathered one by one to rank 0,
-    which writes them whole. They can be loaded with any number of ranks.
+    Checkpoints have the same format as those of a single process. Trained tensors are gathered one
+    by one to rank 0, which writes them unsharded. Any number of ranks can load a checkpoint.
 
     Args:
-        process_group_backend: "gloo" to run on the CPU.
+        process_group_backend: the backend of torch.distributed. "gloo" is required on CPUs.
     """
 
     def __init__(self, process_group_backend: str | None = None, **options: Any):
@@ -75,9 +75,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        # Lightning's "auto" is the number of nodes. The constructor's argument cannot be used: the
-        # trainer tells a strategy the numbers of nodes and processes only after it was built.
-        # test_strategies.py checks the shape of the mesh that follows from this private attribute.
+        # The default, "auto", is the number of nodes. The constructor argument `data_parallel_size`
+        # cannot be used, because the trainer sets the numbers of nodes and processes later.
+        # `test_strategies.py` checks that this private attribute determines the device mesh.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -87,7 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the trained tensors, whole, on rank 0; an empty dictionary on other ranks."""
+        """Returns the unsharded trained tensors on rank 0, and {} on other ranks."""
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
         )
@@ -123,7 +123,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             for unit in blocks:
                 unit.set_reshard_after_forward(True, recurse=False)
                 unit.reshard()
-            # FSDP's default for the root is to keep its weights from forward to backward
+            # By default, FSDP does not reshard the root module after the forward pass.
             root.reshard()
 
     def _units(self) -> list[FSDPModule]:
@@ -132,7 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def sharding_of(trainer: lightning.Trainer) -> tuple[Sharding, int]:
-    """Returns how a trainer's strategy distributes the weights, and the number of devices."""
+    """Returns how the strategy of a trainer distributes the weights, and the number of devices."""
     devices = trainer.num_devices * trainer.num_nodes
     if isinstance(trainer.strategy, FSDP2Strategy):
         return "fsdp", devices
@@ -144,7 +144,7 @@ def sharding_of(trainer: lightning.Trainer) -> tuple[Sharding, int]:
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums `tensor` over all ranks, in place.
 
-    Lightning's `reduce` would make each host synchronize with its device first.
+    Lightning's `reduce` synchronizes. This function does not.
     """
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -152,21 +152,21 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[str]) -> None:
-    """Shards the network in `model` across the ranks of `mesh`, block by block; once.
+    """Shards the network in `model` across the ranks of `mesh`, unless it is sharded already.
 
-    Weights are gathered in their own dtype and gradients are summed in float32. Inputs of modules
-    are not cast: rotary tables are float32.
+    Weights are gathered in their own dtype, and gradients are summed in float32. Inputs of modules
+    are not cast, because rotary tables must stay in float32.
 
     Args:
-        model: a transformers model, or one inside adapters.
-        units: class names of the modules that are gathered as a whole, see `Family.fsdp_units`.
+        model: a transformers model, with or without adapters around it.
+        units: class names of the modules that are gathered as units, see `Family.fsdp_units`.
     """
     network = network_of(model)
     if isinstance(network, FSDPModule):
         return
     modules = [module for module in network.modules() if type(module).__name__ in units]
     if not network.config.tie_word_embeddings:
-        # Embeddings and head are two thirds of the parameters outside the blocks
+        # Embeddings and head have two thirds of the parameters outside the blocks.
         modules += [network.get_input_embeddings(), network.get_output_embeddings()]
     policy = MixedPrecisionPolicy(
         param_dtype=network.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -177,10 +177,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, units: Sequence[str]) -> None:
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leaves inference mode, without recording gradients.
+    """Disables inference mode and gradients within a `with` block.
 
-    FSDP reuses its gather buffers for training, and tensors created in inference mode cannot be
-    trained.
+    FSDP uses the buffers of gathered weights in training too, and autograd does not support tensors
+    that were created in inference mode.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield

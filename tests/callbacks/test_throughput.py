@@ -18,7 +18,7 @@ from qwenvl_lit.callbacks.throughput import (
     DataWaitProfiler,
     Throughput,
     peak_flops,
-    trained_shares,
+    trained_fractions,
 )
 from qwenvl_lit.runs.run import config_folder
 
@@ -224,5 +224,5 @@ def test_the_trained_share_of_a_component_excludes_the_component_inside_it():
     tower["pool"].requires_grad_(False)
     tower["block"].bias.requires_grad_(False)
     components = {"vision": "tower", "resampler": "tower.pool", "head": "head"}
-    shares = trained_shares(model, components)
+    shares = trained_fractions(model, components)
     assert shares == {"vision": 12 / 16, "resampler": 0, "head": 0}

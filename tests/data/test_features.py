@@ -32,17 +32,17 @@ def filled(folder: Path, shades=range(5)) -> FeatureStore:
 
 def test_features_come_back_in_the_order_of_the_images(tmp_path):
     store = filled(tmp_path)
-    features = store.of([image(3), image(0), image(3)])
+    features = store.read([image(3), image(0), image(3)])
     assert features.shape == (3, *SHAPE)
     assert features[:, 0, 0].tolist() == [3, 0, 3]
-    empty = store.of([])
+    empty = store.read([])
     assert empty.shape == (0, *SHAPE)
     assert empty.dtype == torch.float32
 
 
 def test_missing_keys_are_listed_once_and_in_order(tmp_path):
     store = filled(tmp_path, [1])
-    assert store.missing(["b", image(1).key, "a", "b"]) == ["b", "a"]
+    assert store.missing_keys(["b", image(1).key, "a", "b"]) == ["b", "a"]
 
 
 def test_another_process_finds_written_images_and_a_copy_reads_them(tmp_path):
@@ -50,10 +50,10 @@ def test_another_process_finds_written_images_and_a_copy_reads_them(tmp_path):
     other = new_store(tmp_path)
     assert len(other) == 5
     other.add({image(9).key: torch.full(SHAPE, 9.0)})
-    assert store.missing([image(9).key])
+    assert store.missing_keys([image(9).key])
     store.refresh()
     copy = pickle.loads(pickle.dumps(store))
-    assert copy.of([image(9), image(2)])[:, 0, 0].tolist() == [9, 2]
+    assert copy.read([image(9), image(2)])[:, 0, 0].tolist() == [9, 2]
 
 
 def test_other_settings_dtypes_and_shapes_have_stores_of_their_own(tmp_path):
@@ -74,17 +74,17 @@ def test_an_image_that_is_not_stored_is_named(tmp_path):
     image(77).open().save(file)
     changed = r"image .*new\.png is not in the vision cache .*start the run again"
     with pytest.raises(DataError, match=changed):
-        store.of([ImageSource(file)])
+        store.read([ImageSource(file)])
     with pytest.raises(BadImage, match="cannot be read as an image"):
-        store.of([ImageSource(b"no image")])
+        store.read([ImageSource(b"no image")])
 
 
 def test_an_unfinished_file_does_not_remain(tmp_path):
     store = filled(tmp_path)
     store.folder.rename(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"cannot be written: .*make room"):
+    with pytest.raises(DataError, match=r"cannot be written: .*free disk space"):
         store.add({"key": torch.zeros(SHAPE)})
-    assert store.missing(["key"])
+    assert store.missing_keys(["key"])
 
 
 def test_unfinished_files_of_killed_processes_are_removed_and_others_are_not(tmp_path):
@@ -122,12 +122,12 @@ class StoredImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.store.of([self.images[index]])
+        return self.store.read([self.images[index]])
 
 
 def test_data_workers_read_files_that_are_open_already(tmp_path):
     store = filled(tmp_path)
-    store.of([image(0)])
+    store.read([image(0)])
     dataset = StoredImages(store, [image(shade) for shade in range(5)])
     loader = DataLoader(dataset, num_workers=2, collate_fn=list)
     assert [float(features[0, 0, 0]) for (features,) in loader] == [0, 1, 2, 3, 4]
@@ -148,7 +148,7 @@ def test_reading_is_mapped_and_faster_than_any_model_trains(tmp_path):
     assert _own_memory() - before < 20e6 < sum(tensor.nbytes for tensor in mapped)
     start = time.perf_counter()
     for shade, source in enumerate(images):
-        assert torch.equal(store.of([source])[0, 0, :8], (first + shade)[0, :8])
+        assert torch.equal(store.read([source])[0, 0, :8], (first + shade)[0, :8])
     assert len(images) / (time.perf_counter() - start) > 100
 
 

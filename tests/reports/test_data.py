@@ -123,8 +123,8 @@ def test_the_summary_has_figures_files_findings_and_overlaps(tmp_path):
     assert "a.jsonl:20:" not in text
     assert "1  … tokens are too many" in text
     assert (
-        "train and test: rows of test with the images and the question of a row of train: 3; "
-        "images in both: 2"
+        "train and test: 3 rows of test have the images and the question of a row of train; "
+        "2 images are in both"
     ) in text
 
 

@@ -22,7 +22,7 @@ def card(folder, trained=(), path="Qwen/Qwen-VL-Chat", merged=True, **run):
         config=config,
         merged=merged,
         dtype="bfloat16",
-        compared="equal",
+        comparison="equal",
     ).splitlines()
 
 
@@ -44,7 +44,7 @@ def test_a_card_has_the_adapter_the_data_and_the_scores(tmp_path):
         "| started from | `before.ckpt` |",
         "| data.train | `my.jsonl` |",
         "| optim.lr | `0.0001` |",
-        "| compared | equal |",
+        "| comparison | equal |",
         "| | best, step 50 | last, step 90 |",
         "| loss | 1.235 | 2 |",
         "| caption | 0.5 | - |",

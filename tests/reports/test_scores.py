@@ -12,14 +12,14 @@ from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.reports.scores import (
-    answers,
     bootstrap,
     compare,
     extremes,
-    groups,
+    group_predictions,
     ious,
+    read_answer_texts,
     read_predictions,
-    score,
+    score_set,
     sorted_groups,
 )
 from qwenvl_lit.reports.scores_page import EarlierRun, ScoreReport, write_report
@@ -55,7 +55,7 @@ def test_the_interval_of_a_share_is_that_of_the_binomial_distribution():
 def test_scores_are_those_of_the_metric():
     # The last two predictions are of one row.
     rows = [predicted(0, "yes"), predicted(1, "no"), predicted(2, "yes"), predicted(2, "no")]
-    scored = score("mine", rows, {"exact": ExactMatch(), "iou": MeanIoU()}, rows=5)
+    scored = score_set("mine", rows, {"exact": ExactMatch(), "iou": MeanIoU()}, rows=5)
     assert scored.totals == {"exact": pytest.approx(1 / 3)}, "no row has a box"
     assert scored.scores["exact"].tolist()[:2] == [1, 0]
     assert np.isnan(scored.scores["exact"][2])
@@ -68,7 +68,7 @@ def test_a_score_of_the_whole_set_has_no_interval():
         predicted(0, "a b c d e", answer=("a b c d e",)),
         predicted(1, "a b", answer=("x y z",)),
     ]
-    scored = score("mine", rows, {"bleu": Bleu(1), "exact": ExactMatch()})
+    scored = score_set("mine", rows, {"bleu": Bleu(1), "exact": ExactMatch()})
     assert not scored.is_mean("bleu")
     assert np.isnan(scored.mean("bleu").low)
     assert scored.mean("bleu").value == scored.totals["bleu"]
@@ -87,7 +87,7 @@ def test_groupings_tell_rows_apart_without_naming_each_one():
     for index in range(3, 15):
         columns = {"task": "a", "name": str(index)}
         rows.append(predicted(index, "yes", columns=columns, answer=small_box))
-    found = groups(rows)
+    found = group_predictions(rows)
     assert set(found) == {"task", "images", "words of the expected answer", "box, % of the image"}
     assert found["task"].tolist()[:4] == ["a", "b", "b", "a"]
     assert found["words of the expected answer"].tolist()[:3] == ["1", "2–3", ""]
@@ -110,7 +110,7 @@ def test_the_worst_and_the_best_answers_are_distinct():
         predicted(3, "b"),
     ]
     assert ious(rows).tolist() == [0.5, 1, 0]
-    scored = score("mine", rows, {"iou": MeanIoU()})
+    scored = score_set("mine", rows, {"iou": MeanIoU()})
     assert extremes(scored, 1) == ([2], [1])
     assert extremes(scored, 9) == ([2, 0], [1])
 
@@ -118,8 +118,8 @@ def test_the_worst_and_the_best_answers_are_distinct():
 def test_two_runs_are_compared_row_by_row():
     rows_before = [predicted(k, "yes" if k < 4 else "no") for k in range(9)]
     rows_now = [predicted(k, "yes" if k > 1 else "no") for k in range(1, 10)]
-    before = score("mine", rows_before, {"exact": ExactMatch()})
-    now = score("mine", rows_now, {"exact": ExactMatch()})
+    before = score_set("mine", rows_before, {"exact": ExactMatch()})
+    now = score_set("mine", rows_now, {"exact": ExactMatch()})
     differences, changed = compare(before, now)
     exact = differences["exact"]
     assert exact.before == pytest.approx(3 / 8)
@@ -154,7 +154,7 @@ def write_predictions(folder, *rows):
 def test_answers_are_matched_with_the_rows_that_were_asked(tmp_path):
     rows = {"mine": [conversation(k) for k in range(3)], "other": []}
     lines = [line("mine", k, f"row {k}", str(k)) for k in (2, 0)]
-    found = answers(write_predictions(tmp_path, *lines), rows, Reader())
+    found = read_predictions(write_predictions(tmp_path, *lines), rows, Reader())
     assert [(p.text, p.conversation.id) for p in found["mine"]] == [("0", "row 0"), ("2", "row 2")]
 
 
@@ -169,7 +169,7 @@ def test_answers_are_matched_with_the_rows_that_were_asked(tmp_path):
 def test_answers_to_other_rows_are_refused(tmp_path, wrong, message):
     rows = {"mine": [conversation(k) for k in range(3)], "other": []}
     with pytest.raises(DataError, match=message):
-        answers(write_predictions(tmp_path, wrong), rows, Reader())
+        read_predictions(write_predictions(tmp_path, wrong), rows, Reader())
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_line_that_is_not_a_prediction_is_named(tmp_path, wrong):
     file = tmp_path / "some.jsonl"
     file.write_text(json.dumps(line("a", 0, "x", "")) + "\n" + wrong + "\n")
     with pytest.raises(DataError, match=r"some\.jsonl:2: (expected \{set, index|not JSON)"):
-        read_predictions(file)
+        read_answer_texts(file)
 
 
 def test_a_folder_or_a_file_gives_answers_and_their_config(tmp_path):
@@ -209,11 +209,11 @@ def page(tmp_path) -> str:
     rows.append(predicted(8, "b", answer=(WHOLE_IMAGE,), parts=(LEFT_HALF,)))
     rows.append(Prediction(conversation=row, text="y", parts=("y",)))
     metrics = {"exact": ExactMatch(), "iou": MeanIoU()}
-    before = score(EVIL, [predicted(k, "no") for k in range(8)], metrics)
+    before = score_set(EVIL, [predicted(k, "no") for k in range(8)], metrics)
     benchmark = {"benchmark": "refcoco/val", "metric": "iou", "score": "51.00"}
     report = ScoreReport(
         title="Scores <of> it",
-        sets=[score(EVIL, rows, metrics, rows=12)],
+        sets=[score_set(EVIL, rows, metrics, rows=12)],
         published=[{**benchmark, "difference": "-1.00"}],
         notes=["the model was trained on these images"],
         earlier=[

@@ -22,7 +22,7 @@ from qwenvl_lit.cli.resume import LAST, steps_of
 from qwenvl_lit.data.predictions import answered_rows
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
-from qwenvl_lit.reports.scores import read_predictions
+from qwenvl_lit.reports.scores import read_answer_texts
 from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run
 from qwenvl_lit.stored_files import read_checkpoint, read_json_object, read_tensors
 from qwenvl_lit.training.adapters.methods import LoRA
@@ -165,7 +165,7 @@ READERS: dict[str, Callable[[], object]] = {
     "bin/pytorch_model.bin.index.json": lambda: load("bin"),
     "bin/pytorch_model-00001-of-00001.bin": lambda: load("bin"),
     "answers/predictions.jsonl": lambda: (
-        read_predictions(Path("answers/predictions.jsonl")),
+        read_answer_texts(Path("answers/predictions.jsonl")),
         answered_rows(Path("answers")),
     ),
 }

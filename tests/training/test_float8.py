@@ -206,7 +206,7 @@ def test_layers_whose_sizes_are_not_aligned_are_not_replaced():
 
 
 def test_a_model_without_frozen_layers_is_refused():
-    message = "there are none; adapter=full and adapter=qlora have none, adapter=lora leaves its "
+    message = "this model has none. Models with adapter=full and adapter=qlora have none; with "
     with pytest.raises(DataError, match=message):
         to_float8(network(Full()), QwenVLFamily.components)
 

@@ -25,7 +25,7 @@ from qwenvl_lit.metrics.anls import ANLS
 from qwenvl_lit.metrics.captions import Bleu, CIDEr
 from qwenvl_lit.metrics.exact_match import ExactMatch
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.reports.scores import answers, score
+from qwenvl_lit.reports.scores import read_predictions, score_set
 from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
@@ -117,8 +117,8 @@ def run_everything(folder: Path, file: Path, strategy=None, **options) -> None:
             scores[name] = logged.scores
         if name == "test" and run.is_global_zero:  # without the other rank, which is still there
             predictions = folder / "test/predictions.jsonl"
-            [answered] = answers(predictions, rows.test, module.processor).values()
-            scores["file"] = score("validation", answered, metrics()).totals
+            [answered] = read_predictions(predictions, rows.test, module.processor).values()
+            scores["file"] = score_set("validation", answered, metrics()).totals
     if run.is_global_zero:
         (folder / "scores.json").write_text(json.dumps(scores))
 
@@ -182,5 +182,5 @@ def test_validation_test_and_predictions_file_give_the_same_scores(runs, process
     rows = {"validation": read_rows(str(runs["rows"]))}
     for command in ("test", "predict"):
         predictions = runs[processes] / command / "predictions.jsonl"
-        [answered] = answers(predictions, rows, tiny_family().processor()).values()
-        assert score("validation", answered, metrics(), rows=ROWS).totals == expected
+        [answered] = read_predictions(predictions, rows, tiny_family().processor()).values()
+        assert score_set("validation", answered, metrics(), rows=ROWS).totals == expected

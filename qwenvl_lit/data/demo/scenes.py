@@ -1,4 +1,4 @@
-"""Scenes of the demo dataset: one or two objects on a plain background, each scene in one split."""
+"""Generates the scenes of the demo dataset: one or two objects on a plain background."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qwenvl_lit.data.demo.sprites import CLASSES, draw_sprite
 Split = Literal["train", "validation", "test", "unseen_pairs"]
 
 SIDE_PX = 64
-# Objects are aligned to the patches of the tiny model: unaligned ones take many times longer to
-# learn.
+# Objects are aligned to the patches of the tiny model. Training on unaligned objects would take
+# many times longer.
 STEP_PX = 8
 SIZES_PX = (24, 32)
-RESERVED_CORNERS = 2  # corners per class that only `unseen_pairs` shows
+RESERVED_CORNERS = 2  # positions per class that occur only in the split `unseen_pairs`
 BACKGROUNDS = (
     (244, 241, 232),
     (232, 240, 246),
@@ -38,36 +38,36 @@ def _placements() -> Iterator[tuple[int, int, int]]:
             yield x, y, size
 
 
-PLACEMENTS = list(_placements())  # (x, y, size) of an object: 36 small ones and 25 large ones
+PLACEMENTS = list(_placements())  # (x, y, size): 36 for small and 25 for large objects
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class SceneObject:
-    """An object of a class, in the square of `size` pixels whose top-left corner is (x, y)."""
+    """An object in the square of `size` pixels a side whose top-left corner is (x, y)."""
 
     x: int
     y: int
     size: int
-    name: str
+    name: str  # of the class
 
     @property
     def box_px(self) -> tuple[int, int, int, int]:
-        """x0, y0, x1, y1. The drawing touches all four sides."""
+        """The box (x0, y0, x1, y1) around the object, which touches all four sides."""
         return self.x, self.y, self.x + self.size, self.y + self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One object, or two of different classes, side by side and listed from left to right."""
+    """One object, or two objects of different classes from left to right without overlap."""
 
     objects: tuple[SceneObject, ...]
     background: tuple[int, int, int] = BACKGROUNDS[0]
 
     def draw(self, scale: int = 1) -> Image.Image:
-        """Returns an RGB image of `SIDE_PX * scale` a side.
+        """Returns a square RGB image with a side of `SIDE_PX * scale`.
 
         Args:
-            scale: 1 in the dataset; larger images are for people.
+            scale: 1 for images of the dataset, or larger for images that people look at.
         """
         image = Image.new("RGB", (SIDE_PX * scale, SIDE_PX * scale), self.background)
         for obj in self.objects:
@@ -79,13 +79,13 @@ class Scene:
 def scenes(
     split: Split, count: int, seed: int = 0, *, classes: Sequence[str] = CLASSES, pairs: float = 0.5
 ) -> Iterator[Scene]:
-    """Draws random scenes that belong to `split`.
+    """Yields random scenes that belong to `split`.
 
-    The same objects at the same positions are never in two splits, whatever the seeds. Within a
-    split they may repeat on other backgrounds.
+    With any seeds, the same objects at the same positions never occur in two splits. Within a split
+    they may occur several times, on different backgrounds.
 
     Args:
-        pairs: share of the scenes that have two objects.
+        pairs: the probability that a scene has two objects.
     """
     rng = random.Random(f"{split} {seed} {pairs} {' '.join(classes)}")
     for _ in range(count):
@@ -98,9 +98,10 @@ def scenes(
 
 
 def split_of(objects: Sequence[SceneObject]) -> Split:
-    """Returns the only split that may show these objects together.
+    """Returns the split to which a scene with these objects belongs.
 
-    A hash that never changes puts 85 % into train, 5 % into validation and 10 % into test.
+    Scenes with a class in one of its reserved corners belong to `unseen_pairs`. Of the others, a
+    fixed hash assigns 85 % to train, 5 % to validation and 10 % to test.
     """
     if any((obj.x, obj.y) in reserved_corners(obj.name) for obj in objects):
         return "unseen_pairs"
@@ -113,7 +114,7 @@ def split_of(objects: Sequence[SceneObject]) -> Split:
 
 @cache
 def reserved_corners(name: str) -> frozenset[tuple[int, int]]:
-    """Returns the top-left corners where training never shows the class, only other classes."""
+    """Returns the positions at which a class occurs only in the split `unseen_pairs`."""
     corners = {(x, y) for x, y, _ in PLACEMENTS}
     by_hash = sorted(corners, key=lambda corner: _hash(f"{name} {corner}"))
     return frozenset(by_hash[:RESERVED_CORNERS])

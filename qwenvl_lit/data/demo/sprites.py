@@ -1,6 +1,6 @@
-"""The objects of the demo images, drawn with Pillow.
+"""Draws the objects of the demo images with Pillow.
 
-They differ in shape and colour, so that a tiny model can tell them apart.
+The objects differ in shape and color, so that a tiny model can distinguish them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFilter
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 CANVAS_PX = 480
-MARGIN_PX = 40  # for the outline
+MARGIN_PX = 40  # space for the outline
 UNIT_PX = (CANVAS_PX - 2 * MARGIN_PX) / 100
-OUTLINE: Colour = (43, 39, 60)
+OUTLINE: Color = (43, 39, 60)
 
 
 @cache
 def draw_sprite(name: str, side_px: int) -> Image.Image:
-    """Returns the object on a transparent square, RGBA, stretched to touch all four sides.
+    """Returns an RGBA image of the object, stretched to touch all four sides.
 
-    The image is cached and shared: do not modify it.
+    The background is transparent. The image is cached, so callers must not modify it.
     """
     image = Image.new("RGBA", (CANVAS_PX, CANVAS_PX))
     _ALL_DRAWINGS[name](Pen(image))
@@ -37,32 +37,32 @@ def draw_sprite(name: str, side_px: int) -> Image.Image:
 
 
 class Pen:
-    """Draws on a square of 100 x 100 units, origin top-left, x right, y down."""
+    """Draws on a square of 100 x 100 units. The origin is at the top left, and y points down."""
 
     def __init__(self, image: Image.Image):
         self._draw = ImageDraw.Draw(image)
 
-    def polygon(self, points: Iterable[Point], colour: Colour) -> None:
-        self._draw.polygon(_pixels(points), fill=colour)
+    def polygon(self, points: Iterable[Point], color: Color) -> None:
+        self._draw.polygon(_pixels(points), fill=color)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color) -> None:
         """Draws an ellipse around (x, y)."""
-        self._draw.ellipse(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), fill=colour)
+        self._draw.ellipse(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), fill=color)
 
-    def dome(self, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+    def dome(self, x: float, y: float, rx: float, ry: float, color: Color) -> None:
         """Draws the upper half of an ellipse around (x, y)."""
-        self._draw.pieslice(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), 180, 360, fill=colour)
+        self._draw.pieslice(_pixels([(x - rx, y - ry), (x + rx, y + ry)]), 180, 360, fill=color)
 
     def rectangle(
-        self, x0: float, y0: float, x1: float, y1: float, colour: Colour, radius: float = 0
+        self, x0: float, y0: float, x1: float, y1: float, color: Color, radius: float = 0
     ) -> None:
-        self._draw.rounded_rectangle(_pixels([(x0, y0), (x1, y1)]), radius * UNIT_PX, fill=colour)
+        self._draw.rounded_rectangle(_pixels([(x0, y0), (x1, y1)]), radius * UNIT_PX, fill=color)
 
-    def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
+    def line(self, points: Sequence[Point], color: Color, width: float) -> None:
         """Draws a line with round ends and joints."""
-        self._draw.line(_pixels(points), fill=colour, width=round(width * UNIT_PX))
+        self._draw.line(_pixels(points), fill=color, width=round(width * UNIT_PX))
         for x, y in points:
-            self.ellipse(x, y, width / 2, width / 2, colour)
+            self.ellipse(x, y, width / 2, width / 2, color)
 
 
 def _pixels(points: Iterable[Point]) -> list[Point]:
@@ -70,9 +70,9 @@ def _pixels(points: Iterable[Point]) -> list[Point]:
 
 
 def _around(count: int, *radii: float) -> list[Point]:
-    """Returns `count` corners around the centre, clockwise from the top.
+    """Returns `count` corners around the center, clockwise from the top.
 
-    Their distances from the centre cycle through `radii`.
+    Their distances from the center cycle through `radii`.
     """
     corners = []
     for k in range(count):
@@ -83,7 +83,7 @@ def _around(count: int, *radii: float) -> list[Point]:
 
 
 def _arc(x: float, rx: float, ry: float, degrees: range) -> list[Point]:
-    """Returns points of an ellipse around (x, 50)."""
+    """Returns points of an ellipse around (x, 50) at the angles `degrees`."""
     angles = [math.radians(angle) for angle in degrees]
     return [(x + rx * math.cos(angle), 50 + ry * math.sin(angle)) for angle in angles]
 
@@ -281,7 +281,7 @@ _DRAWINGS: dict[str, Callable[[Pen], None]] = {
     "mushroom": _mushroom,
     "clock": _clock,
 }
-# Not in the demo's training data: they show how to add classes to a trained model.
+# Classes without training data in the demo. They demonstrate adding classes to a trained model.
 _NEW_DRAWINGS: dict[str, Callable[[Pen], None]] = {
     "bell": _bell,
     "cactus": _cactus,
