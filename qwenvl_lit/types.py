@@ -40,7 +40,7 @@ class DataError(ValueError):
         lines = []
         for argument in self.args:
             # An error from a data worker starts with that worker's traceback.
-            message = _RAISED_IN_WORKER.split(str(argument))[-1].strip()
+            message = _RAISED_IN_WORKER.split(str(argument))[-1].rstrip()
             lines.append(printable(message))
         return "\n".join(lines)
 

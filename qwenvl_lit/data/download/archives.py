@@ -69,7 +69,7 @@ def ensure_unpacked(
     absent = _absent(missing, root)
     reason = why_offline(download)
     if absent and reason:
-        raise DataError(_instructions(missing, absent, root, reason))
+        raise DataError(*_instructions(missing, absent, root, reason))
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".fetch.lock"):
@@ -104,13 +104,15 @@ def _absent(archives: Sequence[Archive], root: Path) -> list[Archive]:
 
 def _instructions(
     missing: Sequence[Archive], absent: Sequence[Archive], root: Path, reason: str
-) -> str:
+) -> list[str]:
+    """Returns the lines of an error message that lists what to download by hand."""
     names = [name for archive in missing for name in archive.missing_from(root)]
-    sources = "".join(f"\n  {archive.url}{format_size(archive.size)}" for archive in absent)
-    return (
-        f"{root} lacks {', '.join(names)}, and {reason}. Put these files there, unpacked or as "
-        f"they are, or set data.root to a folder that has them:{sources}"
-    )
+    sources = [f"  {archive.url}{format_size(archive.size)}" for archive in absent]
+    return [
+        f"{root} lacks {', '.join(names)}, and {reason}. Download these files into that folder "
+        f"(unpacking is optional), or set data.root to a folder that has them:",
+        *sources,
+    ]
 
 
 def _unpack(file: Path, name: str, root: Path) -> None:

@@ -161,8 +161,8 @@ def test_missing_files_are_listed_with_address_and_size_when_downloads_are_off(t
         fetch_coco(tmp_path, False, files=files, folder="coco")
     assert str(error.value) == (
         f"{tmp_path / 'coco'} lacks annotations/captions_train2014.json, val2014, "
-        "and downloads are off (data.download=false). Put these files there, "
-        "unpacked or as they are, or set data.root to a folder that has them:"
+        "and downloads are off (data.download=false). Download these files into that folder "
+        "(unpacking is optional), or set data.root to a folder that has them:"
         "\n  http://images.cocodataset.org/annotations/annotations_trainval2014.zip (253 MB)"
         "\n  http://images.cocodataset.org/zips/val2014.zip (6.65 GB)"
     )
