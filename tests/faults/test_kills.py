@@ -87,7 +87,7 @@ def train_before(folder: Path) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
-SWEEP = ["-m", "optim.lr=1e-3,2e-3", "hydra.sweep.dir=swept", "trainer.max_steps=8"]
+SWEEP = ["optim.lr=1e-3,2e-3", "hydra.sweep.dir=swept", "trainer.max_steps=8"]
 RECIPES = {
     "train, full": training(),
     "train, full, 2 workers": training("data.num_workers=2"),
@@ -99,7 +99,7 @@ RECIPES = {
     "export": Recipe(
         lambda folder: ["export", "ckpt=trained", "out=exported"], assert_same_export, train_before
     ),
-    "sweep": Recipe(lambda folder: ["train", *TRAIN, *SWEEP], assert_same_sweep),
+    "sweep": Recipe(lambda folder: ["train", "-m", *TRAIN, *SWEEP], assert_same_sweep),
 }
 KILLS = {"train, full": 8, "train, ddp_cpu": 6, "predict": 6, "export": 6, "sweep": 6}
 
