@@ -87,7 +87,11 @@ def train_before(folder: Path) -> None:
     shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
-SWEEP = ["optim.lr=1e-3,2e-3", "hydra.sweep.dir=swept", "trainer.max_steps=8"]
+SWEEP = [
+    "optim.lr=1e-3,2e-3",
+    "hydra.sweep.dir=swept",
+    *("trainer.max_steps=8", "trainer.val_check_interval=4"),
+]
 RECIPES = {
     "train, full": training(),
     "train, full, 2 workers": training("data.num_workers=2"),
