@@ -135,7 +135,7 @@ def test_a_malformed_vocabulary_is_reported_with_file_and_line(tmp_path):
         [*lines[:3], lines[2].replace(" 2", " 3")]
     )
     assert "tiktoken:250: the file ends without the single bytes" in message(lines[:250])
-    assert "tiktoken:0: the file ends" in message([])
+    assert "tiktoken cannot be read: it is empty" in message([])
 
 
 def test_the_script_writes_the_tiny_vocabulary():
