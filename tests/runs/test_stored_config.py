@@ -172,7 +172,11 @@ def test_a_stored_config_of_a_stranger_is_checked_before_a_run_resumes(config):
         (("generation", "top_p"), [1], r"generation.top_p is \[1\], expected float"),
         (("generation", "compile"), "yes", "generation.compile is 'yes', expected"),
         (("adapter", "train"), "all", "adapter.train is 'all', expected Sequence"),
-        (("model",), {"_target_": "lightning.Trainer"}, "model._target_ names .*, which is no model"),
+        (
+            ("model",),
+            {"_target_": "lightning.Trainer"},
+            "model._target_ names .* is no model",
+        ),
         (("adapter",), "full", "adapter is 'full', expected a mapping"),
         (("data", "read"), {"_target_": "lightning.Trainer", "x": 1}, "data.read.x is no argument"),
         (

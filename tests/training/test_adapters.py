@@ -229,7 +229,7 @@ def test_a_starting_checkpoint_of_another_model_or_that_has_changed_is_named(tmp
     with pytest.raises(DataError, match=different_tensors):
         other.merge_into(small_network(), QwenVLFamily)
     wider = StartingCheckpoint(checkpoint=file, sha256=start.sha256, adapter=lora(rank=3))
-    different_shapes = r"0\.ckpt belongs to another model or adapter: .* has shape \(2, 32\), expected"
+    different_shapes = r"0\.ckpt belongs to another model .* has shape \(2, 32\), expected"
     with pytest.raises(DataError, match=different_shapes):
         wider.merge_into(small_network(), QwenVLFamily)
     start.checkpoint.write_bytes(start.checkpoint.read_bytes() + b"x")
