@@ -24,7 +24,7 @@ from qwenvl_lit.runs.stored_config import (
     group_targets,
     read_config,
 )
-from qwenvl_lit.stored_files import read_checkpoint, read_json_object
+from qwenvl_lit.stored_files import check_file, read_checkpoint, read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, is_unresolved
 
@@ -122,6 +122,7 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
     for name in ("best.ckpt", "last.ckpt"):
         checkpoint = path / "checkpoints" / name
         if checkpoint.exists():
+            check_file(checkpoint)
             config = read_config(path / COMPOSED_CONFIG)
             return Run(config=config, checkpoint=checkpoint, folder=path)
     raise DataError(

@@ -83,7 +83,7 @@ def test_a_refused_command_leaves_other_files_alone(tmp_path):
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
     process = run_command(tmp_path, "train", "hydra.run.dir=/dev/null/run")
     assert process.returncode == 1
-    assert process.stderr.startswith("error: /dev/null/run cannot be written: Not a directory.")
+    assert process.stderr.startswith("error: /dev/null/run cannot be written: Not a directory; ")
 
 
 def test_no_command_overwrites_a_run(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qwenvl_lit.models.qwen_vl.checkpoint import (
@@ -144,7 +145,13 @@ def write_weights(
             tensors[tensor_name] = tensor.clone(memory_format=torch.contiguous_format)
             weight_map[tensor_name] = file
         if kind == "safetensors":
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # such as a full disk
+                raise DataError(
+                    f"{folder / file} cannot be written: {error}; free disk space, or choose "
+                    f"another folder"
+                ) from error
             (folder / file).chmod(0o644)  # safetensors creates it readable for its owner only
         else:
             torch.save(tensors, folder / file)
