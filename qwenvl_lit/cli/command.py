@@ -92,6 +92,9 @@ def _run_reporting_mistakes(
         with sweep.reported():
             _compose_and_run(name, main, sweep)
         sys.stdout.flush()
+    except Stopped:
+        remove_unused_folder()
+        raise
     except COMPOSITION_ERRORS as error:
         _exit(2, explain(name, arguments, error))
     except DataError as error:
@@ -185,9 +188,6 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
     try:
         keep_expanded_datasets(config)
         main(resumed(config) if "resume" in config else config)
-    except Stopped:
-        remove_unused_folder()
-        raise
     except DataError as error:
         remove_unused_folder()
         _exit(1, _last_message(str(error)))

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
 from qwenvl_lit.atomic import disk_errors
@@ -39,7 +38,9 @@ class ClaimRunFolder(Callback):
 
     def __init__(self) -> None:
         self.folder = Path()
-        self.is_new = False  # made by this process
+        self.is_new = False  # this process created the folder
+        self.is_sweep = False
+        self.hydra_folder: str | None = None  # where Hydra writes its config
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         self._claim(config, "run")
@@ -48,6 +49,8 @@ class ClaimRunFolder(Callback):
         self._claim(config, "sweep")
 
     def _claim(self, config: DictConfig, kind: Literal["run", "sweep"]) -> None:
+        self.is_sweep = kind == "sweep"
+        self.hydra_folder = config.hydra.output_subdir
         key = f"hydra.{kind}.dir"
         named = value_of(list(config.hydra.overrides.hydra), key) is not None
         shares_name = kind == "run" and is_under_torchrun() and not named
@@ -116,15 +119,14 @@ class ClaimRunFolder(Callback):
         atexit.register(lock.release)
         return True
 
-    def remove_unused(self, *, kept: str | None) -> None:
-        """Removes the folder if this process has made it and has written no result.
+    def remove_unused(self) -> None:
+        """Removes the folder of a run if this process created it and wrote no result.
 
-        Args:
-            kept: name of the folder that Hydra has written, which is no result; None: none.
+        Hydra's config, empty logs and the lock are no results.
         """
-        if not self.is_new or not self.folder.exists():
+        if self.is_sweep or not self.is_new or not self.folder.exists():
             return
-        own = {kept, lock_of(self.folder).name}
+        own = {self.hydra_folder, lock_of(self.folder).name}
         for file in self.folder.iterdir():
             is_empty_log = file.suffix == ".log" and file.stat().st_size == 0
             if file.name not in own and not is_empty_log:
@@ -149,7 +151,6 @@ def remove_unused_folder() -> None:
 
     Jobs of a sweep, resumed runs and named folders that existed before keep theirs.
     """
-    job: Any = HydraConfig.get()
     claimed = ClaimRunFolder.claimed
-    if claimed is not None and job.mode == RunMode.RUN:
-        claimed.remove_unused(kept=job.output_subdir)
+    if claimed is not None:
+        claimed.remove_unused()
