@@ -1,4 +1,4 @@
-"""Checkpoints from which a run resumes bit by bit."""
+"""Checkpoints from which a run resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunCheckpoint(Checkpoint):
     those of training.
 
     Args:
-        keep: how many older checkpoints are kept as `step_STEP.ckpt`.
+        keep: how many of the latest `last` checkpoints are also kept as `step_STEP.ckpt`.
         monitor, mode: a logged score, and whether its "min" or its "max" is best.
 
     Raises:
@@ -256,7 +256,7 @@ class RunCheckpoint(Checkpoint):
             raise DataError(error_message)
 
     def _write(self, trainer: lightning.Trainer, name: str) -> str | None:
-        """Writes what `_save` writes; returns the error of rank 0 on all ranks."""
+        """Does the work of `_save`; returns the error of rank 0, if any, on every rank."""
         error_message = None
         try:
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
@@ -274,7 +274,7 @@ class RunCheckpoint(Checkpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoint files that are complete when they appear under their name."""
+    """Writes checkpoint files atomically."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -288,7 +288,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with (
             _disk_errors(path),
             atomic_file(path, durable=True) as unfinished,
-            unfinished.open("wb") as file,  # from a path, torch would store the name in the file
+            unfinished.open("wb") as file,  # for a path, torch stores the name
             checksums.sealed(file) as writer,
         ):
             _torch_save(checkpoint, writer)
@@ -318,7 +318,7 @@ def _saved_line(trainer: lightning.Trainer) -> str:
 
 
 def _torch_save(checkpoint: dict[str, Any], file: checksums.Writer) -> None:
-    """`torch.save` with the exceptions that caused its own."""
+    """`torch.save` that raises the original error, such as a full disk, instead of torch's."""
     try:
         torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:

@@ -25,7 +25,7 @@ class StopSignals:
         signals.record()
 
     def release(self) -> None:
-        """Lets signals end the command again."""
+        """Stops recording: a signal ends the command again."""
         signals.release()
 
     @property

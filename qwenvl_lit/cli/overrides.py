@@ -1,4 +1,4 @@
-"""Command-line arguments as Hydra overrides: free text is quoted, values are looked up."""
+"""Command-line arguments as Hydra overrides: quotes free text and reads the value of a key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FREE_MAPPINGS = ("data.path_map", "optim.component_lr")  # mappings whose keys t
 # Keys that the stored model config of a run may lack.
 OPTIONAL_MODEL_KEYS = ("model.load_in_4bit", "model.device_map", "model.max_memory")
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--info"}
-INFO_FLAGS = HELP_FLAGS | {"-i", "--cfg", "-c"}  # with these a command prints and does nothing else
+INFO_FLAGS = HELP_FLAGS | {"-i", "--cfg", "-c"}  # with these a command only prints
 
 
 def quote_free_text(argument: str) -> str:

@@ -1,4 +1,4 @@
-"""The run folder of a command: it is new, or was named, and no other process writes to it."""
+"""Creates and locks the run folder: a new one, or the one named on the command line."""
 
 from __future__ import annotations
 

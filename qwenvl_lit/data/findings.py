@@ -1,4 +1,4 @@
-"""Lists the rows that a run leaves out or repairs in `findings.jsonl` of the run folder."""
+"""Writes `findings.jsonl` in the run folder: the rows that a run drops or repairs, and why."""
 
 from __future__ import annotations
 

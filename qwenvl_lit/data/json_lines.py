@@ -1,4 +1,4 @@
-"""Files of JSON lines, which the package writes and reads.
+"""Reads and writes the JSON Lines files of the package.
 
 A line ends at a line feed and nowhere else. Text may hold U+2028, U+2029 or U+0085, at which
 `str.splitlines` splits, too.

@@ -1,4 +1,4 @@
-"""Two processes resume bit by bit, do not synchronize, stop together and report a full disk."""
+"""Two processes resume bit-exactly, do not synchronize, stop together and report a full disk."""
 
 import os
 import resource
