@@ -69,8 +69,8 @@ def write_to_cache(path: Path, write: Callable[[Path], object]) -> bool:
         if error.errno is None:
             raise  # not about a disk: what `write` reads is damaged, for instance
         log.warning(
-            "the cache file %s cannot be written: %s; it will be made again each time. Make room "
-            "there, or choose another cache with paths.cache=FOLDER",
+            "the cache file %s cannot be written: %s; it will be made again each time. Free disk "
+            "space there, or choose another cache with paths.cache=FOLDER",
             *(path, error.strerror or error),
         )
         return False
@@ -172,7 +172,9 @@ def set_aside(file: Path) -> Path:
 
 
 @contextmanager
-def disk_errors(path: Path, advice: str = "make room, or choose another folder") -> Iterator[None]:
+def disk_errors(
+    path: Path, advice: str = "free disk space, or choose another folder"
+) -> Iterator[None]:
     """Turns an `OSError` in the block into a `DataError` that names `path` and says what to do.
 
     Args:

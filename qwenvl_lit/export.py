@@ -61,7 +61,7 @@ def main(config: DictConfig) -> None:
         "model": exported_folder.portable_settings(model, module.family),
         "generation": OmegaConf.to_container(config.generation, resolve=True),
     }
-    advice = "make room, or choose another folder with out="
+    advice = "free disk space, or choose another folder with out="
     with disk_errors(out, advice), atomic_folder(out, replace=config.overwrite) as folder:
         if config.merge:
             kind = dtype

@@ -288,9 +288,7 @@ def test_parents_of_a_folder_are_created(tmp_path):
 
 def test_a_disk_error_names_the_file_and_the_advice(tmp_path):
     path = tmp_path / "last.ckpt"
-    full = (
-        f"{re.escape(str(path))} cannot be written: No space left on device; make room, or choose"
-    )
+    full = f"{re.escape(str(path))} cannot be written: No space left on device; free disk space, or"
     with pytest.raises(DataError, match=full), disk_errors(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with (

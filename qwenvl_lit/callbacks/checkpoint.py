@@ -326,7 +326,7 @@ def _torch_save(checkpoint: dict[str, Any], file: checksums.Writer) -> None:
             raise error.__context__ from None  # Ctrl-C leaves torch with an incomplete zip archive
         if isinstance(error, RuntimeError) and "inline_container" in str(error):
             # torch reports only that the archive is shorter than what was written to it.
-            full = "the disk is full, or a quota is used up"
+            full = "the disk is full, or a quota is exceeded"
             raise OSError(errno.ENOSPC, full) from error
         raise
 
@@ -334,6 +334,6 @@ def _torch_save(checkpoint: dict[str, Any], file: checksums.Writer) -> None:
 def _disk_errors(path: Path) -> AbstractContextManager[None]:
     return disk_errors(
         path,
-        "make room, or choose another folder with hydra.run.dir=...; "
+        "free disk space, or choose another folder with hydra.run.dir=...; "
         "what was saved before is kept, and resume=RUN continues from it",
     )

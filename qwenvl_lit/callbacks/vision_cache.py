@@ -163,8 +163,8 @@ class VisionCache(lightning.Callback):
         if missing_size > free:
             raise DataError(
                 f"the vision cache needs {format_bytes(missing_size)} more for {described}, and "
-                f"the disk of {store.folder} has {format_bytes(free)} left: make room, choose "
-                "another disk with paths.cache=FOLDER, or train with speed.vision_cache=false"
+                f"the disk of {store.folder} has {format_bytes(free)} left: free disk space, "
+                "choose a disk with paths.cache=FOLDER, or train with speed.vision_cache=false"
             )
 
 

@@ -111,7 +111,7 @@ def _run_reporting_mistakes(
         _exit(
             1,
             f"{error.filename or 'the run folder'} cannot be written: {error.strerror}; "
-            f"make room there, or choose another folder with hydra.run.dir=FOLDER",
+            f"free disk space there, or choose another folder with hydra.run.dir=FOLDER",
         )
     if sweep.failed:
         sys.exit(1)

@@ -25,17 +25,16 @@ def disk_message(error: OSError, *, run: Path, cache: Path) -> str:
         cache: folder of `paths.cache`.
     """
     advice = {
-        cache: "make room there, or choose another cache with paths.cache=FOLDER",
-        run: "make room there, or choose another folder with hydra.run.dir=FOLDER",
+        cache: "free disk space there, or choose another cache with paths.cache=FOLDER",
+        run: "free disk space there, or choose another folder with hydra.run.dir=FOLDER",
     }
     if isinstance(error.filename, str):
         file = Path(error.filename)
         for folder, hint in advice.items():
             if file.absolute().is_relative_to(folder.absolute()):
                 return f"{file} cannot be written: {error.strerror}; {hint}"
-        return (
-            f"{file} cannot be written: {error.strerror}; make room there, or choose another path"
-        )
+        advice_for_file = "free disk space there, or choose another path"
+        return f"{file} cannot be written: {error.strerror}; {advice_for_file}"
     # The system does not say which file it was.
     full = [folder for folder in advice if _is_full(folder)]
     folders = full if len(full) == 1 else list(advice)

@@ -58,7 +58,9 @@ class ClaimRunFolder(Callback):
             self.folder = Path(config.hydra[kind].dir)
         try:
             if is_first_rank():
-                with disk_errors(self.folder, f"make room, or choose another folder with {key}="):
+                with disk_errors(
+                    self.folder, f"free disk space, or choose another folder with {key}="
+                ):
                     self._create(named=named, key=key)
                 ClaimRunFolder.claimed = self
             if shares_name:

@@ -331,7 +331,7 @@ def test_a_cache_above_its_limit_is_refused_before_anything_is_encoded(tmp_path)
 def test_features_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9000, 5000, 4000))
-    needs = r"needs 5\.63 kB more for 11 images .* has 4 kB left: make room, .*paths\.cache=FOLDER"
+    needs = r"needs 5\.63 kB more for 11 images .* has 4 kB left: free disk .*paths\.cache=FOLDER"
     with pytest.raises(DataError, match=needs):
         run(tmp_path, cache=tmp_path / "cache")
 

@@ -186,7 +186,9 @@ def write_demo(
         raise DataError(
             f"{folder} exists and is not a demo dataset; choose another folder or remove it"
         )
-    advice = "make room there, or choose another folder with data.root=, or paths.cache= for all"
+    advice = (
+        "free disk space there, or choose another folder with data.root=, or paths.cache= for all"
+    )
     with disk_errors(folder, advice):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = ProcessLock(folder.with_name(f".{folder.name}.lock"))

@@ -376,8 +376,8 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
-            f"{folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed; make "
-            f"room, or choose another folder"
+            f"{folder} has {format_bytes(free)} free, {format_bytes(needed)} are needed; "
+            f"free disk space, or choose another folder"
         )
 
 

@@ -245,7 +245,7 @@ def _decompressed(file: Path, folder: Path | None) -> Path:
         cached = _cached(file, folder, ".rows")
         if cached.exists() or write_to_cache(cached, decompress):
             return cached
-    with disk_errors(Path(tempfile.gettempdir()), "make room there, or set TMPDIR"):
+    with disk_errors(Path(tempfile.gettempdir()), "free disk space there, or set TMPDIR"):
         temporary = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         target = _cached(file, temporary, ".rows")

@@ -351,6 +351,8 @@ def test_a_folder_with_a_damaged_manifest_is_refused(tmp_path, manifest):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").touch()
-    message = r"cache/demo cannot be written: File exists; make room there, or .*paths\.cache="
+    message = (
+        r"cache/demo cannot be written: File exists; free disk space there, or .*paths\.cache="
+    )
     with pytest.raises(DataError, match=message):
         write_demo(tmp_path / "cache/demo", **SIZES)

@@ -140,7 +140,7 @@ def test_an_archive_without_a_member_is_refused(server, tmp_path):
 
 
 def test_too_little_disk_space_is_refused_before_the_download(server, tmp_path):
-    with pytest.raises(DataError, match=r"free, 1000000000.00 GB are needed; make room"):
+    with pytest.raises(DataError, match=r"free, 1000000000.00 GB are needed; free disk space"):
         ensure_unpacked(
             [Archive(url=server.plan("/val.zip", gives()), size=10**18, members=("val",))], tmp_path
         )

@@ -197,7 +197,7 @@ def test_size_and_target_are_logged_before_it_starts(server, target, caplog):
 def test_a_target_that_cannot_be_written_is_a_data_error(server, tmp_path):
     (tmp_path / "new").write_text("a file, not a folder")
     with pytest.raises(
-        DataError, match=r"a.zip cannot be written: .*; make room, or choose another folder"
+        DataError, match=r"a.zip cannot be written: .*; free disk space, or choose another folder"
     ):
         fetch(server.plan("/a.zip", gives()), tmp_path / "new" / "a.zip")
 
