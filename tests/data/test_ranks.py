@@ -1,18 +1,14 @@
 """Two processes share the rows of one run, even if all rows of a batch of one are dropped."""
 
 import json
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import pytest
-import torch.multiprocessing
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from tiny import read_letters, tiny_task
 from toy_task import trainer
-from two_ranks import GLOO
+from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.training.adapters.methods import Full
@@ -68,15 +64,7 @@ def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:
     return seen
 
 
-def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_RANK=str(rank),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: Path) -> None:
     task, recorder = tiny_task(Full()), RecordRows()
     data = DataModule(
         processor=task.processor,
@@ -90,8 +78,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
     )
 
     def two_ranks() -> lightning.Trainer:
-        # The timeout keeps a failing test from blocking.
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+        strategy = DDPStrategy(**GLOO)
         return trainer(folder, recorder, strategy=strategy, devices=2, max_epochs=1)
 
     two_ranks().fit(task, data)
@@ -105,10 +92,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(folder, port), nprocs=2)
+    on_two_ranks(run_rank, folder)
     findings = []
     for file in folder.glob("findings*.jsonl"):
         findings += map(json.loads, file.read_text().splitlines())

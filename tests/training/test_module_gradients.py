@@ -5,9 +5,6 @@ applied unless it is finite.
 """
 
 import math
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +17,7 @@ from tiny import CONFIG
 from torch import nn
 from torch.utils.data import DataLoader
 from toy_task import trainer
+from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.data.collate import Pad, target_positions
 from qwenvl_lit.generation.generation import Generation
@@ -181,16 +179,8 @@ def gradient_of_one_step(
     return steps.losses[0], steps.gradient
 
 
-def rank_of_two(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_RANK=str(rank),
-        OMP_NUM_THREADS="1",
-    )
-    # A timeout: a rank that waits in vain fails instead of blocking the tests.
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+def rank_of_two(rank: int, folder: Path) -> None:
+    strategy = DDPStrategy(**GLOO)
     result = gradient_of_one_step(folder, 8, 1, rank=rank, ranks=2, strategy=strategy, devices=2)
     torch.save(result, folder / f"{rank}.pt")
 
@@ -202,10 +192,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_divided(tmp_path):
         "16 x 1": gradient_of_one_step(tmp_path, 1, 16),
         "the last batch is smaller": gradient_of_one_step(tmp_path, 5, 4),
     }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_of_two, args=(tmp_path, port), nprocs=2)
+    on_two_ranks(rank_of_two, tmp_path)
     for rank in (0, 1):
         divided[f"2 ranks x 8: rank {rank}"] = torch.load(tmp_path / f"{rank}.pt")
     for how, (other_loss, other_gradient) in divided.items():

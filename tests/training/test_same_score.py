@@ -4,17 +4,14 @@ That holds for one process and for two.
 """
 
 import json
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import pytest
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import tiny_family
 from toy_task import trainer
+from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.callbacks.predictions import PredictionWriter
 from qwenvl_lit.data.collate import Pad
@@ -31,6 +28,7 @@ from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
 
 ROWS = 7
+ROWS_FILE = "rows.jsonl"
 
 
 class Letters(SampleMean):
@@ -124,19 +122,11 @@ def run_everything(folder: Path, file: Path, strategy=None, **options) -> None:
 
 
 def gloo() -> DDPStrategy:
-    return DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))
+    return DDPStrategy(**GLOO)
 
 
-def run_rank(rank: int, folder: Path, file: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_RANK=str(rank),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
-    run_everything(folder, file, strategy=gloo, devices=2)
+def run_rank(rank: int, home: Path) -> None:
+    run_everything(home / "two", home / ROWS_FILE, strategy=gloo, devices=2)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +136,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     A third of the rows have the answer of the model as their reference, a third nearly.
     """
     home = tmp_path_factory.mktemp("home")
-    file = home / "rows.jsonl"
+    file = home / ROWS_FILE
     rows = []
     for index in range(ROWS):
         rows.append({"id": f"row {index}", "query": "word " * (index + 1), "response": "?"})
@@ -159,11 +149,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         assert answer
         rows[index]["response"] = [answer, "nothing of it", answer + " x"][index % 3]
     write_rows(file, rows)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     run_everything(home / "one", file)
-    torch.multiprocessing.spawn(run_rank, args=(home / "two", file, port), nprocs=2)
+    on_two_ranks(run_rank, home)
     return {"one": home / "one", "two": home / "two", "rows": file}
 
 

@@ -1,17 +1,15 @@
 """FSDP trains like DDP in two processes; its checkpoints are those of one process."""
 
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import pytest
-import torch.multiprocessing
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from tiny import CONFIG
 from toy_task import trainer
+from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
 from qwenvl_lit.data.datamodule import DataModule
@@ -30,7 +28,6 @@ TWO_LAYERS = {
     "num_hidden_layers": 2,
     "visual": {**CONFIG["visual"], "layers": 2},
 }
-GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}  # fail, do not hang
 ADAPTERS = {
     "full": Full(),
     "lora": LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear"),
@@ -128,15 +125,7 @@ def fit(
     }
 
 
-def run_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        LOCAL_RANK=str(rank),
-        OMP_NUM_THREADS="1",
-    )
-    torch.set_num_threads(1)
+def run_rank(rank: int, folder: Path) -> None:
     bfloat16 = {"dtype": "bfloat16"}
     resumed = {**bfloat16, "resume": folder / "fsdp_bfloat16/checkpoints/step_000001.ckpt"}
     results = {}
@@ -162,10 +151,7 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
 def runs(tmp_path_factory) -> tuple[Path, dict]:
     """The folder of the runs of two processes, and the results of rank 0."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, args=(folder, port), nprocs=2)
+    on_two_ranks(run_rank, folder)
     return folder, torch.load(folder / "rank0.pt")
 
 
