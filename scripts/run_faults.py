@@ -15,24 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench_data import cpu_name
 
 from qwenvl_lit.data.survey import available_cores
+from qwenvl_lit.runs.versions import versions
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- table: scripts/run_faults.py -->", "<!-- end of table -->"
-LIBRARIES = ("torch", "lightning", "transformers", "peft", "hydra-core", "pillow")
 ENDED = (0, 1)  # exit status of pytest after all tests; others mean that it was stopped
 
 
@@ -60,10 +58,7 @@ def report_of(rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     return {
         "command": "python scripts/run_faults.py --record benchmarks/faults.json",
         "device": f"{cpu_name()}, {available_cores()} of {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "versions": versions(),
         "seconds": round(seconds),
         "note": "tried: kills, files, rows or values; failed: what each failed attempt ended with",
         "results": rows,
