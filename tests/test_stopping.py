@@ -9,7 +9,7 @@ import time
 import pytest
 
 START = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from qwenvl_lit import stopping
 from qwenvl_lit.cli.signals import stops_reported
 from qwenvl_lit.stopping import signals
@@ -21,7 +21,7 @@ def block():
     mutex = ctypes.create_string_buffer(64)
     library = ctypes.CDLL(None)
     library.pthread_mutex_lock(mutex)
-    print("ready", flush=True)
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # from within the wait
     library.pthread_mutex_lock(mutex)
 
 def wait():
