@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import newest_run, output_of, read_json_lines, run_command
+from commands import newest_run, output_of, read_json_lines, run_command, run_from_nothing
 from small_demo import small_demo
 
 TRAIN = [
@@ -158,7 +158,8 @@ def test_a_checkpoint_file_is_enough_without_its_run_folder(home, tmp_path):
 def test_the_same_seed_gives_the_same_run(home):
     logs = []
     for name in ("first", "second"):
-        output_of(home, "train", *TRAIN, f"hydra.run.dir={home / name}")
+        process = run_from_nothing(home, "train", *TRAIN, f"hydra.run.dir={home / name}")
+        assert process.returncode == 0, process.stderr
         log = read_json_lines(home / name / "logging.jsonl")
         for row in log:
             for column in TIMED & row.keys():

@@ -1,15 +1,14 @@
 """Exported models and adapter folders: their content, and what they answer when loaded again."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import bench_export
 import pytest
 import torch
+from commands import output_of
 from hydra import compose, initialize_config_dir
 from make_checkpoint import write_checkpoint
 from omegaconf import MissingMandatoryValue, OmegaConf
@@ -209,10 +208,7 @@ def test_a_fresh_process_answers_from_the_exported_model_as_the_run_does(
     run_command(export, f"ckpt={run}", "out=M0", "overwrite=true")
     few = ["data=jsonl", "data.test=rows.jsonl", "generation.max_new_tokens=8", "metrics=exact"]
     run_command(test, f"ckpt={run}", *few, *QUIET, to="answers")
-    command = [sys.executable, "-m", "qwenvl_lit.test", "ckpt=M0", *few, "hydra.run.dir=fresh"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QWENVL_LIT_CACHE": str(home / "cache")}
-    process = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    output_of(home, "test", "ckpt=M0", *few, "hydra.run.dir=fresh")
     assert predictions(home / "fresh") == predictions(home / "answers")
     assert len({row["prediction"] for row in predictions(home / "fresh")} - {""}) > 0
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import torch.multiprocessing
+import torch
+from warm import run_processes
 
 # The timeout lets a test fail that would otherwise wait for a rank that has ended.
 GLOO = {"process_group_backend": "gloo", "timeout": timedelta(seconds=60)}
@@ -17,7 +18,7 @@ def on_two_ranks(work: Callable[[int, Path], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, args=(work, folder, port), nprocs=2)
+    run_processes(_start, work, folder, port, count=2)
 
 
 def _start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int) -> None:

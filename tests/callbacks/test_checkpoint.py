@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_run import DROPOUT, At, Killed, history, kills_at, run, same
 from tiny import tiny_family
 from toy_task import ToyData, ToyTask, conversation, trainer
+from warm import run_processes
 
 from qwenvl_lit.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoint, save_adapter
 from qwenvl_lit.callbacks.run_log import RunLog
@@ -162,7 +163,7 @@ def killed_while_writing(rank: int, folder: Path, nth: int) -> None:
 def test_a_run_killed_while_it_writes_a_checkpoint_has_the_one_before(whole, tmp_path):
     """The run writes `best` after step 1, `last` after 2, `best` after 3, and `last` after 4."""
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        torch.multiprocessing.spawn(killed_while_writing, args=(tmp_path, 4))
+        run_processes(killed_while_writing, tmp_path, 4)
     assert (tmp_path / "checkpoints/last.ckpt.part").exists()
     assert load(tmp_path)["global_step"] == 2
     assert same(run(tmp_path, resume=True), whole[1])

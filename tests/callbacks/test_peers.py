@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+import warm
 from lightning.pytorch.strategies import DDPStrategy
 from small_run import At, run
 from toy_task import ToyData, ToyTask, conversation, trainer
@@ -67,10 +67,9 @@ def run_ranks(work, folder: Path, victim: int) -> tuple[list[int], list[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
     ranks = []
     for rank in range(2):
-        rank_process = context.Process(target=start, args=(rank, work, folder, victim, port))
+        rank_process = warm.context.Process(target=start, args=(rank, work, folder, victim, port))
         rank_process.start()
         ranks.append(rank_process)
     for rank_process in ranks:

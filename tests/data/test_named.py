@@ -2,11 +2,10 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import output_of
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import HealthCheck, given, settings
@@ -258,13 +257,7 @@ def test_training_on_the_mini_set_is_one_command(root, tmp_path):
         f"hydra.run.dir={tmp_path}",
         f"paths.cache={tmp_path}",
     ]
-    process = subprocess.run(
-        [sys.executable, "-m", "qwenvl_lit.train", *overrides],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    output_of(tmp_path, "train", *overrides)
     assert json.loads((tmp_path / "split.json").read_text())
 
 

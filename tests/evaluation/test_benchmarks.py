@@ -1,14 +1,13 @@
 """Published test sets: every file composes, states its protocol, and reads the original formats."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -166,10 +165,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def run_test_command(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "qwenvl_lit.test", *arguments]
-    command += ["data.num_workers=0", f"paths.cache={root}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    places = ["data.num_workers=0", f"paths.cache={root}"]
+    return run_command(root, "test", *arguments, *places, COLUMNS="160")
 
 
 def table_cells(printed: str) -> dict[str, list[str]]:

@@ -1,28 +1,20 @@
-"""Commands as processes that can be killed, and commands that are forked from a warm process."""
+"""Commands as processes that can be killed, and what a command did that has ended."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import resource
-import runpy
 import signal
 import subprocess
-import sys
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from commands import command_line, environment
+from commands import command_line, environment, run_command
 
 MARK = "QWENVL_LIT_FAULT_MARK"  # in the environment of a command and of all that it starts
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-# What a warm process has imported, so that a forked command starts at once
-WARM = ["torch", "lightning", "transformers", "peft", "qwenvl_lit.api", "qwenvl_lit.build"]
-WARM += ["qwenvl_lit.cli.command", "qwenvl_lit.training.adapters.peft_files"]
 
 
 class Started:
@@ -138,51 +130,11 @@ def fork_command(
     file_limit: int | None = None,
     **variables: str,
 ) -> Finished:
-    """Runs a command in a process forked from one that has imported everything already.
-
-    Args:
-        seconds: the time after which the command hangs and is killed.
-        file_limit: the largest file that it can write, in bytes.
-        variables: of its environment.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(WARM)
-    output = folder / f"output_{uuid.uuid4().hex}.txt"
-    process = context.Process(
-        target=_run, args=(folder, command, arguments, output, file_limit, variables)
-    )
-    process.start()
-    process.join(seconds)
-    status = process.exitcode
-    if status is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
-    text = output.read_text(encoding="utf-8", errors="replace")
-    output.unlink()
-    return Finished(status, text)
-
-
-def _run(
-    folder: Path,
-    command: str,
-    arguments: tuple[str, ...],
-    output: Path,
-    file_limit: int | None,
-    variables: dict[str, str],
-) -> None:
-    import torch
-
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(environment(folder, **variables))
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as in a command that is not forked
-    if file_limit is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-    sys.argv = [command, *arguments]
-    runpy.run_module(f"qwenvl_lit.{command}", run_name="__main__", alter_sys=True)
+    """Runs a command as `run_command` does; it hangs if it takes more than `seconds`."""
+    try:
+        process = run_command(
+            folder, command, *arguments, seconds=seconds, file_limit=file_limit, **variables
+        )
+    except subprocess.TimeoutExpired as error:
+        return Finished(None, f"{error.stdout}{error.stderr}")
+    return Finished(process.returncode, process.stdout + process.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
-import torch.multiprocessing
+from warm import run_processes
 
 from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL, bleu, bleu_counts, cider, rouge_l
 from qwenvl_lit.types import Conversation, DataError, Prediction
@@ -228,6 +228,6 @@ def score_on_rank(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_give_the_score_of_one(tmp_path):
-    torch.multiprocessing.spawn(score_on_rank, args=(tmp_path,), nprocs=2)
+    run_processes(score_on_rank, tmp_path, count=2)
     alone = [scored(metric, ROWS) for metric in (CIDEr(), Bleu(1), RougeL())]
     assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [alone * 2] * 2
