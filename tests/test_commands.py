@@ -157,8 +157,8 @@ def test_a_checkpoint_file_is_enough_without_its_run_folder(home, tmp_path):
 
 def test_the_same_seed_gives_the_same_run(home):
     logs = []
-    for name in ("first", "second"):
-        process = run_from_nothing(home, "train", *TRAIN, f"hydra.run.dir={home / name}")
+    for name, run in (("first", run_from_nothing), ("second", run_command)):
+        process = run(home, "train", *TRAIN, f"hydra.run.dir={home / name}")
         assert process.returncode == 0, process.stderr
         log = read_json_lines(home / name / "logging.jsonl")
         for row in log:
