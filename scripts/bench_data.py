@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
+from records import write_record
 from training_rows import write_images
 
 from qwenvl_lit.data.datamodule import DataModule
@@ -35,6 +35,7 @@ from qwenvl_lit.data.survey import available_cores
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.runs.versions import versions
 
 IMAGE_SIZE = 448
 TOKENS_PER_IMAGE = 256
@@ -149,11 +150,7 @@ def report_of(rates: dict[str, float], rows: int, rounds: int, workers: int) -> 
     return {
         "command": f"python scripts/bench_data.py {options}",
         "device": f"{cpu_name()}, {available_cores()} of {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": versions(),
         "rows": (
             f"{rows} JPEG images of 640 x 480 with a caption, to {IMAGE_SIZE} x {IMAGE_SIZE} "
             f"pixels and about {TOKENS_PER_IMAGE + 60} tokens"
@@ -182,8 +179,7 @@ def main() -> None:
         print(f"{case:28} {rate:10,.1f} samples/s")
     print(f"the loader is {report['loader_to_plain_loop']} times as fast as the plain loop")
     if arguments.record:
-        arguments.record.parent.mkdir(parents=True, exist_ok=True)
-        arguments.record.write_text(json.dumps(report, indent=2) + "\n")
+        write_record(arguments.record, report)
 
 
 def cpu_name() -> str:

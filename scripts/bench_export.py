@@ -18,7 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench_load import GiB, Peak, device_name, forget, make_checkpoint, rounded, size_of, versions
+from bench_load import GiB, Peak, device_name, forget, make_checkpoint, rounded, size_of
+from records import write_record
+
+from qwenvl_lit.runs.versions import versions
 
 
 def write_noise(folder: Path, base: Path, targets: str, rank: int) -> None:
@@ -71,7 +74,7 @@ def comparison_in(printed: str) -> str:
     return lines[next(number for number, line in enumerate(lines, 1) if line.startswith("Wrote "))]
 
 
-def write_record(arguments: argparse.Namespace, results: list[dict[str, float | str]]) -> None:
+def record_results(arguments: argparse.Namespace, results: list[dict[str, float | str]]) -> None:
     command = "python scripts/bench_export.py"
     for name in ("size", "device", "format"):
         command += f" --{name} {getattr(arguments, name)}"
@@ -83,8 +86,7 @@ def write_record(arguments: argparse.Namespace, results: list[dict[str, float | 
         "note": f"{adapter}; one process a row, imports not included",
         "results": results,
     }
-    arguments.record.parent.mkdir(exist_ok=True)
-    arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(arguments.record, record)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -145,7 +147,7 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
         shutil.rmtree(merged)
         if arguments.record:
-            write_record(arguments, results)
+            record_results(arguments, results)
 
 
 if __name__ == "__main__":

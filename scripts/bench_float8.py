@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,9 +26,9 @@ from typing import Any
 import torch
 from bench_data import cpu_name
 
-from qwenvl_lit import __version__
 from qwenvl_lit.callbacks.run_log import LOG, read_log
 from qwenvl_lit.metrics.summary import SCORES_FILE
+from qwenvl_lit.runs.versions import versions
 
 WINDOW = 20  # a smoothed loss is the mean of so many steps
 TRAIN = (
@@ -188,12 +186,7 @@ def write(file: Path, adapters: Mapping[str, Mapping[str, Any]]) -> None:
     content = {
         "command": f"python scripts/bench_float8.py outputs/train/demo --record {RECORD}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "qwenvl_lit": __version__,
-        },
+        "versions": versions(),
         "note": NOTE,
         "adapters": json.loads(json.dumps(adapters), parse_float=_five_digits),
     }

@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
+from records import write_record
 
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
+from qwenvl_lit.runs.versions import versions
 
 GiB = 2**30
 PROMPT, NEW = 300, 64  # tokens
@@ -313,16 +314,11 @@ def record(results: Measured, arguments: argparse.Namespace) -> None:
     content = {
         "command": " ".join(command),
         "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "note": NOTE,
         **rounded(results),
     }
-    arguments.record.parent.mkdir(exist_ok=True)
-    arguments.record.write_text(json.dumps(content, indent=1) + "\n")
+    write_record(arguments.record, content)
 
 
 def report(measured: Measured) -> None:

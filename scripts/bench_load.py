@@ -21,6 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from records import write_record
+
+from qwenvl_lit.runs.versions import versions
+
 GiB = 2**30
 
 
@@ -144,17 +148,6 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -213,8 +206,7 @@ def main() -> None:
             "first_... includes the warm-up",
             "results": results,
         }
-        arguments.record.parent.mkdir(exist_ok=True)
-        arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(arguments.record, record)
 
 
 if __name__ == "__main__":

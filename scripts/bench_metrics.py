@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import time
 import warnings
 from pathlib import Path
 
 import torch
-import torchmetrics
+from records import write_record
 
 from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL
 from qwenvl_lit.metrics.per_sample import PerSampleMetric
 from qwenvl_lit.metrics.ptb import ptb_words
+from qwenvl_lit.runs.versions import versions
 from qwenvl_lit.types import Conversation, Prediction
 
 ROWS, REFERENCES, WORDS, VOCABULARY, BATCH = 40_000, 5, 11, 20_000, 64
@@ -84,19 +84,14 @@ def main(record: Path | None) -> None:
         "command": "python scripts/bench_metrics.py",
         "device": "cpu",
         "threads": 1,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchmetrics": torchmetrics.__version__,
-        },
+        "versions": versions(),
         "rows": ROWS,
         "references": REFERENCES,
         "metrics": {name: measure(metric, predictions) for name, metric in metrics.items()},
     }
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if record:
-        record.write_text(text + "\n")
+        write_record(record, result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from records import write_record
 
 from qwenvl_lit import __version__
 
@@ -96,7 +97,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    write_record(RESULTS, results)
     print(table(results["rows"]))
 
 

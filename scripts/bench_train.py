@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import training_rows
+from records import write_record
 from training_cases import CASES, GROUPS, Case
 from training_results import WINDOWS, Log, Result, figures, judge, split_log, summary
 
@@ -309,8 +310,7 @@ class Record:
 
     def write(self) -> None:
         if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_text(json.dumps(self.content(), indent=1) + "\n")
+            write_record(self.file, self.content())
 
 
 def sweep(names: Sequence[str], bench: Bench, record: Record, limit_s: float) -> None:

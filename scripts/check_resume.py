@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from records import write_record
 from training_rows import FULL, SMALL, write_images, write_mixed
 
 from qwenvl_lit import build
@@ -73,7 +74,7 @@ def main() -> None:
     if options.record:
         known = json.loads(options.record.read_text()) if options.record.exists() else {}
         known[" ".join([options.size, *options.overrides])] = result
-        options.record.write_text(json.dumps(known, indent=2) + "\n")
+        write_record(options.record, known)
 
 
 def train(command: list[str]) -> None:

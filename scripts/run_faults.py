@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_data import cpu_name
+from records import write_record
 
 from qwenvl_lit.data.survey import available_cores
 from qwenvl_lit.runs.versions import versions
@@ -126,7 +127,7 @@ def main() -> int:
         return 1
     if arguments.record:
         report = report_of(rows, time.monotonic() - start)
-        arguments.record.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_record(arguments.record, report)
         write_table(rows)
     return status
 
