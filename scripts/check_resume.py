@@ -64,7 +64,9 @@ def main() -> None:
     shutil.copy(resumed / f"checkpoints/step_{MIDDLE:06d}.ckpt", resumed / "checkpoints/last.ckpt")
     (resumed / LOG).unlink()
     train([sys.executable, "-m", "qwenvl_lit.train", f"resume={resumed}"])
+    overrides = " ".join(options.overrides)
     result = {
+        "command": f"python scripts/check_resume.py --size {options.size} {overrides}".strip(),
         "again": differences(first, second),
         "resumed": differences(first, resumed),
         "overrides": options.overrides,

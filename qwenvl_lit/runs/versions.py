@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 def save_versions(folder: Path) -> None:
     """Writes `versions.json`; warns if a resumed run started with other versions."""
     file = folder / "versions.json"
-    now = versions()
+    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    now = {**versions(), "command": command}
     if file.exists():
         changed = _changes(file, now)
         if changed:
@@ -78,7 +79,6 @@ def versions() -> dict[str, Any]:
         **{library: _version(library) for library in LIBRARIES},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
 
 
