@@ -1,5 +1,6 @@
 """Every yaml file composes, sets the keys of its group, and names classes that exist."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ def test_a_file_says_when_to_choose_it_below_its_package(path: Path):
     package_lines = [index for index, line in enumerate(lines) if line.startswith("# @package")]
     assert package_lines in ([], [0]), "Hydra ignores a package below line 1 without a message"
     assert lines[len(package_lines)].startswith("# "), "no comment on when to choose the file"
+    head = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    is_choice = path.parent != CONF and path.parent.name not in ("callbacks", "shared")
+    assert not is_choice or "hoose" in "".join(head), "the comment says not when to choose it"
 
 
 def test_the_model_chooses_its_recipe():

@@ -105,7 +105,7 @@ def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
         warnings[name] = list(benchmark(f"{name}/val", seen_with=seen_with).warnings(trained_on))
     # RefCOCO has images of train2014.
     assert {name for name in NAMES if warnings[name]} == {"coco", "okvqa", "vqav2"}
-    assert "both have the images of val2014" in warnings["okvqa"][0]
+    assert "it shares images of val2014 with OK-VQA" in warnings["okvqa"][0]
 
 
 @pytest.mark.parametrize(
