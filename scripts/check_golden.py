@@ -112,7 +112,7 @@ class Report:
 def limit_text(of: str, deviation: float, allowed: float) -> str:
     if not allowed:
         return f"{of} exact"
-    return f"{of} {deviation:.1e} of {allowed:.0e}".replace("0.0e+00", "0")
+    return f"{of} {deviation:.1e} (limit {allowed:.0e})".replace("0.0e+00", "0")
 
 
 def check(path: Path, folder: Path, deviations: Deviations) -> Report:
@@ -247,7 +247,7 @@ ROWS = {  # row of the table in docs/parity.md -> the files that it sums up
         "model/param_shapes.json",
         "model/model.safetensors*",
     ),
-    "images of 13 kinds to pixels": ("model/preprocess*",),
+    "preprocessing of 13 kinds of images": ("model/preprocess*",),
     "the vision tower, stage by stage, at 112, 224 and 448 px": (
         "model/vision_*",
         "model/init_pos_embed.safetensors",
@@ -258,7 +258,7 @@ ROWS = {  # row of the table in docs/parity.md -> the files that it sums up
         "model/case_three_images.*",
     ),
     "batches padded on the left and on the right": ("model/case_batch_*",),
-    "around `seq_length`: dynamic NTK and log-n, in one pass": (
+    "lengths around `seq_length` (dynamic NTK, log-n), in one forward pass": (
         "model/case_long_eval_*",
         "model/case_long_train*",
     ),
@@ -275,7 +275,7 @@ ROWS = {  # row of the table in docs/parity.md -> the files that it sums up
     "greedy decoding": ("model/generation.json",),
     "`chat()` from end to end": ("model/chat.json",),
     "text to ids and back, two vocabularies": ("tokenizer/*",),
-    "prompts, windows, stop words, answers": (
+    "prompts, context windows, stop words, answers": (
         "chat/make_context_*",
         "chat/decode_tokens_*",
         "chat/stop_words_*",
@@ -293,7 +293,7 @@ COUNTS = ("cases", "agree", "differ_on_purpose")
 def table(recorded: dict[str, Any]) -> str:
     """Returns a record as the Markdown table of docs/parity.md."""
     lines = [
-        "| | cases | agree | differ on purpose | largest deviation and its limit; all else exact |",
+        "| | cases | agree | differ on purpose | largest deviation and its limit; all other values are equal |",
         "|---|---|---|---|---|",
     ]
     left = {entry["file"]: entry for entry in recorded["files"]}
@@ -343,7 +343,7 @@ def deviations_table(by_file: dict[str, Listed]) -> str:
         for entry in cases.values():
             counts[entry["why"]] += 1
             where[entry["why"]][re.sub("_(qwen|synthetic)$", "", Path(file).stem)] = True
-    rows = ["| what ours does, and why | files | cases |", "|---|---|---|"]
+    rows = ["| deviation | golden files | cases |", "|---|---|---|"]
     for why, count in counts.most_common():
         rows.append(f"| {_in_code(why)} | {', '.join(where[why])} | {count} |")
     return "\n".join(rows)

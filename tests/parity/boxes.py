@@ -122,7 +122,7 @@ def image_sizes(path: Path) -> Iterator[Result]:
 def _float32_error(box: Box) -> float:
     """Returns how far the IoU of a box may move if its corners are written in float32.
 
-    This is the spacing of float32 at the corners, as a share of the sides.
+    This is the spacing of float32 at the corners, as a fraction of the sides.
     """
     error = 0.0
     for low, high in ((box.x0, box.x1), (box.y0, box.y1)):
@@ -142,7 +142,7 @@ def first_box(answer: str) -> tuple[float, float, float, float]:
 
 
 def grounding_iou(path: Path) -> Iterator[Result]:
-    """Compares the IoU of the first box of an answer, and the share of answers above 0.5."""
+    """Compares the IoU of the first box of an answer, and the fraction of answers above 0.5."""
     data, right = read(path), 0
     for case in data["cases"]:
         height, width = case["hw"]
@@ -165,7 +165,7 @@ def grounding_iou(path: Path) -> Iterator[Result]:
         )
         yield same(name, "right", overlap >= 0.5, case["correct"])
     deviation = abs(right / data["n"] - data["precision_at_1"])
-    yield Result(case="precision_at_1", of="share", deviation=deviation, allowed=1e-9)
+    yield Result(case="precision_at_1", of="accuracy", deviation=deviation, allowed=1e-9)
 
 
 CHECKS = {

@@ -408,7 +408,7 @@ def train_steps(path: Path) -> Iterator[Result]:
             moved[key] = (tensor - before[key]).norm().item()
         # A loss is a difference of logits of about 10. Below 1 its rounding error does not shrink
         # with it (the sixth loss is 0.002).
-        of = "losses (relative, to 1 at least)"
+        of = "losses (relative to max(1, loss))"
         yield Result(case=name, of=of, deviation=worst(errors), allowed=LOSS)
         unchanged = sorted(key for key, norm in moved.items() if norm == 0)
         yield same(name, "unchanged parameters", unchanged, sorted(recipe["unchanged"]))
@@ -422,7 +422,7 @@ def train_steps(path: Path) -> Iterator[Result]:
 def fresh_positions(path: Path) -> Iterator[Result]:
     for name, theirs in tensors_of(path).items():
         error = distance(sine_cosine_positions(*theirs.shape), theirs)
-        yield Result(case=name, of="table", deviation=error, allowed=TABLE)
+        yield Result(case=name, of="position table", deviation=error, allowed=TABLE)
 
 
 def ntk_alphas(path: Path) -> Iterator[Result]:

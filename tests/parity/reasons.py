@@ -19,67 +19,75 @@ from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, QwenTokenizer
 REFUSED = {"refused": True}
 
 FULL_SPAN = (
-    "The original cannot decode a path that fills its span completely; "
-    "without padding behind it, ours decodes the ids as tokens."
+    "The original fails on a path that fills its span completely, because no padding follows. "
+    "This package decodes the ids as tokens."
 )
 NO_PATHS = (
-    "Images are not passed as paths inside the text, so a path has no limit and needs no closing "
-    "tag; here the tags are ordinary special tokens."
+    "Image paths are not encoded as tokens. They may have any length, and <img> and </img> are "
+    "ordinary special tokens."
 )
 NO_PADDING = (
-    "The original raises where a span holds no <imgpad>; "
-    "ours decodes the ids between the tags as tokens."
+    "The original raises an error if a span contains no <imgpad>. This package decodes the ids "
+    "between the tags as tokens."
 )
 NOT_CUT = (
-    "Values on the grid are written unchanged, as ms-swift does; "
-    "the original's list form truncates them."
+    "Values on the grid are written unchanged, as in ms-swift. The original's `from_list_format` "
+    "truncates them."
 )
 LABEL_ALONE = "A label without a box can be written."
 STAYS_TEXT = (
-    "Markup that cannot be read, or is only spelled, stays text; "
-    "neither an answer nor a user's text ever raises."
+    "Invalid markup stays text, and so does markup that is typed as plain characters. Parsing "
+    "never raises an error."
 )
 END_OF_TEXT_STOPS = (
-    "The published generation settings stop at <|endoftext|> as well, as their end-of-turn token."
+    "In chat, <|endoftext|> also ends an answer, because the published generation settings list "
+    "it."
 )
-RAW_STOPS = "The base model ends an answer with <|endoftext|>; no word of a prompt does."
-ONE_NEWLINE = "A question without an answer is followed by one newline, not two."
+RAW_STOPS = (
+    'In the raw template only <|endoftext|> ends an answer. The original also stops at "Human:".'
+)
+ONE_NEWLINE = (
+    "After a question without an answer, the original writes two newlines. This package writes "
+    "one."
+)
 NO_FORGERY = (
-    "User text never becomes special tokens, so no file or question can forge a role or an "
+    "User text never becomes special tokens. So no file or question can forge a role or an "
     "end-of-turn token (QwenLM/Qwen issues 8 and 59)."
 )
-LAST_TOKEN = "Without a stop id the original drops the last token; ours keeps it."
+LAST_TOKEN = "Without a stop id, the original drops the last token. This package keeps it."
 NORMALIZED_PROMPT = (
-    "The original measures the prompt before Unicode normalization "
-    "and cuts the first characters of the answer with it."
+    "The original locates the answer by the prompt's length before Unicode normalization. If "
+    "normalization shortens the prompt, the start of the answer is lost."
 )
-FIRST_STOP = "An answer ends before the first stop id, in raw prompts too."
-ONLY_BOXES = "Chat markup is removed from an answer's text; only box markup stays."
+FIRST_STOP = "An answer ends before the first stop id, also in the raw template."
+ONLY_BOXES = "Chat markup is removed from the text of an answer. Only box markup stays."
 SINGLE_IDS = "Stop words are single ids: none of the published models has a longer one for chat."
 CUT_RIGHT = (
-    "The original cuts off the end of the answer; "
-    "ours refuses the sample, or truncates on the left if the config says so."
+    "If a sample exceeds max_length, the original cuts off the end of the answer. This package "
+    "refuses the sample, or truncates it on the left (`too_long=truncate_left`)."
 )
 FIRST_ANSWER = (
-    "Nothing is dropped silently: an assistant's first message is written and supervised."
+    "If a conversation begins with the assistant, the original drops that message. Here it is "
+    "written and supervised."
 )
 OWN_SYSTEM = "A row may have its own system message."
-EMPTY_SYSTEM = "An empty system message is written as an empty message, in training as in chat."
+EMPTY_SYSTEM = (
+    "An empty system message is written to the prompt in training too. ms-swift omits it."
+)
 APART = (
-    "Role, newline and text are tokenized separately, as the model's own scripts do; "
-    "joined, two newlines become one token."
+    "Role, newline and text are tokenized separately, as in the model's own scripts. Tokenized "
+    "together, two newlines would become one token."
 )
-NAMED_ONCE = '"Picture 1: " that is already there is not written again.'
-ONLY_THE_SPAN = (
-    "Of an image in an answer only the span is not supervised; "
-    "the text around it is part of the answer."
+NAMED_ONCE = 'An existing "Picture 1: " is not written again.'
+ONLY_THE_SPAN = "If an answer contains an image, only the image tokens are unsupervised."
+SEVERAL_BOXES = "All boxes of an object are converted, from any frame."
+EMPTY_BOXES = "The IoU of two empty boxes is 0. The original divides 0 by 0."
+NO_MEMORY = (
+    "A long text leaves no state in the model. In the original, it changes later training steps."
 )
-SEVERAL_BOXES = "Several boxes of one object are converted from any frame."
-EMPTY_BOXES = "Two empty boxes share nothing: an IoU of 0, not of 0 / 0."
-NO_MEMORY = "No state of a long text stays in the model: training after it is as before it."
 SHOWN_TEXT = (
-    "The text shown keeps the last token where no stop id was generated, ends before a stop word, "
-    "and has no special tokens except box markup; the ids are equal."
+    "The displayed text keeps the last token if no stop id was generated. It ends before a stop "
+    "word. It contains no special tokens except box markup. The token ids are equal."
 )
 
 SPELLED = re.compile("|".join(map(re.escape, SPECIALS)))

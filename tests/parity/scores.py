@@ -53,8 +53,8 @@ def relaxed_and_exact(path: Path) -> Iterator[Result]:
         golden = [case["relaxed_per_annotation"], case["relaxed"]]
         yield same(name, "relaxed", [each, relaxed[-1]], golden)
         yield same(name, "exact match", exact[-1], case["exact"])
-    yield near("relaxed_accuracy", "share", fmean(relaxed), data["relaxed_accuracy"])
-    yield near("exact_match_accuracy", "share", fmean(exact), data["exact_match_accuracy"])
+    yield near("relaxed_accuracy", "accuracy", fmean(relaxed), data["relaxed_accuracy"])
+    yield near("exact_match_accuracy", "accuracy", fmean(exact), data["exact_match_accuracy"])
 
 
 def gqa(path: Path) -> Iterator[Result]:
