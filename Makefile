@@ -1,7 +1,7 @@
 # make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
-# make faults kill, fill up, damage, attack: what README says of reliability   (25 minutes on two cores)
-# All do all set-up themselves: a virtual environment in .venv with the versions of constraints.txt.
+# make faults kill, fill up, damage, attack: what docs/reliability.md says   (25 minutes on two cores)
+# Each target sets up `.venv` itself, with the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
