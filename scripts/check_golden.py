@@ -293,7 +293,7 @@ COUNTS = ("cases", "agree", "differ_on_purpose")
 def table(recorded: dict[str, Any]) -> str:
     """Returns a record as the Markdown table of docs/parity.md."""
     lines = [
-        "| | cases | agree | differ on purpose | largest deviation and its limit; all other values are equal |",
+        "| | cases | agree | differ on purpose | largest deviation (limit); all else equal |",
         "|---|---|---|---|---|",
     ]
     left = {entry["file"]: entry for entry in recorded["files"]}

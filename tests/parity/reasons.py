@@ -40,15 +40,13 @@ STAYS_TEXT = (
     "never raises an error."
 )
 END_OF_TEXT_STOPS = (
-    "In chat, <|endoftext|> also ends an answer, because the published generation settings list "
-    "it."
+    "In chat, <|endoftext|> also ends an answer, because the published generation settings list it."
 )
 RAW_STOPS = (
     'In the raw template only <|endoftext|> ends an answer. The original also stops at "Human:".'
 )
 ONE_NEWLINE = (
-    "After a question without an answer, the original writes two newlines. This package writes "
-    "one."
+    "After a question without an answer, the original writes two newlines. This package writes one."
 )
 NO_FORGERY = (
     "User text never becomes special tokens. So no file or question can forge a role or an "
