@@ -272,7 +272,7 @@ def test_a_base_model_continues_the_text_alone(base_model, image):
         (
             "<img>no where.png</img>What?",
             (),
-            r"'no where\.png' does not exist, seen from /.*; check the path",
+            r"'no where\.png' does not exist, relative to /.*; check the path",
         ),
         (["What?", {"image": "nowhere.png"}], (), "does not exist"),
         ("<img>ftp://a/b.png</img>", (), "not a file, an http"),

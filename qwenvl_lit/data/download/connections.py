@@ -1,4 +1,4 @@
-"""Opens http and https addresses of strangers, within limits that a server cannot outlast.
+"""Opens http and https addresses from untrusted rows, within limits that a server cannot outlast.
 
 A connection goes to the address that was checked: a name that resolves to another address the next
 time (DNS rebinding) gains nothing. Proxies of the environment (`https_proxy`) are used; a proxy

@@ -1,6 +1,7 @@
 """The layouts of rows: a table from the keys of a row to the function that reads it.
 
-A new layout is one more entry of `LAYOUTS`.
+A new layout is one more entry of `LAYOUTS`, or of `TEXT_LAYOUTS` if other layouts may have its keys
+too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ImageReference:
 
 
 class Placeholder(Enum):
-    """Stands for the next entry of a list of the row. The value is the tag that text may hold."""
+    """Stands for the next entry of one of the row's lists. Its value is the tag in text."""
 
     IMAGE = "<image>"  # the next of `Draft.images`
     LABEL = "<ref-object>"  # the label of the next of `Draft.objects`
@@ -49,7 +50,9 @@ DraftTurn = tuple[Role, Sequence[DraftPart]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """The content of a row, with its keys read but its text, images and objects not yet.
+    """The content of a row after its keys were read.
+
+    Its text, images and objects are not yet parsed.
 
     Text is the user's own: it may still hold tags (`<img>path</img>` and those of `Placeholder`)
     and the markup of objects.
@@ -249,7 +252,7 @@ def _question_after_history(row: Row, question: str, answer_key: str) -> Draft:
 
 
 def _plain_text(key: str, row: Row, prompt: str | None) -> Draft:
-    """Reads text to continue, as the answer to an empty question, as ms-swift does.
+    """Reads text to continue. As in ms-swift, it becomes the answer to an empty question.
 
     In the raw template of the base model the question then leaves no tokens, and all of the text is
     supervised.
@@ -357,7 +360,7 @@ LAYOUTS = (
     Layout("vqa", ("image", "question"), _VQA, _vqa),
     Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )
-# Other layouts have these keys, too: these layouts are tried when no other one matches.
+# Tried only if no layout above matches, because other layouts may have these keys too.
 TEXT_LAYOUTS = (
     Layout("text", ("text",), ("system", *_IMAGES), partial(_plain_text, "text")),
     Layout("response", ("response",), ("system", *_IMAGES), partial(_plain_text, "response")),
@@ -405,7 +408,7 @@ def _images(row: Row) -> list[str]:
     elif images is None:
         images = []
     if isinstance(images, str) and images.lstrip().startswith(("[", "{")):
-        with suppress(ValueError):  # it may also be a path that begins so
+        with suppress(ValueError):  # it may also be a path that begins with a bracket
             images = parse_json(images)
     if not isinstance(images, list):
         images = [images]

@@ -122,6 +122,6 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
         return ImageSource(Path(address))
     if isinstance(source, Path) or not _ADDRESS.match(address):
         raise BadImage(
-            f"image {address[:200]!r} does not exist, seen from {Path.cwd()}; check the path"
+            f"image {address[:200]!r} does not exist, relative to {Path.cwd()}; check the path"
         )
     return image_from(address, Path(), read_options)

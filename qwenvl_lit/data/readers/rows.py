@@ -36,14 +36,13 @@ class ReadOptions:
     Args:
         root: folder of relative paths of files and images; None: the folder of the file that names
             them.
-        path_map: replaces the beginnings of paths and addresses, {on another machine: here}.
+        path_map: replaces the beginnings of paths and addresses, {prefix elsewhere: prefix here}.
         on_bad_box: see `BoxReader`.
         prompt: for captions and questions whose layout has none; None: the reader's own.
         cache: folder of remote images and of indexes of files; None: remote images are refused, and
             indexes are kept in memory only.
         download: fetch remote images; false: use only those in `cache`.
-        allow_private_hosts: fetch images that the rows name on this machine and in its network,
-            too.
+        allow_private_hosts: also fetch images from this machine and its network.
     """
 
     root: Path | None = None
@@ -312,7 +311,7 @@ class _TurnReader:
 
 
 def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) -> ImageSource:
-    """Returns the image at a path, at a web address, or in the address itself as base64.
+    """Returns an image, given as a path, a web address or base64 text.
 
     A remote image is not fetched yet.
 

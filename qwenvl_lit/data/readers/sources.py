@@ -34,7 +34,7 @@ def read_rows(source: str, read_options: ReadOptions = DEFAULT) -> Sequence[Conv
 def open_source(
     source: str, read_options: ReadOptions, read: Callable[[Path], Sequence[Conversation]]
 ) -> Sequence[Conversation]:
-    """Returns the rows that `read` finds in the files of `source`, which is as in `read_rows`.
+    """Returns the rows that `read` finds in the files of `source` (see `read_rows`).
 
     Raises:
         DataError: there is no such file.
@@ -46,7 +46,7 @@ def open_source(
     files = next(filter(None, map(_matching_files, patterns)), [])
     if not files:
         raise DataError(
-            f"no file {' or '.join(patterns)}, seen from {Path.cwd()}; check the path and "
+            f"no file {' or '.join(patterns)}, relative to {Path.cwd()}; check the path and "
             f"`data.root`"
         )
     by_file = [read(Path(file)) for file in files]
@@ -66,8 +66,8 @@ class FileRows(Sequence[Conversation]):
     """The rows of one file. All have the layout of the first one, `layout`.
 
     Raises:
-        DataError: as `RowFile`, or the first row has no known layout. Fetching a row raises it, or
-            `Dropped`, for that row.
+        DataError: see `RowFile`; or the first row has no known layout. Fetching a row raises
+            DataError or `Dropped`.
     """
 
     def __init__(self, file: Path, read_options: ReadOptions = DEFAULT):

@@ -112,7 +112,7 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("c.png", BadImage, r"image 'c\.png' does not exist, seen from /"),
+        ("c.png", BadImage, r"image 'c\.png' does not exist, relative to /"),
         (Path("https://example.org/a.png"), BadImage, "does not exist"),
         ("", BadImage, "image '' does not exist"),
         ("x" * 5000, BadImage, "does not exist"),
