@@ -24,7 +24,7 @@ def exact_match(text: str, references: Sequence[str], *, ignore_case: bool = Fal
 class ExactMatch(SampleMean):
     """Fraction of answers that equal the expected answer or one of the row's references.
 
-    Answers are compared as text in the markup of the model family, including boxes.
+    Answers are compared as text, including the family's box markup.
 
     Args:
         ignore_case: ignore case, as `eval_mm` of Qwen-VL does for AI2D and OCR-VQA.

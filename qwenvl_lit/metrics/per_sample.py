@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -75,13 +76,21 @@ class PerSampleMetric(Metric, ABC):
     is_differentiable = False
     full_state_update = False
 
-    needs: ClassVar[str]  # what a row must have to be scored, for the warning about other rows
+    needs: ClassVar[str]  # what a row must have to be scored; printed in the warning about others
     dtype_of_rows: ClassVar[torch.dtype] = torch.float64
     count: int = 0  # rows scored by the last `compute`, over all ranks
 
     keys: list[torch.Tensor]
     sizes: list[torch.Tensor]  # count of numbers of each row; 0 for rows that are left out
     numbers: list[torch.Tensor]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not inspect.isabstract(cls) and not getattr(cls, "needs", ""):
+            raise TypeError(
+                f"{cls.__qualname__} has no `needs`: name what a row must have to be scored, "
+                f'for example needs = "expected answer"'
+            )
 
     def __init__(self, *, where: Where | None = None):
         super().__init__()

@@ -18,6 +18,13 @@ class Length(SampleMean):
         return float(len(prediction.text)) if prediction.text else None
 
 
+def test_a_metric_without_needs_is_refused_when_its_class_is_created():
+    with pytest.raises(TypeError, match="Nameless has no `needs`: name what a row must have"):
+        type("Nameless", (SampleMean,), {"score": lambda self, prediction: 1.0})
+    type("Unfinished", (SampleMean,), {})  # abstract: a subclass may set it
+    type("Inheriting", (Length,), {"score": lambda self, prediction: 1.0})
+
+
 def answer(name: str, text: str, **columns: str) -> Prediction:
     row = Conversation(id=name, turns=(), columns=columns)
     return Prediction(conversation=row, text=text, parts=())
