@@ -1,9 +1,9 @@
-"""Checksums of weights: written with them, and verified before they are used.
+"""Checksums of weights, which are written with the weights and verified before they are used.
 
-A checkpoint is a zip file, and its zip comment holds the sha256 of the rest: there is no second
-file that a crash, a copy or a rename could separate from it, and torch and zip tools read it as
-before. A folder of weights has a file `SHA256SUMS`, which `sha256sum -c` reads too. What has no
-checksum, because others or an older version wrote it, is not verified.
+A checkpoint is a zip file, and its zip comment holds the sha256 of the rest. So no second file can
+be lost in a crash, a copy or a rename, and torch and zip tools can still read the checkpoint. A
+folder of weights has a file `SHA256SUMS`, which `sha256sum -c` can also read. Files without a
+checksum are not verified.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUMMED = ("*.safetensors", "*.bin", "*.tiktoken")  # text files may be edited
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\]+)")
 _MAX_SUMS_BYTES = 1 << 20
 _BLOCK = 1 << 22  # bytes; large enough that hashing and disk do not wait for Python
-_ANNOUNCED = 5 * 10**9  # bytes above which a message says what takes so long
+_ANNOUNCED = 5 * 10**9  # a file of more bytes is announced, because it takes long
 
 # The last record of a zip file: signature, 16 bytes, length of the comment, comment.
 _END = struct.Struct("<4s16sH")
@@ -41,7 +41,9 @@ _COMMENT_BYTES = len(_PREFIX) + 64
 
 @contextmanager
 def sealed(file: BinaryIO) -> Iterator[Writer]:
-    """Yields a writer for a zip file, whose comment then gets the sha256 of what was written.
+    """Yields a writer for a zip file.
+
+    At the end, stores the sha256 of the written bytes in the zip comment.
 
     Args:
         file: a new file, open for writing.
@@ -51,7 +53,7 @@ def sealed(file: BinaryIO) -> Iterator[Writer]:
         yield writer
     signature, _, comment_bytes = _END.unpack(writer.end.rjust(_END.size, b"\0"))
     if signature != _SIGNATURE or comment_bytes:
-        return  # no zip file
+        return  # not a zip file
     comment = _PREFIX + writer.sha256.hexdigest().encode()
     file.seek(-2, os.SEEK_END)
     file.write(struct.pack("<H", len(comment)) + comment)
@@ -91,8 +93,8 @@ def write_sums(folder: Path) -> None:
 def verify(path: Path) -> None:
     """Compares weights with their checksums, if they have any.
 
-    Of the processes on a machine only the first one does it. A file that has been verified is not
-    read again in this process unless it changes.
+    Only local rank 0 verifies. A file that has been verified is not read again in this process
+    unless it changes.
 
     Args:
         path: a checkpoint, a file in a folder with `SHA256SUMS`, or such a folder.
@@ -128,7 +130,7 @@ def _compare(file: Path, expected: str, advice: str) -> None:
 @lru_cache
 def _actual(file: Path, size: int, _changed: int) -> str:
     if size > _ANNOUNCED:
-        log.warning("verifying the checksum of %s (verify=false: do not)", file)
+        log.warning("verifying the checksum of %s (verify=false skips this)", file)
     try:
         return _sha256(file)
     except OSError as error:
@@ -136,7 +138,7 @@ def _actual(file: Path, size: int, _changed: int) -> str:
 
 
 def _sha256(file: Path) -> str:
-    """Returns the sha256 of a file, for a sealed file without its comment."""
+    """Returns the sha256 of a file. The comment of a sealed file is left out."""
     with file.open("rb") as stream:
         rest = os.fstat(stream.fileno()).st_size
         is_sealed = _expected_in(stream) is not None

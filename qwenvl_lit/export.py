@@ -79,7 +79,7 @@ def main(config: DictConfig) -> None:
             notes = [check_equivalence(module, folder, batches, dtypes=dtypes, device=device)]
         if quantized_base:
             notes.append(
-                "the run has a 4-bit base, the export the published weights: "
+                "the run used 4-bit base weights, the export uses the published weights: "
                 "its answers may differ from the run's"
             )
         if not config.merge:
@@ -136,8 +136,8 @@ def checked_target(config: DictConfig) -> Path:
     """Returns the folder to write.
 
     Raises:
-        DataError: it is not named, exists already, was not written by an export, or holds the model
-            to read.
+        DataError: `out` is missing, exists already, was not written by an export, or contains the
+            model to read.
     """
     from qwenvl_lit.runs.run import SETTINGS
 

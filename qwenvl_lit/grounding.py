@@ -15,9 +15,9 @@ GRID = 999  # coordinates in text run from 0 to this value
 def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Quad:
     """Returns the same region in another frame, for an image of `size` (width, height) in pixels.
 
-    Grid values become integers by truncation, as ms-swift writes them. Values are neither clipped
-    nor put in order. A box that is already in `frame` is returned unchanged: a round trip through
-    pixels would lower 12 % of the grid values by one.
+    Grid values become integers by truncation, as ms-swift writes them. Values are not clipped,
+    and swapped corners stay swapped. A box that is already in `frame` is returned unchanged: a
+    round trip through pixels would lower 12 % of the grid values by one.
 
     >>> to_frame(Box(x0=138, y0=136, x1=235, y1=359), "grid", size=(640, 427))
     Box(x0=215, y0=318, x1=366, y1=839, frame='grid')
@@ -104,7 +104,8 @@ def _length(low: float, high: float) -> float:
 
 
 class Tag(Enum):
-    """A tag of the markup. It is not a str, so that a label that spells a tag stays text."""
+    """A tag of the markup. It is not a str, so that a label with the characters of a
+    tag stays text."""
 
     REF = "<ref>"
     REF_END = "</ref>"
@@ -147,7 +148,10 @@ _LABEL = r"<ref>((?:(?!</?ref>).)*)</ref>"
 
 
 def _patterns(digits: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Returns the pattern of an object (label and boxes, or one of them) and that of a box."""
+    """Returns two patterns.
+
+    One is for an object (label, boxes or both), one for a single box.
+    """
     number = rf"[\s()]*-?{digits}[\s()]*"
     box = rf"<box>{number}(?:,{number}){{3}}</box>|<quad>{number}(?:,{number}){{7}}</quad>"
     return re.compile(rf"(?:{_LABEL})?((?:{box})+)|{_LABEL}", re.DOTALL), re.compile(box)

@@ -1,7 +1,7 @@
-"""Decodes image files of strangers: an explicit list of formats, limits, and one kind of error.
+"""Decodes untrusted image files: an explicit list of formats, limits, and one kind of error.
 
 Pillow knows formats that run other programs (EPS runs Ghostscript) and raises errors of many kinds
-for broken files. Both end here.
+for broken files. This module excludes both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_IMAGE_SIDE = 100_000
 
 CONVERT = "convert it to PNG or JPEG"
 FETCH = "fetch it again"
-_BEGINNING = 1024  # bytes, by which a file that is no image is recognised
+_BEGINNING = 1024  # number of first bytes used to identify a file that is not an image
 _SHOWN = 40  # bytes of it in a message
 _FOREIGN = (  # formats that are not read, by what their files begin with
     (b"%!PS", "EPS"),
@@ -158,12 +158,12 @@ def _advice(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "scale it down"
     if "MAX_TEXT_CHUNK" in reason or "text chunk" in reason:
-        return "its pixels may be sound: save it again without its text chunks"
+        return "the pixels may be intact: save it again without its text chunks"
     return FETCH
 
 
 def _why_unidentified(beginning: bytes) -> str:
-    """Returns why a file that begins so is none of `FORMATS`, and what to do."""
+    """Returns why a file with this beginning is none of `FORMATS`, and what to do."""
     text = beginning.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not beginning:
         return f"the file is empty; {FETCH}"

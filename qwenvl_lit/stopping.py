@@ -23,7 +23,8 @@ STOPPED = 143  # exit status after SIGTERM or SIGUSR1: 128 + 15, as a shell repo
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT
 HUNG_UP = 129  # exit status after SIGHUP: 128 + 1
 GRACE_SECONDS = 20.0  # for a step, or for the end of a command, after a signal
-PARENT_SECONDS = 3.0  # a rank whose parent has ended lives this long, to say which rank was lost
+# A rank whose parent has ended waits this long, so that it can report the lost rank.
+PARENT_SECONDS = 3.0
 NOTHING_KEPT = "Nothing was saved."
 
 
@@ -41,7 +42,7 @@ def exit_status(number: int) -> int:
 
 
 def is_first_rank() -> bool:
-    """Returns whether this process, of those of a run, is the one that prints."""
+    """Returns whether this process is the one that prints."""
     ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")]
     node = os.environ.get("NODE_RANK", "0")
     return all(rank == "0" for rank in (*ranks, node))
@@ -51,8 +52,8 @@ class SignalListener:
     """Receives the stop signals of this process.
 
     Usually a signal raises `Stopped` where the main thread is. Between `record` and `release` it is
-    only recorded in `received`, so that a run finishes its step and saves. Either way a thread of
-    its own ends the process if it has not ended, or made progress, `GRACE_SECONDS` later. Python
+    only recorded in `received`, so that a run finishes its step and saves. In both cases a watcher
+    thread ends the process if it neither ends nor makes progress within `GRACE_SECONDS`. Python
     runs no signal handler while the main thread waits in a collective whose peer has ended.
 
     Attributes:
@@ -74,7 +75,7 @@ class SignalListener:
     def install(self, *, ctrl_c: bool = True) -> None:
         """Lets stop signals raise `Stopped`.
 
-        Signals that the process was started with ignored stay so, as `nohup` wants it.
+        Signals that were ignored at start stay ignored, as with `nohup`.
 
         Args:
             ctrl_c: False leaves Ctrl-C a KeyboardInterrupt.
@@ -90,12 +91,12 @@ class SignalListener:
         self._start()
 
     def reinstall(self) -> None:
-        """Sets the handlers again, in place of those that Lightning has composed of them."""
+        """Sets the handlers again, replacing the handlers that Lightning built on top of them."""
         if self._raises and threading.current_thread() is threading.main_thread():
             self._start()
 
     def record(self) -> None:
-        """Lets stop signals be recorded only, until `release`; a second Ctrl-C raises `Stopped`."""
+        """Only records stop signals until `release`. A second Ctrl-C raises `Stopped`."""
         self.received = 0
         self._deadline = math.inf
         self._slowest = 0.0
@@ -115,9 +116,10 @@ class SignalListener:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def progress(self) -> None:
-        """Notes that a batch is done: after a signal, the next one has its own time to end.
+        """Call after each batch.
 
-        A process whose batches take longer than `GRACE_SECONDS` has twice the longest so far.
+        After a signal, each batch gets its own grace time: `GRACE_SECONDS`, or twice the slowest
+        batch so far if that is longer.
         """
         now = time.monotonic()
         self._slowest = max(self._slowest, now - self._latest_progress)
@@ -138,8 +140,16 @@ class SignalListener:
                 self._deadline = self._latest_progress + self._grace
 
     def line(self, number: int, reason: str = "") -> str:
-        """Returns what is printed when the signal `number` has ended the command."""
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        """Returns what is printed when the signal `number` has ended the command.
+
+        0 stands for a signal that only another rank has received.
+        """
+        if not number:
+            name = "a signal to another rank"
+        elif number == signal.SIGINT:
+            name = "Ctrl-C"
+        else:
+            name = signal.Signals(number).name
         return f"Stopped by {name}{reason}. {self.kept}"
 
     def end(self, message: str, status: int) -> NoReturn:
@@ -215,7 +225,7 @@ class SignalListener:
         self.end("", 0)  # Lightning kills rank 0 when another rank ends with an error
 
     def _leave_to_parent(self) -> None:
-        """In a forked process: signals to the whole group are the parent's business."""
+        """In a forked process, signals to the whole group are handled by the parent."""
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) == self._handle:

@@ -2,7 +2,7 @@
 
     python scripts/bench_export.py --folder /tmp/random-qwen-vl --record benchmarks/export.json
 
-Writes random weights in the published layout (19.3 GB) and an adapter of noise to FOLDER if they
+Writes a full model of random weights (19.3 GB) and an adapter of noise to FOLDER if they
 are not there, and the merged model (19.3 GB), which is removed again. A fresh process exports
 without and with the comparison, each reading from the disk. The record is written after each row.
 """

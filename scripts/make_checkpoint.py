@@ -1,4 +1,4 @@
-"""Writes a checkpoint of random weights in the published layout of Qwen-VL.
+"""Writes a checkpoint of random weights in the format of the published one.
 
 python scripts/make_checkpoint.py /tmp/random-qwen-vl --size full --device cuda  # 9.66 B, 19.3 GB
 python scripts/make_checkpoint.py /tmp/small-qwen-vl --size small    # sizes of model=qwen_vl_tiny

@@ -1,4 +1,4 @@
-"""A tiny checkpoint in the published layout, and a network with scripted answers."""
+"""A tiny full model, and a network with scripted answers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Fine-tuning of a checkpoint in the published layout, on files in COCO's layout."""
+"""Fine-tuning of a full model, on files in COCO's layout."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ SHORT_ANSWERS = "generation.max_new_tokens=4"
 
 
 def write_model(folder: Path) -> None:
-    """Writes random weights of the size of `model=qwen_vl_tiny` in the published layout."""
+    """Writes a full model of random weights, of the size of `model=qwen_vl_tiny`."""
     conf = OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml")
     config = OmegaConf.to_container(conf.config)
     family = QwenVLFamily(config=config, vocabulary="tiny", dtype="bfloat16")

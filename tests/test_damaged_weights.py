@@ -22,7 +22,7 @@ TRAIN += ["data.num_workers=0"]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
-    """A folder with a whole model in `export` and a run that trained an adapter on it in `run`."""
+    """A folder with a full model in `export` and a run that trained an adapter on it in `run`."""
     home = tmp_path_factory.mktemp("home")
     tiny_checkpoint(home / "export")
     checksums.write_sums(home / "export")

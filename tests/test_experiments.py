@@ -29,7 +29,7 @@ ONE_STEP_ON_CPU = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A folder in the published layout."""
+    """A folder with a full model."""
     folder = tmp_path_factory.mktemp("models") / "small"
     write_checkpoint(tiny_family(dtype="bfloat16").load(), TINY_VOCABULARY, folder)
     return folder

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from qwenvl_lit import stopping
+
 START = """
 import ctypes, os, signal, sys, threading, time
 from qwenvl_lit import stopping
@@ -206,3 +208,8 @@ time.sleep(30)
     began = time.monotonic()
     process.stdout.read()  # until the rank has closed it
     assert time.monotonic() - began < 10
+
+
+def test_the_message_does_not_name_a_signal_that_only_another_rank_received():
+    line = stopping.SignalListener().line(0)
+    assert line == "Stopped by a signal to another rank. Nothing was saved."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -40,8 +41,7 @@ class RunCheckpoint(Checkpoint):
 
     On SIGTERM, SIGUSR1, SIGHUP and Ctrl-C the run finishes its step or its validation, saves, and
     exits with status 143, 129 after SIGHUP, or 130 after Ctrl-C; see `StopSignals`. Several
-    processes stop together, one step later. A step that does not end is ended, see
-    `SignalListener`.
+    processes stop together, one step later. A step that hangs is terminated, see `SignalListener`.
 
     Random numbers that loaders and validations draw between two training batches do not change
     those of training.
@@ -142,7 +142,8 @@ class RunCheckpoint(Checkpoint):
         self._rng_state_of_step = self._rng_state
         self._stopping = self._signals.received_by_any_rank(trainer)
         self._due = self._stopping or self._due or self._latest_step % self.every == 0
-        # Lightning skips a validation that follows when it resumes from a checkpoint before it.
+        # After resuming from a checkpoint saved just before a validation, Lightning skips that
+        # validation.
         if self._due and not validation_follows(trainer):
             self._save_last(trainer)
 
@@ -233,7 +234,7 @@ class RunCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             # Lightning kills rank 0 when another rank ends with an error.
             raise SystemExit(0)
-        print(f"\nStopped by a signal; {signals.kept[0].lower()}{signals.kept[1:]}", flush=True)
+        print(f"\n{signals.line(signals.received)}", file=sys.stderr, flush=True)
         raise SystemExit(self._signals.exit_status)
 
     def _keep_older(self, step: int) -> None:

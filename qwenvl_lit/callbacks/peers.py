@@ -19,8 +19,10 @@ from qwenvl_lit.stopping import Stopped, signals
 # What a rank writes to the others before it closes its connection
 DONE, STOPPING, FAILED, LOST = b"d", b"s", b"f", b"l"
 CONNECT_SECONDS = 10.0
-NEWS_SECONDS = 3.0  # after a collective has failed, for the news that a rank has ended
-OWN_ERROR_SECONDS = 2.5  # for an error that all ranks have, after one of them has said so
+# Seconds to wait, after a collective failed, for news that a rank has ended.
+NEWS_SECONDS = 3.0
+# Seconds to wait for this rank's own error after another rank has reported one.
+OWN_ERROR_SECONDS = 2.5
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +82,8 @@ class Peers(lightning.Callback):
     ) -> None:
         """Tells the other ranks why this one ends.
 
-        A collective fails because a peer was lost. Then the thread that watches the peers ends this
-        process in the meantime.
+        If the collective failed because a peer was lost, the watcher thread ends this process
+        during the wait.
         """
         if isinstance(exception, RuntimeError) and self._connections:
             time.sleep(NEWS_SECONDS)
@@ -109,7 +111,7 @@ class Peers(lightning.Callback):
                 self._react(ranks.pop(connection), farewell)
 
     def _react(self, rank: int, farewell: bytes) -> None:
-        """Ends this rank, unless it does so itself, as `rank` has."""
+        """Ends this rank because `rank` has ended, unless this rank is already ending."""
         if farewell == DONE or self._ending:
             return
         if farewell == STOPPING:
@@ -131,7 +133,7 @@ class Peers(lightning.Callback):
         if self._rank > 1 or farewell == LOST or (self._rank == 1 and farewell == FAILED):
             return ""
         cause = "was lost (killed? out of memory?)" if farewell == b"" else "failed, see above"
-        return f"error: rank {rank} {cause}; the other ranks are ended. {signals.kept}"
+        return f"error: rank {rank} {cause}; the other ranks were stopped. {signals.kept}"
 
 
 def _connect(trainer: lightning.Trainer) -> dict[int, socket.socket]:
@@ -176,7 +178,7 @@ def _accept(server: socket.socket, token: bytes, count: int) -> dict[int, socket
             greeting = connection.recv(20, socket.MSG_WAITALL)
         except OSError:
             break
-        if greeting[:16] == token:  # else a stranger
+        if greeting[:16] == token:  # not another program
             connection.settimeout(None)
             connections[int.from_bytes(greeting[16:], "big")] = connection
         else:

@@ -89,8 +89,8 @@ class RunLog(lightning.Callback):
         groups = optimizer.param_groups
         self._learning_rates = {"learning_rate": groups[0]["lr"]}
         for group in groups:
-            if group.get("part"):
-                self._learning_rates[f"learning_rate_{group['part']}"] = group["lr"]
+            if group.get("component"):
+                self._learning_rates[f"learning_rate_{group['component']}"] = group["lr"]
 
     def on_train_batch_end(
         self,

@@ -37,10 +37,10 @@ class StopSignals:
         return exit_status(signals.received)
 
     def received_by_any_rank(self, trainer: lightning.Trainer) -> bool:
-        """Returns whether a rank has received a signal, the same on all ranks; call it each step.
+        """Returns the same answer on all ranks: whether any rank has received a signal.
 
-        With several ranks the answer is that of the call before, so that no rank synchronizes with
-        its device.
+        Call it in each step. With several ranks the answer is that of the call before, so that no
+        rank synchronizes with its device.
         """
         if trainer.world_size == 1:
             return self.received

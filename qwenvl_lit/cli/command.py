@@ -66,7 +66,7 @@ def command(
         run: what `ckpt=` means. "needed": the command works with a run or a published model, and
             groups that the command line does not choose come from the run. "start": training may
             start from a run, or resume one with `resume=`.
-        adjust: what this command alone changes in its arguments, before all else.
+        adjust: changes that only this command makes to its arguments, applied first.
 
     Exits with status 2 after a mistake on the command line, with 1 after one in the data or in a
     job of a sweep, and with 143, 130 or 129 if SIGTERM, Ctrl-C or SIGHUP stopped it.
@@ -79,7 +79,7 @@ def _run_reporting_mistakes(
     name: str, main: Main, run: Literal["unused", "needed", "start"], adjust: Adjust
 ) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function unchanged
-    # Hydra makes exceptions of its callbacks warnings.
+    # Hydra turns exceptions in its callbacks into warnings.
     warnings.filterwarnings("error", message="Callback .* raised", category=UserWarning)
     OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
     arguments = sys.argv[1:]
@@ -126,7 +126,7 @@ def prepare(
 ) -> CommandLine:
     """Turns the arguments as typed into those that Hydra gets. Reads files, changes nothing.
 
-    Preparing prepared arguments again changes nothing, because other ranks do so.
+    Preparing twice has no further effect. Other ranks prepare the arguments again.
 
     Raises:
         DataError: the arguments name a run that is not there, contradict the run that they

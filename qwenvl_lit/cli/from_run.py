@@ -104,7 +104,7 @@ def _verifies(arguments: Sequence[str]) -> bool:
 
 
 def _config_to_use(run: Run) -> Mapping[str, Any]:
-    if run.checkpoint is None:  # a whole model: its adapter is only a recipe for training
+    if run.checkpoint is None:  # a full model: its adapter is only a recipe for training
         return {**run.config, "adapter": {}}
     return run.config
 

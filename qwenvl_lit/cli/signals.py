@@ -1,4 +1,4 @@
-"""A command that a signal stops ends with one line and the status that a shell expects."""
+"""Ends a stopped command with one line and the exit status that a shell expects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stops_reported(command: str) -> Iterator[None]:
 
 
 def _exit(number: int, cause: BaseException | None = None) -> NoReturn:
-    """Exits after the signal `number`, or after the error that it has caused."""
+    """Exits after the signal `number`, or after the error that the signal has caused."""
     reason = ""
     if cause is not None:
         message = str(cause).strip().partition("\n")[0]

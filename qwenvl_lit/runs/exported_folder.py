@@ -1,4 +1,4 @@
-"""Writes the folders that `export` makes: a whole model, or an adapter, with its settings."""
+"""Writes the folders that `export` makes: a full model, or an adapter, with its settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwenvl_lit.types import DataError
 
 
 def write_model(module: VisionLanguageModule, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a whole model, with all that was trained merged into its weights.
+    """Writes a full model, with all that was trained merged into its weights.
 
     Raises:
         DataError: the disk is too small, or a checkpoint is missing or belongs to another model.
@@ -100,7 +100,7 @@ def write_settings(
 ) -> None:
     """Writes how the model is prompted and how it generates.
 
-    Neither peft nor the published layout has a file for this.
+    Neither peft nor the published checkpoint has a file for this.
 
     Args:
         settings: the groups `model` and `generation` of the config.

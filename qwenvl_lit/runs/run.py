@@ -62,7 +62,7 @@ class Run:
     config: dict[str, Any]
     """Plain data, with interpolations."""
     checkpoint: Path | None
-    """None for a whole model, whose own weights are the trained ones."""
+    """None for a full model, whose own weights are the trained ones."""
     folder: Path | None
     """None for a checkpoint outside its run folder, and for a model that others trained."""
     base_model: str | None = None
@@ -73,7 +73,7 @@ def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
     """Finds what `ckpt=` names.
 
     That is "latest", a run folder (its best checkpoint, otherwise its last one), a checkpoint file,
-    an adapter folder of peft, or the folder of a whole model in the published layout.
+    an adapter folder of peft, or the folder of a full model.
 
     Args:
         trust: accept a config that names classes which are not part of this package.
@@ -114,7 +114,7 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
     if (path / "adapter_config.json").exists():
         return _find_adapter(path, trust=trust)
     if (path / "config.json").exists():
-        return _find_whole_model(path, trust=trust)
+        return _find_full_model(path, trust=trust)
     if not (path / COMPOSED_CONFIG).exists():
         raise DataError(
             f"{ckpt} is not a run folder (it has no {COMPOSED_CONFIG}); {_known_runs()}"
@@ -137,7 +137,7 @@ def init_from(run: Run) -> dict[str, Any]:
     """
     from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
 
-    assert run.checkpoint is not None  # a whole model is given as model.path
+    assert run.checkpoint is not None  # a full model is given as model.path
     return {
         "_target_": f"{StartingCheckpoint.__module__}.{StartingCheckpoint.__name__}",
         "checkpoint": str(run.checkpoint.resolve()),
@@ -222,8 +222,8 @@ def _find_adapter(folder: Path, *, trust: bool) -> Run:
     )
 
 
-def _find_whole_model(folder: Path, *, trust: bool) -> Run:
-    """A model in the published layout, written by `export` or by others."""
+def _find_full_model(folder: Path, *, trust: bool) -> Run:
+    """A full model, written by `export` or by another program."""
     stored = stored_settings(folder, trust=trust)
     model = {**stored.get("model", {}), "path": str(folder)}
     config = _recipe(str(folder), {**stored, "model": model})

@@ -1,4 +1,4 @@
-"""Stored configs are data: what a checkpoint or a folder of a stranger may ask to be built.
+"""Stored configs are data: what an untrusted checkpoint or folder may ask to be built.
 
 The config of a run comes from files that others may have written: a checkpoint, a run folder, an
 exported folder. Hydra would call whatever it names. Here a config may name only what conf/ names,

@@ -22,7 +22,7 @@ def report(folder: Path, *, metric: str, mode: str) -> list[Result]:
     """Writes `sweep.csv` and, if any job has a score, `sweep.png`.
 
     Args:
-        mode: "min" or "max", the best end of `metric`.
+        mode: "min" or "max": whether the lowest or highest `metric` is best.
 
     Returns:
         The jobs, the best one first, those without a score last.

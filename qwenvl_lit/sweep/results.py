@@ -76,7 +76,7 @@ def save_result(
 def read_result(folder: Path) -> Result | None:
     """Reads the result of the job in `folder`; None if it has not ended.
 
-    A damaged result counts as none, with a warning: the job resumes, and ends with a new one.
+    A damaged result counts as missing, with a warning. The job is resumed and writes a new result.
     """
     file = folder / RESULT
     if not file.exists():

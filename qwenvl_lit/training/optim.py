@@ -81,13 +81,13 @@ class AdamW:
     ) -> tuple[torch.optim.Optimizer, LambdaLR]:
         """Makes an optimizer of the trainable tensors of `model`, and its schedule.
 
-        Both kinds of optimizer skip the step if their attribute `found_inf`, a tensor (), is 1.
+        Both optimizers skip the step if their attribute `found_inf` (a scalar tensor) is 1.
 
         Args:
             total_steps: how often the schedule will be stepped.
-            components: component -> module path, of the family. A parameter group has the name of
-                its component in `component_lr` as "part", or None.
-            compiled: whether to compile what torch has no fused kernel for.
+            components: component -> module path, of the family. Each parameter group stores its
+                component under "component"; None without an own learning rate.
+            compiled: whether to compile steps for which torch has no fused kernel.
 
         Raises:
             ValueError: nothing is trainable, or nothing of a component in `component_lr`.
@@ -140,8 +140,8 @@ class AdamW:
             lr = self.component_lr[component] if component else self.lr
             for tensors, decay in ((matrices, self.weight_decay), (vectors, 0.0)):
                 if tensors:
-                    # "part" is in the checkpoints of earlier runs, hence not "component"
-                    yield {"params": tensors, "lr": lr, "weight_decay": decay, "part": component}
+                    group = {"params": tensors, "lr": lr, "weight_decay": decay}
+                    yield {**group, "component": component}
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -162,8 +162,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     tensor is expected to have a gradient in every step or in none.
 
     Args:
-        compiled: whether to compile the update of a chunk to one kernel. It needs a fifth of the
-            memory traffic, which is what limits the speed of a step.
+        compiled: whether to compile the update of a chunk to one kernel. The compiled update needs
+            a fifth of the memory traffic, the bottleneck of a step.
     """
 
     def __init__(
@@ -205,7 +205,8 @@ class StochasticAdamW(torch.optim.Optimizer):
             seed = (group["seed"] * 1_000_003 + group["calls"]) * 1009 + group_index
             group["calls"] += 1
             for same_kind in _by_device_and_dtype(tensors):
-                # 0 skips the step. A tensor, since reading `found_inf` would synchronize.
+                # 0 skips the step. `keep` is a tensor because reading `found_inf` would
+                # synchronize.
                 keep = torch.ones((), device=same_kind[0].device)
                 if found_inf is not None:
                     keep = 1 - found_inf.to(keep.device)
@@ -221,7 +222,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         flat = []
         for pieces in chunk[1:]:
             flat.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-        # The seed is a tensor: a number would be compiled in, with a recompilation per step
+        # A seed that is not a tensor would be compiled in, and each step would recompile.
         seed_tensor = torch.full((), seed % 2**31, dtype=torch.int32, device=keep.device)
         lr = group["lr"] * keep
         betas, eps, weight_decay = group["betas"], group["eps"], group["weight_decay"]
@@ -256,7 +257,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 class Chunk(NamedTuple):
-    """Flat pieces of tensors and of their moments and gradients; the first one's step count."""
+    """Flat pieces of tensors, moments and gradients, with the step count of the first tensor."""
 
     step: torch.Tensor
     weights: list[torch.Tensor]
@@ -270,12 +271,13 @@ def adamw_step(
 ) -> tuple[torch.Tensor, ...]:
     """Computes weights, means and squares (n,) after a step, in the dtypes that they had.
 
-    What changes from step to step is a tensor (), so that it is not compiled in.
+    Values that change between steps are tensors; otherwise each change would recompile.
     """
     dtypes = (weights.dtype, means.dtype, squares.dtype)
     weights, means, squares = weights.float(), means.float(), squares.float()
     step = step.clamp(min=1)
-    gradients = torch.where(keep > 0, gradients.float(), 0)  # a skipped step's may not be finite
+    # Gradients of a skipped step may not be finite.
+    gradients = torch.where(keep > 0, gradients.float(), 0)
     means = means.lerp(gradients, (1 - betas[0]) * keep)
     squares = squares.lerp(gradients.square(), (1 - betas[1]) * keep)
     scale = (squares / (1 - betas[1] ** step)).sqrt() + eps

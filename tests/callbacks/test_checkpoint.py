@@ -284,7 +284,9 @@ def test_a_signalled_run_finishes_its_step_and_saves(whole, tmp_path, hook, numb
     assert ended.value.code == status
     assert [signal.getsignal(stop) for stop in STOP_SIGNALS] == handlers
     command = f"python -m qwenvl_lit.train resume={tmp_path}"
-    assert f"saved after step 3. Resume:  {command}" in capsys.readouterr().out
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    line = f"Stopped by {name}. Saved after step 3. Resume:  {command}\n"
+    assert capsys.readouterr().err.endswith(line)
     assert same(run(tmp_path, resume=True, every=1000), whole[1])
     assert history(tmp_path) == history(whole[0])
 

@@ -86,7 +86,7 @@ def test_a_killed_rank_ends_the_other_with_the_line_that_says_how_to_resume(tmp_
     assert (statuses[victim], statuses[survivor]) == (-signal.SIGKILL, 1)
     [line] = [line for line in output[survivor].splitlines() if line.startswith("error: ")]
     assert line == (
-        f"error: rank {victim} was lost (killed? out of memory?); the other ranks are ended. "
+        f"error: rank {victim} was lost (killed? out of memory?); the other ranks were stopped. "
         f"Saved after step 2. Resume:  python -m qwenvl_lit.train resume={tmp_path}"
     )
     assert "Traceback" not in output[survivor]
@@ -96,7 +96,7 @@ def test_a_rank_that_fails_alone_ends_the_other(tmp_path):
     statuses, output = run_ranks(failing, tmp_path, 1)
     assert statuses == [1, 1]
     assert "of this rank alone" in output[1]
-    assert "error: rank 1 failed, see above; the other ranks are ended. Saved after" in output[0]
+    assert "error: rank 1 failed, see above; the other ranks were stopped. Saved after" in output[0]
     assert "Traceback" not in output[0]
 
 

@@ -131,8 +131,8 @@ def test_a_component_with_its_own_learning_rate_has_it_in_the_log(tmp_path):
 
         def configure_optimizers(self):
             groups = [
-                {"params": [self.weight], "part": None},
-                {"params": [self.tower], "lr": 0.01, "part": "vision"},
+                {"params": [self.weight], "component": None},
+                {"params": [self.tower], "lr": 0.01, "component": "vision"},
             ]
             return torch.optim.SGD(groups, lr=0.1)
 

@@ -39,7 +39,7 @@ def train(folder: Path, *arguments: str, run: str = "run") -> Path:
 
 
 def published_model(folder: Path) -> Path:
-    """A tiny model in the published layout, `folder`/model."""
+    """A tiny full model, `folder`/model."""
     return tiny_checkpoint(folder / "model")
 
 

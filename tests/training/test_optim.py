@@ -60,7 +60,7 @@ def test_components_have_their_own_learning_rate_and_the_innermost_counts():
     assert lr_of[id(tower.proj)] == 0.1
     assert lr_of[id(tower.attn_pool.ln_q.bias)] == 0.3
     assert lr_of[id(model.lm_head.weight)] == 1.0
-    assert {group["part"] for group in optimizer.param_groups} == {None, "vision", "resampler"}
+    assert {group["component"] for group in optimizer.param_groups} == {None, "vision", "resampler"}
 
 
 def test_a_learning_rate_for_a_missing_or_frozen_component_is_an_error():

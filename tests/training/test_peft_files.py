@@ -101,6 +101,8 @@ def test_tensors_that_the_model_does_not_have_are_named(folder):
 
 def test_a_target_that_is_not_a_linear_layer_is_named():
     adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets=r".*visual.*\.attn")
-    message = r"matches transformer\.visual.*attn, which is not a linear layer"
+    message = (
+        r"matches transformer\.visual.*attn, which is not a linear, embedding or convolution layer"
+    )
     with pytest.raises(ValueError, match=message):
         adapter.apply(small_network(), QwenVLFamily)

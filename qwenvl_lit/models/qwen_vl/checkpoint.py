@@ -1,4 +1,4 @@
-"""Finds checkpoints in the published layout, fetches them from the hub, and opens their tensors.
+"""Finds full models, fetches them from the hub, and opens their tensors.
 
 A checkpoint is checked for completeness before any weights are read.
 """
@@ -78,7 +78,7 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise DataError(
-            f"{path} is no folder, seen from {Path.cwd()}, and no hub name such as "
+            f"{path} is no folder, relative to {Path.cwd()}, and no hub name such as "
             f"Qwen/Qwen-VL-Chat"
         )
     cached = _cached(path)

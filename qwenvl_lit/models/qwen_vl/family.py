@@ -350,7 +350,7 @@ class QwenVLFamily:
         return reader(tensors, self.dtype)
 
     def export(self, read: Read, folder: Path, *, dtype: torch.dtype) -> None:
-        """Writes a model in the published layout, a shard at a time; see `Family.export`."""
+        """Writes a full model, a shard at a time; see `Family.export`."""
         shapes = file_shapes(self.meta_model())
         check_disk(folder, shapes, dtype)
         try:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
 
 # Settings of peft's `LoraConfig` that make sense for `LoRA.options`, with their types. The others
-# are set by `LoRA` itself, or are for other models; Megatron's make peft import a named module.
+# are set by `LoRA` itself, or are for other models. The Megatron settings would let a config make
+# peft import any module.
 PEFT_OPTIONS: Mapping[str, Any] = {
     "alpha_pattern": dict[str, float],
     "bias": Literal["none", "all", "lora_only"],
@@ -42,7 +43,7 @@ class Adapter(Protocol):
     """A fine-tuning method: prepares a loaded model for training, and merges what was trained."""
 
     trains_base_weights: bool
-    """Whether trained tensors replace base weights, which quantized base weights do not allow."""
+    """Whether training changes base weights, which is impossible if they are quantized."""
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -61,10 +62,7 @@ class Adapter(Protocol):
         ...
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Returns the model that `apply` returned as one of its original class.
-
-        What was trained is merged into the weights.
-        """
+        """Merges what was trained and returns a model of the original class."""
         ...
 
 
@@ -168,7 +166,8 @@ class LoRA:
     def _check_targets(
         self, targets: str | Sequence[str], model: nn.Module, family: Family
     ) -> None:
-        """Raises ValueError unless `targets` select linear layers of `model`, and all do."""
+        """Raises ValueError unless `targets` select linear layers of `model`, and every target
+        matches."""
         modules = dict(model.named_modules())
         matched, unused = [], []
         for target, pattern in _path_patterns(targets).items():
@@ -185,7 +184,8 @@ class LoRA:
         for path in matched:
             if not isinstance(modules[path], nn.Linear | nn.Embedding | nn.Conv2d):
                 raise ValueError(
-                    f"adapter.targets={self.targets!r} matches {path}, which is not a linear layer"
+                    f"adapter.targets={self.targets!r} matches {path}, which is not a linear, "
+                    f"embedding or convolution layer"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout: how they are found, checked and loaded."""
+"""Full models: how they are found, checked and loaded."""
 
 import json
 import threading
@@ -160,7 +160,7 @@ def test_missing_files_of_a_folder_are_named(copy):
 
 
 def test_a_path_that_is_neither_a_folder_nor_a_hub_name_is_refused():
-    with pytest.raises(DataError, match="no folder, seen from"):
+    with pytest.raises(DataError, match="no folder, relative to"):
         find_checkpoint("./not/here")
 
 
