@@ -24,7 +24,7 @@ from qwenvl_lit.metrics.per_sample import (
 )
 from qwenvl_lit.metrics.ptb import ptb_words
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.types import DataError, Prediction
+from qwenvl_lit.types import Prediction
 
 N = 4  # n of the longest n-grams
 SIGMA = 6.0  # standard deviation in CIDEr-D's length penalty
@@ -289,7 +289,7 @@ class Bleu(PerSampleMetric):
     def __init__(self, n: int = N, *, where: Where | None = None):
         super().__init__(where=where)
         if n not in range(1, N + 1):
-            raise DataError(f"n={n}: BLEU takes n-grams of up to n = 1 to {N} words")
+            raise ValueError(f"n={n}: BLEU takes n-grams of up to n = 1 to {N} words")
         self.n = n
 
     def measure(self, prediction: Prediction) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from qwenvl_lit.metrics.per_sample import PerSampleMetric, Where
-from qwenvl_lit.types import DataError, Prediction
+from qwenvl_lit.types import Prediction
 
 ScoringProtocol = Literal["correct", "official"]
 
@@ -41,11 +41,11 @@ class ProtocolMean(SampleMean):
             published script, including its errors.
 
     Raises:
-        DataError: `protocol` has another value.
+        ValueError: `protocol` has another value.
     """
 
     def __init__(self, protocol: ScoringProtocol = "correct", *, where: Where | None = None):
         super().__init__(where=where)
         if protocol not in ("correct", "official"):
-            raise DataError(f"protocol={protocol}: expected correct or official")
+            raise ValueError(f"protocol={protocol}: expected correct or official")
         self.protocol = protocol

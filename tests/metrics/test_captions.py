@@ -10,7 +10,7 @@ import torch.distributed
 from warm import run_processes
 
 from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL, bleu, bleu_counts, cider, rouge_l
-from qwenvl_lit.types import Conversation, DataError, Prediction
+from qwenvl_lit.types import Conversation, Prediction
 
 
 def row(name: str, text: str, *references: str) -> Prediction:
@@ -174,7 +174,7 @@ def test_bleu_is_computed_over_the_whole_corpus():
 
 def test_bleu_takes_n_from_1_to_4():
     message = "n=5: BLEU takes n-grams of up to n = 1 to 4 words"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         Bleu(5)
 
 

@@ -6,7 +6,7 @@ from qwenvl_lit.metrics.vqa_accuracy import (
     vqa_accuracy,
     vqa_accuracy_official,
 )
-from qwenvl_lit.types import Conversation, DataError, Prediction
+from qwenvl_lit.types import Conversation, Prediction
 
 
 @pytest.mark.parametrize(
@@ -91,5 +91,5 @@ def test_the_protocol_is_correct_or_official():
     official = VQAAccuracy("official")
     official.update([row("a", "yes", *["Yes"] * 10)])
     assert official.compute() == 0
-    with pytest.raises(DataError, match="protocol=offical: expected correct or official"):
+    with pytest.raises(ValueError, match="protocol=offical: expected correct or official"):
         VQAAccuracy("offical")
