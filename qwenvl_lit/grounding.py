@@ -104,8 +104,7 @@ def _length(low: float, high: float) -> float:
 
 
 class Tag(Enum):
-    """A tag of the markup. It is not a str, so that a label with the characters of a
-    tag stays text."""
+    """A tag of the markup; not a str, so that a label with the characters of a tag stays text."""
 
     REF = "<ref>"
     REF_END = "</ref>"

@@ -166,8 +166,7 @@ class LoRA:
     def _check_targets(
         self, targets: str | Sequence[str], model: nn.Module, family: Family
     ) -> None:
-        """Raises ValueError unless `targets` select linear layers of `model`, and every target
-        matches."""
+        """Raises ValueError unless `targets` select layers of `model`, and every target matches."""
         modules = dict(model.named_modules())
         matched, unused = [], []
         for target, pattern in _path_patterns(targets).items():
