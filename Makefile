@@ -24,7 +24,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 suite: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: .venv/installed-dev
 	$(BIN)/python scripts/run_faults.py --record benchmarks/faults.json

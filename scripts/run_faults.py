@@ -43,7 +43,6 @@ def run_bench(record: Path, processes: int, chosen: str | None) -> int:
         command += ["-k", chosen]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "QWENVL_LIT_FAULTS_RECORD": str(record),
     }

@@ -1,9 +1,13 @@
 """Fixtures for the tests of rows: a folder with images, and functions that read a row."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
+
+# Sums of one thread have the same last bits in every process. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows

@@ -115,8 +115,7 @@ WORK: dict[str, Callable[[int, Path], Samples]] = {
 def measured(work: str, count: int) -> Samples:
     """Does the work in a process of its own."""
     paths = [ROOT, ROOT / "tests", ROOT / "scripts"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     process = subprocess.run(
         [sys.executable, __file__, work, str(count)],
         env=environment,
