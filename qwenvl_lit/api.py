@@ -415,7 +415,7 @@ def device_named(name: torch.device | str | None) -> torch.device:
 
 def default_cache() -> Path:
     """The folder that conf/common.yaml names `paths.cache`."""
-    return Path(os.environ.get("QWENVL_LIT_CACHE") or Path.home() / ".cache/qwenvl_lit")
+    return Path(os.environ.get("QWENVL_LIT_CACHE") or "~/.cache/qwenvl_lit").expanduser()
 
 
 def _find_run(source: str | Path, *, trust: bool, verify: bool) -> Run | None:

@@ -25,6 +25,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
 from qwenvl_lit.cli.hints import explain
@@ -41,6 +42,7 @@ from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 PACKAGE = Path(__file__).parents[1]
+CACHE = "QWENVL_LIT_CACHE"  # environment variable
 COMPOSITION_ERRORS = (
     ConfigCompositionException,
     MissingConfigException,
@@ -81,6 +83,8 @@ def _run_reporting_mistakes(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function unchanged
     # Hydra turns exceptions in its callbacks into warnings.
     warnings.filterwarnings("error", message="Callback .* raised", category=UserWarning)
+    if CACHE in os.environ:  # conf/common.yaml reads it
+        os.environ[CACHE] = os.path.expanduser(os.environ[CACHE])
     OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
     arguments = sys.argv[1:]
     try:
@@ -142,6 +146,7 @@ def prepare(
         prepared = _quote_all(resume_arguments(prepared))
     prepared = rank_arguments(name, prepared)
     refuse_used_folder(prepared)
+    refuse_own_files(name, prepared)
     return CommandLine(arguments=prepared, run_groups=line.run_groups, notes=line.notes)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit import checksums
@@ -115,8 +114,7 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
     is_other_rank = "hydra.output_subdir=null" in arguments
     if "hydra.run.dir" not in keys or is_resuming or is_other_rank or INFO_FLAGS & keys:
         return
-    [argument, *_] = [item for item in arguments if item.startswith("hydra.run.dir=")]
-    folder = Path(str(OverridesParser.create().parse_override(argument).value()))
+    folder = Path(value_of(arguments, "hydra.run.dir") or "")
     for pattern in RESULTS:
         for file in sorted(folder.glob(pattern)):
             if ".rank" in file.name and _is_a_test(folder):

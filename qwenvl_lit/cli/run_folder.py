@@ -55,7 +55,7 @@ class ClaimRunFolder(Callback):
         named = value_of(list(config.hydra.overrides.hydra), key) is not None
         shares_name = kind == "run" and is_under_torchrun() and not named
         with _hydra_config(config):
-            self.folder = Path(config.hydra[kind].dir)
+            self.folder = Path(config.hydra[kind].dir).expanduser()
         try:
             if is_first_rank():
                 with disk_errors(

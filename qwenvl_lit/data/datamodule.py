@@ -161,7 +161,10 @@ class DataModule(lightning.LightningDataModule):
         """
         training: dict[str, Rows] = {}
         for name, dataset in self.datasets.items():
-            if dataset.split_file is not None and not Path(dataset.split_file).exists():
+            if (
+                dataset.split_file is not None
+                and not Path(dataset.split_file).expanduser().exists()
+            ):
                 dataset = replace(dataset, split_file=None)
             opened = dataset.open_training()
             sources, positions = flatten(Concat(opened.stages))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -96,7 +97,7 @@ class DatasetSpec:
     def read_options(self) -> ReadOptions:
         return ReadOptions(
             root=_path(self.root),
-            path_map=dict(self.path_map or {}),
+            path_map=_expanded(self.path_map or {}),
             on_bad_box=self.on_bad_box,
             prompt=self.prompt,
             cache=_path(self.cache),
@@ -133,7 +134,7 @@ class DatasetSpec:
             distinct.append(take(rows, count, self.seed) if count < len(rows) else rows)
         rest, validation = distinct, self._open_validation_files()
         if self.holds_out_rows and distinct:
-            split_file = Path(self.split_file) if self.split_file else None
+            split_file = _path(self.split_file or None)
             rest, validation = hold_out(distinct, self.validation, seed=self.seed, file=split_file)
         stages = []
         for rows, count, before, after in zip(files, counts, distinct, rest, strict=True):
@@ -307,5 +308,9 @@ def _as_list(files: Files | None) -> list[str]:
     return list(files or ())
 
 
+def _expanded(path_map: Mapping[str, str]) -> dict[str, str]:
+    return {prefix: os.path.expanduser(path) for prefix, path in path_map.items()}
+
+
 def _path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+    return None if path is None else Path(path).expanduser()

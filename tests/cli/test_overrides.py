@@ -2,7 +2,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from qwenvl_lit.cli.overrides import quote_free_text, value_of
+from qwenvl_lit.cli.overrides import paths_of, quote_free_text, unquote, value_of
 
 
 def parsed(argument: str):
@@ -55,8 +55,8 @@ def test_model_keys_that_the_config_of_a_run_may_lack_are_added():
 def test_other_keys_are_left_to_hydra():
     for argument in (
         "optim.lr=1e-4,5e-5",
-        "data.test={easy: a.jsonl}",
         "prompt=null",
+        "data.test={easy: {nested: a.jsonl}}",
         "data.validation=0.01",
         "--help",
         "~callbacks.samples",
@@ -69,3 +69,73 @@ def test_the_last_value_of_a_key_counts():
     assert value_of(arguments, "ckpt") == "b c"
     assert value_of(arguments, "resume") is None
     assert value_of(arguments, "out") is None
+
+
+PATHS = [
+    "~/x",
+    "/models/a=b,c (d) [e]",
+    "[v1]",
+    "{v1}",
+    "2024",
+    "epoch=1-step=3.ckpt",
+    "it's",
+    "ends in \\",
+    "\\'",
+    "${HOME}/x",
+    'the "new" one',
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.path",
+        "model.vocabulary",
+        "data.root",
+        "data.cache",
+        "data.datasets.mine.root",
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+        "paths.cache",
+        "ckpt",
+        "answered",
+        "predictions",
+        "resume",
+        "out",
+    ],
+)
+def test_every_path_is_free_text_in_which_the_home_folder_is_expanded(key, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    quoted = quote_free_text(f"{key}={path}")
+    expected = path.replace("~", "/home/me")
+    assert OmegaConf.create({"path": parsed(quoted)}).path == expected
+    assert value_of([quoted], key) == unquote(quoted.partition("=")[2]) == expected
+    assert quote_free_text(quoted) == quoted
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("data.train=[~/a.jsonl#3,b=1.jsonl]", ["/home/me/a.jsonl#3", "b=1.jsonl"]),
+        ("image=[~/a.png,'b, c.png']", ["/home/me/a.png", "b, c.png"]),
+        ("compare=[~/a,~/b]", ["/home/me/a", "/home/me/b"]),
+        ("data.test={x: ~/a=1.jsonl, y: [~/b,(c)]}", ["/home/me/a=1.jsonl", "/home/me/b", "(c)"]),
+        ("data.test.x=~/a=1.jsonl", ["/home/me/a=1.jsonl"]),
+        ("data.validation=~/a.jsonl", ["/home/me/a.jsonl"]),
+        ("data.validation=1e-2", []),
+        ("data.train=null", []),
+    ],
+)
+def test_paths_in_lists_and_named_sets_are_free_text_too(argument, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    quoted = quote_free_text(argument)
+    assert paths_of([quoted], argument.partition("=")[0]) == expected
+    assert quote_free_text(quoted) == quoted
+    paths = str(OmegaConf.create({"value": parsed(quoted)}).value)
+    assert all(path in paths for path in expected)
+
+
+def test_a_folder_of_configs_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert quote_free_text("--config-dir=~/conf") == "--config-dir=/home/me/conf"

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_demo import SIZES
 
 from qwenvl_lit import predict, test
 from qwenvl_lit.cli.command import prepare
+from qwenvl_lit.cli.demo_data import FILES
+from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.types import DataError
 
 CONFIG = {
@@ -43,8 +46,8 @@ def run(tmp_path, monkeypatch) -> Path:
 
 
 def test_free_text_is_quoted_and_preparing_twice_changes_nothing():
-    line = prepare("train", ["seed=1", "data.train=my file.jsonl"])
-    assert line.arguments == ["seed=1", "data.train='my file.jsonl'"]
+    line = prepare("train", ["data=jsonl", "data.train=my file.jsonl"])
+    assert line.arguments == ["data=jsonl", "data.train='my file.jsonl'"]
     assert prepare("train", line.arguments) == line
 
 
@@ -118,3 +121,34 @@ def test_predict_takes_a_question_or_rows():
     assert predict.adjust_arguments(["data.test=null"]) == ["data.test=null"]
     with pytest.raises(DataError, match=r"image= with prompt= asks one question, and data=demo is"):
         predict.adjust_arguments(["prompt='Hi'", "image='a.png'", "data=demo"])
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "data.train=mine.jsonl",
+        "data.train=[train.jsonl,mine.jsonl#5]",
+        "data.validation=v.jsonl",
+        "data.test={easy: mine.jsonl}",
+    ],
+)
+def test_own_files_without_data_jsonl_are_refused(command, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"is not a file of the demo.*: data=jsonl data\."):
+        prepare(command, [argument])
+    for choice in ("data=jsonl", "data=mixture"):
+        prepare(command, [choice, argument])
+
+
+def test_the_demo_may_be_trained_on_some_of_its_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare("train", ["data.train=[train_single.jsonl#16,train.jsonl#40]", "data.validation=5"])
+    (tmp_path / "train.jsonl").touch()  # in the current folder: a file of the user
+    with pytest.raises(DataError, match=r"for your own files: data=jsonl data\.train=train\.jsonl"):
+        prepare("train", ["data.train=train.jsonl"])
+
+
+def test_the_files_of_the_demo_are_those_that_it_writes(tmp_path):
+    folder = write_demo(tmp_path / "demo", **dict.fromkeys(SIZES, 8))
+    assert {file.name for file in folder.glob("*.jsonl")} == set(FILES)

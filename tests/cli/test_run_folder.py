@@ -152,3 +152,12 @@ def test_other_ranks_neither_make_nor_lock_the_folder(tmp_path, monkeypatch):
     ClaimRunFolder().on_run_start(config)
     assert config.hydra.run.dir == f"{tmp_path}/mine"
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_run_folder_that_a_config_names_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = compose_hydra("train", ["hydra.run.dir='~/runs/mine'"])
+    claim = ClaimRunFolder()
+    claim.on_run_start(config)
+    assert config.hydra.run.dir == str(tmp_path / "runs/mine")
+    claim.remove_unused()

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.mixture import DatasetSpec
@@ -147,6 +148,29 @@ def test_a_remembered_split_is_used_after_the_files_have_moved(tmp_path):
     message = r"split\.json: the split was made of 20 rows, the data has 21 now"
     with pytest.raises(DataError, match=message):
         DatasetSpec(root=tmp_path / "there", validation=5, **options).open_validation()
+
+
+def test_paths_in_a_config_may_begin_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    row = {"query": "<img>/elsewhere/a.png</img>x", "response": "y"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "images/a.png")
+    dataset = DatasetSpec(
+        read=read_rows,
+        root="~",
+        cache="~/cache",
+        path_map={"/elsewhere": "~/images"},
+        train="~/rows.jsonl",
+        test={"one": "~/rows.jsonl"},
+        validation=1,
+        split_file="~/split.json",
+    )
+    opened = dataset.open_training()
+    assert opened.validation[0].images[0].name == str(tmp_path / "images/a.png")
+    assert len(dataset.open_tests()["one"]) == 2
+    assert (tmp_path / "split.json").exists()
+    assert (tmp_path / "cache/indexes").exists()
 
 
 def test_each_row_is_measured_once_and_dropped_rows_are_left_out():

@@ -39,7 +39,7 @@ def open_source(
     Raises:
         DataError: there is no such file.
     """
-    pattern, count = parse_count(source)
+    pattern, count = parse_count(os.path.expanduser(source))
     patterns = [pattern]
     if read_options.root is not None:
         patterns.insert(0, str(read_options.root / pattern))
