@@ -18,7 +18,14 @@ from torch import nn
 from qwenvl_lit import build, checksums
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
-from qwenvl_lit.data.readers.question import History, ImageLike, Query, conversation, image_of
+from qwenvl_lit.data.readers.question import (
+    History,
+    ImageLike,
+    Query,
+    conversation,
+    image_of,
+    question_options,
+)
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.generation.generation import Generation
@@ -123,8 +130,9 @@ class QwenVL:
             "download": download,
         }
         changes = {name: value for name, value in given.items() if value is not None}
-        read_options = ReadOptions(cache=Path(cache) if cache else default_cache())
         run = _find_run(source, trust=trust, verify=verify)
+        data = run.config.get("data") if run else None
+        read_options = question_options(Path(cache) if cache else default_cache(), data)
         if run is not None:
             if template:
                 raise ValueError("template is for a checkpoint; a run has its own")

@@ -269,7 +269,7 @@ def line_editing(history: Path) -> Iterator[None]:
 def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
-    from qwenvl_lit.data.readers.rows import ReadOptions
+    from qwenvl_lit.data.readers.question import question_options
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
@@ -283,7 +283,8 @@ def main(config: DictConfig) -> None:
         load_device=device_named(config.device),
     )
     cache, folder = Path(config.paths.cache), Path(config.paths.run)
-    model = QwenVL.from_module(module, read_options=ReadOptions(cache=cache))
+    read_options = question_options(cache, run.config.get("data") if run else None)
+    model = QwenVL.from_module(module, read_options=read_options)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for stream in (sys.stdin, sys.stdout):
         # A character that the terminal cannot show must not end the chat.

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import stat
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from qwenvl_lit.terminal import printable
 
@@ -23,6 +26,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_IMAGE_PIXELS = 100_000_000
 # Resizing scales the width first: the intermediate result has the height of the image.
 MAX_IMAGE_SIDE = 100_000
+
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of more than 8 bits
+# PNG chunks that do not change the pixels. Pillow refuses those that decompress to over a megabyte.
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 CONVERT = "convert it to PNG or JPEG"
 FETCH = "fetch it again"
@@ -48,30 +55,86 @@ class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message gives the reason and says what to do."""
 
 
-def read_image(source: Path | bytes | Image.Image) -> Image.Image:
-    """Returns the decoded image in its own mode.
+def _check_choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} must be {' or '.join(choices)}, got {value!r}")
+
+
+T = TypeVar("T")
+Exif = Literal["ignore", "apply"]
+DeepImage = Literal["keep", "scale"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageOptions:
+    """How the stored values of an image become its pixels. The defaults are the original model's.
+
+    Args:
+        exif: "apply" rotates an image as its EXIF orientation says. "ignore" takes the pixels as
+            they are stored.
+        deep: "scale" maps an image of `DEEP_MODES` to 8 bits, from its darkest value, 0, to its
+            brightest, 255. With "keep", all values above 255 are white.
+    """
+
+    exif: Exif = "ignore"
+    deep: DeepImage = "keep"
+
+    def __post_init__(self):
+        _check_choice("data.exif", self.exif, get_args(Exif))
+        _check_choice("data.on_deep_image", self.deep, get_args(DeepImage))
+
+
+AS_STORED = ImageOptions()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What is known about an image before it is decoded."""
+
+    size: tuple[int, int]  # width and height in pixels, as stored
+    mode: str  # Pillow's
+    orientation: int  # EXIF: from 1, upright, to 8
+
+    @property
+    def is_deep(self) -> bool:
+        return self.mode in DEEP_MODES
+
+
+def read_image(
+    source: Path | bytes | Image.Image, options: ImageOptions = AS_STORED
+) -> Image.Image:
+    """Returns the decoded image in its own mode, or as `options` say.
 
     Raises:
         UnreadableImageError: the file is broken, no image, of another format than `FORMATS`, or too
             large.
         OSError: the file cannot be opened.
     """
-    if isinstance(source, Image.Image):
-        with _pillow_errors():
-            return _load(source)
-    with _pillow_errors(), _opened(source) as image:
-        return _load(image)
+    return _read(source, lambda image: _converted(_load(image), options))
 
 
-def read_size(source: Path | bytes) -> tuple[int, int]:
-    """Returns width and height in pixels, read from the header alone.
+def read_size(
+    source: Path | bytes | Image.Image, options: ImageOptions = AS_STORED
+) -> tuple[int, int]:
+    """Returns the width and height in pixels that `read_image` gives, from the header alone.
 
     Raises:
         UnreadableImageError, OSError: as `read_image`.
     """
-    with _pillow_errors(), _opened(source) as image:
-        _check_size(image)
-        return image.size
+    if options.exif == "ignore":
+        return _read(source, _size)
+    header = read_header(source)
+    width, height = header.size
+    return (height, width) if header.orientation >= 5 else (width, height)
+
+
+def read_header(source: Path | bytes | Image.Image) -> Header:
+    """Returns what the header of an image says.
+
+    Raises:
+        UnreadableImageError, OSError: as `read_image`.
+    """
+    return _read(source, _header)
 
 
 def read_file(path: Path) -> bytes:
@@ -92,6 +155,20 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def _read(source: Path | bytes | Image.Image, use: Callable[[Image.Image], T]) -> T:
+    with _pillow_errors():
+        if isinstance(source, Image.Image):
+            return use(source)
+        try:
+            with _opened(source) as image:
+                return use(image)
+        except ValueError as error:
+            if not _is_about_text(error):
+                raise
+        with _opened(_without_text(source)) as image:
+            return use(image)
+
+
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     if isinstance(source, Path):
@@ -110,6 +187,62 @@ def _load(image: Image.Image) -> Image.Image:
     _check_size(image)
     image.load()
     return image
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    _check_size(image)
+    return image.size
+
+
+def _header(image: Image.Image) -> Header:
+    return Header(size=_size(image), mode=image.mode, orientation=_orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow rotates it itself
+        return 1
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block says nothing; Pillow raises errors of many kinds
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _converted(image: Image.Image, options: ImageOptions) -> Image.Image:
+    if options.exif == "apply" and _orientation(image) > 1:
+        image = ImageOps.exif_transpose(image)
+    if options.deep == "scale" and image.mode in DEEP_MODES:
+        image = _scaled(image)
+    return image
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Returns an image in 8 bits, from its darkest value, 0, to its brightest, 255."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.float32)
+    known = values[np.isfinite(values)]
+    darkest, brightest = (known.min(), known.max()) if known.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=darkest, posinf=brightest, neginf=darkest)
+    scaled = (values - darkest) / ((brightest - darkest) or 1) * 255
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def _is_about_text(error: ValueError) -> bool:
+    return "MAX_TEXT" in str(error)
+
+
+def _without_text(source: Path | bytes) -> bytes:
+    """Returns a PNG file without the chunks `PNG_TEXT`."""
+    content = source if isinstance(source, bytes) else source.read_bytes()
+    kept, position = [content[:8]], 8
+    while position < len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        if kind not in PNG_TEXT:
+            kept.append(content[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _check_size(image: Image.Image) -> None:
@@ -152,13 +285,10 @@ def _pillow_errors() -> Iterator[None]:
 
 
 def _advice(error: Exception) -> str:
-    reason = str(error)
     if isinstance(error, MemoryError):
         return "it needs more memory than is left: scale it down"
     if isinstance(error, Image.DecompressionBombError):
         return "scale it down"
-    if "MAX_TEXT_CHUNK" in reason or "text chunk" in reason:
-        return "the pixels may be intact: save it again without its text chunks"
     return FETCH
 
 

@@ -64,12 +64,12 @@ def question_data(config: DictConfig, module: VisionLanguageModule) -> DataModul
     from pathlib import Path
 
     from qwenvl_lit.data.datamodule import DataModule
-    from qwenvl_lit.data.readers.question import conversation
-    from qwenvl_lit.data.readers.rows import ReadOptions
+    from qwenvl_lit.data.readers.question import conversation, question_options
 
     files = [config.image] if isinstance(config.image, str) else list(config.image or ())
     query = [*({"image": file} for file in files), config.prompt]
-    row = conversation(query, read_options=ReadOptions(cache=Path(config.paths.cache)))
+    read_options = question_options(Path(config.paths.cache), config.data)
+    row = conversation(query, read_options=read_options)
     return DataModule(
         processor=module.processor,
         read=lambda source, read_options: [row],

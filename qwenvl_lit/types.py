@@ -117,23 +117,35 @@ class ImageSource:
     """An image given as file, encoded bytes, PIL image or address.
 
     It is downloaded and decoded when it is first opened, in the data worker that needs it.
+
+    Raises:
+        DataError: `source` is an address as text, which has no folder to be downloaded to.
     """
 
-    source: Path | bytes | Image.Image | RemoteImage
+    source: str | Path | bytes | Image.Image | RemoteImage  # text is the path of a file
+    options: images.ImageOptions = images.AS_STORED
     # The size is cached, since reading a header costs a file access.
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
-    def open(self) -> Image.Image:
-        """Returns the decoded image in its own mode.
+    def __post_init__(self):
+        if not isinstance(self.source, str):
+            return
+        if "://" in self.source[:20]:
+            raise DataError(
+                f"{self.source[:200]!r} is an address, and ImageSource takes the path of a file; "
+                "use qwenvl_lit.data.download.files.RemoteImage(address, folder)"
+            )
+        object.__setattr__(self, "source", Path(self.source).expanduser())
 
-        An EXIF rotation is not applied, because the original model applies none.
+    def open(self) -> Image.Image:
+        """Returns the decoded image in its own mode, or as `options` say.
 
         Raises:
             BadImage: the file is missing, broken, no image of `images.FORMATS`, or too large.
         """
         file = self._file()
         with self._reading_errors():
-            return images.read_image(file)
+            return images.read_image(file, self.options)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,14 +157,23 @@ class ImageSource:
         if self._size is not None:
             return self._size
         file = self._file()
-        if isinstance(file, Image.Image):
-            return file.size
         with self._reading_errors():
-            size = images.read_size(file)
+            size = images.read_size(file, self.options)
         # A frozen dataclass can fill a cache in no other way. `_size` follows from `source`,
         # so the value itself does not change.
         object.__setattr__(self, "_size", size)
         return size
+
+    @property
+    def header(self) -> images.Header:
+        """What the file says about the image, whatever the `options`.
+
+        Raises:
+            BadImage: as `open`.
+        """
+        file = self._file()
+        with self._reading_errors():
+            return images.read_header(file)
 
     @property
     def key(self) -> str:
@@ -161,7 +182,10 @@ class ImageSource:
         Raises:
             BadImage: the file cannot be read.
         """
-        return hashlib.sha256(self._content()).hexdigest()
+        content = hashlib.sha256(self._content())
+        if self.options != images.AS_STORED:
+            content.update(repr(self.options).encode())
+        return content.hexdigest()
 
     @property
     def name(self) -> str:
@@ -170,6 +194,7 @@ class ImageSource:
             return str(self.source)
         if isinstance(self.source, bytes | Image.Image):
             return f"<{type(self.source).__name__}>"
+        assert not isinstance(self.source, str)  # `__post_init__` has made it a path
         return self.source.name
 
     @contextmanager
@@ -203,6 +228,7 @@ class ImageSource:
     def _file(self) -> Path | bytes | Image.Image:
         if isinstance(self.source, Path | bytes | Image.Image):
             return self.source
+        assert not isinstance(self.source, str)  # `__post_init__` has made it a path
         try:
             return self.source.path()
         except DataError as error:

@@ -5,8 +5,9 @@ import struct
 import zlib
 from contextlib import suppress
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from qwenvl_lit import images
 from qwenvl_lit.types import BadImage, ImageSource
@@ -108,10 +109,124 @@ def test_the_same_is_said_of_a_truncated_avif():
         assert "fetch it again" in message(content[:length])
 
 
-def test_a_large_text_chunk_leaves_the_pixels_to_be_saved_again():
-    text = (b"zTXt", b"note\0\0" + zlib.compress(bytes(70_000_000)))
-    content = png(header(4, 3), text, rows(4, 3), (b"IEND", b""))
-    assert "its pixels may be sound: save it again without its text chunks" in message(content)
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"tEXt", b"iTXt"])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_png_with_large_text_is_read_without_it(kind, is_last, tmp_path):
+    note = b"note\0\0"
+    content = {
+        b"zTXt": note + zlib.compress(bytes(3_000_000)),
+        b"iCCP": note + zlib.compress(bytes(3_000_000)),
+        b"tEXt": b"note\0" + bytes(70_000_000),
+        b"iTXt": b"note\0\1\0\0\0" + zlib.compress(bytes(3_000_000)),
+    }
+    text = (kind, content[kind])
+    chunks = [rows(4, 3), text] if is_last else [text, rows(4, 3)]
+    image = ImageSource(png(header(4, 3), *chunks, (b"IEND", b"")))
+    assert image.size == image.open().size == (4, 3)
+    assert image.open().getpixel((3, 2)) == (7, 7, 7)
+    (tmp_path / "a.png").write_bytes(image.source)
+    assert ImageSource(tmp_path / "a.png").open().getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_a_broken_png_with_large_text_is_still_broken():
+    text = (b"zTXt", b"note\0\0" + zlib.compress(bytes(3_000_000)))
+    content = png(header(4, 3), text, rows(4, 3))
+    assert "fetch it again" in message(content[:-20])
+
+
+APPLY = images.ImageOptions(exif="apply")
+SCALE = images.ImageOptions(deep="scale")
+
+
+def rotated(image_format, orientation):
+    """An image whose left half is white, with an EXIF orientation."""
+    image = Image.new("RGB", (40, 20))
+    image.paste("white", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    image.save(file, image_format, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("orientation", "size", "white"),
+    [
+        (1, (40, 20), (5, 5)),
+        (3, (40, 20), (35, 15)),
+        (6, (20, 40), (15, 5)),
+        (8, (20, 40), (5, 35)),
+    ],
+)
+def test_exif_rotation_is_applied_on_request_only(image_format, orientation, size, white):
+    content = rotated(image_format, orientation)
+    stored, applied = ImageSource(content), ImageSource(content, APPLY)
+    assert stored.size == stored.open().size == (40, 20)
+    assert min(stored.open().getpixel((5, 5))) > 200
+    assert stored.header.orientation == orientation
+    assert applied.size == applied.open().size == size
+    assert min(applied.open().getpixel(white)) > 200
+    assert stored.key != applied.key  # caches of features tell them apart
+
+
+def test_a_pillow_image_is_rotated_as_its_file_would_be():
+    image = Image.open(io.BytesIO(rotated("JPEG", 6)))
+    assert ImageSource(image, APPLY).size == ImageSource(image, APPLY).open().size == (20, 40)
+    assert ImageSource(image).size == (40, 20)
+
+
+def test_a_tiff_is_rotated_once_because_pillow_does_it():
+    for options in (images.AS_STORED, APPLY):
+        image = ImageSource(rotated("TIFF", 6), options)
+        assert image.size == image.open().size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0"]
+)
+def test_a_broken_exif_block_says_nothing(exif):
+    content = encoded("JPEG", exif=exif)
+    for options in (images.AS_STORED, APPLY):
+        image = ImageSource(content, options)
+        assert image.size == image.open().size == (40, 30)
+        assert image.header.orientation == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "image_format", "stored", "scaled"),
+    [
+        ([0, 1000, 4000], "uint16", "PNG", [0, 255, 255], [0, 64, 255]),
+        ([0, 1000, 4000], "uint16", "TIFF", [0, 255, 255], [0, 64, 255]),
+        ([-100, 0, 100], "int32", "TIFF", [0, 0, 100], [0, 128, 255]),
+        ([0.0, 0.2, 1.0], "float32", "TIFF", [0, 0, 1], [0, 51, 255]),
+        ([0.0, float("nan"), float("inf")], "float32", "TIFF", [0, 0, 255], [0, 0, 0]),
+        ([7, 7, 7], "uint16", "PNG", [7, 7, 7], [0, 0, 0]),
+    ],
+)
+def test_values_of_more_than_8_bits_are_scaled_on_request_only(
+    values, dtype, image_format, stored, scaled
+):
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype)).save(file, image_format)
+    for options, expected in ((images.AS_STORED, stored), (SCALE, scaled)):
+        image = ImageSource(file.getvalue(), options)
+        assert image.header.is_deep
+        pixels = np.asarray(image.open().convert("RGB"))[0, :, 0].tolist()
+        assert pixels == expected
+    assert not ImageSource(encoded("PNG")).header.is_deep
+
+
+def test_an_image_of_8_bits_is_not_scaled():
+    content = encoded("PNG")
+    assert ImageSource(content, SCALE).open().tobytes() == ImageSource(content).open().tobytes()
+
+
+def test_the_values_of_image_options_are_checked():
+    with pytest.raises(ValueError, match=r"data\.exif must be ignore or apply, got 'yes'"):
+        images.ImageOptions(exif="yes")
+    with pytest.raises(ValueError, match=r"data\.on_deep_image must be keep or scale, got True"):
+        images.ImageOptions(deep=True)
 
 
 @pytest.mark.parametrize("size", [(1, 99_000_000), (99_000_000, 1)])

@@ -104,3 +104,12 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(image_fil
         DataError, match=r"a\.png cannot be read as an image: 5 x 3 pixels, more than 14"
     ):
         ImageSource(image_file).open()
+
+
+def test_text_is_the_path_of_an_image(image_file, monkeypatch):
+    assert ImageSource(str(image_file)) == ImageSource(image_file)
+    assert ImageSource(str(image_file)).name == str(image_file)
+    monkeypatch.setenv("HOME", str(image_file.parent))
+    assert ImageSource("~/a.png").open().size == (5, 3)
+    with pytest.raises(DataError, match=r"'https://x.org/a.png' is an address.*RemoteImage"):
+        ImageSource("https://x.org/a.png")

@@ -53,7 +53,15 @@ class FindingsLog:
         Raises:
             DataError: too many of its rows have images that cannot be opened.
         """
-        if dataset.findings and not writer.rank:
+        images = [finding.message for finding in dataset.findings if finding.kind == "image"]
+        others = [finding for finding in dataset.findings if finding.kind != "image"]
+        if images and not writer.rank:
+            log.warning(
+                "%s: %d images have values of more than 8 bits; %s in the run folder lists them. "
+                "The first: %s",
+                *(name, len(images), FILENAME, images[0]),
+            )
+        if others and not writer.rank:
             dropped = sum(finding.kind == "dropped" for finding in dataset.findings)
             noted = {finding.index for finding in dataset.findings if finding.kind == "note"}
             log.warning(
@@ -63,8 +71,9 @@ class FindingsLog:
                 dropped,
                 len(noted),
                 FILENAME,
-                dataset.findings[0].message,
+                others[0].message,
             )
+        if dataset.findings and not writer.rank:
             writer.append({"set": name, **asdict(finding)} for finding in dataset.findings)
         if dataset.bad > self.max_bad_fraction * dataset.distinct:
             raise DataError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwenvl_lit.data.image_notes import image_notes
 from qwenvl_lit.data.loading import DROP_ADVICE
 from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest, with_location
 from qwenvl_lit.data.selection import Concat, Rows, Subset
@@ -21,10 +22,19 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 # From mild to severe: a row counts for its most severe finding.
-SEVERITY: tuple[Kind, ...] = ("duplicate", "note", "dropped", "error")
+SEVERITY: tuple[Kind, ...] = ("duplicate", "image", "note", "dropped", "error")
 
-# By name of an image file or address: the key of its content, or why it cannot be decoded.
-Contents = Mapping[str, str | Finding]
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """An image that can be decoded: the key of its content, and what is unusual about it."""
+
+    key: str
+    notes: tuple[str, ...]
+
+
+# By name of an image file or address: its facts, or why it cannot be decoded.
+Contents = Mapping[str, ImageFacts | Finding]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +118,7 @@ def inspect(
     contents = _decode(files, workers, progress)
     for one_set in inspected:
         one_set.add_broken_images(contents, max_bad_fraction)
+        one_set.add_image_notes(contents)
     overlaps = tuple(_find_overlaps(inspected, contents))
     return Inspection(sets=tuple(one_set.facts() for one_set in inspected), overlaps=overlaps)
 
@@ -191,6 +202,20 @@ class _InspectedSet:
                 message += f"; {DROP_ADVICE}"
             self.add(Finding(kind=kind, index=index, id=row_id, message=message))
 
+    def add_image_notes(self, contents: Contents) -> None:
+        """Adds the notes about each image, to the first row that has it."""
+        known: set[str] = set()
+        for index, (_, names) in self.questions.items():
+            for name in names:
+                content = contents.get(name)
+                if name in known or not isinstance(content, ImageFacts):
+                    continue
+                known.add(name)
+                for note in content.notes:
+                    row = self.rows[index]
+                    message = with_location(row, note)
+                    self.add(Finding(kind="image", index=index, id=row.id, message=message))
+
     def facts(self) -> SetFacts:
         usable = (self.severity <= 1 + SEVERITY.index("note")).nonzero()[0]
         lengths, supervised, boxes, answered = self.counts[:, usable]
@@ -215,16 +240,21 @@ class _InspectedSet:
         """Returns digests of question and images by index, of the rows without broken images."""
         digests: dict[int, bytes] = {}
         for index, (question, names) in self.questions.items():
-            # A name without content is the key of an embedded image.
-            keys = [contents.get(name, name) for name in names]
-            if not any(isinstance(key, Finding) for key in keys):
+            keys: list[str] = []
+            for name in names:
+                match contents.get(name):
+                    case ImageFacts(key=key):
+                        keys.append(key)
+                    case None:  # the name is the key of an embedded image
+                        keys.append(name)
+            if len(keys) == len(names):
                 digests[index] = digest(question + repr(keys).encode())
         return digests
 
     def image_keys(self, contents: Contents) -> set[str]:
         """Returns the content keys of all images of the set that can be decoded."""
         decoded = (contents.get(name) for name in self.files)
-        return {key for key in decoded if isinstance(key, str)} | self.embedded
+        return {image.key for image in decoded if isinstance(image, ImageFacts)} | self.embedded
 
 
 def _read_rows(
@@ -270,10 +300,10 @@ def _decode(
     return dict(zip(files, results, strict=True))
 
 
-def _decode_image(conversation: Conversation) -> str:
+def _decode_image(conversation: Conversation) -> ImageFacts:
     [image] = conversation.images
     image.open()
-    return image.key
+    return ImageFacts(image.key, tuple(image_notes(image)))
 
 
 def _report(progress: ReportProgress | None, work: str, total: int) -> Callable[[int], object]:

@@ -18,6 +18,7 @@ from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten, parse_count, take
 from qwenvl_lit.data.split import hold_out
 from qwenvl_lit.data.survey import Finding, Measured, measure_lengths, stamp
+from qwenvl_lit.images import DeepImage, Exif
 from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class DatasetSpec:
 
     Args:
         read: opens files, `read(files, read_options)`.
-        root, path_map, on_bad_box, prompt, cache, download, allow_private_hosts: see `ReadOptions`.
+        root, path_map, on_bad_box, prompt, cache, download, allow_private_hosts, user_agent, exif,
+            on_deep_image: see `ReadOptions`.
         train: a path or a glob pattern, or several. A path may end in `#N`, which takes N rows:
             as many whole passes as fit, then a random rest.
         validation: files, given as for `train`; or the number (int) or share (float below 1) of
@@ -73,6 +75,9 @@ class DatasetSpec:
     cache: str | Path | None = None
     download: bool = True
     allow_private_hosts: bool = False
+    user_agent: str | None = None
+    exif: Exif = "ignore"
+    on_deep_image: DeepImage = "keep"
     train: Files | None = None
     validation: Files | int | float | None = None
     test: str | Mapping[str, Files] | None = None
@@ -103,6 +108,9 @@ class DatasetSpec:
             cache=_path(self.cache),
             download=self.download,
             allow_private_hosts=self.allow_private_hosts,
+            user_agent=self.user_agent,
+            exif=self.exif,
+            on_deep_image=self.on_deep_image,
             seed=self.seed,
         )
 

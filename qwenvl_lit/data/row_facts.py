@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from qwenvl_lit.data.image_notes import image_notes
 from qwenvl_lit.data.survey import Kind
 from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, ImageSource
 
@@ -61,6 +62,8 @@ class RowReader:
             try:
                 image.open()
                 images.append(image.key)
+                for note in image_notes(image):
+                    findings.append(("image", with_location(conversation, note)))
             except DataError as error:
                 broken_images.append(with_location(conversation, error))
         return RowFacts(

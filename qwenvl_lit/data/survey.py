@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from qwenvl_lit.atomic import write_to_cache
+from qwenvl_lit.data.image_notes import measured_notes
 from qwenvl_lit.data.orphans import end_with_parent
 from qwenvl_lit.types import Conversation, DataError, Dropped, ImageSource
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 T = TypeVar("T")
-# unusable | left out as the config asks | repaired or suspicious | also in another set
-Kind = Literal["error", "dropped", "note", "duplicate"]
+# unusable | left out as the config asks | repaired or suspicious | an unusual image | also in
+# another set
+Kind = Literal["error", "dropped", "note", "image", "duplicate"]
 Look = Callable[[Conversation], T]
 Progress = Callable[[int], object]  # called now and then with the number of rows done so far
 ReportProgress = Callable[[str, int, int], object]  # name of the work, how much is done, how much
@@ -120,6 +123,7 @@ def measure_lengths(
             return known
     counts = np.zeros((2, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
+    known_notes: set[str] = set()
     results = survey(rows, _CountTokens(processor), workers=workers, progress=progress)
     for index, result in enumerate(results):
         if isinstance(result, Finding):
@@ -128,6 +132,10 @@ def measure_lengths(
         counts[:, index] = result.tokens, result.supervised
         for note in result.notes:
             findings.append(Finding(kind="note", index=index, id=result.id, message=note))
+        for note in result.image_notes:
+            if note not in known_notes:  # several rows may share an image
+                known_notes.add(note)
+                findings.append(Finding(kind="image", index=index, id=result.id, message=note))
     _raise_errors(findings, len(rows))
     measured = Measured(lengths=counts[0], supervised=counts[1], findings=tuple(findings))
     if file:
@@ -188,6 +196,7 @@ class _RowTokens:
     supervised: int
     id: str
     notes: tuple[str, ...]
+    image_notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +205,10 @@ class _CountTokens:
 
     def __call__(self, conversation: Conversation) -> _RowTokens:
         tokens, supervised = self.processor.length(conversation)
-        return _RowTokens(tokens, supervised, conversation.id, conversation.notes)
+        image_notes = chain.from_iterable(map(measured_notes, conversation.images))
+        return _RowTokens(
+            tokens, supervised, conversation.id, conversation.notes, tuple(image_notes)
+        )
 
 
 def _look_at(

@@ -25,6 +25,7 @@ HEADINGS: dict[Kind, str] = {
     "error": "Errors",
     "dropped": "Rows left out",
     "note": "Repaired, or kept as they are",
+    "image": "Unusual images, each counted once",
     "duplicate": "Rows that are in two sets",
 }
 
@@ -151,7 +152,7 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
     for facts in sets:
         yield _heading(f"Tokens per row of {facts.name}")
         yield from map(_line, _bars(histogram(facts.lengths)))
-    for kind in ("note", "dropped"):
+    for kind in ("image", "note", "dropped"):
         if lines := _reason_lines(inspection, kind):
             yield _heading(HEADINGS[kind])
             yield from map(_line, lines)

@@ -115,7 +115,7 @@ def _body(inspection: Inspection, shown: Sequence[Example], title: str) -> Itera
     yield f'<h2>Tokens per row</h2><div class="plots">{figures}</div>'
     if lines := overlap_lines(inspection):
         yield "<h2>In two sets</h2>" + "".join(paragraph(text(line)) for line in lines)
-    for kind in ("error", "dropped", "note"):
+    for kind in ("error", "dropped", "note", "image"):
         if counts := reasons(inspection, kind):
             rows = [{"times": f"{count:,}", "finding": shared} for shared, count in counts]
             yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, text_columns=["finding"])

@@ -14,7 +14,7 @@ from toy_task import trainer
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.selection import Concat
-from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, Sample, Turn
+from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, ImageSource, Sample, Turn
 
 
 class Letters:
@@ -274,6 +274,31 @@ def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path,
         },
     ]
     assert "1 rows are left out, 1 are repaired" in caplog.text
+
+
+def test_images_of_more_than_8_bits_are_counted_once_before_training(tmp_path, caplog):
+    Image.new("I;16", (4, 4), 3000).save(tmp_path / "deep.png")
+    Image.new("L", (4, 4), 30).save(tmp_path / "plain.png")
+
+    def read_with_images(source, read_options):
+        rows = []
+        for row, name in zip(read(source, read_options), ("deep", "deep", "plain"), strict=True):
+            image = ImageSource(tmp_path / f"{name}.png", read_options.image_options)
+            question = Turn(role="user", parts=(image, row.id))
+            rows.append(dataclasses.replace(row, turns=(question,)))
+        return rows
+
+    options = {"processor": Letters(), "read": read_with_images, "train": "abc"}
+    data = DataModule(**options)
+    data.trainer = trainer(tmp_path)
+    data.setup("fit")
+    [finding] = findings(tmp_path)
+    assert (finding["kind"], finding["index"]) == ("image", 0)
+    assert "1 images have values of more than 8 bits" in caplog.text
+    assert "data.on_deep_image=scale" in caplog.text
+    caplog.clear()
+    DataModule(**options, on_deep_image="scale").setup("fit")
+    assert caplog.text == ""
 
 
 def test_predictions_are_numbered_over_all_files_of_a_set():

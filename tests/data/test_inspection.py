@@ -1,8 +1,9 @@
+import base64
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from qwenvl_lit.data.inspection import File, Inspection, Overlap, files_of, inspect
 from qwenvl_lit.data.readers.rows import ReadOptions
@@ -10,7 +11,7 @@ from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.selection import Concat, Subset
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
-from qwenvl_lit.types import Conversation, ImageSource, Turn
+from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
 PROCESSOR = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=4, image_size=32)
 
@@ -93,7 +94,7 @@ def test_every_error_is_listed_with_file_line_and_row_id(folder):
         assert part in message
     assert [finding.id for finding in facts.findings] == ["", "", "half", "open", "train.jsonl:6"]
     assert facts.usable.tolist() == [2]
-    assert facts.affected == {"error": 5, "dropped": 0, "note": 0, "duplicate": 0}
+    assert facts.affected == {"error": 5, "dropped": 0, "note": 0, "image": 0, "duplicate": 0}
     assert len(inspection.errors) == 5
 
 
@@ -198,3 +199,49 @@ def test_files_are_found_below_subsets_and_concatenations(folder):
     files = list(files_of(Concat([Subset(Concat([a, b]), [1]), a])))
     assert [(file.path.name, file.rows) for file in files] == [("a.jsonl", 1), ("b.jsonl", 1)]
     assert files[0].layout == "query"
+
+
+def unusual_images(folder: Path) -> None:
+    """Makes an image of 16 bits, and one that viewers rotate."""
+    Image.new("I;16", (4, 4), 3000).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 20)).save(folder / "rotated.jpg", exif=exif)
+
+
+def test_unusual_images_are_noted_once_with_the_keys_that_change_them(folder):
+    unusual_images(folder)
+    names = ("deep.png", "deep.png", "rotated.jpg", "rotated.jpg", "red.png")
+    inspection = inspect({"train": rows_of(folder, "train", *map(row, names))}, PROCESSOR)
+    deep, turned = messages(inspection, "image")
+    assert deep.startswith(f"{folder}/train.jsonl:1: row 'train.jsonl:1': image {folder}/deep.png ")
+    assert "more than 8 bits (mode I;16)" in deep
+    assert "data.on_deep_image=scale" in deep
+    assert f"train.jsonl:3': image {folder}/rotated.jpg is shown rotated by viewers" in turned
+    assert "(EXIF orientation 6)" in turned
+    assert "data.exif=apply" in turned
+    assert not inspection.errors
+    assert inspection.sets[0].usable.tolist() == [0, 1, 2, 3, 4]
+    options = {"exif": "apply", "on_deep_image": "scale"}
+    changed = rows_of(folder, "train", *map(row, names), **options)
+    assert messages(inspect({"train": changed}, PROCESSOR), "image") == []
+
+
+def test_unusual_images_inside_rows_are_noted_too(folder):
+    unusual_images(folder)
+    data = base64.b64encode((folder / "deep.png").read_bytes()).decode()
+    rows = rows_of(folder, "train", row(f"data:image/png;base64,{data}"))
+    [note] = messages(inspect({"train": rows}, PROCESSOR), "image")
+    assert "data.on_deep_image=scale" in note
+
+
+@pytest.mark.parametrize("on_bad_box", ["error", "drop"])
+def test_a_box_outside_of_a_rotated_image_names_the_rotation(folder, on_bad_box):
+    unusual_images(folder)
+    box = {"caption": "it", "bbox": [0, 0, 15, 35], "bbox_type": "real"}
+    boxed = row("rotated.jpg", "Find <ref-object>", "<bbox>", objects=[box])
+    rows = rows_of(folder, "train", boxed, on_bad_box=on_bad_box)
+    with pytest.raises(DataError, match=r"EXIF orientation 6.*data.exif=apply rotates it"):
+        rows[0]
+    [upright] = rows_of(folder, "train", boxed, exif="apply")
+    assert upright.images[0].size == (20, 40)

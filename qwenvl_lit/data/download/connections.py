@@ -31,6 +31,13 @@ PRIVATE_HINT = (
 )
 
 _TEMPORARY = {408, 425, 429}  # HTTP errors below 500 after which it is worth trying again
+_REFUSALS = {  # what to do about other HTTP errors than a wrong address
+    401: "it needs a login: download it yourself",
+    403: (
+        "the server refuses this program: download it yourself, or for the images of your rows let "
+        "data.user_agent name you or a browser"
+    ),
+}
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -168,7 +175,8 @@ def opened(
         if error.code == 416:  # range not satisfiable
             raise PartMismatchError(reason) from None
         if error.code < 500 and error.code not in _TEMPORARY:
-            raise DataError(f"{url} cannot be downloaded: {reason}; check the address") from None
+            advice = _REFUSALS.get(error.code, "check the address")
+            raise DataError(f"{url} cannot be downloaded: {reason}; {advice}") from None
         raise RetryableError(reason) from None
     except DataError:
         raise

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 64 * 2**20
 OFFLINE = ("QWENVL_LIT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables that forbid downloads
+USER_AGENT = "qwenvl_lit"
 
 _BLOCK = 1 << 20  # bytes
 _REPORT_SECONDS = 15
@@ -123,6 +124,7 @@ class RemoteImage:
 
     Args:
         allow_private_hosts: the host of `url` may be this machine or one of its network.
+        user_agent: the header User-Agent; None: `USER_AGENT`.
 
     Raises:
         DataError: `url` is not http or https.
@@ -132,6 +134,7 @@ class RemoteImage:
     folder: Path
     download: bool = True
     allow_private_hosts: bool = False
+    user_agent: str | None = None
     retries: RetryPolicy = RetryPolicy(tries=3, timeout_seconds=20.0, total_seconds=120.0)
 
     def __post_init__(self):
@@ -165,6 +168,7 @@ class RemoteImage:
                     limit=MAX_IMAGE_BYTES,
                     retries=self.retries,
                     allow_private=self.allow_private_hosts,
+                    user_agent=self.user_agent or USER_AGENT,
                 ).run()
                 _check_image(unfinished, self.url)
         return target
@@ -177,6 +181,7 @@ class _Download:
         size: the published size in bytes, which the file must have.
         limit: the largest allowed size in bytes.
         allow_private: see `Hosts`.
+        user_agent: the header User-Agent.
     """
 
     def __init__(
@@ -188,10 +193,12 @@ class _Download:
         size: int | None = None,
         limit: int | None = None,
         allow_private: bool,
+        user_agent: str = USER_AGENT,
     ):
         check_scheme(url)
         self.url, self.part, self.retries, self.size, self.limit = url, part, retries, size, limit
         self.allow_private = allow_private
+        self.user_agent = user_agent
         # Version of the file at `url`: parts of different versions must not be joined.
         self.version: str | None = None
         self.deadline = time.monotonic() + retries.total_seconds
@@ -231,7 +238,7 @@ class _Download:
         received = self.received
         if self.size is not None and received == self.size:
             return
-        headers = {"User-Agent": "qwenvl_lit", "Accept-Encoding": "identity"}
+        headers = {"User-Agent": self.user_agent, "Accept-Encoding": "identity"}
         if received:
             headers["Range"] = f"bytes={received}-"
             if self.version:

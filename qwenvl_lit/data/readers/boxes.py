@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from qwenvl_lit.data.image_notes import rotation_note
 from qwenvl_lit.grounding import GRID
 from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, ImageSource, Quad
 
@@ -88,8 +89,15 @@ class BoxReader:
             )
         boxes = []
         for box in obj.boxes:
-            limits = FRAME_LIMITS.get(box.frame) or images[obj.image].size
-            boxes.append(self.check_box(what, box, limits))
+            image = images[obj.image]
+            limits = FRAME_LIMITS.get(box.frame) or image.size
+            try:
+                boxes.append(self.check_box(what, box, limits))
+            except DataError as error:
+                if box.frame == "pixel" and _is_rotated(image):
+                    note = rotation_note(image.header)
+                    raise type(error)(f"{error}; image {image.name} {note}") from None
+                raise
         return replace(obj, boxes=tuple(boxes))
 
     def check_box(self, what: str, box: Box | Quad, limits: tuple[float, float]) -> Box | Quad:
@@ -116,6 +124,10 @@ class BoxReader:
         raise DataError(
             f"{description}; correct it, or choose how such boxes are handled: data.on_bad_box"
         )
+
+
+def _is_rotated(image: ImageSource) -> bool:
+    return image.options.exif == "ignore" and image.header.orientation > 1
 
 
 def _is_bbox_type(value: Any) -> bool:

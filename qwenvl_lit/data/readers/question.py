@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -28,7 +29,20 @@ Piece = ImageLike | GroundedObject | Mapping[str, ImageLike]
 Query = Piece | Sequence[Piece]
 History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
 
+IMAGE_KEYS = ("exif", "on_deep_image", "user_agent")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
+
+
+def question_options(cache: Path, data: Mapping[str, Any] | None = None) -> ReadOptions:
+    """Returns how the images of questions are read: as those of `data`, the config of a run's data.
+
+    With a mixture, they are read as those of its first dataset.
+    """
+    settings = dict(data or {})
+    if settings.get("datasets"):
+        settings = dict(next(iter(settings["datasets"].values())))
+    chosen = {key: settings[key] for key in IMAGE_KEYS if key in settings}
+    return ReadOptions(cache=cache.expanduser(), **chosen)
 
 
 def conversation(
@@ -111,7 +125,7 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
     if isinstance(source, ImageSource):
         return source
     if isinstance(source, bytes | Image.Image):
-        return ImageSource(source)
+        return ImageSource(source, read_options.image_options)
     if not isinstance(source, str | Path):
         raise DataError(
             f'a question consists of text (str, {{"text": ...}}) and images (Path, bytes, PIL '
@@ -119,7 +133,7 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
         )
     address = os.path.expanduser(str(source).strip())
     if os.path.isfile(address):
-        return ImageSource(Path(address))
+        return ImageSource(Path(address), read_options.image_options)
     if isinstance(source, Path) or not _ADDRESS.match(address):
         raise BadImage(
             f"image {address[:200]!r} does not exist, relative to {Path.cwd()}; check the path"

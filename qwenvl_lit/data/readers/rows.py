@@ -9,7 +9,7 @@ import reprlib
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, groupby
 from pathlib import Path
 from typing import get_args
@@ -17,6 +17,7 @@ from typing import get_args
 from qwenvl_lit.data.readers.boxes import FRAME_LIMITS, BoxReader, OnBadBox
 from qwenvl_lit.data.readers.layouts import Draft, DraftPart, ImageReference, Placeholder
 from qwenvl_lit.grounding import objects_from_tags
+from qwenvl_lit.images import DeepImage, Exif, ImageOptions
 from qwenvl_lit.types import (
     BadImage,
     Conversation,
@@ -43,6 +44,8 @@ class ReadOptions:
             indexes are kept in memory only.
         download: fetch remote images; false: use only those in `cache`.
         allow_private_hosts: also fetch images from this machine and its network.
+        user_agent: what downloads call themselves; None: the name of the package.
+        exif, on_deep_image: see `ImageOptions`.
     """
 
     root: Path | None = None
@@ -52,6 +55,9 @@ class ReadOptions:
     cache: Path | None = None
     download: bool = True
     allow_private_hosts: bool = False
+    user_agent: str | None = None
+    exif: Exif = "ignore"
+    on_deep_image: DeepImage = "keep"
     seed: int = 0
 
     def __post_init__(self):
@@ -60,6 +66,15 @@ class ReadOptions:
             raise DataError(
                 f"on_bad_box must be one of {', '.join(choices)}, got {self.on_bad_box!r}"
             )
+        if not (self.user_agent or "x").isascii() or not (self.user_agent or "x").isprintable():
+            raise DataError(
+                f"data.user_agent must be printable ASCII characters, got {self.user_agent!r}"
+            )
+        _ = self.image_options  # checks its values
+
+    @cached_property
+    def image_options(self) -> ImageOptions:
+        return ImageOptions(exif=self.exif, deep=self.on_deep_image)
 
 
 DEFAULT = ReadOptions()
@@ -326,7 +341,7 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
     address = _mapped(address, read_options.path_map)
     if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
         text = address[inline.end() :] if address.startswith("data:") else address
-        return ImageSource(_decoded("".join(text.split())))
+        return ImageSource(_decoded("".join(text.split())), read_options.image_options)
     scheme = _SCHEME.match(address)
     if scheme and scheme[1].lower() in ("http", "https"):
         if read_options.cache is None:
@@ -337,8 +352,14 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         from qwenvl_lit.data.download.files import RemoteImage
 
         folder = read_options.cache / "images"
-        allow = read_options.allow_private_hosts
-        return ImageSource(RemoteImage(address, folder, read_options.download, allow))
+        remote = RemoteImage(
+            address,
+            folder,
+            download=read_options.download,
+            allow_private_hosts=read_options.allow_private_hosts,
+            user_agent=read_options.user_agent,
+        )
+        return ImageSource(remote, read_options.image_options)
     if scheme and scheme[1].lower() == "file":
         address = address[scheme.end() :]
     elif scheme or address.startswith("data:"):
@@ -355,16 +376,17 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         raise BadImage(
             f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
         )
-    return _image_file(file, (status.st_ino, status.st_size, status.st_mtime_ns))
+    version = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return _image_file(file, version, read_options.image_options)
 
 
 @lru_cache(maxsize=1 << 16)
-def _image_file(file: str, version: tuple[int, ...]) -> ImageSource:
+def _image_file(file: str, version: tuple[int, ...], options: ImageOptions) -> ImageSource:
     """Returns the same object for the same file, which remembers the size of the image.
 
     Opening the file to measure it takes longer than everything else that is done for a row.
     """
-    return ImageSource(Path(file))
+    return ImageSource(Path(file), options)
 
 
 def _mapped(address: str, path_map: Mapping[str, str]) -> str:

@@ -131,11 +131,19 @@ def test_without_a_length_the_published_size_decides_whether_it_is_complete(serv
         fetch(longer, target.with_name("b.zip"), size=len(CONTENT))
 
 
-@pytest.mark.parametrize("code", [401, 403, 404, 410])
-def test_a_client_error_is_not_retried(server, target, code):
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (401, "it needs a login: download it yourself"),
+        (403, "the server refuses this program: .*data.user_agent"),
+        (404, "check the address"),
+        (410, "check the address"),
+    ],
+)
+def test_a_client_error_is_not_retried(server, target, code, advice):
     with pytest.raises(
         DataError,
-        match=rf"/a.zip cannot be downloaded: the server says {code} .*; check the address",
+        match=rf"/a.zip cannot be downloaded: the server says {code} .*; {advice}",
     ):
         fetch(server.plan("/a.zip", refuses(code)), target, retries=QUICK)
     assert len(server.requests) == 1
@@ -257,6 +265,19 @@ def test_a_remote_image_is_fetched_when_it_is_needed(server, tmp_path):
     again = RemoteImage(image.source.url, tmp_path / "images", download=False)
     assert again.path() == image.source.path()
     assert [path.suffix for path in (tmp_path / "images").iterdir()] == [".png"]
+
+
+def test_a_download_names_itself_as_the_user_says(server, tmp_path):
+    names = []
+
+    def note_name(handler):
+        names.append(handler.headers["User-Agent"])
+        gives(png())(handler)
+
+    for number, name in enumerate((None, "me@example.org")):
+        url = server.plan(f"/{number}.png", note_name)
+        local_image(url, tmp_path, user_agent=name).path()
+    assert names == ["qwenvl_lit", "me@example.org"]
 
 
 def test_an_address_may_contain_spaces_and_letters_of_any_script(server, tmp_path):
