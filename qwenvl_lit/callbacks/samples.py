@@ -10,7 +10,8 @@ from typing import Any
 import lightning
 from PIL import Image, ImageDraw, ImageFont
 
-from qwenvl_lit.rendering.drawing import draw_prediction, font, has_han
+from qwenvl_lit.rendering.drawing import draw_prediction
+from qwenvl_lit.rendering.fonts import font_for
 from qwenvl_lit.rendering.text import images_with_boxes, readable
 from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction
 
@@ -107,7 +108,7 @@ def _cell(prediction: Prediction) -> Image.Image:
         cell.paste(image, ((CELL_PX - image.width) // 2, 0))
     draw = ImageDraw.Draw(cell)
     for index, (line, color) in enumerate(lines):
-        draw.text((0, top + index * LINE_PX), line, fill=color, font=_font_for(line))
+        draw.text((0, top + index * LINE_PX), line, fill=color, font=font_for(line, TEXT_PX))
     return cell
 
 
@@ -144,7 +145,7 @@ def _wrap(text: str) -> list[str]:
 
 def _lines(text: str) -> Iterator[str]:
     """Yields lines that fit into a cell. Words are split only if a line has no space."""
-    letters = _font_for(text)
+    letters = font_for(text, TEXT_PX)
     for paragraph in text.splitlines():
         rest = paragraph
         while letters.getlength(rest) > CELL_PX:
@@ -163,7 +164,3 @@ def _fitting_characters(text: str, letters: ImageFont.FreeTypeFont) -> int:
     while end > 1 and letters.getlength(text[:end]) > CELL_PX:
         end -= 1
     return end
-
-
-def _font_for(text: str) -> ImageFont.FreeTypeFont:
-    return font(TEXT_PX, han=has_han(text))

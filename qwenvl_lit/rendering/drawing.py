@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from qwenvl_lit.grounding import to_frame
+from qwenvl_lit.rendering.fonts import font_for, missing_characters
 from qwenvl_lit.types import Box, GroundedObject, Part, Prediction, Quad
 
 Point = tuple[float, float]
@@ -22,16 +20,6 @@ Rectangle = tuple[float, float, float, float]
 PREDICTED = "#d81b60"
 EXPECTED = "#00695c"
 MIN_LONGER_SIDE_PX = 320  # labels would cover most of a smaller image
-HAN_CHARACTERS = re.compile("[\u2e80-\u9fff\uac00-\uffef]")  # including full-width punctuation
-HAN_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "SimHei",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +59,17 @@ def objects_of_image(
         size: the width and height of the image.
     """
     objects = []
+    for part in objects_in(parts, image):
+        boxes = tuple(to_frame(box, "pixel", size=size) for box in part.boxes)
+        objects.append(replace(part, boxes=boxes))
+    return objects
+
+
+def objects_in(parts: Iterable[Part], image: int) -> Iterator[GroundedObject]:
+    """Yields the objects among `parts` that have boxes in an image, given by its index."""
     for part in parts:
         if isinstance(part, GroundedObject) and part.image == image and part.boxes:
-            boxes = tuple(to_frame(box, "pixel", size=size) for box in part.boxes)
-            objects.append(replace(part, boxes=boxes))
-    return objects
+            yield part
 
 
 def draw_objects(
@@ -87,7 +81,8 @@ def draw_objects(
 ) -> Image.Image:
     """Returns an RGB copy of the image with boxes and labels. Expected boxes are dashed.
 
-    Boxes are in pixels of `image`. Inverted boxes are drawn too, and corners outside the image are
+    Boxes are in pixels of `image`. A label that no font can write is its number, see `label_list`.
+    Inverted boxes are drawn too, and corners outside the image are
     moved to its edge. An image whose longer side is below 320 px is enlarged by an integer factor
     without smoothing, so that the labels are readable.
 
@@ -114,22 +109,24 @@ def draw_objects(
     return canvas
 
 
-@lru_cache(maxsize=64)
-def font(size_px: int, *, han: bool = False) -> ImageFont.FreeTypeFont:
-    """Returns Pillow's scalable font. With `han`, returns a Chinese font if one is installed."""
-    if han:
-        installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-        for name in HAN_FONTS:
-            if name in installed:
-                return ImageFont.truetype(installed[name], size_px)
-    default = ImageFont.load_default(size_px)
-    assert isinstance(default, ImageFont.FreeTypeFont)  # all Pillow wheels include FreeType
-    return default
+def drawn_label(label: str, number: int) -> str:
+    """Returns what stands for a label in an image: its number if no font has its characters."""
+    return str(number) if missing_characters(label) else label
 
 
-def has_han(text: str) -> bool:
-    """Returns whether the text has Chinese, Japanese or Korean characters or punctuation."""
-    return HAN_CHARACTERS.search(text) is not None
+def label_list(objects: Iterable[GroundedObject]) -> list[str]:
+    """Returns the labels of objects with boxes, with the numbers that stand for them in an image.
+
+    >>> box = Box(x0=1, y0=2, x1=3, y1=4)
+    >>> label_list([GroundedObject(label="dog", boxes=(box,))])
+    ['dog']
+    """
+    labels = []
+    for number, obj in enumerate(objects, 1):
+        if obj.label and obj.boxes:
+            drawn = drawn_label(obj.label, number)
+            labels.append(obj.label if drawn == obj.label else f"{drawn}: {obj.label}")
+    return labels
 
 
 def _scale(size: tuple[int, int], largest_side_px: int | None) -> float:
@@ -149,12 +146,13 @@ def _outlines(
     dashed: bool,
 ) -> Iterator[_Outline]:
     right, bottom = size[0] - 1, size[1] - 1
-    for obj in objects:
+    for number, obj in enumerate(objects, 1):
+        label = drawn_label(obj.label, number) if obj.label else None
         for region in obj.boxes:
             corners = []
             for x, y in _corners(region):  # clamped: a model may predict corners far outside
                 corners.append((_clamp(x * scale, right), _clamp(y * scale, bottom)))
-            yield _Outline(obj.label, corners, color, dashed)
+            yield _Outline(label, corners, color, dashed)
 
 
 def _corners(region: Box | Quad) -> tuple[Point, ...]:
@@ -197,7 +195,7 @@ def _draw_label(
     The first one that overlaps no rectangle of `taken` is used, or the first one if all overlap.
     """
     right, bottom = draw.im.size
-    letters = font(max(13, round(max(right, bottom) / 40)), han=has_han(label))
+    letters = font_for(label, max(13, round(max(right, bottom) / 40)))
     width, height = draw.textlength(label, font=letters) + 4, sum(letters.getmetrics()) + 2
     xs, ys = zip(*outline.corners, strict=True)
     left = max(0, min(*xs, right - width))

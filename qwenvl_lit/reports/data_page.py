@@ -13,7 +13,7 @@ from qwenvl_lit.atomic import write_text
 from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.models.chatml import runs
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.rendering.drawing import draw_objects, objects_of_image
+from qwenvl_lit.rendering.drawing import draw_objects, label_list, objects_of_image
 from qwenvl_lit.reports.data import (
     HEADINGS,
     error_count,
@@ -27,6 +27,7 @@ from qwenvl_lit.reports.page import (
     embedded_image,
     example,
     histogram_figure,
+    labels,
     page,
     paragraph,
     table,
@@ -47,6 +48,7 @@ class Example:
     tokens: int
     reference: str | None  # for prompts, the expected answer in the model's markup
     images: tuple[Image.Image, ...]  # with boxes
+    labels: tuple[tuple[str, ...], ...]  # of the boxes in each image
 
 
 def examples(
@@ -83,11 +85,12 @@ def _example(facts: SetFacts, conversation: Conversation, processor: Processor) 
     sample = processor.encode(conversation, prompt=facts.prompts)
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     parts = [part for turn in conversation.turns for part in turn.parts]
-    images = []
+    images, names = [], []
     for index, source in enumerate(conversation.images):
         image = source.open()
         objects = objects_of_image(parts, index, image.size)
         images.append(draw_objects(image, objects, largest_side_px=IMAGE_SIDE_PX))
+        names.append(tuple(label_list(objects)))
     reference = None
     if facts.prompts:
         reference = processor.decode((), conversation).reference
@@ -98,6 +101,7 @@ def _example(facts: SetFacts, conversation: Conversation, processor: Processor) 
         tokens=len(ids),
         reference=reference,
         images=tuple(images),
+        labels=tuple(names),
     )
 
 
@@ -180,7 +184,10 @@ def _shown(row: Example) -> str:
     words = f"<pre>{content}</pre>"
     if row.reference:
         words += f"<h3>Expected</h3><pre>{_supervised(row.reference)}</pre>"
-    return example(header, "".join(map(embedded_image, row.images)), words)
+    images = ""
+    for image, names in zip(row.images, row.labels, strict=True):
+        images += embedded_image(image) + labels(names, "predicted")
+    return example(header, images, words)
 
 
 def _supervised(content: str) -> str:

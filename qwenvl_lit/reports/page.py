@@ -44,6 +44,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospac
 .answers { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .8rem }
 .answers > div { flex: 1 1 10rem; min-width: 0 }
 .answers h3 { margin: 0 } .answers pre { color: #1c2430 }
+.labels { margin: 0; max-width: 340px; font-size: 13px; overflow-wrap: anywhere }
 .predicted { color: #d81b60 } .expected { color: #00695c }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -102,6 +103,16 @@ def example(header: str, images: str, words: str) -> str:
         f'<section class="example"><header>{header}</header>'
         f'<div class="images">{images}</div><div class="words">{words}</div></section>'
     )
+
+
+def labels(names: Sequence[str], style: str = "") -> str:
+    """Returns the labels that are drawn in an image as text, which needs no font to draw it with.
+
+    The result is empty if there are none.
+    """
+    if not names:
+        return ""
+    return paragraph(text(", ".join(dict.fromkeys(names))), f"labels {style}".rstrip())
 
 
 def embedded_image(image: Image.Image) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_lit.atomic import write_text
-from qwenvl_lit.rendering.drawing import draw_prediction
+from qwenvl_lit.rendering.drawing import draw_prediction, label_list, objects_in
 from qwenvl_lit.rendering.text import images_with_boxes, prompt_text
 from qwenvl_lit.reports.page import (
     IMAGE_SIDE_PX,
     embedded_image,
     example,
     histogram_figure,
+    labels,
     page,
     paragraph,
     table,
@@ -242,7 +243,17 @@ def _images(prediction: Prediction) -> Iterator[str]:
             # The image may have been deleted after the model answered. Scores do not depend on it.
             yield paragraph(text(str(error)), "bad")
         else:
-            yield embedded_image(image)
+            yield embedded_image(image) + _labels(prediction, index)
+
+
+def _labels(prediction: Prediction, image: int) -> str:
+    """Returns the labels of the predicted and the expected boxes in an image as HTML."""
+    reference = prediction.conversation.answer
+    expected = reference.parts if reference else ()
+    html = ""
+    for parts, style in ((prediction.parts, "predicted"), (expected, "expected")):
+        html += labels(label_list(objects_in(parts, image)), style)
+    return html
 
 
 def _number(value: float) -> str:

@@ -56,6 +56,12 @@ def test_supervised_text_is_marked_and_boxes_are_drawn(tmp_path):
     assert "No errors." in page
 
 
+def test_labels_of_boxes_are_html_text_in_any_script(tmp_path):
+    box = GroundedObject(label="<สุนัข>", boxes=(Box(x0=100, y0=100, x1=300, y1=300),))
+    page = page_of(tmp_path, {"train": [row("7", GREY, "Find it", answer=(box,))]})
+    assert re.search(r'<p class="labels predicted">(1: )?&lt;สุนัข&gt;</p>', page)
+
+
 def test_a_prompt_is_shown_with_its_expected_answer(tmp_path):
     rows = [row("1", GREY, "Colour?", answer=("grey",))]
     inspection = inspect({"test": rows}, PROCESSOR, prompts=["test"])

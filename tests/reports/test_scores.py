@@ -244,6 +244,8 @@ def test_the_page_shows_scores_groups_boxes_changes_and_examples(page):
     assert "gone.png does not exist" in text
     assert page.count("data:image/jpeg;base64,") >= 8
     assert page.count("<svg") == 1
+    assert '<p class="labels predicted">' in page
+    assert '<p class="labels expected">' in page
 
 
 def test_the_page_is_well_formed_and_complete_and_has_no_markup_from_the_data(page):
