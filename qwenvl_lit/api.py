@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -132,7 +131,7 @@ class QwenVL:
         changes = {name: value for name, value in given.items() if value is not None}
         run = _find_run(source, trust=trust, verify=verify)
         data = run.config.get("data") if run else None
-        read_options = question_options(Path(cache) if cache else default_cache(), data)
+        read_options = question_options(cache, data)
         if run is not None:
             if template:
                 raise ValueError("template is for a checkpoint; a run has its own")
@@ -419,11 +418,6 @@ def device_named(name: torch.device | str | None) -> torch.device:
             f"leave device out to take what there is"
         )
     return device
-
-
-def default_cache() -> Path:
-    """The folder that conf/common.yaml names `paths.cache`."""
-    return Path(os.environ.get("QWENVL_LIT_CACHE") or "~/.cache/qwenvl_lit").expanduser()
 
 
 def _find_run(source: str | Path, *, trust: bool, verify: bool) -> Run | None:

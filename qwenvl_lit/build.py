@@ -50,6 +50,8 @@ IGNORED_WARNINGS = (  # regular expressions
     "Total length of .* across ranks is zero.*",  # without validation
     ".*gradient_checkpointing.* is deprecated.*",  # peft uses a name that transformers renamed
     ".*sync_dist=True.*",  # our metrics are reduced across ranks by torchmetrics
+    ".*Corrupt EXIF data.*",  # the pixels are sound
+    ".*could be decompression bomb.*",  # `images.MAX_IMAGE_PIXELS` is the limit
     ".*FSDP2-wrapped module .* returned a view.*",  # we change no output in place
 )
 
@@ -269,6 +271,8 @@ def _first_line(error: BaseException) -> str:
 def start(config: DictConfig) -> None:
     """Seeds all random generators, and silences warnings that a user cannot act on.
 
+    Other warnings are logged, each as one line.
+
     Raises:
         ValueError: the seed is none.
     """
@@ -285,8 +289,17 @@ def start(config: DictConfig) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Says that checkpointed blocks must not have side effects; ours have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    warnings.showwarning = _log_warning
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """Logs a warning of Python as one line, without the source line that caused it."""
+    text = " ".join(str(message).split())
+    logging.getLogger(category.__name__).warning("%s (%s:%d)", text, Path(filename).name, lineno)
 
 
 @rank_zero_only

@@ -72,6 +72,7 @@ def score_stored_answers(
 ) -> Outcome:
     """Scores the answers of `predictions=`; no weights are loaded."""
     from qwenvl_lit.evaluation.sets import open_answered_sets, score_file
+    from qwenvl_lit.metrics.per_sample import ROWS
     from qwenvl_lit.runs.predictions import predictions_file
 
     [evaluation_set] = sets
@@ -82,7 +83,8 @@ def score_stored_answers(
     for scored in scored_sets:
         for metric, value in scored.totals.items():
             results[f"{scored.name}/{metric}"] = value
-        results[f"{scored.name}/rows"] = len(scored.predictions)
+            results[f"{scored.name}/{ROWS}_{metric}"] = scored.mean(metric).rows
+        results[f"{scored.name}/{ROWS}"] = len(scored.predictions)
     return Outcome(source=config.predictions, results=results, baseline={}, sets=scored_sets)
 
 

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.metrics.per_sample import ROWS
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
@@ -160,20 +161,23 @@ def benchmark_table(
     test set of the file.
 
     Args:
-        results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows, BENCHMARK/seconds and
-            BENCHMARK/images_per_second.
+        results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows_METRIC, BENCHMARK/rows,
+            BENCHMARK/seconds and BENCHMARK/images_per_second.
         model: the name of the model whose published scores are shown.
     """
     table = []
     for benchmark in benchmarks:
         score = results.get(f"{benchmark.name}/{benchmark.metric}")
         published = benchmark.published.get(model)
+        rows = results.get(f"{benchmark.name}/{ROWS}_{benchmark.metric}")
+        if rows is None:
+            rows = results[f"{benchmark.name}/{ROWS}"]
         table.append(
             {
                 "benchmark": benchmark.name,
                 "metric": benchmark.metric,
                 **_comparison(score, published, model, benchmark.published_split),
-                "rows": f"{results[f'{benchmark.name}/rows']:,.0f}",
+                "rows": f"{rows:,.0f}",
                 "seconds": _figure(results.get(f"{benchmark.name}/seconds")),
                 "images/s": _figure(results.get(f"{benchmark.name}/images_per_second")),
             }

@@ -111,7 +111,8 @@ def _advice_on_metrics(data: DataModule) -> list[str]:
     if suggestions:
         advice = "These fit the answers:"
     first = f"metrics is missing: choose how to score. {advice}"
-    return [first, *suggestions, "conf/metrics has all choices"]
+    several = "conf/metrics has all choices; several at once: metrics=[grounding,exact]"
+    return [first, *suggestions, several]
 
 
 def run_test(

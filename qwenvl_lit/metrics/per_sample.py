@@ -15,6 +15,7 @@ from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
 
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
+ROWS = "rows"  # SET/rows: the rows answered; SET/rows_METRIC: those that a metric has scored
 Where = Mapping[str, str | Sequence[str]]  # column name -> accepted value, or accepted values
 
 

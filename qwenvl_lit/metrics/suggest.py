@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 from qwenvl_lit.metrics.vqa_accuracy import MIN_PEOPLE
 from qwenvl_lit.types import Conversation, GroundedObject
 
 INSPECTED_ROWS = 500
+MIN_SHARE = 0.2  # of the rows that a kind of answer must have to be mentioned
+LONG = 5  # words; an answer with more is a sentence
 _NUMBER = re.compile(r"[$€£]?-?\d[\d.,]*%?")
-
-
-def suggest_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
-    """Returns suitable files of conf/metrics, the best one first, each with a reason.
-
-    The list is empty if no row has an expected answer.
-    """
-    inspected = [rows[index] for index in range(min(len(rows), INSPECTED_ROWS))]
-    answered = [row for row in inspected if row.answer or row.references]
-    if not answered:
-        return []
-    if any(row.options for row in answered):
-        return [("choice", "the rows have options to choose from")]
-    if _most(map(_has_box, answered)):
-        return [("grounding", "the answers are boxes")]
-    texts = list(map(_texts, answered))
-    first_texts = [references[0] for references in texts]
-    words = sum(len(text.split()) for text in first_texts) / len(texts)
-    if words > 5:
-        return [("caption", f"the answers are sentences, {words:.0f} words on average")]
-    if _most(_NUMBER.fullmatch(text.strip()) for text in first_texts):
-        return [
-            ("chartqa", "the answers are numbers; 5 % deviation is allowed"),
-            ("exact", "or every character has to match"),
-        ]
-    if _most(len(references) >= MIN_PEOPLE for references in texts):
-        return [
-            ("vqa", "the answers are short, several people answered"),
-            ("docvqa", "or any reference counts, and a nearly right answer counts in part"),
-        ]
-    return [
+_BY_KIND: dict[str, list[tuple[str, str]]] = {
+    "options": [("choice", "the rows have options to choose from")],
+    "boxes": [("grounding", "the answers are boxes")],
+    "sentences": [("caption", "the answers are sentences")],
+    "numbers": [
+        ("chartqa", "the answers are numbers; 5 % deviation is allowed"),
+        ("exact", "or every character has to match"),
+    ],
+    "people": [
+        ("vqa", "the answers are short, several people answered"),
+        ("docvqa", "or any reference counts, and a nearly right answer counts in part"),
+    ],
+    "words": [
         ("exact", "the answers are short; every character has to match"),
         ("docvqa", "or a nearly right answer counts in part, as for text read from an image"),
         ("gqa", "or the answer may stand in a sentence"),
-    ]
+    ],
+}
 
 
-def _most(facts: Iterable[object]) -> bool:
-    """Returns whether more than half of `facts` are true."""
-    facts = list(map(bool, facts))
-    return sum(facts) > len(facts) / 2
+def suggest_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
+    """Returns suitable files of conf/metrics, each with a reason.
+
+    A mixed test set gets suggestions for each kind of answer, the most frequent kind first. The
+    list is empty if no row has an expected answer.
+    """
+    inspected = [rows[index] for index in range(min(len(rows), INSPECTED_ROWS))]
+    answered = [row for row in inspected if row.answer or row.references]
+    kinds = Counter(map(_kind, answered))
+    suggestions: dict[str, str] = {}
+    for kind, count in kinds.most_common():
+        if count < MIN_SHARE * len(answered):
+            continue
+        share = f" ({count} of {len(answered)} rows)" if len(kinds) > 1 else ""
+        for metrics, why in _BY_KIND[kind]:
+            suggestions.setdefault(metrics, f"{why}{share}")
+    return list(suggestions.items())
+
+
+def _kind(row: Conversation) -> str:
+    if row.options:
+        return "options"
+    if _has_box(row):
+        return "boxes"
+    texts = _texts(row)
+    if len(texts[0].split()) > LONG:
+        return "sentences"
+    if _NUMBER.fullmatch(texts[0].strip()):
+        return "numbers"
+    return "people" if len(texts) >= MIN_PEOPLE else "words"
 
 
 def _has_box(row: Conversation) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from qwenvl_lit.metrics.per_sample import answer_text
+from qwenvl_lit.metrics.per_sample import answer_text, reference_texts
 from qwenvl_lit.metrics.sample_mean import ProtocolMean
 from qwenvl_lit.types import Prediction
 
-MIN_PEOPLE = 4  # after one person is left out, three others must remain to agree
+AGREEING = 3  # people with the same answer that make it correct
+MIN_PEOPLE = AGREEING + 1  # after one person is left out, so many must remain
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
@@ -101,11 +102,18 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     all subsets of `references` that leave one person out. Answers are compared after
     `normalize_answer`.
 
+    The definition is for ten people. If fewer than three remain, all of them have to agree instead
+    of three, and a single reference is compared with the answer.
+
     >>> vqa_accuracy("Two", ["2", "2", "2", "3", "3", "3", "3", "4", "5", "6"])
     0.9
+    >>> vqa_accuracy("Two", ["2", "two", "3"]), vqa_accuracy("Two", ["2"])
+    (0.6666666666666666, 1.0)
     """
     people = list(map(normalize_answer, references))
-    return _agreement(normalize_answer(answer), people)
+    if len(people) == 1:
+        return float(normalize_answer(answer) == people[0])
+    return _agreement(normalize_answer(answer), people, needed=min(AGREEING, len(people) - 1))
 
 
 def vqa_accuracy_official(
@@ -114,7 +122,8 @@ def vqa_accuracy_official(
     """Returns the accuracy as the published script computes it.
 
     The script removes punctuation from `references` only if they are not all equal. It does not
-    normalize them any further.
+    normalize them any further. It divides by three even if fewer than three people remain: with
+    three references the score is 2/3 at most, with a single one 0.
 
     Args:
         numbered: whether the annotations give each reference an id. Without ids, the script leaves
@@ -128,8 +137,10 @@ def vqa_accuracy_official(
     return _agreement(answer, people, equal_answers_stay=numbered)
 
 
-def _agreement(answer: str, people: Sequence[str], *, equal_answers_stay: bool = True) -> float:
-    """Averages min(agreeing people / 3, 1) over the subsets that leave one person out.
+def _agreement(
+    answer: str, people: Sequence[str], *, needed: int = AGREEING, equal_answers_stay: bool = True
+) -> float:
+    """Averages min(agreeing people / needed, 1) over the subsets that leave one person out.
 
     Args:
         equal_answers_stay: whether other people with the same answer as the person who is left
@@ -141,7 +152,7 @@ def _agreement(answer: str, people: Sequence[str], *, equal_answers_stay: bool =
         others = agreeing
         if person == answer:
             others = agreeing - 1 if equal_answers_stay else 0
-        accuracies.append(min(others / 3, 1))
+        accuracies.append(min(others / needed, 1))
     return sum(accuracies) / len(people)
 
 
@@ -149,15 +160,14 @@ class VQAAccuracy(ProtocolMean):
     """Mean VQA accuracy against the answers of several people.
 
     The references of a row are the answers of these people. VQAv2, OK-VQA, TextVQA and VizWiz have
-    ten per row. Rows with fewer than four are left out, because no answer could score 1. For rows
-    with a single expected answer, use `ExactMatch`.
+    ten per row. For rows with fewer than four see `vqa_accuracy` and `vqa_accuracy_official`.
     """
 
-    needs = "answers of four people or more"
+    needs = "expected answer"
 
     def score(self, prediction: Prediction) -> float | None:
-        people = prediction.conversation.references
-        if len(people) < MIN_PEOPLE:
+        people = reference_texts(prediction)
+        if not people:
             return None
         if self.protocol == "official":
             return vqa_accuracy_official(answer_text(prediction), people)

@@ -16,7 +16,8 @@ Scores = Mapping[str, SupportsFloat]  # named SET/METRIC, as `trainer.test` logs
 def score_table(scores: Scores, baseline: Scores | None = None) -> Table:
     """Returns a table with a row for each metric and a column for each test set.
 
-    `SET/rows` is an integer in the last row. Other scores have three decimals. A cell is empty if
+    `SET/rows` is an integer in the last row. Other scores have three decimals, and in parentheses
+    the rows that the metric has scored, `SET/rows_METRIC`, if these are not all. A cell is empty if
     the test set has no such score.
 
     Args:
@@ -66,7 +67,7 @@ def _cells(scores: Scores) -> dict[tuple[str, str], str]:
     cells = {}
     for name, value in scores.items():
         set_name, slash, metric = name.rpartition("/")
-        if not slash:
+        if not slash or metric.startswith("rows_"):
             continue
         if metric == "rows":
             cells[set_name, metric] = f"{float(value):.0f}"
@@ -74,4 +75,7 @@ def _cells(scores: Scores) -> dict[tuple[str, str], str]:
             # Scores are logged as float32. 0.8325 as float32 is smaller, so that rounding it to
             # three decimals directly would give 0.832.
             cells[set_name, metric] = f"{round(float(value), 6):.3f}"
+            scored, rows = scores.get(f"{set_name}/rows_{metric}"), scores.get(f"{set_name}/rows")
+            if scored is not None and rows is not None and float(scored) != float(rows):
+                cells[set_name, metric] += f" ({float(scored):.0f} rows)"
     return cells

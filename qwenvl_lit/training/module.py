@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qwenvl_lit.generation.choices import choose
+from qwenvl_lit.metrics.per_sample import ROWS
 from qwenvl_lit.metrics.token_scores import TokenScores
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_trained_names
 from qwenvl_lit.training.loading import load_model
@@ -53,7 +54,8 @@ class VisionLanguageModule(lightning.LightningModule):
     Logs, per optimizer step: `train/loss`, `train/accuracy` (of next-token prediction) and
     `train/grad_norm` (before clipping). Per validation: `val/loss`, `val/perplexity` and
     `val/token_accuracy` on all held-out tokens, and `val/NAME` for each metric of the generated
-    answers. Per test set: `SET/NAME` for each metric, and `SET/rows`. A metric that found no row to
+    answers. Per test set: `SET/NAME` for each metric, `SET/rows_NAME`, the rows that it has
+    scored, and `SET/rows`, the rows that were answered. A metric that found no row to
     score is not logged.
     """
 
@@ -295,8 +297,12 @@ class VisionLanguageModule(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         names = self.trainer.datamodule.test_names
         self._log_scores(names)
+        for name, metrics in zip(names, self.set_metrics, strict=True):
+            for metric_name, metric in metrics.items():
+                if count := getattr(metric, "count", 0):  # torchmetrics' own have none
+                    self.log(f"{name}/{ROWS}_{metric_name}", float(count))
         for name, rows in zip(names, self.set_rows, strict=True):
-            self.log(f"{name}/rows", float(rows), reduce_fx="sum", sync_dist=True)
+            self.log(f"{name}/{ROWS}", float(rows), reduce_fx="sum", sync_dist=True)
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0

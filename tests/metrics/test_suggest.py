@@ -34,3 +34,12 @@ def test_metrics_are_suggested_by_the_form_of_the_answers(rows, first):
 
 def test_nothing_is_suggested_for_rows_without_answers():
     assert suggest_metrics([row()]) == []
+
+
+def test_a_mixed_set_gets_a_suggestion_for_each_kind_of_answer():
+    long = row("a brown dog sits on the grass")
+    rows = [row(boxes=True)] * 5 + [row("yes")] * 3 + [long] * 3 + [row("12")]
+    suggested = suggest_metrics(rows)
+    names = [name for name, _ in suggested]
+    assert names == ["grounding", "exact", "docvqa", "gqa", "caption"]  # one number is too few
+    assert dict(suggested)["caption"] == "the answers are sentences (3 of 12 rows)"

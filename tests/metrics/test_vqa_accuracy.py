@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from qwenvl_lit.metrics.vqa_accuracy import (
@@ -78,13 +80,34 @@ def row(name: str, text: str, *people: str) -> Prediction:
     return Prediction(conversation=conversation, text=text, parts=(), reference=people[0])
 
 
-def test_rows_with_answers_of_fewer_than_four_people_are_left_out():
+@pytest.mark.parametrize(
+    ("people", "score", "official"),
+    [
+        (["yes"], 1, 0),
+        (["no"], 0, 0),
+        (["yes", "no"], 1 / 2, 1 / 6),
+        (["yes", "yes"], 1, 1 / 3),
+        (["yes", "yes", "no"], 2 / 3, 4 / 9),
+        (["yes"] * 3, 1, 2 / 3),
+        (["yes"] * 3 + ["no"], 3 / 4, 3 / 4),
+        (["yes", "no", "no", "no"], 1 / 4, 1 / 4),
+    ],
+)
+def test_of_few_people_all_that_remain_have_to_agree(people, score, official):
+    assert vqa_accuracy("Yes", people) == pytest.approx(score)
+    assert vqa_accuracy_official("yes", people) == pytest.approx(official)
+
+
+def test_rows_of_any_number_of_people_are_scored_and_rows_without_answers_left_out():
     metric = VQAAccuracy()
     metric.update([row("a", "Yes", *["yes"] * 4), row("b", "no", *["yes"] * 10)])
     metric.update([row("c", "yes", "yes")])
-    message = "1 of 3 rows left out, they have no answers of four people or more"
-    with pytest.warns(UserWarning, match=message):
-        assert metric.compute() == 0.5
+    expected = Prediction(conversation=Conversation(id="d", turns=()), text="4", parts=())
+    metric.update([replace(expected, reference="four")])
+    question = Conversation(id="e", turns=())
+    metric.update([Prediction(conversation=question, text="4", parts=())])
+    with pytest.warns(UserWarning, match="1 of 5 rows left out, they have no expected answer"):
+        assert metric.compute() == 3 / 4
 
 
 def test_the_protocol_is_correct_or_official():

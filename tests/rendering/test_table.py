@@ -32,6 +32,16 @@ def test_metrics_are_rows_and_sets_are_columns():
     ]
 
 
+def test_a_metric_that_has_not_scored_all_rows_names_how_many():
+    scores = {"a/exact": 0.5, "a/rows_exact": 30.0, "a/iou": 0.25, "a/rows_iou": 17.0, "a/rows": 30}
+    assert printed(scores) == [
+        ["metric", "a"],
+        ["exact", "0.500"],
+        ["iou", "0.250 (17 rows)"],
+        ["rows", "30"],
+    ]
+
+
 def test_a_baseline_has_a_column_beside_each_set():
     assert printed({"test/caption": 0.9, "test/new": 0.1}, {"test/caption": 0.1}) == [
         ["metric", "test, before", "test"],

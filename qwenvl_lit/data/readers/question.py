@@ -33,16 +33,22 @@ IMAGE_KEYS = ("exif", "on_deep_image", "user_agent")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
-def question_options(cache: Path, data: Mapping[str, Any] | None = None) -> ReadOptions:
+def question_options(
+    cache: str | Path | None = None, data: Mapping[str, Any] | None = None
+) -> ReadOptions:
     """Returns how the images of questions are read: as those of `data`, the config of a run's data.
 
     With a mixture, they are read as those of its first dataset.
+
+    Args:
+        cache: folder of downloaded images; None: that of the commands, see conf/common.yaml.
     """
+    cache = cache or os.environ.get("QWENVL_LIT_CACHE") or "~/.cache/qwenvl_lit"
     settings = dict(data or {})
     if settings.get("datasets"):
         settings = dict(next(iter(settings["datasets"].values())))
     chosen = {key: settings[key] for key in IMAGE_KEYS if key in settings}
-    return ReadOptions(cache=cache.expanduser(), **chosen)
+    return ReadOptions(cache=Path(cache).expanduser(), **chosen)
 
 
 def conversation(

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_lit.data.download.files import RemoteImage
-from qwenvl_lit.data.readers.question import conversation, image_of, parts_of
+from qwenvl_lit.data.readers.question import conversation, image_of, parts_of, question_options
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.types import BadImage, Box, DataError, GroundedObject, ImageSource, Turn
 
@@ -125,3 +125,16 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
 def test_a_source_that_is_no_image_is_refused(read_options, source, error, message):
     with pytest.raises(error, match=message):
         image_of(source, read_options)
+
+
+def test_questions_read_images_as_the_data_of_their_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("QWENVL_LIT_CACHE", str(tmp_path))
+    assert question_options() == question_options(data={}) == ReadOptions(cache=tmp_path)
+    data = {"exif": "apply", "on_deep_image": "scale", "prompt": "Describe it."}
+    expected = ReadOptions(cache=tmp_path / "c", exif="apply", on_deep_image="scale")
+    assert question_options(tmp_path / "c", data) == expected
+    assert question_options(tmp_path / "c", {"datasets": {"a": data, "b": {}}}) == expected
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    sources = (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), Image.new("RGB", (2, 2)))
+    for source in sources:
+        assert image_of(source, expected).options == expected.image_options

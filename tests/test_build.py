@@ -1,0 +1,19 @@
+"""Objects that are built from a composed config, and what a command does before."""
+
+import logging
+import warnings
+
+from commands import compose_config
+
+from qwenvl_lit import build
+
+
+def test_warnings_of_libraries_are_log_lines(caplog, capsys):
+    with warnings.catch_warnings():
+        build.start(compose_config("train"))
+        warnings.simplefilter("always")
+        warnings.warn("two\n  lines", FutureWarning, stacklevel=1)
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert record.name == "FutureWarning"
+    assert record.getMessage().startswith("two lines (test_build.py:")
+    assert capsys.readouterr().err == ""
