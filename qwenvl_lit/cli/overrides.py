@@ -41,6 +41,10 @@ _ELEMENT = re.compile(r"\s*('(?:[^'\\]|\\.)*'|[^,]+)")
 _NAMED_ELEMENT = re.compile(
     r"\s*([\w.-]+)\s*:\s*('(?:[^'\\]|\\.)*'|\[[^\]]*\]|[^,'\[\]{}]+)\s*(?:,|$)"
 )
+# The beginning of a path may have a drive or a scheme before its first separator.
+_PATH_PAIR = re.compile(
+    r"\s*((?:[A-Za-z]+:(?=[\\/]))?[^:,]+?)\s*:\s*('(?:[^'\\]|\\.)*'|[^,']*?)\s*(?:,|$)"
+)
 _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
@@ -59,6 +63,8 @@ def quote_free_text(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if key == "--config-dir":
         return f"{key}{equals}{os.path.expanduser(value)}"
+    if key == "data.path_map" and value.startswith("{"):
+        return f"++{key}={_quote_path_map(value)}"
     if key in OPTIONAL_MODEL_KEYS or (key in FREE_MAPPINGS and value.startswith("{")):
         return f"++{argument}"
     if not equals:
@@ -105,6 +111,20 @@ def _quote_named_paths(key: str, value: str) -> str:
         named_paths.append(f"{name}: {_quote_paths(f'{key}.{name}', paths)}")
         position = element.end()
     return f"{{{', '.join(named_paths)}}}"
+
+
+def _quote_path_map(value: str) -> str:
+    """Quotes `{C:\\data: /mnt/data, http://host/: ~/images}`; leaves other mappings to Hydra."""
+    inner, position = value[1:-1], 0
+    pairs = []
+    while position < len(inner):
+        pair = _PATH_PAIR.match(inner, position)
+        if pair is None:
+            return value
+        beginning = re.sub(r"([\\:(){}\[\]=, ])", r"\\\1", pair[1])  # a key takes no quotes
+        pairs.append(f"{beginning}: {_quote_path(pair[2])}")
+        position = pair.end()
+    return f"{{{', '.join(pairs)}}}"
 
 
 def _quote_path(path: str) -> str:

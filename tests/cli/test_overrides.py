@@ -139,3 +139,24 @@ def test_paths_in_lists_and_named_sets_are_free_text_too(argument, expected, mon
 def test_a_folder_of_configs_may_be_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert quote_free_text("--config-dir=~/conf") == "--config-dir=/home/me/conf"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        (r"{C:\data: /mnt/data}", {r"C:\data": "/mnt/data"}),
+        (r"{C:/data: ~/data}", {"C:/data": "/home/me/data"}),
+        (r"{\\server\share (1): /mnt/a=b}", {r"\\server\share (1)": "/mnt/a=b"}),
+        (r"{sub\: sub, D:\x:/y}", {"sub\\": "sub", r"D:\x": "/y"}),
+        ("{http://host/a: /mnt, /data/coco:/mnt/coco}", {"http://host/a": "/mnt"}),
+        ("{data: ''}", {"data": ""}),
+        ("{data: .}", {"data": "."}),
+    ],
+)
+def test_beginnings_of_paths_are_read_as_typed_drives_and_backslashes_too(
+    mapping, expected, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    quoted = quote_free_text(f"data.path_map={mapping}")
+    assert parsed(quoted).items() >= expected.items()
+    assert quote_free_text(quoted) == quoted

@@ -375,6 +375,7 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
     if status is None or not stat.S_ISREG(status.st_mode):
         raise BadImage(
             f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
+            f"{_windows_hint(address)}"
         )
     version = (status.st_ino, status.st_size, status.st_mtime_ns)
     return _image_file(file, version, read_options.image_options)
@@ -402,6 +403,20 @@ def _mapped(address: str, path_map: Mapping[str, str]) -> str:
             return rest.lstrip("/")
         return path_map[prefix].rstrip("/") + rest
     return address
+
+
+def _windows_hint(address: str) -> str:
+    """Returns how to replace the folder of a Windows path; empty for other paths."""
+    folder, separator, _ = address[:1000].rpartition("\\")
+    has_drive = re.match(r"[A-Za-z]:[\\/]", address) is not None
+    if not separator and not has_drive:
+        return ""
+    if not separator:
+        folder = address[:1000].rpartition("/")[0]
+    if separator and not has_drive and not folder.startswith("\\"):
+        here = folder.replace("\\", "/") or "."
+        return f". It is a Windows path: 'data.path_map={{{folder}\\: {here}}}' replaces its folder"
+    return f". It is a Windows path: 'data.path_map={{{folder}: FOLDER}}' replaces its folder"
 
 
 def _decoded(text: str) -> bytes:
