@@ -47,7 +47,7 @@ class RunCheckpoint(Checkpoint):
     those of training.
 
     Args:
-        keep: how many of the latest `last` checkpoints are also kept as `step_STEP.ckpt`.
+        keep: how many checkpoints before `last` are kept as `step_STEP.ckpt`.
         monitor, mode: a logged score, and whether its "min" or its "max" is best.
 
     Raises:
@@ -221,12 +221,12 @@ class RunCheckpoint(Checkpoint):
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self._due = False
+        if self.keep and trainer.is_global_zero and trainer.global_step > self._saved_step:
+            with _disk_errors(self.folder):
+                self._keep_older()
         self._save(trainer, "last")
         self._saved_step = trainer.global_step
         signals.kept = _saved_line(trainer)
-        if self.keep and trainer.is_global_zero:
-            with _disk_errors(self.folder):
-                self._keep_older(trainer.global_step)
         if self._stopping:
             self._exit(trainer)
 
@@ -237,11 +237,14 @@ class RunCheckpoint(Checkpoint):
         print(f"\n{signals.line(signals.received)}", file=sys.stderr, flush=True)
         raise SystemExit(self._signals.exit_status)
 
-    def _keep_older(self, step: int) -> None:
-        """Gives `last.ckpt` the second name `step_STEP.ckpt`, and deletes the oldest such files."""
-        path = self.folder / f"step_{step:06d}.ckpt"
+    def _keep_older(self) -> None:
+        """Keeps `last.ckpt` as `step_STEP.ckpt` before it is replaced; deletes the oldest ones."""
+        last = self.folder / "last.ckpt"
+        if not last.exists():
+            return
+        path = self.folder / f"step_{self._saved_step:06d}.ckpt"
         path.unlink(missing_ok=True)
-        os.link(self.folder / "last.ckpt", path)  # takes no space until `last` is replaced
+        os.link(last, path)
         for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
             old.unlink()
 

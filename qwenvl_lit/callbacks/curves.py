@@ -30,6 +30,7 @@ AXIS_LABELS = {  # the label of any other value is its name
 }
 SMOOTHED = {"loss", "accuracy", "grad_norm"}
 SMOOTHING = 0.9  # weight of earlier values, computed as in ms-swift and TensorBoard
+AVERAGED = 10  # values: the smoothed curve begins where it averages so many, 1 / (1 - SMOOTHING)
 TRAINING_COLOR, VALIDATION_COLOR = "#1f77b4", "#d95f02"
 
 Points = tuple[list[int], list[float]]  # steps and values
@@ -62,7 +63,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     """Writes a file `NAME.png` for each value NAME in the records, and returns the files.
 
     Validation values, `val/NAME`, are points in the image of NAME. Noisy values are drawn twice:
-    unsmoothed in a light color, and smoothed. Missing values and null are left out.
+    unsmoothed in a light color, and smoothed from the tenth value on, since the average of fewer
+    is about the first value. Missing values and null are left out.
     """
     names: dict[str, None] = {}  # in order of appearance
     for record in records:
@@ -108,10 +110,12 @@ def _plot(name: str, training: Points, validation: Points) -> Figure:
     axes = figure.add_subplot()
     steps, values = training
     if steps and name in SMOOTHED:
-        smoothed = smooth(values, SMOOTHING)
+        start = AVERAGED - 1
+        smoothed = smooth(values, SMOOTHING)[start:]
         label = f"training, smoothed ({SMOOTHING})"
         axes.plot(steps, values, color=TRAINING_COLOR, alpha=0.3, linewidth=1, label="training")
-        axes.plot(steps, smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
+        if smoothed:
+            axes.plot(steps[start:], smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
     elif steps:
         axes.plot(steps, values, color=TRAINING_COLOR, linewidth=1.5, label="training")
     if validation[0]:

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.curves import Curves, draw_curves, smooth
+from qwenvl_lit.callbacks.curves import Curves, _plot, draw_curves, smooth
 from qwenvl_lit.callbacks.run_log import RunLog
 
 DATA = ToyData([conversation(i, says="yes") for i in range(8)])
@@ -16,6 +16,19 @@ def test_smoothing_has_no_bias_towards_the_first_value():
     assert smooth([2.0, 2.0, 2.0], 0.9) == pytest.approx([2, 2, 2])
     assert smooth([0.0, 1.0], 0.9) == pytest.approx([0, 0.1 / 0.19])
     assert smooth([], 0.9) == []
+
+
+@pytest.mark.parametrize(("count", "first_smoothed"), [(25, 10), (10, 10), (9, None)])
+def test_the_smoothed_curve_begins_where_it_is_an_average(count, first_smoothed):
+    steps = list(range(1, count + 1))
+    values = [100.0, *[1.0] * (count - 1)]
+    [axes] = _plot("loss", (steps, values), ([], [])).axes
+    assert list(axes.lines[0].get_xdata()) == steps
+    smoothed = axes.lines[1:]
+    assert [line.get_xdata()[0] for line in smoothed] == (
+        [first_smoothed] if first_smoothed else []
+    )
+    assert all(max(line.get_ydata()) < 10 for line in smoothed)
 
 
 def test_each_scalar_is_one_image_with_its_validation(tmp_path):
