@@ -11,12 +11,19 @@ from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from lightning import Trainer
     from omegaconf import DictConfig
 
     from qwenvl_lit.data.datamodule import DataModule
     from qwenvl_lit.training.module import VisionLanguageModule
     from qwenvl_lit.types import Prediction
+
+
+FIRST_ANSWERS = 3  # of a dataset, printed at the end
+ANSWER_CHARACTERS = 200  # of each of them
 
 
 def main(config: DictConfig) -> None:
@@ -27,6 +34,7 @@ def main(config: DictConfig) -> None:
     from lightning.pytorch.callbacks import LambdaCallback
 
     from qwenvl_lit import build
+    from qwenvl_lit.data.predictions import FILENAME
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)
@@ -41,9 +49,13 @@ def main(config: DictConfig) -> None:
         trainer.callbacks.append(LambdaCallback(on_predict_batch_end=print_answers))
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
+        file = Path(config.paths.run, FILENAME)
         answered = "the question" if is_question else f"the rows of {', '.join(data.test_names)}"
-        drawings = ", with images of its boxes" if Path(config.paths.run, "boxes").exists() else ""
-        print(f"Answers to {printable(answered)}{drawings}: {build.shown(config.paths.run)}")
+        if not is_question and file.exists():
+            print("\n".join(first_answers(file)))
+        print(f"Answers to {printable(answered)}: {build.shown(str(file))}")
+        if (boxes := Path(config.paths.run, "boxes")).exists():
+            print(f"Images with boxes: {build.shown(str(boxes))}")
 
 
 def asks_a_question(config: DictConfig) -> bool:
@@ -89,6 +101,22 @@ def dataset(config: DictConfig, module: VisionLanguageModule) -> DataModule:
         for name, rows in answered_rows(Path(config.answered)).items():
             answered[name] = {index: row["id"] for index, row in rows.items()}
     return build.data(config, module.processor, answered=answered)
+
+
+def first_answers(file: Path) -> Iterator[str]:
+    """Yields the first answers of a predictions file, each as a line that begins with the row's id.
+
+    Long answers are cut and end in an ellipsis.
+    """
+    from itertools import islice
+
+    from qwenvl_lit.data.predictions import prediction_rows
+
+    for row in islice(prediction_rows(file), FIRST_ANSWERS):
+        answer = " ".join(row["prediction"].split())
+        if len(answer) > ANSWER_CHARACTERS:
+            answer = answer[: ANSWER_CHARACTERS - 1] + "…"
+        yield printable(f"{row['id']}: {answer}")
 
 
 def print_answers(

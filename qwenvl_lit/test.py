@@ -160,6 +160,7 @@ def report(
             published=published,
             notes=notes,
             earlier=list(earlier_runs(config, sets, processor)),
+            processor=processor,
         ),
         page,
     )

@@ -17,6 +17,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import answered_rows
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.predict import first_answers
 from qwenvl_lit.reports.scores import read_predictions
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
@@ -207,3 +208,17 @@ def test_a_conversation_that_is_too_long_is_answered_without_its_oldest_images(
     (prediction,) = module.predict(batch)
     assert encoded_images == [1]
     assert prediction.tokens <= 4
+
+
+def test_the_first_answers_are_printed_as_a_line_each(tmp_path):
+    answers = ("a  dog\non grass", "x" * 300, "\x1b[31mred", "not shown")
+    rows = []
+    for index, answer in enumerate(answers):
+        row = {"set": "test", "index": index, "id": f"row {index}", "prediction": answer}
+        rows.append(json.dumps(row) + "\n")
+    (tmp_path / "predictions.jsonl").write_text("".join(rows))
+    assert list(first_answers(tmp_path / "predictions.jsonl")) == [
+        "row 0: a dog on grass",
+        f"row 1: {'x' * 199}…",
+        r"row 2: \x1b[31mred",
+    ]

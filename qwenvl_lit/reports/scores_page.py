@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_lit.atomic import write_text
+from qwenvl_lit.models.chatml import runs
+from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.rendering.drawing import draw_prediction, label_list, objects_in
 from qwenvl_lit.rendering.text import images_with_boxes, prompt_text
 from qwenvl_lit.reports.page import (
@@ -36,7 +38,7 @@ from qwenvl_lit.reports.scores import (
     ious,
     sorted_groups,
 )
-from qwenvl_lit.types import BadImage, Prediction
+from qwenvl_lit.types import BadImage, Conversation, Prediction
 
 # Examples per test set in each list: worst answers, best answers, worse now, better now.
 MAX_EXAMPLES = 6
@@ -67,6 +69,7 @@ class ScoreReport:
     published: Sequence[Mapping[str, str]] = ()  # rows of `benchmark_table`
     notes: Sequence[str] = ()
     earlier: Sequence[EarlierRun] = ()
+    processor: Processor | None = None  # shows prompts as the model gets them; None: plain text
 
 
 def write_report(report: ScoreReport, file: Path) -> None:
@@ -86,12 +89,12 @@ def _body(report: ScoreReport) -> Iterator[str]:
             count = f"{scored.unanswered:,} rows of {text(scored.name)}"
             yield paragraph(f"{count} have no answer and are not counted.", "bad")
     for earlier in report.earlier:
-        yield from _comparison(earlier, report.sets)
+        yield from _comparison(earlier, report)
     for scored in report.sets:
         yield f"<h2>{text(scored.name)}</h2>"
         yield from _scores_by_group(scored)
         yield from _overlaps(scored)
-        yield from _extremes(scored)
+        yield from _extremes(scored, report.processor)
 
 
 def _scores(sets: Sequence[ScoredSet]) -> Iterator[str]:
@@ -148,26 +151,29 @@ def _overlaps(scored: ScoredSet) -> Iterator[str]:
     yield f'<h3>Overlap of boxes</h3><div class="plots">{figure}</div>'
 
 
-def _extremes(scored: ScoredSet) -> Iterator[str]:
+def _extremes(scored: ScoredSet, processor: Processor | None) -> Iterator[str]:
     worst, best = extremes(scored, MAX_EXAMPLES)
     scores = first_scores(scored)
     for heading, indices in (("Worst answers", worst), ("Best answers", best)):
         if indices:
             yield f"<h3>{heading}</h3>{LEGEND}"
         for index in indices:
-            yield _example(scored.predictions[index], f"score {_number(scores[index])}")
+            prediction, remark = scored.predictions[index], f"score {_number(scores[index])}"
+            yield _example(prediction, remark, processor)
 
 
-def _comparison(earlier: EarlierRun, sets: Sequence[ScoredSet]) -> Iterator[str]:
+def _comparison(earlier: EarlierRun, report: ScoreReport) -> Iterator[str]:
     rows, worse, better = [], [], []
-    for now in sets:
+    for now in report.sets:
         if now.name not in earlier.sets:
             continue
         differences, changed = compare(earlier.sets[now.name], now)
         for metric, difference in differences.items():
             rows.append(_difference_row(now.name, metric, difference))
-        worse += _changed_examples(now.name, (row for row in changed if row.by < 0))
-        better += _changed_examples(now.name, (row for row in changed if row.by > 0))
+        worse_rows = (row for row in changed if row.by < 0)
+        worse += _changed_examples(now.name, worse_rows, report.processor)
+        better_rows = (row for row in changed if row.by > 0)
+        better += _changed_examples(now.name, better_rows, report.processor)
     yield f"<h2>Against {text(earlier.name)}</h2>"
     if not rows:
         yield paragraph("The two runs have no rows in common that can be compared.")
@@ -198,15 +204,23 @@ def _difference_row(set_name: str, metric: str, difference: Difference) -> dict[
     }
 
 
-def _changed_examples(set_name: str, changed: Iterable[ChangedRow]) -> list[str]:
+def _changed_examples(
+    set_name: str, changed: Iterable[ChangedRow], processor: Processor | None
+) -> list[str]:
     shown = []
     for row in islice(changed, MAX_EXAMPLES):
         remark = f"{set_name}: {row.metric} {row.by:+.3f}"
-        shown.append(_example(row.now, remark, before=row.before))
+        shown.append(_example(row.now, remark, processor, before=row.before))
     return shown
 
 
-def _example(prediction: Prediction, remark: str, *, before: Prediction | None = None) -> str:
+def _example(
+    prediction: Prediction,
+    remark: str,
+    processor: Processor | None,
+    *,
+    before: Prediction | None = None,
+) -> str:
     conversation = prediction.conversation
     answers = ""
     if before:
@@ -215,10 +229,26 @@ def _example(prediction: Prediction, remark: str, *, before: Prediction | None =
     if expected := _expected_answers(prediction):
         listed = "\n".join(expected[:MAX_REFERENCES])
         answers += _answer('<h3 class="expected">Expected</h3>', listed)
-    prompt = f"<pre>{text(prompt_text(conversation))}</pre>"
+    prompt = f"<pre>{text(_prompt(conversation, processor))}</pre>"
     header = f'<b>{text(conversation.id)}</b> <span class="faint">{text(remark)}</span>'
     words = f'{prompt}<div class="answers">{answers}</div>'
     return example(header, "".join(_images(prediction)), words)
+
+
+def _prompt(conversation: Conversation, processor: Processor | None) -> str:
+    """Returns the prompt as the model gets it, with all markup.
+
+    It is plain text without a processor, or if an image has been deleted since: the page says so
+    beside it.
+    """
+    if processor is None:
+        return prompt_text(conversation)
+    try:
+        sample = processor.encode(conversation, prompt=True)
+    except BadImage:
+        return prompt_text(conversation)
+    ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
+    return "".join(run for run, _ in runs(ids, labels, processor.text))
 
 
 def _answer(heading: str, content: str) -> str:

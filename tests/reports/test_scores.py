@@ -6,11 +6,14 @@ import re
 import numpy as np
 import pytest
 from html_tags import EVIL, Tags
+from PIL import Image
 from toy_task import conversation, grounded
 
 from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
+from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.reports.scores import (
     bootstrap,
     compare,
@@ -258,3 +261,21 @@ def test_the_page_is_well_formed_and_complete_and_has_no_markup_from_the_data(pa
         opened = page.count(f"<{tag}>") + page.count(f"<{tag} ")
         assert opened == page.count(f"</{tag}>"), tag
     assert "<script>alert(1)</script>" in tags.text
+
+
+def test_the_page_shows_prompts_as_the_model_gets_them(tmp_path):
+    processor = QwenVLProcessor(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=16, image_size=32)
+    image = ImageSource(Image.new("RGB", (8, 8)))
+    gone = ImageSource(tmp_path / "gone.png")
+    rows = []
+    for index, source in enumerate((image, gone)):
+        question = Turn(role="user", parts=(source, "What?"))
+        row = Conversation(id=str(index), index=index, turns=(question,), references=("a",))
+        rows.append(Prediction(conversation=row, text="b", parts=("b",)))
+    scored = score_set("test", rows, {"exact": ExactMatch()})
+    file = tmp_path / "report.html"
+    write_report(ScoreReport(title="t", sets=[scored], processor=processor), file)
+    text = Tags(file.read_text(encoding="utf-8")).text
+    assert "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n" in text
+    assert "Picture 1: <img><imgpad> x 16 </img>\nWhat?<|im_end|>\n<|im_start|>assistant\n" in text
+    assert f"<img>{tmp_path}/gone.png</img>What?" in text, "an image that cannot be encoded again"
