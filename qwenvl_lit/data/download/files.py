@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_IMAGE_BYTES = 64 * 2**20
 OFFLINE = ("QWENVL_LIT_OFFLINE", "HF_HUB_OFFLINE")  # environment variables that forbid downloads
 USER_AGENT = "qwenvl_lit"
+CACHE_ADVICE = "free disk space there, or choose another cache with paths.cache=FOLDER"
 
 _BLOCK = 1 << 20  # bytes
 _REPORT_SECONDS = 15
@@ -159,7 +160,7 @@ class RemoteImage:
             return target
         if reason := why_offline(self.download):
             raise DataError(f"image {self.url} is not in {self.folder} and {reason}")
-        with disk_errors(target):
+        with disk_errors(target, CACHE_ADVICE):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(target, concurrent=True) as unfinished:
                 _Download(

@@ -267,6 +267,15 @@ def test_a_remote_image_is_fetched_when_it_is_needed(server, tmp_path):
     assert [path.suffix for path in (tmp_path / "images").iterdir()] == [".png"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "cache").touch()
+    image = ImageSource(local_image(server.plan("/a.png", gives(png())), tmp_path / "cache/images"))
+    with pytest.raises(
+        DataError, match=r"cache/images/.* cannot be written: .*paths\.cache=FOLDER"
+    ):
+        image.open()
+
+
 def test_a_download_names_itself_as_the_user_says(server, tmp_path):
     names = []
 
