@@ -16,6 +16,7 @@ from typing import get_args
 
 from qwenvl_lit.data.readers.boxes import FRAME_LIMITS, BoxReader, OnBadBox
 from qwenvl_lit.data.readers.layouts import Draft, DraftPart, ImageReference, Placeholder
+from qwenvl_lit.data.readers.paths import mapped, windows_hint
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.images import DeepImage, Exif, ImageOptions
 from qwenvl_lit.types import (
@@ -338,7 +339,7 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         DataError: the image is remote and there is no cache for it, or the address is of another
             kind.
     """
-    address = _mapped(address, read_options.path_map)
+    address = mapped(address, read_options.path_map)
     if inline := _DATA_URI.match(address) or _BARE_BASE64.fullmatch(address):
         text = address[inline.end() :] if address.startswith("data:") else address
         return ImageSource(_decoded("".join(text.split())), read_options.image_options)
@@ -375,7 +376,7 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
     if status is None or not stat.S_ISREG(status.st_mode):
         raise BadImage(
             f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
-            f"{_windows_hint(address)}"
+            f"{windows_hint(address)}"
         )
     version = (status.st_ino, status.st_size, status.st_mtime_ns)
     return _image_file(file, version, read_options.image_options)
@@ -388,35 +389,6 @@ def _image_file(file: str, version: tuple[int, ...], options: ImageOptions) -> I
     Opening the file to measure it takes longer than everything else that is done for a row.
     """
     return ImageSource(Path(file), options)
-
-
-def _mapped(address: str, path_map: Mapping[str, str]) -> str:
-    """Replaces the longest prefix of `address` in `path_map`, counting whole path components."""
-    for prefix in sorted(path_map, key=len, reverse=True):
-        stem = prefix.rstrip("/\\")
-        rest = address[len(stem) :]
-        if not address.startswith(stem) or (rest and rest[0] not in "/\\"):
-            continue
-        if "\\" in prefix:
-            rest = rest.replace("\\", "/")
-        if not path_map[prefix]:
-            return rest.lstrip("/")
-        return path_map[prefix].rstrip("/") + rest
-    return address
-
-
-def _windows_hint(address: str) -> str:
-    """Returns how to replace the folder of a Windows path; empty for other paths."""
-    folder, separator, _ = address[:1000].rpartition("\\")
-    has_drive = re.match(r"[A-Za-z]:[\\/]", address) is not None
-    if not separator and not has_drive:
-        return ""
-    if not separator:
-        folder = address[:1000].rpartition("/")[0]
-    if separator and not has_drive and not folder.startswith("\\"):
-        here = folder.replace("\\", "/") or "."
-        return f". It is a Windows path: 'data.path_map={{{folder}\\: {here}}}' replaces its folder"
-    return f". It is a Windows path: 'data.path_map={{{folder}: FOLDER}}' replaces its folder"
 
 
 def _decoded(text: str) -> bytes:
