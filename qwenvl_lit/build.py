@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
-from qwenvl_lit import checksums
+from qwenvl_lit import checksums, extras
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
@@ -43,7 +43,8 @@ from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
 
 LIBRARIES = ("lightning.", "torchmetrics.", "torch.")  # their messages do not name the key
-REFUSALS = (MisconfigurationException, ValueError, TypeError)
+# ModuleNotFoundError: an option needs an optional package; the message has the pip command.
+REFUSALS = (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError)
 IGNORED_WARNINGS = (  # regular expressions
     ".*does not have many workers.*",
     ".*LeafSpec.*",
@@ -213,7 +214,8 @@ def trainer(
         options["profiler"] = DataWaitProfiler()  # `Throughput` reads it
     options["logger"] = False
     if config.get("logger"):
-        options["logger"] = list(_instantiate(config.logger).values())
+        loggers = config.logger.items()
+        options["logger"] = [_instantiate(node, f"logger.{name}") for name, node in loggers]
     try:
         return make_trainer(
             default_root_dir=config.paths.run,
@@ -323,12 +325,15 @@ def _instantiate(node: DictConfig | None, key: str = "") -> Any:
         key: of the node, for messages about classes of Lightning and torchmetrics.
 
     Raises:
-        ValueError: a constructor refused a value; Hydra's wrapper around this error is removed.
+        ValueError: a constructor refused a value, or a class cannot be imported. Hydra's wrapper
+            around this error is removed.
     """
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
+        if cause is not None and isinstance(cause.__cause__, ModuleNotFoundError):
+            raise ValueError(extras.not_importable(str(error), cause.__cause__)) from None
         target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
         if key and target.startswith(LIBRARIES) and isinstance(cause, REFUSALS):
             raise ValueError(f"{key}: {_first_line(cause)}") from None

@@ -25,6 +25,7 @@ LAYERS = [  # a module imports from the rows above its own, and from its own fol
         "stored_files",
         "value_types",
         "stopping",
+        "extras",
     },
     {"models"},
     {"data", "metrics", "generation", "rendering"},
@@ -45,10 +46,12 @@ ALLOWED_IN = {  # library -> where it may be imported; a library not listed may 
 }
 STARTS_FAST = COMMANDS | {  # modules that import nothing heavy before a command needs it
     "cli.command",
+    "cli.early_checks",
     "cli.ranks",
     "cli.resume",
     "cli.run_folder",
     "cli.signals",
+    "extras",
     "stopping",
     "locks",
     "runs.config_folder",

@@ -370,7 +370,7 @@ def test_runs_and_exports_may_answer_in_4_bits_but_no_export_is_quantized(
     run_command(export, f"ckpt={trained('lora')}", "out=M0", *QUICK)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # if installed, it needs a GPU
     for ckpt in ("lora", "M0"):
-        with pytest.raises(ValueError, match="needs bitsandbytes"):
+        with pytest.raises(ValueError, match="needs the package bitsandbytes"):
             run_command(
                 predict, f"ckpt={ckpt}", "prompt=What?", "model.load_in_4bit=true", "strategy=cpu"
             )

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
+from qwenvl_lit.cli.early_checks import check_packages
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
 from qwenvl_lit.cli.hints import explain
 from qwenvl_lit.cli.mixture import keep_expanded_datasets
@@ -192,7 +193,9 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
     """Calls `main`; a user's mistake ends in a short message, a defect keeps its traceback."""
     try:
         keep_expanded_datasets(config)
-        main(resumed(config) if "resume" in config else config)
+        config = resumed(config) if "resume" in config else config
+        check_packages(config)
+        main(config)
     except DataError as error:
         remove_unused_folder()
         _exit(1, _last_message(str(error)))

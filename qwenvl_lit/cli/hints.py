@@ -14,15 +14,23 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.extras import missing
 from qwenvl_lit.runs.run import config_folder
 
-# Choices that other packages bring, and the extra that installs them.
-EXTRAS = {"hydra/launcher/submitit": "cluster", "hydra/sweeper/optuna": "sweep"}
+PLUGINS = {  # choices that an optional package brings
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+}
 
 
 def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
     """A composition error in a line or two, with the nearest key or the available choices."""
     if isinstance(error, MissingConfigException):
+        package = PLUGINS.get(error.missing_cfg_file)
+        if package:
+            group, _, choice = error.missing_cfg_file.rpartition("/")
+            return missing(package, f"{group}={choice}")
         return _list_choices(str(error))
     if isinstance(error, ConfigCompositionException):
         unknown_key = re.search(r"override '([^']+)'", str(error))
@@ -33,13 +41,9 @@ def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
 
 
 def _list_choices(message: str) -> str:
-    """Hydra's message on a missing choice, on two lines and with the extra that brings it."""
+    """Hydra's message on a missing choice, on two lines."""
     choices = message.split("\nConfig search path")[0].strip()
-    choices = choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ")
-    for choice, extra in EXTRAS.items():
-        if choice in message:
-            return f"{choices}\nAn extra brings it: pip install 'qwenvl_lit[{extra}]'"
-    return choices
+    return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ")
 
 
 def _hint(command: str, arguments: Sequence[str], key: str) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from qwenvl_lit.extras import require
+
 NF4: Mapping[str, Any] = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -35,11 +37,6 @@ def bnb_config(
             f"quantization: BitsAndBytesConfig has no argument {', '.join(unknown)}; it has "
             f"{', '.join(known)}"
         )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "quantization needs bitsandbytes: pip install -c constraints.txt -e '.[quant]'"
-        ) from error
+    require("bitsandbytes", "a quantized model")
     defaults = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(skip)}
     return BitsAndBytesConfig(**{**defaults, **settings})

@@ -69,7 +69,7 @@ def save(tensors, file):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install .*\.\[quant\]"):
+    with pytest.raises(ValueError, match=r"needs the package bitsandbytes.*qwenvl_lit\[quant\]"):
         family().load(quantization=qlora().quantization)
 
 
