@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 # Keys whose values are free text, which Hydra's grammar cannot parse unquoted.
-FREE_TEXT = ("adapter.targets", "benchmarks", "prompt", "system")
+FREE_TEXT = ("adapter.targets", "benchmarks")
 # Keys whose values are paths: free text in which `~` is the home folder.
 PATHS = (
     "answered",
@@ -30,6 +30,8 @@ DATA_PATHS = re.compile(
     r"data\.(?:datasets\.[^.]+\.)?(?:cache|root|split_file|train|validation|test(?:\.[^.]+)?)"
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
+# Keys whose values are text for the model, also where they look like a number or a list.
+TEXT = re.compile(r"prompt|system|data\.(?:datasets\.[^.]+\.)?prompt")
 FREE_MAPPINGS = ("data.path_map", "optim.component_lr")  # mappings whose keys the user chooses
 # Keys that the stored model config of a run may lack.
 OPTIONAL_MODEL_KEYS = ("model.load_in_4bit", "model.device_map", "model.max_memory")
@@ -53,7 +55,8 @@ def quote_free_text(argument: str) -> str:
 
     Text in single quotes, numbers, `null` and `{...}` stay as they are. In a list `[a,b]` each
     element is quoted. In a path, `~` becomes the home folder, and numbers and `{...}` are quoted,
-    too. Keys that a config may lack get Hydra's `++`, which adds them.
+    too. Text for the model is quoted whatever it is, except `null`. Keys that a config may lack get
+    Hydra's `++`, which adds them.
 
     >>> quote_free_text("prompt=Is it a dog, (really)?")
     "prompt='Is it a dog, (really)?'"
@@ -72,6 +75,9 @@ def quote_free_text(argument: str) -> str:
     name = key.lstrip("+")
     if is_path(name):
         return f"{key}={_quote_paths(name, value)}"
+    if TEXT.fullmatch(name):
+        is_quoted = re.fullmatch(r"'(?:[^'\\]|\\.)*'", value, re.DOTALL)
+        return argument if is_quoted or value == "null" else f"{key}={_in_quotes(value)}"
     if name not in FREE_TEXT:
         return argument
     if value.startswith("[") and value.endswith("]"):

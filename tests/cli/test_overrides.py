@@ -28,12 +28,30 @@ def parsed(argument: str):
         "outputs/epoch=1-step=3.ckpt",
         "null and void",
         "3 cats",
+        "42",
+        "3.5",
+        "-1",
+        "1e5",
+        "true",
+        "{x}",
+        "{image}{question} Answer:",
+        "[1,2,3]",
+        "[a, b",
+        "'Hello' and 'goodbye'",
+        '"quoted"',
+        "",
     ],
 )
-def test_free_text_is_read_as_typed(text):
-    quoted = quote_free_text(f"prompt={text}")
-    assert OmegaConf.create({"prompt": parsed(quoted)}).prompt == text
+@pytest.mark.parametrize("key", ["prompt", "system", "data.prompt", "data.datasets.a.prompt"])
+def test_text_for_the_model_is_read_as_typed(text, key):
+    quoted = quote_free_text(f"{key}={text}")
+    assert OmegaConf.create({"text": parsed(quoted)}).text == text
     assert quote_free_text(quoted) == quoted  # other ranks of a run get the quoted arguments
+
+
+def test_text_in_single_quotes_is_read_without_them_as_hydra_does():
+    assert parsed(quote_free_text("prompt='null'")) == "null"
+    assert parsed(quote_free_text("prompt=null")) is None
 
 
 def test_a_regular_expression_is_read_as_typed():
