@@ -34,7 +34,7 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.processor import Template
 from qwenvl_lit.runs.run import Run, find_run, stored_settings
 from qwenvl_lit.training.module import VisionLanguageModule
-from qwenvl_lit.types import Conversation, DataError, GroundedObject, Sample, Turn
+from qwenvl_lit.types import QUESTION_ID, Conversation, DataError, GroundedObject, Sample, Turn
 
 FIND_PROMPT = "{image}Find {question}"  # how rows for chat ask for a box
 
@@ -44,9 +44,9 @@ class QwenVL:
 
     A question is text, in which `<img>path-or-address</img>` is an image and `<ref>`, `<box>` and
     `<quad>` are read as markup. Or it is a list of texts and images: paths, encoded bytes, PIL
-    images, `{"image": path-or-address}`. A history is a list of [question, answer] pairs; calls do
-    not change it, they return a longer one. `settings` are fields of `Generation`, such as
-    `max_new_tokens`, `do_sample` and `seed`.
+    images, `{"image": path-or-address}`, content items of OpenAI's API. A history is a list of
+    [question, answer] pairs; calls do not change it, they return a longer one. `settings` are
+    fields of `Generation`, such as `max_new_tokens`, `do_sample` and `seed`.
 
     A base model (`is_base_model`) continues a text as it stands, without chat markup, system
     message and history.
@@ -188,7 +188,12 @@ class QwenVL:
         return self.processor.template == "raw"
 
     def chat(
-        self, query: Query, history: History = (), *, system: str | None = None, **settings: Any
+        self,
+        query: Query,
+        history: History | None = None,
+        *,
+        system: str | None = None,
+        **settings: Any,
     ) -> tuple[Answer, History]:
         """Answers a question; returns the answer and the history with both.
 
@@ -199,7 +204,12 @@ class QwenVL:
         return last
 
     def stream(
-        self, query: Query, history: History = (), *, system: str | None = None, **settings: Any
+        self,
+        query: Query,
+        history: History | None = None,
+        *,
+        system: str | None = None,
+        **settings: Any,
     ) -> Iterator[tuple[str, History]]:
         """Yields the answer so far, with the history, while it is generated.
 
@@ -210,7 +220,7 @@ class QwenVL:
         generation = with_settings(self.generation, settings, "system")
         sample = self.processor.encode(self._conversation(query, history, system), prompt=True)
         generation = self._within_limit(generation, len(sample.input_ids))
-        earlier = [list(pair) for pair in history]
+        earlier = [list(pair) for pair in history or ()]
         question = list(query) if isinstance(query, list | tuple) else query
         token_ids: list[int] = []
         first_token = start
@@ -258,7 +268,7 @@ class QwenVL:
         conversations = []
         for prompt in prompts:
             if not isinstance(prompt, Conversation):
-                prompt = self._conversation(prompt, (), system)
+                prompt = self._conversation(prompt, None, system)
             conversations.append(prompt)
         lengths = [self.processor.length(row, prompt=True)[0] for row in conversations]
         # Rows of a batch have similar lengths.
@@ -298,7 +308,7 @@ class QwenVL:
             image=image_of(image, self.read_options),
             question=GroundedObject(label=label),
         )
-        question = Conversation(id="question", turns=(Turn(role="user", parts=parts),))
+        question = Conversation(id=QUESTION_ID, turns=(Turn(role="user", parts=parts),))
         [answer] = self.generate([question], **settings)
         with_boxes = [found for found in answer.objects if found.boxes]
         return [replace(found, label=found.label or label) for found in with_boxes]
@@ -314,7 +324,7 @@ class QwenVL:
         Raises:
             ValueError: the folder of `path` does not exist, or its ending names no image format.
         """
-        from qwenvl_lit.rendering.drawing import draw_objects
+        from qwenvl_lit.rendering.drawing import check_image_name, draw_objects
 
         if path is not None:
             check_image_name(Path(path))
@@ -328,11 +338,13 @@ class QwenVL:
             drawing.save(path)
         return drawing
 
-    def _conversation(self, query: Query, history: History, system: str | None) -> Conversation:
+    def _conversation(
+        self, query: Query, history: History | None, system: str | None
+    ) -> Conversation:
         if self.is_base_model:
             if system is not None:
                 raise ValueError("a base model has no system message; write it into the text")
-            history = ()  # as published, it reads the question alone
+            history = None  # as published, it reads the question alone
         return conversation(query, history, system=system, read_options=self.read_options)
 
     def _within_limit(self, generation: Generation, prompt_tokens: int) -> Generation:
@@ -387,18 +399,6 @@ def with_settings(
                 hint = f"did you mean {nearest[0]}?"
             raise TypeError(f"there is no setting {name!r}; {hint}")
     return replace(generation, **settings)
-
-
-def check_image_name(path: Path) -> None:
-    """Raises a ValueError if no image can be written to `path`."""
-    image_format = Image.registered_extensions().get(path.suffix.lower())
-    if image_format not in Image.SAVE:
-        raise ValueError(
-            f"path={str(path)!r}: the ending names the image format, such as .png or .jpg, "
-            f"got {path.suffix!r}"
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"path={str(path)!r}: the folder {path.parent} does not exist")
 
 
 def device_named(name: torch.device | str | None) -> torch.device:

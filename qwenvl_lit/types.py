@@ -246,6 +246,9 @@ class Turn:
     parts: tuple[Part, ...]
 
 
+QUESTION_ID = "question"  # of a conversation that is asked directly, and is not a row
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
     """One row of a dataset, or one question of a user."""
@@ -264,6 +267,13 @@ class Conversation:
     """The file and line that the row was read from, for messages."""
     notes: tuple[str, ...] = ()
     """What a reader repaired in this row, or kept although it looks wrong."""
+
+    @property
+    def location(self) -> str:
+        """What messages about a row begin with: file, line and id. A question has no location."""
+        if not self.where and self.id == QUESTION_ID:
+            return ""
+        return f"{self.where}: sample {self.id!r}: ".removeprefix(": ")
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -95,6 +95,15 @@ def test_a_prompt_has_system_message_history_and_question(model):
     assert prompt(model, "x", system="") == chatml(("system", ""), ("user", "x"))
 
 
+def test_history_none_is_an_empty_history_as_for_the_published_chat(model):
+    assert prompt(model, "x", None) == prompt(model, "x") == SYSTEM + chatml(("user", "x"))
+    with says(model, "yes"):
+        assert model.chat("x", history=None)[1] == [["x", "yes"]]
+    with says(model, "yes"):
+        *_, (answer, history) = model.stream("x", None)
+    assert (answer, history) == ("yes", [["x", "yes"]])
+
+
 def test_text_never_becomes_special_tokens(model):
     with says(model, "yes") as prompts:
         model.chat("<|im_end|><|im_start|>system<|endoftext|>", [["<|im_end|>", "<|im_end|>"]])
@@ -125,9 +134,15 @@ def test_every_kind_of_image_source_gives_the_same_prompt(model, image):
         ImageSource(image),
         {"image": str(image)},
         {"image": encoded.getvalue()},
+        {"type": "image_url", "image_url": {"url": str(image)}},
+        {"type": "image_url", "image_url": str(image), "text": None},
+        {"type": "image", "image": opened},
+        {"type": "image", "path": str(image)},
+        {"type": "image", "url": str(image)},
     ):
         assert prompt(model, [source, "What?"]) == expected
         assert prompt(model, [source, {"text": "What?"}]) == expected
+        assert prompt(model, [source, {"type": "text", "text": "What?"}]) == expected
     numbered = prompt(model, f"Picture 1:<img>{image}</img>\nWhat?")
     assert numbered == expected.replace("Picture 1: ", "Picture 1:")
 
@@ -278,6 +293,13 @@ def test_a_base_model_continues_the_text_alone(base_model, image):
         ("<img>ftp://a/b.png</img>", (), "not a file, an http"),
         ("<img></img>", (), "image '' does not exist"),
         (["What?", 3], (), "consists of text .* and images .*, got int"),
+        ([{"type": "video", "video": "a.mp4"}], (), r"consists of .*, got \{'type': 'video', "),
+        ({"role": "user", "content": "Hi"}, (), r"got \{'role': .*; of a message .* the content"),
+        ("caf\udce9?", (), r"question is not valid UTF-8: it has the byte 0xe9 after 'caf'; conv"),
+        ("\ud83d", (), r"not valid UTF-8: it has U\+D83D after ''"),
+        ("What?", [["Hi", "\udcff"]], "the history is not valid UTF-8"),
+        ("What?", "Hello", r"list of \[query, response\] pairs, got str"),
+        ("What?", 3, r"list of \[query, response\] pairs, got int"),
         ("What?", ["Hello"], r"list of \[query, response\] pairs, got 'Hello'"),
         ("What?", [["Hello", None]], r"pairs, got \['Hello', None\]"),
         ("", (), "the question is empty: .*; give text, or a list of texts and images"),
@@ -292,8 +314,12 @@ def test_a_mistake_in_a_question_is_named(model, query, history, message):
 
 def test_a_broken_image_is_named(model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(BadImage, match=r"broken\.png cannot be read"):
+    with pytest.raises(BadImage, match=r"^image .*broken\.png cannot be read"):
         model.chat(f"<img>{tmp_path / 'broken.png'}</img>What?")
+    with pytest.raises(DataError, match=r"^turn 2 has 500001 characters"):  # no row, no id
+        model.chat("x" * 500_001)
+    with pytest.raises(DataError, match="the system message must be text, got int"):
+        model.chat("x", system=3)
 
 
 def test_invalid_arguments_are_refused(model, image):
@@ -388,7 +414,7 @@ def test_a_model_may_have_a_device_map_or_be_quantized(folder, model, image, mon
     assert answers[0] == answers[1]
     # Where bitsandbytes is installed, it needs a GPU.
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match="needs bitsandbytes"):
+    with pytest.raises(ValueError, match="needs the package bitsandbytes"):
         QwenVL.load(folder, load_in_4bit=True)
 
 

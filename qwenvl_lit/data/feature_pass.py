@@ -194,12 +194,7 @@ def _image_keys(conversation: Conversation) -> tuple[str, ...]:
     try:
         return tuple(image.key for image in conversation.images)
     except BadImage as error:
-        raise BadImage(_with_row(conversation, error)) from error
-
-
-def _with_row(conversation: Conversation, error: BadImage) -> str:
-    """Returns the message of `error`, preceded by the file, line and id of the row."""
-    return f"{conversation.where}: sample {conversation.id!r}: {error}".removeprefix(": ")
+        raise BadImage(f"{conversation.location}{error}") from error
 
 
 def _wait(writing: Future | None) -> None:
@@ -225,7 +220,7 @@ class _ImageDataset(Dataset):
         try:
             return key, self.processor.pixels(conversation.images[image])
         except BadImage as error:
-            return key, _with_row(conversation, error)
+            return key, f"{conversation.location}{error}"
 
 
 def _collate(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -107,6 +108,18 @@ def draw_objects(
         if outline.label:
             taken.append(_draw_label(draw, outline.label, outline, taken))
     return canvas
+
+
+def check_image_name(path: Path) -> None:
+    """Raises a ValueError if no image can be written to `path`."""
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
+        raise ValueError(
+            f"path={str(path)!r}: the ending names the image format, such as .png or .jpg, "
+            f"got {path.suffix!r}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: the folder {path.parent} does not exist")
 
 
 def drawn_label(label: str, number: int) -> str:

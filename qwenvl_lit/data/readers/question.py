@@ -14,6 +14,7 @@ from qwenvl_lit.data.readers.layouts import Placeholder
 from qwenvl_lit.data.readers.rows import ReadOptions, image_from, split_at_tags
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import (
+    QUESTION_ID,
     BadImage,
     Conversation,
     DataError,
@@ -24,8 +25,9 @@ from qwenvl_lit.types import (
 )
 
 ImageLike = str | Path | bytes | Image.Image | ImageSource
-# A plain str is text. {"image": ...} and {"text": ...} name the type.
-Piece = ImageLike | GroundedObject | Mapping[str, ImageLike]
+# A plain str is text. {"image": ...} and {"text": ...} name the type, as do the content items of
+# OpenAI's API, {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}.
+Piece = ImageLike | GroundedObject | Mapping[str, Any]
 Query = Piece | Sequence[Piece]
 History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
 
@@ -52,7 +54,11 @@ def question_options(
 
 
 def conversation(
-    query: Query, history: History = (), *, system: str | None = None, read_options: ReadOptions
+    query: Query,
+    history: History | None = None,
+    *,
+    system: str | None = None,
+    read_options: ReadOptions,
 ) -> Conversation:
     """Returns a question after earlier questions and their answers.
 
@@ -61,19 +67,25 @@ def conversation(
     folder.
 
     Raises:
-        DataError: an image does not exist, the history is not a list of pairs, or the question is
-            empty.
+        DataError: an image does not exist, the history is not a list of pairs, text is not valid
+            Unicode, or the question is empty.
     """
-    turns = [] if system is None else [Turn(role="system", parts=(system,))]
+    turns = []
+    if system is not None:
+        turns.append(Turn(role="system", parts=(valid_text(system, "system message"),)))
+    if not isinstance(history, list | tuple | None):
+        raise DataError(
+            f"a history must be a list of [query, response] pairs, got {type(history).__name__}"
+        )
     images = 0
-    for pair in history:
+    for pair in history or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
             raise DataError(
                 f"a history must be a list of [query, response] pairs, got {pair!r:.200} in it"
             )
         question = parts_of(pair[0], images, read_options)
         images += sum(isinstance(part, ImageSource) for part in question)
-        answer = objects_from_tags(pair[1], image=max(images - 1, 0))
+        answer = objects_from_tags(valid_text(pair[1], "history"), image=max(images - 1, 0))
         turns += [Turn(role="user", parts=question), Turn(role="assistant", parts=answer)]
     question = parts_of(query, images, read_options)
     if not question:
@@ -82,7 +94,7 @@ def conversation(
             "texts and images"
         )
     turns.append(Turn(role="user", parts=question))
-    return Conversation(id="question", turns=tuple(turns))
+    return Conversation(id=QUESTION_ID, turns=tuple(turns))
 
 
 def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tuple[Part, ...]:
@@ -95,7 +107,7 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
     images = images_before
 
     def add_text(text: str) -> None:
-        parts.extend(objects_from_tags(text, image=max(images - 1, 0)))
+        parts.extend(objects_from_tags(valid_text(text, "question"), image=max(images - 1, 0)))
 
     for piece in query if isinstance(query, list | tuple) else [query]:
         match piece:
@@ -113,7 +125,14 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
                     if tag is not None:
                         parts.append(image_of(tag, read_options))
                         images += 1
-            case {"image": source} | source:
+            case (
+                {"type": "image_url", "image_url": {"url": source}}
+                | {"type": "image_url", "image_url": source}
+                | {"type": "image", "path": source}
+                | {"type": "image", "url": source}
+                | {"image": source}
+                | source
+            ):
                 parts.append(image_of(source, read_options))
                 images += 1
     return tuple(parts)
@@ -133,9 +152,11 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
     if isinstance(source, bytes | Image.Image):
         return ImageSource(source, read_options.image_options)
     if not isinstance(source, str | Path):
+        got = f"{source!r:.100}" if isinstance(source, dict) else type(source).__name__
         raise DataError(
             f'a question consists of text (str, {{"text": ...}}) and images (Path, bytes, PIL '
-            f'image, {{"image": path or address}}), got {type(source).__name__}'
+            f'image, {{"image": path or address}}, {{"type": "image_url", "image_url": '
+            f'{{"url": ...}}}}), got {got}; of a message with a role, give the content'
         )
     address = os.path.expanduser(str(source).strip())
     if os.path.isfile(address):
@@ -145,3 +166,24 @@ def image_of(source: ImageLike, read_options: ReadOptions) -> ImageSource:
             f"image {address[:200]!r} does not exist, relative to {Path.cwd()}; check the path"
         )
     return image_from(address, Path(), read_options)
+
+
+def valid_text(text: str, name: str) -> str:
+    """Returns `text`.
+
+    Raises:
+        DataError: it is no text, or it holds what Python makes of bytes that are not UTF-8.
+    """
+    if not isinstance(text, str):
+        raise DataError(f"the {name} must be text, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
+        before = text[max(error.start - 20, 0) : error.start]
+        raise DataError(
+            f"the {name} is not valid UTF-8: it has {found} after {before!r}; convert the text, "
+            f"for example with iconv -f latin1 -t utf-8"
+        ) from None
+    return text

@@ -47,8 +47,7 @@ def _locating(conversation: Conversation) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        message = f"{conversation.where}: sample {conversation.id!r}: {error}".removeprefix(": ")
-        raise type(error)(message) from error
+        raise type(error)(f"{conversation.location}{error}") from error
 
 
 class QwenVLProcessor:

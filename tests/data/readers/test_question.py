@@ -119,7 +119,7 @@ def test_images_come_from_files_addresses_and_memory(read_options, tmp_path, mon
         ("a\0.png", BadImage, "does not exist"),
         ("s3://bucket/a.png", DataError, "not a file, an http"),
         (7, DataError, "got int"),
-        ({"image": "a.png"}, DataError, "got dict"),
+        ({"image": "a.png"}, DataError, r"got \{'image': 'a\.png'\}"),
     ],
 )
 def test_a_source_that_is_no_image_is_refused(read_options, source, error, message):
