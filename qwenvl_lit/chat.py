@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from qwenvl_lit.api import QwenVL
     from qwenvl_lit.generation.answer import Answer
 
-COMMANDS = ("multi-line", "single-line", "clear", "reset-system", "exit", "quit")
+COMMANDS = {
+    "help": "lists these commands",
+    "multi-line": "a question ends with a line that ends in #",
+    "single-line": "each line is a question",
+    "clear": "empties the history",
+    "reset-system": "asks for a new system message and empties the history",
+    "exit": "ends the chat; so does Ctrl-D",
+    "quit": "ends the chat",
+}
 
 
 class Chat:
@@ -34,8 +42,12 @@ class Chat:
         system: the system message; None: the model's default.
         multiline: a question ends with a line that ends in `#`.
         terminal: a person is typing. Prompts and remarks are shown, and Ctrl-C stops an answer
-            only. Without a terminal, standard output holds nothing but answers, and remarks go to
-            standard error.
+            only. Without a terminal, standard output holds nothing but answers, remarks go to
+            standard error, and errors name the line of the input.
+
+    Attributes:
+        answers: the number of questions that were answered.
+        failed: the number of questions that were not answered, because of an error.
     """
 
     def __init__(
@@ -54,6 +66,9 @@ class Chat:
         self.terminal = terminal
         self.history: list[list[str]] = []
         self.answers = 0
+        self.failed = 0
+        self.lines_read = 0
+        self.question_line = 0  # the number of the line that the last question begins with
 
     def run(self) -> None:
         """Answers questions until `exit` or the end of the input."""
@@ -99,6 +114,14 @@ class Chat:
 
     def _obey(self, word: str) -> None:
         match word:
+            case "help":
+                width = max(map(len, COMMANDS))
+                for name, effect in COMMANDS.items():
+                    self.remark(f"{name:{width}}  {effect}")
+                self.remark(
+                    "Every other line is a question. An image in it is written as "
+                    "<img>path or address</img>."
+                )
             case "multi-line":
                 self.multiline = True
                 self.remark("a line that ends in # ends a question")
@@ -118,6 +141,7 @@ class Chat:
             EOFError: the input has ended.
         """
         lines = [self._line(prompt)]
+        self.question_line = self.lines_read
         while self.multiline and not lines[-1].rstrip().endswith("#"):
             if len(lines) == 1 and lines[0].strip().lower() in COMMANDS:
                 return lines[0]
@@ -130,16 +154,24 @@ class Chat:
         return "\n".join(lines)
 
     def _line(self, prompt: str) -> str:
-        return input(prompt if self.terminal else "")
+        """One line, without the marks that files from Windows have."""
+        line = input(prompt if self.terminal else "").removesuffix("\r")
+        self.lines_read += 1
+        return line.removeprefix("\ufeff") if self.lines_read == 1 else line
 
     def _reset_system(self) -> None:
+        from qwenvl_lit.data.readers.question import valid_text
+
         if self.model.is_base_model:
             self.remark("a base model has no system message")
             return
         try:
-            text = self._read("system> ")
+            text = valid_text(self._read("system> "), "system message")
         except (EOFError, KeyboardInterrupt):
             self.remark("\nthe system message is unchanged")
+            return
+        except DataError as error:
+            self._report(error)
             return
         self.system, self.history = text.strip() or None, []
         state = "the default" if self.system is None else "set"
@@ -166,10 +198,15 @@ class Chat:
                 self._record(query, before, shown, stopped=True)
         except (DataError, torch.OutOfMemoryError) as error:
             self.history = before
-            start = "\n" if shown else ""
-            self.remark(f"{start}error: {str(error).splitlines()[0]}")
+            self._report(error, start="\n" if shown else "")
         else:
             self._record(query, before, text, **_measurements(text), boxes=files)
+
+    def _report(self, error: Exception, start: str = "") -> None:
+        """Prints an error; the chat continues without the question."""
+        self.failed += 1
+        line = "" if self.terminal else f"line {self.question_line}: "
+        self.remark(f"{start}error: {line}{str(error).splitlines()[0]}")
 
     def _printable(self, text: str) -> str:
         """For a terminal, `text` without control characters, which it would obey."""
@@ -286,9 +323,8 @@ def main(config: DictConfig) -> None:
     read_options = question_options(cache, run.config.get("data") if run else None)
     model = QwenVL.from_module(module, read_options=read_options)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    for stream in (sys.stdin, sys.stdout):
-        # A character that the terminal cannot show must not end the chat.
-        stream.reconfigure(errors="replace")
+    sys.stdin.reconfigure(errors="surrogateescape")  # a question that is not UTF-8 is an error
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show is none
     chat = Chat(model, folder, system=config.system, multiline=config.multiline, terminal=terminal)
     with line_editing(cache / "chat_history") if terminal else nullcontext():
         try:
@@ -297,6 +333,9 @@ def main(config: DictConfig) -> None:
             sys.exit(130)
     if chat.answers:
         chat.remark(f"Conversation: {build.shown(str(folder / 'conversation.jsonl'))}")
+    if chat.failed and not terminal:
+        chat.remark(f"{chat.failed} of {chat.failed + chat.answers} questions were not answered")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image
 from scripted import says, tiny_checkpoint
 
 from qwenvl_lit import QwenVL
-from qwenvl_lit.chat import Chat
+from qwenvl_lit.chat import COMMANDS, Chat
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 
@@ -96,6 +96,32 @@ def test_a_recorded_conversation_is_one_line_whatever_it_holds(talk, tmp_path, c
     assert (row["query"], row["response"]) == (f"a{character}b", f"c{character}d")
     [read] = read_rows(str(tmp_path / "conversation.jsonl"))
     assert read.turns[0].parts == (f"a{character}b",)
+
+
+def test_files_from_windows_are_read_without_their_marks(talk, tmp_path):
+    chat = talk("\ufeffHello\r\nclear\r\nmulti-line\r\nOne\r\ntwo#\r\nexit\r\n")
+    assert [questions(prompt) for prompt in chat.prompts] == [["Hello"], ["One\ntwo"]]
+    assert [row["query"] for row in recorded(tmp_path)] == ["Hello", "One\ntwo"]
+
+
+def test_bytes_that_are_not_utf8_are_an_error_in_questions_and_system_messages(talk, tmp_path):
+    typed = b"Hello\nIch hei\xdfe Max\nreset-system\n\xfcber\nBye\n"
+    chat = talk(typed.decode(errors="surrogateescape"), system="Be brief.")
+    assert chat.errors.splitlines() == [
+        "error: line 2: the question is not valid UTF-8: it has the byte 0xdf after 'Ich hei'; "
+        "convert the text, for example with iconv -f latin1 -t utf-8",
+        "error: line 4: the system message is not valid UTF-8: it has the byte 0xfc after ''; "
+        "convert the text, for example with iconv -f latin1 -t utf-8",
+    ]
+    assert [row["query"] for row in recorded(tmp_path)] == ["Hello", "Bye"]
+    assert [system_message(prompt) for prompt in chat.prompts] == ["Be brief."] * 2
+
+
+def test_help_lists_all_commands_and_is_not_asked(talk):
+    chat = talk("help\n")
+    assert chat.prompts == []
+    assert [line.split()[0] for line in chat.errors.splitlines()[:-1]] == list(COMMANDS)
+    assert "<img>path or address</img>" in chat.errors
 
 
 def test_clear_empties_the_history(talk):
@@ -189,7 +215,9 @@ def test_a_mistake_is_one_line_and_the_chat_continues_without_it(talk, image, tm
     typed = f"Hello\n{missing}\n{too_long}\n<img>{broken}</img>What?\nBye\n"
     output, errors, prompts = talk(typed)
     assert output == "yes\nyes\n"
-    assert [line[:6] for line in errors.splitlines()] == ["error:"] * 3
+    starts = [line.split(": ")[:2] for line in errors.splitlines()]
+    assert starts == [["error", f"line {number}"] for number in (2, 3, 4)]
+    assert "sample" not in errors
     assert "'nowhere.png' does not exist" in errors
     assert "the model reads fewer than 2048" in errors
     assert "broken.png cannot be read" in errors
@@ -230,7 +258,7 @@ def test_an_answer_that_ran_out_of_memory_is_not_kept(talk, model, tmp_path):
     hook = raise_once(model, error, after=5)
     output, errors, prompts = talk("Hello\nBye\n", TEN_WORDS, "yes")
     hook.remove()
-    assert errors == "\nerror: no memory is left\n"
+    assert errors == "\nerror: line 1: no memory is left\n"
     assert output.endswith("yes\n")
     assert questions(prompts[-1]) == ["Bye"]
     assert len(recorded(tmp_path)) == 1
@@ -245,7 +273,7 @@ def test_without_a_terminal_an_interrupt_ends_the_chat(talk, model):
 
 def test_a_terminal_shows_prompts_and_no_control_characters(talk):
     output, errors, _ = talk("Hello\nexit\n", "a\x07b\x1b[2Jc\td", terminal=True)
-    assert output.startswith("An image is <img>path or address</img>. Commands: multi-line, ")
+    assert output.startswith("An image is <img>path or address</img>. Commands: help, multi-line, ")
     assert "you> ab[2Jc\td\nyou> " in output
     assert errors == ""
 
@@ -280,25 +308,25 @@ def chat_environment(folder) -> dict[str, str]:
     return environment(folder, TERM="xterm", PYTHONUTF8="1")
 
 
-def test_lines_from_a_pipe_are_answered(tmp_path, image):
-    typed = f"<img>{image}</img>Where's the car?\n<img>nowhere.png</img>What?\n"
+def test_lines_from_a_pipe_are_answered_and_the_status_is_1_if_one_was_not(tmp_path, image):
+    typed = f"<img>{image}</img>Where's the car?\r\n<img>nowhere.png</img>What?\n"
     process = subprocess.run(
         chat_command("generation.max_new_tokens=5", "system=Be brief, (always)!"),
         cwd=tmp_path,
         env=chat_environment(tmp_path),
-        input=typed.encode() + b"not UTF-8: \xff\n",
+        input=typed.encode() + b"not UTF-8: \xff\nBye\n",
         capture_output=True,
     )
     output, errors = process.stdout.decode(), process.stderr.decode()
-    assert process.returncode == 0, errors
+    assert process.returncode == 1, errors
     rows = recorded(only_run(tmp_path, "chat"))
     assert output == "".join(row["response"] + "\n" for row in rows)
-    assert [row["query"] for row in rows] == [
-        f"<img>{image}</img>Where's the car?",
-        "not UTF-8: \ufffd",
-    ]
+    questions = [f"<img>{image}</img>Where's the car?", "Bye"]
+    assert [row["query"] for row in rows] == questions
     assert {row["system"] for row in rows} == {"Be brief, (always)!"}
-    assert "error: image 'nowhere.png' does not exist" in errors
+    assert "error: line 2: image 'nowhere.png' does not exist" in errors
+    assert "error: line 3: the question is not valid UTF-8: it has the byte 0xff" in errors
+    assert errors.endswith("\n2 of 4 questions were not answered\n")
     assert "Traceback" not in errors
 
 
