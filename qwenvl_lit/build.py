@@ -334,6 +334,8 @@ def _instantiate(node: DictConfig | None, key: str = "") -> Any:
         cause = error.__cause__
         if cause is not None and isinstance(cause.__cause__, ModuleNotFoundError):
             raise ValueError(extras.not_importable(str(error), cause.__cause__)) from None
+        if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
+            raise ValueError(f"{_first_line(cause)}; leave out this key") from None
         target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
         if key and target.startswith(LIBRARIES) and isinstance(cause, REFUSALS):
             raise ValueError(f"{key}: {_first_line(cause)}") from None

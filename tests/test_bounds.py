@@ -141,3 +141,9 @@ def test_bounds_are_stated_as_they_are_checked():
             check_number("a", value, above=0, below=1)
     with pytest.raises(ValueError, match=r"a must be a whole number, or null, got 1\.0"):
         check_number("a", 1.0, whole=True, optional=True)
+
+
+def test_a_key_that_a_class_does_not_take_is_named():
+    config = compose_config("train", "+generation.beams=3")
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'beams'; leave out this"):
+        build.generation(config)

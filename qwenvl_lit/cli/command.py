@@ -29,7 +29,7 @@ from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
 from qwenvl_lit.cli.early_checks import check_packages
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
-from qwenvl_lit.cli.hints import explain
+from qwenvl_lit.cli.hints import explain, refuse_options
 from qwenvl_lit.cli.mixture import keep_expanded_datasets
 from qwenvl_lit.cli.overrides import INFO_FLAGS, quote_free_text
 from qwenvl_lit.cli.ranks import rank_arguments
@@ -137,6 +137,7 @@ def prepare(
         DataError: the arguments name a run that is not there, contradict the run that they
             resume, or name a folder that holds results.
     """
+    refuse_options(name, arguments)
     line = CommandLine(arguments=adjust(_quote_all(arguments)))
     if run == "needed":
         line = use_run(line.arguments, command=name)

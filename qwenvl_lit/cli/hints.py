@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 
 import hydra
@@ -14,8 +15,11 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.cli.other_names import translate, value_from
+from qwenvl_lit.cli.overrides import FLAGS
 from qwenvl_lit.extras import missing
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.types import DataError
 
 PLUGINS = {  # choices that an optional package brings
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",
@@ -36,14 +40,81 @@ def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
         unknown_key = re.search(r"override '([^']+)'", str(error))
         if unknown_key:
             key = unknown_key[1]
-            return f"there is no key {key!r}{_hint(command, arguments, key)}"
+            meant = _translated(command, arguments, key)
+            hint = f"; here it is {meant}" if meant else _hint(command, arguments, key)
+            return f"there is no key {key!r}{hint}"
     return str(error).strip()
+
+
+def refuse_options(command: str, arguments: Sequence[str]) -> None:
+    """Refuses options such as `--learning_rate 1e-4`, which argparse would only call unknown.
+
+    Raises:
+        DataError: names the arguments that stand for them.
+    """
+    options = _options(arguments)
+    if not options:
+        return
+    typed, meant, unknown = [], [], []
+    for flag, values in options:
+        name = flag.lstrip("-")
+        typed.append(shlex.join([flag, *values]))
+        argument = translate(command, name, values)
+        if argument is None and _is_key(name):
+            argument = f"{name}={value_from(values)}"
+        if argument is None:
+            unknown.append(flag)
+        elif argument:
+            meant.append(argument)
+    message = f"arguments are written as key=value, without dashes: {' '.join(typed)}"
+    if meant:
+        message += f" is {' '.join(meant)} here"
+    if unknown:
+        message += f"; nothing here stands for {', '.join(unknown)}"
+    raise DataError(f"{message}; see python -m qwenvl_lit.{command} --help")
+
+
+def _is_key(name: str) -> bool:
+    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    return "." in name or name in groups or bool(_files_with_key("", name))
+
+
+def _options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Flags that Hydra does not have, each with the values after it."""
+    options: list[tuple[str, list[str]]] = []
+    takes_values = False
+    for argument in arguments:
+        if re.match(r"--?[a-zA-Z]", argument):
+            flag, equals, value = argument.partition("=")
+            takes_values = not _is_hydras(flag)
+            if takes_values:
+                options.append((flag, [value] if equals else []))
+        elif re.match(r"[\w.+~@/]+=", argument):
+            takes_values = False
+        elif takes_values:
+            options[-1][1].append(argument)
+    return options
+
+
+def _is_hydras(flag: str) -> bool:
+    """Whether a flag is one of Hydra's. argparse lets long flags be shortened."""
+    long_flags = [known for known in FLAGS if known.startswith("--")]
+    return flag in FLAGS or any(known.startswith(flag) for known in long_flags)
 
 
 def _list_choices(message: str) -> str:
     """Hydra's message on a missing choice, on two lines."""
     choices = message.split("\nConfig search path")[0].strip()
     return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ")
+
+
+def _translated(command: str, arguments: Sequence[str], unknown_key: str) -> str | None:
+    """The arguments that were meant by `lr=1e-4 epochs=3`, where the first key is unknown."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") == unknown_key:
+            return translate(command, key.rpartition(".")[2], [value])
+    return None
 
 
 def _hint(command: str, arguments: Sequence[str], key: str) -> str:
@@ -57,16 +128,35 @@ def _hint(command: str, arguments: Sequence[str], key: str) -> str:
     commands = _files_with_key("", key)
     if commands:
         return f"; it is a key of {', '.join(commands)}"
-    known_keys = _keys(_compose_for_hints(command, arguments))
+    config = _compose_for_hints(command, arguments)
+    known_keys = _keys(config)
     if key in known_keys:
         return (
             " with the choices made here; in a mixture, write it under the dataset's name in "
             "data.datasets"
         )
+    parent, _, name = key.rpartition(".")
+    if parent in known_keys:
+        return _hint_in(config, parent, name)
     nearest = difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
     if nearest:
         return f"; did you mean {' or '.join(nearest)}?"
     return f"; see python -m qwenvl_lit.{command} --help"
+
+
+def _hint_in(config: DictConfig, parent: str, name: str) -> str:
+    """The nearest key of the node `parent`, or all of them."""
+    node = OmegaConf.select(config, parent)
+    if not OmegaConf.is_dict(node):
+        return f"; {parent} is a value and has no keys"
+    names = [str(key) for key in node if not str(key).startswith("_")]
+    nearest = difflib.get_close_matches(name, names, n=2)
+    if nearest:
+        return f"; did you mean {' or '.join(f'{parent}.{key}' for key in nearest)}?"
+    hint = f"; {parent} has {', '.join(names)}"
+    if "_target_" in node:
+        hint += f"; +{parent}.{name}=... passes a further argument to {node['_target_']}"
+    return hint
 
 
 def _files_with_key(group: str, key: str) -> list[str]:

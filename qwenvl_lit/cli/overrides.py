@@ -32,11 +32,17 @@ DATA_PATHS = re.compile(
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
 # Keys whose values are text for the model, also where they look like a number or a list.
 TEXT = re.compile(r"prompt|system|data\.(?:datasets\.[^.]+\.)?prompt")
-FREE_MAPPINGS = ("data.path_map", "optim.component_lr")  # mappings whose keys the user chooses
+# Mappings whose keys the user chooses.
+FREE_MAPPINGS = ("adapter.options", "data.path_map", "optim.component_lr")
 # Keys that the stored model config of a run may lack.
 OPTIONAL_MODEL_KEYS = ("model.load_in_4bit", "model.device_map", "model.max_memory")
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--info"}
 INFO_FLAGS = HELP_FLAGS | {"-i", "--cfg", "-c"}  # with these a command only prints
+FLAGS = (  # all flags of Hydra
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),
+    *("--run", "-r", "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp"),
+    *("--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _ELEMENT = re.compile(r"\s*('(?:[^'\\]|\\.)*'|[^,]+)")
@@ -68,7 +74,8 @@ def quote_free_text(argument: str) -> str:
         return f"{key}{equals}{os.path.expanduser(value)}"
     if key == "data.path_map" and value.startswith("{"):
         return f"++{key}={_quote_path_map(value)}"
-    if key in OPTIONAL_MODEL_KEYS or (key in FREE_MAPPINGS and value.startswith("{")):
+    is_mapping = key in FREE_MAPPINGS and value.startswith("{")
+    if key in OPTIONAL_MODEL_KEYS or is_mapping or key.rpartition(".")[0] in FREE_MAPPINGS:
         return f"++{argument}"
     if not equals:
         return argument

@@ -70,6 +70,20 @@ def test_model_keys_that_the_config_of_a_run_may_lack_are_added():
     assert quoted == quote_free_text(quoted) == "++model.load_in_4bit=true"
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "adapter.options={init_lora_weights: pissa}",
+        "adapter.options.init_lora_weights=pissa",
+        "optim.component_lr={vision: 1e-5}",
+        "optim.component_lr.vision=1e-5",
+    ],
+)
+def test_keys_of_mappings_whose_keys_the_user_chooses_are_added(argument):
+    quoted = quote_free_text(argument)
+    assert quoted == quote_free_text(quoted) == f"++{argument}"
+
+
 def test_other_keys_are_left_to_hydra():
     for argument in (
         "optim.lr=1e-4,5e-5",

@@ -1,0 +1,189 @@
+"""Names of options in ms-swift, transformers and Qwen-VL's scripts, as arguments of this package.
+
+They are used in error messages only. No name is an alias.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+# Argument by name; {} is the value. An argument without {} is for an option that is switched on.
+ARGUMENTS = {
+    # optimizer
+    "learning_rate": "optim.lr={}",
+    "lr": "optim.lr={}",
+    "vit_lr": "optim.component_lr.vision={}",
+    "weight_decay": "optim.weight_decay={}",
+    "warmup_ratio": "optim.warmup={}",
+    "warmup_steps": "optim.warmup={}",
+    "lr_scheduler_type": "optim.schedule={}",
+    "adam_beta1": "optim.betas=[{},0.95]",
+    "adam_beta2": "optim.betas=[0.9,{}]",
+    "adam_epsilon": "optim.eps={}",
+    # loop
+    "epochs": "trainer.max_epochs={}",
+    "num_epochs": "trainer.max_epochs={}",
+    "num_train_epochs": "trainer.max_epochs={}",
+    "max_epochs": "trainer.max_epochs={}",
+    "max_steps": "trainer.max_steps={}",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches={}",
+    "grad_accum": "trainer.accumulate_grad_batches={}",
+    "max_grad_norm": "trainer.gradient_clip_val={}",
+    "logging_steps": "trainer.log_every_n_steps={}",
+    "save_steps": "callbacks.checkpoint.every={}",
+    "save_total_limit": "callbacks.checkpoint.keep={}",
+    "bf16": "trainer.precision=bf16-mixed",
+    "fp16": "trainer.precision=16-mixed",
+    "precision": "trainer.precision={}",
+    "devices": "trainer.devices={}",
+    "gpus": "trainer.devices={}",
+    "nproc_per_node": "strategy=ddp trainer.devices={}",
+    "num_nodes": "strategy=multi_node trainer.num_nodes={}",
+    "nnodes": "strategy=multi_node trainer.num_nodes={}",
+    "deepspeed": "strategy=fsdp",
+    "fsdp": "strategy=fsdp",
+    "gradient_checkpointing": "speed.checkpointing=full",
+    "torch_compile": "speed=compiled",
+    "report_to": "logger={}",
+    "output_dir": "hydra.run.dir={}",
+    "resume_from_checkpoint": "resume={}",
+    "random_seed": "seed={}",
+    # data
+    "batch_size": "data.batch_size={}",
+    "micro_batch_size": "data.batch_size={}",
+    "train_batch_size": "data.batch_size={}",
+    "per_device_train_batch_size": "data.batch_size={}",
+    "eval_batch_size": "data.eval_batch_size={}",
+    "per_device_eval_batch_size": "data.eval_batch_size={}",
+    "num_workers": "data.num_workers={}",
+    "dataloader_num_workers": "data.num_workers={}",
+    "group_by_length": "data.group_by_length=true",
+    "packing": "data.packing=true",
+    "dataset": "data={}",
+    "train_dataset": "data={}",
+    "train_file": "data=jsonl data.train={}",
+    "data_path": "data=jsonl data.train={}",
+    "custom_train_dataset_path": "data=jsonl data.train={}",
+    "val_dataset": "data.validation={}",
+    "validation_file": "data.validation={}",
+    "eval_data_path": "data.validation={}",
+    "custom_val_dataset_path": "data.validation={}",
+    "dataset_test_ratio": "data.validation={}",
+    "split_dataset_ratio": "data.validation={}",
+    "dataset_seed": "data.seed={}",
+    "data_seed": "data.seed={}",
+    # model and adapter
+    "model_type": "model={}",
+    "model_id_or_path": "model=qwen_vl_chat model.path={}",
+    "model_name_or_path": "model=qwen_vl_chat model.path={}",
+    "model_path": "model=qwen_vl_chat model.path={}",
+    "checkpoint_path": "model=qwen_vl_chat model.path={}",
+    "model_name": "model={}",
+    "max_length": "model.max_length={}",
+    "max_seq_length": "model.max_length={}",
+    "model_max_length": "model.max_length={}",
+    "torch_dtype": "model.dtype={}",
+    "dtype": "model.dtype={}",
+    "device_map": "model.device_map={}",
+    "truncation_strategy": "model.too_long={}",
+    "sft_type": "adapter={}",
+    "train_type": "adapter={}",
+    "tuner_type": "adapter={}",
+    "use_lora": "adapter=lora",
+    "q_lora": "adapter=qlora",
+    "use_dora": "adapter=dora",
+    "use_rslora": "adapter=rslora",
+    "quantization_bit": "adapter=qlora",
+    "quant_bits": "adapter=qlora",
+    "load_in_4bit": "adapter=qlora",
+    "freeze_vit": "adapter=freeze_vision",
+    "fix_vit": "adapter=freeze_vision",
+    "lora_rank": "adapter.rank={}",
+    "lora_r": "adapter.rank={}",
+    "lora_alpha": "adapter.alpha={}",
+    "lora_dropout": "adapter.dropout={}",
+    "lora_dropout_p": "adapter.dropout={}",
+    "lora_target_modules": "adapter.targets={}",
+    "target_modules": "adapter.targets={}",
+    # answers
+    "max_new_tokens": "generation.max_new_tokens={}",
+    "min_new_tokens": "generation.min_new_tokens={}",
+    "do_sample": "generation.do_sample=true",
+    "temperature": "generation.temperature={}",
+    "top_p": "generation.top_p={}",
+    "top_k": "generation.top_k={}",
+    "num_beams": "generation.num_beams={}",
+    "repetition_penalty": "generation.repetition_penalty={}",
+    "length_penalty": "generation.length_penalty={}",
+}
+# The same for test, predict, chat and export, where it differs.
+ARGUMENTS_WITH_RUN = {
+    "ckpt_dir": "ckpt={}",
+    "ckpt_path": "ckpt={}",
+    "checkpoint": "ckpt={}",
+    "adapters": "ckpt={}",
+    "resume_from_checkpoint": "ckpt={}",
+    "query": "prompt={}",
+    "question": "prompt={}",
+    "images": "image={}",
+    "load_in_4bit": "model.load_in_4bit=true",
+    "quantization_bit": "model.load_in_4bit=true",
+    "dataset": "data={}",
+    "val_dataset": "data=jsonl data.test={}",
+    "test_file": "data=jsonl data.test={}",
+    "custom_val_dataset_path": "data=jsonl data.test={}",
+    "batch_size": "data.eval_batch_size={}",
+}
+EXPORT_ARGUMENTS = {
+    "output_dir": "out={}",
+    "save_path": "out={}",
+    "torch_dtype": "dtype={}",
+}
+# Where a value has another name, too: NAME=VALUE.
+VALUES = {
+    "lora_target_modules=ALL": "adapter=lora_all",
+    "target_modules=ALL": "adapter=lora_all",
+    "lora_target_modules=DEFAULT": "adapter=lora",
+    "truncation_strategy=delete": "model.too_long=drop",
+    "truncation_strategy=left": "model.too_long=truncate_left",
+    "truncation_strategy=raise": "model.too_long=error",
+    "report_to=none": "logger=none",
+}
+FALSE = ("false", "no", "0")
+
+
+def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None:
+    """Returns the arguments that stand for an option of another program.
+
+    None if the option is unknown; "" if it is switched off, which needs no argument.
+
+    >>> translate("train", "num_train_epochs", ["3"])
+    'trainer.max_epochs=3'
+    """
+    trains = command in ("train", "check")
+    name, value = name.replace("-", "_"), value_from(values)
+    arguments = ARGUMENTS if trains else ARGUMENTS | ARGUMENTS_WITH_RUN
+    if command == "export":
+        arguments = arguments | EXPORT_ARGUMENTS
+    if f"{name}={value}" in VALUES:
+        return VALUES[f"{name}={value}"]
+    template = arguments.get(name)
+    if template is None:
+        return None
+    if "{}" not in template and value.lower() in FALSE:
+        return ""
+    if template == "data={}" and re.search(r"\.(jsonl?|csv)\b", value):
+        template = "data=jsonl data.train={}" if trains else "data=jsonl data.test={}"
+    elif template in ("model={}", "data={}", "adapter={}"):
+        value = value.partition("#")[0].replace("-", "_")
+    return template.format(value)
+
+
+def value_from(values: Sequence[str]) -> str:
+    """The values of an option as that of a key: one, a list, or three dots if there is none."""
+    if not values:
+        return "..."
+    value = values[0] if len(values) == 1 else f"[{','.join(values)}]"
+    return shlex.quote(value) if " " in value else value

@@ -1,0 +1,142 @@
+"""Messages for keys and options that do not exist. No process is started."""
+
+import pytest
+from commands import compose_config
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from qwenvl_lit.cli import other_names
+from qwenvl_lit.cli.hints import explain, refuse_options
+from qwenvl_lit.cli.other_names import translate
+from qwenvl_lit.cli.overrides import quote_free_text
+from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.types import DataError
+
+
+def message(*arguments: str, command: str = "train") -> str:
+    """What a user reads who trains with these arguments."""
+    with pytest.raises(ConfigCompositionException) as raised:
+        compose_config(command, *map(quote_free_text, arguments))
+    return explain(command, arguments, raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trainer.max_setps=3"], "; did you mean trainer.max_steps or trainer.max_epochs?"),
+        (["data=jsonl", "data.batchsize=3"], "; did you mean data.batch_size or data.eval_batch"),
+        (["modle=qwen_vl"], "; did you mean model?"),
+        (["seed.x=3"], "; seed is a value and has no keys"),
+        (["paths.folder=x"], "; paths has run, cache"),
+        (["something=3"], "; see python -m qwenvl_lit.train --help"),
+        (["adapter.rank=4"], " with the choices made here; adapter=lora, adapter=lora_official, "),
+        (["answered=x"], "; it is a key of predict"),
+        (
+            ["callbacks=[train,early_stopping]", "callbacks.early_stopping.min_delta=0.01"],
+            "; callbacks.early_stopping has monitor, mode, patience, check_on_train_epoch_end; "
+            "+callbacks.early_stopping.min_delta=... passes a further argument to "
+            "lightning.pytorch.callbacks.EarlyStopping",
+        ),
+        (["learning_rate=1e-4"], "; here it is optim.lr=1e-4"),
+        (["lr=1e-4"], "; here it is optim.lr=1e-4"),
+        (["optim.learning_rate=1e-4"], "; here it is optim.lr=1e-4"),
+        (["optim.lr=1", "epochs=3"], "; here it is trainer.max_epochs=3"),
+        (["batch_size=2"], "; here it is data.batch_size=2"),
+        (["max_length=1024"], "; here it is model.max_length=1024"),
+        (["dataset=coco-en-mini"], "; here it is data=coco_en_mini"),
+    ],
+)
+def test_an_unknown_key_gets_the_key_that_was_meant(arguments, hint):
+    *_, argument = arguments
+    key = argument.partition("=")[0]
+    assert message(*arguments).startswith(f"there is no key {key!r}{hint}")
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "meant"),
+    [
+        ("train", "--learning_rate 1e-4", "optim.lr=1e-4"),
+        ("train", "--learning-rate=1e-4", "optim.lr=1e-4"),
+        ("train", "-lr 1e-4 seed=1", "optim.lr=1e-4"),
+        (
+            "train",
+            "--model_type qwen-vl-chat --dataset coco-en-mini#2000 --num_train_epochs 3",
+            "model=qwen_vl_chat data=coco_en_mini trainer.max_epochs=3",
+        ),
+        ("train", "--dataset a.jsonl#9 b.jsonl", "data=jsonl data.train=[a.jsonl#9,b.jsonl]"),
+        ("train", "--lora_target_modules ALL --lora_rank 4", "adapter=lora_all adapter.rank=4"),
+        ("train", "--bf16 true --fp16 false --seed 3", "trainer.precision=bf16-mixed seed=3"),
+        ("train", "--optim.lr 1e-4 --model qwen_vl", "optim.lr=1e-4 model=qwen_vl"),
+        ("train", "--load_in_4bit", "adapter=qlora"),
+        ("predict", "--load_in_4bit", "model.load_in_4bit=true"),
+        (
+            "predict",
+            "--ckpt_dir out --val_dataset b.jsonl",
+            "ckpt=out data=jsonl data.test=b.jsonl",
+        ),
+        ("test", "--resume_from_checkpoint out", "ckpt=out"),
+        ("chat", "--temperature 0.3 --max_new_tokens", "generation.temperature=0.3 generation.max"),
+        ("export", "--ckpt_dir a --output_dir b", "ckpt=a out=b"),
+    ],
+)
+def test_options_of_other_programs_are_answered_with_the_arguments_here(command, typed, meant):
+    with pytest.raises(DataError, match=r"^arguments are written as key=value") as raised:
+        refuse_options(command, typed.split())
+    text = str(raised.value)
+    assert f" is {meant}" in text
+    assert text.endswith(f" see python -m qwenvl_lit.{command} --help")
+    assert "nothing here stands for" not in text
+
+
+def test_an_option_that_nothing_stands_for_is_named():
+    with pytest.raises(
+        DataError, match=r"--turbo 9 --lr 1 is optim\.lr=1 here; nothing here stand"
+    ):
+        refuse_options("train", ["--turbo", "9", "--lr", "1"])
+
+
+def test_flags_of_hydra_are_no_options_of_other_programs():
+    for arguments in (
+        ["--help"],
+        ["--cfg", "job", "--resolve"],
+        ["-m", "seed=1,2"],
+        ["--multi", "seed=1,2"],
+        ["--config-dir=mine", "--info", "plugins"],
+        ["-cd", "mine", "data.test=-x", "~callbacks.samples"],
+    ):
+        refuse_options("train", arguments)
+
+
+def all_arguments() -> list[str]:
+    """Each key or choice that a message may name."""
+    templates = [
+        *other_names.ARGUMENTS.values(),
+        *other_names.ARGUMENTS_WITH_RUN.values(),
+        *other_names.EXPORT_ARGUMENTS.values(),
+        *other_names.VALUES.values(),
+    ]
+    return sorted({argument for template in templates for argument in template.split()})
+
+
+def test_every_argument_that_a_message_names_exists():
+    folder = config_folder()
+    # Chat and export have few keys of their own; the others are in one of these configs.
+    configs = [
+        compose_config("train", "model=qwen_vl_chat", "data=jsonl", "strategy=multi_node"),
+        OmegaConf.load(folder / "predict.yaml"),
+        OmegaConf.load(folder / "export.yaml"),
+    ]
+    for argument in all_arguments():
+        key, _, value = argument.partition("=")
+        if (folder / key).is_dir():
+            assert value == "{}" or (folder / key / f"{value}.yaml").exists(), argument
+            continue
+        found = [OmegaConf.select(config, key, default="absent") for config in configs]
+        in_mapping = key.startswith(("optim.component_lr.", "hydra."))
+        assert in_mapping or set(map(str, found)) != {"absent"}, argument
+
+
+def test_a_name_without_a_counterpart_is_not_translated():
+    assert translate("train", "turbo", ["3"]) is None
+    assert translate("train", "lr") == "optim.lr=..."
+    assert translate("predict", "query", ["What is it?"]) == "prompt='What is it?'"
