@@ -6,7 +6,6 @@ Hydra stops here: the modules below take plain values.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import sys
@@ -37,6 +36,7 @@ from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import FeatureSource, Processor
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
+from qwenvl_lit.settings import check_seed, check_settings
 from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.strategies import DeviceMapStrategy
@@ -205,7 +205,7 @@ def trainer(
             "there is no GPU: strategy=auto uses what there is; "
             "strategy=ddp_cpu and strategy=fsdp_cpu run distributed code on the CPU"
         )
-    _check_trainer(config.trainer)
+    check_settings("trainer", config.trainer)
     make_trainer = _instantiate(config.trainer)
     options: dict[str, Any] = {}
     if config.model.get("device_map"):
@@ -227,32 +227,6 @@ def trainer(
         )
     except REFUSALS as error:
         raise ValueError(f"{_refused_keys(config.trainer, error)}: {_first_line(error)}") from error
-
-
-def _check_trainer(settings: DictConfig) -> None:
-    for name in ("max_steps", "max_epochs"):
-        value = settings.get(name)
-        optional = name == "max_epochs"
-        check_number(f"trainer.{name}", value, least=-1, whole=True, optional=optional)
-        if value == 0:
-            raise ValueError(f"trainer.{name} must be 1 or more, or -1 for no limit, got 0")
-    # None lets Lightning decide.
-    for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
-        check_number(f"trainer.{name}", settings.get(name), least=1, whole=True, optional=True)
-    sanity_steps = settings.get("num_sanity_val_steps")
-    check_number("trainer.num_sanity_val_steps", sanity_steps, least=-1, whole=True, optional=True)
-    clip = settings.get("gradient_clip_val")
-    check_number("trainer.gradient_clip_val", clip, least=0, optional=True)
-    for name, value in settings.items():
-        # An int is a number of batches, a float a share of them, and text a time.
-        if name.startswith("limit_") or name in ("overfit_batches", "val_check_interval"):
-            most = 1 if isinstance(value, float) else math.inf
-            if name != "val_check_interval":
-                check_number(f"trainer.{name}", value, least=0, most=most, optional=True)
-            elif not isinstance(value, str):
-                check_number(f"trainer.{name}", value, above=0, most=most, optional=True)
-    if settings.get("limit_train_batches") == 0:
-        raise ValueError("trainer.limit_train_batches must be above 0, or null, got 0")
 
 
 def _refused_keys(settings: DictConfig, error: Exception) -> str:
@@ -278,7 +252,7 @@ def start(config: DictConfig) -> None:
     Raises:
         ValueError: the seed is none.
     """
-    check_number("seed", config.seed, least=0, most=2**32 - 1, whole=True)
+    check_seed(config.seed)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.get("deterministic"):
         # cuBLAS reads it when it is first used; torch refuses to be deterministic without it

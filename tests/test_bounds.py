@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from copy import deepcopy
 
 import pytest
@@ -12,7 +13,9 @@ from omegaconf import OmegaConf
 from qwenvl_lit import build
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.cli.command import _is_a_mistake as is_a_mistake
+from qwenvl_lit.cli.early_checks import check_values
 from qwenvl_lit.cli.memory_check import check_memory
+from qwenvl_lit.settings import CHECKS
 from qwenvl_lit.types import DataError
 
 ODD_VALUES = {
@@ -141,6 +144,39 @@ def test_bounds_are_stated_as_they_are_checked():
             check_number("a", value, above=0, below=1)
     with pytest.raises(ValueError, match=r"a must be a whole number, or null, got 1\.0"):
         check_number("a", 1.0, whole=True, optional=True)
+
+
+def early_keys() -> list[str]:
+    """Keys of `ODD_VALUES` that need no torch to be checked."""
+    keys = []
+    for key in ODD_VALUES:
+        group, _, name = key.partition(".")
+        if name.partition(".")[0] in CHECKS.get(group, ()):
+            keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("key", ["seed", *early_keys()])
+def test_an_odd_value_is_refused_before_torch_is_imported(key, config):
+    changed = deepcopy(config)
+    [override] = OverridesParser.create().parse_overrides([f"{key}={ODD_VALUES[key][0]}"])
+    OmegaConf.update(changed, key, override.value())
+    with pytest.raises(ValueError, match=f"^{re.escape(key)}"):
+        check_values(changed)
+
+
+def test_settings_of_classes_of_the_user_are_their_own(config):
+    changed = deepcopy(config)
+    changed.optim = {"_target_": "mine.Lion", "lr": "auto"}
+    check_values(changed)
+
+
+def test_every_check_is_for_a_key_of_the_package():
+    config = compose_config("train", "data=jsonl", "adapter=lora", "optim=adamw")
+    absent = []
+    for group, checks in CHECKS.items():
+        absent += [f"{group}.{name}" for name in checks if name not in config[group]]
+    assert absent == ["data.order", "data.generated_validation_rows"]  # of other datasets
 
 
 def test_a_key_that_a_class_does_not_take_is_named():

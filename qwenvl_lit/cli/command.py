@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
-from qwenvl_lit.cli.early_checks import check_packages
+from qwenvl_lit.cli.early_checks import check_packages, check_values
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
 from qwenvl_lit.cli.hints import explain, refuse_options
 from qwenvl_lit.cli.mixture import keep_expanded_datasets
@@ -195,6 +195,7 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
     try:
         keep_expanded_datasets(config)
         config = resumed(config) if "resume" in config else config
+        check_values(config)
         check_packages(config)
         main(config)
     except DataError as error:

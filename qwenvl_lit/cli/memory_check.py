@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 
-from qwenvl_lit.bounds import check_bool, check_number
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.settings import check_settings
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.memory import (
     GIB,
@@ -72,10 +72,7 @@ def check_memory(
             only triggers a warning.
     """
     row = {name: config.memory[name] for name in ("tokens", "images", "targets")}
-    check_number("memory.tokens", row["tokens"], least=1, whole=True)
-    check_number("memory.images", row["images"], least=0, whole=True)
-    check_number("memory.targets", row["targets"], least=1, whole=True)
-    check_bool("memory.check", config.memory.check)
+    check_settings("memory", config.memory)
     rows = data.batch_size
     if data.max_tokens is not None:
         rows = max(1, data.max_tokens // row["tokens"])

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from qwenvl_lit.bounds import check_bool, check_number
 from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import (
@@ -27,6 +26,7 @@ from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
 from qwenvl_lit.data.survey import available_cores, prompt_lengths
+from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import Batch, DataError
 
 if TYPE_CHECKING:
@@ -86,19 +86,20 @@ class DataModule(lightning.LightningDataModule):
         **dataset: Any,
     ):
         super().__init__()
-        _check_choice("order", order, ("mixed", "staged"))
-        _check_choice("on_bad_image", on_bad_image, ("error", "drop"))
-        check_number("data.batch_size", batch_size, least=1, whole=True)
-        check_number("data.eval_batch_size", eval_batch_size, least=1, whole=True)
-        check_number("data.max_tokens", max_tokens, least=1, whole=True, optional=True)
-        check_number("data.max_bad_fraction", max_bad_fraction, least=0, most=1)
-        check_number(
-            "data.generated_validation_rows", generated_validation_rows, least=0, whole=True
-        )
-        check_number("data.num_workers", num_workers, least=0, most=1024, whole=True)
-        check_number("data.seed", seed, least=0, whole=True)
-        check_bool("data.packing", packing)
-        check_bool("data.group_by_length", group_by_length)
+        settings = {
+            "order": order,
+            "on_bad_image": on_bad_image,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_tokens": max_tokens,
+            "max_bad_fraction": max_bad_fraction,
+            "generated_validation_rows": generated_validation_rows,
+            "num_workers": num_workers,
+            "seed": seed,
+            "packing": packing,
+            "group_by_length": group_by_length,
+        }
+        check_settings("data", settings)
         if packing:
             _check_packing(processor, max_tokens)
         if datasets is not None and dataset:
@@ -420,11 +421,6 @@ class DataModule(lightning.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"data.{name} must be {' or '.join(choices)}, got {value!r}")
 
 
 def _check_packing(processor: Processor, max_tokens: int | None) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from qwenvl_lit.bounds import check_bool, check_number
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.generation.sampling import NextToken, Stops
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.models.qwen_vl.decoder import Decoder, decoder_of, release
+from qwenvl_lit.settings import check_settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,31 +38,9 @@ class Generation:
     compile: Literal["auto"] | bool = "auto"
 
     def __post_init__(self):
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f"generation.compile is auto, true or false, got {self.compile!r}")
-        check_bool("generation.do_sample", self.do_sample)
-        check_number("generation.max_new_tokens", self.max_new_tokens, least=1, whole=True)
-        check_number(
-            "generation.min_new_tokens",
-            self.min_new_tokens,
-            least=0,
-            most=self.max_new_tokens,
-            whole=True,
-        )
-        if self.temperature == 0:
-            raise ValueError(
-                "generation.temperature must be above 0, got 0; "
-                "for greedy decoding: generation.do_sample=false"
-            )
-        check_number("generation.temperature", self.temperature, above=0)
-        check_number("generation.top_p", self.top_p, above=0, most=1)
-        check_number("generation.top_k", self.top_k, least=0, whole=True)
-        check_number("generation.num_beams", self.num_beams, least=1, whole=True)
-        check_number("generation.length_penalty", self.length_penalty)
-        check_number("generation.repetition_penalty", self.repetition_penalty, above=0)
-        check_number(
-            "generation.seed", self.seed, least=0, most=2**63 - 1, whole=True, optional=True
-        )
+        check_settings("generation", {name: getattr(self, name) for name in self.__slots__})
+        most = self.max_new_tokens
+        check_number("generation.min_new_tokens", self.min_new_tokens, most=most)
 
     def __call__(
         self,

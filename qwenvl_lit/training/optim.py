@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,10 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import component_of_tensor
+from qwenvl_lit.settings import Rounding, Schedule, check_settings
 
-Schedule = Literal["cosine", "linear", "constant_with_warmup"]
 CHUNK = 2**24  # elements that a stochastically rounded step updates at once: 0.6 GiB of float32
 
 
@@ -43,24 +42,20 @@ class AdamW:
         weight_decay: float = 0.1,
         warmup: float = 0.05,
         schedule: Schedule = "cosine",
-        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        rounding: Rounding = "stochastic",
         seed: int = 0,
     ):
-        if rounding not in ("stochastic", "nearest"):
-            raise ValueError(f"optim.rounding must be stochastic or nearest, got {rounding!r}")
-        if schedule not in get_args(Schedule):
-            choices = ", ".join(get_args(Schedule))
-            raise ValueError(f"optim.schedule must be one of {choices}, got {schedule!r}")
-        check_number("optim.lr", lr, least=0)
-        for component, peak in dict(component_lr or {}).items():
-            check_number(f"optim.component_lr.{component}", peak, least=0)
-        if not isinstance(betas, list | tuple) or len(betas) != 2:
-            raise ValueError(f"optim.betas must be two numbers, got {betas!r:.100}")
-        for number, beta in enumerate(betas):
-            check_number(f"optim.betas[{number}]", beta, least=0, below=1)
-        check_number("optim.eps", eps, least=0)
-        check_number("optim.weight_decay", weight_decay, least=0)
-        check_number("optim.warmup", warmup, least=0)
+        settings = {
+            "lr": lr,
+            "component_lr": component_lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "warmup": warmup,
+            "schedule": schedule,
+            "rounding": rounding,
+        }
+        check_settings("optim", settings)
         self.lr = lr
         self.component_lr = dict(component_lr or {})
         self.betas = (betas[0], betas[1])

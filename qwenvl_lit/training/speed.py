@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import blocks_of, network_of, replace_method
 from qwenvl_lit.models.dynamo import CompileError, allow_recompilations, mark_dynamic
+from qwenvl_lit.settings import Checkpointing, check_settings
 from qwenvl_lit.training.float8 import to_float8
 from qwenvl_lit.training.memory import available_gpu_memory, blocks_to_checkpoint, training_inputs
 from qwenvl_lit.training.strategies import sharding_of
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
     from qwenvl_lit.training.adapters.methods import Adapter
 
-Checkpointing = Literal["auto", "none", "full"]
 # compile="auto" compiles from this many parameters and training batches on: it costs about 30 s
 COMPILE_FROM_PARAMETERS = 1e9
 COMPILE_FROM_BATCHES = 300
@@ -66,15 +65,18 @@ class Speed:
         vision_cache: bool = False,
         vision_cache_gb: float = 100.0,
     ):
-        _check_choice("compile", compile, ("auto", True, False))
-        _check_choice("float8", float8, (True, False))
-        _check_choice("vision_cache", vision_cache, (True, False))
-        _check_choice("checkpointing", checkpointing, get_args(Checkpointing))
+        settings = {
+            "compile": compile,
+            "checkpointing": checkpointing,
+            "float8": float8,
+            "vision_cache": vision_cache,
+            "vision_cache_gb": vision_cache_gb,
+        }
+        check_settings("speed", settings)
         self.compile = compile
         self.checkpointing = checkpointing
         self.float8 = float8
         self.vision_cache = vision_cache
-        check_number("speed.vision_cache_gb", vision_cache_gb, above=0)
         self.vision_cache_gb = vision_cache_gb
         self.compiled = False  # set by `apply`: whether the blocks were compiled
 
@@ -157,12 +159,6 @@ class Speed:
                 rows,
                 tokens,
             )
-
-
-def _check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
-    if value not in choices:
-        allowed = ", ".join(map(str, choices)).lower()
-        raise ValueError(f"speed.{name} must be one of {allowed}, got {value!r}")
 
 
 def checkpoint_blocks(model: nn.Module, names: Collection[str] | None = None) -> None:

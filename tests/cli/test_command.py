@@ -73,6 +73,24 @@ def test_a_refused_command_leaves_no_run_folder(arguments, message, tmp_path):
     assert list((tmp_path / "outputs").glob("*/*")) == []
 
 
+@pytest.mark.parametrize(
+    "arguments", [["speed.checkpointing=some"], ["trainer.max_setps=3"], ["--learning_rate", "1"]]
+)
+def test_a_mistake_on_the_command_line_is_found_before_torch_is_imported(arguments, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "qwenvl_lit.train", *arguments],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    lines = process.stderr.splitlines()
+    modules = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "hydra" in modules
+    assert not modules & {"torch", "lightning", "transformers"}
+
+
 def test_a_refused_command_leaves_other_files_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
-from qwenvl_lit.bounds import check_number
+from qwenvl_lit.settings import check_settings
 from qwenvl_lit.value_types import brief, matches, type_name
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ class LoRA:
         options: Mapping[str, Any] | None = None,
         quantization: Mapping[str, Any] | None = None,
     ):
-        check_number("adapter.rank", rank, least=1, most=1_000_000, whole=True)
-        check_number("adapter.alpha", alpha, least=0)
-        check_number("adapter.dropout", dropout, least=0, below=1)
+        check_settings("adapter", {"rank": rank, "alpha": alpha, "dropout": dropout})
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout

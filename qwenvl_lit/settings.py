@@ -1,0 +1,170 @@
+"""The values that keys of a config may have.
+
+The classes that a config group configures check their arguments here. A command checks its whole
+config here, too, before it imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
+
+from qwenvl_lit.bounds import check_bool, check_number
+
+Checkpointing = Literal["auto", "none", "full"]
+Rounding = Literal["stochastic", "nearest"]
+Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+
+
+def check_choice(key: str, value: object, *, choices: tuple[object, ...]) -> None:
+    """Raises an error unless `value` is one of `choices`.
+
+    Raises:
+        ValueError: names the key, the choices and the value.
+    """
+    if value not in choices:
+        allowed = ", ".join(map(str, choices)).lower()
+        raise ValueError(f"{key} must be one of {allowed}, got {value!r:.100}")
+
+
+def _check_betas(key: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{key} must be two numbers, got {value!r:.100}")
+    for index, beta in enumerate(value):
+        check_number(f"{key}[{index}]", beta, least=0, below=1)
+
+
+def _check_component_lr(key: str, value: Any) -> None:
+    for component, peak in dict(value or {}).items():
+        check_number(f"{key}.{component}", peak, least=0)
+
+
+def _check_temperature(key: str, value: Any) -> None:
+    if value == 0:
+        raise ValueError(
+            f"{key} must be above 0, got 0; for greedy decoding: generation.do_sample=false"
+        )
+    check_number(key, value, above=0)
+
+
+def _check_limit(key: str, value: Any, *, optional: bool) -> None:
+    check_number(key, value, least=-1, whole=True, optional=optional)
+    if value == 0:
+        raise ValueError(f"{key} must be 1 or more, or -1 for no limit, got 0")
+
+
+def _check_batches(key: str, value: Any, *, zero: bool = True) -> None:
+    """Checks a number of batches (int), or a share of them (float)."""
+    most = 1 if isinstance(value, float) else math.inf
+    if zero:
+        check_number(key, value, least=0, most=most, optional=True)
+    else:
+        check_number(key, value, above=0, most=most, optional=True)
+
+
+def _check_interval(key: str, value: Any) -> None:
+    if not isinstance(value, str):  # text is a time, which Lightning reads
+        _check_batches(key, value, zero=False)
+
+
+_auto_or_bool = partial(check_choice, choices=("auto", True, False))
+_share = partial(check_number, least=0, most=1)
+_not_negative = partial(check_number, least=0)
+_positive = partial(check_number, above=0)
+_count = partial(check_number, least=0, whole=True)
+_positive_count = partial(check_number, least=1, whole=True)
+_optional_count = partial(check_number, least=1, whole=True, optional=True)
+
+CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group and key
+    "adapter": {
+        "rank": partial(check_number, least=1, most=1_000_000, whole=True),
+        "alpha": _not_negative,
+        "dropout": partial(check_number, least=0, below=1),
+    },
+    "data": {
+        "order": partial(check_choice, choices=("mixed", "staged")),
+        "on_bad_image": partial(check_choice, choices=("error", "drop")),
+        "batch_size": _positive_count,
+        "eval_batch_size": _positive_count,
+        "max_tokens": _optional_count,
+        "max_bad_fraction": _share,
+        "generated_validation_rows": _count,
+        "num_workers": partial(check_number, least=0, most=1024, whole=True),
+        "seed": _count,
+        "packing": check_bool,
+        "group_by_length": check_bool,
+    },
+    "generation": {
+        "compile": _auto_or_bool,
+        "do_sample": check_bool,
+        "max_new_tokens": _positive_count,
+        "min_new_tokens": _count,
+        "temperature": _check_temperature,
+        "top_p": partial(check_number, above=0, most=1),
+        "top_k": _count,
+        "num_beams": _positive_count,
+        "length_penalty": check_number,
+        "repetition_penalty": _positive,
+        "seed": partial(check_number, least=0, most=2**63 - 1, whole=True, optional=True),
+    },
+    "memory": {
+        "tokens": _positive_count,
+        "images": _count,
+        "targets": _positive_count,
+        "check": check_bool,
+    },
+    "optim": {
+        "lr": _not_negative,
+        "component_lr": _check_component_lr,
+        "betas": _check_betas,
+        "eps": _not_negative,
+        "weight_decay": _not_negative,
+        "warmup": _not_negative,
+        "schedule": partial(check_choice, choices=get_args(Schedule)),
+        "rounding": partial(check_choice, choices=get_args(Rounding)),
+    },
+    "speed": {
+        "compile": _auto_or_bool,
+        "checkpointing": partial(check_choice, choices=get_args(Checkpointing)),
+        "float8": check_bool,
+        "vision_cache": check_bool,
+        "vision_cache_gb": _positive,
+    },
+    "trainer": {
+        "max_steps": partial(_check_limit, optional=False),
+        "max_epochs": partial(_check_limit, optional=True),
+        "accumulate_grad_batches": _optional_count,
+        "log_every_n_steps": _optional_count,
+        "check_val_every_n_epoch": _optional_count,
+        "num_sanity_val_steps": partial(check_number, least=-1, whole=True, optional=True),
+        "gradient_clip_val": partial(check_number, least=0, optional=True),
+        "limit_train_batches": partial(_check_batches, zero=False),
+        "limit_val_batches": _check_batches,
+        "limit_test_batches": _check_batches,
+        "limit_predict_batches": _check_batches,
+        "overfit_batches": _check_batches,
+        "val_check_interval": _check_interval,
+    },
+}
+
+
+def check_seed(seed: Any) -> None:
+    """Raises a ValueError unless `seed` may seed all random generators."""
+    check_number("seed", seed, least=0, most=2**32 - 1, whole=True)
+
+
+def check_settings(group: str, settings: Mapping[str, Any]) -> None:
+    """Checks the settings of a config group that `CHECKS` lists.
+
+    Raises:
+        ValueError: names the key, what it may be and what it is.
+
+    >>> check_settings("speed", {"checkpointing": "some"})
+    Traceback (most recent call last):
+    ValueError: speed.checkpointing must be one of auto, none, full, got 'some'
+    """
+    for name, check in CHECKS[group].items():
+        if name in settings:
+            check(f"{group}.{name}", settings[name])
