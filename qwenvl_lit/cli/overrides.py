@@ -36,7 +36,7 @@ TEXT = re.compile(r"prompt|system|data\.(?:datasets\.[^.]+\.)?prompt")
 FREE_MAPPINGS = ("adapter.options", "data.path_map", "optim.component_lr")
 # Keys that the stored model config of a run may lack.
 OPTIONAL_MODEL_KEYS = ("model.load_in_4bit", "model.device_map", "model.max_memory")
-HELP_FLAGS = {"--help", "-h", "--hydra-help", "--info"}
+HELP_FLAGS = {"--help", "-h", "--hydra-help", "--info", "--shell-completion", "-sc"}
 INFO_FLAGS = HELP_FLAGS | {"-i", "--cfg", "-c"}  # with these a command only prints
 FLAGS = (  # all flags of Hydra
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p"),

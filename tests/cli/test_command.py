@@ -130,24 +130,6 @@ def test_help_ends_quietly_when_its_pipe_is_closed(tmp_path):
     assert process.returncode == 1
 
 
-def run_package(tmp_path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qwenvl_lit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-
-def test_the_package_lists_its_commands(tmp_path):
-    process = run_package(tmp_path)
-    first_line = "python -m qwenvl_lit.train    Fine-tune a model on a dataset.\n"
-    assert process.returncode == 0
-    assert process.stdout.startswith(first_line)
-
-
-def test_a_command_given_to_the_package_is_refused(tmp_path):
-    process = run_package(tmp_path, "train")
-    message = "error: there is no command 'train' here; a dot comes before it, as above\n"
-    assert (process.returncode, process.stderr) == (1, message)
-
-
 def test_help_begins_with_the_keys_of_the_command_and_their_comments(tmp_path):
     for command, key in (
         ("chat", "multiline: false  # true: a question"),
