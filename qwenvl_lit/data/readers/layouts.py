@@ -6,20 +6,33 @@ too.
 
 from __future__ import annotations
 
-import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any
 
-from qwenvl_lit.data.readers.files import list_names, parse_json
+from qwenvl_lit.data.readers.drafts import (
+    Draft,
+    DraftPart,
+    DraftTurn,
+    ImageReference,
+    Placeholder,
+)
+from qwenvl_lit.data.readers.files import list_names
+from qwenvl_lit.data.readers.keys import (
+    Row,
+    image_of,
+    images_of,
+    list_of,
+    objects_of,
+    short,
+    system_turns,
+    text_of,
+)
 from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
 from qwenvl_lit.types import DataError, Role
 
-Row = Mapping[str, Any]
 ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
@@ -27,42 +40,6 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ImageReference:
-    """An image by its path, its web address or its content in base64."""
-
-    address: str
-
-
-class Placeholder(Enum):
-    """Stands for the next entry of one of the row's lists. Its value is the tag in text."""
-
-    IMAGE = "<image>"  # the next of `Draft.images`
-    LABEL = "<ref-object>"  # the label of the next of `Draft.objects`
-    BOXES = "<bbox>"  # the boxes of the next of `Draft.objects`, counted apart from the labels
-
-
-DraftPart = str | ImageReference | Placeholder
-DraftTurn = tuple[Role, Sequence[DraftPart]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
-    """The content of a row after its keys were read.
-
-    Its text, images and objects are not yet parsed.
-
-    Text is the user's own: it may still hold tags (`<img>path</img>` and those of `Placeholder`)
-    and the markup of objects.
-    """
-
-    turns: Sequence[DraftTurn]
-    images: Sequence[str] = ()  # addresses, for `Placeholder.IMAGE`
-    objects: Sequence[Any] = ()  # as written in the row, for `Placeholder.LABEL` and `BOXES`
-    references: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,22 +118,22 @@ def id_of(row: Row) -> str | None:
     if row_id is None:
         return None
     if not isinstance(row_id, str | int | float) or isinstance(row_id, bool):
-        raise DataError(f"an id must be text or a number, got {_short(row_id)}")
+        raise DataError(f"an id must be text or a number, got {short(row_id)}")
     return str(row_id)
 
 
 def _conversations(row: Row, prompt: str | None) -> Draft:
     """Reads ShareGPT's layout, in which Qwen-VL's own training data are written."""
-    return _chat(row, _list(row, "conversations"))
+    return _chat(row, list_of(row, "conversations"))
 
 
 def _messages(row: Row, prompt: str | None) -> Draft:
     """Reads the messages of OpenAI's chat API."""
-    return _chat(row, _list(row, "messages"))
+    return _chat(row, list_of(row, "messages"))
 
 
 def _chat(row: Row, entries: Sequence[Any]) -> Draft:
-    turns = _system(row)
+    turns = system_turns(row)
     for number, entry in enumerate(entries, 1):
         role = content = None
         if isinstance(entry, dict):
@@ -165,11 +142,11 @@ def _chat(row: Row, entries: Sequence[Any]) -> Draft:
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
             raise DataError(
                 f'turn {number} must be {{"from": one of {", ".join(ROLES)}, "value": text}}, or '
-                f'the same with "role" and "content", got {_short(entry)}'
+                f'the same with "role" and "content", got {short(entry)}'
             )
         parts = [content] if isinstance(content, str) else _content(number, content)
         turns.append((ROLES[role], parts))
-    return Draft(turns=turns, images=_images(row), objects=_objects(row))
+    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
 
 def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
@@ -188,26 +165,26 @@ def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
                 | {"type": "image", "path": image}
                 | {"type": "image", "url": image}
             ):
-                parts.append(_image(image))
+                parts.append(image_of(image))
             case {"type": "image"}:
                 parts.append(Placeholder.IMAGE)
             # The next two are accepted by `from_list_format` of Qwen-VL's own tokenizer.
             case {"text": str(text), **others} if not others:
                 parts.append(text)
             case {"image": image, **others} if not others:
-                parts.append(_image(image))
+                parts.append(image_of(image))
             case _:
                 raise DataError(
                     f'turn {number}: an item of the content must be {{"type": "text", "text": ...}}'
                     f', {{"type": "image", "image": path}} or '
-                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {_short(item)}'
+                    f'{{"type": "image_url", "image_url": {{"url": ...}}}}, got {short(item)}'
                 )
     return parts
 
 
 def _pairs(row: Row, prompt: str | None) -> Draft:
-    turns = _system(row)
-    pairs = _list(row, "conversation")
+    turns = system_turns(row)
+    pairs = list_of(row, "conversation")
     for number, pair in enumerate(pairs, 1):
         match pair:
             case {"human": str(question), "assistant": str(answer)}:
@@ -217,38 +194,38 @@ def _pairs(row: Row, prompt: str | None) -> Draft:
             case _:
                 raise DataError(
                     f'`conversation` must be a list of {{"human": text, "assistant": text}}, got '
-                    f"{_short(pair)} as number {number}"
+                    f"{short(pair)} as number {number}"
                 )
-    return Draft(turns=turns, images=_images(row), objects=_objects(row))
+    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
 
 def _query(row: Row, prompt: str | None) -> Draft:
     """Reads ms-swift's layout."""
-    return _question_after_history(row, _text(row, "query"), "response")
+    return _question_after_history(row, text_of(row, "query"), "response")
 
 
 def _instruction(row: Row, prompt: str | None) -> Draft:
     """Reads Alpaca's layout."""
-    question = _text(row, "instruction")
+    question = text_of(row, "instruction")
     if row.get("input") not in (None, ""):
-        question += "\n" + _text(row, "input")
+        question += "\n" + text_of(row, "input")
     return _question_after_history(row, question, "output")
 
 
 def _question_after_history(row: Row, question: str, answer_key: str) -> Draft:
-    turns = _system(row)
-    for pair in _list(row, "history"):
+    turns = system_turns(row)
+    for pair in list_of(row, "history"):
         match pair:
             case [str(earlier_question), str(earlier_answer)]:
                 turns += [("user", [earlier_question]), ("assistant", [earlier_answer])]
             case _:
                 raise DataError(
-                    f"`history` must be a list of [question, answer], got {_short(pair)} in it"
+                    f"`history` must be a list of [question, answer], got {short(pair)} in it"
                 )
     turns.append(("user", [question]))
     if row.get(answer_key) is not None:
-        turns.append(("assistant", [_text(row, answer_key)]))
-    return Draft(turns=turns, images=_images(row), objects=_objects(row))
+        turns.append(("assistant", [text_of(row, answer_key)]))
+    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
 
 def _plain_text(key: str, row: Row, prompt: str | None) -> Draft:
@@ -257,8 +234,8 @@ def _plain_text(key: str, row: Row, prompt: str | None) -> Draft:
     In the raw template of the base model the question then leaves no tokens, and all of the text is
     supervised.
     """
-    turns = [*_system(row), ("user", []), ("assistant", [_text(row, key)])]
-    return Draft(turns=turns, images=_images(row), objects=_objects(row))
+    turns = [*system_turns(row), ("user", []), ("assistant", [text_of(row, key)])]
+    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
 
 def _vqa(row: Row, prompt: str | None) -> Draft:
@@ -267,7 +244,7 @@ def _vqa(row: Row, prompt: str | None) -> Draft:
         return _choice(row, prompt)
     answers = _answers(row)
     question = fill_prompt(
-        prompt or VQA_PROMPT, image=_image(row["image"]), question=_text(row, "question")
+        prompt or VQA_PROMPT, image=image_of(row["image"]), question=text_of(row, "question")
     )
     turns: list[DraftTurn] = [("user", question)]
     if answers:
@@ -280,7 +257,7 @@ def _answers(row: Row) -> tuple[str, ...]:
     """Returns `answers`, or `answer`, which may be one answer or a list of them."""
     given = row.get("answer")
     if row.get("answers") is not None:
-        given = _list(row, "answers")
+        given = list_of(row, "answers")
     elif not isinstance(given, list):
         given = [given]
     answers = []
@@ -290,7 +267,7 @@ def _answers(row: Row) -> tuple[str, ...]:
         elif answer is not None:
             answers.append(answer)
     if not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"answers must be text, got {_short(answers)}")
+        raise DataError(f"answers must be text, got {short(answers)}")
     return tuple(answers)
 
 
@@ -299,19 +276,19 @@ def _choice(row: Row, prompt: str | None) -> Draft:
 
     `answer` is the index of the right choice, counted from 0.
     """
-    choices = _list(row, "choices")
+    choices = list_of(row, "choices")
     all_texts = all(isinstance(choice, str) for choice in choices)
     if not 2 <= len(choices) <= len(LETTERS) or not all_texts:
         raise DataError(
-            f"`choices` must be a list of 2 to {len(LETTERS)} texts, got {_short(choices)}"
+            f"`choices` must be a list of 2 to {len(LETTERS)} texts, got {short(choices)}"
         )
     letters = LETTERS[: len(choices)]
     options = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
     question = fill_prompt(
         prompt or CHOICE_PROMPT,
-        image=_image(row["image"]),
+        image=image_of(row["image"]),
         hint=str(row.get("hint") or "N/A"),
-        question=_text(row, "question"),
+        question=text_of(row, "question"),
         options="\n".join(options),
     )
     turns: list[DraftTurn] = [("user", question)]
@@ -320,7 +297,7 @@ def _choice(row: Row, prompt: str | None) -> Draft:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
             raise DataError(
                 f"`answer` must be the index of the right choice, 0 to {len(choices) - 1}, got "
-                f"{_short(index)}"
+                f"{short(index)}"
             )
         turns.append(("assistant", [letters[index]]))
     return Draft(turns=turns, options=tuple(letters))
@@ -328,8 +305,8 @@ def _choice(row: Row, prompt: str | None) -> Draft:
 
 def _referring(row: Row, prompt: str | None) -> Draft:
     """Reads a row of Qwen-VL's evaluation files for RefCOCO. The box is in pixels."""
-    image = _image(row["image"])
-    return referring_draft(image, _text(row, "sent"), row["bbox"], prompt)
+    image = image_of(row["image"])
+    return referring_draft(image, text_of(row, "sent"), row["bbox"], prompt)
 
 
 def referring_draft(image: ImageReference, phrase: str, bbox: Any, prompt: str | None) -> Draft:
@@ -365,63 +342,3 @@ TEXT_LAYOUTS = (
     Layout("text", ("text",), ("system", *_IMAGES), partial(_plain_text, "text")),
     Layout("response", ("response",), ("system", *_IMAGES), partial(_plain_text, "response")),
 )
-
-
-def _text(row: Row, key: str) -> str:
-    if not isinstance(row[key], str):
-        raise DataError(f"`{key}` must be text, got {_short(row[key])}")
-    return row[key]
-
-
-def _list(row: Row, key: str) -> list:
-    """Returns a list, which may be written as JSON text, as in a cell of a csv file."""
-    value = row.get(key)
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise DataError(
-                f"`{key}` must be a list, or a list as JSON text; it is not JSON: {error}"
-            ) from None
-    if value is not None and not isinstance(value, list):
-        raise DataError(f"`{key}` must be a list, got {_short(value)}")
-    return value or []
-
-
-def _system(row: Row) -> list[DraftTurn]:
-    if row.get("system") is None:
-        return []
-    return [("system", [_text(row, "system")])]
-
-
-def _objects(row: Row) -> list:
-    return _list(row, "objects")
-
-
-def _images(row: Row) -> list[str]:
-    """Returns the addresses in `image` or `images`: one, a list of them, or either as JSON text."""
-    image, images = row.get("image"), row.get("images")
-    if image is not None and images is not None:
-        raise DataError("give either `image` or `images`, not both")
-    if image is not None:
-        images = image
-    elif images is None:
-        images = []
-    if isinstance(images, str) and images.lstrip().startswith(("[", "{")):
-        with suppress(ValueError):  # it may also be a path that begins with a bracket
-            images = parse_json(images)
-    if not isinstance(images, list):
-        images = [images]
-    return [_image(image).address for image in images]
-
-
-def _image(image: Any) -> ImageReference:
-    match image:
-        case str(address) | {"path": str(address)} | {"url": str(address)}:
-            return ImageReference(address)
-    raise DataError(f"an image must be a path, an address or base64 text, got {_short(image)}")
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
-_short = _REPR.repr  # shortens long values and stops at a depth

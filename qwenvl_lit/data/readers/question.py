@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from qwenvl_lit.data.readers.layouts import Placeholder
-from qwenvl_lit.data.readers.rows import ReadOptions, image_from, split_at_tags
+from qwenvl_lit.data.readers.drafts import Placeholder
+from qwenvl_lit.data.readers.markup import split_at_tags
+from qwenvl_lit.data.readers.rows import ReadOptions, image_from
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import (
     QUESTION_ID,

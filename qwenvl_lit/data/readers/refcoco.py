@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qwenvl_lit.data.readers.coco import check_texts, only, read_json
+from qwenvl_lit.data.readers.drafts import ImageReference
 from qwenvl_lit.data.readers.files import check_is_file
-from qwenvl_lit.data.readers.layouts import ImageReference, referring_draft
+from qwenvl_lit.data.readers.layouts import referring_draft
 from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, conversation_from
 from qwenvl_lit.data.readers.sources import open_source, read_rows

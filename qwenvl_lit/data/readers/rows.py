@@ -7,26 +7,30 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
-from qwenvl_lit.data.readers.boxes import FRAME_LIMITS, BoxReader, OnBadBox
-from qwenvl_lit.data.readers.layouts import Draft, DraftPart, ImageReference, Placeholder
+from qwenvl_lit.data.readers.boxes import BoxReader, OnBadBox
+from qwenvl_lit.data.readers.drafts import Draft
+from qwenvl_lit.data.readers.markup import (
+    TurnReader,
+    addresses_in,
+    check_placeholders,
+    draft_parts,
+    place_listed_images,
+    texts_in,
+)
 from qwenvl_lit.data.readers.paths import mapped, windows_hint
-from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.images import DeepImage, Exif, ImageOptions
 from qwenvl_lit.types import (
     BadImage,
     Conversation,
     DataError,
-    GroundedObject,
     ImageSource,
-    Part,
-    Role,
     Turn,
 )
 
@@ -80,9 +84,6 @@ class ReadOptions:
 
 DEFAULT = ReadOptions()
 
-_TAG = re.compile(r"<img>|<image>|<ref-object>|<bbox>")
-_IMG_END = "</img>"
-_MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _DATA_URI = re.compile(r"data:[^,]{0,200};base64,")
 # The first bytes of PNG, JPEG, GIF, WebP and BMP files.
@@ -118,24 +119,24 @@ def conversation_from(
             keep or repair such boxes, or have `Dropped` raised.
     """
     _check_roles([role for role, _ in draft.turns])
-    turns = [(role, _split_at_tags(parts)) for role, parts in draft.turns]
-    _place_listed_images(turns, len(draft.images))
+    turns = [(role, draft_parts(parts)) for role, parts in draft.turns]
+    place_listed_images(turns, len(draft.images))
     all_parts = [part for _, parts in turns for part in parts]
     boxes = BoxReader(read_options.on_bad_box)
     objects = [boxes.read_object(f"object {k}", raw) for k, raw in enumerate(draft.objects, 1)]
-    _check_placeholders(all_parts, len(objects), boxes)
+    check_placeholders(all_parts, len(objects), boxes)
     _check_characters(
         [row_id, *draft.images, *draft.references, *columns.values()],
-        _texts_in(all_parts),
+        texts_in(all_parts),
         [obj.label or "" for obj in objects],
     )
     images = [
-        image_from(address, root, read_options) for address in _addresses(all_parts, draft.images)
+        image_from(address, root, read_options) for address in addresses_in(all_parts, draft.images)
     ]
     for k, obj in enumerate(objects):
         what = f"object {k + 1} ({reprlib.repr(obj.label)})"
         objects[k] = boxes.check_object(what, obj, images)
-    reader = _TurnReader(images, objects, boxes)
+    reader = TurnReader(images, objects, boxes)
     return Conversation(
         id=row_id,
         turns=tuple(Turn(role=role, parts=reader.read(parts)) for role, parts in turns),
@@ -160,81 +161,6 @@ def _check_roles(roles: Sequence[str]) -> None:
             )
 
 
-def _split_at_tags(parts: Sequence[DraftPart]) -> list[DraftPart]:
-    """Replaces the tags in the text of a turn by what they stand for."""
-    pieces: list[DraftPart] = []
-    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
-        if not is_text:
-            pieces += group
-            continue
-        text = "".join(group)
-        for piece, tag in split_at_tags(text):
-            pieces.append(piece)
-            if isinstance(tag, str):
-                pieces.append(ImageReference(tag))
-            elif tag is not None:
-                pieces.append(tag)
-    return pieces
-
-
-def split_at_tags(text: str) -> Iterator[tuple[str, str | Placeholder | None]]:
-    """Yields text and the tag after it: address of an `<img>`, `Placeholder`, or None at the end.
-
-    An `<img>` that is not closed stays text. The time is linear in the length of the text: a
-    pattern for `<img>...</img>` would search the whole rest of it at each tag that is not closed.
-
-    >>> list(split_at_tags("see <img>a.png</img>!"))
-    [('see ', 'a.png'), ('!', None)]
-    """
-    position = end = 0
-    last_close = text.rfind(_IMG_END)
-    while tag := _TAG.search(text, position):
-        position = tag.end()
-        if tag[0] != "<img>":
-            yield text[end : tag.start()], Placeholder(tag[0])
-        elif position <= last_close:
-            close = text.index(_IMG_END, position)
-            yield text[end : tag.start()], text[position:close]
-            position = close + len(_IMG_END)
-        else:
-            continue
-        end = position
-    yield text[end:], None
-
-
-def _place_listed_images(turns: Sequence[tuple[Role, list[DraftPart]]], images: int) -> None:
-    """Puts placeholders for `images` before the first question, unless the text has them."""
-    tags = sum(parts.count(Placeholder.IMAGE) for _, parts in turns)
-    if tags == images:
-        return
-    if tags:
-        raise DataError(
-            f"{tags} <image> tags for {images} `images`; write one tag for each image, or none to "
-            f"put all images before the first question"
-        )
-    question = next(parts for role, parts in turns if role == "user")
-    question[:0] = [Placeholder.IMAGE] * images
-
-
-def _check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReader) -> None:
-    labels, places = parts.count(Placeholder.LABEL), parts.count(Placeholder.BOXES)
-    used = max(labels, places)
-    if used < objects and boxes.on_bad_box == "keep":
-        boxes.notes.append(f"{objects - used} of {objects} `objects` are not used")
-    elif used != objects:
-        raise boxes.error(
-            f"{labels} <ref-object> and {places} <bbox> for {objects} `objects`; the k-th "
-            f"placeholder of a kind stands for the k-th object, and each object needs one"
-        )
-
-
-def _texts_in(parts: Sequence[DraftPart]) -> Iterator[str]:
-    for part in parts:
-        match part:
-            case str(text) | ImageReference(address=text):
-                yield text
-
-
 def _check_characters(*texts: Iterable[str]) -> None:
     try:
         "\n".join(chain(*texts)).encode()
@@ -244,86 +170,6 @@ def _check_characters(*texts: Iterable[str]) -> None:
             f"text contains half of a surrogate pair, {error.object[error.start]!a} in {around}; "
             f"write the whole character"
         ) from None
-
-
-def _addresses(parts: Sequence[DraftPart], listed: Sequence[str]) -> Iterator[str]:
-    """Yields the addresses of all images in reading order; `listed` are those of placeholders."""
-    next_listed = iter(listed)
-    for part in parts:
-        if part is Placeholder.IMAGE:
-            yield next(next_listed)
-        elif isinstance(part, ImageReference):
-            yield part.address
-
-
-class _TurnReader:
-    """Reads the turns of one conversation, in order."""
-
-    def __init__(
-        self, images: Sequence[ImageSource], objects: Sequence[GroundedObject], boxes: BoxReader
-    ):
-        self._images = images
-        self._images_read = 0
-        self._labelled = iter(objects)
-        self._boxed = iter(objects)
-        self._boxes = boxes
-
-    def read(self, draft_parts: Sequence[DraftPart]) -> tuple[Part, ...]:
-        parts: list[Part] = []
-        for part in draft_parts:
-            match part:
-                case str():
-                    self._append_text(parts, part)
-                case ImageReference():
-                    self._append_image(parts)
-                case Placeholder.IMAGE:
-                    _append(parts, f"Picture {self._images_read + 1}: ")
-                    self._append_image(parts)
-                    _append(parts, "\n")
-                case Placeholder.LABEL:
-                    obj = next(self._labelled)
-                    if obj.label is None:
-                        raise self._boxes.error(
-                            "a <ref-object> stands for an object without `caption`"
-                        )
-                    _append(parts, GroundedObject(label=obj.label, image=obj.image))
-                case Placeholder.BOXES:
-                    obj = next(self._boxed)
-                    _append(parts, GroundedObject(boxes=obj.boxes, image=obj.image))
-        return tuple(parts)
-
-    def _append_image(self, parts: list[Part]) -> None:
-        parts.append(self._images[self._images_read])
-        self._images_read += 1
-
-    def _append_text(self, parts: list[Part], text: str) -> None:
-        if "<" not in text:  # most text has no markup, and rows are read each time they are fetched
-            _append(parts, text)
-            return
-        for part in objects_from_tags(text, image=max(0, self._images_read - 1), fractions=True):
-            if isinstance(part, GroundedObject):
-                _append(parts, self._checked(part))
-                continue
-            if stray := _MARKUP.search(part):
-                raise self._boxes.error(
-                    f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, "
-                    f"<ref>label</ref>, <box>(x1,y1),(x2,y2)</box> or <quad> with four points, of "
-                    f"whole numbers"
-                )
-            _append(parts, part)
-
-    def _checked(self, obj: GroundedObject) -> GroundedObject:
-        if obj.boxes and not self._images:
-            if self._boxes.on_bad_box != "keep":
-                raise self._boxes.error(
-                    "there is a box but no image; write <img>path</img> into the question or give "
-                    "`images`; or keep such boxes, data.on_bad_box=keep, or leave their rows out, "
-                    "data.on_bad_box=drop"
-                )
-            self._boxes.notes.append("text: there is a box but no image; kept as it is")
-        limits = FRAME_LIMITS["grid"]
-        boxes = tuple(self._boxes.check_box("text", box, limits) for box in obj.boxes)
-        return GroundedObject(label=obj.label, boxes=boxes, image=obj.image)
 
 
 def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) -> ImageSource:
@@ -399,29 +245,3 @@ def _decoded(text: str) -> bytes:
     if not content:
         raise BadImage("an image is given as base64, but empty")
     return content
-
-
-def _append(parts: list[Part], part: Part) -> None:
-    """Appends a part, or merges it into the last one.
-
-    Text is joined with text before it. Boxes that directly follow an object in the same image
-    become boxes of that object, since the markup of both reads the same.
-    """
-    last = parts[-1] if parts else None
-    if isinstance(part, str):
-        if isinstance(last, str):
-            parts[-1] = last + part
-        elif part:
-            parts.append(part)
-    elif _belongs_to(last, part):
-        boxes = last.boxes + part.boxes
-        parts[-1] = GroundedObject(label=last.label, boxes=boxes, image=part.image)
-    else:
-        parts.append(part)
-
-
-def _belongs_to(last: Part | None, part: Part) -> bool:
-    """Tells whether `part` has further boxes of the object `last`."""
-    if not isinstance(part, GroundedObject) or not isinstance(last, GroundedObject):
-        return False
-    return part.label is None and (part.image == last.image or not last.boxes)

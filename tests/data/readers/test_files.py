@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qwenvl_lit.data.readers import files
+from qwenvl_lit.data.readers import files, scanning
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
@@ -88,7 +88,8 @@ def test_rows_are_found_wherever_a_block_of_the_file_ends(tmp_path, monkeypatch,
         "spaced": "\n\n  \n".join(dumped) + "\n \n",
     }[layout]
     (tmp_path / "rows").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(files, "_BLOCK", block)
+    for module in (files, scanning):
+        monkeypatch.setattr(module, "BLOCK", block)
     file = RowFile(tmp_path / "rows")
     assert list(file) == rows
     lines = text.split("\n")
@@ -121,7 +122,7 @@ def test_an_index_is_cached_until_the_file_changes(tmp_path, lines, monkeypatch)
     assert queries(file, cache) == ["a", "b"]
     (index,) = (cache / "indexes").iterdir()
     with monkeypatch.context() as patched:
-        patched.setattr(files, "_find_lines", None)  # not called again
+        patched.setattr(files, "find_lines", None)  # not called again
         assert queries(file, cache) == ["a", "b"]
     lines("a", "b", "c")
     assert queries(file, cache) == ["a", "b", "c"]
@@ -143,7 +144,7 @@ def test_a_damaged_index_is_replaced(tmp_path, lines, damage):
 def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, lines, monkeypatch):
     file = lines("a", "b")
     sent = pickle.dumps(RowFile(file))
-    monkeypatch.setattr(files, "_find_lines", None)
+    monkeypatch.setattr(files, "find_lines", None)
     assert [row["query"] for row in pickle.loads(sent)] == ["a", "b"]
     os.utime(file, (1, 1))
     files._stream.cache_clear()  # as in a process that starts now
