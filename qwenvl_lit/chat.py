@@ -180,8 +180,6 @@ class Chat:
     def _answer(self, query: str) -> None:
         import torch
 
-        if query.count("<img>") > query.count("</img>"):
-            self.remark("(an <img> without </img> is text)")
         before, shown = self.history, ""
         try:
             for text, history in self.model.stream(query, before, system=self.system):

@@ -278,11 +278,11 @@ def test_a_terminal_shows_prompts_and_no_control_characters(talk):
     assert errors == ""
 
 
-def test_an_img_tag_without_its_end_gives_a_remark(talk):
-    output, errors, [prompt] = talk("<img>dog.png What?\n")
+def test_an_img_tag_without_its_end_is_an_error(talk):
+    output, errors, [prompt] = talk("<img>dog.png What?\nHello\n")
     assert output == "yes\n"
-    assert "(an <img> without </img> is text)" in errors
-    assert "<img>dog.png What?" in prompt
+    assert "error: '<img>dog.png What?' has no </img>; write <img>path</img>" in errors
+    assert questions(prompt) == ["Hello"]
 
 
 def test_a_base_model_is_announced_and_has_no_system_message(talk, folder, capsys):

@@ -47,8 +47,8 @@ class DatasetSpec:
 
     Args:
         read: opens files, `read(files, read_options)`.
-        root, path_map, on_bad_box, prompt, cache, download, allow_private_hosts, user_agent, exif,
-            on_deep_image: see `ReadOptions`.
+        root, path_map, markup, on_bad_box, prompt, cache, download, allow_private_hosts, user_agent,
+            exif, on_deep_image: see `ReadOptions`.
         train: a path or a glob pattern, or several. A path may end in `#N`, which takes N rows:
             as many whole passes as fit, then a random rest.
         validation: files, given as for `train`; or the number (int) or share (float below 1) of
@@ -70,6 +70,7 @@ class DatasetSpec:
     read: Callable[[str, ReadOptions], Rows]
     root: str | Path | None = None
     path_map: Mapping[str, str] | None = None
+    markup: Literal["all", "questions", "none"] = "all"
     on_bad_box: Literal["error", "keep", "repair", "drop"] = "error"
     prompt: str | None = None
     cache: str | Path | None = None
@@ -103,6 +104,7 @@ class DatasetSpec:
         return ReadOptions(
             root=_path(self.root),
             path_map=_expanded(self.path_map or {}),
+            markup=self.markup,
             on_bad_box=self.on_bad_box,
             prompt=self.prompt,
             cache=_path(self.cache),

@@ -17,6 +17,13 @@ class ImageReference:
     address: str
 
 
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """Text that holds neither tags nor markup, whatever it spells."""
+
+    text: str
+
+
 class Placeholder(Enum):
     """Stands for the next entry of one of the row's lists. Its value is the tag in text."""
 
@@ -25,7 +32,7 @@ class Placeholder(Enum):
     BOXES = "<bbox>"  # the boxes of the next of `Draft.objects`, counted apart from the labels
 
 
-DraftPart = str | ImageReference | Placeholder
+DraftPart = str | PlainText | ImageReference | Placeholder
 DraftTurn = tuple[Role, Sequence[DraftPart]]
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Literal
 
 from qwenvl_lit.data.readers.boxes import FRAME_LIMITS, BoxReader
-from qwenvl_lit.data.readers.drafts import DraftPart, ImageReference, Placeholder
+from qwenvl_lit.data.readers.drafts import (
+    DraftPart,
+    DraftTurn,
+    ImageReference,
+    Placeholder,
+    PlainText,
+)
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import DataError, GroundedObject, ImageSource, Part, Role
 
@@ -16,8 +25,34 @@ _IMG_END = "</img>"
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
-def draft_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
-    """Replaces the tags in the text of a turn by what they stand for."""
+Markup = Literal["all", "questions", "none"]
+ReadTurn = tuple[Role, list[DraftPart]]
+LITERAL_ANSWER = "if the answer means this text literally, set data.markup=questions"
+LITERAL_QUESTION = "if this text is meant literally, set data.markup=none"
+
+
+def read_tags(turns: Sequence[DraftTurn], markup: Markup) -> list[ReadTurn]:
+    """Replaces the tags in the text of all turns by what they stand for.
+
+    Args:
+        markup: where tags are read: in all turns, in all but answers, or nowhere. Text elsewhere
+            becomes `PlainText`.
+    """
+    read = []
+    for role, parts in turns:
+        is_read = markup == "all" or (markup == "questions" and role != "assistant")
+        read.append((role, _split_parts(parts) if is_read else _plain_parts(parts)))
+    return read
+
+
+def _plain_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
+    plain: list[DraftPart] = []
+    for part in parts:
+        plain.append(PlainText(part) if isinstance(part, str) else part)
+    return plain
+
+
+def _split_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
     pieces: list[DraftPart] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         if not is_text:
@@ -58,18 +93,84 @@ def split_at_tags(text: str) -> Iterator[tuple[str, str | Placeholder | None]]:
     yield text[end:], None
 
 
-def place_listed_images(turns: Sequence[tuple[Role, list[DraftPart]]], images: int) -> None:
-    """Puts placeholders for `images` before the first question, unless the text has them."""
-    tags = sum(parts.count(Placeholder.IMAGE) for _, parts in turns)
-    if tags == images:
-        return
-    if tags:
-        raise DataError(
-            f"{tags} <image> tags for {images} `images`; write one tag for each image, or none to "
-            f"put all images before the first question"
+def place_listed_images(
+    turns: Sequence[ReadTurn], listed: Sequence[str], has_image_items: bool, notes: list[str]
+) -> Sequence[str]:
+    """Assigns the `images` of a row to the `<image>` tags of its turns, which are changed in place.
+
+    - Tags in questions come first. If answers have more tags than there are images left, these
+      tags are text, as in Markdown.
+    - Without tags in a question, and with more tags in answers than images, all images are put
+      before the first question.
+    - If the turns name the same images by path, the list only repeats them and is not used.
+
+    Args:
+        listed: addresses of `images`.
+        has_image_items: an answer has items of the type "image", which are never text.
+        notes: gets what may be meant otherwise.
+
+    Returns:
+        The addresses that the tags stand for.
+
+    Raises:
+        DataError: questions have more tags than there are images, some images have no tag, or the
+            list repeats some of the images that are named by path, but not all.
+    """
+    in_questions = in_answers = 0
+    for role, parts in turns:
+        if role == "assistant":
+            in_answers += parts.count(Placeholder.IMAGE)
+        else:
+            in_questions += parts.count(Placeholder.IMAGE)
+    left = len(listed) - in_questions
+    if in_answers > left >= 0 and not has_image_items:
+        kept = left if in_questions else 0
+        _make_text(turns, skip=kept)
+        notes.append(
+            f"{in_answers - kept} <image> tags in answers are text, because `images` has no image "
+            f"for them; data.markup=questions confirms this"
         )
+        in_answers = kept
+    elif in_answers:
+        notes.append(f"an <image> tag in an answer is an image; {LITERAL_ANSWER}")
+    tags = in_questions + in_answers
+    if tags and tags != len(listed):
+        raise DataError(
+            f"{tags} <image> tags for {len(listed)} `images`; write one tag for each image, or "
+            f"none to put all images before the first question"
+        )
+    return listed if tags else _place_in_front(turns, listed)
+
+
+def _make_text(turns: Sequence[ReadTurn], *, skip: int) -> None:
+    """Turns the `<image>` tags of answers into text, except the first `skip`."""
+    for role, parts in turns:
+        if role != "assistant":
+            continue
+        for position, part in enumerate(parts):
+            if part is Placeholder.IMAGE:
+                skip -= 1
+                if skip < 0:
+                    parts[position] = PlainText(Placeholder.IMAGE.value)
+
+
+def _place_in_front(turns: Sequence[ReadTurn], listed: Sequence[str]) -> Sequence[str]:
+    """Puts placeholders before the first question, unless the turns name the images by path."""
+    named: list[str] = []
+    for _, parts in turns:
+        named += [part.address for part in parts if isinstance(part, ImageReference)]
+    named_paths = list(map(os.path.normpath, named))
+    if named and named_paths == list(map(os.path.normpath, listed)):
+        return ()
+    for address in listed:
+        if os.path.normpath(address) in named_paths:
+            raise DataError(
+                f"image {address[:100]!r} is in `images` and is named by path in the text, too; "
+                f"write it once: as <img>path</img>, or as <image> with its path in `images`"
+            )
     question = next(parts for role, parts in turns if role == "user")
-    question[:0] = [Placeholder.IMAGE] * images
+    question[:0] = [Placeholder.IMAGE] * len(listed)
+    return listed
 
 
 def check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReader) -> None:
@@ -87,18 +188,23 @@ def check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReade
 def texts_in(parts: Sequence[DraftPart]) -> Iterator[str]:
     for part in parts:
         match part:
-            case str(text) | ImageReference(address=text):
+            case str(text) | PlainText(text=text) | ImageReference(address=text):
                 yield text
 
 
-def addresses_in(parts: Sequence[DraftPart], listed: Sequence[str]) -> Iterator[str]:
-    """Yields the addresses of all images in reading order; `listed` are those of placeholders."""
+def addresses_in(turns: Sequence[ReadTurn], listed: Sequence[str]) -> Iterator[tuple[Role, str]]:
+    """Yields role and address of all images in reading order.
+
+    Args:
+        listed: addresses of the placeholders.
+    """
     next_listed = iter(listed)
-    for part in parts:
-        if part is Placeholder.IMAGE:
-            yield next(next_listed)
-        elif isinstance(part, ImageReference):
-            yield part.address
+    for role, parts in turns:
+        for part in parts:
+            if part is Placeholder.IMAGE:
+                yield role, next(next_listed)
+            elif isinstance(part, ImageReference):
+                yield role, part.address
 
 
 class TurnReader:
@@ -112,13 +218,17 @@ class TurnReader:
         self._labelled = iter(objects)
         self._boxed = iter(objects)
         self._boxes = boxes
+        self._has_box = False
+        self._first_label: str | None = None  # of those that markup in an answer gives
 
-    def read(self, draft_parts: Sequence[DraftPart]) -> tuple[Part, ...]:
+    def read(self, role: Role, draft_parts: Sequence[DraftPart]) -> tuple[Part, ...]:
         parts: list[Part] = []
         for part in draft_parts:
             match part:
                 case str():
-                    self._append_text(parts, part)
+                    self._append_text(parts, part, role)
+                case PlainText(text=text):
+                    _append(parts, text)
                 case ImageReference():
                     self._append_image(parts)
                 case Placeholder.IMAGE:
@@ -134,26 +244,39 @@ class TurnReader:
                     _append(parts, GroundedObject(label=obj.label, image=obj.image))
                 case Placeholder.BOXES:
                     obj = next(self._boxed)
+                    self._has_box = True
                     _append(parts, GroundedObject(boxes=obj.boxes, image=obj.image))
         return tuple(parts)
+
+    def note_labels(self) -> None:
+        """Notes a label in an answer if the row has no box: `<ref>` is also a tag of wikis."""
+        if self._first_label is not None and not self._has_box:
+            self._boxes.notes.append(
+                f"the answer has the label {reprlib.repr(self._first_label)} in <ref> tokens, and "
+                f"the row has no box; {LITERAL_ANSWER}"
+            )
 
     def _append_image(self, parts: list[Part]) -> None:
         parts.append(self._images[self._images_read])
         self._images_read += 1
 
-    def _append_text(self, parts: list[Part], text: str) -> None:
+    def _append_text(self, parts: list[Part], text: str, role: Role) -> None:
         if "<" not in text:  # most text has no markup, and rows are read each time they are fetched
             _append(parts, text)
             return
         for part in objects_from_tags(text, image=max(0, self._images_read - 1), fractions=True):
             if isinstance(part, GroundedObject):
+                self._has_box |= bool(part.boxes)
+                if role == "assistant" and self._first_label is None:
+                    self._first_label = part.label
                 _append(parts, self._checked(part))
                 continue
             if stray := _MARKUP.search(part):
+                literally = LITERAL_ANSWER if role == "assistant" else LITERAL_QUESTION
                 raise self._boxes.error(
                     f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, "
                     f"<ref>label</ref>, <box>(x1,y1),(x2,y2)</box> or <quad> with four points, of "
-                    f"whole numbers"
+                    f"whole numbers; {literally}"
                 )
             _append(parts, part)
 

@@ -65,11 +65,12 @@ def conversation(
 
     Text may contain `<img>path-or-address</img>`; and `<ref>`, `<box>` and `<quad>` markup, which
     refers to the last image before it. Other markup stays text. Paths are relative to the current
-    folder.
+    folder. `read_options.markup` says where this is read: in "all" texts, in "questions" (not in
+    answers of the history), or in "none".
 
     Raises:
-        DataError: an image does not exist, the history is not a list of pairs, text is not valid
-            Unicode, or the question is empty.
+        DataError: an image does not exist, an `<img>` is not closed, the history is not a list of
+            pairs, text is not valid Unicode, or the question is empty.
     """
     turns = []
     if system is not None:
@@ -86,7 +87,10 @@ def conversation(
             )
         question = parts_of(pair[0], images, read_options)
         images += sum(isinstance(part, ImageSource) for part in question)
-        answer = objects_from_tags(valid_text(pair[1], "history"), image=max(images - 1, 0))
+        text = valid_text(pair[1], "history")
+        answer: tuple[Part, ...] = (text,)
+        if read_options.markup == "all":
+            answer = objects_from_tags(text, image=max(images - 1, 0))
         turns += [Turn(role="user", parts=question), Turn(role="assistant", parts=answer)]
     question = parts_of(query, images, read_options)
     if not question:
@@ -108,12 +112,18 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
     images = images_before
 
     def add_text(text: str) -> None:
-        parts.extend(objects_from_tags(valid_text(text, "question"), image=max(images - 1, 0)))
+        text = valid_text(text, "question")
+        if "<img>" in text:
+            unclosed = text[text.index("<img>") :]
+            raise DataError(f"{unclosed[:100]!r} has no </img>; write <img>path</img>")
+        parts.extend(objects_from_tags(text, image=max(images - 1, 0)))
 
     for piece in query if isinstance(query, list | tuple) else [query]:
         match piece:
             case GroundedObject():
                 parts.append(piece)
+            case str(text) | {"text": str(text)} if read_options.markup == "none":
+                parts.append(valid_text(text, "question"))
             case str(text) | {"text": str(text)}:
                 plain = ""
                 for before, tag in split_at_tags(text):

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import get_args
 
 from qwenvl_lit.data.readers.boxes import BoxReader, OnBadBox
-from qwenvl_lit.data.readers.drafts import Draft
+from qwenvl_lit.data.readers.drafts import Draft, Placeholder
 from qwenvl_lit.data.readers.markup import (
+    LITERAL_ANSWER,
+    Markup,
     TurnReader,
     addresses_in,
     check_placeholders,
-    draft_parts,
     place_listed_images,
+    read_tags,
     texts_in,
 )
 from qwenvl_lit.data.readers.paths import mapped, windows_hint
@@ -43,6 +45,8 @@ class ReadOptions:
         root: folder of relative paths of files and images; None: the folder of the file that names
             them.
         path_map: replaces the beginnings of paths and addresses, {prefix elsewhere: prefix here}.
+        markup: where tags and markup are read: in "all" turns, in "questions" (all turns but
+            answers), or in "none". Elsewhere they are text.
         on_bad_box: see `BoxReader`.
         prompt: for captions and questions whose layout has none; None: the reader's own.
         cache: folder of remote images and of indexes of files; None: remote images are refused, and
@@ -55,6 +59,7 @@ class ReadOptions:
 
     root: Path | None = None
     path_map: Mapping[str, str] = field(default_factory=dict)
+    markup: Markup = "all"
     on_bad_box: OnBadBox = "error"
     prompt: str | None = None
     cache: Path | None = None
@@ -66,11 +71,12 @@ class ReadOptions:
     seed: int = 0
 
     def __post_init__(self):
-        choices = get_args(OnBadBox)
-        if self.on_bad_box not in choices:
-            raise DataError(
-                f"on_bad_box must be one of {', '.join(choices)}, got {self.on_bad_box!r}"
-            )
+        for name, choices in (("on_bad_box", OnBadBox), ("markup", Markup)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise DataError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}"
+                )
         if not (self.user_agent or "x").isascii() or not (self.user_agent or "x").isprintable():
             raise DataError(
                 f"data.user_agent must be printable ASCII characters, got {self.user_agent!r}"
@@ -106,11 +112,13 @@ def conversation_from(
 
     - `<img>path</img>` in the text is an image. The text around it is kept as it is.
     - `<image>` is the next of `images`. As in ms-swift it becomes `Picture k: `, the image and a
-      line break. If there is no such tag, all `images` are put before the first question.
+      line break. See `place_listed_images` for rows with fewer or more tags than images.
     - The k-th `<ref-object>` is the caption of the k-th object, and the k-th `<bbox>` its boxes.
       Both are counted over all turns.
     - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last image before
       them.
+
+    `read_options.markup` says in which turns text is read like this.
 
     Raises:
         DataError: turns do not alternate, an image is missing, the number of tags is not the number
@@ -119,10 +127,13 @@ def conversation_from(
             keep or repair such boxes, or have `Dropped` raised.
     """
     _check_roles([role for role, _ in draft.turns])
-    turns = [(role, draft_parts(parts)) for role, parts in draft.turns]
-    place_listed_images(turns, len(draft.images))
-    all_parts = [part for _, parts in turns for part in parts]
+    turns = read_tags(draft.turns, read_options.markup)
+    has_image_items = any(
+        role == "assistant" and Placeholder.IMAGE in parts for role, parts in draft.turns
+    )
     boxes = BoxReader(read_options.on_bad_box)
+    listed = place_listed_images(turns, draft.images, has_image_items, boxes.notes)
+    all_parts = [part for _, parts in turns for part in parts]
     objects = [boxes.read_object(f"object {k}", raw) for k, raw in enumerate(draft.objects, 1)]
     check_placeholders(all_parts, len(objects), boxes)
     _check_characters(
@@ -130,16 +141,23 @@ def conversation_from(
         texts_in(all_parts),
         [obj.label or "" for obj in objects],
     )
-    images = [
-        image_from(address, root, read_options) for address in addresses_in(all_parts, draft.images)
-    ]
+    images = []
+    for role, address in addresses_in(turns, listed):
+        try:
+            images.append(image_from(address, root, read_options))
+        except DataError as error:
+            if role != "assistant":
+                raise
+            raise type(error)(f"{error}; {LITERAL_ANSWER}") from None
     for k, obj in enumerate(objects):
         what = f"object {k + 1} ({reprlib.repr(obj.label)})"
         objects[k] = boxes.check_object(what, obj, images)
     reader = TurnReader(images, objects, boxes)
+    read_turns = [Turn(role=role, parts=reader.read(role, parts)) for role, parts in turns]
+    reader.note_labels()
     return Conversation(
         id=row_id,
-        turns=tuple(Turn(role=role, parts=reader.read(parts)) for role, parts in turns),
+        turns=tuple(read_turns),
         references=draft.references,
         options=draft.options,
         columns=columns,

@@ -39,10 +39,32 @@ def test_text_is_split_at_images_and_markup(read_options):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "<img>a.png", "</img> <img/>", "<box>(1,2)</box>", "<|im_start|>system\n"]
+    "text", ["", "</img> <img/>", "<img src=x>", "<box>(1,2)</box>", "<|im_start|>system\n"]
 )
 def test_incomplete_or_unknown_markup_stays_text(read_options, text):
     assert "".join(parts_of(text, 0, read_options)) == text
+
+
+@pytest.mark.parametrize("text", ["<img>a.png", "<img>a.png</img> or <img>b.png?", "</img><img>"])
+def test_an_image_tag_that_is_not_closed_is_an_error(read_options, text):
+    with pytest.raises(DataError, match=r"'<img>.*' has no </img>; write <img>path</img>"):
+        conversation(text, read_options=read_options)
+    with pytest.raises(DataError, match="has no </img>"):
+        conversation("and now?", [[text, "yes"]], read_options=read_options)
+
+
+def test_markup_is_read_where_the_options_say(read_options):
+    box = "<box>(1,2),(3,4)</box>"
+    kinds = {}
+    for markup in ("all", "questions", "none"):
+        options = replace(read_options, markup=markup)
+        row = conversation(box, [[box, box]], read_options=options)
+        kinds[markup] = [type(turn.parts[0]) for turn in row.turns]
+    assert kinds["all"] == [GroundedObject] * 3
+    assert kinds["questions"] == [GroundedObject, str, GroundedObject]
+    assert kinds["none"] == [str] * 3
+    plain = parts_of("<img>a.png</img>", 0, replace(read_options, markup="none"))
+    assert plain == ("<img>a.png</img>",)
 
 
 def test_a_list_mixes_texts_images_and_objects(read_options):
