@@ -47,8 +47,8 @@ class DatasetSpec:
 
     Args:
         read: opens files, `read(files, read_options)`.
-        root, path_map, markup, on_bad_box, prompt, cache, download, allow_private_hosts, user_agent,
-            exif, on_deep_image: see `ReadOptions`.
+        root, path_map, markup, on_bad_box, prompt, cache, download, allow_private_hosts,
+            user_agent, exif, on_deep_image: see `ReadOptions`.
         train: a path or a glob pattern, or several. A path may end in `#N`, which takes N rows:
             as many whole passes as fit, then a random rest.
         validation: files, given as for `train`; or the number (int) or share (float below 1) of

@@ -30,7 +30,9 @@ HEADINGS: dict[Kind, str] = {
 }
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LOCATION = re.compile(rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+: ")
+_LOCATION = re.compile(
+    rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+(?: \(row \d+\))?: "
+)
 _PATH = r"(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*"
 _NUMBER = r"(?<!\w)-?\d[\d.]*"
 _SPECIFIC = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|{_PATH}|{_NUMBER}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 from qwenvl_lit.data.image_notes import rotation_note
@@ -22,6 +23,7 @@ FRAME_OF_BBOX_TYPE: dict[str | None, Frame] = {
 # The largest x and y in a frame. In the pixel frame they are the size of the image.
 FRAME_LIMITS: dict[Frame, tuple[float, float]] = {"grid": (GRID, GRID), "unit": (1, 1)}
 
+_OUTSIDE = "is not within its image"
 _MAX_COORDINATE = 1e9  # no coordinate in any frame is larger
 
 
@@ -58,8 +60,8 @@ class BoxReader:
                 f"{what}: `caption` must be text and `image` a number, "
                 f"got {reprlib.repr(label)} and {reprlib.repr(image)}"
             )
-        if not (isinstance(values, list) and values and isinstance(values[0], list)):
-            values = [values]  # a single box
+        if values != [] and not (isinstance(values, list) and isinstance(values[0], list)):
+            values = [values]  # a single box; an object with no box is only a caption
         what = f"{what} ({reprlib.repr(label)})"
         frame = FRAME_OF_BBOX_TYPE[raw["bbox_type"]]
         boxes = tuple(self._read_box(what, corners, frame) for corners in values)
@@ -121,9 +123,11 @@ class BoxReader:
                 return repaired
             case "drop":
                 raise Dropped(description)
-        raise DataError(
-            f"{description}; correct it, or choose how such boxes are handled: data.on_bad_box"
-        )
+        largest = max(chain(*_corners(box)))
+        advice = "correct it, or choose how such boxes are handled: data.on_bad_box"
+        if problem.startswith(_OUTSIDE) and limits == FRAME_LIMITS["grid"] and largest == GRID + 1:
+            advice = f"data.on_bad_box=repair writes {GRID + 1} as {GRID}, the end of the grid"
+        raise DataError(f"{description}; {advice}")
 
 
 def _is_rotated(image: ImageSource) -> bool:
@@ -154,7 +158,7 @@ def _problem_with(box: Box | Quad, limits: tuple[float, float]) -> str:
     if isinstance(box, Box) and (box.x0 > box.x1 or box.y0 > box.y1):
         return "has its corners in the wrong order; the top left one comes first"
     if any(not 0 <= x <= limits[0] or not 0 <= y <= limits[1] for x, y in corners):
-        return f"is not within its image, (0, 0) to {limits} in its frame"
+        return f"{_OUTSIDE}, (0, 0) to {limits} in its frame"
     return ""
 
 

@@ -112,12 +112,22 @@ class RowFile(Sequence[dict[str, Any]]):
         return self._index.shape[1]
 
     def where(self, index: int) -> str:
-        """Returns `file:line` of a row."""
-        return f"{self.file}:{self._index[2, index]}"
+        """Returns `file:line` of a row; in an array followed by the row's number, counted from 1.
 
-    def line(self, index: int) -> int:
-        """Returns the line on which a row begins, counted from 1."""
-        return int(self._index[2, index])
+        A whole array may stand on one line.
+        """
+        place = f"{self.file}:{self._index[2, index]}"
+        return f"{place} (row {index + 1})" if self._format == "array" else place
+
+    def name_of(self, index: int) -> str:
+        """Returns a name for a row that has no id, unique in the file.
+
+        It is the file and the line; and the row's number if other rows begin on that line.
+        """
+        lines = self._index[2]
+        name = f"{self.file.name}:{lines[index]}"
+        shared = np.count_nonzero(lines[max(0, index - 1) : index + 2] == lines[index]) > 1
+        return f"{name} (row {index + 1})" if shared else name
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end, _ = map(int, self._index[:, index])

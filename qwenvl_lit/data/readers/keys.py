@@ -13,6 +13,79 @@ from qwenvl_lit.types import DataError
 
 Row = Mapping[str, Any]
 
+# Keys whose value is structured, or replaces a default: an empty text is no value.
+_EMPTY_IS_NONE = ("images", "image", "history", "objects", "system", "answers", "choices", "id")
+# Keys of known layouts for what is not read, by what they hold.
+_UNREAD = {
+    "videos": ("video", "videos"),
+    "audio": ("audio", "audios"),
+    "tools": ("tools", "functions", "history_roles"),
+    "rejected answers": (
+        "rejected",
+        "chosen",
+        "kto_tag",
+        "rejected_response",
+        "rejected_images",
+        "rejected_messages",
+    ),
+}
+_UNREAD_IN_TURN = {
+    "weights of turns": ("loss", "loss_scale", "weight"),
+    "tool calls": ("tool_calls", "function_call"),
+    "audio": ("audio",),
+}
+_UNREAD_TYPES = ("video", "video_url", "audio", "audio_url", "input_audio", "file")
+
+
+def without_empty_texts(row: Row) -> dict[str, Any]:
+    """Returns the row with None in place of empty texts that cannot be values of their keys.
+
+    A csv file cannot tell an empty text from none. So that all formats agree, there is no
+    difference for `images`, `history`, `objects`, `system` and the like.
+    """
+    values = dict(row)
+    for key in _EMPTY_IS_NONE:
+        value = values.get(key)
+        if isinstance(value, str) and not value.strip():
+            values[key] = None
+    return values
+
+
+def check_all_is_read(row: Row) -> None:
+    """Raises an error if the row has something that other stacks read and this package does not.
+
+    Raises:
+        DataError: names the key.
+    """
+    _check_keys(row, _UNREAD, "the row has")
+
+
+def check_turn_is_read(number: int, entry: Row) -> None:
+    """Like `check_all_is_read`, for an entry of a list of turns."""
+    _check_keys(entry, _UNREAD_IN_TURN, f"turn {number} has")
+
+
+def check_type_is_read(number: int, item: Row) -> None:
+    """Like `check_all_is_read`, for an item of the content of a turn."""
+    if item.get("type") in _UNREAD_TYPES:
+        raise DataError(
+            f"turn {number} has an item of the type {item['type']!r}; only text and images are "
+            f"read. Remove the item"
+        )
+
+
+def _check_keys(values: Row, unread: Mapping[str, tuple[str, ...]], start: str) -> None:
+    for content, keys in unread.items():
+        for key in keys:
+            value = values.get(key)
+            # Tools that store rows as a table fill up missing keys. 1 and True are the defaults.
+            if value is None or value in ("", "[]", [], {}, 1):
+                continue
+            raise DataError(
+                f"{start} `{key}`, {short(value)}, which is not read: {content}. Only text and "
+                f"images are read. Remove the key, or rename it if it is a column of your own"
+            )
+
 
 def text_of(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
@@ -42,7 +115,46 @@ def system_turns(row: Row) -> list[DraftTurn]:
 
 
 def objects_of(row: Row) -> list:
+    """Returns the entries of `objects`, a list or ms-swift 3's mapping of lists.
+
+    Either may be written as JSON text.
+    """
+    value = row.get("objects")
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with suppress(ValueError):  # `list_of` raises it with the key
+            value = parse_json(value)
+    if isinstance(value, dict):
+        return _objects_of_lists(value)
     return list_of(row, "objects")
+
+
+def _objects_of_lists(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Converts `{"ref": [...], "bbox": [...], "bbox_type": ..., "image_id": [...]}`.
+
+    The k-th placeholder of a kind stands for the k-th entry of its list. The lists may differ in
+    length, so an object may lack a caption or a box.
+    """
+    labels, boxes = objects.get("ref") or [], objects.get("bbox") or []
+    images, bbox_type = objects.get("image_id") or [], objects.get("bbox_type") or "real"
+    unknown = sorted(objects.keys() - {"ref", "bbox", "bbox_type", "image_id"})
+    are_lists = isinstance(labels, list) and isinstance(boxes, list) and isinstance(images, list)
+    if unknown or not are_lists or not (labels or boxes):
+        raise DataError(
+            f"`objects` must be a list of {{caption, bbox, bbox_type, image}}, or as in ms-swift 3 "
+            f'{{"ref": [captions], "bbox": [boxes], "bbox_type": "real" or "norm1", '
+            f'"image_id": [numbers]}}, got {short(dict(objects))}'
+        )
+    entries = []
+    for k in range(max(len(labels), len(boxes))):
+        entries.append(
+            {
+                "caption": labels[k] if k < len(labels) else None,
+                "bbox": boxes[k] if k < len(boxes) else [],
+                "bbox_type": "norm_1" if bbox_type == "norm1" else bbox_type,
+                "image": images[k] if k < len(images) else 0,
+            }
+        )
+    return entries
 
 
 def images_of(row: Row) -> list[str]:

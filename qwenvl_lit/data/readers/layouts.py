@@ -22,6 +22,9 @@ from qwenvl_lit.data.readers.drafts import (
 from qwenvl_lit.data.readers.files import list_names
 from qwenvl_lit.data.readers.keys import (
     Row,
+    check_all_is_read,
+    check_turn_is_read,
+    check_type_is_read,
     image_of,
     images_of,
     list_of,
@@ -67,6 +70,7 @@ class Layout:
                 f"is in the layout `{actual}`, but the first row of the file is in `{self.name}`; "
                 f"its keys are {list_names(list(row))}. Put each layout in its own file"
             )
+        check_all_is_read(row)
         return self.draft(row, prompt)
 
     def columns(self, row: Row) -> dict[str, str]:
@@ -145,6 +149,8 @@ def _chat(row: Row, entries: Sequence[Any]) -> Draft:
                 f'the same with "role" and "content", got {short(entry)}'
             )
         parts = [content] if isinstance(content, str) else _content(number, content)
+        if ROLES[role] == "assistant":
+            check_turn_is_read(number, entry)
         turns.append((ROLES[role], parts))
     return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
@@ -156,6 +162,7 @@ def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
         if isinstance(item, dict):
             # Tools that store items as a table fill up missing keys with null.
             item = {key: value for key, value in item.items() if value is not None}
+            check_type_is_read(number, item)
         match item:
             case str(text) | {"type": "text", "text": str(text)}:
                 parts.append(text)

@@ -22,6 +22,8 @@ from qwenvl_lit.types import DataError, GroundedObject, ImageSource, Part, Role
 
 _TAG = re.compile(r"<img>|<image>|<ref-object>|<bbox>")
 _IMG_END = "</img>"
+# Tags of other layouts for what is not read here; in an answer they can only be text.
+_UNREAD_TAG = re.compile(r"</?(?:video|audio)>|<\|(?:image|video|audio)_pad\|>|<\|vision_start\|>")
 _MARKUP = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
@@ -37,11 +39,17 @@ def read_tags(turns: Sequence[DraftTurn], markup: Markup) -> list[ReadTurn]:
     Args:
         markup: where tags are read: in all turns, in all but answers, or nowhere. Text elsewhere
             becomes `PlainText`.
+
+    Raises:
+        DataError: a question has a tag that stands for neither text nor an image.
     """
     read = []
     for role, parts in turns:
-        is_read = markup == "all" or (markup == "questions" and role != "assistant")
-        read.append((role, _split_parts(parts) if is_read else _plain_parts(parts)))
+        is_answer = role == "assistant"
+        if markup == "none" or (markup == "questions" and is_answer):
+            read.append((role, _plain_parts(parts)))
+        else:
+            read.append((role, _split_parts(parts, is_answer)))
     return read
 
 
@@ -52,13 +60,15 @@ def _plain_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
     return plain
 
 
-def _split_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
+def _split_parts(parts: Sequence[DraftPart], is_answer: bool) -> list[DraftPart]:
     pieces: list[DraftPart] = []
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         if not is_text:
             pieces += group
             continue
         text = "".join(group)
+        if not is_answer:
+            _check_question(text)
         for piece, tag in split_at_tags(text):
             pieces.append(piece)
             if isinstance(tag, str):
@@ -66,6 +76,15 @@ def _split_parts(parts: Sequence[DraftPart]) -> list[DraftPart]:
             elif tag is not None:
                 pieces.append(tag)
     return pieces
+
+
+def _check_question(text: str) -> None:
+    if tag := _UNREAD_TAG.search(text):
+        raise DataError(
+            f"{tag[0]} in a question stands for a video, for audio or for another model's image, "
+            f"and only images written as described in docs/data.md are read; remove the tag, or "
+            f"{LITERAL_QUESTION}"
+        )
 
 
 def split_at_tags(text: str) -> Iterator[tuple[str, str | Placeholder | None]]:
@@ -244,6 +263,8 @@ class TurnReader:
                     _append(parts, GroundedObject(label=obj.label, image=obj.image))
                 case Placeholder.BOXES:
                     obj = next(self._boxed)
+                    if not obj.boxes:
+                        raise self._boxes.error("a <bbox> stands for an object without `bbox`")
                     self._has_box = True
                     _append(parts, GroundedObject(boxes=obj.boxes, image=obj.image))
         return tuple(parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qwenvl_lit.data.readers.files import RowFile
+from qwenvl_lit.data.readers.keys import without_empty_texts
 from qwenvl_lit.data.readers.layouts import id_of, layout_of
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, conversation_from
 from qwenvl_lit.data.selection import Concat, parse_count, take
@@ -74,7 +75,7 @@ class FileRows(Sequence[Conversation]):
         self.file = file
         self.read_options = read_options
         self._rows = RowFile(file, read_options.cache)
-        first = self._rows[0]
+        first = without_empty_texts(self._rows[0])
         try:
             self.layout = layout_of(first)
         except DataError as error:
@@ -85,8 +86,8 @@ class FileRows(Sequence[Conversation]):
 
     def __getitem__(self, index: int) -> Conversation:
         index = range(len(self))[index]
-        row, where = self._rows[index], self._rows.where(index)
-        row_id = f"{self.file.name}:{self._rows.line(index)}"
+        row, where = without_empty_texts(self._rows[index]), self._rows.where(index)
+        row_id = self._rows.name_of(index)
         try:
             row_id = id_of(row) or row_id
             return conversation_from(

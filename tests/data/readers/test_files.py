@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import random
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from qwenvl_lit.data.readers import files, scanning
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
+from qwenvl_lit.reports.data import reason
 from qwenvl_lit.types import DataError
 
 
@@ -94,7 +96,22 @@ def test_rows_are_found_wherever_a_block_of_the_file_ends(tmp_path, monkeypatch,
     assert list(file) == rows
     lines = text.split("\n")
     for index, row in enumerate(dumped):
-        assert row.split("\n")[0] in lines[file.line(index) - 1]
+        line = int(re.search(r":(\d+)( \(row \d+\))?$", file.where(index))[1])
+        assert row.split("\n")[0] in lines[line - 1]
+
+
+def test_rows_of_an_array_on_one_line_are_told_apart_by_number(tmp_path):
+    rows = [{"query": "a"}, {"query": 7}, {"query": "c", "id": "own"}, 8]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    read = read_rows(str(tmp_path / "rows.json"))
+    assert [read[0].id, read[2].id] == ["rows.json:1 (row 1)", "own"]
+    with pytest.raises(DataError) as error:
+        read[1]
+    where = f"{tmp_path}/rows.json:1 (row 2)"
+    assert str(error.value) == f"{where}: row 'rows.json:1 (row 2)': `query` must be text, got 7"
+    with pytest.raises(DataError, match=r"rows\.json:1 \(row 4\): a row must be a JSON object"):
+        read[3]
+    assert reason(f"{where}: row 'x': no text") == reason(f"{where}: no text") == "no text"
 
 
 def test_a_cell_may_hold_an_image(tmp_path):
@@ -114,7 +131,7 @@ def test_compressed_files_are_read_like_plain_ones(tmp_path):
         assert [
             queries(tmp_path / f"{name}.gz", cache) for name in ("a.jsonl", "b.json", "c.csv")
         ] == [["a"], ["b"], ["c"]]
-    assert RowFile(tmp_path / "b.json.gz").where(0) == f"{tmp_path}/b.json.gz:2"
+    assert RowFile(tmp_path / "b.json.gz").where(0) == f"{tmp_path}/b.json.gz:2 (row 1)"
 
 
 def test_an_index_is_cached_until_the_file_changes(tmp_path, lines, monkeypatch):
@@ -164,7 +181,7 @@ def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, line
         ('[{"query": "a"}', ":1: not JSON: expected , or ] in the array, got the end of the file"),
         ('[{"query": "a"}]\n x', ":2: not JSON: the array has ended, but 'x' follows"),
         ('[{"query": "a"}, \n\n{"query": "' + "b" * 99, ":3: not JSON: Unterminated string"),
-        ("[1]", ":1: a row must be a JSON object, got int"),
+        ("[1]", ":1 (row 1): a row must be a JSON object, got int"),
         (
             '{"prompt": "a"}',
             ":1: keys ['prompt'] fit no known layout. Known, optional keys in brackets: "

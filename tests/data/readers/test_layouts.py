@@ -43,12 +43,12 @@ def test_a_question_with_its_history(folder, read_row):
         "query": "And now?",
         "response": "Now too.",
         "history": [["<img>a.png</img>Day?", "Night."]],
-        "system": "",
+        "system": "Be brief.",
     }
     assert read_row(row) == Conversation(
         id="rows.jsonl:1",
         turns=(
-            Turn(role="system", parts=()),  # an empty system message, which is not the same as none
+            Turn(role="system", parts=("Be brief.",)),
             Turn(role="user", parts=(ImageSource(folder / "a.png"), "Day?")),
             Turn(role="assistant", parts=("Night.",)),
             Turn(role="user", parts=("And now?",)),

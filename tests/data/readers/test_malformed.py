@@ -261,13 +261,15 @@ def check(file, read_options):
     try:
         rows = FileRows(file, read_options)
     except DataError as error:
-        check_message(error, rf"{re.escape(str(file))}(:\d+: | is empty| has no rows)")
+        check_message(
+            error, rf"{re.escape(str(file))}(:\d+( \(row \d+\))?: | is empty| has no rows)"
+        )
         return
     for index in range(len(rows)):
         try:
             row = rows[index]
         except DataError as error:
-            check_message(error, rf"{re.escape(str(file))}:\d+: ")
+            check_message(error, rf"{re.escape(str(file))}:\d+( \(row \d+\))?: ")
         else:
             use(row)
 

@@ -196,6 +196,89 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
     assert len(parts_of("x", "<bbox><bbox>", [first, second])[1]) == 2
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+def test_objects_may_be_the_lists_of_ms_swift_3(folder, parts_of, as_text):
+    objects = {
+        "ref": ["shape"],
+        "bbox": [[20, 20, 80, 70], [120, 30, 180, 80]],
+        "image_id": [0, 1],
+    }
+    objects = json.dumps(objects) if as_text else objects
+    question, answer = parts_of("Find <ref-object>", "<bbox> <bbox>", objects)
+    assert question[-1] == GroundedObject(label="shape")
+    assert answer == (
+        GroundedObject(boxes=(pixel_box(20, 20, 80, 70),)),
+        " ",
+        GroundedObject(boxes=(pixel_box(120, 30, 180, 80),), image=1),
+    )
+
+
+def test_boxes_of_ms_swift_3_may_be_fractions_of_the_image(parts_of):
+    objects = {"ref": ["a"], "bbox": [[0, 0.25, 0.5, 1.0]], "bbox_type": "norm1"}
+    box = Box(x0=0, y0=0.25, x1=0.5, y1=1.0, frame="unit")
+    assert parts_of("x", "<ref-object><bbox>", objects)[1] == (
+        GroundedObject(label="a", boxes=(box,)),
+    )
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_text_is_no_value_in_json_as_in_csv(folder, read_row, empty):
+    keys = ("images", "history", "objects", "system", "id")
+    row = read_row({"query": "Hello", "response": "Hi", **dict.fromkeys(keys, empty)})
+    assert row == read_row({"query": "Hello", "response": "Hi"})
+    row = read_row({"image": "a.png", "question": "Why?", "choices": empty, "answers": empty})
+    assert row.answer is None
+
+
+# What is not read
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "a", "videos": ["a.mp4"]}, "`videos`, ['a.mp4'], which is not read: videos"),
+        ({"query": "a", "audios": "a.wav"}, "`audios`, 'a.wav', which is not read: audio"),
+        ({"query": "a", "tools": [{"name": "f"}]}, "`tools`"),
+        ({"query": "a", "response": "b", "rejected_response": "c"}, "`rejected_response`, 'c'"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "`rejected`, 'c'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]},
+            "turn 1 has an item of the type 'video'; only text and images are read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "turn 1 has an item of the type 'input_audio'",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "loss": False},
+                ]
+            },
+            "turn 2 has `loss`, False, which is not read: weights of turns",
+        ),
+        ({"query": "<video>What?"}, "<video> in a question stands for a video"),
+        ({"query": "<audio>a.wav</audio>What?"}, "<audio> in a question"),
+        ({"query": "<|vision_start|><|image_pad|>What?"}, "<|vision_start|> in a question"),
+    ],
+)
+def test_what_other_stacks_read_is_refused_by_name(read_row, row, message):
+    with pytest.raises(DataError) as error:
+        read_row(row)
+    assert message in str(error.value)
+
+
+def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
+    messages = [
+        {"role": "user", "content": "a", "loss": False},
+        {"role": "assistant", "content": "<video> is a tag", "loss": True, "weight": 1},
+    ]
+    row = {"messages": messages, "videos": [], "audios": None, "tools": "", "rejected": None}
+    assert read_row(row).turns[1].parts == ("<video> is a tag",)
+    assert read_row({"query": "<video>?"}, markup="none").turns[0].parts == ("<video>?",)
+
+
 # Errors
 
 
@@ -241,8 +324,9 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
                 "query": "<bbox>",
                 "objects": [DOG | {"bbox": [0, 0, 1000, 9], "bbox_type": "norm_1000"}],
             },
-            "(0, 0) to (999, 999)",
+            "(0, 0) to (999, 999) in its frame; data.on_bad_box=repair writes 1000 as 999",
         ),
+        ({"query": "<box>(1,2),(3,1000)</box>"}, "data.on_bad_box=repair writes 1000 as 999"),
         (
             {
                 "query": "<bbox>",
@@ -271,6 +355,21 @@ def test_boxes_right_behind_an_object_are_its_boxes_unless_in_another_image(part
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` must be a list, or a list as JSON text"),
         ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` must be a list"),
+        ({"query": "<bbox>", "objects": {"ref": "dog"}}, "or as in ms-swift 3"),
+        ({"query": "<bbox>", "objects": {"ref": ["a"], "labels": []}}, "or as in ms-swift 3"),
+        (
+            {"query": "<bbox>", "objects": {"ref": ["a"], "bbox": []}},
+            "a <bbox> stands for an object without `bbox`",
+        ),
+        (
+            {"query": "<ref-object>", "objects": {"bbox": [[1, 2, 3, 4]]}},
+            "a <ref-object> stands for an object without `caption`",
+        ),
+        ({"query": "<bbox>", "objects": {"bbox": [[1, 2]]}}, "`bbox` must be [x1, y1, x2, y2]"),
+        (
+            {"query": "<bbox>", "objects": {"bbox": [[1, 2, 3, 4]], "image_id": [7]}},
+            "is in `image` 7, counted from 0",
+        ),
         (
             {"query": "<box>(1.5,2),(3,4)</box>"},
             "text: box [[1.5, 2], [3, 4]] has fractions on the grid",
