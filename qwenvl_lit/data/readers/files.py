@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwenvl_lit.atomic import disk_errors, write_to_cache
+from qwenvl_lit.data.readers.formats import READ, check_is_read, delimiters
 from qwenvl_lit.data.readers.scanning import (
     BLOCK,
     BOM,
@@ -34,10 +35,11 @@ from qwenvl_lit.data.readers.scanning import (
     find_elements,
     find_lines,
     find_records,
+    is_object_over_lines,
 )
 from qwenvl_lit.types import DataError
 
-_VERSION = 1  # of the indexes on disk
+_VERSION = 2  # of the indexes on disk
 
 _NAMES = reprlib.Repr()
 _NAMES.maxlist, _NAMES.maxstring = 20, 60
@@ -47,8 +49,8 @@ list_names = _NAMES.repr  # shortens long lists of keys or columns, and long nam
 class RowFile(Sequence[dict[str, Any]]):
     """The rows of one file, which may be compressed as `.gz`.
 
-    A file is a JSON array; or has a JSON object on each line, blank lines aside; or is a `.csv`
-    with a header line, whose empty cells become None.
+    A file is a JSON array; or has a JSON object on each line, blank lines aside; or is a `.csv` or
+    `.tsv` with a header line, whose empty cells become None.
 
     The index of a million rows takes 24 MB; the file itself is not held in memory. Indexes and
     decompressed files are kept in `cache`, if given, and reused until the file changes.
@@ -61,6 +63,7 @@ class RowFile(Sequence[dict[str, Any]]):
     def __init__(self, file: Path, cache: Path | None = None):
         self.file = file
         self.header: list[str] = []
+        self._delimiter = ","
         folder = None if cache is None else cache / "indexes"
         check_is_file(file)
         with _readable(file):
@@ -76,11 +79,12 @@ class RowFile(Sequence[dict[str, Any]]):
 
     def _detect_format(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
         """Returns the format of the file and the function that indexes its rows."""
-        if self.file.name.removesuffix(".gz").lower().endswith(".csv"):
-            self.header = self._read_header()
-            return "csv", self._record_index
         with self._plain.open("rb") as stream:
             block = stream.read(BLOCK).removeprefix(BOM)
+            check_is_read(self.file, block)
+            if delimiters(self.file):
+                self.header = self._read_header()
+                return "csv", self._record_index
             if not block:
                 raise DataError(
                     f"{self.file} is empty; expected a JSON array of rows, or one row a line"
@@ -92,8 +96,14 @@ class RowFile(Sequence[dict[str, Any]]):
         return "lines", find_lines
 
     def _read_header(self) -> list[str]:
-        with self._plain.open("rb") as stream:
-            header, _ = next(find_records(stream, self.file), ([], ()))
+        candidates = delimiters(self.file)
+        for self._delimiter in candidates:
+            header = self._first_record()
+            if len(header) > 1:
+                break
+        else:  # a single column
+            self._delimiter = candidates[0]
+            header = self._first_record()
         if not header:
             raise DataError(f"{self.file} is empty; expected a header line that names the columns")
         repeated = sorted(column for column, count in Counter(header).items() if count > 1)
@@ -104,8 +114,13 @@ class RowFile(Sequence[dict[str, Any]]):
             )
         return header
 
+    def _first_record(self) -> list[str]:
+        with self._plain.open("rb") as stream:
+            cells, _ = next(find_records(stream, self.file, self._delimiter), ([], ()))
+        return cells
+
     def _record_index(self, stream: BinaryIO) -> np.ndarray:
-        locations = (location for _, location in find_records(stream, self.file))
+        locations = (location for _, location in find_records(stream, self.file, self._delimiter))
         return _to_index(islice(locations, 1, None))  # the first one is the header
 
     def __len__(self) -> int:
@@ -142,15 +157,30 @@ class RowFile(Sequence[dict[str, Any]]):
         try:
             row = parse_json(text)
         except ValueError as error:
-            raise DataError(f"{self.where(index)}: not JSON: {error}") from None
+            raise DataError(
+                f"{self.where(index)}: not JSON: {error}{self._advice(index)}"
+            ) from None
         if not isinstance(row, dict):
             raise DataError(
                 f"{self.where(index)}: a row must be a JSON object, got {type(row).__name__}"
             )
         return row
 
+    def _advice(self, index: int) -> str:
+        """Returns what to do about a row that is not JSON: the first may be of another format."""
+        if index or self._format != "lines":
+            return ""
+        with self._plain.open("rb") as stream:
+            if is_object_over_lines(stream):
+                return (
+                    "; the file begins with a JSON object over several lines, but a jsonl file has "
+                    "a row on each line. Write each row on one line, or all rows as an array: "
+                    "[{...}, {...}]"
+                )
+        return f"; {READ}"
+
     def _parse_record(self, text: str, index: int) -> dict[str, str | None]:
-        cells = next(csv.reader([text], strict=True))
+        cells = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         if len(cells) != len(self.header):
             raise DataError(
                 f"{self.where(index)}: {len(cells)} cells, but the header names "

@@ -60,7 +60,9 @@ def find_lines(stream: BinaryIO) -> np.ndarray:
     return np.stack((starts, ends, np.arange(1, len(ends) + 1)))[:, is_row]
 
 
-def find_records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], Location]]:
+def find_records(
+    stream: BinaryIO, file: Path, delimiter: str
+) -> Iterator[tuple[list[str], Location]]:
     """Yields the records of a csv file that are not blank, the header first."""
     end = _skip_bom(stream)
     line = 0
@@ -75,7 +77,7 @@ def find_records(stream: BinaryIO, file: Path) -> Iterator[tuple[list[str], Loca
             except UnicodeDecodeError as error:
                 raise DataError(f"{file}:{line}: not UTF-8: {error}; save it as UTF-8") from None
 
-    records = csv.reader(lines(), strict=True)
+    records = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
         start, first_line = end, line + 1
         try:
@@ -97,6 +99,7 @@ def find_elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
     expected = "["
     while text.peek() == expected:
         text.skip(1)
+        text.row += 1
         if text.peek() == "]" and expected == "[":
             break
         start, line = text.byte, text.line
@@ -105,7 +108,8 @@ def find_elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
         expected = ","
     if text.peek() != "]":
         actual = repr(text.peek()) if text.peek() else "the end of the file"
-        raise DataError(f"{file}:{text.line}: not JSON: expected , or ] in the array, got {actual}")
+        where = text.where(text.line)
+        raise DataError(f"{where}: not JSON: expected , or ] in the array, got {actual}")
     text.skip(1)
     if text.peek():
         raise DataError(
@@ -113,18 +117,35 @@ def find_elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
         )
 
 
+def is_object_over_lines(stream: BinaryIO) -> bool:
+    """Tells whether a file, just opened, begins with a JSON object of several lines."""
+    _skip_bom(stream)
+    text = stream.read(BLOCK).decode(errors="replace").lstrip()
+    if not text.startswith("{"):
+        return False
+    try:
+        _, end = _BOUNDS_DECODER.raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return text[1:].lstrip(" \t\r").startswith("\n")
+    return "\n" in text[:end]
+
+
 class JSONText:
     """A position in a JSON file, of which a section is in memory.
 
-    `byte` and `line` are the position in the file.
+    `byte` and `line` are the position in the file; `row` is the number of the row, for messages.
     """
 
     def __init__(self, stream: BinaryIO, file: Path):
         self.byte = _skip_bom(stream)
         self.line = 1
+        self.row = 0
         self._stream, self._file = stream, file
         self._section, self._position = "", 0  # the position in the section
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def where(self, line: int) -> str:
+        return f"{self._file}:{line} (row {self.row})"
 
     def skip(self, characters: int) -> None:
         passed = self._section[self._position : self._position + characters]
@@ -150,11 +171,10 @@ class JSONText:
                 cut_off = cut_off or error.msg.startswith("Unterminated string")
                 if not (cut_off and self._read_more()):
                     line = self.line + self._section.count("\n", self._position, error.pos)
-                    raise DataError(f"{self._file}:{line}: not JSON: {error.msg}") from None
+                    raise DataError(f"{self.where(line)}: not JSON: {error.msg}") from None
             except RecursionError:
-                raise DataError(
-                    f"{self._file}:{self.line}: not JSON: it is nested too deeply"
-                ) from None
+                where = self.where(self.line)
+                raise DataError(f"{where}: not JSON: it is nested too deeply") from None
 
     def _read_more(self) -> bool:
         """Drops what is passed and at least doubles the rest; False at the end of the file."""
@@ -165,6 +185,7 @@ class JSONText:
         except UnicodeDecodeError as error:
             line = self.line + self._section.count("\n")
             line += error.object[: error.start].count(b"\n")
+            # What is read is ahead of the current row, so only the line is known.
             raise DataError(
                 f"{self._file}:{line}: not UTF-8: {error.reason}; save it as UTF-8"
             ) from None

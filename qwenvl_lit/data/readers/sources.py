@@ -19,7 +19,7 @@ from qwenvl_lit.types import Conversation, DataError
 
 
 def read_rows(source: str, read_options: ReadOptions = DEFAULT) -> Sequence[Conversation]:
-    """Returns the rows of json, jsonl or csv files, which may be compressed as `.gz`.
+    """Returns the rows of json, jsonl, csv or tsv files, which may be compressed as `.gz`.
 
     A file may have any layout of `data/readers/layouts.py`, the same for all its rows.
 

@@ -114,6 +114,76 @@ def test_rows_of_an_array_on_one_line_are_told_apart_by_number(tmp_path):
     assert reason(f"{where}: row 'x': no text") == reason(f"{where}: no text") == "no text"
 
 
+# Other formats
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.tsv", 'query\tresponse\nHi, you\t"yo\tyo"\n'),
+        ("rows.csv", 'query;response\nHi, you;"yo\tyo"\n'),
+        ("rows.csv", "query\tresponse\nHi, you\tyo;yo\n"),
+        ("rows.CSV", 'query,response\n"Hi, you",yo;yo\n'),
+        ("rows.csv", '"query;response"\nHi; you\n'),
+    ],
+)
+def test_cells_may_be_separated_by_tabs_or_semicolons(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    [row] = RowFile(tmp_path / name)
+    answer = content.split("\n")[1].replace("Hi, you", "").strip(',;\t"')
+    if len(row) == 1:
+        assert row == {"query;response": "Hi; you"}
+    else:
+        assert row == {"query": "Hi, you", "response": answer}
+    with gzip.open(tmp_path / f"{name}.gz", "wt") as stream:
+        stream.write(content)
+    assert list(RowFile(tmp_path / f"{name}.gz")) == [row]
+
+
+def test_a_table_of_one_column_is_separated_by_commas(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\na;b\tc\n")
+    assert list(RowFile(tmp_path / "rows.csv")) == [{"text": "a;b\tc"}]
+    (tmp_path / "rows.csv").write_text("text\na,b\n")
+    with pytest.raises(DataError, match="2 cells, but the header names 1 columns"):
+        RowFile(tmp_path / "rows.csv")[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PAR1\x15\x04", "is a parquet file; json, jsonl, csv and tsv files are read"),
+        (b"PK\x03\x04\x14", "is an Excel file (xlsx) or another zip archive"),
+        (b"\x1f\x8b\x08", "is compressed with gzip; "),
+        (b"\x1f\x8b\x08", "let its name end in .gz"),
+        (b"\xff\xfeq\x00", "is text in UTF-16; "),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        (b"<!DOCTYPE html>\n", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_files_of_other_formats_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_rows(str(tmp_path / name))
+    assert str(error.value).startswith(f"{tmp_path / name} ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ['{\n  "query": "a"\n}', '\n{"query": "a",\n"response": "b"}\n']
+)
+def test_an_object_over_several_lines_is_named(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=r"begins with a JSON object over several lines, but"):
+        read_rows(str(tmp_path / "rows.json"))
+
+
+def test_text_that_is_not_json_is_told_the_formats(tmp_path):
+    (tmp_path / "rows.txt").write_text("query: a\n")
+    with pytest.raises(DataError, match=r"rows\.txt:1: not JSON: .*; json, jsonl, csv and tsv"):
+        read_rows(str(tmp_path / "rows.txt"))
+
+
 def test_a_cell_may_hold_an_image(tmp_path):
     (tmp_path / "rows.csv").write_text("query,image\na," + "A" * 300_000 + "\n")
     sent = pickle.dumps(RowFile(tmp_path / "rows.csv"))
@@ -176,11 +246,17 @@ def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, line
         ("\n \n", "has no rows"),
         ("[]", "has no rows"),
         ("query,response\na,b\n", ":1: not JSON"),
-        ('[{"query": "a"}\n {"query": "b"}]', ":2: not JSON"),
-        ('[{"query": "a"},\n {"query": }]', ":2: not JSON"),
-        ('[{"query": "a"}', ":1: not JSON: expected , or ] in the array, got the end of the file"),
+        ('[{"query": "a"}\n {"query": "b"}]', ":2 (row 1): not JSON"),
+        ('[{"query": "a"},\n {"query": }]', ":2 (row 2): not JSON"),
+        (
+            '[{"query": "a"}',
+            ":1 (row 1): not JSON: expected , or ] in the array, got the end of the file",
+        ),
         ('[{"query": "a"}]\n x', ":2: not JSON: the array has ended, but 'x' follows"),
-        ('[{"query": "a"}, \n\n{"query": "' + "b" * 99, ":3: not JSON: Unterminated string"),
+        (
+            '[{"query": "a"}, \n\n{"query": "' + "b" * 99,
+            ":3 (row 2): not JSON: Unterminated string",
+        ),
         ("[1]", ":1 (row 1): a row must be a JSON object, got int"),
         (
             '{"prompt": "a"}',
@@ -244,7 +320,7 @@ def test_a_line_that_is_not_a_row_is_refused_when_it_is_fetched(tmp_path, line, 
 
 def test_an_array_nested_too_deeply_is_refused(tmp_path):
     (tmp_path / "rows.json").write_text('[{"query": "a"},\n' + "[" * 100_000)
-    with pytest.raises(DataError, match=r"rows\.json:2: not JSON: it is nested too deeply"):
+    with pytest.raises(DataError, match=r"rows\.json:2 \(row 2\): not JSON: it is nested too"):
         RowFile(tmp_path / "rows.json")
 
 
