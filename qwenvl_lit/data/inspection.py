@@ -154,6 +154,7 @@ class _InspectedSet:
     broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, id, message
     questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)
     """By index: digest of the question, and names of its images or keys of embedded ones."""
+    first_with_id: dict[bytes, int] = field(default_factory=dict)  # by digest of the id: index
     severity: np.ndarray = field(init=False)  # (rows,) 0, or 1 + index into SEVERITY
     counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised, boxes, answered
 
@@ -181,6 +182,15 @@ class _InspectedSet:
             self.broken.append((index, row.id, message))
         for kind, message in row.findings:
             self.add(Finding(kind=kind, index=index, id=row.id, message=message))
+        first = self.first_with_id.setdefault(row.id_digest, index)
+        if first != index:
+            self._add_repeated_id(index, first)
+
+    def _add_repeated_id(self, index: int, first: int) -> None:
+        row, earlier = self.rows[index], self.rows[first]
+        message = f"has the same id as {earlier.where or f'row {first}'}"
+        message = with_location(row, f"{message}; an id tells rows apart in predictions and scores")
+        self.add(Finding(kind="note", index=index, id=row.id, message=message))
 
     def add_broken_images(self, contents: Contents, max_bad_fraction: float) -> None:
         """Adds a finding for every image of a row that cannot be decoded."""

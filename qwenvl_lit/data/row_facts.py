@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from qwenvl_lit.data.image_notes import image_notes
+from qwenvl_lit.data.other_markup import box_form
 from qwenvl_lit.data.survey import Kind
+from qwenvl_lit.grounding import GRID
 from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, ImageSource
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ class RowFacts:
     broken_images: tuple[str, ...]  # messages about image data in the row that cannot be decoded
     findings: tuple[tuple[Kind, str], ...]  # kinds and messages
     id: str  # "" if the row has neither broken images nor findings, to save memory
+    id_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class RowReader:
 
     def __call__(self, conversation: Conversation) -> RowFacts:
         findings: list[tuple[Kind, str]] = []
-        for note in conversation.notes:
+        for note in (*conversation.notes, *_notes_on_text(conversation)):
             findings.append(("note", with_location(conversation, note)))
         tokens = supervised_tokens = 0
         try:
@@ -76,6 +80,7 @@ class RowReader:
             broken_images=tuple(broken_images),
             findings=tuple(findings),
             id=conversation.id if broken_images or findings else "",
+            id_digest=digest(conversation.id.encode("utf-8", "surrogatepass"))[:8],
         )
 
 
@@ -91,6 +96,28 @@ def with_location(conversation: Conversation, message: object) -> str:
 
 def digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _notes_on_text(conversation: Conversation) -> Iterator[str]:
+    """Yields what is unusual about the texts of a conversation."""
+    forms = set()
+    for number, turn in enumerate(conversation.turns, 1):
+        texts = [part for part in turn.parts if isinstance(part, str)]
+        if conversation.images:
+            forms.update(filter(None, map(box_form, texts)))
+        if turn.role != "assistant" or len(texts) != len(turn.parts) or "".join(texts).strip():
+            continue
+        if any(texts):
+            yield f"the answer in turn {number} is blank"
+        elif number == len(conversation.turns):
+            yield "the answer is empty: only its end-of-turn token is supervised"
+        else:
+            yield f"the answer in turn {number} is empty: nothing of it is supervised"
+    for form in sorted(forms):
+        yield (
+            f"text has boxes as {form} writes them, and they are plain text for this model; "
+            f"convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..{GRID}, or to `objects`"
+        )
 
 
 def _question_digest(conversation: Conversation) -> bytes:

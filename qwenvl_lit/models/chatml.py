@@ -62,7 +62,8 @@ class ChatML:
         encode: converts plain text to ids.
         start, end: ids of `<|im_start|>` and `<|im_end|>`.
         supervise: "answers" supervises answers and their end-of-turn tokens, as ms-swift does, and
-            writes nothing after the last end-of-turn token. "official" also supervises
+            writes nothing after the last end-of-turn token. Nothing of an empty answer is
+            supervised, unless it is the last message. "official" also supervises
             `<|im_start|>`, `<|im_end|>` and the last newline of every message, as the fine-tuning
             script published with the model does.
     """
@@ -87,8 +88,12 @@ class ChatML:
             yield Piece(self.roles[role] + self.newline)
             for piece in body:
                 yield piece._replace(supervised=answer and piece.image is None)
-            yield Piece(self.end, answer or self.official)
-            if self.official or prompt or number < len(messages):
+            is_last = number == len(messages)
+            # ms-swift supervises an end-of-turn token after supervised tokens, and the last one:
+            # `use_dynamic_eos` in swift/llm/utils/template.py of 2.6.1.
+            ends_answer = answer and (is_last or any(piece.ids for piece in body))
+            yield Piece(self.end, ends_answer or self.official)
+            if self.official or prompt or not is_last:
                 yield Piece(self.newline, self.official)
         if prompt:
             yield Piece(self.start + self.roles["assistant"] + self.newline)

@@ -24,7 +24,7 @@ BAR_LENGTH = 40  # characters
 HEADINGS: dict[Kind, str] = {
     "error": "Errors",
     "dropped": "Rows left out",
-    "note": "Repaired, or kept as they are",
+    "note": "Repaired, unusual, or kept as they are",
     "image": "Unusual images, each counted once",
     "duplicate": "Rows that are in two sets",
 }

@@ -245,3 +245,56 @@ def test_a_box_outside_of_a_rotated_image_names_the_rotation(folder, on_bad_box)
         rows[0]
     [upright] = rows_of(folder, "train", boxed, exif="apply")
     assert upright.images[0].size == (20, 40)
+
+
+def notes(folder, *rows: dict) -> list[str]:
+    """Notes about the rows, without file, line and id."""
+    inspection = inspect({"train": rows_of(folder, "train", *rows)}, PROCESSOR)
+    assert not inspection.errors
+    return [message.split(": ", 2)[2] for message in messages(inspection, "note")]
+
+
+def test_empty_and_blank_answers_are_counted(folder):
+    assert notes(
+        folder,
+        row("red.png", answer=""),
+        row("red.png", "1", answer=" \n"),
+        row("red.png", "2", history=[["a", ""], ["b", "c"]]),
+        row("red.png", "3", answer="<ref>it</ref><box>(1,2),(3,4)</box>"),
+    ) == [
+        "the answer is empty: only its end-of-turn token is supervised",
+        "the answer in turn 2 is blank",
+        "the answer in turn 2 is empty: nothing of it is supervised",
+    ]
+
+
+def test_rows_with_equal_ids_are_counted(folder):
+    repeated = notes(
+        folder,
+        row("red.png", id="a"),
+        row("red.png", "1", id="b"),
+        row("red.png", "2", id="a"),
+        row("red.png", "3"),
+        row("red.png", "4"),
+        row("red.png", "5", id="a"),
+    )
+    same = f"has the same id as {folder}/train.jsonl:1; an id tells rows apart in predictions and"
+    assert repeated == [f"{same} scores"] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "form"),
+    [
+        ("<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>", "Qwen2-VL"),
+        ('[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]', "Qwen2.5-VL"),
+        ("It is at [0.1, 0.25, .5, 1.0].", "LLaVA or Shikra"),
+        ("[10,20,300,400]", "a list of pixels"),
+        ("<loc0001><loc0002><loc0003><loc0004> it", "PaliGemma"),
+    ],
+)
+def test_boxes_in_the_markup_of_other_models_are_counted_by_form(folder, answer, form):
+    [note] = notes(folder, row("red.png", answer=answer), row("red.png", "1", answer="[1, 2] <x>"))
+    assert note.startswith(f"text has boxes as {form} (")
+    assert note.endswith(
+        "convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..999, or to `objects`"
+    )

@@ -61,6 +61,24 @@ def test_answers_and_their_end_of_turn_tokens_are_supervised():
     assert supervised(CHAT.render(TALK)) == "a1]a2]"
 
 
+@pytest.mark.parametrize("empty", [[], [Piece([])]])
+def test_an_empty_answer_is_supervised_only_at_the_end(empty):
+    # As in ms-swift 2.6.1: `use_dynamic_eos` looks for supervised tokens before the end of a turn,
+    # and the last end-of-turn token is always supervised.
+    talk = [
+        *(message("user", "q1"), Message("assistant", empty)),
+        *(message("user", "q2"), message("assistant", "a2")),
+        *(message("user", "q3"), Message("assistant", empty)),
+    ]
+    assert supervised(CHAT.render(talk)) == "a2]]"
+    assert supervised(CHAT.render([*talk, *talk])) == "a2]a2]]"
+    assert supervised(CHAT.render([message("user", "q"), message("assistant", " "), *talk])) == (
+        " ]a2]]"
+    )
+    official = ChatML(encode, start=START, end=END, supervise="official")
+    assert supervised(official.render(talk)) == "[]\n[]\n[]\n[a2]\n[]\n[]\n"
+
+
 def test_official_also_supervises_the_markup_of_every_turn():
     official = ChatML(encode, start=START, end=END, supervise="official")
     pieces = list(official.render(TALK))
