@@ -143,57 +143,87 @@ def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-_LABEL = r"<ref>((?:(?!</?ref>).)*)</ref>"
+class _Markup:
+    """Patterns of objects in text.
 
-
-def _patterns(digits: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Returns two patterns.
-
-    One is for an object (label, boxes or both), one for a single box.
+    Args:
+        number: pattern of a coordinate.
+        not_in_label: pattern of what ends a label, or makes it unreadable.
     """
-    number = rf"[\s()]*-?{digits}[\s()]*"
-    box = rf"<box>{number}(?:,{number}){{3}}</box>|<quad>{number}(?:,{number}){{7}}</quad>"
-    return re.compile(rf"(?:{_LABEL})?((?:{box})+)|{_LABEL}", re.DOTALL), re.compile(box)
+
+    def __init__(self, number: str, not_in_label: str):
+        value = rf"[\s()]*{number}[\s()]*"
+        box = rf"<box>{value}(?:,{value}){{3}}</box>|<quad>{value}(?:,{value}){{7}}</quad>"
+        label = rf"<ref>((?:(?!{not_in_label}).)*)</ref>"
+        self.box = re.compile(box)
+        self.boxes = re.compile(f"(?:{box})+")
+        self.labelled = re.compile(rf"{label}((?:{box})*)", re.DOTALL)
 
 
-_INTEGERS = _patterns(r"[0-9]{1,6}")
-_DECIMALS = _patterns(r"[0-9]{1,6}(?:\.[0-9]{1,17})?")
+# Numbers of answers are read as Python's int() does in the original: 1, -1, +1, 1_0, in the digits
+# of any script. A label ends at the first </ref>, so it may hold <ref>.
+_ANSWER = _Markup(number=r"[+-]?\d(?:_?\d){0,5}", not_in_label="</ref>")
+_ROW = _Markup(number=r"-?[0-9]{1,6}(?:\.[0-9]{1,17})?", not_in_label="</?ref>")
 
 
 def objects_from_tags(
-    text: str, *, image: int = 0, fractions: bool = False
+    text: str, *, image: int = 0, of_row: bool = False
 ) -> tuple[str | GroundedObject, ...]:
     """Splits `text` into plain text and objects, with boxes on the grid. Never raises.
 
     A label directly before boxes belongs to all of them. Markup that cannot be read stays text.
-    Inverted boxes stay inverted.
+    Inverted boxes stay inverted. The time is linear in the length of the text.
 
     Args:
         image: index of the image that all objects are in.
-        fractions: also read boxes with decimal fractions; otherwise these stay text.
+        of_row: read the text of a row, not of an answer. Boxes may have decimal fractions, but
+            `+1`, `1_0` and other digits than 0 to 9 stay text, and so does a `<ref>` in a label.
 
     >>> objects_from_tags("see <ref>a cat</ref><box>(1,2),(3,4)</box>")[1].label
     'a cat'
     """
-    object_pattern, box_pattern = _DECIMALS if fractions else _INTEGERS
+    markup = _ROW if of_row else _ANSWER
     parts: list[str | GroundedObject] = []
     end = 0
-    for match in object_pattern.finditer(text):
+    for match in _objects_in(text, markup):
         if before := text[end : match.start()]:
             parts.append(before)
         end = match.end()
-        label, box_tags, lone_label = match.groups()
-        boxes = tuple(_box_from_tags(box.group()) for box in box_pattern.finditer(box_tags or ""))
-        label = label if box_tags else lone_label
+        label, box_tags = match.groups() if match.re is markup.labelled else (None, match[0])
+        boxes = tuple(_box_from_tags(box.group()) for box in markup.box.finditer(box_tags))
         parts.append(GroundedObject(label=label, boxes=boxes, image=image))
     if rest := text[end:]:
         parts.append(rest)
     return tuple(parts)
 
 
+def _objects_in(text: str, markup: _Markup) -> Iterator[re.Match[str]]:
+    """Yields matches of `labelled` and `boxes`, whichever comes first.
+
+    Each pattern searches the text once: a match that is behind the next one is kept.
+    """
+    # Behind the last </ref> each <ref> would search the rest of the text.
+    end_of_labels = text.rfind("</ref>") + 1
+    labelled = markup.labelled.search(text) if "<ref>" in text[:end_of_labels] else None
+    boxes = markup.boxes.search(text)
+    while labelled or boxes:
+        if boxes is None or (labelled and labelled.start() < boxes.start()):
+            match = labelled
+        else:
+            match = boxes
+        yield match
+        position = match.end()
+        if labelled and labelled.start() < position:
+            labelled = None
+            if text.find("<ref>", position, end_of_labels) >= 0:
+                labelled = markup.labelled.search(text, position)
+        if boxes and boxes.start() < position:
+            boxes = markup.boxes.search(text, position)
+
+
 def _box_from_tags(tags: str) -> Box | Quad:
     values: list[float] = []
-    for number in re.findall(r"-?[0-9]+(?:\.[0-9]+)?", tags):
+    for number in re.findall(r"[+-]?[\d_]+(?:\.\d+)?", tags):
         values.append(float(number) if "." in number else int(number))
     if len(values) == 8:
         return Quad(points=tuple(zip(values[::2], values[1::2], strict=True)), frame="grid")

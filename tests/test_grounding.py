@@ -123,6 +123,42 @@ def test_the_size_of_an_image_is_read_only_when_needed(tmp_path):
         object_in_frame(obj, "pixel", missing)
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("<box>(+1,2),(1_0,20)</box>", None),
+        ("<box>(１,２),(１０,٢٠)</box>", None),
+        ("<box>( 1 , 2 ),(10,20)</box>", None),
+        ("<ref>a<ref>b</ref><box>(1,2),(10,20)</box>", "a<ref>b"),
+    ],
+)
+def test_answers_are_read_as_the_original_reads_them(text, label):
+    region = box(1, 2, 10, 20, "grid")
+    assert objects_from_tags(text) == (GroundedObject(label=label, boxes=(region,)),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<box>(+1,2),(3,4)</box>",
+        "<box>(1_0,2),(3,4)</box>",
+        "<box>(１,2),(3,4)</box>",
+        "<ref>a<ref>b",
+    ],
+)
+def test_rows_spell_numbers_and_labels_in_one_way(text):
+    assert objects_from_tags(text, of_row=True) == (text,)
+    assert objects_from_tags("<ref>a<ref>b</ref>", of_row=True)[0] == "<ref>a"
+
+
+@pytest.mark.parametrize("number", ["1__0", "_1", "1_", "+-1", "++1", "²", "1e1"])
+def test_what_int_refuses_stays_text(number):
+    with pytest.raises(ValueError, match="invalid literal"):
+        int(number)
+    text = f"<box>(1,2),({number},4)</box>"
+    assert objects_from_tags(text) == (text,)
+
+
 def test_text_is_split_at_its_objects():
     cat = GroundedObject(
         label="a cat", boxes=(box(1, 2, 3, 4, "grid"), box(5, 6, 7, 8, "grid")), image=3
@@ -170,11 +206,14 @@ def test_inverted_boxes_and_boxes_outside_the_grid_are_kept_unchanged():
     assert obj.boxes == (box(300, 400, -1, 1400, "grid"),)
 
 
-def test_a_box_belongs_to_the_nearest_label_before_it():
-    assert objects_from_tags("<ref>a<ref>b</ref><box>(1,2),(3,4)</box>") == (
-        "<ref>a",
-        GroundedObject(label="b", boxes=(box(1, 2, 3, 4, "grid"),)),
-    )
+@given(st.integers(0, 3), st.booleans())
+def test_labels_and_boxes_in_any_order_are_found_once(repeats, of_row):
+    label, region = "<ref>a</ref>", "<box>(1,2),(3,4)</box>"
+    text = f"{region} {label} " * repeats + "<ref>" + f" {region}" * repeats
+    parts = objects_from_tags(text, of_row=of_row)
+    objects = [part for part in parts if isinstance(part, GroundedObject)]
+    assert [obj.label for obj in objects] == [None, "a"] * repeats + [None] * repeats
+    assert objects_from_tags(label + region * 2)[0].label == "a"
 
 
 pieces = st.sampled_from(

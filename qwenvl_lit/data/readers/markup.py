@@ -285,7 +285,7 @@ class TurnReader:
         if "<" not in text:  # most text has no markup, and rows are read each time they are fetched
             _append(parts, text)
             return
-        for part in objects_from_tags(text, image=max(0, self._images_read - 1), fractions=True):
+        for part in objects_from_tags(text, image=max(0, self._images_read - 1), of_row=True):
             if isinstance(part, GroundedObject):
                 self._has_box |= bool(part.boxes)
                 if role == "assistant" and self._first_label is None:

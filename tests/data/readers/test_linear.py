@@ -64,7 +64,7 @@ def assert_linear(work, make):
 
 READERS = {
     "objects": objects_from_tags,
-    "objects with fractions": lambda text: objects_from_tags(text, fractions=True),
+    "objects of rows": lambda text: objects_from_tags(text, of_row=True),
     "question": lambda text: conversation(text, read_options=ReadOptions()),
     "named image": NAMED_IMAGE.search,
     "tokens": TOKENIZER.encode,
