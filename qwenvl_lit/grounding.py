@@ -206,11 +206,7 @@ def _objects_in(text: str, markup: _Markup) -> Iterator[re.Match[str]]:
     end_of_labels = text.rfind("</ref>") + 1
     labelled = markup.labelled.search(text) if "<ref>" in text[:end_of_labels] else None
     boxes = markup.boxes.search(text)
-    while labelled or boxes:
-        if boxes is None or (labelled and labelled.start() < boxes.start()):
-            match = labelled
-        else:
-            match = boxes
+    while match := _first(labelled, boxes):
         yield match
         position = match.end()
         if labelled and labelled.start() < position:
@@ -219,6 +215,11 @@ def _objects_in(text: str, markup: _Markup) -> Iterator[re.Match[str]]:
                 labelled = markup.labelled.search(text, position)
         if boxes and boxes.start() < position:
             boxes = markup.boxes.search(text, position)
+
+
+def _first(*matches: re.Match[str] | None) -> re.Match[str] | None:
+    found = [match for match in matches if match is not None]
+    return min(found, key=lambda match: match.start(), default=None)
 
 
 def _box_from_tags(tags: str) -> Box | Quad:

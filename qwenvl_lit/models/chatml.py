@@ -11,6 +11,8 @@ from qwenvl_lit.types import DataError, Role, Turn
 DEFAULT_SYSTEM = "You are a helpful assistant."
 REPEATED = 8  # a token that is repeated more often than this is shown once, with a count
 
+NO_SYSTEM = "none"  # as a system message: there is none
+
 Supervise = Literal["answers", "official"]
 
 
@@ -36,8 +38,8 @@ class Message(NamedTuple):
 def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
     """Returns `turns` with a system message in front.
 
-    Turns that have a system message are returned unchanged. Else the message is `system`, or the
-    default sentence if that is None; "" gives an empty message.
+    Turns that have a system message are returned unchanged. Else the message is `system`; or the
+    default sentence if that is None; "" gives an empty message, and "none" gives no message.
 
     Raises:
         DataError: a system message is not the first turn.
@@ -47,6 +49,8 @@ def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
             "a system message may only come first; move its text there or into a question"
         )
     if turns and turns[0].role == "system":
+        return tuple(turns)
+    if system == NO_SYSTEM:
         return tuple(turns)
     text = DEFAULT_SYSTEM if system is None else system
     return (Turn(role="system", parts=(text,)), *turns)
@@ -135,6 +139,19 @@ def truncate_left(pieces: Sequence[Piece], limit: int) -> list[Piece]:
         if first.image is None and len(first.ids) > excess:
             kept.insert(0, first._replace(ids=first.ids[excess:]))
         excess -= len(first.ids)
+    return kept
+
+
+def truncate_right(pieces: Sequence[Piece], limit: int) -> list[Piece]:
+    """Returns the first `limit` tokens, or fewer: an image's span that would be cut is removed."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        if len(piece.ids) >= limit:
+            if limit and (piece.image is None or len(piece.ids) == limit):
+                kept.append(piece._replace(ids=piece.ids[:limit]))
+            break
+        kept.append(piece)
+        limit -= len(piece.ids)
     return kept
 
 

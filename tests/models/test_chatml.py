@@ -7,6 +7,7 @@ from qwenvl_lit.models.chatml import (
     Piece,
     show,
     truncate_left,
+    truncate_right,
     with_system,
 )
 from qwenvl_lit.types import DataError, Turn
@@ -140,11 +141,31 @@ def test_truncation_on_the_left_keeps_the_last_tokens():
     assert truncate_left(pieces, 0) == []
 
 
+def test_truncation_on_the_right_keeps_the_first_tokens():
+    pieces = [Piece([1, 2, 3]), Piece([4]), Piece([5, 6], supervised=True)]
+    assert truncate_right(pieces, 9) == pieces
+    assert truncate_right(pieces, 5) == [*pieces[:2], Piece([5], supervised=True)]
+    assert truncate_right(pieces, 4) == pieces[:2]
+    assert truncate_right(pieces, 2) == [Piece([1, 2])]
+    assert truncate_right(pieces, 0) == []
+
+
 def test_truncation_never_splits_an_image():
     pieces = [Piece([1]), Piece([2, 3, 4], image=0), Piece([5]), Piece([6])]
     assert truncate_left(pieces, 5) == pieces[1:]
+    assert truncate_right(pieces, 4) == pieces[:2]
     for limit in (2, 3, 4):
         assert truncate_left(pieces, limit) == pieces[2:]
+        assert truncate_right(pieces, limit - 1) == pieces[:1]
+
+
+def test_the_system_message_may_be_a_text_empty_or_none():
+    question = turn("user", "q")
+    assert with_system([question], "S") == (turn("system", "S"), question)
+    assert with_system([question], "") == (turn("system", ""), question)
+    assert with_system([question], "none") == (question,)
+    own = [turn("system", "own"), question]
+    assert with_system(own, "none") == tuple(own)
 
 
 def test_show_colors_supervised_tokens_and_counts_repeated_ones():

@@ -16,7 +16,15 @@ import torch
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
-from qwenvl_lit.models.chatml import ChatML, Message, Piece, Supervise, truncate_left, with_system
+from qwenvl_lit.models.chatml import (
+    ChatML,
+    Message,
+    Piece,
+    Supervise,
+    truncate_left,
+    truncate_right,
+    with_system,
+)
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
@@ -38,7 +46,7 @@ IGNORED = -100  # the label of a token that is not supervised
 MAX_TEXT = 500_000
 
 Template = Literal["chatml", "raw"]
-TooLong = Literal["error", "drop", "truncate_left"]
+TooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
 
 
 @contextmanager
@@ -59,12 +67,14 @@ class QwenVLProcessor:
         template: "chatml"; or "raw" for the base model: the texts one after the other, and an
             answer ends with `<|endoftext|>`.
         system: the system message of conversations without one. None is the default sentence, ""
-            an empty message. Unused with "raw".
+            an empty message, as the published code writes it, and "none" no message, as ms-swift
+            does for an empty one. Unused with "raw".
         supervise: see `ChatML`. With "raw", answers and their `<|endoftext|>` are supervised.
         max_length: largest number of tokens of a training sample.
         too_long: what happens to longer samples. "error" raises, "drop" leaves the row out,
-            "truncate_left" keeps the last tokens, and every image as a whole or not at all. A turn
-            with more than `MAX_TEXT` characters is dropped, or else an error.
+            "truncate_left" keeps the last tokens and "truncate_right", as the published fine-tuning
+            script does, the first ones; every image is kept as a whole or not at all. A turn with
+            more than `MAX_TEXT` characters is dropped, or else an error.
         max_window_size: a prompt's system message and earlier exchanges have fewer tokens than
             this; the oldest exchanges are left out. Unused with "raw".
         features: computes or looks up the vision features of images, in place of their pixels.
@@ -314,8 +324,11 @@ class QwenVLProcessor:
             if self.too_long == "drop":
                 raise Dropped(excess)
             if self.too_long == "error":
-                raise DataError(f"{excess}; raise it, or set too_long=drop or truncate_left")
-            pieces = truncate_left(pieces, self.max_length)
+                raise DataError(
+                    f"{excess}; raise it, or set too_long=drop, truncate_left or truncate_right"
+                )
+            truncate = truncate_left if self.too_long == "truncate_left" else truncate_right
+            pieces = truncate(pieces, self.max_length)
         # The first token has nothing before it that could predict it.
         if not any(piece.supervised for piece in pieces[1:]):
             raise DataError(
