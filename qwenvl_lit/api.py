@@ -236,7 +236,8 @@ class QwenVL:
 
         text = ""
         tokenizer = self.processor.tokenizer
-        for piece in tokenizer.stream(arriving_ids(), skip_special=True, keep=tokenizer.tag_ids):
+        shown_ids = self.processor.shown_ids
+        for piece in tokenizer.stream(arriving_ids(), skip_special=True, keep=shown_ids):
             text += piece
             stripped = text.strip()  # as in the finished answer
             yield stripped, [*earlier, [question, stripped]]

@@ -160,7 +160,8 @@ def data(
         answered: rows that `predict` leaves out, see `DataModule`.
 
     Raises:
-        DataError: no data was chosen, and there is no run to take it from.
+        DataError: no data was chosen, and there is no run to take it from; or the data has special
+            tokens that the processor does not let through.
     """
     if not config.data:
         raise DataError(
@@ -171,7 +172,16 @@ def data(
             "data.datasets is missing: name the datasets and how many rows an epoch takes of each, "
             "for example data.datasets={coco_en_mini:2000,refcoco:0.5}"
         )
-    return _instantiate(config.data)(processor=processor, answered=answered)
+    node = config.data.copy()  # it keeps its place in `config`, for interpolations
+    OmegaConf.set_struct(node, False)
+    special_tokens = node.pop("special_tokens", None) or ()
+    missing = [name for name in special_tokens if name not in processor.special_tokens]
+    if missing:
+        raise DataError(
+            f"data.special_tokens: the model was trained without {', '.join(missing)}, and a run "
+            f"keeps its special tokens; leave them out"
+        )
+    return _instantiate(node)(processor=processor, answered=answered)
 
 
 def trainer(

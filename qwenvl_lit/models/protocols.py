@@ -42,6 +42,8 @@ class Processor(Protocol):
     """Token ids that end an answer. The answer does not include them."""
     supports_packing: bool
     """The value of `Family.supports_packing`."""
+    special_tokens: tuple[str, ...]
+    """Names of special tokens that text may hold."""
 
     @property
     def settings(self) -> Mapping[str, Any]:

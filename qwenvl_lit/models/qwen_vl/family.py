@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,7 +60,7 @@ class QwenVLFamily:
         download: whether a hub name may be fetched.
         device_map, max_memory: how transformers distributes the network over GPUs and host memory,
             for example "auto" and {0: "10GiB"}; for inference only. None: all of it on one device.
-        template, system, supervise, max_length, too_long: see `QwenVLProcessor`.
+        template, system, supervise, max_length, too_long, special_tokens: see `QwenVLProcessor`.
         max_window_size: see `QwenVLProcessor`; None: the value in the checkpoint's
             `generation_config.json`, else the published 6144.
         dtype: of the weights, as torch names it.
@@ -100,6 +100,7 @@ class QwenVLFamily:
         supervise: Supervise = "answers",
         max_length: int | None = None,
         too_long: TooLong = "error",
+        special_tokens: Sequence[str] | None = None,
         max_window_size: int | None = None,
         dtype: str = "float32",
         load_in_4bit: bool = False,
@@ -125,6 +126,7 @@ class QwenVLFamily:
         self.supervise = supervise
         self.max_length = max_length
         self.too_long = too_long
+        self.special_tokens = special_tokens
         self.max_window_size = max_window_size
         self.dtype = _float_dtype(dtype)
         self.quantization = NF4 if load_in_4bit else None
@@ -203,6 +205,7 @@ class QwenVLFamily:
             supervise=self.supervise,
             max_length=self.max_length,
             too_long=self.too_long,
+            special_tokens=self.special_tokens,
             max_window_size=window,
             features=features,
         )

@@ -27,7 +27,7 @@ from qwenvl_lit.models.chatml import (
 )
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
-from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, QwenTokenizer
 from qwenvl_lit.types import (
     Conversation,
     DataError,
@@ -77,6 +77,8 @@ class QwenVLProcessor:
             more than `MAX_TEXT` characters is dropped, or else an error.
         max_window_size: a prompt's system message and earlier exchanges have fewer tokens than
             this; the oldest exchanges are left out. Unused with "raw".
+        special_tokens: names of extra tokens (`<|extra_0|>` to `<|extra_204|>`) that text may hold.
+            All other names of special tokens are plain text.
         features: computes or looks up the vision features of images, in place of their pixels.
             While it returns None, samples have pixels.
     """
@@ -95,6 +97,7 @@ class QwenVLProcessor:
         max_length: int | None = None,
         too_long: TooLong = "error",
         max_window_size: int = 6144,
+        special_tokens: Sequence[str] | None = None,
         features: FeatureSource | None = None,
     ):
         _check_choice("template", template, get_args(Template))
@@ -102,6 +105,7 @@ class QwenVLProcessor:
         _check_choice("too_long", too_long, get_args(TooLong))
         check_number("model.max_length", max_length, least=1, whole=True, optional=True)
         check_number("model.max_window_size", max_window_size, least=1, whole=True)
+        _check_special_tokens(special_tokens or ())
         self.tokenizer = tokenizer
         self.tokens_per_image = tokens_per_image
         self.image_size = image_size
@@ -111,6 +115,7 @@ class QwenVLProcessor:
         self.max_length = max_length
         self.too_long = too_long
         self.max_window_size = max_window_size
+        self.special_tokens = tuple(special_tokens or ())
         self.features = features
         self.chatml = ChatML(
             tokenizer.encode,
@@ -156,6 +161,12 @@ class QwenVLProcessor:
         return tokens, supervised - pieces[0].supervised
 
     @property
+    def shown_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens that the text of an answer shows."""
+        named = (self.tokenizer.special[name] for name in self.special_tokens)
+        return (*self.tokenizer.tag_ids, *named)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Plain data that determines ids and labels; see `Processor.settings`."""
         return {
@@ -169,6 +180,7 @@ class QwenVLProcessor:
             "max_length": self.max_length,
             "too_long": self.too_long,
             "max_window_size": self.max_window_size,
+            "special_tokens": self.special_tokens,
         }
 
     @property
@@ -190,7 +202,7 @@ class QwenVLProcessor:
         Boxes are taken to be on the last image of the prompt.
         """
         answer = takewhile(lambda token_id: token_id not in self.stop_ids, ids)
-        text = self.tokenizer.decode(answer, skip_special=True, keep=self.tokenizer.tag_ids)
+        text = self.tokenizer.decode(answer, skip_special=True, keep=self.shown_ids)
         return self.read(text.strip(), conversation)
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
@@ -212,7 +224,10 @@ class QwenVLProcessor:
         A raw prompt ends with a word, so that a space is written before the option.
         """
         before = " " if self.template == "raw" else ""
-        return [self.tokenizer.encode(before + option) for option in conversation.options]
+        return [self._encode(before + option) for option in conversation.options]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, allowed_special=self.special_tokens)
 
     def _reference(self, conversation: Conversation) -> str | None:
         if conversation.answer is None:
@@ -284,7 +299,7 @@ class QwenVLProcessor:
                 text += item
                 continue
             if text:
-                yield Piece(self.tokenizer.encode(text))
+                yield Piece(self._encode(text))
             text = ""
             if isinstance(item, Tag):
                 yield Piece([special[item.value]])
@@ -292,7 +307,7 @@ class QwenVLProcessor:
                 padding = [special["<imgpad>"]] * self.tokens_per_image
                 yield Piece([special["<img>"], *padding, special["</img>"]], image=item)
         if text:
-            yield Piece(self.tokenizer.encode(text))
+            yield Piece(self._encode(text))
 
     def _items(
         self, turn: Turn, images_before: int, images: Sequence[ImageSource]
@@ -370,6 +385,18 @@ class QwenVLProcessor:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_special_tokens(names: Sequence[str]) -> None:
+    """Raises an error unless `names` are extra tokens: roles and ends of turns stay unforgeable."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"special_tokens is a list of names such as <|extra_0|>, got {names!r}")
+    for name in names:
+        if name not in EXTRAS:
+            raise ValueError(
+                f"special_tokens: {name!r} cannot be let through; only {EXTRAS[0]} to {EXTRAS[-1]} "
+                f"can, because rows could otherwise forge roles, ends of turns and images"
+            )
 
 
 def _in_pixels(part: Part, images: Sequence[ImageSource]) -> Part:

@@ -26,11 +26,12 @@ PATTERN = (
 )
 _SORTED_BY_PYTHON = 64  # combining marks of one character
 _MARKS_IN_ONE = "\u0f73\u0f75\u0f81"  # no combining class, but they consist of combining marks
+EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))  # tokens without a meaning of their own
 SPECIALS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
+    *EXTRAS,
     "<ref>",
     "</ref>",
     "<box>",
