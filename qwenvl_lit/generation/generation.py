@@ -33,6 +33,8 @@ class Generation:
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams
     repetition_penalty: float = 1.0
+    # Further ends of an answer: words as lists of token ids. The answer does not include them.
+    stop_words_ids: Sequence[Sequence[int]] = ()
     seed: int | None = None  # of each call; None: torch's default generator
     # "auto": on a GPU, once a minute has been spent decoding, which is what compiling costs.
     compile: Literal["auto"] | bool = "auto"
@@ -41,6 +43,14 @@ class Generation:
         check_settings("generation", {name: getattr(self, name) for name in self.__slots__})
         most = self.max_new_tokens
         check_number("generation.min_new_tokens", self.min_new_tokens, most=most)
+
+        for word in self.stop_words_ids:
+            is_ids = isinstance(word, Sequence) and all(type(token_id) is int for token_id in word)
+            if not is_ids or not word:
+                raise ValueError(
+                    f"generation.stop_words_ids is a list of words, each a list of token ids, got "
+                    f"{word!r:.200} in it"
+                )
 
     def __call__(
         self,
@@ -62,7 +72,7 @@ class Generation:
             new_ids = self._generate(model, inputs, stop_ids, pad_id)
         else:
             new_ids = self._decode(decoder, inputs, stop_ids, image_keys)
-        return [_up_to_stop(ids, stop_ids) for ids in new_ids.tolist()]
+        return [self._up_to_stop(ids, stop_ids) for ids in new_ids.tolist()]
 
     def stream(
         self,
@@ -90,7 +100,8 @@ class Generation:
         if decoder is None:  # transformers returns the whole answer at its end
             answers = self(model, inputs, stop_ids=stop_ids, pad_id=pad_id)
             return iter([ids for ids in answers if ids])
-        return self._stream(decoder, inputs, frozenset(stop_ids), image_keys)
+        pieces = self._stream(decoder, inputs, frozenset(stop_ids), image_keys)
+        return self._without_stop_words(pieces) if self.stop_words_ids else pieces
 
     @staticmethod
     def release(model: nn.Module) -> None:
@@ -111,7 +122,7 @@ class Generation:
     ) -> torch.Tensor:
         logits = self._start(decoder, inputs, image_keys)
         next_token = self._next_token(inputs, logits, stop_ids)
-        stops = Stops(len(logits), stop_ids, logits.device)
+        stops = Stops(len(logits), stop_ids, logits.device, self.stop_words_ids)
         new_ids = []
         while True:
             new_ids.append(next_token(logits))
@@ -139,6 +150,48 @@ class Generation:
             if token_id in stop_ids:
                 return
             yield [token_id]
+
+    def _without_stop_words(self, pieces: Iterator[list[int]]) -> Iterator[list[int]]:
+        """Yields ids up to the first stop word; ids that may begin one are held back."""
+        held: list[int] = []
+        for piece in pieces:
+            for token_id in piece:
+                held.append(token_id)
+                if word := self._word_at_end(held):
+                    if rest := held[: -len(word)]:
+                        yield rest
+                    return
+            free = len(held) - self._longest_beginning(held)
+            if free:
+                yield held[:free]
+                held = held[free:]
+        if held:
+            yield held
+
+    def _word_at_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """Returns the longest stop word with which `ids` end; empty if there is none."""
+        words = [word for word in self.stop_words_ids if list(ids[-len(word) :]) == list(word)]
+        return max(words, key=len, default=())
+
+    def _longest_beginning(self, ids: Sequence[int]) -> int:
+        """Returns how many of the last ids begin a stop word."""
+        longest = max(map(len, self.stop_words_ids), default=0)
+        for count in range(min(longest - 1, len(ids)), 0, -1):
+            end = list(ids[-count:])
+            if any(list(word[:count]) == end for word in self.stop_words_ids):
+                return count
+        return 0
+
+    def _up_to_stop(self, ids: Sequence[int], stop_ids: Collection[int]) -> list[int]:
+        """Returns `ids` up to the first stop id or stop word, without it."""
+        kept: list[int] = []
+        for token_id in ids:
+            if token_id in stop_ids:
+                return kept
+            kept.append(token_id)
+            if word := self._word_at_end(kept):
+                return kept[: -len(word)]
+        return kept
 
     def _start(
         self, decoder: Decoder, inputs: Mapping[str, Any], image_keys: Sequence[str] | None
@@ -191,11 +244,3 @@ class Generation:
             torch.manual_seed(self.seed)
         ids = model.generate(**inputs, generation_config=settings)
         return ids[:, inputs["input_ids"].shape[1] :]
-
-
-def _up_to_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    """Returns `ids` without the first stop id and everything after it."""
-    for index, token_id in enumerate(ids):
-        if token_id in stop_ids:
-            return ids[:index]
-    return ids

@@ -1,10 +1,10 @@
 """The next token of each row, and which rows have ended; computed without synchronizing."""
 
-# n rows, T tokens of the prompts, V vocabulary
+# n rows, T tokens of the prompts, V vocabulary, L ids of the longest stop word
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,10 +105,19 @@ def _tokens_seen(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tenso
 
 
 class Stops:
-    """Records which of n rows have produced a stop id."""
+    """Records which of n rows have produced a stop id, or all ids of a stop word in order."""
 
-    def __init__(self, rows: int, stop_ids: Iterable[int], device: torch.device):
+    def __init__(
+        self,
+        rows: int,
+        stop_ids: Iterable[int],
+        device: torch.device,
+        words: Iterable[Sequence[int]] = (),
+    ):
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        self.words = [torch.tensor(word, dtype=torch.int64, device=device) for word in words]
+        longest = max(map(len, self.words), default=0)
+        self.latest_nL = torch.full((rows, longest), -1, dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.steps = 0
         self.last_check: HostCopy | None = None
@@ -120,6 +129,10 @@ class Stops:
         queued while the host reads it.
         """
         self.ended |= (ids[:, None] == self.stop_ids).any(1)
+        if self.words:
+            self.latest_nL = torch.cat((self.latest_nL[:, 1:], ids[:, None]), dim=1)
+        for word in self.words:
+            self.ended |= (self.latest_nL[:, -len(word) :] == word).all(1)
         self.steps += 1
         if not self.ended.is_cuda:
             return bool(self.ended.all())

@@ -369,6 +369,46 @@ def test_graphs_of_a_gpu_answer_as_eager_steps_do(compiled):
         assert streamed(generation, model, first) == expected[0]
 
 
+# -- stop words ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_answer_ends_before_a_stop_word_of_several_ids(model, num_beams):
+    row, settings = text(5, seed=6), {"max_new_tokens": 12, "min_new_tokens": 12}
+    settings["num_beams"] = num_beams
+    [answer] = together(model, [row], images(0), Generation(**settings))
+    word = answer[4:6]
+    generation = Generation(**settings, stop_words_ids=[word])
+    first = next(index for index in range(11) if answer[index : index + 2] == word)
+    assert together(model, [row], images(0), generation) == [answer[:first]]
+    if num_beams == 1:
+        assert streamed(generation, model, batch_of([row], images(0))) == answer[:first]
+
+
+def test_ids_that_only_begin_a_stop_word_are_part_of_the_answer(model):
+    row, settings = text(5, seed=6), {"max_new_tokens": 12, "min_new_tokens": 12}
+    [answer] = together(model, [row], images(0), Generation(**settings))
+    words = [[*answer[-3:], 1], [answer[2], answer[2], answer[2], 1], [answer[0], 1]]
+    generation = Generation(**settings, stop_words_ids=words)
+    assert together(model, [row], images(0), generation) == [answer]
+    assert streamed(generation, model, batch_of([row], images(0))) == answer
+
+
+def test_decoding_stops_at_the_last_stop_word_of_a_batch():
+    stops = Stops(2, [9], torch.device("cpu"), [[1, 2], [3]])
+    steps = [(1, 1), (2, 2), (0, 0)]
+    assert [stops.all_ended(torch.tensor(ids)) for ids in steps[:2]] == [False, True]
+    stops = Stops(2, [9], torch.device("cpu"), [[1, 2], [3]])
+    ended = [stops.all_ended(torch.tensor(ids)) for ids in [(3, 2), (1, 1), (1, 0), (1, 1), (1, 2)]]
+    assert ended == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("words", [[7], [[]], ["word"], [[7.0]], [[True]]])
+def test_stop_words_are_lists_of_ids(words):
+    with pytest.raises(ValueError, match=r"generation\.stop_words_ids is a list of words, each a"):
+        Generation(stop_words_ids=words)
+
+
 # -- streams ---------------------------------------------------------------------------------------
 
 

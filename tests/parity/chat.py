@@ -28,6 +28,7 @@ from parity.network import before_stop, load
 from parity.result import Result, read, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.generation.sampling import Stops
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.types import Conversation, ImageSource, Turn
@@ -78,12 +79,11 @@ def stop_words(path: Path) -> Iterator[Result]:
     """
     file = opened(path)
     for case in file.data["cases"]:
-        stops = set(QwenVLProcessor(file.tokenizer).stop_ids)
-        stops |= {word[0] for word in case["stop_words_ids"] if len(word) == 1}
-        stops -= {case["eos_token_id"]}
-        ours = case["input_ids"][-1] in stops
-        explain = partial(reasons.forced_stop, case)
-        yield same(json.dumps(case["input_ids"]), "stops", ours, case["forces_eos"], explain)
+        words = [word for word in case["stop_words_ids"] if word != [case["eos_token_id"]]]
+        stops = Stops(1, (), torch.device("cpu"), words)
+        ended = [stops.all_ended(torch.tensor([token_id])) for token_id in case["input_ids"]]
+        ends_here = ended[-1] and not ended[-2]
+        yield same(json.dumps(case["input_ids"]), "stops", ends_here, case["forces_eos"])
 
 
 def turns_of(messages: Sequence[dict[str, str]]) -> tuple[Turn, ...]:

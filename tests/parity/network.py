@@ -6,7 +6,7 @@ import hashlib
 import lzma
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from parity import reasons
 from parity.result import Result, UnreadableError, distance, read, same, tensors_of, worst
+from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.image_processing import preprocess
@@ -343,6 +344,12 @@ def before_stop(ids: Iterable[int], stops: Collection[int]) -> list[int]:
     return list(takewhile(lambda token_id: token_id not in stops, ids))
 
 
+def before_word(ids: list[int], words: Sequence[list[int]]) -> list[int]:
+    """Returns ids without the stop word with which they end, if they do."""
+    ends = [len(word) for word in words if ids[-len(word) :] == word]
+    return ids[: -max(ends)] if ends else ids
+
+
 def generation(path: Path) -> Iterator[Result]:
     """Compares greedy decoding through `generate`.
 
@@ -352,23 +359,23 @@ def generation(path: Path) -> Iterator[Result]:
         model = load(path.parent, case["config_overrides"])
         ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
         words = case["stop_words_ids"] or []
-        stops = {case["eos_token_id"]} | {word[0] for word in words if len(word) == 1}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs |= image_inputs(path.parent, case["images"], ids.shape[1])
         out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **image_inputs(path.parent, case["images"], ids.shape[1]),
+            **inputs,
             max_new_tokens=case["max_new_tokens"],
-            eos_token_id=sorted(stops),
+            eos_token_id=case["eos_token_id"],
             pad_token_id=case["pad_token_id"],
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        # An answer ends before its first stop id, after which the original forces an <|endoftext|>.
-        rows = out.sequences[:, ids.shape[1] :].tolist()
-        ours = [before_stop(row, stops) for row in rows]
-        theirs = [before_stop(row, stops) for row in case["new_tokens"]]
-        yield same(case["name"], "ids", ours, theirs, partial(reasons.generated, words))
+        # After a stop word the original forces an <|endoftext|>. Our answers end before the word.
+        generate = Generation(max_new_tokens=case["max_new_tokens"], stop_words_ids=words)
+        eos = case["eos_token_id"]
+        ours = generate(model, inputs, stop_ids=[eos], pad_id=case["pad_token_id"])
+        theirs = [before_word(before_stop(row, {eos}), words) for row in case["new_tokens"]]
+        yield same(case["name"], "ids", ours, theirs)
         steps = min(map(len, (*ours, *theirs)))
         best = [logits.topk(5).indices.tolist() for logits in out.logits[:steps]]
         yield same(case["name"], "the five likeliest ids", best, case["top5_ids_per_step"][:steps])

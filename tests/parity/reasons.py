@@ -59,7 +59,6 @@ NORMALIZED_PROMPT = (
 )
 FIRST_STOP = "An answer ends before the first stop id, also in the raw template."
 ONLY_BOXES = "Chat markup is removed from the text of an answer. Only box markup stays."
-SINGLE_IDS = "Stop words are single ids: none of the published models has a longer one for chat."
 CUT_RIGHT = (
     "If a sample exceeds max_length, the original cuts off the end of the answer. This package "
     "refuses the sample, or truncates it on the left (`too_long=truncate_left`)."
@@ -232,22 +231,6 @@ def answer_text(
     if tokenizer.pad_id in ids:
         return FIRST_STOP
     return ONLY_BOXES if SPELLED.search(text) else None
-
-
-def forced_stop(case: dict[str, Any], ours: bool, golden: bool) -> str | None:
-    longer = [word for word in case["stop_words_ids"] if len(word) > 1]
-    ends = any(case["input_ids"][-len(word) :] == word for word in longer)
-    return SINGLE_IDS if golden and ends else None
-
-
-def generated(words: list[list[int]], ours: list[list[int]], golden: list[list[int]]) -> str | None:
-    """Recognizes rows that end with a stop word of several ids, after which ours goes on."""
-    longer = [word for word in words if len(word) > 1]
-    for our_row, row in zip(ours, golden, strict=True):
-        ends = any(row[-len(word) :] == word for word in longer)
-        if our_row != row and not (ends and our_row[: len(row)] == row):
-            return None
-    return SINGLE_IDS if longer else None
 
 
 def shown_history(expected: Any, ours: Any, golden: Any) -> str | None:
