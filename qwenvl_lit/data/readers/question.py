@@ -32,16 +32,17 @@ Piece = ImageLike | GroundedObject | Mapping[str, Any]
 Query = Piece | Sequence[Piece]
 History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
 
-IMAGE_KEYS = ("exif", "on_deep_image", "user_agent")
+RUN_KEYS = ("exif", "markup", "on_deep_image", "user_agent")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
 
 
 def question_options(
     cache: str | Path | None = None, data: Mapping[str, Any] | None = None
 ) -> ReadOptions:
-    """Returns how the images of questions are read: as those of `data`, the config of a run's data.
+    """Returns how questions are read: as the rows of `data`, the config of a run's data.
 
-    With a mixture, they are read as those of its first dataset.
+    With a mixture, they are read as those of its first dataset. Markup in questions is read in any
+    case, since a chat has no other way to name an image.
 
     Args:
         cache: folder of downloaded images; None: that of the commands, see conf/common.yaml.
@@ -50,7 +51,9 @@ def question_options(
     settings = dict(data or {})
     if settings.get("datasets"):
         settings = dict(next(iter(settings["datasets"].values())))
-    chosen = {key: settings[key] for key in IMAGE_KEYS if key in settings}
+    chosen = {key: settings[key] for key in RUN_KEYS if key in settings}
+    if chosen.get("markup") == "none":
+        chosen["markup"] = "questions"
     return ReadOptions(cache=Path(cache).expanduser(), **chosen)
 
 

@@ -160,3 +160,8 @@ def test_questions_read_images_as_the_data_of_their_run(tmp_path, monkeypatch):
     sources = (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), Image.new("RGB", (2, 2)))
     for source in sources:
         assert image_of(source, expected).options == expected.image_options
+
+
+@pytest.mark.parametrize(("of_run", "used"), [("all", "all"), ("none", "questions")])
+def test_questions_to_a_run_have_the_markup_of_its_rows_and_always_images(of_run, used):
+    assert question_options(data={"markup": of_run}).markup == used
