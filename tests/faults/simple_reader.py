@@ -27,7 +27,8 @@ LAYOUTS = ("conversations", "messages", "query", "instruction", "conversation", 
 def read(row: dict[str, Any]) -> Conversation:
     """Returns the conversation of a row; raises whatever Python raises if it cannot."""
     is_vqa = "question" in row
-    turns = [] if is_vqa or row.get("system") is None else [("system", row["system"])]
+    # An empty system message is none, as in csv.
+    turns = [("system", row["system"])] if row.get("system") and not is_vqa else []
     for question, answer in row.get("history") or []:
         turns += [("user", question), ("assistant", answer)]
     if "conversations" in row:

@@ -13,7 +13,7 @@ from qwenvl_lit.types import DataError
 
 Row = Mapping[str, Any]
 
-# Keys whose value is structured, or replaces a default: an empty text is no value.
+# Keys that are structured or have a default: an empty text is no value.
 _EMPTY_IS_NONE = ("images", "image", "history", "objects", "system", "answers", "choices", "id")
 # Keys of known layouts for what is not read, by what they hold.
 _UNREAD = {
@@ -45,8 +45,7 @@ def without_empty_texts(row: Row) -> dict[str, Any]:
     """
     values = dict(row)
     for key in _EMPTY_IS_NONE:
-        value = values.get(key)
-        if isinstance(value, str) and not value.strip():
+        if values.get(key) == "":
             values[key] = None
     return values
 
