@@ -358,8 +358,8 @@ def test_an_adapter_on_a_4_bit_base_is_merged_into_the_published_weights(
     OmegaConf.save(config, file)
     printed = run_command(export, "ckpt=quantized", "out=M5")
     assert "differ by" in printed
-    assert "the run has a 4-bit base" in printed
-    assert "the run has a 4-bit base" in (home / "M5/README.md").read_text()
+    assert "the run used 4-bit base weights" in printed
+    assert "the run used 4-bit base weights" in (home / "M5/README.md").read_text()
     run_command(export, "ckpt=lora", "out=M0", *QUICK)
     assert_equal(tensors(home / "M0"), tensors(home / "M5"))
 

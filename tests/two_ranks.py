@@ -1,5 +1,6 @@
 """Runs code of a test in two processes that train together."""
 
+import faulthandler
 import os
 import socket
 from collections.abc import Callable
@@ -30,4 +31,5 @@ def _start(rank: int, work: Callable[[int, Path], None], folder: Path, port: int
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    faulthandler.enable()  # says where a rank was that C code ends
     work(rank, folder)
