@@ -281,7 +281,7 @@ def test_a_terminal_shows_prompts_and_no_control_characters(talk):
 def test_an_img_tag_without_its_end_is_an_error(talk):
     output, errors, [prompt] = talk("<img>dog.png What?\nHello\n")
     assert output == "yes\n"
-    assert "error: '<img>dog.png What?' has no </img>; write <img>path</img>" in errors
+    assert "error: line 1: '<img>dog.png What?' has no </img>; write <img>path</img>" in errors
     assert questions(prompt) == ["Hello"]
 
 
