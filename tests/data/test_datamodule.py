@@ -348,8 +348,8 @@ def test_the_error_about_a_row_above_max_tokens_names_it_and_a_remedy():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("order", "random", "mixed or staged"),
-        ("on_bad_image", "ignore", "error or drop"),
+        ("order", "random", "one of mixed, staged"),
+        ("on_bad_image", "ignore", "one of error, drop"),
         ("packing", "maybe", "true or false"),
         ("group_by_length", 1, "true or false"),
         ("max_tokens", "many", "a whole number, 1 or more, or null"),

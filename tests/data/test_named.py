@@ -5,19 +5,17 @@ import pickle
 from pathlib import Path
 
 import pytest
-from commands import output_of
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from commands import compose_config, output_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwenvl_lit import build
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.data.readers.coco import read_coco_captions
 from qwenvl_lit.data.readers.refcoco import read_refcoco
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.vqa import read_vqa
-from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import Box, DataError, GroundedObject, ImageSource
 
 TRAIN, VAL = "COCO_train2014_000000000009.jpg", "COCO_val2014_000000000042.jpg"
@@ -151,19 +149,9 @@ def root(tmp_path_factory):
 
 def dataset(name: str, root: Path, *options: str) -> DatasetSpec:
     """The dataset that `data=name` chooses."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        data = compose(
-            "train",
-            [
-                f"data={name}",
-                f"data.root={root}",
-                "paths.run=.",
-                "data.split_file=null",
-                "data.cache=null",
-                *options,
-            ],
-        ).data
-    return instantiate(data, _convert_="all")(processor=None).datasets[""]
+    places = [f"data.root={root}", "paths.run=.", "data.split_file=null", "data.cache=null"]
+    config = compose_config("train", f"data={name}", *places, *options)
+    return build.data(config, processor=None).datasets[""]
 
 
 REFERRED = {"question": (RED,), "answer": (BOX,), "references": ()}
