@@ -34,6 +34,7 @@ from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.features import CachedFeatures
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import FeatureSource, Processor
+from qwenvl_lit.runs.composed_config import check_composed_config
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
 from qwenvl_lit.settings import check_seed, check_settings
@@ -255,13 +256,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def start(config: DictConfig) -> None:
-    """Seeds all random generators, and silences warnings that a user cannot act on.
+    """Checks the config, seeds all random generators, and silences needless warnings.
 
     Other warnings are logged, each as one line.
 
     Raises:
-        ValueError: the seed is none.
+        ValueError: a value is of a type that its class does not take, or the seed is none.
     """
+    check_composed_config(config)
     check_seed(config.seed)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.get("deterministic"):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.types import DataError
 
@@ -24,6 +25,8 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.reports.data_page import examples, write_page
 
     build.start(config)
+    check_number("workers", config.workers, least=1, most=1024, whole=True, optional=True)
+    check_number("examples", config.examples, least=0, whole=True)
     processor = build.processor(config)
     data = build.data(config, processor)
     data.prepare_data()

@@ -49,6 +49,11 @@ def _check_temperature(key: str, value: Any) -> None:
     check_number(key, value, above=0)
 
 
+def _check_devices(key: str, value: Any) -> None:
+    if isinstance(value, int):  # Lightning reads text and lists
+        check_number(key, value, least=-1, most=1024, whole=True)
+
+
 def _check_limit(key: str, value: Any, *, optional: bool) -> None:
     check_number(key, value, least=-1, whole=True, optional=optional)
     if value == 0:
@@ -86,9 +91,9 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
     "data": {
         "order": partial(check_choice, choices=("mixed", "staged")),
         "on_bad_image": partial(check_choice, choices=("error", "drop")),
-        "batch_size": _positive_count,
-        "eval_batch_size": _positive_count,
-        "max_tokens": _optional_count,
+        "batch_size": partial(check_number, least=1, most=10**6, whole=True),
+        "eval_batch_size": partial(check_number, least=1, most=10**6, whole=True),
+        "max_tokens": partial(check_number, least=1, most=10**8, whole=True, optional=True),
         "max_bad_fraction": _share,
         "generated_validation_rows": _count,
         "num_workers": partial(check_number, least=0, most=1024, whole=True),
@@ -104,15 +109,15 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "temperature": _check_temperature,
         "top_p": partial(check_number, above=0, most=1),
         "top_k": _count,
-        "num_beams": _positive_count,
-        "length_penalty": check_number,
+        "num_beams": partial(check_number, least=1, most=1024, whole=True),
+        "length_penalty": partial(check_number, least=-100, most=100),
         "repetition_penalty": _positive,
         "seed": partial(check_number, least=0, most=2**63 - 1, whole=True, optional=True),
     },
     "memory": {
-        "tokens": _positive_count,
-        "images": _count,
-        "targets": _positive_count,
+        "tokens": partial(check_number, least=1, most=10**6, whole=True),
+        "images": partial(check_number, least=0, most=10**4, whole=True),
+        "targets": partial(check_number, least=1, most=10**6, whole=True),
         "check": check_bool,
     },
     "optim": {
@@ -124,6 +129,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "warmup": _not_negative,
         "schedule": partial(check_choice, choices=get_args(Schedule)),
         "rounding": partial(check_choice, choices=get_args(Rounding)),
+        "seed": partial(check_number, least=0, most=2**63 - 1, whole=True),
     },
     "speed": {
         "compile": _auto_or_bool,
@@ -133,6 +139,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "vision_cache_gb": _positive,
     },
     "trainer": {
+        "devices": _check_devices,
         "max_steps": partial(_check_limit, optional=False),
         "max_epochs": partial(_check_limit, optional=True),
         "accumulate_grad_batches": _optional_count,

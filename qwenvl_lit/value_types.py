@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,18 @@ NUMBERS = {int: (int,), float: (int, float)}
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 PLAIN = (str, int, float, bool, Path, type(None))
+LISTS = (list, tuple, set, Sequence, Collection)
+# In messages
+NAMES: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    None: "null",
+    type(None): "null",
+}
+ITEMS = {int: "whole numbers", float: "numbers", str: "text"}
 # Values of every type: interpolations of OmegaConf, and a value that is still to be given
 UNRESOLVED, MISSING = "${", "???"
 
@@ -50,7 +61,7 @@ def matches(value: Any, annotation: Any) -> bool:
     if origin is tuple and Ellipsis not in arguments:
         return _is_list(value, length=len(arguments)) and all(map(matches, value, arguments))
     container = origin or annotation
-    if container in (list, tuple, set, Sequence, Collection):
+    if container in LISTS:
         item = arguments[0] if arguments else Any
         return _is_list(value) and all(matches(element, item) for element in value)
     if container in (dict, Mapping):
@@ -79,29 +90,42 @@ def has_target(value: Any) -> bool:
 def parameter_types(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the annotations of a function or of a constructor by parameter.
 
-    An annotation whose names exist only for type checkers becomes `inspect.Parameter.empty`.
+    Parameters without annotation, and those whose names exist only for type checkers, are left out.
     """
+    constructor = function.__init__ if inspect.isclass(function) else function
+    names = getattr(inspect.unwrap(constructor), "__globals__", {})  # a parent's, if inherited
     types_by_name = {}
     for name, parameter in inspect.signature(function).parameters.items():
         annotation = parameter.annotation
         if isinstance(annotation, str):
-            annotation = _evaluated(annotation, function)
-        types_by_name[name] = annotation
+            annotation = _evaluated(annotation, names)
+        if annotation is not parameter.empty:
+            types_by_name[name] = annotation
     return types_by_name
 
 
 def type_name(annotation: Any) -> str:
-    """Returns a type as a message names it.
+    """Returns a type in the words of a message.
 
-    >>> type_name(int), type_name(dict[str, int] | None)
-    ('int', 'dict[str, int] | None')
+    >>> type_name(int | None), type_name(Sequence[str]), type_name(Literal["min", "max"])
+    ('a whole number or null', 'a list of text', 'min or max')
     """
-    name = annotation.__name__ if inspect.isclass(annotation) and not get_args(annotation) else ""
-    return name or str(annotation).replace("typing.", "").replace("collections.abc.", "")
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in NAMES:
+        return NAMES[annotation]
+    if origin in (Union, types.UnionType):
+        names = [type_name(option) for option in arguments]
+        return " or ".join(dict.fromkeys(names))
+    if origin is Literal:
+        return " or ".join(map(str, dict.fromkeys(arguments)))
+    container = origin or annotation
+    if container in LISTS:
+        items = [name for item, name in ITEMS.items() if arguments and item is arguments[0]]
+        return f"a list of {items[0]}" if items else "a list"
+    return "a mapping"
 
 
-def _evaluated(annotation: str, function: Callable[..., Any]) -> Any:
-    names = vars(sys.modules[function.__module__])
+def _evaluated(annotation: str, names: Mapping[str, Any]) -> Any:
     try:
         return eval(annotation, dict(names))  # source of this or an installed package
     except (NameError, TypeError):

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.predictions import set_name
 from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.rendering.text import images_with_boxes
@@ -26,6 +27,7 @@ class BoxDrawer(lightning.Callback):
     """
 
     def __init__(self, limit: int = 16):
+        check_number("callbacks.boxes.limit", limit, least=0, whole=True)
         self.limit = limit
         self._counts: Counter[str] = Counter()  # number of images drawn so far, by test set
 

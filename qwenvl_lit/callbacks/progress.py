@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from time import perf_counter
+from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
@@ -25,8 +26,8 @@ class ProgressBar(RichProgressBar):
       synchronizes to do so.
     """
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    def __init__(self, *, leave: bool = False, **options: Any):
+        super().__init__(leave=leave, **options)
         self._last_refresh = -math.inf
         self._values: dict[str, float] = {}
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 from PIL import Image, ImageDraw, ImageFont
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.rendering.fonts import font_for
 from qwenvl_lit.rendering.text import images_with_boxes, readable
@@ -38,6 +39,7 @@ class SampleVisualiser(lightning.Callback):
     """
 
     def __init__(self, count: int = 8):
+        check_number("callbacks.samples.count", count, least=0, whole=True)
         self.count = count
         self._predictions: list[Prediction] = []
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import nn
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.models.dynamo import compiled_graphs
 from qwenvl_lit.types import Batch
@@ -98,6 +99,7 @@ class Throughput(lightning.Callback):
     """
 
     def __init__(self, window: int = 20):
+        check_number("callbacks.throughput.window", window, least=1, most=10**6, whole=True)
         self.window = window
         self.rates: dict[str, float] = {}
         self._snapshots: deque[Snapshot] = deque(maxlen=window + 1)

@@ -181,7 +181,7 @@ def steps_of(checkpoint: Path | None) -> int:
     for key, expected in RESUMED.items():
         if not matches(stored.get(key), expected):
             raise DataError(
-                f"{checkpoint} cannot be resumed: its {key} is no {type_name(expected)}; "
+                f"{checkpoint} cannot be resumed: its {key} is not {type_name(expected)}; "
                 f"ckpt= starts another run from its weights"
             )
     return stored["global_step"]

@@ -255,7 +255,7 @@ class DatasetSpec:
 
 
 def _check_validation(validation: Files | int | float | None) -> None:
-    if isinstance(validation, str | Sequence | None):
+    if validation != "" and isinstance(validation, str | Sequence | None):
         return
     share = isinstance(validation, float) and 0 <= validation < 1
     count = isinstance(validation, int) and not isinstance(validation, bool) and validation >= 0

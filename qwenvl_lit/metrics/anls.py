@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torchmetrics.functional.text import edit_distance
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.metrics.per_sample import Where, answer_text, reference_texts
 from qwenvl_lit.metrics.sample_mean import ProtocolMean, ScoringProtocol
 from qwenvl_lit.types import Prediction
@@ -58,6 +59,7 @@ class ANLS(ProtocolMean):
         where: Where | None = None,
     ):
         super().__init__(protocol, where=where)
+        check_number("threshold", threshold, least=0, most=1)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:

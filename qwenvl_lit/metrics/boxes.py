@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.grounding import iou, object_in_frame
 from qwenvl_lit.metrics.per_sample import Where
 from qwenvl_lit.metrics.sample_mean import SampleMean
@@ -139,6 +140,7 @@ class BoxAccuracy(SampleMean):
 
     def __init__(self, threshold: float = 0.5, *, where: Where | None = None):
         super().__init__(where=where)
+        check_number("threshold", threshold, least=0, most=1)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:
@@ -164,6 +166,7 @@ class GroundedAccuracy(SampleMean):
 
     def __init__(self, threshold: float = 0.5, *, where: Where | None = None):
         super().__init__(where=where)
+        check_number("threshold", threshold, least=0, most=1)
         self.threshold = threshold
 
     def score(self, prediction: Prediction) -> float | None:

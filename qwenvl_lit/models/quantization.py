@@ -29,7 +29,8 @@ def bnb_config(
         skip: names of modules that are not quantized.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or `settings` has an unknown argument.
+        ValueError: bitsandbytes is not installed, or `settings` has an unknown argument or
+            a value of another type.
     """
     known = inspect.signature(BitsAndBytesConfig).parameters
     if unknown := sorted(set(settings) - set(known)):
@@ -39,4 +40,7 @@ def bnb_config(
         )
     require("bitsandbytes", "a quantized model")
     defaults = {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": list(skip)}
-    return BitsAndBytesConfig(**{**defaults, **settings})
+    try:
+        return BitsAndBytesConfig(**{**defaults, **settings})
+    except TypeError as error:  # a value of another type
+        raise ValueError(f"quantization: {error}") from None

@@ -27,6 +27,8 @@ OWN_TARGETS = (
     "qwenvl_lit.data.mixture.DatasetSpec",
     "qwenvl_lit.training.adapters.merging.StartingCheckpoint",
 )
+# A target whose further arguments go to another one
+PASSES_ON = {"qwenvl_lit.data.datamodule.DataModule": OWN_TARGETS[0]}
 TARGET = re.compile(r"^\s*(?:-\s*)?_target_:\s*([\w.]+)", re.MULTILINE)
 GROUP_TARGET = re.compile(r"^_target_:\s*([\w.]+)", re.MULTILINE)  # what a file builds itself
 RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")  # an interpolation that calls a function
@@ -88,7 +90,7 @@ def check_stored_config(
     if trust:
         return
     nodes: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
-    for number, (key, value) in enumerate(_walk(config, ())):
+    for number, (key, value) in enumerate(walk(config, ())):
         if number > MAX_VALUES or len(key) > MAX_DEPTH:
             raise DataError(f"{source}: the stored config is endless; is the file damaged?")
         _check_value(key, value, source)
@@ -149,7 +151,7 @@ def check_arguments(
         key: of the node, for messages.
     """
     signature = inspect.signature(_located(target))
-    expected = _types(target)
+    expected = argument_types(target)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     for name, value in node.items():
         where = f"{source}: {'.'.join((*key, str(name)))}"
@@ -200,8 +202,12 @@ def _located(target: str) -> Callable[..., Any]:
 
 
 @cache
-def _types(target: str) -> dict[str, Any]:
-    return parameter_types(_located(target))
+def argument_types(target: str) -> dict[str, Any]:
+    """Returns the annotations of the arguments of a target by name."""
+    types = parameter_types(_located(target))
+    if target in PASSES_ON:
+        types = {**parameter_types(_located(PASSES_ON[target])), **types}
+    return types
 
 
 @cache
@@ -221,12 +227,12 @@ def _config_files(folder: Path) -> Iterator[str]:
         yield file.read_text(encoding="utf-8")
 
 
-def _walk(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def walk(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yields every value at and below `node`, mappings and lists included, with its key."""
     yield key, node
     if isinstance(node, Mapping):
         for name, value in node.items():
-            yield from _walk(value, (*key, str(name)))
+            yield from walk(value, (*key, str(name)))
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
-            yield from _walk(value, (*key, str(index)))
+            yield from walk(value, (*key, str(index)))

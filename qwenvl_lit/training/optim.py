@@ -54,6 +54,7 @@ class AdamW:
             "warmup": warmup,
             "schedule": schedule,
             "rounding": rounding,
+            "seed": seed,
         }
         check_settings("optim", settings)
         self.lr = lr

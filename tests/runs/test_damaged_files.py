@@ -284,7 +284,7 @@ def test_a_pipe_in_place_of_a_file_does_not_hang():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": "x"}, "hidden_size is 'x', expected int"),
+        ({"hidden_size": "x"}, "hidden_size is 'x', expected a whole number"),
         ({"hidden_size": 32.5}, "hidden_size is 32.5"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1000"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a whole number"),

@@ -167,11 +167,12 @@ def test_a_stored_config_of_a_stranger_is_checked_before_a_run_resumes(config):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (("model", "max_length"), "x", "model.max_length is 'x', expected int | None"),
+        (("model", "max_length"), "x", "model.max_length is 'x', expected a whole number or null"),
         (("model", "surprise"), 1, "model.surprise is no argument of qwenvl_lit.*QwenVLFamily"),
-        (("generation", "top_p"), [1], r"generation.top_p is \[1\], expected float"),
+        (("generation", "top_p"), [1], r"generation.top_p is \[1\], expected a number"),
+        (("data", "validation"), {"a": 1}, "data.validation is {'a': 1}, expected text or a list"),
         (("generation", "compile"), "yes", "generation.compile is 'yes', expected"),
-        (("adapter", "train"), "all", "adapter.train is 'all', expected Sequence"),
+        (("adapter", "train"), "all", "adapter.train is 'all', expected a list of text"),
         (
             ("model",),
             {"_target_": "lightning.Trainer"},
@@ -182,7 +183,7 @@ def test_a_stored_config_of_a_stranger_is_checked_before_a_run_resumes(config):
         (
             ("model", "config"),
             {"_target_": "lightning.Trainer"},
-            "model.config is .*, expected Mapping",
+            "model.config is .*, expected a mapping or null",
         ),
     ],
 )
@@ -213,7 +214,7 @@ def test_settings_of_an_exported_folder_are_checked(settings, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("r", "8", "r is '8', expected int"),
+        ("r", "8", "r is '8', expected a whole number"),
         ("lora_alpha", [1], r"lora_alpha is \[1\]"),
         ("rank_pattern", {"w1": ATTACK}, "rank_pattern is"),
         ("alpha_pattern", {"w1": "x"}, "alpha_pattern is"),

@@ -293,6 +293,13 @@ def test_a_sweeper_that_waits_for_scores_runs_one_job_after_the_other(composed):
         Sweep("train").take(composed("sweep.parallel=2", sweeper=optuna), pytest.fail)
 
 
+@pytest.mark.parametrize("setting", ["sweep.parallel=0", "sweep.parallel=1.5", "sweep.mode=best"])
+def test_a_setting_that_makes_no_sense_is_refused_before_a_job_starts(composed, setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(DataError, match=f"^{key} must be "):
+        Sweep("train").take(composed(setting), pytest.fail)
+
+
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwenvl_lit.atomic import atomic_folder, disk_errors, write_text
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.data.demo.scenes import PLACEMENTS, SIDE_PX, Scene, SceneObject, scenes
 from qwenvl_lit.data.demo.sprites import CLASSES, NEW_CLASSES
 from qwenvl_lit.grounding import tags_from_object, to_frame
@@ -178,6 +179,8 @@ def write_demo(
         "unseen_pairs": unseen_pairs,
         "new_classes": new_classes,
     }
+    for name, count in sizes.items():
+        check_number(f"data.prepare.{name}", count, least=0, most=10**6, whole=True)
     manifest = {"version": VERSION, "seed": seed, **sizes}
     written = _manifest_of(folder)
     if written == manifest:

@@ -103,6 +103,11 @@ class QwenVLConfig(PreTrainedConfig):
         for key in LANGUAGE_SIZES:
             _require_size(key, getattr(self, key))
         _require_size("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS)
+        deviation = self.initializer_range
+        _require(
+            _is_number(deviation) and 0 <= deviation < MAX_RATIO,
+            f"initializer_range must be a number from 0 to {MAX_RATIO}, got {deviation!r:.100}",
+        )
         heads, head_dim = self.num_attention_heads, self.kv_channels
         _require(
             head_dim * heads == self.hidden_size,
@@ -137,13 +142,14 @@ class QwenVLConfig(PreTrainedConfig):
             f"visual has unknown keys {', '.join(unknown)}; known are {', '.join(known)}",
         )
         for key, value in visual.items():
+            if value is None and key in VISUAL_OPTIONS:
+                continue
             if key in RATIOS:
-                is_number = isinstance(value, int | float) and -MAX_RATIO < value < MAX_RATIO
                 _require(
-                    value is None or is_number,
-                    f"visual.{key} must be a number below {MAX_RATIO}, got {value!r:.100}",
+                    _is_number(value) and 0 < value < MAX_RATIO,
+                    f"visual.{key} must be above 0 and below {MAX_RATIO}, got {value!r:.100}",
                 )
-            elif value is not None:
+            else:
                 _require_size(f"visual.{key}", value)
         _require_size("visual.layers", visual["layers"], MAX_LAYERS)
         self._require_multiple("image_size", "patch_size")
@@ -182,6 +188,10 @@ def _require_size(key: str, value: Any, largest: int = MAX_SIZE) -> None:
         isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest,
         f"{key} must be a whole number from 1 to {largest}, got {value!r:.100}",
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
+from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.protocols import FeatureSource
@@ -110,6 +111,7 @@ class QwenVLFamily:
             raise ValueError("a model has either a `path`, or a `config` for random weights")
         if weights not in ("checkpoint", "random"):
             raise ValueError(f"weights is checkpoint or random, got {weights!r}")
+        check_number("model.seed", seed, least=0, most=2**63 - 1, whole=True)
         self.random = weights == "random" or path is None
         if self.random and device_map is not None:
             raise ValueError("device_map is for checkpoints; random weights are made on one device")
