@@ -26,6 +26,7 @@ from torchmetrics import Metric
 from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit import checksums, extras
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
@@ -293,8 +294,9 @@ def _log_warning(
 @rank_zero_only
 def save_config(config: DictConfig) -> None:
     """Writes the resolved config and the versions of libraries into the run folder (rank 0)."""
-    OmegaConf.save(config, Path(config.paths.run) / "config.yaml", resolve=True)
-    save_versions(Path(config.paths.run))
+    folder = Path(config.paths.run)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    save_versions(folder)
 
 
 def shown(path: str) -> str:

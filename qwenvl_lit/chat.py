@@ -214,6 +214,7 @@ class Chat:
 
     def _draw(self, answer: Answer) -> list[str]:
         """Draws the boxes of an answer; returns the file names, relative to the folder."""
+        from qwenvl_lit.atomic import atomic_file
         from qwenvl_lit.build import shown
         from qwenvl_lit.rendering.drawing import draw_prediction
         from qwenvl_lit.rendering.text import images_with_boxes
@@ -223,7 +224,8 @@ class Chat:
             suffix = f"_{image}" if image else ""
             file = self.folder / "boxes" / f"{self.answers:06d}{suffix}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            draw_prediction(answer.prediction, image).save(file)
+            with atomic_file(file) as unfinished:
+                draw_prediction(answer.prediction, image).save(unfinished, "PNG")
             files.append(str(file.relative_to(self.folder)))
             self.remark(f"boxes: {shown(str(file))}")
         if files and _leaves_the_grid(answer):

@@ -40,11 +40,14 @@ class Outcome:
 
 
 def main(config: DictConfig) -> None:
+    from pathlib import Path
+
     from lightning.pytorch.utilities import rank_zero_only
 
     from qwenvl_lit import build
     from qwenvl_lit.evaluation.benchmarks import read_benchmarks
     from qwenvl_lit.evaluation.sets import evaluation_sets
+    from qwenvl_lit.metrics.summary import SCORES_FILE
     from qwenvl_lit.runs.run import find_run
 
     if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
@@ -53,6 +56,8 @@ def main(config: DictConfig) -> None:
             "or predictions"
         )
     build.start(config)
+    if rank_zero_only.rank == 0:  # scores of an earlier start, which did not end
+        Path(config.paths.run, SCORES_FILE).unlink(missing_ok=True)
     benchmarks = read_benchmarks(config) if config.benchmarks else []
     processor = build.processor(config)
     sets = evaluation_sets(config, processor, benchmarks)
@@ -140,6 +145,7 @@ def report(
 
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
+    from qwenvl_lit.cli.resume import REPORT
     from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model_name
     from qwenvl_lit.evaluation.sets import earlier_runs
     from qwenvl_lit.rendering.table import plain_table, score_table
@@ -152,7 +158,7 @@ def report(
     published = benchmark_table(benchmarks, outcome.results, published_model_name(config))
     notes = _notes(config, benchmarks, run)
     title = f"Scores of {outcome.source}"
-    page = folder / "report.html"
+    page = folder / REPORT
     write_report(
         ScoreReport(
             title=title,

@@ -9,10 +9,16 @@ import signal
 import stat
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
+from qwenvl_lit import build
 from qwenvl_lit.atomic import atomic_file, atomic_folder, disk_errors, write_text, write_to_cache
+from qwenvl_lit.callbacks.curves import draw_curves
+from qwenvl_lit.reports.data import write_findings
+from qwenvl_lit.sweep.report import _write_table as write_table
 from qwenvl_lit.types import DataError
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -41,6 +47,36 @@ def test_a_reader_that_has_opened_the_old_file_keeps_its_content(tmp_path):
         write_text(path, "new")
         assert reader.read() == "old"
     assert path.read_text() == "new"
+
+
+def write_curves(folder: Path) -> None:
+    draw_curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], folder)
+
+
+def write_config(folder: Path) -> None:
+    build.save_config(OmegaConf.create({"paths": {"run": str(folder)}}))
+
+
+def write_no_findings(folder: Path) -> None:
+    write_findings(SimpleNamespace(sets=[]), folder / "findings.jsonl")
+
+
+def write_sweep(folder: Path) -> None:
+    write_table([], ["a"], ["s"], folder / "sweep.csv")
+
+
+@pytest.mark.parametrize("write", [write_curves, write_config, write_no_findings, write_sweep])
+def test_a_file_of_a_run_folder_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch, write):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path)
+    assert names(tmp_path) == []
+    write(tmp_path)
+    assert names(tmp_path)
 
 
 @pytest.mark.parametrize("concurrent", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.predictions import set_name
 from qwenvl_lit.rendering.drawing import draw_prediction
@@ -63,4 +64,5 @@ def _save(prediction: Prediction, image: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f"_{image}" if image else ""
     file = folder / f"{prediction.conversation.index:06d}{suffix}.png"
-    draw_prediction(prediction, image).save(file)
+    with atomic_file(file) as unfinished:
+        draw_prediction(prediction, image).save(unfinished, "PNG")

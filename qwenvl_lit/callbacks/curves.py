@@ -10,6 +10,7 @@ import lightning
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.callbacks.run_log import LOG, read_log
 
 NOT_PLOTTED = {"step", "total", "epoch", "elapsed_s", "remaining_s"}
@@ -77,7 +78,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
         if training[0] or validation[0]:
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{name.replace('/', '_')}.png"
-            _plot(name, training, validation).savefig(file, dpi=120)
+            with atomic_file(file) as unfinished:
+                _plot(name, training, validation).savefig(unfinished, format="png", dpi=120)
             files.append(file)
     return files
 

@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 from PIL import Image, ImageDraw, ImageFont
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.rendering.drawing import draw_prediction
 from qwenvl_lit.rendering.fonts import font_for
@@ -65,7 +66,8 @@ class SampleVisualiser(lightning.Callback):
         if trainer.is_global_zero and not trainer.sanity_checking and self._predictions:
             folder = Path(trainer.default_root_dir, "samples")
             folder.mkdir(parents=True, exist_ok=True)
-            contact_sheet(self._predictions).save(folder / f"step_{trainer.global_step:06d}.png")
+            with atomic_file(folder / f"step_{trainer.global_step:06d}.png") as unfinished:
+                contact_sheet(self._predictions).save(unfinished, "PNG")
 
 
 def contact_sheet(predictions: Sequence[Prediction]) -> Image.Image:

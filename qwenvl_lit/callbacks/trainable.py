@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.models.components import component_of_tensor
 
 FILE = "trainable.json"
@@ -51,7 +52,7 @@ class TrainableSummary(lightning.Callback):
         }
         path = Path(trainer.default_root_dir, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(path, json.dumps(summary, indent=2) + "\n")
         Console().print(trainable_table(rows, total))
 
 

@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.cli.hints import explain
 from qwenvl_lit.types import DataError
 
@@ -23,7 +24,8 @@ def keep_expanded_datasets(config: DictConfig) -> None:
     expand_datasets(config)
     job = HydraConfig.get()
     if job.output_subdir is not None:
-        OmegaConf.save(config, Path(job.runtime.output_dir, job.output_subdir, "config.yaml"))
+        file = Path(job.runtime.output_dir, job.output_subdir, "config.yaml")
+        write_text(file, OmegaConf.to_yaml(config))
 
 
 def expand_datasets(config: DictConfig) -> None:

@@ -27,6 +27,7 @@ RESUMED = {  # what Lightning restores from a checkpoint
     "optimizer_states": list,
     "lr_schedulers": list,
 }
+REPORT = "report.html"  # the last file that `test` writes
 RESULTS = (  # files of a run folder that no later command overwrites
     "checkpoints/*.ckpt",
     "metrics.json",
@@ -104,6 +105,7 @@ def _compatible_arguments(resume: str, run: Path, arguments: Sequence[str]) -> l
 def refuse_used_folder(arguments: Sequence[str]) -> None:
     """Refuses a `hydra.run.dir=` that holds `RESULTS`, unless the command resumes that run.
 
+    A test that has not written its report has been interrupted or has failed; it starts again.
     Ranks above 0 are recognised by `hydra.output_subdir=null`: they share the folder of rank 0.
 
     Raises:
@@ -115,13 +117,15 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
     if "hydra.run.dir" not in keys or is_resuming or is_other_rank or INFO_FLAGS & keys:
         return
     folder = Path(value_of(arguments, "hydra.run.dir") or "")
+    if _is_a_test(folder) and not (folder / REPORT).exists():
+        return
     for pattern in RESULTS:
         for file in sorted(folder.glob(pattern)):
-            if ".rank" in file.name and _is_a_test(folder):
-                continue  # answers of an interrupted test, which starts again
             advice = "choose another folder, or remove this one"
             if (folder / LAST).exists():
                 advice += f"; to continue its training: python -m qwenvl_lit.train resume={folder}"
+            elif ".rank" in file.name:
+                advice += f"; to answer the rows that are left: answered={folder}"
             name = file.relative_to(folder)
             raise DataError(f"hydra.run.dir={folder} holds an earlier run ({name}): {advice}")
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics import Metric
 
 from qwenvl_lit import build
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.predictions import FILENAME
@@ -157,7 +158,7 @@ def _save_config(evaluation_set: EvaluationSet) -> None:
     """Writes the config that `predictions=` and `compare=` expect in the folder of a benchmark."""
     file = evaluation_set.folder / ".hydra" / "config.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(evaluation_set.config, file)
+    write_text(file, OmegaConf.to_yaml(evaluation_set.config))
 
 
 def open_answered_sets(data: DataModule, file: Path) -> None:

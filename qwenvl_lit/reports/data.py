@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.data.inspection import Inspection, SetFacts
 from qwenvl_lit.data.survey import Kind
 from qwenvl_lit.terminal import printable
@@ -208,7 +209,7 @@ def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
 
 def write_findings(inspection: Inspection, file: Path) -> None:
     """Writes the findings as JSON lines with set, kind, index, id and message."""
-    with file.open("w") as stream:
+    with atomic_file(file) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
         for facts in inspection.sets:
             for finding in facts.findings:
                 stream.write(json.dumps({"set": facts.name, **asdict(finding)}) + "\n")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenvl_lit.atomic import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,7 +35,8 @@ def draw_scores(results: Sequence[Result], keys: Sequence[str], metric: str, fil
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
 
 
 def _suitability_as_x_axis(results: Sequence[Result], key: str) -> tuple[bool, int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.sweep.plot import draw_scores
 from qwenvl_lit.sweep.results import Result, read_results, varied_keys
 from qwenvl_lit.types import DataError
@@ -58,7 +59,7 @@ def _rank(score: float | None, mode: str) -> float:
 def _write_table(
     ranked: Sequence[Result], keys: Sequence[str], metrics: Sequence[str], file: Path
 ) -> None:
-    with file.open("w", encoding="utf-8", newline="") as stream:
+    with atomic_file(file) as part, part.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["job", *keys, *metrics, "seconds", "error"])
         for result in ranked:

@@ -27,6 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from qwenvl_lit.atomic import write_text
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.metrics.summary import read_fit_summary
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
@@ -232,7 +233,7 @@ def _earlier_result(folder: Path, overrides: Sequence[str]) -> Result | None:
     if earlier is None:
         return None
     if earlier.config:
-        (folder / COMPOSED).write_text(earlier.config, encoding="utf-8")
+        write_text(folder / COMPOSED, earlier.config)
     if earlier.overrides != tuple(overrides):
         raise DataError(
             f"{folder} holds a job with other values ({' '.join(earlier.overrides)}); "

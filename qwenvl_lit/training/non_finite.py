@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.types import Batch, DataError
 
@@ -50,7 +51,8 @@ class NonFiniteGuard:
         file = folder / f"not_finite_step_{self._step}.rank{rank}.pt"
         folder.mkdir(parents=True, exist_ok=True)
         batches = [_tensors_on_cpu(batch) for batch in self._batches]
-        torch.save({"step": self._step, "rows": rows, "batches": batches}, file)
+        with atomic_file(file) as unfinished:
+            torch.save({"step": self._step, "rows": rows, "batches": batches}, unfinished)
         raise DataError(
             f"the gradient of step {self._step} is not finite and was not applied. Its rows on "
             f"rank {rank} are {', '.join(rows)}; their tensors are saved in {file}. Check these "

@@ -123,8 +123,22 @@ def test_a_folder_that_holds_results_is_refused(tmp_path, result):
     argument = f"hydra.run.dir='{tmp_path}/it\\'s used'"
     refuse_used_folder([argument])
     file.touch()
-    advice = "choose another folder, or remove this one$"
-    with pytest.raises(DataError, match=rf"it's used holds an earlier run \({result}\): {advice}"):
+    advice = "choose another folder, or remove this one"
+    if ".rank" in result:
+        advice += f"; to answer the rows that are left: answered={folder}"
+    with pytest.raises(DataError, match=rf"it's used holds an earlier run \({result}\): {advice}$"):
+        refuse_used_folder([argument])
+
+
+def test_a_test_that_has_not_ended_starts_again_in_its_folder(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/hydra.yaml").write_text("hydra: {job: {name: test}}")
+    for name in ("metrics.json", "predictions.jsonl", "predictions.rank0.jsonl"):
+        (tmp_path / name).touch()
+    argument = f"hydra.run.dir={tmp_path}"
+    refuse_used_folder([argument])
+    (tmp_path / "report.html").touch()
+    with pytest.raises(DataError, match=r"holds an earlier run \(metrics\.json\)"):
         refuse_used_folder([argument])
 
 
