@@ -27,7 +27,7 @@ from qwenvl_lit.models.chatml import (
 )
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
-from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, MAX_BLANKS, QwenTokenizer
 from qwenvl_lit.types import (
     Conversation,
     DataError,
@@ -42,8 +42,7 @@ from qwenvl_lit.types import (
 
 NAMED_IMAGE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 IGNORED = -100  # the label of a token that is not supervised
-# Characters of a turn. From a million blanks on, tiktoken's pattern overflows its stack.
-MAX_TEXT = 500_000
+MAX_TEXT = MAX_BLANKS  # characters of a turn
 
 Template = Literal["chatml", "raw"]
 TooLong = Literal["error", "drop", "truncate_left", "truncate_right"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -24,6 +25,9 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# From a million white space characters in a row on, tiktoken's pattern overflows its stack.
+MAX_BLANKS = 500_000
+_BLANKS = re.compile(r"\s+")
 _SORTED_BY_PYTHON = 64  # combining marks of one character
 _MARKS_IN_ONE = "\u0f73\u0f75\u0f81"  # no combining class, but they consist of combining marks
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))  # tokens without a meaning of their own
@@ -102,8 +106,12 @@ class QwenTokenizer:
         """Returns the ids of the normalized text.
 
         Names of special tokens in `text` are plain text, except those in `allowed_special`.
+
+        Raises:
+            ValueError: there are more than `MAX_BLANKS` white space characters in a row.
         """
         text = normalized(text)
+        _check_blanks(text)
         if not allowed_special:
             return self._encoding.encode_ordinary(text)
         return self._encoding.encode(
@@ -199,6 +207,17 @@ class QwenTokenizer:
             return None
         values = span[: span.index(self.img_pad_id)]
         return bytes(values) if all(0 <= value < 256 for value in values) else None
+
+
+def _check_blanks(text: str) -> None:
+    if len(text) <= MAX_BLANKS:
+        return
+    longest = max((len(blanks) for blanks in _BLANKS.findall(text)), default=0)
+    if longest > MAX_BLANKS:
+        raise ValueError(
+            f"text has {longest:,} white space characters in a row, and at most {MAX_BLANKS:,} can "
+            f"be converted to tokens; remove them"
+        )
 
 
 def normalized(text: str) -> str:

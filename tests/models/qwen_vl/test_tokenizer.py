@@ -174,3 +174,13 @@ def test_tiny_tokens_are_built_from_pairs_of_earlier_ones():
 def test_many_combining_marks_are_normalized_as_python_does(text):
     marks = "\u0323\u0301\u0f73\u0f71" * 50
     assert normalized(text + marks) == unicodedata.normalize("NFC", text + marks)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u3000", " \t"])
+def test_more_blanks_than_tiktoken_can_take_are_refused(blank):
+    message = r"^text has [\d,]+ white space characters in a row, and at most 500,000 can"
+    for text in (blank * 1_000_000, f"a{blank * 1_000_000}b"):
+        with pytest.raises(ValueError, match=message):
+            TINY.encode(text)
+    text = f"a{' ' * 499_999}b{' ' * 499_999}"
+    assert TINY.decode(TINY.encode(text)) == text
