@@ -135,3 +135,23 @@ def compose_config(command: str, *overrides: str) -> DictConfig:
     """The config of a command with these Hydra overrides; free text must be quoted."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         return compose(command, list(overrides))
+
+
+def start_command(
+    folder: Path, command: str, *arguments: str, own_group: bool = False, **variables: str
+) -> subprocess.Popen[str]:
+    """Starts a command in `folder`; its output and its errors come through one pipe.
+
+    Args:
+        own_group: the command leads a new process group, which a test can signal.
+        variables: of its environment.
+    """
+    return subprocess.Popen(
+        command_line(command, *arguments),
+        cwd=folder,
+        env=environment(folder, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=own_group,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import command_line, environment, read_json_lines
+from commands import read_json_lines, start_command
 from small_demo import small_demo
 
 from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments
@@ -174,15 +174,7 @@ TRAIN = [
 
 def start_training(folder: Path, *arguments: str) -> subprocess.Popen:
     """Starts training as the first process of a new process group."""
-    return subprocess.Popen(
-        command_line("train", *TRAIN, *arguments),
-        cwd=folder,
-        env=environment(folder, PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_command(folder, "train", *TRAIN, *arguments, own_group=True, PYTHONUNBUFFERED="1")
 
 
 def send_signal_at(process: subprocess.Popen, step: str, number: signal.Signals) -> str:

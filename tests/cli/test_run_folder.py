@@ -2,12 +2,10 @@
 
 import os
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from commands import command_line, environment, read_json_lines, run_command
+from commands import read_json_lines, run_command, start_command
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from small_demo import small_demo
@@ -25,17 +23,6 @@ TRAIN = [
     "data.generated_validation_rows=0",
     "~callbacks.curves",
 ]
-
-
-def start(folder: Path, command: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command_line(command, *arguments),
-        cwd=folder,
-        env=environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def compose_hydra(command: str, overrides: list[str]) -> DictConfig:
@@ -57,7 +44,7 @@ def one_time(tmp_path) -> str:
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, one_time):
     arguments = [one_time, "experiment=now", *TRAIN]
-    processes = [start(tmp_path, "train", *arguments, f"seed={seed}") for seed in (1, 2)]
+    processes = [start_command(tmp_path, "train", *arguments, f"seed={seed}") for seed in (1, 2)]
     outputs = [process.communicate(timeout=180)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == ["now", "now_2"]
@@ -109,7 +96,7 @@ def test_a_sweep_in_the_folder_of_another_is_refused(tmp_path):
 
 
 def test_the_folder_of_a_killed_run_is_free(tmp_path):
-    first = start(tmp_path, "train", *TRAIN, "trainer.max_steps=-1", "hydra.run.dir=mine")
+    first = start_command(tmp_path, "train", *TRAIN, "trainer.max_steps=-1", "hydra.run.dir=mine")
     deadline = time.monotonic() + 60
     while not lock_of(tmp_path / "mine").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

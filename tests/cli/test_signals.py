@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from commands import command_line, environment, run_command
+from commands import run_command, start_command
 from small_demo import small_demo
 
 ANSWER = [
@@ -25,15 +24,7 @@ FAST = ["generation.max_new_tokens=2"]
 
 def stop(folder: Path, number: signal.Signals, command: str, *arguments: str, when) -> str:
     """Starts a command, signals its process group when `when` finds something; returns its line."""
-    process = subprocess.Popen(
-        command_line(command, *arguments),
-        cwd=folder,
-        env=environment(folder),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_command(folder, command, *arguments, own_group=True)
     deadline = time.monotonic() + 100
     while not when() and time.monotonic() < deadline:
         time.sleep(0.05)
