@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.collate import empty_batch
-from qwenvl_lit.data.orphans import end_with_parent
+from qwenvl_lit.data.orphans import end_with_parent, parent_pid
 from qwenvl_lit.data.samplers import BatchSampler
 from qwenvl_lit.data.selection import Rows
 from qwenvl_lit.types import BadImage, DataError, Dropped, Sample
@@ -110,7 +110,7 @@ def ignore_cluster_signals(worker_id: int) -> None:
     end_with_parent()
 
     def wait_for_parent() -> None:
-        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+        while signal.sigwaitinfo(signals).si_pid != parent_pid():
             pass
         os._exit(0)
 
