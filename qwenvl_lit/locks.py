@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+WAIT_SECONDS = 3.0  # for the end of a process that was killed
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 _held_handles: set[int] = set()
 
@@ -49,12 +50,23 @@ class ProcessLock:
         self.file = file
         self._handle: int | None = None
 
-    def acquire(self) -> bool:
+    def acquire(self, *, seconds: float = 0.0) -> bool:
         """Takes the lock unless another process, or another lock of this process, holds it.
+
+        Args:
+            seconds: how long to wait for it.
 
         Raises:
             OSError: the file cannot be created.
         """
+        deadline = time.monotonic() + seconds
+        while not self._acquire():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _acquire(self) -> bool:
         while True:
             handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
             try:

@@ -19,11 +19,9 @@ from omegaconf import DictConfig, open_dict, read_write
 from qwenvl_lit.atomic import disk_errors
 from qwenvl_lit.cli.overrides import quote, value_of
 from qwenvl_lit.cli.ranks import is_under_torchrun, share_folder
-from qwenvl_lit.locks import ProcessLock, lock_of, read_holder
+from qwenvl_lit.locks import WAIT_SECONDS, ProcessLock, lock_of, read_holder
 from qwenvl_lit.stopping import is_first_rank
 from qwenvl_lit.types import DataError
-
-WAIT_SECONDS = 3.0  # for the end of a process that was killed
 
 
 class ClaimRunFolder(Callback):

@@ -13,7 +13,6 @@ by repeating the command line, which is that of one job and not that of the swee
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -29,7 +28,9 @@ from omegaconf import DictConfig
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.bounds import check_number
+from qwenvl_lit.locks import WAIT_SECONDS, ProcessLock, lock_of, read_holder
 from qwenvl_lit.metrics.summary import read_fit_summary
+from qwenvl_lit.stopping import is_first_rank
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
 from qwenvl_lit.sweep.report import PLOT, TABLE, report, result_table
 from qwenvl_lit.sweep.results import COMPOSED, Result, read_result, save_result, varied_keys
@@ -111,15 +112,17 @@ class Sweep:
         overrides: Sequence[str],
     ) -> None:
         start, error = time.perf_counter(), None
-        try:
-            main(config)
-        except (Exception, SystemExit) as stop:
-            error = f"{type(stop).__name__}: {stop}"
-            # A SystemExit would end the launcher's worker before it has reported back.
-            raise JobError(error) from stop
-        finally:
-            if os.environ.get("SLURM_PROCID", "0") == "0":
-                save_result(folder, overrides, seconds=time.perf_counter() - start, error=error)
+        with _locked(folder):
+            try:
+                main(config)
+            except (Exception, SystemExit) as stop:
+                error = f"{type(stop).__name__}: {stop}"
+                # A SystemExit would end the launcher's worker before it has reported back.
+                raise JobError(error) from stop
+            finally:
+                if is_first_rank():
+                    seconds = time.perf_counter() - start
+                    save_result(folder, overrides, seconds=seconds, error=error)
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -219,6 +222,27 @@ def job_command(
         resume.append("resume=auto")  # from the checkpoint of an interrupted job
     destination = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]  # last: nothing overrides these
     return (*python, *flags, *hydra.overrides.hydra, *overrides, *resume, *destination)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Locks the folder of a job, as a run without a sweep does; rank 0 locks it for all ranks.
+
+    Raises:
+        JobError: another process has locked it.
+    """
+    if not is_first_rank():
+        yield
+        return
+    lock = ProcessLock(lock_of(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not lock.acquire(seconds=WAIT_SECONDS):
+        holder = read_holder(lock.file) or "another process"
+        raise JobError(f"{folder} is used by {holder}; wait until it has ended")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _earlier_result(folder: Path, overrides: Sequence[str]) -> Result | None:

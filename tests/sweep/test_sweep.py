@@ -18,7 +18,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 from small_demo import small_demo
 
+from qwenvl_lit.locks import ProcessLock, is_locked, lock_of
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.sweep import sweep as sweep_module
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
 from qwenvl_lit.sweep.sweep import CaptureSweepConfig, JobError, Sweep
 from qwenvl_lit.types import DataError
@@ -305,7 +307,7 @@ SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLaunche
 
 def test_on_a_cluster_the_job_runs_in_the_process_of_the_launcher(composed, tmp_path):
     def train(config):
-        (tmp_path / "0").mkdir()
+        assert is_locked(lock_of(tmp_path / "0"))
         scores = {"fit": {"best": {"val/loss": 0.5 * config.seed}}}
         (tmp_path / "0/metrics.json").write_text(json.dumps(scores))
 
@@ -316,6 +318,21 @@ def test_on_a_cluster_the_job_runs_in_the_process_of_the_launcher(composed, tmp_
         "error": None,
         "config": None,
     }
+
+
+def test_on_a_cluster_a_job_does_not_run_in_a_folder_that_another_process_uses(
+    composed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep_module, "WAIT_SECONDS", 0.0)
+    (tmp_path / "0").mkdir()
+    lock = ProcessLock(lock_of(tmp_path / "0"))
+    assert lock.acquire()
+    with pytest.raises(JobError, match=rf"0 is used by process {os.getpid()} on "):
+        Sweep("train").take(composed(launcher=SUBMITIT), pytest.fail)
+    assert not (tmp_path / "0/job.json").exists()
+    lock.release()
+    Sweep("train").take(composed(launcher=SUBMITIT), lambda config: None)
+    assert not lock_of(tmp_path / "0").exists()
 
 
 def test_on_a_cluster_a_failed_job_leaves_its_error_and_runs_again(composed, tmp_path):
