@@ -39,6 +39,7 @@ from qwenvl_lit.runs.composed_config import check_composed_config
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
 from qwenvl_lit.settings import check_seed, check_settings
+from qwenvl_lit.stopping import signals
 from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.strategies import DeviceMapStrategy
@@ -229,7 +230,7 @@ def trainer(
         loggers = config.logger.items()
         options["logger"] = [_instantiate(node, f"logger.{name}") for name, node in loggers]
     try:
-        return make_trainer(
+        built_trainer = make_trainer(
             default_root_dir=config.paths.run,
             enable_progress_bar="progress" in nodes,
             # If it is enabled without such a callback, Lightning adds its own.
@@ -239,6 +240,9 @@ def trainer(
         )
     except REFUSALS as error:
         raise ValueError(f"{_refused_keys(config.trainer, error)}: {_first_line(error)}") from error
+    if built_trainer.world_size > 1:
+        signals.hold_back()  # Lightning starts the other ranks
+    return built_trainer
 
 
 def _refused_keys(settings: DictConfig, error: Exception) -> str:

@@ -57,11 +57,14 @@ class SignalListener:
     runs no signal handler while the main thread waits in a collective whose peer has ended.
 
     Attributes:
+        received: the first signal that the main thread has seen.
+        arrived: the first signal that has reached the process, whatever its main thread does.
         kept: a sentence that says what was saved, and how to continue from there.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the first signal
+        self.received = 0
+        self.arrived = 0
         self.kept = NOTHING_KEPT
         self._records = False
         self._raises: frozenset[int] = frozenset()  # signals that raise `Stopped`
@@ -89,6 +92,26 @@ class SignalListener:
         if "LOCAL_RANK" in os.environ:
             self._parent = os.getppid()
         self._start()
+        self.admit()  # of a rank: what has reached it while it started
+
+    def hold_back(self) -> None:
+        """Lets processes that are started until `admit` begin with stop signals held back.
+
+        A rank would be killed by a signal before it has reached `install`, and Lightning kills
+        rank 0 when another rank has ended with an error. Here a thread still receives the signals.
+        """
+        if self._wake is not None and threading.current_thread() is threading.main_thread():
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def admit(self) -> None:
+        """Ends `hold_back`, in this process or in the one that has started it."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def ignore(self) -> None:
+        """Ignores stop signals from now on, also while the interpreter exits."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def reinstall(self) -> None:
         """Sets the handlers again, replacing the handlers that Lightning built on top of them."""
@@ -97,7 +120,7 @@ class SignalListener:
 
     def record(self) -> None:
         """Only records stop signals until `release`. A second Ctrl-C raises `Stopped`."""
-        self.received = 0
+        self.received = self.arrived = 0
         self._deadline = math.inf
         self._slowest = 0.0
         self._latest_progress = time.monotonic()
@@ -201,19 +224,18 @@ class SignalListener:
     def _watch(self) -> None:
         """Ends the process when a signal has been received and nothing happens any more."""
         assert self._wake is not None
-        first = 0
         while True:
             if select.select([self._wake[0]], [], [], 0.5)[0]:
                 for number in self._wake[0].recv(64):
                     if number not in self._listened:
                         continue
                     if self._deadline == math.inf:
-                        first, self._deadline = number, time.monotonic() + self._grace
+                        self.arrived, self._deadline = number, time.monotonic() + self._grace
                     elif number == signal.SIGINT:
                         self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS / 4)
             if time.monotonic() > self._deadline and not self._saves:
                 reason = f"; it did not end by itself within {self._grace:.0f} s"
-                self.end_after_signal(first, reason)
+                self.end_after_signal(self.arrived, reason)
             if self._parent not in (None, os.getppid()):
                 time.sleep(PARENT_SECONDS)
                 self.end("", 1)

@@ -213,3 +213,58 @@ time.sleep(30)
 def test_the_message_does_not_name_a_signal_that_only_another_rank_received():
     line = stopping.SignalListener().line(0)
     assert line == "Stopped by a signal to another rank. Nothing was saved."
+
+
+def test_a_rank_that_has_ended_ignores_signals_until_its_process_is_gone():
+    script = """
+import atexit
+class Late:
+    def __del__(self):  # in the last moments of the interpreter
+        os.kill(os.getpid(), signal.SIGTERM)
+os.environ['LOCAL_RANK'] = '1'
+print('ready', flush=True)
+with stops_reported('train'):
+    late = Late()
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+print('done')
+"""
+    assert ended(start(script)) == (0, "done")
+
+
+def test_a_signal_to_a_rank_that_starts_waits_until_the_rank_can_end_by_itself():
+    script = """
+import subprocess
+with stops_reported('train'):
+    signals.hold_back()
+    source = 'import time; print("ready", flush=True); time.sleep(0.5)\\n'
+    source += sys.orig_argv[-1].partition('import subprocess')[0]
+    source += 'with stops_reported("train"): time.sleep(30)'
+    environment = {**os.environ, 'LOCAL_RANK': '1'}
+    rank = subprocess.Popen([sys.executable, '-c', source], env=environment)
+    stopping.GRACE_SECONDS = 20.0
+    try:
+        while True:
+            time.sleep(0.05)
+    finally:
+        print(rank.wait())
+"""
+    process = start(script)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert ended(process) == (143, "0\n\nStopped by SIGTERM. Nothing was saved.")
+
+
+def test_a_signal_that_the_main_thread_cannot_see_has_arrived():
+    script = """
+def report():
+    while not signals.arrived:
+        time.sleep(0.01)
+    print(signals.received, signals.arrived, flush=True)
+threading.Thread(target=report, daemon=True).start()
+with stops_reported('train'):
+    block()
+"""
+    process = start(script)
+    process.send_signal(signal.SIGTERM)
+    status, output = ended(process)
+    assert (status, output.splitlines()[0]) == (143, "0 15")

@@ -59,6 +59,7 @@ class Peers(lightning.Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
+        signals.admit()  # the other ranks have started
         if trainer.world_size > 1 and not self._connections:
             self._rank = trainer.global_rank
             self._connections = _connect(trainer)
@@ -124,8 +125,8 @@ class Peers(lightning.Callback):
         for other, connection in self._connections.items():
             if other != rank:
                 _send(connection, LOST)
-        if signals.received and farewell == b"":
-            signals.end_after_signal(signals.received, f"; rank {rank} ended first")
+        if signals.arrived and farewell == b"":
+            signals.end_after_signal(signals.arrived, f"; rank {rank} ended first")
         signals.end(self._line(rank, farewell), 1)
 
     def _line(self, rank: int, farewell: bytes) -> str:

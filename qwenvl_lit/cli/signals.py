@@ -18,8 +18,8 @@ def stops_reported(command: str) -> Iterator[None]:
 
     Ctrl-C during `chat` stays a KeyboardInterrupt, which ends an answer.
     """
-    signals.install(ctrl_c=command != "chat")
     try:
+        signals.install(ctrl_c=command != "chat")
         yield
     except Stopped as stop:
         _exit(stop.number, stop.__cause__)
@@ -29,6 +29,11 @@ def stops_reported(command: str) -> Iterator[None]:
         if not signals.received:
             raise
         _exit(signals.received, error)
+    finally:
+        # This rank has nothing left to stop. If a signal killed it in its last moments, Lightning
+        # would kill rank 0, which may still write its results or say that it was stopped.
+        if not is_first_rank():
+            signals.ignore()
 
 
 def _exit(number: int, cause: BaseException | None = None) -> NoReturn:
