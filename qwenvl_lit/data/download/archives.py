@@ -25,6 +25,7 @@ from qwenvl_lit.data.download.files import (
     format_size,
     why_offline,
 )
+from qwenvl_lit.data.expansion import check_expansion
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def _unpack(file: Path, name: str, root: Path) -> None:
             if not entries:
                 raise DataError(f"{file} has no {name}; is it the right archive?")
             size = sum(entry.file_size for entry in entries)
+            check_expansion(file, sum(entry.compress_size for entry in entries), size)
             check_free_space(root, size)
             files = len(entries)
             log.info("unpacking %s (%s files, %s) to %s", name, files, format_bytes(size), root)

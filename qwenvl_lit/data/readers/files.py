@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from qwenvl_lit.atomic import disk_errors, write_to_cache
+from qwenvl_lit.data.expansion import check_expansion
 from qwenvl_lit.data.readers.formats import READ, check_is_read, delimiters
 from qwenvl_lit.data.readers.scanning import (
     BLOCK,
@@ -275,8 +276,11 @@ def _decompressed(file: Path, folder: Path | None) -> Path:
     """Returns a decompressed copy of `file`, in a temporary folder if `folder` cannot be used."""
 
     def decompress(target: Path) -> None:
+        compressed = file.stat().st_size
         with gzip.open(file) as source, target.open("wb") as copy:
-            shutil.copyfileobj(source, copy, BLOCK)
+            while block := source.read(BLOCK):
+                check_expansion(file, compressed, copy.tell() + len(block))
+                copy.write(block)
 
     if folder is not None:
         cached = _cached(file, folder, ".rows")

@@ -5,6 +5,7 @@ import zipfile
 import pytest
 from web_server import Server, gives
 
+from qwenvl_lit.data import expansion
 from qwenvl_lit.data.download.archives import Archive, ensure_unpacked
 from qwenvl_lit.types import DataError
 
@@ -53,6 +54,14 @@ def test_an_archive_is_fetched_unpacked_and_removed(server, tmp_path):
     assert files(tmp_path) == {"val/1.jpg": "one", "val/sub/2.jpg": "two", "notes/b.json": "[]"}
     ensure_unpacked([archive], tmp_path, download=False)
     assert len(server.requests) == 1
+
+
+def test_an_archive_that_would_fill_the_disk_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(expansion, "ALWAYS_ALLOWED", 1_000_000)
+    archive = archive_of(server, zipped(**{"val/1.jpg": " " * 5_000_000}))
+    with pytest.raises(DataError, match=r"val\.zip expands to 5,000,000 bytes or more, over 200"):
+        ensure_unpacked([archive], tmp_path)
+    assert not (tmp_path / "val").exists()
 
 
 def test_one_of_several_processes_downloads_it(server, tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qwenvl_lit.data import expansion
 from qwenvl_lit.data.readers import files, scanning
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.rows import ReadOptions
@@ -330,6 +331,18 @@ def test_an_incomplete_gzip_file_is_refused(tmp_path, folder):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"rows\.jsonl\.gz is not a complete gzip file"):
             RowFile(tmp_path / "rows.jsonl.gz", tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "indexes").iterdir())
+
+
+def test_a_gzip_file_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(expansion, "ALWAYS_ALLOWED", 1_000_000)
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"id": 1}' + b" " * 5_000_000 + b"\n"))
+    for cache in (tmp_path / "cache", None):
+        with pytest.raises(
+            DataError, match=r"rows\.jsonl\.gz expands to [\d,]+ bytes or more, over"
+        ):
+            RowFile(file, cache)
     assert not list((tmp_path / "cache" / "indexes").iterdir())
 
 
