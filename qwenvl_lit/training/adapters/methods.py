@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import nn
 
 from qwenvl_lit.settings import check_settings
+from qwenvl_lit.training.adapters.patterns import check_speed, check_syntax
 from qwenvl_lit.value_types import brief, matches, type_name
 
 if TYPE_CHECKING:
@@ -136,9 +137,8 @@ class LoRA:
         self.alpha = alpha
         self.dropout = dropout
         self.targets = targets if isinstance(targets, str) else list(targets)
-        if isinstance(self.targets, str):
-            _check_pattern(self.targets)
         self.options = _checked_options(options or {})
+        check_syntax({**self.options, "target_modules": self.targets})
         self.quantization = dict(quantization) if quantization else None
 
     def apply(self, model: nn.Module, family: Family) -> nn.Module:
@@ -147,6 +147,10 @@ class LoRA:
         targets = self.targets
         if isinstance(targets, str):
             targets = family.lora_targets.get(targets, targets)
+        settings = dict(self.options)
+        if targets == self.targets:  # not a group of the family
+            settings["target_modules"] = targets
+        check_speed(settings, [path for path, _ in model.named_modules()])
         if targets != "all-linear":
             self._check_targets(targets, model, family)
         config = LoraConfig(
@@ -196,15 +200,6 @@ def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"adapter.options.{name} is {brief(value)}, expected {type_name(expected)}"
             )
     return dict(options)
-
-
-def _check_pattern(targets: str) -> None:
-    try:
-        re.compile(targets)
-    except re.error as error:
-        raise ValueError(
-            f"adapter.targets={targets!r} is not a regular expression: {error}"
-        ) from None
 
 
 def _path_patterns(targets: str | Sequence[str]) -> dict[str, str]:
