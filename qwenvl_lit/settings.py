@@ -52,6 +52,8 @@ def _check_temperature(key: str, value: Any) -> None:
 def _check_devices(key: str, value: Any) -> None:
     if isinstance(value, int):  # Lightning reads text and lists
         check_number(key, value, least=-1, most=1024, whole=True)
+        if value == 0:
+            raise ValueError(f"{key} must be 1 or more, or -1 for all, got 0")
 
 
 def _check_limit(key: str, value: Any, *, optional: bool) -> None:
