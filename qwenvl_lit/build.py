@@ -30,6 +30,7 @@ from qwenvl_lit.atomic import write_text
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
+from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.features import CachedFeatures
@@ -219,8 +220,13 @@ def trainer(
             "strategy=ddp_cpu and strategy=fsdp_cpu run distributed code on the CPU"
         )
     check_settings("trainer", config.trainer)
-    make_trainer = _instantiate(config.trainer)
-    options: dict[str, Any] = {}
+    validation = ValidationSchedule(
+        config.trainer.validate_every, batches=config.trainer.val_check_interval
+    )
+    built.append(validation)
+    settings = {name: value for name, value in config.trainer.items() if name != "validate_every"}
+    make_trainer = _instantiate(OmegaConf.create(settings))
+    options = validation.trainer_options
     if config.model.get("device_map"):
         options["strategy"] = DeviceMapStrategy()
     if not config.trainer.get("profiler"):

@@ -71,6 +71,14 @@ def _check_batches(key: str, value: Any, *, zero: bool = True) -> None:
         check_number(key, value, above=0, most=most, optional=True)
 
 
+def _check_steps_or_epochs(key: str, value: Any) -> None:
+    """Checks a number of optimizer steps (int), or of epochs (float)."""
+    if isinstance(value, int):
+        check_number(key, value, least=1, whole=True)
+    else:
+        check_number(key, value, above=0, optional=True)
+
+
 def _check_interval(key: str, value: Any) -> None:
     if not isinstance(value, str):  # text is a time, which Lightning reads
         _check_batches(key, value, zero=False)
@@ -146,7 +154,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "max_epochs": partial(_check_limit, optional=True),
         "accumulate_grad_batches": _optional_count,
         "log_every_n_steps": _optional_count,
-        "check_val_every_n_epoch": _optional_count,
+        "validate_every": _check_steps_or_epochs,
         "num_sanity_val_steps": partial(check_number, least=-1, whole=True, optional=True),
         "gradient_clip_val": partial(check_number, least=0, optional=True),
         "limit_train_batches": partial(_check_batches, zero=False),

@@ -118,7 +118,7 @@ def train_and_test(demo: Path, arguments: Sequence[str], run: Path) -> dict[str,
 
 def choices(name: str, adapter: str, epochs: int) -> list[str]:
     """The arguments of the run `name`, without its starting checkpoint and its folder."""
-    schedule = (f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}")
+    schedule = (f"trainer.max_epochs={epochs}", f"trainer.validate_every={epochs}.0")
     return [*TRAIN, f"adapter={adapter}", *schedule, *RUNS[name]]
 
 

@@ -33,7 +33,7 @@ ODD_VALUES = {
     "trainer.gradient_clip_val": ["-1", "nan", "a"],
     "trainer.log_every_n_steps": ["0", "-1", "a"],
     "trainer.val_check_interval": ["0", "-1", "2.5", "nan", "a"],
-    "trainer.check_val_every_n_epoch": ["0", "1.5", "a"],
+    "trainer.validate_every": ["0", "-1", "0.0", "nan", "a", "true"],
     "trainer.limit_val_batches": ["-1", "1.5", "nan", "a"],
     "trainer.limit_train_batches": ["0", "-1", "nan"],
     "trainer.overfit_batches": ["-1", "1.5", "a"],
@@ -116,7 +116,7 @@ def start(config, *overrides):
 
 
 def test_good_values_are_accepted(config):
-    start(config, "trainer.val_check_interval=4", "trainer.max_steps=-1", "optim.warmup=0")
+    start(config, "trainer.validate_every=4", "trainer.max_steps=-1", "optim.warmup=0")
     start(config, "generation.top_p=0.5", "trainer.max_epochs=null", "adapter.dropout=0")
 
 

@@ -82,7 +82,7 @@ def test_the_settings_of_ms_swift():
         assert config.optim.schedule == "cosine"
         assert (config.trainer.gradient_clip_val, config.trainer.max_epochs) == (1.0, 1)
     assert (lora.optim.lr, full.optim.lr) == (1e-4, 1e-5)
-    assert (lora.trainer.val_check_interval, full.trainer.val_check_interval) == (16 * 50, 16 * 200)
+    assert (lora.trainer.validate_every, full.trainer.validate_every) == (50, 200)
     assert (lora.adapter.rank, lora.adapter.alpha, lora.adapter.dropout) == (8, 32, 0.05)
     assert full.adapter._target_ == "qwenvl_lit.training.adapters.methods.Full"
     assert full.adapter.freeze == []

@@ -76,7 +76,6 @@ class RunLog(lightning.Callback):
         self._elapsed_before = 0.0
         if trainer.is_global_zero:
             self._open_log(trainer)
-            self._warn_without_validation(trainer)
         self._start = time.perf_counter()
 
     def on_before_optimizer_step(
@@ -164,22 +163,6 @@ class RunLog(lightning.Callback):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         elapsed = [record.get("elapsed_s", 0.0) for record in kept]
         self._elapsed_before = max(elapsed, default=0.0)
-
-    def _warn_without_validation(self, trainer: lightning.Trainer) -> None:
-        if not trainer.enable_validation or trainer.check_val_every_n_epoch is not None:
-            return
-        epochs = trainer.max_epochs or 1
-        batches = trainer.num_training_batches * epochs if epochs > 0 else math.inf
-        if self._total_steps is not None:
-            batches = min(batches, self._total_steps * trainer.accumulate_grad_batches)
-        if batches < trainer.val_check_batch:
-            log.warning(
-                "this run has %d batches and validates every %d: it will have no validation and no "
-                "best checkpoint; set trainer.val_check_interval=%d for a validation at its end",
-                batches,
-                trainer.val_check_batch,
-                min(batches, trainer.num_training_batches),
-            )
 
     def _training_record(self, trainer: lightning.Trainer) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._start

@@ -21,13 +21,12 @@ TRAIN = [
     "data.num_workers=0",
     "data.generated_validation_rows=4",
     "trainer.max_steps=30",
-    "trainer.val_check_interval=15",
-    "trainer.check_val_every_n_epoch=null",
+    "trainer.validate_every=15",
     "trainer.limit_val_batches=1",
     "trainer.log_every_n_steps=1",
     "callbacks.checkpoint.every=3",
 ]
-SHORTER = ["trainer.max_steps=4", "trainer.val_check_interval=2", "callbacks.checkpoint.every=1"]
+SHORTER = ["trainer.max_steps=4", "trainer.validate_every=2", "callbacks.checkpoint.every=1"]
 LORA = ["adapter=lora", "adapter.rank=2", "adapter.targets=all-linear"]
 LOGGED = ("step", "loss", "accuracy", "grad_norm", "learning_rate")  # and val/...
 

@@ -46,7 +46,7 @@ KEYS += ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "traine
 KEYS += ("callbacks.checkpoint.every", "callbacks.checkpoint.keep", "callbacks.checkpoint.monitor")
 KEYS += ("generation.max_new_tokens", "generation.temperature", "generation.top_p", "memory.tokens")
 KEYS += ("adapter.rank", "adapter.alpha", "adapter.dropout", "speed.vision_cache_gb", "data.seed")
-KEYS += ("model.max_length", "trainer.log_every_n_steps", "trainer.val_check_interval")
+KEYS += ("model.max_length", "trainer.log_every_n_steps", "trainer.validate_every")
 FREE_TEXT_KEYS = ("prompt", "ckpt", "image")
 
 
@@ -178,7 +178,7 @@ def test_any_argument_composes_or_is_a_mistake(tmp_path, monkeypatch, size):
 @sizes(short=None, full=ODD)
 def test_an_odd_number_is_refused_or_works(tmp_path, size):
     """Every numeric key with every odd value, through the whole command."""
-    short = ["trainer.max_steps=2", "trainer.max_epochs=1", "trainer.val_check_interval=2"]
+    short = ["trainer.max_steps=2", "trainer.max_epochs=1", "trainer.validate_every=2"]
     with tallied("fuzzed values", "odd numbers, as arguments of train") as tally:
         for key in KEYS:
             for number in size:

@@ -83,14 +83,14 @@ def train_before(folder: Path) -> None:
     source = folder.parent / "before"
     if not source.exists():
         source.mkdir()
-        train(source, "trainer.max_steps=8", "trainer.val_check_interval=4", run="trained")
+        train(source, "trainer.max_steps=8", "trainer.validate_every=4", run="trained")
     shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 SWEEP = [
     "optim.lr=1e-3,2e-3",
     "hydra.sweep.dir=swept",
-    *("trainer.max_steps=8", "trainer.val_check_interval=4"),
+    *("trainer.max_steps=8", "trainer.validate_every=4"),
 ]
 RECIPES = {
     "train, full": training(),
