@@ -128,6 +128,7 @@ class DataModule(lightning.LightningDataModule):
         self.train: list[Rows] = []  # by stage
         self.validation: Rows = ()
         self.test: dict[str, Rows] = {}
+        self.measured: dict[str, OpenedDataset] = {}  # what training opened, by dataset
         self._lengths: np.ndarray | None = None  # tokens of the training rows, over all stages
         self._validation_lengths: np.ndarray | None = None
         self._batch_sampler: BatchSampler | None = None  # made once: packing takes a while
@@ -284,7 +285,7 @@ class DataModule(lightning.LightningDataModule):
         opened: dict[str, OpenedDataset] = {}
         for name, dataset in self.datasets.items():
             opened[name] = dataset.open_training()
-        measured = self._measure(opened)
+        self.measured = measured = self._measure(opened)
         lengths, validation_lengths = [], []
         for dataset in measured.values():
             lengths += dataset.lengths[:-1]

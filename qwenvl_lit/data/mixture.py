@@ -37,6 +37,8 @@ class OpenedDataset:
     lengths: tuple[np.ndarray, ...] = ()
     """Tokens of the rows of each stage, then of the validation rows; empty before `measure`."""
     findings: tuple[Finding, ...] = ()
+    images: int = 0  # of all training rows
+    left_out: int = 0  # measured rows
     distinct: int = 0  # rows that were measured
     bad: int = 0  # measured rows that have a missing image
 
@@ -186,6 +188,7 @@ class DatasetSpec:
         measured = self._lengths(rows, sources, distinct, processor, workers, drop_bad)
         ends = list(accumulate(map(len, parts)))
         kept, lengths = [], []
+        training = index[: len(index) - len(opened.validation)]
         for part, tokens in zip(parts, np.split(measured.lengths[index], ends[:-1]), strict=True):
             usable = np.flatnonzero(tokens)
             lengths.append(tokens[usable])
@@ -197,6 +200,8 @@ class DatasetSpec:
             validation=kept[-1],
             lengths=tuple(lengths),
             findings=measured.findings,
+            images=int(measured.images[training].sum()),
+            left_out=int((measured.lengths == 0).sum()),
             distinct=len(rows),
             bad=_count_bad_images(rows, measured.findings),
         )

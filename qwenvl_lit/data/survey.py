@@ -58,6 +58,7 @@ class Measured:
 
     lengths: np.ndarray  # (rows,) int32, tokens; 0 for a row that is left out
     supervised: np.ndarray  # (rows,) int32, supervised tokens
+    images: np.ndarray  # (rows,) int32, images
     findings: tuple[Finding, ...]  # dropped rows and notes, ordered by index
 
 
@@ -121,7 +122,7 @@ def measure_lengths(
         file = cache / f"lengths_{key}.npz"
         if known := _load(file, len(rows)):
             return known
-    counts = np.zeros((2, len(rows)), dtype=np.int32)
+    counts = np.zeros((3, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
     known_notes: set[str] = set()
     results = survey(rows, _CountTokens(processor), workers=workers, progress=progress)
@@ -129,7 +130,7 @@ def measure_lengths(
         if isinstance(result, Finding):
             findings.append(result)
             continue
-        counts[:, index] = result.tokens, result.supervised
+        counts[:, index] = result.tokens, result.supervised, result.images
         for note in result.notes:
             findings.append(Finding(kind="note", index=index, id=result.id, message=note))
         for note in result.image_notes:
@@ -137,7 +138,10 @@ def measure_lengths(
                 known_notes.add(note)
                 findings.append(Finding(kind="image", index=index, id=result.id, message=note))
     _raise_errors(findings, len(rows))
-    measured = Measured(lengths=counts[0], supervised=counts[1], findings=tuple(findings))
+    lengths, supervised, images = counts
+    measured = Measured(
+        lengths=lengths, supervised=supervised, images=images, findings=tuple(findings)
+    )
     if file:
         _save(file, measured)
     return measured
@@ -194,6 +198,7 @@ def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
 class _RowTokens:
     tokens: int
     supervised: int
+    images: int
     id: str
     notes: tuple[str, ...]
     image_notes: tuple[str, ...]
@@ -207,7 +212,12 @@ class _CountTokens:
         tokens, supervised = self.processor.length(conversation)
         image_notes = chain.from_iterable(map(measured_notes, conversation.images))
         return _RowTokens(
-            tokens, supervised, conversation.id, conversation.notes, tuple(image_notes)
+            tokens,
+            supervised,
+            len(conversation.images),
+            conversation.id,
+            conversation.notes,
+            tuple(image_notes),
         )
 
 
@@ -275,14 +285,14 @@ def _load(file: Path, rows: int) -> Measured | None:
     """Returns what `_save` wrote, or None if the file is missing, unreadable or damaged."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            lengths, supervised = content["lengths"], content["supervised"]
+            counts = {name: content[name] for name in ("lengths", "supervised", "images")}
             findings = json.loads(content["findings"].tobytes())
         known = tuple(Finding(**finding) for finding in findings)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError):
         return None
-    if len(lengths) != rows:
+    if any(len(values) != rows for values in counts.values()):
         return None
-    return Measured(lengths=lengths, supervised=supervised, findings=known)
+    return Measured(**counts, findings=known)
 
 
 def _save(file: Path, measured: Measured) -> None:
@@ -290,6 +300,7 @@ def _save(file: Path, measured: Measured) -> None:
     arrays = {
         "lengths": measured.lengths,
         "supervised": measured.supervised,
+        "images": measured.images,
         "findings": np.frombuffer(findings.encode(), dtype=np.uint8),
     }
 

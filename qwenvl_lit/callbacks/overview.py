@@ -1,0 +1,138 @@
+"""Prints what a run is about to do, before its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from qwenvl_lit.data.findings import FILENAME
+from qwenvl_lit.data.loading import EncodedDataset
+from qwenvl_lit.data.selection import Concat
+from qwenvl_lit.models.chatml import runs
+from qwenvl_lit.terminal import printable
+from qwenvl_lit.types import Sample
+
+if TYPE_CHECKING:
+    from qwenvl_lit.data.datamodule import DataModule
+    from qwenvl_lit.models.protocols import Processor
+
+LABEL_WIDTH = 12
+MAX_CHARACTERS = 600  # of a run of tokens; longer ones are cut in the middle
+ROWS_TRIED = 100  # for a row that is not left out
+OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens
+
+
+class Overview(lightning.Callback):
+    """Prints rows, steps, device and run folder, and a row with its supervised tokens marked.
+
+    The row is the first training row that is not left out.
+    """
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        console = Console(highlight=False, soft_wrap=True)
+        for label, value in facts(trainer):
+            console.print(Text(f"{label:{LABEL_WIDTH}}{printable(value)}"))
+        sample = first_sample(trainer.datamodule)
+        if sample is not None:
+            console.print(marked(sample, trainer.datamodule.processor))
+
+
+def facts(trainer: lightning.Trainer) -> Iterator[tuple[str, str]]:
+    """Yields the lines of the overview, each as a label and its text."""
+    data: DataModule = trainer.datamodule
+    folder = Path(trainer.default_root_dir)
+    here = Path.cwd()
+    yield "Run folder", str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    yield "Device", _device(trainer)
+    yield "Rows", _rows(data)
+    yield "Steps", _steps(trainer, data)
+    yield "Batches", _batches(trainer, data)
+
+
+def _device(trainer: lightning.Trainer) -> str:
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type.upper()}, {_count(torch.get_num_threads(), 'thread')}"
+    if trainer.world_size > 1:
+        name = f"{trainer.world_size} x {name}"
+    return f"{name}, precision {trainer.precision}"
+
+
+def _rows(data: DataModule) -> str:
+    images = sum(dataset.images for dataset in data.measured.values())
+    left_out = sum(dataset.left_out for dataset in data.measured.values())
+    text = f"{sum(map(len, data.train)):,} training with {_count(images, 'image')}, "
+    text += f"{len(data.validation):,} validation, {left_out:,} left out"
+    return f"{text} ({FILENAME} says why)" if left_out else text
+
+
+def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
+    text = "no limit"
+    if math.isfinite(steps := data.steps_of_run()):
+        epochs = f"{data.epochs_of_run():.3g}"
+        text = f"{_count(int(steps), 'optimizer step')} in {epochs} epoch{'s' * (epochs != '1')}"
+    if trainer.global_step:
+        text += f", {trainer.global_step:,} of them done"
+    return text
+
+
+def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
+    accumulated, ranks = trainer.accumulate_grad_batches, trainer.world_size
+    factors = f"x {accumulated} accumulated x {_count(ranks, 'rank')}"
+    if data.max_tokens is None:
+        rows = data.batch_size * accumulated * ranks
+        return f"{_count(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
+    rows = accumulated * sum(map(len, data.train)) / trainer.num_training_batches
+    return f"about {rows:.3g} rows per optimizer step = {data.max_tokens:,} tokens {factors}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def first_sample(data: DataModule) -> Sample | None:
+    """Returns the first training sample; None if all of the first rows are left out."""
+    rows = Concat(data.train)
+    drop_bad = data.on_bad_image == "drop"
+    samples = EncodedDataset(rows, data.processor, prompt=False, renumber=False, drop_bad=drop_bad)
+    for index in range(min(ROWS_TRIED, len(rows))):
+        sample = samples[index]
+        if isinstance(sample, Sample):
+            return sample
+    return None
+
+
+def marked(sample: Sample, processor: Processor) -> Text:
+    """Returns a sample as the model receives it, with marks around supervised tokens."""
+    ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
+    supervised = sum(label >= 0 for label in labels[1:])
+    row = sample.conversation.where or sample.conversation.id
+    title = f"{printable(row)}, {_count(len(ids), 'token')}, {supervised:,} supervised"
+    text = Text(f"{'First row':{LABEL_WIDTH}}{title}, marked {OPEN}...{CLOSE}:\n")
+    for piece, is_supervised in runs(ids, labels, processor.text):
+        piece = _shortened(printable(piece, keep="\n"))
+        if is_supervised:
+            text.append(f"{OPEN}{piece}{CLOSE}", style="bold green")
+        else:
+            text.append(piece)
+    return text
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    half = MAX_CHARACTERS // 2
+    return f"{text[:half]} ... {text[-half:]}"

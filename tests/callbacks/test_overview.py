@@ -1,0 +1,82 @@
+"""What a run prints before its first step."""
+
+import pytest
+from PIL import Image
+from tiny import tiny_task
+from toy_task import trainer
+
+from qwenvl_lit.callbacks.overview import Overview, marked
+from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.training.adapters.methods import LoRA
+from qwenvl_lit.types import Conversation, Dropped, ImageSource, Turn
+
+
+def read(source: str, read_options) -> list[Conversation]:
+    """Makes each letter a row with an image; x is a row that is left out, y one without image."""
+    rows = []
+    for index, letter in enumerate(source):
+        image = ImageSource(Image.new("RGB", (9, 9)))
+        parts = (letter,) if letter == "y" else (image, letter)
+        answer = Turn(role="assistant", parts=("\x1b[2J" if letter == "z" else "no",))
+        turns = (Turn(role="user", parts=parts), answer)
+        where = f"rows.jsonl:{index + 1}"
+        rows.append(Conversation(id=letter, turns=turns, index=index, where=where))
+    return Rows(rows)
+
+
+class Rows(list):
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        if row.id == "x":
+            raise Dropped("x is left out")
+        return row
+
+
+def overview(folder, capsys, *, data: dict, **options) -> str:
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    rows = DataModule(processor=module.processor, read=read, **data)
+    options = {"max_steps": 1, "limit_val_batches": 0, **options}
+    trainer(folder, Overview(), **options).fit(module, rows)
+    return capsys.readouterr().out
+
+
+def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
+    data = {"train": ["xabc", "dyfg"], "validation": "hx", "order": "staged", "batch_size": 2}
+    printed = overview(tmp_path, capsys, data=data, accumulate_grad_batches=3, max_steps=2)
+    facts, _, row = printed.partition("First row   ")
+    assert facts.splitlines() == [
+        f"Run folder  {tmp_path}",
+        "Device      CPU, 1 thread, precision 32-true",
+        "Rows        7 training with 6 images, 1 validation, 2 left out (findings.jsonl says why)",
+        "Steps       2 optimizer steps in 1.5 epochs",
+        "Batches     6 rows per optimizer step = batch of 2 x 3 accumulated x 1 rank",
+    ]
+    assert row.startswith("rows.jsonl:2, ")
+    assert "35 tokens, 3 supervised, marked ⟦...⟧:\n<|im_start|>system\n" in row
+    assert "Picture 1: <img></img>\na<|im_end|>\n" in row
+    assert row.endswith("<|im_start|>assistant\n⟦no<|im_end|>⟧\n")
+
+
+def test_batches_limited_by_tokens_are_described_by_them(tmp_path, capsys):
+    data = {"train": "abcdefgh", "max_tokens": 100}
+    printed = overview(tmp_path, capsys, data=data)
+    assert "rows per optimizer step = 100 tokens x 1 accumulated x 1 rank" in printed
+    assert "8 training with 8 images, 0 validation, 0 left out\n" in printed
+
+
+def test_a_row_cannot_control_the_terminal():
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    sample = module.processor.encode(read("z", None)[0])
+    assert "⟦\\x1b[2J<|im_end|>⟧" in marked(sample, module.processor).plain
+
+
+@pytest.mark.parametrize("length", [10, 5000])
+def test_a_long_text_is_cut_in_its_middle(length):
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    words = " ".join(f"w{number}" for number in range(length))
+    turns = (Turn(role="user", parts=(words,)), Turn(role="assistant", parts=("no",)))
+    sample = module.processor.encode(Conversation(id="long", turns=turns))
+    text = marked(sample, module.processor).plain
+    assert "w5 w6" in text
+    assert f"w{length - 1}" in text
+    assert len(text) < 900
