@@ -22,6 +22,7 @@ from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.optim import local_tensor
 from qwenvl_lit.training.strategies import sum_over_ranks
+from qwenvl_lit.training.zero_gradients import ZeroGradientGuard
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class VisionLanguageModule(lightning.LightningModule):
         self.set_rows: list[int] = []
         self.val_tokens = TokenScores()
         self.guard = NonFiniteGuard()
+        self.zero_guard = ZeroGradientGuard(family.components)
         # The micro-batches of the current optimizer step, and their sums of losses and of
         # correctly predicted tokens
         self.step_batches: list[Batch] = []
@@ -196,15 +198,18 @@ class VisionLanguageModule(lightning.LightningModule):
         Batches and ranks may have different numbers of supervised tokens.
 
         Raises:
-            DataError: a trained tensor has no gradient, or the gradient of the step before was not
-                finite.
+            DataError: a trained tensor has no gradient or, in all first steps, one of zero; or the
+                gradient of the step before was not finite.
         """
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
+        self.zero_guard.check(rows_have_images=self._rows_have_images())
         supervised = sum(len(batch.target_positions) for batch in self.step_batches)
         # `new_full`, not a copy: a host-to-device copy would synchronize
         tokens = self.step_sums.new_full((1,), supervised)
         loss, correct, tokens = sum_over_ranks(torch.cat((self.step_sums, tokens)))
-        gradients = self._gradients()
+        gradients_by_name = self._gradients()
+        self.zero_guard.note(gradients_by_name, self.step_batches, optimizer)
+        gradients = list(gradients_by_name.values())
         # Lightning divided the loss by the number of micro-batches; DDP and FSDP average over ranks
         averaged_over = self.trainer.accumulate_grad_batches * self.trainer.world_size
         _scale(gradients, averaged_over / tokens.clamp(min=1))
@@ -230,10 +235,11 @@ class VisionLanguageModule(lightning.LightningModule):
             )
         if gradient_clip_val:
             factor = gradient_clip_val / (self.gradient_norm + 1e-6)
-            _scale(self._gradients(), factor.clamp(max=1))
+            _scale(list(self._gradients().values()), factor.clamp(max=1))
 
     def on_train_end(self) -> None:
         self.guard.check(Path(self.trainer.default_root_dir), self.global_rank)
+        self.zero_guard.finish(rows_have_images=self._rows_have_images())
         if self.load_device.type == "cuda":
             # Else Lightning would move the optimizer's state to the host, like the model: see `cpu`
             self.trainer.strategy.optimizers = []
@@ -246,15 +252,20 @@ class VisionLanguageModule(lightning.LightningModule):
         """
         return self if self.load_device.type == "cuda" else super().cpu()
 
-    def _gradients(self) -> list[torch.Tensor]:
-        gradients, missing = [], []
+    def _rows_have_images(self) -> bool:
+        """Whether a training row has an image; True if that is not known."""
+        data = self.trainer.datamodule
+        return data is None or any(dataset.images for dataset in data.measured.values())
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        gradients, missing = {}, []
         for name, tensor in self.model.named_parameters():
             if not tensor.requires_grad:
                 continue
             if tensor.grad is None:
                 missing.append(name)
             else:
-                gradients.append(tensor.grad)
+                gradients[name] = tensor.grad
         if missing:
             more = ", ..." if len(missing) > 5 else ""
             raise DataError(
