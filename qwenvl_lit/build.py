@@ -43,6 +43,7 @@ from qwenvl_lit.settings import check_seed, check_settings
 from qwenvl_lit.stopping import signals
 from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
+from qwenvl_lit.training.precision import FLOAT16, Float16Precision
 from qwenvl_lit.training.strategies import DeviceMapStrategy
 from qwenvl_lit.types import DataError
 
@@ -229,6 +230,8 @@ def trainer(
     options = validation.trainer_options
     if config.model.get("device_map"):
         options["strategy"] = DeviceMapStrategy()
+    if str(config.trainer.precision) in FLOAT16:
+        options |= {"precision": None, "plugins": Float16Precision("cuda")}
     if not config.trainer.get("profiler"):
         options["profiler"] = DataWaitProfiler()  # `Throughput` reads it
     options["logger"] = False

@@ -17,12 +17,15 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.cli.memory_check import check_memory
     from qwenvl_lit.cli.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs.run import contents
+    from qwenvl_lit.training.precision import check_precision
 
     build.start(config)
     features = build.cached_features(config)
     module = build.module(config, features=features)
     data = build.data(config, module.processor)
     trainer = build.trainer(config, features=features)
+    trains_base = module.adapter.trains_base_weights
+    check_precision(trainer, module.family.dtype, trains_base_weights=trains_base)
     check_memory(config, module, data, trainer)
     build.save_config(config)
     checkpoint = checkpoint_of(config)

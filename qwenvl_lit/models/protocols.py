@@ -123,6 +123,9 @@ class Family(Protocol):
     """Module paths of "vision", "resampler", "language", "embeddings" and "head"."""
     lora_targets: Mapping[str, str]
     """Groups of linear layers for adapters, each a regular expression that matches module paths."""
+    dtype: torch.dtype
+    """The dtype of the base weights."""
+
     quantization: Mapping[str, Any] | None
     """Quantization of the base weights, unless the adapter requires its own quantization."""
     supports_packing: bool

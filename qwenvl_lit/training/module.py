@@ -21,6 +21,7 @@ from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_train
 from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.optim import local_tensor
+from qwenvl_lit.training.precision import LossScale
 from qwenvl_lit.training.strategies import sum_over_ranks
 from qwenvl_lit.training.zero_gradients import ZeroGradientGuard
 from qwenvl_lit.types import DataError
@@ -98,11 +99,14 @@ class VisionLanguageModule(lightning.LightningModule):
         self.step_batches: list[Batch] = []
         self.register_buffer("step_sums", torch.zeros(2), persistent=False)
         self.gradient_norm = torch.zeros(())
+        self.loss_scale: LossScale | None = None  # for float16
         # Checkpoints have no frozen tensors; `load_state_dict` checks that they have all others.
         self.strict_loading = False
 
     def setup(self, stage: str) -> None:
         self.load_device = self.trainer.strategy.root_device
+        if stage == "fit" and self.trainer.precision == "16-mixed":
+            self.loss_scale = LossScale()
 
     def configure_model(self) -> None:
         """Loads the model and applies the adapter, unless that was done before.
@@ -144,6 +148,12 @@ class VisionLanguageModule(lightning.LightningModule):
         trainable, state = self.trainable_names(), checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name in trainable}
         checkpoint["config"] = self.config
+        if self.loss_scale is not None:
+            checkpoint["loss_scale"] = self.loss_scale.stored()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.loss_scale is not None:
+            self.loss_scale.restore(checkpoint["loss_scale"])
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = False, assign: bool = False
@@ -176,7 +186,7 @@ class VisionLanguageModule(lightning.LightningModule):
         return int(steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Returns the sum of the losses of a batch.
+        """Returns the sum of the losses of a batch, for float16 times the loss scale.
 
         How many supervised tokens the loss is to be averaged over is known at the end of the
         optimizer step only, see `on_before_optimizer_step`.
@@ -190,6 +200,8 @@ class VisionLanguageModule(lightning.LightningModule):
         correct = (output.logits.detach().argmax(-1) == targets).sum()
         sums = torch.stack((output.loss.detach().float(), correct.float()))
         self.step_sums = self.step_sums + sums
+        if self.loss_scale is not None:
+            return output.loss * self.loss_scale.scale
         return output.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -212,12 +224,17 @@ class VisionLanguageModule(lightning.LightningModule):
         gradients = list(gradients_by_name.values())
         # Lightning divided the loss by the number of micro-batches; DDP and FSDP average over ranks
         averaged_over = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        _scale(gradients, averaged_over / tokens.clamp(min=1))
+        factor = averaged_over / tokens.clamp(min=1)
+        if self.loss_scale is not None:
+            factor = factor / self.loss_scale.scale
+        _scale(gradients, factor)
         norm = torch.nn.utils.get_total_norm(gradients)
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = self.gradient_norm.isfinite()
         # As GradScaler does: where `found_inf` is 1, the optimizer skips the step on the device.
         optimizer.found_inf = (~finite).float()
+        if self.loss_scale is not None:
+            finite = self.loss_scale.update(finite)
         self.guard.note(finite, step=self.trainer.global_step + 1, batches=self.step_batches)
         self.log("train/loss", loss / tokens.clamp(min=1))
         self.log("train/accuracy", correct / tokens.clamp(min=1))
