@@ -40,6 +40,8 @@ class Processor(Protocol):
     pad_id: int
     stop_ids: tuple[int, ...]
     """Token ids that end an answer. The answer does not include them."""
+    max_length: int | None
+    """The most tokens of a training sample; None: no limit."""
     supports_packing: bool
     """The value of `Family.supports_packing`."""
     special_tokens: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from qwenvl_lit.training.optim import CHUNK
 from qwenvl_lit.types import Conversation, ImageSource, Part, Turn
 
 if TYPE_CHECKING:
-    from qwenvl_lit.models.protocols import Family
+    from qwenvl_lit.models.protocols import Family, Processor
 
 GIB = 2**30
 # Bytes per weight in NF4 with double quantization: 4 bits, a scale of one byte for 64 weights, and
@@ -316,18 +317,21 @@ def training_inputs(
     """Returns arguments of the network's `forward` for a batch of equal rows, on the meta device.
 
     Args:
-        tokens: the number of tokens per row. It is reduced to the processor's `max_length`, and
-            increased to the number of tokens that images and targets take.
+        tokens: the number of tokens per row. It is increased to the number of tokens that images
+            and targets take.
         images: the number of images per row.
         targets: the number of supervised tokens per row.
+
+    No row of the run is longer than the processor's `max_length`. Tokens, targets and images are
+    reduced to what fits into it.
     """
-    processor = family.processor()
-    if max_length := processor.settings.get("max_length"):
-        tokens = min(tokens, max_length)
-    # A digit is one token in every vocabulary. The end-of-turn token is supervised as well.
-    answer = "1" * max(1, targets - 1)
-    length = processor.length(_row(images, "", answer))[0]
-    sample = processor.encode(_row(images, "1" * max(0, tokens - length), answer))
+    processor = copy(family.processor())
+    limit, processor.max_length = processor.max_length, None
+    if limit is not None:
+        tokens = min(tokens, limit)
+        images, targets = _fitting(processor, images, targets, limit)
+    length = processor.length(_row(images, 0, targets))[0]
+    sample = processor.encode(_row(images, tokens - length, targets))
     inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * batch_size))
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
@@ -335,7 +339,22 @@ def training_inputs(
     return inputs
 
 
-def _row(images: int, question: str, answer: str) -> Conversation:
+def _fitting(processor: Processor, images: int, targets: int, limit: int) -> tuple[int, int]:
+    """Returns how many of the images and targets a row of at most `limit` tokens can have.
+
+    If there is no such row, those of the shortest row.
+    """
+    for count in range(images, -1, -1):
+        spare = limit - processor.length(_row(count, 0, 1))[0]
+        if spare >= 0:
+            return count, min(targets, 2 + spare)
+    return 0, 1
+
+
+def _row(images: int, question_tokens: int, targets: int) -> Conversation:
+    """Makes a row. Its answer has one token at least, besides the end-of-turn token."""
+    # A digit is one token in every vocabulary. The end-of-turn token is supervised as well.
+    question, answer = "1" * max(0, question_tokens), "1" * max(1, targets - 1)
     parts: list[Part] = [ImageSource(Image.new("RGB", (8, 8))) for _ in range(images)]
     parts.append(question)
     user = Turn(role="user", parts=tuple(parts))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_network import small_config
+from tiny import tiny_family
 from torch import nn
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
@@ -16,6 +17,7 @@ from qwenvl_lit.training.memory import (
     activations_of,
     blocks_to_checkpoint,
     estimate_memory,
+    training_inputs,
 )
 
 SWIFT = LoRA(rank=8, alpha=32, dropout=0.05, targets=r"transformer\.h\.\d+\.attn\.c_attn")
@@ -154,3 +156,26 @@ def test_the_fewest_blocks_that_make_it_fit_are_checkpointed():
     assert 2 < len(some) < 6
     assert len(checkpointed_blocks(least)) == 8
     assert len(checkpointed_blocks(0)) == 8  # all of them, even if that is not enough
+
+
+@pytest.mark.parametrize(
+    ("max_length", "tokens", "images", "targets"),
+    [
+        (None, 512, 1, 64),
+        (512, 512, 1, 64),
+        (100, 100, 1, 64),
+        (80, 80, 1, 49),  # a shorter answer
+        (33, 33, 1, 2),
+        (32, 32, 0, 13),  # an image does not fit any more
+        (5, 21, 0, 2),  # no row fits: the shortest
+    ],
+)
+@pytest.mark.parametrize("too_long", ["error", "drop", "truncate_left"])
+def test_the_estimate_is_for_a_row_that_max_length_allows(
+    max_length, tokens, images, targets, too_long
+):
+    family = tiny_family(max_length=max_length, too_long=too_long)
+    inputs = training_inputs(family, 2, tokens=512, targets=64)
+    assert inputs["input_ids"].shape == (2, tokens)
+    assert len(inputs.get("vision_positions", ())) == 2 * images * 4
+    assert len(inputs["target_positions"]) == 2 * targets
