@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.data.findings import FILENAME
 from qwenvl_lit.data.loading import EncodedDataset
 from qwenvl_lit.data.selection import Concat
@@ -41,15 +42,19 @@ class Overview(lightning.Callback):
         if not trainer.is_global_zero:
             return
         console = Console(highlight=False, soft_wrap=True)
-        for label, value in facts(trainer):
+        for label, value in facts(trainer, metrics=list(pl_module.metrics)):
             console.print(Text(f"{label:{LABEL_WIDTH}}{printable(value)}"))
         sample = first_sample(trainer.datamodule)
         if sample is not None:
             console.print(marked(sample, trainer.datamodule.processor))
 
 
-def facts(trainer: lightning.Trainer) -> Iterator[tuple[str, str]]:
-    """Yields the lines of the overview, each as a label and its text."""
+def facts(trainer: lightning.Trainer, *, metrics: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the lines of the overview, each as a label and its text.
+
+    Args:
+        metrics: the names of the metrics of answers.
+    """
     data: DataModule = trainer.datamodule
     folder = Path(trainer.default_root_dir)
     here = Path.cwd()
@@ -58,6 +63,7 @@ def facts(trainer: lightning.Trainer) -> Iterator[tuple[str, str]]:
     yield "Rows", _rows(data)
     yield "Steps", _steps(trainer, data)
     yield "Batches", _batches(trainer, data)
+    yield "Validation", _validation(trainer, data, metrics)
 
 
 def _device(trainer: lightning.Trainer) -> str:
@@ -82,7 +88,8 @@ def _rows(data: DataModule) -> str:
 def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
     text = "no limit"
     if math.isfinite(steps := data.steps_of_run()):
-        epochs = f"{data.epochs_of_run():.3g}"
+        steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        epochs = f"{steps / math.ceil(steps_per_epoch):.3g}"
         text = f"{_count(int(steps), 'optimizer step')} in {epochs} epoch{'s' * (epochs != '1')}"
     if trainer.global_step:
         text += f", {trainer.global_step:,} of them done"
@@ -97,6 +104,25 @@ def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
         return f"{_count(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
     rows = accumulated * sum(map(len, data.train)) / trainer.num_training_batches
     return f"about {rows:.3g} rows per optimizer step = {data.max_tokens:,} tokens {factors}"
+
+
+def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[str]) -> str:
+    names = ", ".join(metrics)
+    left_to_test = f"; {names} left to the command test" if metrics else ""
+    if not len(data.validation):
+        return f"none, as data.validation gives no rows{left_to_test}"
+    if trainer.limit_val_batches == 0:
+        limit = trainer.limit_val_batches
+        return f"none, as trainer.limit_val_batches={limit}{left_to_test}"
+    times = ""
+    for callback in trainer.callbacks:
+        if isinstance(callback, ValidationSchedule):
+            times = f"{callback}, "
+    answered = min(data.generated_validation_rows, len(data.validation))
+    if not answered:
+        return f"{times}no row is answered (data.generated_validation_rows=0){left_to_test}"
+    text = f"{times}{_count(answered, 'row')} answered (data.generated_validation_rows)"
+    return f"{text} and scored by {names}" if metrics else f"{text}, no metrics chosen"
 
 
 def _count(number: int, noun: str) -> str:

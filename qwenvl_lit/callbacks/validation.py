@@ -44,6 +44,18 @@ class ValidationSchedule(lightning.Callback):
         every_epochs = 1 if share else None
         return {"val_check_interval": self.batches, "check_val_every_n_epoch": every_epochs}
 
+    def __str__(self) -> str:
+        """Says when the run validates."""
+        if isinstance(self.batches, float):
+            return f"every {self.batches:g} of an epoch's batches and at the end"
+        if self.batches is not None:
+            unit = "batches" if isinstance(self.batches, int) else "(days:hours:minutes:seconds)"
+            return f"every {self.batches} {unit} and at the end"
+        if self.every is None:
+            return "at the end"
+        unit = "epochs" if isinstance(self.every, float) else "optimizer steps"
+        return f"every {self.every:g} {unit} and at the end"
+
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:

@@ -24,7 +24,7 @@ from qwenvl_lit.data.loop_state import data_position, optimizer_steps
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
-from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
+from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each, flatten
 from qwenvl_lit.data.survey import available_cores, prompt_lengths
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import Batch, DataError
@@ -204,16 +204,17 @@ class DataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """Returns one loader for the loss, and one of prompts to answer.
 
-        The first has every row with its answer, the second the prompts of the first
-        `generated_validation_rows` rows.
+        The first has every row with its answer, the second the prompts of
+        `generated_validation_rows` rows: the first ones of each dataset.
         """
         if not len(self.validation):
             return []
         lengths = self._validation_lengths if self.group_by_length else None
         loaders = [self._eval_loader(self.validation, prompt=False, lengths=lengths)]
         if self.generated_validation_rows:
-            count = min(self.generated_validation_rows, len(self.validation))
-            first_rows = Subset(self.validation, range(count))
+            sizes = [len(dataset.validation) for dataset in self.measured.values()]
+            first = first_of_each(sizes, self.generated_validation_rows)
+            first_rows = Subset(self.validation, first)
             loaders.append(self._eval_loader(first_rows, prompt=True))
         return loaders
 

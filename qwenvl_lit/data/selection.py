@@ -71,6 +71,20 @@ def take(rows: Rows, count: int, seed: int = 0) -> Rows:
     return Subset(rows, np.array(repeated + drawn))
 
 
+def first_of_each(sizes: Sequence[int], count: int) -> list[int]:
+    """Returns indices into sources of these sizes, joined: the first rows of each, in turn.
+
+    >>> first_of_each([9, 1, 9], 5)
+    [0, 1, 9, 10, 11]
+    """
+    positions: list[tuple[int, int]] = []  # within its source, of the joined rows
+    start = 0
+    for size in sizes:
+        positions += zip(range(count), range(start, start + size), strict=False)
+        start += size
+    return sorted(index for _, index in sorted(positions)[:count])
+
+
 def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
     """Resolves nested `Subset`s and `Concat`s.
 

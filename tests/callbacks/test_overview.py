@@ -5,7 +5,8 @@ from PIL import Image
 from tiny import tiny_task
 from toy_task import trainer
 
-from qwenvl_lit.callbacks.overview import Overview, marked
+from qwenvl_lit.callbacks.overview import Overview, _validation, marked
+from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.types import Conversation, Dropped, ImageSource, Turn
@@ -48,8 +49,9 @@ def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
         f"Run folder  {tmp_path}",
         "Device      CPU, 1 thread, precision 32-true",
         "Rows        7 training with 6 images, 1 validation, 2 left out (findings.jsonl says why)",
-        "Steps       2 optimizer steps in 1.5 epochs",
+        "Steps       2 optimizer steps in 1 epoch",
         "Batches     6 rows per optimizer step = batch of 2 x 3 accumulated x 1 rank",
+        "Validation  none, as trainer.limit_val_batches=0; exact_match left to the command test",
     ]
     assert row.startswith("rows.jsonl:2, ")
     assert "35 tokens, 3 supervised, marked ⟦...⟧:\n<|im_start|>system\n" in row
@@ -62,6 +64,37 @@ def test_batches_limited_by_tokens_are_described_by_them(tmp_path, capsys):
     printed = overview(tmp_path, capsys, data=data)
     assert "rows per optimizer step = 100 tokens x 1 accumulated x 1 rank" in printed
     assert "8 training with 8 images, 0 validation, 0 left out\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "schedule", "text"),
+    [
+        (
+            {"generated_validation_rows": 2},
+            ValidationSchedule(50),
+            "every 50 optimizer steps and at the end, 1 row answered "
+            "(data.generated_validation_rows) and scored by exact_match",
+        ),
+        (
+            {},
+            ValidationSchedule(0.25),
+            "every 0.25 epochs and at the end, no row is answered "
+            "(data.generated_validation_rows=0); exact_match left to the command test",
+        ),
+        (
+            {"validation": None},
+            ValidationSchedule(None),
+            "none, as data.validation gives no rows; exact_match left to the command test",
+        ),
+    ],
+)
+def test_it_says_when_a_run_validates_and_what_the_metrics_score(data, schedule, text, tmp_path):
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    run = trainer(tmp_path, schedule, **schedule.trainer_options)
+    data = {"train": "ab", "validation": "h", **data}
+    run.datamodule = rows = DataModule(processor=module.processor, read=read, **data)
+    rows.setup("fit")
+    assert _validation(run, rows, list(module.metrics)) == text
 
 
 def test_a_row_cannot_control_the_terminal():

@@ -71,7 +71,7 @@ def test_rows_of_files_are_trained_on_without_a_cache(tmp_path):
         "data.validation=2",
         "data.num_workers=0",
         "data.batch_size=2",
-        "+data.generated_validation_rows=0",
+        "data.generated_validation_rows=0",
         "~callbacks.curves",
         f"paths.cache={tmp_path}/readonly",
     )

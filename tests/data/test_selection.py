@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qwenvl_lit.data.selection import Concat, Subset, flatten, parse_count, take
+from qwenvl_lit.data.selection import Concat, Subset, first_of_each, flatten, parse_count, take
 
 
 def test_subsets_and_concatenations_select_rows():
@@ -25,6 +25,13 @@ def test_take_repeats_whole_passes_and_draws_the_rest():
     assert taken.startswith("abc")
     assert len(set(taken[3:])) == 2
     assert len(take("abc", 0)) == len(take("", 5)) == 0
+
+
+def test_the_first_rows_of_each_source_are_taken_in_turn():
+    assert first_of_each([5], 3) == [0, 1, 2]
+    assert first_of_each([3, 0, 1, 5], 6) == [0, 1, 2, 3, 4, 5]
+    assert first_of_each([3, 0, 1, 5], 100) == list(range(9))
+    assert first_of_each([], 4) == first_of_each([0], 4) == first_of_each([4], 0) == []
 
 
 def test_flatten_finds_the_index_of_each_row_in_its_source():
