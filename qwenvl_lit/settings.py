@@ -15,7 +15,7 @@ from qwenvl_lit.bounds import check_bool, check_number
 
 Checkpointing = Literal["auto", "none", "full"]
 Rounding = Literal["stochastic", "nearest"]
-Schedule = Literal["cosine", "linear", "constant_with_warmup"]
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def check_choice(key: str, value: object, *, choices: tuple[object, ...]) -> None:

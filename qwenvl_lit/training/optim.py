@@ -26,7 +26,7 @@ class AdamW:
         component_lr: peak learning rate per component, e.g. {"vision": 1e-5}; nested components
             use the innermost entry.
         warmup: steps (1 or more), or their share of all steps (below 1).
-        schedule: what follows the warm-up; "cosine" and "linear" end at zero.
+        schedule: what follows the warm-up; "cosine" and "linear" fall to zero at the last step.
         rounding: how updates of trained bfloat16 tensors are rounded. With "nearest", small
             learning rates leave most of these weights unchanged.
         seed: of stochastic rounding.
@@ -103,8 +103,9 @@ class AdamW:
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=True)
         warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         schedule = get_scheduler(
-            self.schedule, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+            name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
         )
         return optimizer, schedule
 
@@ -120,8 +121,12 @@ class AdamW:
         with_lr = {component: components[component] for component in self.component_lr}
         component_of = {name: component_of_tensor(name, with_lr) for name in trainable}
         if untrained := sorted(set(self.component_lr) - set(component_of.values())):
+            trained = {component_of_tensor(name, components) or "other" for name in trainable}
+            names = ", ".join(untrained)
             raise ValueError(
-                f"optim.component_lr: the adapter trains nothing of {', '.join(untrained)}"
+                f"optim.component_lr: the adapter trains nothing of {names}, only tensors of "
+                f"{', '.join(sorted(trained))}. Choose an adapter that trains {names}, such as "
+                "adapter=lora_all or adapter=full, or leave its learning rate out"
             )
         for component in (None, *self.component_lr):
             matrices: list[nn.Parameter] = []

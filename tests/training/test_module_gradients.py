@@ -113,7 +113,7 @@ def test_six_steps_are_those_of_the_original(name, adapter, tmp_path):
         eps=1e-8,
         weight_decay=0,
         warmup=0,
-        schedule="constant_with_warmup",
+        schedule="constant",
     )
     module = VisionLanguageModule(
         family=GoldenFamily(), adapter=adapter, generation=Generation(), metrics={}, optim=optim
@@ -232,7 +232,7 @@ class InfiniteGradient(lightning.Callback):
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in the middle", "the last"])
 def test_a_gradient_that_is_not_finite_is_never_applied_and_its_batch_is_saved(step, tmp_path):
-    optim = AdamW(lr=1e-2, warmup=0, schedule="constant_with_warmup")
+    optim = AdamW(lr=1e-2, warmup=0, schedule="constant")
     rows = loader(answers_of_many_lengths(), batch_size=4)
 
     def fit(module: VisionLanguageModule, steps: int, *callbacks) -> None:

@@ -2,6 +2,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from commands import compose_config
+from hydra.utils import instantiate
 from small_network import small_network, talk_of_two
 from torch import nn
 
@@ -29,6 +31,34 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero(warmup):
     assert learning_rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
     assert learning_rates[7] == pytest.approx(0.5)
     assert learning_rates[10] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "learning_rates"),
+    [
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0, 0.5, 1, 0.854, 0.5, 0.146, 0]),
+        ("constant", [0, 0.5, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_each_schedule_follows_the_warm_up(schedule, learning_rates):
+    settings = AdamW(lr=1.0, warmup=2, schedule=schedule)
+    optimizer, scheduler = settings.build(nn.Linear(2, 2), total_steps=6)
+    seen = []
+    for _ in learning_rates:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx(learning_rates, abs=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "demo", "official", "swift_full"])
+def test_every_optimizer_offers_a_schedule_a_warm_up_and_learning_rates_of_components(optim):
+    overrides = [f"optim={optim}", "optim.schedule=linear", "optim.warmup=3", "optim.eps=1e-6"]
+    overrides.append("+optim.component_lr.vision=1e-5")
+    settings = instantiate(compose_config("train", *overrides).optim, _convert_="all")
+    assert (settings.schedule, settings.warmup, settings.eps) == ("linear", 3, 1e-6)
+    assert settings.component_lr == {"vision": 1e-5}
 
 
 def test_frozen_tensors_are_left_out():
@@ -68,7 +98,10 @@ def test_a_learning_rate_for_a_missing_or_frozen_component_is_an_error():
     with pytest.raises(ValueError, match=r"no component tower; its components are vision, "):
         AdamW(lr=1.0, component_lr={"tower": 0.1}).build(model, 10, QwenVLFamily.components)
     model.transformer.visual.requires_grad_(False)
-    with pytest.raises(ValueError, match="trains nothing of vision"):
+    message = (
+        r"nothing of vision, only tensors of embeddings, .*such as adapter=lora_all or adapter=f"
+    )
+    with pytest.raises(ValueError, match=message):
         AdamW(lr=1.0, component_lr={"vision": 0.1}).build(model, 10, QwenVLFamily.components)
 
 
@@ -140,7 +173,7 @@ def test_with_a_small_learning_rate_bfloat16_trains_like_float32_only_if_rounded
         settings = {
             "lr": 1e-5,
             "warmup": 0,
-            "schedule": "constant_with_warmup",
+            "schedule": "constant",
             "rounding": rounding,
         }
         optimizer, _ = AdamW(**settings).build(model, 200)

@@ -60,7 +60,7 @@ def module_and_data(
         adapter=ADAPTERS[adapter],
         generation=Generation(max_new_tokens=3),
         metrics={"exact_match": ExactMatch()},
-        optim=AdamW(lr=1e-2, warmup=0, schedule="constant_with_warmup"),
+        optim=AdamW(lr=1e-2, warmup=0, schedule="constant"),
         speed=Speed(checkpointing="full"),
         **options,
     )
