@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scripted import tiny_checkpoint
 
+from qwenvl_lit.cli.alternatives import is_sweep, quote_alternatives
 from qwenvl_lit.cli.from_run import FROM_RUN
 from qwenvl_lit.cli.mixture import expand_datasets
 from qwenvl_lit.cli.overrides import quote_free_text
@@ -92,7 +93,8 @@ def test_a_command_of_the_documentation_composes(line):
     command = words[2].removeprefix("qwenvl_lit.")
     assert (ROOT / f"qwenvl_lit/{command}.py").exists()
     options = ("-", "|", *OF_EXTRAS)
-    arguments = [quote_free_text(word) for word in words[3:] if not word.startswith(options)]
+    quote = quote_alternatives if is_sweep(words) else quote_free_text
+    arguments = [quote(word) for word in words[3:] if not word.startswith(options)]
     for overrides in jobs(command, arguments):
         config = compose(command, overrides)
         if config.get("data") and config.data.get("datasets"):

@@ -25,6 +25,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qwenvl_lit.cli.alternatives import is_sweep, quote_alternatives
 from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
 from qwenvl_lit.cli.early_checks import check_packages, check_values
@@ -160,7 +161,8 @@ def keys_of(name: str) -> str:
 
 
 def _quote_all(arguments: Sequence[str]) -> list[str]:
-    return [quote_free_text(argument) for argument in arguments]
+    quote = quote_alternatives if is_sweep(arguments) else quote_free_text
+    return [quote(argument) for argument in arguments]
 
 
 def offer_groups(line: CommandLine) -> None:

@@ -38,7 +38,9 @@ def report(folder: Path, *, metric: str, mode: str) -> list[Result]:
     known = sorted(names)
     if known and metric not in known:
         raise DataError(
-            f"sweep.metric={metric}: the jobs have no such score; they have {', '.join(known)}"
+            f"sweep.metric={metric}: the jobs have no such score; they have {', '.join(known)}. "
+            f"Repeat the command with one of them and hydra.sweep.dir={folder}; finished jobs do "
+            "not train again"
         )
     keys = varied_keys([result.values for result in results])
     ranked = sorted(results, key=lambda result: _rank(result.scores.get(metric), mode))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -47,12 +48,20 @@ class _Record(TypedDict):
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, str]:
-    """Returns the value of each key.
+    """Returns the value of each key, without the quotes of free text.
 
     >>> override_values(["adapter=lora", "adapter.rank=4", "~callbacks.samples"])
     {'adapter': 'lora', 'adapter.rank': '4'}
+    >>> override_values(["data.train='a b.jsonl'"])
+    {'data.train': 'a b.jsonl'}
     """
-    return dict(override.split("=", 1) for override in overrides if "=" in override)
+    values = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals:
+            quoted = re.fullmatch("'(.*)'", value, re.DOTALL)
+            values[key] = quoted[1] if quoted else value
+    return values
 
 
 def save_result(

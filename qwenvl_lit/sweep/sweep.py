@@ -162,6 +162,10 @@ class Sweep:
         finished = len(jobs) - len(unfinished)
         if finished:
             print(f"{finished} of {len(jobs)} jobs are finished already")
+        config = CaptureSweepConfig.config
+        reason = why_no_score(config) if config is not None and unfinished else None
+        if reason:
+            print(f"warning: the jobs will have no score: {reason}")
         keys = varied_keys([job.values for job in self.jobs])
         run_jobs(unfinished, slots, metric=metric, keys=keys)
 
@@ -180,6 +184,8 @@ class Sweep:
             print(f"Also in {' and '.join(files)}")
             if ranked[0].scores.get(metric) is not None:
                 print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
+            elif not all(result.error for result in ranked):
+                print(f"No job has a score: {why_no_score(config) or 'none has validated'}")
         unfinished = sum(read_result(job.folder) is None for job in self.jobs)
         if unfinished:
             print(
@@ -200,6 +206,19 @@ def _check_settings(settings: DictConfig) -> None:
         raise DataError(str(error)) from None
     if settings.mode not in ("min", "max"):
         raise DataError(f"sweep.mode must be min or max, got {settings.mode!r:.100}")
+
+
+def why_no_score(config: DictConfig) -> str | None:
+    """Says which setting keeps the jobs of a sweep from validating; None if there is none."""
+    if config.trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches=0 turns validation off; give null"
+    if "validation" in config.data and not config.data.validation:
+        given = config.data.validation
+        return (
+            f"data.validation={'null' if given is None else given} gives no rows to validate on; "
+            "give a file, or the number or the share of training rows to hold out"
+        )
+    return None
 
 
 def job_command(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from qwenvl_lit.locks import ProcessLock, is_locked, lock_of
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.sweep import sweep as sweep_module
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
+from qwenvl_lit.sweep.report import report
 from qwenvl_lit.sweep.sweep import CaptureSweepConfig, JobError, Sweep
 from qwenvl_lit.types import DataError
 
@@ -267,6 +269,43 @@ def test_an_interrupted_sweep_shows_its_results_and_how_to_resume(
     assert (
         f"1 of 2 jobs have not ended; to resume, repeat the command with hydra.sweep.dir={tmp_path}"
     ) in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["data=jsonl", "data.validation=null"], r"data\.validation=null gives no rows"),
+        (["data=jsonl", "data.validation=0"], r"data\.validation=0 gives no rows"),
+        (["trainer.limit_val_batches=0"], r"trainer\.limit_val_batches=0 turns validation off"),
+    ],
+)
+def test_a_sweep_without_validation_says_why_there_is_no_score(
+    overrides, reason, composed, tmp_path, monkeypatch, capsys
+):
+    config = composed(*overrides, hydra=(f"hydra.sweep.dir={tmp_path}",))
+    monkeypatch.setattr(CaptureSweepConfig, "config", config)
+    sweep = Sweep("train")
+    sweep.jobs += [job(tmp_path, 0, "pass"), job(tmp_path, 1, "pass")]
+    with sweep.reported():
+        pass  # Hydra would have composed the jobs here
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(f"warning: the jobs will have no score: {reason}.*", first)
+    assert re.fullmatch(f"No job has a score: {reason}.*", last)
+
+
+def test_a_metric_that_no_job_has_is_named_after_the_jobs_without_losing_them(tmp_path):
+    run_jobs([job(tmp_path, 0, write_scores(tmp_path / "0/metrics.json"))], [{}], metric="val/los")
+    message = r"they have val/loss\. Repeat the command .* hydra\.sweep\.dir=.*do not train again"
+    with pytest.raises(DataError, match=message):
+        report(tmp_path, metric="val/los", mode="min")
+
+
+def test_a_job_that_removes_its_folder_is_a_failed_row_and_the_others_go_on(tmp_path):
+    remove = f"import shutil, sys; shutil.rmtree({str(tmp_path / '0')!r}); sys.exit(2)"
+    jobs = [job(tmp_path, 0, remove), job(tmp_path, 1, write_scores(tmp_path / "1/metrics.json"))]
+    run_jobs(jobs, [{}], metric="val/loss")
+    assert saved_result(tmp_path, 0)["error"] == "exit status 2"
+    assert saved_result(tmp_path, 1)["error"] is None
 
 
 def test_a_folder_with_other_jobs_is_refused_and_keeps_their_configs(composed, tmp_path):
