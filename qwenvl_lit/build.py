@@ -352,5 +352,6 @@ def _check_early_stopping(key: str, node: DictConfig) -> None:
     if mode not in ("min", "max"):
         raise ValueError(f"{key}.mode must be min or max, got {mode!r}")
     check_number(f"{key}.patience", node.get("patience", 3), least=0, whole=True)
-    for name in ("min_delta", "stopping_threshold", "divergence_threshold"):
+    check_number(f"{key}.min_delta", node.get("min_delta", 0))
+    for name in ("stopping_threshold", "divergence_threshold"):
         check_number(f"{key}.{name}", node.get(name), optional=True)

@@ -14,6 +14,7 @@ def main(config: DictConfig) -> None:
     from pathlib import Path
 
     from qwenvl_lit import build
+    from qwenvl_lit.callbacks.early_stopping import why_stopped
     from qwenvl_lit.cli.memory_check import check_memory
     from qwenvl_lit.cli.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs.run import contents
@@ -40,6 +41,8 @@ def main(config: DictConfig) -> None:
             f"\nNothing was left to train: the run has made its {steps_before} steps. "
             f"To train further: trainer.{limit}=..."
         )
+    elif reason := why_stopped(trainer):
+        print(f"\nStopped early after step {trainer.global_step}: {reason}")
     print(f"\nTrained {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
     print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
 
