@@ -32,6 +32,7 @@ from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.callbacks.vision_cache import VisionCache
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.features import CachedFeatures
 from qwenvl_lit.generation.generation import Generation
@@ -279,6 +280,8 @@ def start(config: DictConfig) -> None:
     """
     check_composed_config(config)
     check_seed(config.seed)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.trainer.get("deterministic"):
         # cuBLAS reads it when it is first used; torch refuses to be deterministic without it

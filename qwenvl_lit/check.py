@@ -18,8 +18,8 @@ def main(config: DictConfig) -> None:
     from rich.console import Console
 
     from qwenvl_lit import build
+    from qwenvl_lit.cores import available_cores
     from qwenvl_lit.data.inspection import inspect
-    from qwenvl_lit.data.survey import available_cores
     from qwenvl_lit.rendering.progress import progress_bars
     from qwenvl_lit.reports.data import print_summary, write_findings
     from qwenvl_lit.reports.data_page import examples, write_page

@@ -28,10 +28,10 @@ from PIL import Image
 from records import write_record
 from training_rows import write_images
 
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.data.survey import available_cores
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer

@@ -26,7 +26,7 @@ from typing import Any
 from bench_data import cpu_name
 from records import write_record
 
-from qwenvl_lit.data.survey import available_cores
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.runs.versions import versions
 
 ROOT = Path(__file__).parents[1]

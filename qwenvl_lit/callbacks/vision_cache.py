@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.data.feature_pass import (
     distinct_rows,
@@ -24,7 +25,7 @@ from qwenvl_lit.data.feature_pass import (
     fingerprint,
 )
 from qwenvl_lit.data.features import CachedFeatures, FeatureStore
-from qwenvl_lit.data.survey import ReportProgress, available_cores
+from qwenvl_lit.data.survey import ReportProgress
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.stopping import INTERRUPTED, NOTHING_KEPT, signals

@@ -37,6 +37,7 @@ from qwenvl_lit.cli.ranks import rank_arguments
 from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.cli.run_folder import remove_unused_folder
 from qwenvl_lit.cli.signals import stops_reported
+from qwenvl_lit.cores import limit_spinning
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.stopping import Stopped, signals
 from qwenvl_lit.sweep.sweep import Sweep, is_a_sweep
@@ -75,6 +76,7 @@ def command(
     Exits with status 2 after a mistake on the command line, with 1 after one in the data or in a
     job of a sweep, and with 143, 130 or 129 if SIGTERM, Ctrl-C or SIGHUP stopped it.
     """
+    limit_spinning()
     with stops_reported(name):
         _run_reporting_mistakes(name, main, run, adjust)
 

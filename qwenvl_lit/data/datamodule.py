@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.collate import Pack, Pad
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import (
@@ -25,7 +26,7 @@ from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
 from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each, flatten
-from qwenvl_lit.data.survey import available_cores, prompt_lengths
+from qwenvl_lit.data.survey import prompt_lengths
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import Batch, DataError
 

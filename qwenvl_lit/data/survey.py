@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
 import zipfile
 import zlib
@@ -60,13 +59,6 @@ class Measured:
     supervised: np.ndarray  # (rows,) int32, supervised tokens
     images: np.ndarray  # (rows,) int32, images
     findings: tuple[Finding, ...]  # dropped rows and notes, ordered by index
-
-
-def available_cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def survey(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.locks import is_locked, lock_of, read_holder
 from qwenvl_lit.metrics.summary import read_fit_summary
 from qwenvl_lit.sweep.results import RESULT, override_values, save_result
@@ -68,7 +69,7 @@ def job_slots(
         raise DataError(f"sweep.parallel={parallel}: expected 1 or more jobs at a time")
     gpus = [] if accelerator == "cpu" else visible_gpus()
     if not gpus:
-        threads = max(1, (os.cpu_count() or 1) // parallel)
+        threads = max(1, available_cores() // parallel)
         return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}] * parallel
     needed = devices if isinstance(devices, int) and devices > 0 else 1
     share = len(gpus) // parallel

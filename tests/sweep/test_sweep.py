@@ -205,7 +205,7 @@ def test_each_job_has_its_own_gpus(monkeypatch):
 
 
 def test_jobs_on_the_cpu_share_its_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setattr("qwenvl_lit.sweep.jobs.available_cores", lambda: 9)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert job_slots(2, accelerator="cpu", devices=2) == [{"OMP_NUM_THREADS": "4"}] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
