@@ -76,7 +76,7 @@ def test_a_run_that_started_from_a_run_can_be_scored(home):
     output_of(home, "train", f"ckpt={first}", "adapter=lora_all", *data, "trainer.max_steps=1")
     second = newest_run(home, "train")
     stored = torch.load(second / "checkpoints/last.ckpt", weights_only=True)
-    assert stored["config"]["init"]["checkpoint"] == str(first / "checkpoints/last.ckpt")
+    assert stored["config"]["init"]["checkpoint"] == str(first / "checkpoints/best.ckpt")
     assert stored["config"]["model"]["path"] == "F"
     output_of(home, "test", f"ckpt={second}", SHORT_ANSWERS)
     [scored] = predictions(home, "test")
@@ -115,7 +115,7 @@ def test_presets_and_the_command_line_override_the_recipe_of_a_run(in_home):
     config = train_config(in_home, *overrides)
     assert (config.adapter.rank, config.optim.lr) == (64, 3e-5)
     assert (config.model.path, config.model.supervise) == ("F", "official")
-    assert config.init.checkpoint.endswith("checkpoints/last.ckpt")
+    assert config.init.checkpoint.endswith("checkpoints/best.ckpt")
     assert config.trainer.strategy._target_.endswith("DDPStrategy")
 
 

@@ -37,6 +37,8 @@ OBJECT_GROUPS = ("model", "adapter", "init", "data", "generation", "optim", "tra
 GROUPS = (*OBJECT_GROUPS, "metrics", "callbacks", "paths")
 # Keys beside `_target_` that mean something to Hydra; conf/ uses no others
 HYDRA_KEYS = {"_partial_": bool, "_convert_": str}
+# Keys of conf/ that `build` uses itself instead of passing them to the target
+OWN_KEYS = {"lightning.Trainer": {"validate_every": int | float | None}}
 MAX_BYTES = 1_000_000  # of a config
 MAX_VALUES, MAX_DEPTH = 100_000, 50  # references of a pickle can make it endless
 
@@ -207,7 +209,7 @@ def argument_types(target: str) -> dict[str, Any]:
     types = parameter_types(_located(target))
     if target in PASSES_ON:
         types = {**parameter_types(_located(PASSES_ON[target])), **types}
-    return types
+    return {**types, **OWN_KEYS.get(target, {})}
 
 
 @cache

@@ -172,6 +172,7 @@ def test_a_stored_config_of_a_stranger_is_checked_before_a_run_resumes(config):
         (("generation", "top_p"), [1], r"generation.top_p is \[1\], expected a number"),
         (("data", "validation"), {"a": 1}, "data.validation is {'a': 1}, expected text or a list"),
         (("generation", "compile"), "yes", "generation.compile is 'yes', expected"),
+        (("trainer", "validate_every"), "often", "trainer.validate_every is 'often', expected a"),
         (("adapter", "train"), "all", "adapter.train is 'all', expected a list of text"),
         (
             ("model",),
