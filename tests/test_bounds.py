@@ -181,7 +181,7 @@ def test_every_check_is_for_a_key_of_the_package():
     for group, checks in CHECKS.items():
         absent += [f"{group}.{name}" for name in checks if name not in config[group]]
     # Of other datasets, and an argument that conf/ leaves at its default
-    assert absent == ["data.order", "data.generated_validation_rows", "optim.seed"]
+    assert absent == ["data.order", "optim.seed"]
 
 
 def test_a_key_that_a_class_does_not_take_is_named():

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from qwenvl_lit.cli.overrides import quote_free_text, value_of
 
-SWEPT = ("adapter.targets", "data.root", "data.test", "data.train", "data.validation")
+SWEPT = (
+    "adapter.targets",
+    "data.root",
+    "data.test",
+    "data.train",
+    "data.validation",
+    "model.path",
+)
 CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
@@ -33,6 +40,18 @@ def quote_alternatives(argument: str) -> str:
         quoted = quote_free_text(f"{key}={alternative}")
         alternatives.append(quoted.removeprefix(f"{key}="))
     return f"{key}={','.join(alternatives)}"
+
+
+def alternatives_of(arguments: Sequence[str], key: str) -> list[str]:
+    """Returns the arguments `key=value` that single jobs get: one, without a sweep.
+
+    >>> alternatives_of(["-m", "data.train=a.jsonl,b.jsonl"], "data.train")
+    ['data.train=a.jsonl', 'data.train=b.jsonl']
+    """
+    given = [argument for argument in arguments if argument.partition("=")[0] == key][-1:]
+    if not given or key not in SWEPT or not is_sweep(arguments):
+        return given
+    return [f"{key}={value}" for value in split_alternatives(given[0].partition("=")[2])]
 
 
 def split_alternatives(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from qwenvl_lit.cli.alternatives import alternatives_of
 from qwenvl_lit.cli.overrides import has_any, paths_of
 from qwenvl_lit.types import DataError
 
@@ -33,8 +34,8 @@ def refuse_own_files(command: str, arguments: Sequence[str]) -> None:
     if command not in COMMANDS or has_any(arguments, "data=", "experiment=", "resume="):
         return
     for key in ("data.train", "data.validation", "data.test"):
-        for file in paths_of(arguments, key):
-            if _is_own(file):
+        for argument in alternatives_of(arguments, key):
+            for file in filter(_is_own, paths_of([argument], key)):
                 raise DataError(
                     f"{key}: {file} is not a file of the demo, which is the data without data=; "
                     f"for your own files: data=jsonl {key}={file}"
