@@ -32,6 +32,7 @@ ARGUMENTS = {
     "grad_accum": "trainer.accumulate_grad_batches={}",
     "max_grad_norm": "trainer.gradient_clip_val={}",
     "logging_steps": "trainer.log_every_n_steps={}",
+    "eval_steps": "trainer.validate_every={}",
     "save_steps": "callbacks.checkpoint.every={}",
     "save_total_limit": "callbacks.checkpoint.keep={}",
     "bf16": "trainer.precision=bf16-mixed",

@@ -32,9 +32,10 @@ def message(*arguments: str, command: str = "train") -> str:
         (["adapter.rank=4"], " with the choices made here; adapter=lora, adapter=lora_official, "),
         (["answered=x"], "; it is a key of predict"),
         (
-            ["callbacks=[train,early_stopping]", "callbacks.early_stopping.min_delta=0.01"],
-            "; callbacks.early_stopping has monitor, mode, patience, check_on_train_epoch_end; "
-            "+callbacks.early_stopping.min_delta=... passes a further argument to "
+            ["callbacks=[train,early_stopping]", "callbacks.early_stopping.verbose=true"],
+            "; callbacks.early_stopping has monitor, mode, patience, min_delta, "
+            "stopping_threshold, divergence_threshold, check_finite, check_on_train_epoch_end; "
+            "+callbacks.early_stopping.verbose=... passes a further argument to "
             "lightning.pytorch.callbacks.EarlyStopping",
         ),
         (["learning_rate=1e-4"], "; here it is optim.lr=1e-4"),
