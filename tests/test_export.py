@@ -337,7 +337,7 @@ def test_training_starts_from_an_adapter_folder_and_from_an_exported_model(
     further = trained("further", f"ckpt={folder}", "model.dtype=float32")
     config = find_run(further).config
     assert config["init"]["checkpoint"] == str(folder / "adapter_model.safetensors")
-    assert config["adapter"]["targets"] == ["c_attn"]
+    assert config["adapter"]["targets"] == r"transformer\.h\.(0)\.(attn\.c_attn)"
     assert "differ by" in run_command(export, f"ckpt={further}", "out=M4", "overwrite=true")
     with pytest.raises(DataError, match=r"started from the checkpoint of another run .*merge=true"):
         run_command(export, f"ckpt={further}", "out=A4", "merge=false", *QUICK)

@@ -15,7 +15,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors import SafetensorError
 from torch import nn
 
 from qwenvl_lit import checksums
@@ -24,6 +23,7 @@ from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.stop_signals import StopSignals
 from qwenvl_lit.data.loop_state import rebuild_train_loader, state_after_batch, validation_follows
 from qwenvl_lit.stopping import NOTHING_KEPT, signals
+from qwenvl_lit.training.adapters.peft_files import write_peft_folder
 from qwenvl_lit.training.rng import rng_state, set_rng_state
 from qwenvl_lit.types import Batch, DataError
 
@@ -309,10 +309,7 @@ def save_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: 
     """
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     with _disk_errors(folder), atomic_folder(folder) as unfinished:
-        try:
-            model.save_pretrained(unfinished, state_dict=state, save_embedding_layers=False)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        write_peft_folder(model, unfinished, state)
         checksums.write_sums(unfinished)
 
 

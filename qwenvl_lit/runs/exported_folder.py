@@ -11,9 +11,14 @@ import torch
 
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.run import SETTINGS
-from qwenvl_lit.training.adapters.merging import MergedWeights, load_trained_state
+from qwenvl_lit.training.adapters.merging import MergedWeights, apply_trained
 from qwenvl_lit.training.adapters.methods import Adapter
-from qwenvl_lit.training.adapters.peft_files import read_peft_file, weights_file
+from qwenvl_lit.training.adapters.peft_files import (
+    newer_settings,
+    read_peft_file,
+    weights_file,
+    write_peft_folder,
+)
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 
@@ -69,25 +74,25 @@ def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) 
         )
     model = None
     if module.adapter:
-        model = module.adapter.apply(module.family.meta_model(), module.family)
+        outline = module.family.meta_model()
+        checkpoint = module.trained_checkpoint
+        model = apply_trained(module.adapter, outline, module.family, checkpoint, assign=True)
     if not hasattr(model, "peft_config"):
         raise DataError(
             "there is no adapter: whole tensors were trained, or nothing was; "
             "export with merge=true"
         )
-    load_trained_state(model, module.trained_checkpoint, assign=True)
-    peft_config = model.peft_config["default"]
-    peft_config.base_model_name_or_path = base
-    # Without a task type, peft writes the name of a class of this package.
-    peft_config.task_type = "CAUSAL_LM"
     # Base weights are on the meta device.
     trained = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
+    write_peft_folder(model, folder, trained, base=base)
 
 
 def adapter_caveats(folder: Path, family: Family) -> list[str]:
     """Returns what limits the use of an exported adapter elsewhere."""
-    return family.adapter_caveats(read_peft_file(weights_file(folder)))
+    caveats = family.adapter_caveats(read_peft_file(weights_file(folder)))
+    if newer := newer_settings(folder):
+        caveats.append(f"versions of peft that do not know {', '.join(newer)} refuse the adapter")
+    return caveats
 
 
 def portable_settings(model: Mapping[str, Any], family: Family) -> dict[str, Any]:

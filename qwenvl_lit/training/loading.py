@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qwenvl_lit.training.adapters.merging import StartingCheckpoint, load_trained_state
+from qwenvl_lit.training.adapters.merging import StartingCheckpoint, apply_trained
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
@@ -49,8 +49,8 @@ def load_model(
         # Merging needs unquantized weights, for which `device` may not have enough memory.
         model = init.merge_into(family.load("cpu"), family)
         model = family.quantize(model, device, quantization)
-    if adapter:
+    if adapter and trained_checkpoint:
+        model = apply_trained(adapter, model, family, trained_checkpoint)
+    elif adapter:
         model = adapter.apply(model, family)
-    if trained_checkpoint:
-        load_trained_state(model, trained_checkpoint)
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,19 @@ from torch import nn
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.training.adapters.methods import Adapter
-from qwenvl_lit.training.adapters.peft_files import PEFT_FILES, peft_names, read_peft_file
+from qwenvl_lit.training.adapters.peft_files import (
+    CONFIG,
+    PEFT_FILES,
+    peft_names,
+    read_peft_file,
+    targets_without_tensors,
+)
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
+
+log = logging.getLogger(__name__)
 
 
 class StartingCheckpoint:
@@ -55,8 +65,7 @@ class StartingCheckpoint:
             model = self.init.merge_into(model, family)
         self.check()
         trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-        adapted = self.adapter.apply(model, family)
-        load_trained_state(adapted, self.checkpoint)
+        adapted = apply_trained(self.adapter, model, family, self.checkpoint)
         merged = self.adapter.merge(adapted)
         for name, tensor in merged.named_parameters():
             tensor.requires_grad_(name in trainable)
@@ -105,8 +114,7 @@ class MergedWeights:
         self.read = read
         self.dtype = dtype
         # The trained tensors have values from the checkpoint; all others stay on the meta device.
-        adapted = adapter.apply(family.meta_model(), family)
-        load_trained_state(adapted, checkpoint, assign=True)
+        adapted = apply_trained(adapter, family.meta_model(), family, checkpoint, assign=True)
         self._network = network_of(adapted)
         # The last merged layer: a name is read for the weight of a layer, then for its bias.
         self._merged_path = ""
@@ -152,15 +160,45 @@ def fingerprint(checkpoint: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def load_trained_state(adapted: nn.Module, checkpoint: Path, *, assign: bool = False) -> None:
-    """Loads the trained tensors of a checkpoint into a model that `Adapter.apply` returned.
+def apply_trained(
+    adapter: Adapter, model: nn.Module, family: Family, checkpoint: Path, *, assign: bool = False
+) -> nn.Module:
+    """Returns the model to train, as `Adapter.apply` does, with the tensors of a checkpoint.
 
     Args:
         assign: replace the model's tensors, which may be on the meta device, instead of copying.
 
     Raises:
-        DataError: the checkpoint does not hold exactly the tensors that the model trains.
+        DataError: the checkpoint does not hold exactly the tensors that `adapter` trains.
     """
+    is_peft_file = checkpoint.name in PEFT_FILES
+    try:
+        adapted = adapter.apply(model, family)
+    except ValueError as error:
+        if not is_peft_file:
+            raise
+        raise DataError(
+            f"{checkpoint} does not fit this model; is it the base model that the adapter was "
+            f"made for? {error}"
+        ) from error
+    load_trained_state(adapted, checkpoint, assign=assign)
+    if is_peft_file:
+        _say_ignored(checkpoint, tuple(targets_without_tensors(checkpoint.parent, adapted)))
+    return adapted
+
+
+@cache
+def _say_ignored(checkpoint: Path, layers: tuple[str, ...]) -> None:
+    """Warns of targets without tensors, once for each file."""
+    if layers:
+        log.warning(
+            "%s has no tensors for %s, which target_modules of its %s names: not adapted",
+            *(checkpoint, ", ".join(layers), CONFIG),
+        )
+
+
+def load_trained_state(adapted: nn.Module, checkpoint: Path, *, assign: bool = False) -> None:
+    """Loads the trained tensors of a checkpoint; see `apply_trained`."""
     state = adapted.state_dict()
     trained = [name for name, tensor in adapted.named_parameters() if tensor.requires_grad]
     tensors = read_trained_state(checkpoint, adapted)
