@@ -110,6 +110,26 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
 
 
+def check_finite(source: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises a DataError if a weight is NaN or infinite.
+
+    The check reads the tensor once, at the speed of memory, and copies nothing.
+
+    Args:
+        source: the file or folder that the tensor was read from.
+    """
+    import torch
+
+    if not tensor.numel() or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return
+    if torch.stack(tensor.detach().aminmax()).isfinite().all():
+        return
+    raise DataError(
+        f"{source}: {name} is not finite (NaN or infinite); the training that wrote it diverged, "
+        f"or a conversion to float16 overflowed: take an earlier checkpoint, or convert it again"
+    )
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Reads a checkpoint of a run; its `state_dict` holds tensors by name."""
     stored = read_torch_file(file)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from qwenvl_lit.generation.sampling import require_finite
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def option_losses(
         inputs: B left-padded prompts, as for `model.generate`.
         options: for each row of the batch, the token ids of each of its options, without
             end-of-turn token. Rows may have different numbers of options.
+
+    Raises:
+        DataError: a loss is not finite.
     """
     outputs = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, mask_BT = outputs.past_key_values, inputs["attention_mask"]
@@ -86,6 +90,7 @@ def option_losses(
             logits_BLV.float().mT, ids_BL, ignore_index=-100, reduction="none"
         )
         means = token_losses_BL.sum(1) / (ids_BL != -100).sum(1)
+        require_finite(means, "losses of an option")
         for row_options, row_losses, mean in zip(options, losses, means.tolist(), strict=True):
             if option_index < len(row_options):
                 row_losses.append(mean)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from qwenvl_lit.bounds import check_number
-from qwenvl_lit.generation.sampling import NextToken, Stops
+from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.models.qwen_vl.decoder import Decoder, decoder_of, release
 from qwenvl_lit.settings import check_settings
@@ -66,6 +66,9 @@ class Generation:
         Args:
             image_keys: keys of the batch's images, equal for equal images. Each of these is encoded
                 once and cached for later batches.
+
+        Raises:
+            DataError: logits are not finite.
         """
         decoder = decoder_of(model) if self.num_beams == 1 else None
         if decoder is None:
@@ -90,6 +93,7 @@ class Generation:
 
         Raises:
             ValueError: there are several rows or beams, or another answer was started meanwhile.
+            DataError: logits are not finite.
         """
         if len(inputs["input_ids"]) != 1 or self.num_beams > 1:
             raise ValueError(
@@ -123,10 +127,13 @@ class Generation:
         logits = self._start(decoder, inputs, image_keys)
         next_token = self._next_token(inputs, logits, stop_ids)
         stops = Stops(len(logits), stop_ids, logits.device, self.stop_words_ids)
+        finite = FiniteLogits()
         new_ids = []
         while True:
+            finite(None, logits)
             new_ids.append(next_token(logits))
             if len(new_ids) == self.max_new_tokens or stops.all_ended(new_ids[-1]):
+                finite.check(finite.copy())
                 return torch.stack(new_ids, dim=1)
             logits = decoder.step(new_ids[-1])
 
@@ -141,12 +148,16 @@ class Generation:
             logits = self._start(decoder, inputs, image_keys)
             next_token = self._next_token(inputs, logits, stop_ids)
             new_ids, answer = next_token(logits), decoder.answer
+            finite = FiniteLogits()
         for count in range(1, self.max_new_tokens + 1):
             with torch.inference_mode():
-                copy = HostCopy(new_ids)
+                finite(None, logits)
+                copies = HostCopy(new_ids), finite.copy()
                 if count < self.max_new_tokens:  # queue the next step before reading this one
-                    new_ids = next_token(decoder.step(new_ids, answer))
-            token_id = copy.read().item()
+                    logits = decoder.step(new_ids, answer)
+                    new_ids = next_token(logits)
+            token_id = copies[0].read().item()
+            finite.check(copies[1])
             if token_id in stop_ids:
                 return
             yield [token_id]
@@ -242,5 +253,8 @@ class Generation:
         )
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        ids = model.generate(**inputs, generation_config=settings)
+        finite = FiniteLogits()
+        processors = LogitsProcessorList([finite])
+        ids = model.generate(**inputs, generation_config=settings, logits_processor=processors)
+        finite.check(finite.copy())
         return ids[:, inputs["input_ids"].shape[1] :]

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from qwenvl_lit.models.host_copy import HostCopy
+from qwenvl_lit.types import DataError
 
 # Steps between two checks for ended rows on a GPU. At most twice as many steps are wasted, and no
 # step synchronizes.
@@ -102,6 +104,44 @@ def _tokens_seen(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tenso
         mask_nT = torch.ones_like(ids_nT)
     counts_nV = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     return counts_nV.scatter_add_(1, ids_nT, mask_nT.int()) > 0
+
+
+class FiniteLogits(LogitsProcessor):
+    """Records whether all logits of an answer were finite. Adds to them without synchronizing.
+
+    transformers' `generate` calls it as a logits processor, which changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.sums_n: torch.Tensor | None = None  # NaN or infinite once a logit of the row was
+
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        # -inf excludes a token.
+        sums_n = scores.masked_fill(scores == -torch.inf, 0).sum(-1, dtype=torch.float32)
+        self.sums_n = sums_n if self.sums_n is None else self.sums_n + sums_n
+        return scores
+
+    def copy(self) -> HostCopy:
+        """Returns the argument of `check` for the logits so far."""
+        assert self.sums_n is not None
+        return HostCopy(self.sums_n)
+
+    @staticmethod
+    def check(copy: HostCopy) -> None:
+        """Raises a DataError if logits of a row were not finite."""
+        require_finite(copy.read(), "logits")
+
+
+def require_finite(values_n: torch.Tensor, name: str) -> None:
+    """Raises a DataError if a value, one for each row of a batch, is not finite."""
+    finite = values_n.isfinite()
+    if finite.all():
+        return
+    raise DataError(
+        f"the {name} of {int((~finite).sum())} of {len(values_n)} prompts are not finite (NaN or "
+        f"infinite), so that their answers would be arbitrary: the weights are damaged, or "
+        f"activations overflow; with model.dtype=float16 try bfloat16 or float32"
+    )
 
 
 class Stops:

@@ -45,6 +45,15 @@ def test_options_are_as_likely_as_each_alone():
         assert losses == pytest.approx(expected, abs=1e-5)
 
 
+def test_losses_that_are_not_finite_are_an_error():
+    model = small_network()
+    model.lm_head.weight.data[6] *= torch.nan
+    ids, mask = padded([text(3)], side="left")
+    inputs = {"input_ids": tensor(*ids), "attention_mask": mask}
+    with pytest.raises(DataError, match="losses of an option of 1 of 1 prompts are not finite"):
+        option_losses(model, inputs, OPTIONS[:1])
+
+
 @pytest.fixture
 def file(folder) -> str:
     rows = [

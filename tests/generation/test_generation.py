@@ -25,10 +25,11 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.generation.sampling import NextToken, Stops
+from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
 from qwenvl_lit.models.qwen_vl.decoder import decoder_of
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES, ImageCache
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
+from qwenvl_lit.types import DataError
 
 STOPS = (7, 9)
 ENDS = {"stop_ids": STOPS, "pad_id": 0}
@@ -512,6 +513,32 @@ def test_a_seed_repeats_an_answer(model):
     assert together(model, rows, pixels, free) == first != second
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}], ids=str)
+def test_logits_that_are_not_finite_are_an_error(options, value, model):
+    rows, generation = prompts()[:2], Generation(max_new_tokens=3, **options)
+    model.lm_head.weight.data[5] *= value
+    message = "logits of 2 of 2 prompts are not finite"
+    if "num_beams" in options:
+        message = "logits of 4 of 4 prompts"  # a row for each beam
+    else:
+        with pytest.raises(DataError, match=r"1 of 1 prompts are not finite .* float32"):
+            next(generation.stream(model, batch_of(rows[:1], images(1)), **ENDS))
+    with pytest.raises(DataError, match=message):
+        together(model, rows, images(3), generation)
+
+
+def test_a_row_whose_later_logits_are_not_finite_is_counted(model):
+    rows, generation = [text(5), text(6)], Generation(max_new_tokens=8)
+    [first, _] = together(model, rows, images(0), generation)
+    model.transformer.wte.weight.data[first[2]] *= torch.nan  # read after the third new token
+    with pytest.raises(DataError, match="of 2 prompts are not finite"):
+        together(model, rows, images(0), generation)
+    stream = generation.stream(model, batch_of(rows[:1], images(0)), **ENDS)
+    with pytest.raises(DataError, match="1 of 1 prompts are not finite"):
+        list(stream)
+
+
 def test_decoding_ends_when_every_row_has_ended():
     stops = Stops(3, STOPS, torch.device("cpu"))
     assert not stops.all_ended(torch.tensor([7, 1, 2]))
@@ -603,7 +630,9 @@ def test_a_step_neither_synchronizes_nor_leaves_the_device(monkeypatch):
             top_k=5,
             top_p=0.9,
         )
+        finite = FiniteLogits()
         for _ in range(2):
+            finite(None, logits)
             logits = decoder.step(next_token(logits))
     assert logits.device.type == "meta"
     assert logits.shape == (6, 64)

@@ -157,6 +157,14 @@ def test_tensors_of_another_rank_than_the_settings_say_are_named(tmp_path):
         loaded(tmp_path)
 
 
+def test_an_adapter_that_is_not_finite_is_named(tmp_path):
+    tensors = written_adapter(tmp_path, small_network(), language_layers(), ["c_attn"])
+    tensors[layer("transformer.h.1.mlp.w1")[0]][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"safetensors: .*h\.1\.mlp\.w1\.lora_A.* is not finite"):
+        loaded(tmp_path)
+
+
 def test_a_pattern_matches_exactly_the_given_layers():
     given = ["h.0.c_attn", "h.11.c_attn", "h.1.mlp.w1", "h.0.mlp.w1", "kv_proj", "a.2.b.3.c"]
     pattern = pattern_of(given)

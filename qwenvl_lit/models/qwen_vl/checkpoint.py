@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import GenerationConfig
 
 from qwenvl_lit.models.qwen_vl.config import FIXED_SETTINGS, QwenVLConfig
-from qwenvl_lit.stored_files import errors_named, read_json_object, read_tensors
+from qwenvl_lit.stored_files import check_finite, errors_named, read_json_object, read_tensors
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, matches, type_name
 
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)
 
 CONFIG = "config.json"
+GPTQ_CONFIG = "quantize_config.json"  # of AutoGPTQ, whose config.json may say nothing
 VOCABULARY = "qwen.tiktoken"
 INDEX = "{}.index.json"
 # Looked for in this order, each as one file or as shards that its INDEX lists.
@@ -55,6 +56,7 @@ GENERATION_TYPES: dict[str, Any] = {
     "top_k": int | None,
     "top_p": float | None,
 }
+TAKE_QWEN_VL = "take Qwen/Qwen-VL, Qwen/Qwen-VL-Chat or a model that was trained from them"
 SHOWN_NAMES = 8  # of tensors, in an error message
 
 
@@ -66,10 +68,13 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
     resumed, and after a failed download the files that have arrived are not fetched again.
 
     Raises:
-        DataError: there is no such folder or name, files are missing, or the disk is too small.
+        DataError: there is no such folder or name, it holds another model, files are missing, or
+            the disk is too small.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if (folder / CONFIG).exists():
+            _check_family(folder)
         if missing := missing_files(folder):
             raise DataError(
                 f"the folder {path} lacks {', '.join(missing)}; expected config.json, "
@@ -171,6 +176,8 @@ def stored_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
             message names them.
     """
     tensors = {name: StoredTensor(file, name) for name, file in _files(folder).items()}
+    if any(name.endswith(".qweight") for name in tensors):
+        raise DataError(_quantized(folder, "gptq or awq"))
     other_shape: list[str] = []
     for name, expected in shapes.items():
         if name in tensors and (shape := tensors[name].shape) != expected:
@@ -199,6 +206,9 @@ class StoredTensor:
     """A tensor in a file, read when it is indexed.
 
     transformers reads the slices of safetensors files in this way, one after the other.
+
+    Raises:
+        DataError: when it is read, the tensor is missing in the file or not finite.
     """
 
     def __init__(self, file: Path, name: str):
@@ -206,7 +216,9 @@ class StoredTensor:
         self.name = name
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensor()[index]
+        tensor = self._tensor()
+        check_finite(self.file, self.name, tensor)
+        return tensor[index]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -244,12 +256,7 @@ def read_network_config(folder: Path) -> QwenVLConfig:
         DataError: the file is damaged, or describes another network or quantized weights.
     """
     file = folder / CONFIG
-    settings = read_json_object(file)
-    if settings.get("quantization_config"):
-        raise DataError(
-            f"{file} describes quantized weights, which are not read; take the checkpoint that "
-            f"they were made from, with model.load_in_4bit=true"
-        )
+    settings = _check_family(folder)
     sizes: dict[str, Any] = {}
     for name, expected in CONFIG_TYPES.items():
         if name in settings:
@@ -263,6 +270,40 @@ def read_network_config(folder: Path) -> QwenVLConfig:
         return QwenVLConfig(**sizes)
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
+
+
+def _check_family(folder: Path) -> dict[str, Any]:
+    """Returns `config.json`, if it describes a Qwen-VL network whose weights are not quantized."""
+    file = folder / CONFIG
+    settings = read_json_object(file)
+    found = settings.get("model_type", QwenVLConfig.model_type)
+    if found != QwenVLConfig.model_type:
+        raise DataError(
+            f"{file} is of another model, {brief(found)}; the model_type of Qwen-VL is "
+            f"{QwenVLConfig.model_type!r}: {TAKE_QWEN_VL}"
+        )
+    if "visual" not in settings:
+        raise DataError(
+            f"{file} has no `visual`: it is of Qwen, a model without vision tower; {TAKE_QWEN_VL}"
+        )
+    quantization = settings.get("quantization_config")
+    if not quantization and (folder / GPTQ_CONFIG).exists():
+        quantization = {"quant_method": "gptq", **read_json_object(folder / GPTQ_CONFIG)}
+    if quantization:
+        kind = "quantized"
+        if isinstance(quantization, Mapping):
+            bits = quantization.get("bits") or "few"
+            kind = f"{quantization.get('quant_method', 'quantized')!s:.20} ({bits!s:.20} bits)"
+        raise DataError(_quantized(file, kind))
+    return settings
+
+
+def _quantized(source: Path, kind: str) -> str:
+    return (
+        f"{source}: the weights are {kind}, which is not read; take the checkpoint that they were "
+        f"made from, such as Qwen/Qwen-VL-Chat, with model.load_in_4bit=true, or train on it with "
+        f"adapter=qlora"
+    )
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:

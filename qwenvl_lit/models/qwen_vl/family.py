@@ -39,6 +39,7 @@ from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.stored_files import check_finite
 from qwenvl_lit.types import Batch
 
 WINDOW = 6144  # `max_window_size` of the published generation_config.json
@@ -228,7 +229,7 @@ class QwenVLFamily:
             quantization: settings of `BitsAndBytesConfig` for the linear layers except the head.
 
         Raises:
-            DataError: the checkpoint's tensors do not match its config.
+            DataError: the checkpoint's tensors do not match its config, or are not finite.
         """
         if self.random:
             model = self._random_model(torch.device(device))
@@ -281,6 +282,9 @@ class QwenVLFamily:
             quantization_config=self._bnb_config(quantization),
         )
         model.offload_folder = offload_folder  # deleted with the model
+        for name, tensor in model.named_parameters():
+            if not tensor.is_meta:  # what is offloaded to disk is read when it is used
+                check_finite(self.folder, name, tensor)
         return model
 
     def _bnb_config(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qwenvl_lit.models.components import network_of
-from qwenvl_lit.stored_files import read_checkpoint
+from qwenvl_lit.stored_files import check_finite, read_checkpoint
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.adapters.peft_files import (
     CONFIG,
@@ -210,6 +210,8 @@ def load_trained_state(adapted: nn.Module, checkpoint: Path, *, assign: bool = F
                 raise ValueError(f"{name} has shape {found}, expected {expected}")
     except ValueError as error:
         raise DataError(f"{checkpoint} belongs to another model or adapter: {error}") from error
+    for name, tensor in tensors.items():
+        check_finite(checkpoint, name, tensor)
     adapted.load_state_dict(tensors, strict=False, assign=assign)
 
 

@@ -159,6 +159,90 @@ def test_missing_files_of_a_folder_are_named(copy):
         find_checkpoint(str(copy))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, copy):
+    shard = shard_of(copy, "transformer.h.1.attn.c_attn.bias")
+    change(shard, lambda tensors: tensors["transformer.h.1.attn.c_attn.bias"][-1:].fill_(value))
+    named = (
+        rf"{shard.name}: transformer\.h\.1\.attn\.c_attn\.bias is not finite.*earlier checkpoint"
+    )
+    family = QwenVLFamily(path=str(copy))
+    with pytest.raises(DataError, match=named):
+        family.load()
+    with pytest.raises(DataError, match=named):
+        family.base_reader()("transformer.h.1.attn.c_attn.bias")
+    with pytest.raises(DataError, match=r"c_attn\.bias is not finite"):
+        QwenVLFamily(path=str(copy), device_map={"": "cpu"}).load()
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n"
+
+
+def test_git_lfs_pointers_and_halves_of_files_are_named(copy):
+    for file in copy.iterdir():
+        if file.name == "tokenizer_config.json":  # not read
+            continue
+        content = file.read_bytes()
+        file.write_text(LFS_POINTER)
+        with pytest.raises(
+            DataError, match=rf"{file.name} cannot be read: it is a git-lfs pointer"
+        ):
+            QwenVLFamily(path=str(copy)).load()
+        if file.suffix == ".json":
+            file.write_bytes(content[: len(content) // 2])
+            with pytest.raises(DataError, match=rf"{file.name} cannot be read: it is not JSON"):
+                QwenVLFamily(path=str(copy)).load()
+        file.write_bytes(content)
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Changes settings of `config.json`; None removes one."""
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, r"config\.json is of another model, 'llama'; the model_type of"),
+        (
+            {"model_type": "qwen2_vl", "visual": None},
+            r"another model, 'qwen2_vl'.*Qwen/Qwen-VL-Chat",
+        ),
+        ({"visual": None}, r"has no `visual`: it is of Qwen, a model without vision tower"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"are gptq \(4 bits\), which is not read; take .*Qwen-VL-Chat, with model.load_in_4bit",
+        ),
+    ],
+)
+def test_the_config_of_another_model_is_named(changes, message, copy):
+    change_config(copy, **changes)
+    with pytest.raises(DataError, match=message):
+        QwenVLFamily(path=str(copy)).load()
+    (copy / "qwen.tiktoken").unlink()  # other models have another vocabulary
+    with pytest.raises(DataError, match=message):
+        find_checkpoint(str(copy))
+
+
+def test_quantized_weights_are_named_if_the_config_does_not_say_so(copy):
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["transformer.h.0.attn.c_attn.qweight"] = torch.zeros(2, 2, dtype=torch.int32)
+
+    shard = shard_of(copy, "transformer.h.0.attn.c_attn.weight")
+    change(shard, quantize)
+    [index] = copy.glob("*.index.json")
+    content = json.loads(index.read_text())
+    content["weight_map"]["transformer.h.0.attn.c_attn.qweight"] = shard.name
+    index.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"are gptq or awq, which is not read; take the checkpoint"):
+        QwenVLFamily(path=str(copy)).load()
+    (copy / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
+    with pytest.raises(DataError, match=r"are gptq \(4 bits\), which is not read"):
+        find_checkpoint(str(copy))
+
+
 def test_a_path_that_is_neither_a_folder_nor_a_hub_name_is_refused():
     with pytest.raises(DataError, match="no folder, relative to"):
         find_checkpoint("./not/here")
