@@ -45,10 +45,15 @@ def check_file(file: Path) -> None:
     if not status.st_size:
         raise unreadable(file, "it is empty")
     if start == LFS_POINTER:
-        raise DataError(
-            f"{file} cannot be read: it is a git-lfs pointer, not the file itself; fetch it with "
-            f"git lfs pull in {file.parent}"
-        )
+        raise lfs_pointer(file)
+
+
+def lfs_pointer(file: Path) -> DataError:
+    """Returns the error for a git-lfs pointer, whose content was not fetched."""
+    return DataError(
+        f"{file} cannot be read: it is a git-lfs pointer, not the file itself; fetch it with "
+        f"git lfs pull in {file.parent}"
+    )
 
 
 def unreadable(file: Path, reason: str) -> DataError:

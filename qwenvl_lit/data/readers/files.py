@@ -38,6 +38,7 @@ from qwenvl_lit.data.readers.scanning import (
     find_records,
     is_object_over_lines,
 )
+from qwenvl_lit.stored_files import LFS_POINTER, lfs_pointer
 from qwenvl_lit.types import DataError
 
 _VERSION = 2  # of the indexes on disk
@@ -196,16 +197,22 @@ def check_is_file(file: Path) -> None:
     Reading a pipe would wait forever, and reading a device such as `/dev/zero` would not end.
 
     Raises:
-        DataError: it is something else, or there is nothing.
+        DataError: it is something else, a git-lfs pointer, or there is nothing.
     """
+    beginning = b""
     try:
         mode = file.stat().st_mode
+        if stat.S_ISREG(mode):
+            with file.open("rb") as stream:
+                beginning = stream.read(len(LFS_POINTER))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{file} cannot be read: {reason}; check the path") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
         raise DataError(f"{file} is {kind}, expected a file; check the path")
+    if beginning == LFS_POINTER:
+        raise lfs_pointer(file)
 
 
 def parse_json(text: str) -> Any:

@@ -19,6 +19,14 @@ def test_rows_are_read_like_any_sequence_and_in_other_processes(folder):
     assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_git_lfs_pointer_is_named(name, tmp_path):
+    file = tmp_path / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 123\n")
+    with pytest.raises(DataError, match=rf"{name} cannot be read: it is a git-lfs pointer"):
+        read_rows(str(file))
+
+
 def test_a_glob_reads_its_files_in_the_order_of_their_names(folder):
     for name in "ba":
         (folder / f"{name}.jsonl").write_text(json.dumps({"query": name}))
