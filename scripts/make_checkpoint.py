@@ -1,25 +1,23 @@
 """Writes a checkpoint of random weights in the format of the published one.
 
 python scripts/make_checkpoint.py /tmp/random-qwen-vl --size full --device cuda  # 9.66 B, 19.3 GB
-python scripts/make_checkpoint.py /tmp/small-qwen-vl --size small    # sizes of model=qwen_vl_tiny
+python scripts/make_checkpoint.py /tmp/small-qwen-vl --size small    # 0.8 M parameters
+python scripts/make_checkpoint.py /tmp/small-qwen-vl --image-tokens 256    # for the original code
 
-Programs can be tried and measured with it in place of the published checkpoint.
+Programs can be tried and measured with it in place of the published checkpoint. The original code
+loads both sizes once its five Python files are copied into the folder. Its tokenizer writes 256
+tokens for an image; a small network has 16, unless --image-tokens says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from qwenvl_lit.models.qwen_vl.export import (
-    PUBLISHED_CONFIG,
-    write_companions,
-    write_json,
-    write_weights,
-)
+from qwenvl_lit.models.qwen_vl.export import write_companions, write_weights
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
@@ -48,8 +46,6 @@ def write_checkpoint(
         base=None,
         template="chatml",
     )
-    settings = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", {**settings, "auto_map": PUBLISHED_CONFIG["auto_map"]})
     state = model.state_dict()
     write_weights(
         lambda name: state[name].cpu(),
@@ -61,12 +57,25 @@ def write_checkpoint(
     )
 
 
+def small_sizes(image_tokens: int) -> dict[str, Any]:
+    """Returns the sizes of model=qwen_vl_tiny with a width for which the original code works.
+
+    It gives the resampler a head for every 128 channels.
+    """
+    tiny = OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml")
+    sizes = OmegaConf.to_container(tiny.config)
+    sizes |= {"hidden_size": 128, "kv_channels": 64, "intermediate_size": 512}
+    sizes["visual"] |= {"output_dim": 128, "resampler_heads": 1, "n_queries": image_tokens}
+    return sizes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--image-tokens", type=int, default=16, help="of a small network")
     parser.add_argument("--format", choices=("bin", "safetensors"), default="bin")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu", help="where full-size weights are made")
@@ -81,8 +90,7 @@ def main() -> None:
     if arguments.size == "full":
         options |= {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
     else:
-        tiny = OmegaConf.load(config_folder() / "model/qwen_vl_tiny.yaml")
-        options["config"] = OmegaConf.to_container(tiny.config)
+        options["config"] = small_sizes(arguments.image_tokens)
     model = QwenVLFamily(**options).load(arguments.device)
     write_checkpoint(model, arguments.vocabulary, arguments.folder, kind=arguments.format)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import output_of
 from hydra import compose, initialize_config_dir
-from make_checkpoint import write_checkpoint
+from make_checkpoint import small_sizes, write_checkpoint
 from omegaconf import MissingMandatoryValue, OmegaConf
 from peft import PeftModel
 from PIL import Image
@@ -19,7 +19,7 @@ from scripted import CONFIG
 
 from qwenvl_lit import QwenVL, export, predict, test, train
 from qwenvl_lit.cli.command import offer_groups, prepare
-from qwenvl_lit.models.qwen_vl.export import runnable
+from qwenvl_lit.models.qwen_vl.export import runnable, write_companions
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs import exported_folder
@@ -320,7 +320,10 @@ def test_an_exported_adapter_loads_in_peft_and_names_nothing_of_this_package(
 ):
     run = trained("lora")
     printed = run_command(export, f"ckpt={run}", "out=A1", "merge=false", *QUICK)
-    assert "q_proj, k_proj and v_proj of the resampler load here only" in printed
+    resampler = "transformer.visual.attn_pool.attn"
+    layers = ", ".join(f"{resampler}.{name}_proj" for name in ("k", "out", "q", "v"))
+    assert f"the adapters on {layers} work here only" in printed
+    assert "export a merged model, with merge=true" in printed
     config = (home / "A1/adapter_config.json").read_text()
     assert json.loads(config)["base_model_name_or_path"] == str(home / "F")
     assert "qwenvl_lit" not in config
@@ -418,7 +421,55 @@ def test_an_exported_model_has_the_files_of_the_published_folder_and_a_card(
     assert "| adapter.rank | `2` |" in card
 
 
-def test_config_names_code_only_if_the_folder_has_it(tmp_path):
+def companions_of(folder: Path, base: Path | None = None) -> dict[str, dict]:
+    """Writes all files of a model but its weights; returns the content of those that name code."""
+    family = QwenVLFamily(config=CONFIG, vocabulary="tiny")
+    folder.mkdir()
+    write_companions(
+        folder,
+        family.config,
+        dtype="float32",
+        vocabulary=TINY_VOCABULARY,
+        base=base,
+        template="chatml",
+    )
+    names = ("config.json", "tokenizer_config.json")
+    return {name: json.loads((folder / name).read_text()) for name in names}
+
+
+PUBLISHED_MAPS = {
+    "config.json": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
+    "tokenizer_config.json": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]},
+}
+
+
+def test_a_folder_names_the_published_code_before_it_has_it(tmp_path):
+    written = companions_of(tmp_path / "F")
+    assert {name: content["auto_map"] for name, content in written.items()} == PUBLISHED_MAPS
+    assert written["tokenizer_config.json"]["tokenizer_class"] == "QWenTokenizer"
+
+
+def test_a_base_that_names_no_code_does_not_change_that(tmp_path):
+    companions_of(tmp_path / "F")
+    for name in PUBLISHED_MAPS:
+        (tmp_path / "F" / name).write_text(json.dumps({"model_max_length": 77, "extra": 1}))
+    written = companions_of(tmp_path / "G", tmp_path / "F")
+    assert {name: content["auto_map"] for name, content in written.items()} == PUBLISHED_MAPS
+    assert written["tokenizer_config.json"]["model_max_length"] == 77
+    assert written["config.json"]["extra"] == 1
+
+
+def test_a_small_checkpoint_has_the_resampler_heads_of_the_original_code():
+    sizes = small_sizes(image_tokens=256)
+    assert sizes["visual"]["resampler_heads"] == sizes["visual"]["output_dim"] // 128 > 0
+    family = QwenVLFamily(config=sizes, vocabulary="tiny")
+    assert family.config.n_queries == family.processor().tokens_per_image == 256
+
+
+def test_code_of_the_base_is_named_only_if_the_folder_has_it(tmp_path):
     (tmp_path / "modeling_qwen.py").write_text("")
     auto_map = {
         "AutoConfig": "configuration_qwen.A",

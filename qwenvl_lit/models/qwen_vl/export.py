@@ -39,10 +39,6 @@ SHARD_BYTES = 10**9
 # Settings of the published config.json that `QwenVLConfig` does not have.
 PUBLISHED_CONFIG = {
     "architectures": ["QWenLMHeadModel"],
-    "auto_map": {
-        "AutoConfig": "configuration_qwen.QWenConfig",
-        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-    },
     "attn_dropout_prob": 0.0,
     "emb_dropout_prob": 0.0,
     "no_bias": True,
@@ -64,6 +60,12 @@ PUBLISHED_GENERATION = {
     "transformers_version": "4.31.0",
 }
 PUBLISHED_TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
+# Classes of the published Python files. A folder names them before it has the files, so that copying
+# them into it is enough.
+PUBLISHED_CODE = {
+    "AutoConfig": "configuration_qwen.QWenConfig",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+}
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
 FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FONT = "*.ttf"  # the original tokenizer draws boxes with this font
@@ -186,13 +188,11 @@ def write_companions(
     auto_map = stored.pop("auto_map", {})
     if not matches(auto_map, dict[str, str | list[str | None]]):
         raise DataError(f"{base}/{CONFIG}: auto_map is {brief(auto_map)}, expected classes by name")
-    code = runnable(auto_map, folder)
+    code = {**PUBLISHED_CODE, **runnable(auto_map, folder)}
     settings = published_config(config, stored, dtype=dtype)
-    _write_with_code(folder / "config.json", settings, code)
+    write_json(folder / CONFIG, {**settings, "auto_map": code})
     _write_generation(folder / "generation_config.json", config, template)
-    if not (folder / "tokenizer_config.json").exists():
-        code = runnable(TOKENIZER_CODE, folder)
-        _write_with_code(folder / "tokenizer_config.json", PUBLISHED_TOKENIZER, code)
+    _write_tokenizer(folder / "tokenizer_config.json")
 
 
 def _copy_companions(base: Path, folder: Path) -> None:
@@ -201,10 +201,6 @@ def _copy_companions(base: Path, folder: Path) -> None:
             is_index = file.name.endswith(INDEX.format(""))
             if not is_index and file.name not in NOT_COPIED:
                 shutil.copyfile(file, folder / file.name)
-
-
-def _write_with_code(file: Path, settings: Mapping[str, Any], code: Mapping[str, Any]) -> None:
-    write_json(file, {**settings, "auto_map": code} if code else settings)
 
 
 def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
@@ -218,6 +214,13 @@ def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
     stored = read_json_object(file)
     if stored.get("chat_format") != template:
         write_json(file, {**stored, "chat_format": template})
+
+
+def _write_tokenizer(file: Path) -> None:
+    """Writes the published tokenizer settings, or adds the classes to those of the base."""
+    stored = read_json_object(file) if file.exists() else {}
+    if not stored.get("auto_map"):
+        write_json(file, {**PUBLISHED_TOKENIZER, **stored, "auto_map": TOKENIZER_CODE})
 
 
 def published_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,6 @@ from qwenvl_lit.models.qwen_vl.checkpoint import (
 )
 from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.export import (
-    PROJECTION,
     Read,
     check_disk,
     reader,
@@ -42,6 +42,8 @@ from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.stored_files import check_finite
 from qwenvl_lit.types import Batch
 
+# Path of a layer of the resampler's attention, in the name of a tensor of its adapter
+RESAMPLER_ATTENTION = re.compile(r"(transformer\.visual\.attn_pool\.attn\.\w+)\.lora_")
 WINDOW = 6144  # `max_window_size` of the published generation_config.json
 # Networks below this size are initialized on the CPU, so that their weights depend on the seed
 # alone; the weights of larger ones also depend on the device.
@@ -377,11 +379,16 @@ class QwenVLFamily:
 
     def adapter_caveats(self, tensors: Iterable[str]) -> list[str]:
         """Returns what limits the use of an exported adapter; see `Family.adapter_caveats`."""
-        if not any(map(PROJECTION.search, tensors)):
+        layers = set()
+        for name in tensors:
+            if layer := RESAMPLER_ATTENTION.search(name):
+                layers.add(layer[1])
+        if not layers:
             return []
         return [
-            "the adapters on q_proj, k_proj and v_proj of the resampler load here only, "
-            "elsewhere these are one tensor"
+            f"the adapters on {', '.join(sorted(layers))} work here only: the resampler of the "
+            f"original code reads the weight of out_proj directly and has no q_proj, k_proj and "
+            f"v_proj; for other programs export a merged model, with merge=true"
         ]
 
 
