@@ -60,8 +60,8 @@ PUBLISHED_GENERATION = {
     "transformers_version": "4.31.0",
 }
 PUBLISHED_TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
-# Classes of the published Python files. A folder names them before it has the files, so that copying
-# them into it is enough.
+# Classes of the published Python files. A folder names them before it has the files, so that
+# copying these into it is enough.
 PUBLISHED_CODE = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
