@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from qwenvl_lit.models.qwen_vl.checkpoint import (
     COMPANIONS,
@@ -72,6 +73,21 @@ FONT = "*.ttf"  # the original tokenizer draws boxes with this font
 NOT_COPIED = ("config.json", "adapter_config.json")
 # Names of the input projections of the resampler, which are a single tensor in files.
 PROJECTION = re.compile(r"attn\.([qkv])_proj\.")
+
+
+def file_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes that the network's tensors have in checkpoint files."""
+    shapes = {}
+    for name, tensor in model.state_dict().items():
+        projection = PROJECTION.search(name)
+        if projection is None:
+            shapes[name] = tuple(tensor.shape)
+        elif projection[1] == "q":
+            shapes[name.replace("q_proj.", "in_proj_")] = (3 * tensor.shape[0], *tensor.shape[1:])
+    if model.config.tie_word_embeddings:
+        for name in model._tied_weights_keys:
+            del shapes[name]
+    return shapes
 
 
 def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtype) -> Read:

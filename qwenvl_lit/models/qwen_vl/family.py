@@ -30,13 +30,14 @@ from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.export import (
     Read,
     check_disk,
+    file_shapes,
     reader,
     write_companions,
     write_weights,
 )
 from qwenvl_lit.models.qwen_vl.flops import training_flops
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
-from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM, file_shapes
+from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
 from qwenvl_lit.stored_files import check_finite

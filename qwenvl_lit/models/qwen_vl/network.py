@@ -8,7 +8,6 @@ Weights are saved under the names and in the format of the published checkpoints
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import ClassVar
 
@@ -415,21 +414,6 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             "prompt_length": length,
         }
         return ids, kwargs
-
-
-def file_shapes(model: QwenVLForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes that the network's tensors have in checkpoint files."""
-    shapes = {}
-    for name, tensor in model.state_dict().items():
-        projection = re.search(r"attn\.([qkv])_proj\.", name)
-        if projection is None:
-            shapes[name] = tuple(tensor.shape)
-        elif projection[1] == "q":
-            shapes[name.replace("q_proj.", "in_proj_")] = (3 * tensor.shape[0], *tensor.shape[1:])
-    if model.config.tie_word_embeddings:
-        for name in model._tied_weights_keys:
-            del shapes[name]
-    return shapes
 
 
 def _join_projections(kind: str) -> WeightConverter:
