@@ -387,6 +387,18 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             inputs["vision_positions"] = positions + rows * new_tokens
         return inputs
 
+    def init_continuous_batching(self, *_, **__):
+        """Refuses transformers' continuous batching, which `generate_batch` uses.
+
+        It packs prompts into one row with a cache. There, `forward` would ignore their positions,
+        and dynamic NTK depends on the length of each prompt, which is not passed.
+        """
+        raise NotImplementedError(
+            "continuous batching (generate_batch) would give wrong answers with Qwen-VL, whose "
+            "rotary angles depend on the length of each prompt; use qwenvl_lit.QwenVL, or "
+            "generate() with a left-padded batch"
+        )
+
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
     ):

@@ -13,7 +13,7 @@ from small_network import (
     text,
 )
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 
@@ -166,3 +166,16 @@ def test_decoding_compiles_into_one_graph(model, talk):
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     static = GREEDY | {"cache_implementation": "static"}
     assert torch.equal(model.generate(**talk, **static), expected)
+
+
+def test_continuous_batching_is_refused():
+    """It packs prompts into one row with a cache, where `forward` ignores their positions."""
+    model = small_network()
+    settings = GenerationConfig(**GREEDY)
+    with pytest.raises(NotImplementedError, match=r"use qwenvl_lit\.QwenVL, or generate"):
+        model.generate_batch(inputs=[text(5), text(9)], generation_config=settings)
+    with (
+        pytest.raises(NotImplementedError, match="would give wrong answers"),
+        model.continuous_batching_context_manager(generation_config=settings),
+    ):
+        pass
