@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, apply_trained
+from qwenvl_lit.training.adapters.methods import warn_of_few_layers
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
@@ -53,4 +54,5 @@ def load_model(
         model = apply_trained(adapter, model, family, trained_checkpoint)
     elif adapter:
         model = adapter.apply(model, family)
+        warn_of_few_layers(model, family)
     return model

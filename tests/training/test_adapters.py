@@ -1,5 +1,7 @@
 """Fine-tuning methods, and checkpoints merged into the weights."""
 
+import re
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -11,7 +13,7 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.merging import MergedWeights, StartingCheckpoint, fingerprint
-from qwenvl_lit.training.adapters.methods import Full, LoRA
+from qwenvl_lit.training.adapters.methods import Full, LoRA, warn_of_few_layers
 from qwenvl_lit.training.optim import AdamW
 from qwenvl_lit.types import DataError
 
@@ -103,6 +105,7 @@ SIZES = {
     "lora": 4_194_304,
     "lora_all": 29_602_816,
     "lora_official": 112_197_632,
+    "lora_swift26": 17_891_328,
     "dora": 4_587_520,
     "rslora": 33_554_432,
     "qlora": 4_194_304,
@@ -178,6 +181,40 @@ def test_options_are_passed_to_peft_and_unknown_ones_named():
     assert any(name.endswith("bias") for name in trained(model))
     with pytest.raises(ValueError, match=r"adapter\.options has use_dorra"):
         adapted(lora(options={"use_dorra": True}))
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "x"])
+def test_initializations_that_change_the_base_weights_are_refused_by_name(name):
+    message = rf"init_lora_weights='{name}' is not supported: .* choose true, false, gaussian, orth"
+    with pytest.raises(ValueError, match=message):
+        lora(options={"init_lora_weights": name})
+
+
+@pytest.mark.parametrize("name", [True, False, "gaussian", "orthogonal"])
+def test_other_initializations_work_on_the_outline_too(name):
+    model = lora("attention", options={"init_lora_weights": name}).apply(
+        SmallFamily.meta_model(), QwenVLFamily
+    )
+    assert len(trained(model)) == 4
+
+
+def test_an_adapter_on_few_layers_is_named_with_what_it_covers(caplog):
+    with torch.device("meta"):
+        model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4))
+    warn_of_few_layers(adapted(lora("attention"), model), QwenVLFamily)
+    assert not caplog.messages
+    for targets in (["q_proj", "v_proj"], ["out_proj"], r"transformer\.h\.3\.attn\.c_proj"):
+        with torch.device("meta"):
+            model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4))
+        warn_of_few_layers(adapted(lora(targets), model), QwenVLFamily)
+    llama, vision, block = caplog.messages
+    assert (
+        "covers only 1.0 % of the weights of all linear layers, none of them in the lang" in llama
+    )
+    assert re.search(r"transformer\.visual\.attn_pool\.attn\.q_proj +1  16,777,216\n", llama)
+    assert llama.endswith("choose adapter.targets=attention, language or all-linear")
+    assert re.search(r"resblocks\.N\.attn\.out_proj +48  132,907,008\n", vision)
+    assert "none of them" not in block
 
 
 def run_of(adapter, folder, init=None) -> tuple[StartingCheckpoint, torch.nn.Module]:

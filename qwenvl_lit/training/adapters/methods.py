@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import nn
 
+from qwenvl_lit.models.components import network_of
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.training.adapters.patterns import check_speed, check_syntax
 from qwenvl_lit.value_types import brief, matches, type_name
@@ -15,6 +18,15 @@ from qwenvl_lit.value_types import brief, matches, type_name
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family
 
+log = logging.getLogger(__name__)
+
+# Targets that adapt a smaller share of the weights of all linear layers are probably a mistake: the
+# `c_attn` layers alone have 18 %, those of the resampler 0.8 %.
+SMALL_SHARE = 0.02
+ADAPTED = ".base_layer"  # peft's name of the layer inside its adapter
+# Initializations that leave the base weights as they are. Others, such as PiSSA and OLoRA, subtract
+# the initial adapter from them, and EVA needs data.
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 # Settings of peft's `LoraConfig` that make sense for `LoRA.options`, with their types. The others
 # are set by `LoRA` itself, or are for other models. The Megatron settings would let a config make
 # peft import any module.
@@ -190,7 +202,40 @@ class LoRA:
                 )
 
 
+def warn_of_few_layers(adapted: nn.Module, family: Family) -> None:
+    """Warns with a table if an adapter covers a small part of the model, probably by mistake.
+
+    The usual targets for other models, such as `q_proj` and `v_proj`, match the resampler alone.
+    """
+    sizes, total = {}, 0
+    for path, module in network_of(adapted).named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in path:
+            total += module.weight.numel()
+            if path.endswith(ADAPTED):
+                sizes[path.removesuffix(ADAPTED)] = module.weight.numel()
+    if not sizes:
+        return
+    share = sum(sizes.values()) / total
+    language = family.components["language"]
+    in_language = any(path.startswith(f"{language}.") for path in sizes)
+    if in_language and share >= SMALL_SHARE:
+        return
+    where = "" if in_language else ", none of them in the language model"
+    log.warning(
+        "the adapter covers only %.1f %% of the weights of all linear layers%s:\n%s\n"
+        "For more choose adapter.targets=%s or all-linear",
+        *(100 * share, where, _table(sizes), ", ".join(family.lora_targets)),
+    )
+
+
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    initialization = options.get("init_lora_weights")
+    if initialization is not None and initialization not in INITIALIZATIONS:
+        raise ValueError(
+            f"adapter.options.init_lora_weights={brief(initialization)} is not supported: it "
+            f"changes the base weights or needs data, and checkpoints hold the adapter alone; "
+            f"choose {', '.join(map(str, INITIALIZATIONS)).lower()}"
+        )
     for name, value in options.items():
         expected = PEFT_OPTIONS.get(name)
         if expected is None:
@@ -207,6 +252,19 @@ def _path_patterns(targets: str | Sequence[str]) -> dict[str, str]:
     if isinstance(targets, str):
         return {targets: targets}
     return {end: rf"(.*\.)?{re.escape(end)}" for end in targets}
+
+
+def _table(sizes: Mapping[str, int]) -> str:
+    """Lists layers and the parameters of their weights, with N in place of block numbers."""
+    layers: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for path, size in sizes.items():
+        name = re.sub(r"\d+", "N", path)
+        layers[name] += 1
+        weights[name] += size
+    width = max(map(len, layers))
+    rows = [f"  {name:{width}}  {layers[name]:6}  {weights[name]:,}" for name in layers]
+    return "\n".join([f"  {'layer':{width}}  number  weights", *rows])
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
