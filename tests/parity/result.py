@@ -31,6 +31,10 @@ class Result:
     reason: str | None = None
     """Why the values differ on purpose, if a rule recognizes the case; see `reasons`."""
 
+    def __post_init__(self):
+        if not isinstance(self.case, str):
+            raise UnreadableError(f"a case is named {self.case!r:.100}, expected text")
+
     @property
     def passed(self) -> bool:
         return self.deviation <= self.allowed  # False for NaN

@@ -44,6 +44,19 @@ def test_the_copy_stays_small():
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) <= 9_000_000
 
 
+def test_a_case_whose_name_is_not_text_is_reported(tmp_path):
+    name = "chat/train_finetune_qwen.json"
+    content = read(GOLDEN / name)
+    content["cases"] = content["cases"][:2]
+    content["cases"][1]["name"] = ["a", "list"]
+    (tmp_path / "chat").mkdir()
+    (tmp_path / name).write_text(json.dumps(content))
+    report = check_golden.check(tmp_path / name, tmp_path, Deviations(DEVIATIONS, strict=False))
+    [missed] = report.missed
+    assert "cannot be compared" in missed
+    assert "a case is named ['a', 'list'], expected text" in missed
+
+
 @pytest.mark.parametrize(
     "table",
     [check_golden.table(RECORD), check_golden.deviations_table(DEVIATIONS)],
