@@ -1,5 +1,6 @@
 # make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
+# make test-interop   models and adapters to the original stack and back, in its own environment   (10 minutes)
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (25 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -8,7 +9,12 @@ BIN := .venv/bin
 DEMO := outputs/train/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint suite faults format clean
+# The original stack. transformers 4.37.2 needs Python 3.11 or 3.12: set INTEROP_PYTHON if python3 is newer.
+INTEROP_PYTHON ?= $(PYTHON)
+INTEROP := .venv-interop
+INTEROP_PEFT := 0.9.0 0.10.0 0.11.1 0.12.0 0.13.2
+
+.PHONY: demo test lint suite test-interop faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -26,6 +32,9 @@ lint: .venv/installed-dev
 suite: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+test-interop: .venv/installed-dev $(INTEROP)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interop tests/interop
+
 faults: .venv/installed-dev
 	$(BIN)/python scripts/run_faults.py --record benchmarks/faults.json
 
@@ -34,7 +43,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv $(INTEROP) build *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,4 +52,12 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+$(INTEROP)/installed: Makefile
+	test -x $(INTEROP)/bin/python || $(INTEROP_PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -q torch==2.13.0 transformers==4.37.2 'accelerate<1' 'numpy<2' pillow tiktoken
+	for version in $(INTEROP_PEFT); do \
+		$(INTEROP)/bin/pip install -q --no-deps --upgrade --target $(INTEROP)/peft-$$version peft==$$version || exit 1; \
+	done
 	touch $@
