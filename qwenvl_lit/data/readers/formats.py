@@ -24,7 +24,6 @@ _OTHERS = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK),
     (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
-    (b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with `git lfs pull`"),
     (b"<!doctype html", "a web page", "download the file itself"),
     (b"<html", "a web page", "download the file itself"),
 )

@@ -157,7 +157,6 @@ def test_a_table_of_one_column_is_separated_by_commas(tmp_path):
         (b"\x1f\x8b\x08", "is compressed with gzip; "),
         (b"\x1f\x8b\x08", "let its name end in .gz"),
         (b"\xff\xfeq\x00", "is text in UTF-16; "),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
         (b"<!DOCTYPE html>\n", "is a web page"),
     ],
 )
