@@ -110,7 +110,7 @@ class Bench:
             f"trainer.max_steps={self.total_steps(case)}",
             "trainer.max_epochs=-1",
             f"trainer.log_every_n_steps={window}",
-            f"+callbacks.throughput.window={window * accumulate}",
+            f"callbacks.throughput.window={window * accumulate}",
             "~callbacks.samples",
             "~callbacks.curves",
             "~callbacks.checkpoint",

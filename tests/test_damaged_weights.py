@@ -52,7 +52,7 @@ def shard_of(folder):
 
 
 DAMAGED = {  # the file, and what names it
-    "run": ("run/checkpoints/last.ckpt", "run"),
+    "run": ("run/checkpoints/best.ckpt", "run"),
     "adapter": (
         "run/checkpoints/last_adapter/adapter_model.safetensors",
         "run/checkpoints/last_adapter",

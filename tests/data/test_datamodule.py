@@ -352,10 +352,10 @@ def test_the_error_about_a_row_above_max_tokens_names_it_and_a_remedy():
         ("on_bad_image", "ignore", "one of error, drop"),
         ("packing", "maybe", "true or false"),
         ("group_by_length", 1, "true or false"),
-        ("max_tokens", "many", "a whole number, 1 or more, or null"),
-        ("max_tokens", 0, "a whole number, 1 or more, or null"),
-        ("batch_size", 0, "a whole number, 1 or more"),
-        ("eval_batch_size", 2.0, "a whole number, 1 or more"),
+        ("max_tokens", "many", "a whole number, 1 or more, at most 100000000, or null"),
+        ("max_tokens", 0, "a whole number, 1 or more, at most 100000000, or null"),
+        ("batch_size", 0, "a whole number, 1 or more, at most 1000000"),
+        ("eval_batch_size", 2.0, "a whole number, 1 or more, at most 1000000"),
     ],
 )
 def test_the_error_about_a_wrong_value_says_what_is_allowed(name, value, allowed):
