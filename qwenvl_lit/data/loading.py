@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from operator import itemgetter
 from threading import Thread
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch.utils.data import DataLoader, Dataset
@@ -99,6 +101,17 @@ def loader_without_rows(pad_id: int) -> DataLoader:
     return ResumableDataLoader([empty_batch(pad_id, ())], batch_size=1, collate_fn=itemgetter(0))
 
 
+def _report(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Prints an error of a worker's threads, unless the parent has broken off a connection.
+
+    A signal stops the parent while it receives a tensor; the parent says so itself.
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
+
+
 def ignore_cluster_signals(worker_id: int) -> None:
     """Makes a data worker ignore Ctrl-C and the signals of clusters unless its parent sent them.
 
@@ -108,6 +121,7 @@ def ignore_cluster_signals(worker_id: int) -> None:
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads inherit it: none is started before
     end_with_parent()
+    sys.excepthook = _report
 
     def wait_for_parent() -> None:
         while signal.sigwaitinfo(signals).si_pid != parent_pid():

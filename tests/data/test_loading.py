@@ -1,8 +1,11 @@
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable
+from multiprocessing.resource_sharer import DupFd
 
 import pytest
 
@@ -71,3 +74,23 @@ def test_a_worker_stops_at_a_signal_of_its_parent_only(number):
     os.kill(worker.pid, number)
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def offer_a_file(connection) -> None:
+    """Does what a worker does for a batch: its parent connects to receive the open file."""
+    ignore_cluster_signals(0)
+    connection.send(DupFd(1)._id[0])
+    time.sleep(60)
+
+
+def test_a_parent_that_breaks_off_while_it_receives_a_batch_leaves_no_traceback(capfd):
+    parent, child = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=offer_a_file, args=(child,))
+    worker.start()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(parent.recv())
+    time.sleep(0.5)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
+    assert capfd.readouterr().err == ""
