@@ -1,7 +1,7 @@
 # make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
 # make test-interop   models and adapters to the original stack and back, in its own environment   (10 minutes)
-# make faults kill, fill up, damage, attack: what docs/reliability.md says   (25 minutes on two cores)
+# make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
 PYTHON ?= python3

@@ -1,6 +1,6 @@
 """Runs the bench of faults and writes what happened.
 
-    python scripts/run_faults.py                                   print the counts (25 minutes)
+    python scripts/run_faults.py                                   print the counts (15 minutes)
     python scripts/run_faults.py --record benchmarks/faults.json   write them, and the table of
                                                                    docs/reliability.md
     python scripts/run_faults.py -k kills                          some of the tests
