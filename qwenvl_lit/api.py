@@ -386,7 +386,7 @@ def with_settings(
     """Returns `generation` with other `settings`.
 
     Args:
-        arguments: names that the caller takes itself, for the hint at a misspelt one.
+        arguments: names that the caller takes itself, for the hint at a misspelled one.
 
     Raises:
         TypeError: there is no such setting.

@@ -1,7 +1,8 @@
 """Checksums of weights, which are written with the weights and verified before they are used.
 
-A checkpoint is a zip file, and its zip comment holds the sha256 of the rest. So no second file can
-be lost in a crash, a copy or a rename, and torch and zip tools can still read the checkpoint. A
+A checkpoint is a zip file, and its zip comment holds the sha256 of the rest. There is
+no separate file that a crash, a copy or a rename could lose, and torch and zip tools can still read
+the checkpoint. A
 folder of weights has a file `SHA256SUMS`, which `sha256sum -c` can also read. Files without a
 checksum are not verified.
 """
@@ -25,12 +26,13 @@ from qwenvl_lit.types import DataError
 log = logging.getLogger(__name__)
 
 SUMS = "SHA256SUMS"
-SUMMED = ("*.safetensors", "*.bin", "*.tiktoken")  # text files may be edited
+# Other files, such as config.json, have no checksum, so that users may edit them.
+SUMMED = ("*.safetensors", "*.bin", "*.tiktoken")
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\]+)")
 _MAX_SUMS_BYTES = 1 << 20
 _BLOCK = 1 << 22  # bytes; large enough that hashing and disk do not wait for Python
-_ANNOUNCED = 5 * 10**9  # a file of more bytes is announced, because it takes long
+_ANNOUNCED = 5 * 10**9  # bytes; a message announces a larger file, because verifying it takes long
 
 # The last record of a zip file: signature, 16 bytes, length of the comment, comment.
 _END = struct.Struct("<4s16sH")
@@ -122,8 +124,8 @@ def _compare(file: Path, expected: str, advice: str) -> None:
     actual = _actual(file, status.st_size, status.st_mtime_ns)
     if actual != expected:
         raise DataError(
-            f"{file} is damaged: its sha256 is {actual[:16]}..., and {expected[:16]}... was "
-            f"written; {advice}; verify=false uses it as it is"
+            f"{file} is damaged: its sha256 is {actual[:16]}..., expected "
+            f"{expected[:16]}...; {advice}. To use it anyway: verify=false"
         )
 
 
@@ -150,7 +152,7 @@ def _sha256(file: Path) -> str:
             digest.update(buffer[:count])
             rest -= count
         if is_sealed:
-            digest.update(b"\0\0")  # the length of the comment that was not there yet
+            digest.update(b"\0\0")  # the length of the comment, which was still empty
         return digest.hexdigest()
 
 

@@ -65,7 +65,10 @@ def test_a_flipped_bit_of_a_checkpoint_is_one_line(checkpoint, part):
         checksums.verify(checkpoint)
     line = str(error.value)
     assert line.startswith(f"{checkpoint} is damaged: its sha256 is ")
-    assert "copy it again, or use another checkpoint of the run; verify=false" in line
+    assert (
+        "copy it again, or use another checkpoint of the run. To use it anyway: verify=false"
+        in line
+    )
     assert "\n" not in line
 
 

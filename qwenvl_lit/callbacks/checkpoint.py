@@ -36,15 +36,17 @@ class RunCheckpoint(Checkpoint):
     `best_adapter/`, in peft's format. A file gets its name when it is complete, so that a good
     checkpoint exists at any time.
 
-    `last` is saved every `every` optimizer steps, after the validation if one is due, and at the
-    end. `best` is saved after the validation with the best `monitor`.
+    `last` is saved every `every` optimizer steps and at the end; if a validation follows that step,
+    after the validation. `best` is saved after each validation whose `monitor` is better than all
+    before.
 
     On SIGTERM, SIGUSR1, SIGHUP and Ctrl-C the run finishes its step or its validation, saves, and
-    exits with status 143, 129 after SIGHUP, or 130 after Ctrl-C; see `StopSignals`. Several
-    processes stop together, one step later. A step that hangs is terminated, see `SignalListener`.
+    exits with status 130 after Ctrl-C, 129 after SIGHUP and 143 after the others; see
+    `StopSignals`. Several ranks stop after the same step, which is one step later than a single
+    process would. If a step hangs, the process is ended, see `SignalListener`.
 
-    Random numbers that loaders and validations draw between two training batches do not change
-    those of training.
+    The RNG state is restored before each training batch. So random numbers that loaders and
+    validations draw in between do not affect training.
 
     Args:
         keep: how many checkpoints before `last` are kept as `step_STEP.ckpt`.
@@ -76,8 +78,8 @@ class RunCheckpoint(Checkpoint):
         self.best_score: float | None = None
         self.folder = Path()  # set by `setup`
         self._signals = StopSignals()
-        self._stopping = False  # all ranks know that the run stops
-        self._due = False  # `last` is to be saved, after the validation
+        self._stopping = False  # whether all ranks know that the run stops
+        self._due = False  # whether `last` must be saved, after the validation if one follows
         self._saved_step = 0  # optimizer step of the last checkpoint
         self._latest_step = 0
         self._rng_state: dict[str, Any] | None = None  # at the end of the last training batch
@@ -108,7 +110,8 @@ class RunCheckpoint(Checkpoint):
         if self._rng_state is None:
             self._rng_state = rng_state()
         else:
-            # Resuming: the loader was built at position 0, to count the steps.
+            # Lightning built the loader at position 0 to count the steps. Build it again, to start
+            # at the position of the checkpoint.
             rebuild_train_loader(trainer)
         self._loop_state = trainer.fit_loop.state_dict()
         self._rng_state_of_step = self._rng_state
@@ -135,15 +138,15 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         signals.progress()
         self._rng_state = rng_state()
-        if trainer.global_step == self._latest_step:  # accumulated gradients are not saved
-            return
+        if trainer.global_step == self._latest_step:
+            return  # no optimizer step was taken, and accumulated gradients are not saved
         self._latest_step = trainer.global_step
         self._loop_state = state_after_batch(trainer)
         self._rng_state_of_step = self._rng_state
         self._stopping = self._signals.received_by_any_rank(trainer)
         self._due = self._stopping or self._due or self._latest_step % self.every == 0
-        # After resuming from a checkpoint saved just before a validation, Lightning skips that
-        # validation.
+        # If a validation follows, `on_validation_end` saves: Lightning would skip that validation
+        # when it resumes from a checkpoint saved now.
         if self._due and not validation_follows(trainer):
             self._save_last(trainer)
 
@@ -197,7 +200,7 @@ class RunCheckpoint(Checkpoint):
         """Restores the RNG state of this rank.
 
         Raises:
-            DataError: the run had another number of processes before.
+            DataError: another number of processes wrote the checkpoint.
         """
         processes = len(checkpoint["random"])
         if processes != trainer.world_size:
@@ -266,7 +269,8 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.folder / f"{name}.ckpt")
         except DataError as error:
             error_message = str(error)
-            trainer.strategy.barrier()  # other ranks wait for rank 0 in `save_checkpoint`
+            # Rank 0 failed before the barrier in `save_checkpoint`, where the other ranks wait.
+            trainer.strategy.barrier()
         tensors, self._saved_tensors = self._saved_tensors, {}
         model = getattr(trainer.lightning_module, "model", None)
         if not error_message and trainer.is_global_zero and hasattr(model, "peft_config"):
@@ -292,7 +296,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with (
             _disk_errors(path),
             atomic_file(path, durable=True) as unfinished,
-            unfinished.open("wb") as file,  # for a path, torch stores the name
+            unfinished.open(
+                "wb"
+            ) as file,  # given a path, torch would store the file's name in the archive
             checksums.sealed(file) as writer,
         ):
             _torch_save(checkpoint, writer)
@@ -326,7 +332,7 @@ def _torch_save(checkpoint: dict[str, Any], file: checksums.Writer) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise error.__context__ from None  # Ctrl-C leaves torch with an incomplete zip archive
         if isinstance(error, RuntimeError) and "inline_container" in str(error):
-            # torch reports only that the archive is shorter than what was written to it.
+            # torch hides the error of the disk: it reports only that the archive is too short.
             full = "the disk is full, or a quota is exceeded"
             raise OSError(errno.ENOSPC, full) from error
         raise

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 LABEL_WIDTH = 12
-MAX_CHARACTERS = 600  # of a run of tokens; longer ones are cut in the middle
-ROWS_TRIED = 100  # for a row that is not left out
+MAX_CHARACTERS = 600  # of consecutive tokens; of a longer text the middle is left out
+ROWS_TRIED = 100  # rows that are searched for one that is not left out
 OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens
 
 
@@ -53,7 +53,7 @@ def facts(trainer: lightning.Trainer, *, metrics: Sequence[str]) -> Iterator[tup
     """Yields the lines of the overview, each as a label and its text.
 
     Args:
-        metrics: the names of the metrics of answers.
+        metrics: names of the metrics that score answers.
     """
     data: DataModule = trainer.datamodule
     folder = Path(trainer.default_root_dir)
@@ -103,12 +103,12 @@ def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
         rows = data.batch_size * accumulated * ranks
         return f"{_count(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
     rows = accumulated * sum(map(len, data.train)) / trainer.num_training_batches
-    return f"about {rows:.3g} rows per optimizer step = {data.max_tokens:,} tokens {factors}"
+    return f"about {rows:.3g} rows per step: batches of up to {data.max_tokens:,} tokens {factors}"
 
 
 def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[str]) -> str:
     names = ", ".join(metrics)
-    left_to_test = f"; {names} left to the command test" if metrics else ""
+    left_to_test = f"; the command test computes {names}" if metrics else ""
     if not len(data.validation):
         return f"none, as data.validation gives no rows{left_to_test}"
     if trainer.limit_val_batches == 0:
@@ -120,7 +120,7 @@ def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[
             times = f"{callback}, "
     answered = min(data.generated_validation_rows, len(data.validation))
     if not answered:
-        return f"{times}no row is answered (data.generated_validation_rows=0){left_to_test}"
+        return f"{times}loss only (data.generated_validation_rows=0){left_to_test}"
     text = f"{times}{_count(answered, 'row')} answered (data.generated_validation_rows)"
     return f"{text} and scored by {names}" if metrics else f"{text}, no metrics chosen"
 
@@ -130,7 +130,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def first_sample(data: DataModule) -> Sample | None:
-    """Returns the first training sample; None if all of the first rows are left out."""
+    """Returns the first training sample; None if the first `ROWS_TRIED` are left out."""
     rows = Concat(data.train)
     drop_bad = data.on_bad_image == "drop"
     samples = EncodedDataset(rows, data.processor, prompt=False, renumber=False, drop_bad=drop_bad)

@@ -1,6 +1,6 @@
 """Runs a command: prepares its arguments, lets Hydra compose the config, reports mistakes.
 
-Nothing here imports torch, so that `--help` and a misspelt key answer at once.
+Nothing here imports torch, so that `--help` and the message about a misspelled key appear at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.cli.alternatives import is_sweep, quote_alternatives
 from qwenvl_lit.cli.demo_data import refuse_own_files
-from qwenvl_lit.cli.disk import DISK_ERRORS, disk_message
+from qwenvl_lit.cli.disk import DISK_ERRORS, RUN_FOLDER, disk_message, write_error
 from qwenvl_lit.cli.early_checks import check_packages, check_values
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
 from qwenvl_lit.cli.hints import explain, refuse_options
@@ -68,13 +68,15 @@ def command(
 
     Args:
         name: the primary config, `conf/NAME.yaml`.
-        run: what `ckpt=` means. "needed": the command works with a run or a published model, and
-            groups that the command line does not choose come from the run. "start": training may
-            start from a run, or resume one with `resume=`.
+        run: what `ckpt=` means. "unused": the command has no `ckpt=`. "needed": `ckpt=` names the
+            run to use, from which the groups come that the command line does not choose; `model=`
+            can name a published model instead. "start": training may start from a run, or resume
+            one with `resume=`.
         adjust: changes that only this command makes to its arguments, applied first.
 
-    Exits with status 2 after a mistake on the command line, with 1 after one in the data or in a
-    job of a sweep, and with 143, 130 or 129 if SIGTERM, Ctrl-C or SIGHUP stopped it.
+    The exit status is 2 after a mistake on the command line; 1 after a mistake in the data, a disk
+    error, a closed output pipe or a failed job of a sweep; 130 after Ctrl-C, 129 after SIGHUP, and
+    143 after SIGTERM or SIGUSR1.
     """
     limit_spinning()
     with stops_reported(name):
@@ -85,7 +87,7 @@ def _run_reporting_mistakes(
     name: str, main: Main, run: Literal["unused", "needed", "start"], adjust: Adjust
 ) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach this function unchanged
-    # Hydra turns exceptions in its callbacks into warnings.
+    # Hydra turns exceptions in its callbacks into warnings. Make them errors again.
     warnings.filterwarnings("error", message="Callback .* raised", category=UserWarning)
     if CACHE in os.environ:  # conf/common.yaml reads it
         os.environ[CACHE] = os.path.expanduser(os.environ[CACHE])
@@ -108,7 +110,7 @@ def _run_reporting_mistakes(
     except DataError as error:
         _exit(2, str(error))
     except BrokenPipeError:
-        # Python flushes standard output once more when it exits.
+        # Python flushes standard output once more when it exits, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if INFO_FLAGS & set(arguments):
             sys.exit(1)
@@ -116,11 +118,7 @@ def _run_reporting_mistakes(
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _exit(
-            1,
-            f"{error.filename or 'the run folder'} cannot be written: {error.strerror}; "
-            f"free disk space there, or choose another folder with hydra.run.dir=FOLDER",
-        )
+        _exit(1, write_error(error, error.filename or "the run folder", RUN_FOLDER))
     if sweep.failed:
         sys.exit(1)
 
@@ -134,7 +132,7 @@ def prepare(
 ) -> CommandLine:
     """Turns the arguments as typed into those that Hydra gets. Reads files, changes nothing.
 
-    Preparing twice has no further effect. Other ranks prepare the arguments again.
+    Other ranks prepare the prepared arguments again, so preparing twice must equal preparing once.
 
     Raises:
         DataError: the arguments name a run that is not there, contradict the run that they
@@ -159,7 +157,7 @@ def keys_of(name: str) -> str:
     """The keys of conf/NAME.yaml itself, with their comments, for `--help`."""
     text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     own_keys = text.partition("\n  - _self_\n")[2].partition("\nhydra:\n")[0]
-    return own_keys.strip().replace("$", "$$")  # Hydra fills the help in with string.Template
+    return own_keys.strip().replace("$", "$$")  # Hydra passes the help through string.Template
 
 
 def _quote_all(arguments: Sequence[str]) -> list[str]:
@@ -168,7 +166,7 @@ def _quote_all(arguments: Sequence[str]) -> list[str]:
 
 
 def offer_groups(line: CommandLine) -> None:
-    """Registers the groups of a run with Hydra, as the choice `run`, and prints the notes."""
+    """Registers each group of a run with Hydra as its choice `run`; rank 0 prints the notes."""
     for group, node in line.run_groups.items():
         ConfigStore.instance().store(group=group, name="run", node=node)
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -182,12 +180,12 @@ def _compose_and_run(name: str, main: Main, sweep: Sweep) -> None:
 
 
 def _job(main: Main, sweep: Sweep) -> Callable[[DictConfig], float | None]:
-    """What Hydra calls with a config: `main`, or the sweep, which starts a process for each job."""
+    """Returns what Hydra calls with a config: it runs `main`, or gives the config to the sweep."""
 
     def job(config: DictConfig) -> float | None:
         if not is_a_sweep(config):
             return _report_mistakes(main, config)
-        keep_expanded_datasets(config)  # into the config that Hydra wrote for the job
+        keep_expanded_datasets(config)  # also in the config file that Hydra wrote for the job
         return sweep.take(config, lambda config: _report_mistakes(main, config))
 
     job.__module__, job.__qualname__ = main.__module__, main.__qualname__
@@ -211,7 +209,7 @@ def _report_mistakes(main: Main, config: DictConfig) -> None:
         run, cache = Path(config.paths.run), Path(config.paths.cache)
         _exit(1, disk_message(error, run=run, cache=cache))
     except Exception as error:
-        if signals.received:  # a consequence, such as a data worker that got the signal too
+        if signals.received:  # the error follows from the signal, which data workers also received
             raise Stopped(signals.received) from error
         cause: BaseException = error
         if isinstance(error, InstantiationException) and error.__cause__:
@@ -228,7 +226,7 @@ def _last_message(text: str) -> str:
 
 
 def _is_a_mistake(error: BaseException) -> bool:
-    """Whether this package refused a value, or Lightning a combination of settings."""
+    """Whether the error is a ValueError of this package or a MisconfigurationException."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     refused_here = isinstance(error, ValueError) and raised_in.is_relative_to(PACKAGE)
     return refused_here or type(error).__name__ == "MisconfigurationException"

@@ -1,4 +1,4 @@
-"""Messages for disks that are full, read-only or not what a path says."""
+"""Messages for files that cannot be written: a full or read-only disk, no access, no folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ DISK_ERRORS = (
     errno.ENOTDIR,
     errno.EROFS,
 )
+RUN_FOLDER = "choose another folder with hydra.run.dir=FOLDER"
 FULL_BYTES = 1 << 20  # a disk with less free space counts as full
 
 
@@ -24,23 +25,25 @@ def disk_message(error: OSError, *, run: Path, cache: Path) -> str:
         run: folder of the run.
         cache: folder of `paths.cache`.
     """
-    advice = {
-        cache: "free disk space there, or choose another cache with paths.cache=FOLDER",
-        run: "free disk space there, or choose another folder with hydra.run.dir=FOLDER",
-    }
+    advice = {cache: "choose another cache with paths.cache=FOLDER", run: RUN_FOLDER}
     if isinstance(error.filename, str):
         file = Path(error.filename)
         for folder, hint in advice.items():
             if file.absolute().is_relative_to(folder.absolute()):
-                return f"{file} cannot be written: {error.strerror}; {hint}"
-        advice_for_file = "free disk space there, or choose another path"
-        return f"{file} cannot be written: {error.strerror}; {advice_for_file}"
+                return write_error(error, file, hint)
+        return write_error(error, file, "choose another path")
     # The system does not say which file it was.
     full = [folder for folder in advice if _is_full(folder)]
     folders = full if len(full) == 1 else list(advice)
     names = " or ".join(str(folder) for folder in folders)
-    what_to_do = "; ".join(advice[folder] for folder in folders)
-    return f"{names} cannot be written: {error.strerror}; {what_to_do}"
+    return write_error(error, names, "; ".join(advice[folder] for folder in folders))
+
+
+def write_error(error: OSError, file: str | Path, advice: str) -> str:
+    """Returns the message that `file` cannot be written, with what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = f"free disk space there, or {advice}"
+    return f"{file} cannot be written: {error.strerror}; {advice}"
 
 
 def _is_full(folder: Path) -> bool:

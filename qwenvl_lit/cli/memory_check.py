@@ -48,7 +48,7 @@ class TrainingSetup:
         """Estimates the memory per GPU.
 
         Args:
-            row: tokens, images and targets of a row, see `training_inputs`.
+            row: how many tokens, images and targets a row has, see `training_inputs`.
         """
         return estimate_memory(
             self.adapter.apply(family.meta_model(), family).train(),
@@ -68,8 +68,8 @@ def check_memory(
     """Prints the estimated memory per GPU, if it is 1 GiB or more.
 
     Raises:
-        DataError: a GPU has less memory, and `memory.check` is on. Too little memory of the host
-            only triggers a warning.
+        DataError: the estimate exceeds the memory of a GPU, and `memory.check` is on. If it is off,
+            and on the CPU, a warning is printed instead.
     """
     row = {name: config.memory[name] for name in ("tokens", "images", "targets")}
     check_settings("memory", config.memory)
@@ -98,7 +98,7 @@ def check_memory(
         return
     message = (
         f"this run needs about {estimate.total / GIB:.1f} GiB per {device}, "
-        f"of {available / GIB:.1f} GiB available"
+        f"but {available / GIB:.1f} GiB are available"
     )
     refused = on_gpu and config.memory.check
     if rank_zero_only.rank == 0:  # the trainer does not know its rank yet
@@ -109,7 +109,7 @@ def check_memory(
             console.print(f"warning: {message}")
     if refused and not fits(estimate, available):
         suggestion = _suggest(setup, module.family, row, available)
-        raise DataError(f"{message}. {suggestion}. To start it anyway: memory.check=false")
+        raise DataError(f"{message}. {suggestion}. To start the run as it is: memory.check=false")
 
 
 def _host_memory() -> int:
@@ -117,7 +117,7 @@ def _host_memory() -> int:
 
 
 def _suggest(setup: TrainingSetup, family: Family, row: Mapping[str, int], available: float) -> str:
-    """Suggests cheaper settings first, then more GPUs, then another adapter."""
+    """Suggests cheaper settings. If none fits, suggests more GPUs and another adapter."""
     cheapest, arguments = replace(setup, checkpointed=True), "speed.checkpointing=auto"
     cheaper = {}
     if not setup.checkpointed:
@@ -151,7 +151,7 @@ def _first_that_fits(
     row: Mapping[str, int],
     available: float,
 ) -> str | None:
-    """The first of `choices`, arguments -> setup, that fits, with its estimate."""
+    """Returns the arguments of the first setup that fits, and its estimate; None if none fits."""
     for arguments, setup in choices.items():
         estimate = setup.estimate(family, row)
         if fits(estimate, available):

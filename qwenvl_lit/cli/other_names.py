@@ -1,6 +1,6 @@
-"""Names of options in ms-swift, transformers and Qwen-VL's scripts, as arguments of this package.
+"""Translates options of ms-swift, transformers and Qwen-VL's scripts into arguments as here.
 
-They are used in error messages only. No name is an alias.
+Error messages suggest the translation. Commands do not accept the foreign names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
-# Argument by name; {} is the value. An argument without {} is for an option that is switched on.
+# Foreign option -> argument here. {} stands for the value. An argument without {} is suggested
+# unless the value of the option is false.
 ARGUMENTS = {
     # optimizer
     "learning_rate": "optim.lr={}",
@@ -36,7 +37,7 @@ ARGUMENTS = {
     "save_steps": "callbacks.checkpoint.every={}",
     "save_total_limit": "callbacks.checkpoint.keep={}",
     "bf16": "trainer.precision=bf16-mixed",
-    "fp16": "trainer.precision=16-mixed",
+    "fp16": "trainer.precision=16-mixed model.dtype=float16",
     "precision": "trainer.precision={}",
     "devices": "trainer.devices={}",
     "gpus": "trainer.devices={}",
@@ -119,7 +120,7 @@ ARGUMENTS = {
     "repetition_penalty": "generation.repetition_penalty={}",
     "length_penalty": "generation.length_penalty={}",
 }
-# The same for test, predict, chat and export, where it differs.
+# Entries that replace or extend `ARGUMENTS` for test, predict, chat and export.
 ARGUMENTS_WITH_RUN = {
     "ckpt_dir": "ckpt={}",
     "ckpt_path": "ckpt={}",
@@ -142,7 +143,7 @@ EXPORT_ARGUMENTS = {
     "save_path": "out={}",
     "torch_dtype": "dtype={}",
 }
-# Where a value has another name, too: NAME=VALUE.
+# Options whose value needs a translation, too: NAME=VALUE -> argument. These come first.
 VALUES = {
     "lora_target_modules=ALL": "adapter=lora_all",
     "target_modules=ALL": "adapter=lora_all",
@@ -156,9 +157,9 @@ FALSE = ("false", "no", "0")
 
 
 def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None:
-    """Returns the arguments that stand for an option of another program.
+    """Returns the arguments here that correspond to an option of another program.
 
-    None if the option is unknown; "" if it is switched off, which needs no argument.
+    Returns None if the option is unknown, and "" if it is switched off: then no argument is needed.
 
     >>> translate("train", "num_train_epochs", ["3"])
     'trainer.max_epochs=3'
@@ -183,7 +184,7 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
 
 
 def value_from(values: Sequence[str]) -> str:
-    """The values of an option as that of a key: one, a list, or three dots if there is none."""
+    """Formats the values of an option as that of a key: `a`, `[a,b]`, or `...` for none."""
     if not values:
         return "..."
     value = values[0] if len(values) == 1 else f"[{','.join(values)}]"

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def rank_arguments(command: str, arguments: Sequence[str]) -> list[str]:
-    """Adds to the arguments of each rank what makes it share the run folder of rank 0.
+    """Returns the arguments of this rank, with those that make it share the run folder of rank 0.
 
-    Without torchrun or SLURM nothing is added: Lightning passes the folder on by itself. Under
-    SLURM the folder is named after the job, so that a job that SLURM queues again finds its folder.
-    Under torchrun the ranks agree on it when rank 0 has made it, see `share_folder`. Only rank 0
-    writes Hydra's files.
+    Without torchrun or SLURM, and in a sweep, nothing is added: Lightning passes the folder on.
+    Under SLURM the folder is named after the job, so that a job that SLURM queues again finds its
+    folder. Under torchrun rank 0 makes the folder and tells the other ranks, see `share_folder`.
+    Only rank 0 writes Hydra's files.
     """
     under_torchrun = is_under_torchrun()
     under_slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
@@ -38,7 +38,7 @@ def is_under_torchrun() -> bool:
 def share_folder(folder: str) -> str:
     """Returns the `folder` of rank 0 on every rank, through the store that torchrun keeps.
 
-    The other ranks wait until rank 0 has called it.
+    On the other ranks the call waits until rank 0 has made it.
     """
     from torch.distributed import TCPStore
 

@@ -11,7 +11,7 @@ from qwenvl_lit.types import DataError, Role, Turn
 DEFAULT_SYSTEM = "You are a helpful assistant."
 REPEATED = 8  # a token that is repeated more often than this is shown once, with a count
 
-NO_SYSTEM = "none"  # as a system message: there is none
+NO_SYSTEM = "none"  # as the setting `system`: write no system message
 
 Supervise = Literal["answers", "official"]
 
@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     ids: Sequence[int]
     supervised: bool = False
     image: int | None = None
-    """Index of the image, among those of the conversation, whose span these ids are.
+    """If these ids are the span of an image: its index in the conversation.
 
     The span includes the image's two tags. It is never split and never supervised.
     """
@@ -36,10 +36,10 @@ class Message(NamedTuple):
 
 
 def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
-    """Returns `turns` with a system message in front.
+    """Returns `turns` with a system message in front, unless `system` is "none".
 
-    Turns that have a system message are returned unchanged. Else the message is `system`; or the
-    default sentence if that is None; "" gives an empty message, and "none" gives no message.
+    Turns that start with a system message are returned unchanged. Otherwise `system` is the
+    message: "" is an empty message, and None stands for `DEFAULT_SYSTEM`.
 
     Raises:
         DataError: a system message is not the first turn.
@@ -66,8 +66,8 @@ class ChatML:
         encode: converts plain text to ids.
         start, end: ids of `<|im_start|>` and `<|im_end|>`.
         supervise: "answers" supervises answers and their end-of-turn tokens, as ms-swift does, and
-            writes nothing after the last end-of-turn token. Nothing of an empty answer is
-            supervised, unless it is the last message. "official" also supervises
+            writes nothing after the last end-of-turn token. The end-of-turn token of an empty
+            answer is supervised only in the last message. "official" also supervises
             `<|im_start|>`, `<|im_end|>` and the last newline of every message, as the fine-tuning
             script published with the model does.
     """
@@ -85,7 +85,7 @@ class ChatML:
         self.official = supervise == "official"
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Iterator[Piece]:
-        """Yields the pieces of a conversation; with `prompt`, ends with an open answer."""
+        """Yields the pieces of a conversation; with `prompt`, ends with the start of an answer."""
         for number, (role, body) in enumerate(messages, 1):
             answer = role == "assistant"
             yield Piece(self.start, self.official)
@@ -93,8 +93,8 @@ class ChatML:
             for piece in body:
                 yield piece._replace(supervised=answer and piece.image is None)
             is_last = number == len(messages)
-            # ms-swift supervises an end-of-turn token after supervised tokens, and the last one:
-            # `use_dynamic_eos` in swift/llm/utils/template.py of 2.6.1.
+            # ms-swift supervises the end-of-turn token of every answer with text, and of the last
+            # message even if it is empty (`use_dynamic_eos` in swift/llm/utils/template.py, 2.6.1).
             ends_answer = answer and (is_last or any(piece.ids for piece in body))
             yield Piece(self.end, ends_answer or self.official)
             if self.official or prompt or not is_last:
@@ -105,10 +105,10 @@ class ChatML:
     def recent(self, messages: Sequence[Message], limit: int) -> list[Message]:
         """Returns `messages` without the oldest exchanges.
 
-        A leading system message and the last question always stay. Exchanges are kept from the
-        newest back to the oldest, while they and the system message have fewer than `limit` tokens
-        together; the last question does not count. The first exchange that does not fit ends this,
-        as in the published `chat`.
+        A leading system message and the last question always stay. Going back from the newest, an
+        exchange is kept while the system message and the kept exchanges have fewer than `limit`
+        tokens in total; the last question is not counted. As in the published `chat`, all exchanges
+        before the first one that does not fit are dropped.
         """
         system, rest = list(messages[:1]), list(messages[1:])
         if system and system[0].role != "system":
@@ -116,7 +116,7 @@ class ChatML:
         questions = {index for index, message in enumerate(rest) if message.role == "user"}
         starts = sorted({0} | questions)
         first_kept = starts.pop()
-        # The first message has no newline in front.
+        # `_length` counts a newline in front of each message; the first message has none.
         used = sum(map(self._length, system)) - len(self.newline)
         for start in reversed(starts):
             used += sum(map(self._length, rest[start:first_kept]))

@@ -51,7 +51,7 @@ def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
         "Rows        7 training with 6 images, 1 validation, 2 left out (findings.jsonl says why)",
         "Steps       2 optimizer steps in 1 epoch",
         "Batches     6 rows per optimizer step = batch of 2 x 3 accumulated x 1 rank",
-        "Validation  none, as trainer.limit_val_batches=0; exact_match left to the command test",
+        "Validation  none, as trainer.limit_val_batches=0; the command test computes exact_match",
     ]
     assert row.startswith("rows.jsonl:2, ")
     assert "35 tokens, 3 supervised, marked ⟦...⟧:\n<|im_start|>system\n" in row
@@ -62,7 +62,7 @@ def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
 def test_batches_limited_by_tokens_are_described_by_them(tmp_path, capsys):
     data = {"train": "abcdefgh", "max_tokens": 100}
     printed = overview(tmp_path, capsys, data=data)
-    assert "rows per optimizer step = 100 tokens x 1 accumulated x 1 rank" in printed
+    assert "rows per step: batches of up to 100 tokens x 1 accumulated x 1 rank" in printed
     assert "8 training with 8 images, 0 validation, 0 left out\n" in printed
 
 
@@ -78,13 +78,13 @@ def test_batches_limited_by_tokens_are_described_by_them(tmp_path, capsys):
         (
             {},
             ValidationSchedule(0.25),
-            "every 0.25 epochs and at the end, no row is answered "
-            "(data.generated_validation_rows=0); exact_match left to the command test",
+            "every 0.25 epochs and at the end, loss only "
+            "(data.generated_validation_rows=0); the command test computes exact_match",
         ),
         (
             {"validation": None},
             ValidationSchedule(None),
-            "none, as data.validation gives no rows; exact_match left to the command test",
+            "none, as data.validation gives no rows; the command test computes exact_match",
         ),
     ],
 )

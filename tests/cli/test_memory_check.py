@@ -92,7 +92,7 @@ def test_with_the_check_off_there_is_a_warning(tmp_path, gpus_of, capsys):
     gpus_of(12)
     check(tmp_path, *WIDE, "memory.check=false")
     output = capsys.readouterr().err.replace("\n", " ")
-    assert re.search(r"warning: this run needs about [\d.]+ GiB per GPU, of 12\.0 GiB", output)
+    assert re.search(r"warning: this run needs about [\d.]+ GiB per GPU, but 12\.0 GiB", output)
 
 
 def test_too_little_host_memory_gives_a_warning(tmp_path, monkeypatch, capsys):
@@ -100,7 +100,7 @@ def test_too_little_host_memory_gives_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory_check.os, "sysconf", sizes.get)
     check(tmp_path, *WIDE)
     output = capsys.readouterr().err.replace("\n", " ")
-    assert re.search(r"warning: this run needs about 11\.\d GiB per process, of 2\.0 GiB", output)
+    assert re.search(r"warning: this run needs about 11\.\d GiB per process, but 2\.0 GiB", output)
 
 
 def test_the_number_of_fsdp_gpus_counts(tmp_path, gpus_of):
