@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from qwenvl_lit.runs.config_folder import config_folder
 
 COMMANDS = ("train", "test", "predict", "chat", "check", "export")
 ODD_NUMBERS = (math.nan, math.inf, 10**400, "abc", "", "1", [1], {"a": 1})
+NUMBER = re.compile(r"(?m)^[^#\n]*: (-?\d|true|false)")
 # Arguments of `QwenVLConfig`, peft and bitsandbytes, which are checked when these are built
 CHECKED_LATER = re.compile(r"^(model\.config|adapter\.options|adapter\.quantization)\.")
 
@@ -29,12 +29,11 @@ def leaves(node: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def put(config: dict, key: tuple[str, ...], value: Any) -> DictConfig:
-    changed = deepcopy(config)
-    node = changed
-    for name in key[:-1]:
-        node = node[name]
-    node[key[-1]] = value
-    return OmegaConf.create(changed)
+    """The part of `config` on the way to `key`, which has another value."""
+    if len(key) > 1:
+        value = OmegaConf.to_container(put(config[key[0]], key[1:], value))
+    changed = {name: config[name] for name in ("_target_",) if name in config}
+    return OmegaConf.create({**changed, key[0]: value})
 
 
 def composed(command: str, *overrides: str) -> dict:
@@ -46,12 +45,13 @@ def composed(command: str, *overrides: str) -> dict:
 
 
 def configs() -> Iterator[dict]:
-    """The config of each command, and of `train` with each choice of each group."""
+    """The config of each command, and of `train` with each file that sets a number or a switch."""
     for command in COMMANDS:
         yield composed(command)
     for file in sorted(config_folder().glob("*/*.yaml")):
         group, choice = file.parent.name, file.stem
-        if group not in ("benchmark", "experiment", "sweep"):
+        is_choice = group not in ("benchmark", "experiment", "sweep")
+        if is_choice and NUMBER.search(file.read_text()):
             yield composed("train", f"{group}={choice}")
 
 
