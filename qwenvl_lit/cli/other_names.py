@@ -83,6 +83,7 @@ ARGUMENTS = {
     "model_path": "model=qwen_vl_chat model.path={}",
     "checkpoint_path": "model=qwen_vl_chat model.path={}",
     "model_name": "model={}",
+    "system": "model.system={}",
     "max_length": "model.max_length={}",
     "max_seq_length": "model.max_length={}",
     "model_max_length": "model.max_length={}",
@@ -143,6 +144,7 @@ EXPORT_ARGUMENTS = {
     "save_path": "out={}",
     "torch_dtype": "dtype={}",
 }
+CHAT_ARGUMENTS = {"system": "system={}"}
 # Options whose value needs a translation, too: NAME=VALUE -> argument. These come first.
 VALUES = {
     "lora_target_modules=ALL": "adapter=lora_all",
@@ -169,6 +171,8 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     arguments = ARGUMENTS if trains else ARGUMENTS | ARGUMENTS_WITH_RUN
     if command == "export":
         arguments = arguments | EXPORT_ARGUMENTS
+    elif command == "chat":
+        arguments = arguments | CHAT_ARGUMENTS
     if f"{name}={value}" in VALUES:
         return VALUES[f"{name}={value}"]
     template = arguments.get(name)

@@ -40,6 +40,7 @@ def message(*arguments: str, command: str = "train") -> str:
         ),
         (["learning_rate=1e-4"], "; here it is optim.lr=1e-4"),
         (["lr=1e-4"], "; here it is optim.lr=1e-4"),
+        (["system=Be brief."], "; here it is model.system='Be brief.'"),
         (["optim.learning_rate=1e-4"], "; here it is optim.lr=1e-4"),
         (["optim.lr=1", "epochs=3"], "; here it is trainer.max_epochs=3"),
         (["batch_size=2"], "; here it is data.batch_size=2"),

@@ -137,7 +137,7 @@ def _objects_of_lists(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
     images, bbox_type = objects.get("image_id") or [], objects.get("bbox_type") or "real"
     unknown = sorted(objects.keys() - {"ref", "bbox", "bbox_type", "image_id"})
     are_lists = isinstance(labels, list) and isinstance(boxes, list) and isinstance(images, list)
-    if unknown or not are_lists or not (labels or boxes):
+    if unknown or not are_lists:
         raise DataError(
             f"`objects` must be a list of {{caption, bbox, bbox_type, image}}, or as in ms-swift 3 "
             f'{{"ref": [captions], "bbox": [boxes], "bbox_type": "real" or "norm1", '

@@ -221,6 +221,12 @@ def test_boxes_of_ms_swift_3_may_be_fractions_of_the_image(parts_of):
     )
 
 
+@pytest.mark.parametrize("objects", [{}, {"ref": [], "bbox": []}])
+def test_lists_of_ms_swift_3_may_be_empty(read_row, objects):
+    row = {"query": "Hello", "response": "Hi"}
+    assert read_row({**row, "objects": objects}) == read_row(row)
+
+
 @pytest.mark.parametrize("empty", ["", None])
 def test_an_empty_text_is_no_value_in_json_as_in_csv(folder, read_row, empty):
     keys = ("images", "history", "objects", "system", "id")
