@@ -360,7 +360,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` must be a list, or a list as JSON text"),
-        ({"query": "<bbox>", "objects": {"ref": []}}, "`objects` must be a list"),
+        ({"query": "<bbox>", "objects": {"ref": "a dog"}}, "`objects` must be a list"),
         ({"query": "<bbox>", "objects": {"ref": "dog"}}, "or as in ms-swift 3"),
         ({"query": "<bbox>", "objects": {"ref": ["a"], "labels": []}}, "or as in ms-swift 3"),
         (
