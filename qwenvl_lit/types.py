@@ -273,7 +273,7 @@ class Conversation:
         """What messages about a row begin with: file, line and id. A question has no location."""
         if not self.where and self.id == QUESTION_ID:
             return ""
-        return f"{self.where}: sample {self.id!r}: ".removeprefix(": ")
+        return f"{self.where}: row {self.id!r}: ".removeprefix(": ")
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

@@ -392,7 +392,7 @@ def test_bad_images_are_dropped_or_reported_as_without_the_cache(tmp_path):
     findings = (tmp_path / "cached/findings.jsonl").read_text()
     assert findings == (tmp_path / "usual/findings.jsonl").read_text() != ""
     assert stored(tmp_path / "cache") == 6
-    broken = r"rows:3: sample '!': image <bytes> cannot be read as an image"
+    broken = r"rows:3: row '!': image <bytes> cannot be read as an image"
     with pytest.raises(BadImage, match=broken):
         run(
             tmp_path / "refused",

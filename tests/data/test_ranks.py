@@ -113,7 +113,7 @@ def test_no_rank_loses_a_step_to_a_dropped_row_which_is_listed_once(ranks):
     assert "" in one["train"] + other["train"]
     assert one["weights"] == other["weights"]
     assert [(finding["set"], finding["kind"]) for finding in findings] == [("train", "dropped")]
-    assert "sample 'J': image <bytes> cannot be read" in findings[0]["message"]
+    assert "row 'J': image <bytes> cannot be read" in findings[0]["message"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

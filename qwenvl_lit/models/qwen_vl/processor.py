@@ -332,6 +332,7 @@ class QwenVLProcessor:
 
     def _limited(self, pieces: list[Piece]) -> list[Piece]:
         """Applies `max_length` to a training sample, and checks that tokens are supervised."""
+        has_answer = any(piece.supervised for piece in pieces)
         length = sum(len(piece.ids) for piece in pieces)
         if self.max_length and length > self.max_length:
             excess = f"{length} tokens are more than max_length={self.max_length}"
@@ -343,11 +344,15 @@ class QwenVLProcessor:
                 )
             truncate = truncate_left if self.too_long == "truncate_left" else truncate_right
             pieces = truncate(pieces, self.max_length)
+        if not has_answer:
+            raise DataError(
+                "no answer to learn from: the row has no answer; give it one, or remove the row"
+            )
         # The first token has nothing before it that could predict it.
         if not any(piece.supervised for piece in pieces[1:]):
             raise DataError(
-                "no answer to learn from; is the last turn the assistant's, and is max_length "
-                "above the answer's length?"
+                f"no answer to learn from: none is left of the row; is max_length="
+                f"{self.max_length} above the answer's length?"
             )
         return pieces
 

@@ -219,7 +219,7 @@ def test_length_decodes_no_image_and_its_errors_name_the_row(tmp_path):
     assert processor().length(conversation) == processor().length(whole)
     with pytest.raises(DataError, match="cannot be read"):
         processor().encode(conversation)
-    with pytest.raises(DataError, match=r"sample 'row-7'.*max_length=5"):
+    with pytest.raises(DataError, match=r"row 'row-7'.*max_length=5"):
         processor(max_length=5).length(conversation)
 
 
@@ -240,7 +240,7 @@ def test_too_long_samples_are_refused_with_their_id():
     conversation = talk("one", "two")
     length = len(processor().encode(conversation).input_ids)
     assert len(processor(max_length=length).encode(conversation).input_ids) == length
-    message = rf"sample 'row-7': {length} tokens are more than max_length={length - 1}"
+    message = rf"row 'row-7': {length} tokens are more than max_length={length - 1}"
     with pytest.raises(DataError, match=f"{message}; raise it"):
         processor(max_length=length - 1).encode(conversation)
     with pytest.raises(Dropped, match=f"{message}$"):
@@ -263,20 +263,22 @@ def test_truncation_keeps_the_end_and_whole_images():
 
 
 def test_a_sample_without_supervised_tokens_is_refused():
-    with pytest.raises(DataError, match="'row-7': no answer to learn from"):
+    with pytest.raises(
+        DataError, match="row 'row-7': no answer to learn from: the row has no answer"
+    ):
         processor().encode(talk("only a question"))
-    with pytest.raises(DataError, match="no answer to learn from"):
+    with pytest.raises(DataError, match="from: none is left of the row; is max_length"):
         # Nothing precedes a single token that could predict it.
         processor(max_length=1, too_long="truncate_left").encode(talk("q", "a"))
-    with pytest.raises(DataError, match="no answer to learn from"):
+    with pytest.raises(DataError, match="from: none is left of the row; is max_length"):
         processor(max_length=3, too_long="truncate_left").encode(talk("q", "a", "another question"))
 
 
 def test_errors_name_the_sample(tmp_path):
-    with pytest.raises(DataError, match=r"sample 'row-7': image .*missing\.png does not exist"):
+    with pytest.raises(DataError, match=r"row 'row-7': image .*missing\.png does not exist"):
         processor().encode(talk((ImageSource(tmp_path / "missing.png"), "q"), "a"))
     cat = GroundedObject(label="cat", boxes=(box(0, 0, 1, 1),), image=3)
-    with pytest.raises(DataError, match=r"sample 'row-7': object 'cat' names image 3"):
+    with pytest.raises(DataError, match=r"row 'row-7': object 'cat' names image 3"):
         processor().encode(talk((RED, cat), "a"))
 
 
