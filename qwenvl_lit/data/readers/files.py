@@ -28,7 +28,7 @@ import numpy as np
 
 from qwenvl_lit.atomic import disk_errors, write_to_cache
 from qwenvl_lit.data.expansion import check_expansion
-from qwenvl_lit.data.readers.formats import READ, check_is_read, delimiters
+from qwenvl_lit.data.readers.formats import GZIP, READ, check_is_read, delimiters
 from qwenvl_lit.data.readers.scanning import (
     BLOCK,
     BOM,
@@ -73,11 +73,10 @@ class RowFile(Sequence[dict[str, Any]]):
             self._version = _version(self._plain)
             self._format, find_rows = self._detect_format()
             self._index = _index(self._plain, find_rows, folder)
+        if not len(self) and self.header:
+            raise DataError(f"{file} has no rows below its header line")
         if not len(self):
-            raise DataError(
-                f"{file} has no rows; expected a JSON array of rows, one row a line, or a csv file "
-                f"with a header line and rows"
-            )
+            raise DataError(f"{file} has no rows; expected a JSON array of rows, or one row a line")
 
     def _detect_format(self) -> tuple[str, Callable[[BinaryIO], np.ndarray]]:
         """Returns the format of the file and the function that indexes its rows."""
@@ -281,6 +280,13 @@ def _cached(file: Path, folder: Path, suffix: str) -> Path:
 
 def _decompressed(file: Path, folder: Path | None) -> Path:
     """Returns a decompressed copy of `file`, in a temporary folder if `folder` cannot be used."""
+
+    with file.open("rb") as stream:
+        start = stream.read(len(GZIP))
+    if start and start != GZIP:
+        raise DataError(
+            f"{file} is not compressed with gzip; if it is not compressed, remove .gz from its name"
+        )
 
     def decompress(target: Path) -> None:
         compressed = file.stat().st_size

@@ -8,6 +8,7 @@ from qwenvl_lit.types import DataError
 
 READ = "json, jsonl, csv and tsv files are read, each also as .gz"
 
+GZIP = b"\x1f\x8b"  # the first bytes of a file
 _PARQUET = "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True) converts it"
 _EXCEL = "save the sheet as csv in UTF-8"
 _UNPACK = "unpack it"
@@ -18,7 +19,7 @@ _OTHERS = (
     (b"PK\x03\x04", "an Excel file (xlsx) or another zip archive", f"{_EXCEL}, or {_UNPACK}"),
     (b"\xd0\xcf\x11\xe0", "an Excel file (xls)", _EXCEL),
     (b"SQLite format 3", "a SQLite database", "export the table as csv"),
-    (b"\x1f\x8b", "compressed with gzip", "let its name end in .gz"),
+    (GZIP, "compressed with gzip", "let its name end in .gz"),
     (b"BZh", "compressed with bzip2", _UNPACK),
     (b"\xfd7zXZ", "compressed with xz", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", _UNPACK),

@@ -326,11 +326,24 @@ def test_an_array_nested_too_deeply_is_refused(tmp_path):
 
 def test_an_incomplete_gzip_file_is_refused(tmp_path, folder):
     packed = gzip.compress(random.Random(0).randbytes(1000))
-    for content in (packed[:500], packed[:-2], b"plain", packed[:200] + b"x" * 100 + packed[300:]):
+    for content in (packed[:500], packed[:-2], packed[:200] + b"x" * 100 + packed[300:]):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"rows\.jsonl\.gz is not a complete gzip file"):
             RowFile(tmp_path / "rows.jsonl.gz", tmp_path / "cache")
     assert not list((tmp_path / "cache" / "indexes").iterdir())
+
+
+def test_a_file_that_is_not_compressed_is_named_so(tmp_path):
+    (tmp_path / "rows.csv.gz").write_text("query\na\n")
+    for cache in (tmp_path / "cache", None):
+        with pytest.raises(DataError, match=r"rows\.csv\.gz is not compressed.*remove \.gz from"):
+            RowFile(tmp_path / "rows.csv.gz", cache)
+
+
+def test_a_table_of_only_a_header_is_refused_without_a_word_of_json(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,question\n")
+    with pytest.raises(DataError, match=r"rows\.csv has no rows below its header line$"):
+        RowFile(tmp_path / "rows.csv")
 
 
 def test_a_gzip_file_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
