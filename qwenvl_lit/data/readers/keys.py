@@ -16,7 +16,9 @@ Row = Mapping[str, Any]
 # Keys that are structured or have a default: an empty text is no value.
 _EMPTY_IS_NONE = ("images", "image", "history", "objects", "system", "answers", "choices", "id")
 # Keys of known layouts for what is not read, by what they hold.
+_WEIGHTS = ("loss", "loss_scale", "weight")
 _UNREAD = {
+    "weights of rows": _WEIGHTS,
     "videos": ("video", "videos"),
     "audio": ("audio", "audios"),
     "tools": ("tools", "functions", "history_roles"),
@@ -30,7 +32,7 @@ _UNREAD = {
     ),
 }
 _UNREAD_IN_TURN = {
-    "weights of turns": ("loss", "loss_scale", "weight"),
+    "weights of turns": _WEIGHTS,
     "tool calls": ("tool_calls", "function_call"),
     "audio": ("audio",),
 }
@@ -80,6 +82,8 @@ def _check_keys(values: Row, unread: Mapping[str, tuple[str, ...]], start: str) 
             # Tools that store rows as a table fill up missing keys. 1 and True are the defaults.
             if value is None or value in ("", "[]", [], {}, 1):
                 continue
+            if key in _WEIGHTS and str(value).lower() in ("1", "1.0", "true"):  # in a table
+                continue
             raise DataError(
                 f"{start} `{key}`, {short(value)}, which is not read: {content}. Only text and "
                 f"images are read. Remove the key, or rename it if it is a column of your own"
@@ -99,8 +103,9 @@ def list_of(row: Row, key: str) -> list:
         try:
             value = parse_json(value)
         except ValueError as error:
+            reason = f"; it is not JSON: {error}" if value.lstrip().startswith("[") else ""
             raise DataError(
-                f"`{key}` must be a list, or a list as JSON text; it is not JSON: {error}"
+                f"`{key}` must be a list, or a list as JSON text, got {short(value)}{reason}"
             ) from None
     if value is not None and not isinstance(value, list):
         raise DataError(f"`{key}` must be a list, got {short(value)}")

@@ -6,8 +6,10 @@ too.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ from qwenvl_lit.data.readers.drafts import (
     ImageReference,
     Placeholder,
 )
-from qwenvl_lit.data.readers.files import list_names
+from qwenvl_lit.data.readers.files import list_names, parse_json
 from qwenvl_lit.data.readers.keys import (
     Row,
     check_all_is_read,
@@ -97,6 +99,8 @@ def layout_of(row: Row) -> Layout:
             return matching[0]
         if matching:
             break
+    if not matching:
+        _check_required_keys(row)
     fit = "no known layout"
     if matching:
         fit = f"several layouts ({', '.join(layout.name for layout in matching)})"
@@ -108,6 +112,35 @@ def layout_of(row: Row) -> Layout:
         f"keys {list_names(list(row))} fit {fit}. Known, optional keys in brackets: "
         f"{'; '.join(known)}"
     )
+
+
+def _check_required_keys(row: Row) -> None:
+    """Raises an error if `row` lacks only a value of a layout, or its keys are nearly known.
+
+    Raises:
+        DataError: names the key.
+    """
+    for layouts in (LAYOUTS, TEXT_LAYOUTS):
+        present = [layout for layout in layouts if set(layout.required) <= row.keys()]
+        if len(present) == 1:
+            empty = [key for key in present[0].required if row[key] is None]
+            raise DataError(
+                f"`{'`, `'.join(empty)}` has no value, and the layout `{present[0].name}` needs "
+                f"one; give it a value, or remove the row"
+            )
+    if len(row) == 1 and len(_SEPARATORS.split(*row)) > 1:
+        raise DataError(
+            f"the only key is {short(*row)}; if it is the header of a table, separate the cells "
+            f"by commas in a csv file, by tabs in a tsv file"
+        )
+    required = {key for layout in LAYOUTS + TEXT_LAYOUTS for key in layout.required}
+    for key in row:
+        name = key.strip().lower()
+        if name in required and name not in row:
+            raise DataError(
+                f"the key {short(key)} is not known, `{name}` is; write it in lower case and "
+                f"without blanks"
+            )
 
 
 def id_of(row: Row) -> str | None:
@@ -264,7 +297,10 @@ def _answers(row: Row) -> tuple[str, ...]:
     """Returns `answers`, or `answer`, which may be one answer or a list of them."""
     given = row.get("answer")
     if row.get("answers") is not None:
-        given = list_of(row, "answers")
+        try:
+            given = list_of(row, "answers")
+        except DataError as error:
+            raise DataError(f"{error}; a single answer may stand in `answer`") from None
     elif not isinstance(given, list):
         given = [given]
     answers = []
@@ -313,7 +349,11 @@ def _choice(row: Row, prompt: str | None) -> Draft:
 def _referring(row: Row, prompt: str | None) -> Draft:
     """Reads a row of Qwen-VL's evaluation files for RefCOCO. The box is in pixels."""
     image = image_of(row["image"])
-    return referring_draft(image, text_of(row, "sent"), row["bbox"], prompt)
+    bbox = row["bbox"]
+    if isinstance(bbox, str):
+        with suppress(ValueError):  # `BoxReader` refuses or drops what is no box
+            bbox = parse_json(bbox)
+    return referring_draft(image, text_of(row, "sent"), bbox, prompt)
 
 
 def referring_draft(image: ImageReference, phrase: str, bbox: Any, prompt: str | None) -> Draft:
@@ -331,6 +371,7 @@ def referring_draft(image: ImageReference, phrase: str, bbox: Any, prompt: str |
     )
 
 
+_SEPARATORS = re.compile(r"[,;|\t]")
 LETTERS = "ABCDEFGH"  # names of choices
 _IMAGES = ("images", "image", "objects")
 _HISTORY = ("system", "history", *_IMAGES)

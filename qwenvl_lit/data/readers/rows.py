@@ -237,10 +237,15 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         status = os.stat(file)
     except (OSError, ValueError):
         status = None
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        raise BadImage(f"image {file[:1000]} is a folder; give the path of a file")
     if status is None or not stat.S_ISREG(status.st_mode):
+        blanks = ""
+        if address != address.strip():
+            blanks = f"; its path {address[:100]!r} has blanks around it"
         raise BadImage(
             f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
-            f"{windows_hint(address)}"
+            f"{blanks}{windows_hint(address)}"
         )
     version = (status.st_ino, status.st_size, status.st_mtime_ns)
     return _image_file(file, version, read_options.image_options)

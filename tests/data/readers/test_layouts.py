@@ -326,3 +326,28 @@ def test_a_cell_of_a_table_holds_lists_as_json(folder):
     )
     assert (first.id, first.columns) == ("7", {"note": "kept"})
     assert turns_of(second) == [("user", "c")]
+
+
+def test_the_box_of_a_table_is_json_text(folder):
+    (folder / "rows.csv").write_text('image,sent,bbox\na.png,dog,"[1, 2, 30, 30]"\n')
+    [_, answer] = read_rows(str(folder / "rows.csv"))[0].turns
+    assert answer.parts[0].boxes == (Box(x0=1, y0=2, x1=30, y1=30, frame="pixel"),)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("image,question\na.png,\n", "`question` has no value, and the layout `vqa` needs one"),
+        ("image,question\n,Why?\n", "`image` has no value, and the layout `vqa` needs one"),
+        ('query\n""\n', "`query` has no value, and the layout `query` needs one"),
+        ("Image,question\na.png,Why?\n", "the key 'Image' is not known, `image` is"),
+        ("id, image,question\n1,a.png,Why?\n", "the key ' image' is not known, `image` is"),
+        ("id|image\n1|a.png\n", "the only key is 'id|image'; if it is the header of a table"),
+        ("id,name\n1,a\n", "keys ['id', 'name'] fit no known layout. Known, "),
+    ],
+)
+def test_a_table_without_a_layout_is_told_the_nearest_reason(folder, table, message):
+    (folder / "rows.csv").write_text(table)
+    with pytest.raises(DataError) as error:
+        read_rows(str(folder / "rows.csv"))
+    assert str(error.value).startswith(f"{folder / 'rows.csv'}:2: {message}")

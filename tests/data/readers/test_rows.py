@@ -264,6 +264,9 @@ def test_an_empty_text_is_no_value_in_json_as_in_csv(folder, read_row, empty):
             },
             "turn 2 has `loss`, False, which is not read: weights of turns",
         ),
+        ({"query": "a", "loss": False}, "the row has `loss`, False, which is not read: weights"),
+        ({"query": "a", "weight": "0.5"}, "the row has `weight`, '0.5'"),
+        ({"query": "a", "loss_scale": 0}, "the row has `loss_scale`, 0"),
         ({"query": "<video>What?"}, "<video> in a question stands for a video"),
         ({"query": "<audio>a.wav</audio>What?"}, "<audio> in a question"),
         ({"query": "<|vision_start|><|image_pad|>What?"}, "<|vision_start|> in a question"),
@@ -282,6 +285,8 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
     ]
     row = {"messages": messages, "videos": [], "audios": None, "tools": "", "rejected": None}
     assert read_row(row).turns[1].parts == ("<video> is a tag",)
+    for default in (True, 1, 1.0, "1", "1.0", "True", "true", "", None):
+        assert read_row({"query": "a", "loss": default, "weight": default}).turns
     assert read_row({"query": "<video>?"}, markup="none").turns[0].parts == ("<video>?",)
 
 
@@ -426,6 +431,21 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         ({"conversations": [{"from": "user", "value": "a"}] * 2}, "got user, user"),
         ({"image": "a.png", "question": "Why?", "answers": [1]}, "answers must be text, got [1]"),
+        (
+            {"image": "a.png", "question": "Why?", "answers": "red"},
+            "JSON text, got 'red'; a single answer may stand in `answer`",
+        ),
+        (
+            {"image": "a.png", "question": "Why?", "answers": "5"},
+            "`answers` must be a list, got 5; a single answer may stand in `answer`",
+        ),
+        ({"image": "a.png", "question": "Why?", "answers": "[a]"}, "got '[a]'; it is not JSON: "),
+        ({"query": "<img>../</img>"}, " is a folder; give the path of a file"),
+        ({"query": "x<image>", "images": [" a.png"]}, "its path ' a.png' has blanks around it"),
+        (
+            {"image": "a.png", "sent": "dog", "bbox": "1 2"},
+            "`bbox` must be [x1, y1, x2, y2] or a list of such boxes, got '1 2'",
+        ),
     ],
 )
 def test_an_error_names_file_line_and_id_and_says_what_is_wrong(folder, row, message):
