@@ -296,9 +296,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with (
             _disk_errors(path),
             atomic_file(path, durable=True) as unfinished,
-            unfinished.open(
-                "wb"
-            ) as file,  # given a path, torch would store the file's name in the archive
+            # Given a path, torch would store the file's name in the archive.
+            unfinished.open("wb") as file,
             checksums.sealed(file) as writer,
         ):
             _torch_save(checkpoint, writer)
