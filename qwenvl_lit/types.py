@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from PIL import Image
 
@@ -36,6 +36,18 @@ class DataError(ValueError):
     quotes may hold some.
     """
 
+    where: str = ""  # the place of the row, as in `Conversation.where`; "" if it is not known
+    row_id: str = ""  # "" if the row could not be read that far
+
+    def in_row(self, where: str, row_id: str = "") -> Self:
+        """Returns the error of a row, whose message begins with the place and the id of the row."""
+        text, location = str(self), location_of(where, row_id)
+        if text.startswith(location) or (where and text.startswith(where)):
+            location = ""
+        located = type(self)(location + text)
+        located.where, located.row_id = where, row_id
+        return located
+
     def __str__(self) -> str:
         lines = []
         for argument in self.args:
@@ -43,6 +55,16 @@ class DataError(ValueError):
             message = _RAISED_IN_WORKER.split(str(argument))[-1].rstrip()
             lines.append(printable(message))
         return "\n".join(lines)
+
+
+def location_of(where: str, row_id: str) -> str:
+    """Returns the beginning of messages about a row.
+
+    >>> location_of("a.jsonl:3", "x")
+    "a.jsonl:3: row 'x': "
+    """
+    location = f"{where}: " if where else ""
+    return f"{location}row {row_id!r}: " if row_id else location
 
 
 class BadImage(DataError):  # noqa: N818 - a kind of DataError
@@ -264,7 +286,8 @@ class Conversation:
     index: int = 0
     """Position in the dataset. Predictions are written in this order."""
     where: str = field(default="", compare=False)
-    """The file and line that the row was read from, for messages."""
+    """The place that the row was read from, for messages: `FILE`, `FILE:LINE` or, in an array,
+    `FILE:LINE (row N)`."""
     notes: tuple[str, ...] = ()
     """What a reader repaired in this row, or kept although it looks wrong."""
 
@@ -273,7 +296,11 @@ class Conversation:
         """What messages about a row begin with: file, line and id. A question has no location."""
         if not self.where and self.id == QUESTION_ID:
             return ""
-        return f"{self.where}: row {self.id!r}: ".removeprefix(": ")
+        return location_of(self.where, self.id)
+
+    def located(self, error: DataError) -> DataError:
+        """Returns an error about this row with the row's location."""
+        return error.in_row(self.where, self.id) if self.location else error
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
@@ -328,7 +355,7 @@ class Batch:
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
     vision: Mapping[str, torch.Tensor]
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
     """For each row of this batch that was left out, the reason."""
     segment_bounds: torch.Tensor | None = None
     """(n + 1,) int32: cumulative lengths of the n segments of a packed row, of which the last are

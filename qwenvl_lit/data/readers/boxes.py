@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from qwenvl_lit.data.image_notes import rotation_note
+from qwenvl_lit.data.readers.spelling import did_you_mean, meant
 from qwenvl_lit.grounding import GRID
 from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, ImageSource, Quad
 
@@ -20,6 +21,7 @@ FRAME_OF_BBOX_TYPE: dict[str | None, Frame] = {
     "norm_1": "unit",
     None: "grid",
 }
+_OBJECT_KEYS = ("caption", "bbox", "bbox_type", "image")
 # The largest x and y in a frame. In the pixel frame they are the size of the image.
 FRAME_LIMITS: dict[Frame, tuple[float, float]] = {"grid": (GRID, GRID), "unit": (1, 1)}
 
@@ -48,11 +50,12 @@ class BoxReader:
         """Reads an entry of `objects`: a mapping, or a pair (caption, box on the grid)."""
         if isinstance(raw, list) and len(raw) == 2:
             raw = {"caption": raw[0], "bbox": raw[1], "bbox_type": None}
-        if not isinstance(raw, dict) or not _is_bbox_type(raw.get("bbox_type", 0)):
+        if not isinstance(raw, dict):
             raise DataError(
                 f"{what} must be {{caption, bbox, bbox_type: real, norm_1000 or norm_1, image}}, "
                 f"got {reprlib.repr(raw)}"
             )
+        _check_object_keys(what, raw)
         label, image, values = raw.get("caption"), raw.get("image"), raw.get("bbox")
         is_index = isinstance(image, int | None) and not isinstance(image, bool)
         if not isinstance(label, str | None) or not is_index:
@@ -134,8 +137,19 @@ def _is_rotated(image: ImageSource) -> bool:
     return image.options.exif == "ignore" and image.header.orientation > 1
 
 
-def _is_bbox_type(value: Any) -> bool:
-    return isinstance(value, str | None) and value in FRAME_OF_BBOX_TYPE
+def _check_object_keys(what: str, raw: dict[str, Any]) -> None:
+    absent = [key for key in _OBJECT_KEYS if key not in raw]
+    for key in raw.keys() - _OBJECT_KEYS:
+        if near := meant(key, absent):
+            raise DataError(f"{what} has the key {key!r:.60}; did you mean `{near}`?")
+    bbox_type = raw.get("bbox_type", "")
+    if not isinstance(bbox_type, str | None) or bbox_type not in FRAME_OF_BBOX_TYPE:
+        names = [name for name in FRAME_OF_BBOX_TYPE if name is not None]
+        found = f"got {bbox_type!r:.60}" if "bbox_type" in raw else "which is missing"
+        raise DataError(
+            f"{what}: `bbox_type` must be real (pixels), norm_1000 (0..{GRID}) or norm_1 (0..1), "
+            f"{found}{did_you_mean(bbox_type, names)}"
+        )
 
 
 def _is_coordinate(value: Any) -> bool:

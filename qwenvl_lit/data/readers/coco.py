@@ -15,6 +15,7 @@ from qwenvl_lit.data.download.archives import Archive, ensure_unpacked
 from qwenvl_lit.data.readers.files import check_is_file
 from qwenvl_lit.data.readers.prompts import CAPTION_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, image_from
+from qwenvl_lit.data.readers.scanning import not_utf8
 from qwenvl_lit.data.readers.sources import open_source
 from qwenvl_lit.types import Conversation, DataError, Turn
 
@@ -162,7 +163,7 @@ class CocoCaptions(Sequence[Conversation]):
         try:
             image = image_from(_path_within(self.images, name), root, self.read_options)
         except DataError as error:
-            raise type(error)(f"{self.file}: image {row_id}: {error}") from None
+            raise error.in_row(str(self.file), row_id) from None
         turns = [Turn(role="user", parts=fill_prompt(self._prompt, image=image))]
         if captions:
             turns.append(Turn(role="assistant", parts=(captions[answer_index],)))
@@ -224,7 +225,10 @@ def read_json(file: Path, convert: Callable[[dict[str, Any]], Any]) -> Any:
         raise DataError(f"{file} cannot be read: {error.strerror}; check the path") from None
     except RecursionError:
         raise DataError(f"{file} is not JSON: it is nested too deeply") from None
-    except ValueError as error:  # not JSON, not UTF-8, or a number of more than 4300 digits
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise not_utf8(file, error).in_row(f"{file}:{line}") from None
+    except ValueError as error:  # not JSON, or a number of more than 4300 digits
         raise DataError(f"{file} is not JSON: {error}") from None
 
 

@@ -51,3 +51,4 @@ class Draft:
     objects: Sequence[Any] = ()  # as written in the row, for `Placeholder.LABEL` and `BOXES`
     references: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what looks wrong about the keys of the row

@@ -37,6 +37,7 @@ from qwenvl_lit.data.readers.scanning import (
     find_lines,
     find_records,
     is_object_over_lines,
+    not_utf8,
 )
 from qwenvl_lit.stored_files import LFS_POINTER, lfs_pointer
 from qwenvl_lit.types import DataError
@@ -127,12 +128,15 @@ class RowFile(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self._index.shape[1]
 
-    def where(self, index: int) -> str:
+    def where(self, index: int, lines: int = 0) -> str:
         """Returns `file:line` of a row; in an array followed by the row's number, counted from 1.
 
         A whole array may stand on one line.
+
+        Args:
+            lines: number of lines from the beginning of the row.
         """
-        place = f"{self.file}:{self._index[2, index]}"
+        place = f"{self.file}:{self._index[2, index] + lines}"
         return f"{place} (row {index + 1})" if self._format == "array" else place
 
     def name_of(self, index: int) -> str:
@@ -152,19 +156,22 @@ class RowFile(Sequence[dict[str, Any]]):
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where(index)}: not UTF-8: {error}; save it as UTF-8") from None
+            lines = content.count(b"\n", 0, error.start)
+            raise not_utf8(self.file, error).in_row(self.where(index, lines)) from None
         if self._format == "csv":
             return self._parse_record(text, index)
         try:
             row = parse_json(text)
+        except json.JSONDecodeError as error:
+            problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            message = f"not JSON: {problem}{self._advice(index)}"
+            raise DataError(message).in_row(self.where(index, error.lineno - 1)) from None
         except ValueError as error:
-            raise DataError(
-                f"{self.where(index)}: not JSON: {error}{self._advice(index)}"
-            ) from None
+            message = f"not JSON: {error}{self._advice(index)}"
+            raise DataError(message).in_row(self.where(index)) from None
         if not isinstance(row, dict):
-            raise DataError(
-                f"{self.where(index)}: a row must be a JSON object, got {type(row).__name__}"
-            )
+            message = f"a row must be a JSON object, got {type(row).__name__}"
+            raise DataError(message).in_row(self.where(index))
         return row
 
     def _advice(self, index: int) -> str:
@@ -184,9 +191,9 @@ class RowFile(Sequence[dict[str, Any]]):
         cells = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         if len(cells) != len(self.header):
             raise DataError(
-                f"{self.where(index)}: {len(cells)} cells, but the header names "
-                f"{len(self.header)} columns: {list_names(self.header)}"
-            )
+                f"{len(cells)} cells, but the header names {len(self.header)} columns: "
+                f"{list_names(self.header)}"
+            ).in_row(self.where(index))
         return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}
 
 

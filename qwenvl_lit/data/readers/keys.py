@@ -84,8 +84,10 @@ def _check_keys(values: Row, unread: Mapping[str, tuple[str, ...]], start: str) 
                 continue
             if key in _WEIGHTS and str(value).lower() in ("1", "1.0", "true"):  # in a table
                 continue
+            is_named = key.rstrip("s") == content.rstrip("s")
+            meaning = "" if is_named else f" ({content})"
             raise DataError(
-                f"{start} `{key}`, {short(value)}, which is not read: {content}. Only text and "
+                f"{start} `{key}`, {short(value)}, which is not read{meaning}. Only text and "
                 f"images are read. Remove the key, or rename it if it is a column of your own"
             )
 
@@ -145,7 +147,7 @@ def _objects_of_lists(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
     if unknown or not are_lists:
         raise DataError(
             f"`objects` must be a list of {{caption, bbox, bbox_type, image}}, or as in ms-swift 3 "
-            f'{{"ref": [captions], "bbox": [boxes], "bbox_type": "real" or "norm1", '
+            f'{{"ref": [captions], "bbox": [boxes], "bbox_type": "real" or "norm_1", '
             f'"image_id": [numbers]}}, got {short(dict(objects))}'
         )
     entries = []
@@ -154,7 +156,7 @@ def _objects_of_lists(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "caption": labels[k] if k < len(labels) else None,
                 "bbox": boxes[k] if k < len(boxes) else [],
-                "bbox_type": "norm_1" if bbox_type == "norm1" else bbox_type,
+                "bbox_type": "norm_1" if bbox_type == "norm1" else bbox_type,  # ms-swift 3's name
                 "image": images[k] if k < len(images) else 0,
             }
         )

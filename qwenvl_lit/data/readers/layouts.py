@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from qwenvl_lit.data.readers.keys import (
     text_of,
 )
 from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
+from qwenvl_lit.data.readers.spelling import is_same, meant
 from qwenvl_lit.types import DataError, Role
 
 ROLES: dict[str, Role] = {
@@ -73,7 +74,30 @@ class Layout:
                 f"its keys are {list_names(list(row))}. Put each layout in its own file"
             )
         check_all_is_read(row)
-        return self.draft(row, prompt)
+        notes = tuple(self._misspelled_keys(row))
+        draft = self.draft(row, prompt)
+        return replace(draft, notes=notes) if notes else draft
+
+    def _misspelled_keys(self, row: Row) -> Iterator[str]:
+        """Yields notes about keys that are nearly keys of this layout. They may be columns.
+
+        Raises:
+            DataError: a key differs from one that is read only in case, blanks and the like.
+        """
+        known = ("id", *self.required, *self.optional)
+        unread = row.keys() - known
+        if not unread:
+            return
+        for key in sorted(unread):
+            near = meant(key, known)
+            if near is None or row[key] is None or row.get(near) is not None:
+                continue
+            if near != "id" and is_same(key, near):
+                raise DataError(
+                    f"the key {short(key)} is not read; did you mean `{near}`? Rename it, also if "
+                    f"it is a column of your own"
+                )
+            yield f"the key {short(key)} is not read; did you mean `{near}`?"
 
     def columns(self, row: Row) -> dict[str, str]:
         """Returns the text and numbers under keys that the layout does not read, as text."""
@@ -133,14 +157,11 @@ def _check_required_keys(row: Row) -> None:
             f"the only key is {short(*row)}; if it is the header of a table, separate the cells "
             f"by commas in a csv file, by tabs in a tsv file"
         )
-    required = {key for layout in LAYOUTS + TEXT_LAYOUTS for key in layout.required}
+    required = [key for layout in LAYOUTS + TEXT_LAYOUTS for key in layout.required]
+    absent = tuple(key for key in required if key not in row)
     for key in row:
-        name = key.strip().lower()
-        if name in required and name not in row:
-            raise DataError(
-                f"the key {short(key)} is not known, `{name}` is; write it in lower case and "
-                f"without blanks"
-            )
+        if key not in required and (near := meant(key, absent)):
+            raise DataError(f"the key {short(key)} is not known; did you mean `{near}`?")
 
 
 def id_of(row: Row) -> str | None:
@@ -177,9 +198,11 @@ def _chat(row: Row, entries: Sequence[Any]) -> Draft:
             role = entry.get("from", entry.get("role"))
             content = entry.get("value", entry.get("content"))
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
+            is_pair = isinstance(entry, dict) and "human" in entry
+            hint = "; did you mean the key `conversation`?" if is_pair else ""
             raise DataError(
                 f'turn {number} must be {{"from": one of {", ".join(ROLES)}, "value": text}}, or '
-                f'the same with "role" and "content", got {short(entry)}'
+                f'the same with "role" and "content", got {short(entry)}{hint}'
             )
         parts = [content] if isinstance(content, str) else _content(number, content)
         if ROLES[role] == "assistant":
@@ -232,9 +255,11 @@ def _pairs(row: Row, prompt: str | None) -> Draft:
             case {"human": str(question)} if number == len(pairs) and pair.get("assistant") is None:
                 turns.append(("user", [question]))
             case _:
+                is_turn = isinstance(pair, dict) and ("from" in pair or "role" in pair)
+                hint = "; did you mean the key `conversations`?" if is_turn else ""
                 raise DataError(
                     f'`conversation` must be a list of {{"human": text, "assistant": text}}, got '
-                    f"{short(pair)} as number {number}"
+                    f"{short(pair)} as number {number}{hint}"
                 )
     return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
 
@@ -317,7 +342,7 @@ def _answers(row: Row) -> tuple[str, ...]:
 def _choice(row: Row, prompt: str | None) -> Draft:
     """Reads a row of Qwen-VL's evaluation file for ScienceQA.
 
-    `answer` is the index of the right choice, counted from 0.
+    `answer` is the index of the right choice, counted from 0. A cell of a table is text.
     """
     choices = list_of(row, "choices")
     all_texts = all(isinstance(choice, str) for choice in choices)
@@ -335,15 +360,26 @@ def _choice(row: Row, prompt: str | None) -> Draft:
         options="\n".join(options),
     )
     turns: list[DraftTurn] = [("user", question)]
-    index = row.get("answer")
-    if index is not None:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
-            raise DataError(
-                f"`answer` must be the index of the right choice, 0 to {len(choices) - 1}, got "
-                f"{short(index)}"
-            )
-        turns.append(("assistant", [letters[index]]))
+    if row.get("answer") is not None:
+        turns.append(("assistant", [letters[_right_choice(row["answer"], choices)]]))
     return Draft(turns=turns, options=tuple(letters))
+
+
+def _right_choice(answer: Any, choices: Sequence[str]) -> int:
+    index = answer
+    if isinstance(answer, str) and re.fullmatch(r"\s*[0-9]{1,3}\s*", answer):
+        index = int(answer)
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
+        raise DataError(
+            f"`answer` must be the index of the right choice, 0 to {len(choices) - 1}, got "
+            f"{short(answer)}"
+        )
+    if isinstance(answer, str) and answer in choices and choices.index(answer) != index:
+        raise DataError(
+            f"`answer` {short(answer)} is the index of {short(choices[index])}, and is a choice "
+            f"itself; write the index as a number, in a json or jsonl file"
+        )
+    return index
 
 
 def _referring(row: Row, prompt: str | None) -> Draft:

@@ -100,7 +100,7 @@ class ReferringExpressions(Sequence[Conversation]):
                 read_options=self.read_options,
             )
         except DataError as error:
-            raise type(error)(f"{self.file}: sentence {sentence_id}: {error}") from None
+            raise error.in_row(str(self.file), str(sentence_id)) from None
 
 
 def _rows_of(

@@ -163,7 +163,7 @@ def conversation_from(
         columns=columns,
         index=index,
         where=where,
-        notes=tuple(boxes.notes),
+        notes=(*draft.notes, *boxes.notes),
     )
 
 

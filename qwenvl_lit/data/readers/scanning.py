@@ -75,7 +75,7 @@ def find_records(
             try:
                 yield content.decode()
             except UnicodeDecodeError as error:
-                raise DataError(f"{file}:{line}: not UTF-8: {error}; save it as UTF-8") from None
+                raise not_utf8(file, error).in_row(f"{file}:{line}") from None
 
     records = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
@@ -91,6 +91,17 @@ def find_records(
             ) from None
         if cells:
             yield cells, (start, end, first_line)
+
+
+def not_utf8(file: Path, error: UnicodeDecodeError) -> DataError:
+    """Returns the error about a byte that UTF-8 does not allow there."""
+    line_start = error.object.rfind(b"\n", 0, error.start) + 1
+    before = error.object[max(line_start, error.start - 20) : error.start]
+    return DataError(
+        f"not UTF-8: byte 0x{error.object[error.start]:02x} after "
+        f"{before.decode(errors='ignore')!r}; save it as UTF-8. iconv -f ENCODING -t UTF-8 "
+        f"{file.name} converts it, where ENCODING is the one it has, such as latin1 or cp1256"
+    )
 
 
 def find_elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
@@ -163,15 +174,19 @@ class JSONText:
     def value_length(self) -> int:
         """Returns the number of characters of the JSON value that begins here."""
         while True:
+            start = self._position
             try:
-                return _BOUNDS_DECODER.raw_decode(self._section, self._position)[1] - self._position
+                return _BOUNDS_DECODER.raw_decode(self._section, start)[1] - start
             except json.JSONDecodeError as error:
                 # The value may only be cut off by the end of the section.
                 cut_off = error.pos > len(self._section) - 16
                 cut_off = cut_off or error.msg.startswith("Unterminated string")
                 if not (cut_off and self._read_more()):
-                    line = self.line + self._section.count("\n", self._position, error.pos)
-                    raise DataError(f"{self.where(line)}: not JSON: {error.msg}") from None
+                    line = self.line + error.doc.count("\n", start, error.pos)
+                    rest = error.doc[error.pos : error.pos + 20]
+                    found = repr(rest) if rest else "the end of the file"
+                    message = f"not JSON: {error.msg.removesuffix(' at')} at {found}"
+                    raise DataError(message).in_row(self.where(line)) from None
             except RecursionError:
                 where = self.where(self.line)
                 raise DataError(f"{where}: not JSON: it is nested too deeply") from None
@@ -186,7 +201,5 @@ class JSONText:
             line = self.line + self._section.count("\n")
             line += error.object[: error.start].count(b"\n")
             # What is read is ahead of the current row, so only the line is known.
-            raise DataError(
-                f"{self._file}:{line}: not UTF-8: {error.reason}; save it as UTF-8"
-            ) from None
+            raise not_utf8(self._file, error).in_row(f"{self._file}:{line}") from None
         return bool(block)

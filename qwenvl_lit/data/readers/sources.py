@@ -79,7 +79,7 @@ class FileRows(Sequence[Conversation]):
         try:
             self.layout = layout_of(first)
         except DataError as error:
-            raise DataError(f"{self._rows.where(0)}: {error}") from None
+            raise error.in_row(self._rows.where(0)) from None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,4 +100,4 @@ class FileRows(Sequence[Conversation]):
                 read_options=self.read_options,
             )
         except DataError as error:
-            raise type(error)(f"{where}: row {row_id!r}: {error}") from None
+            raise error.in_row(where, row_id) from None

@@ -153,7 +153,7 @@ class VQAQuestions(Sequence[Conversation]):
             image = image_from(name, self.read_options.root or self.file.parent, self.read_options)
             parts = fill_prompt(self._prompt, image=image, question=question)
         except DataError as error:
-            raise type(error)(f"{self.file}: question {row_id}: {error}") from None
+            raise error.in_row(str(self.file), str(row_id)) from None
         turns = [Turn(role="user", parts=parts)]
         answer, references = self._answers.get(row_id, (None, ()))
         if answer is not None:
@@ -208,9 +208,8 @@ class AnsweredRows(Sequence[Conversation]):
         row = self._rows[index]
         if row.id not in self._references:
             raise DataError(
-                f"{row.where}: question {row.id} is not in {self.answers}; "
-                f"do the files belong together?"
-            )
+                f"the question is not in {self.answers}; do the files belong together?"
+            ).in_row(row.where, row.id)
         return replace(row, references=self._references[row.id])
 
 

@@ -54,7 +54,7 @@ def _locating(conversation: Conversation) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise type(error)(f"{conversation.location}{error}") from error
+        raise conversation.located(error) from error
 
 
 class QwenVLProcessor:
@@ -244,12 +244,13 @@ class QwenVLProcessor:
 
     def _pieces(self, conversation: Conversation, prompt: bool) -> list[Piece]:
         turns: Sequence[Turn] = conversation.prompt().turns if prompt else conversation.turns
+        for number, turn in enumerate(turns, 1):
+            self._check_text(number, turn)
         if self.template == "chatml":
             turns = with_system(turns, self.system)
         messages: list[Message] = []
         images_before = 0
-        for number, turn in enumerate(turns, 1):
-            self._check_text(number, turn)
+        for turn in turns:
             body = list(self._body(turn, images_before, conversation.images))
             messages.append(Message(turn.role, body))
             images_before += sum(isinstance(part, ImageSource) for part in turn.parts)

@@ -97,7 +97,7 @@ def test_the_folder_of_an_image_can_come_from_its_file_name(folder, coco):
     file = coco(images=[{"id": 42, "file_name": image.name}, IMAGES[0]])
     rows = read_coco_captions(file, ReadOptions(root=folder), images="images/{split}")
     assert rows[0].images == (ImageSource(image),)
-    with pytest.raises(DataError, match=r"captions.json: image 7: file 'a.png' names no split"):
+    with pytest.raises(DataError, match=r"captions.json: row '7': file 'a.png' names no split"):
         rows[1]
 
 
@@ -105,7 +105,7 @@ def test_errors_name_the_file(coco):
     file = coco(
         images=[{"id": 9, "file_name": "c.png"}], annotations=[{"image_id": 9, "caption": "one"}]
     )
-    with pytest.raises(DataError, match=r"captions.json: image 9: image .*c.png does not exist"):
+    with pytest.raises(DataError, match=r"captions.json: row '9': image .*c.png does not exist"):
         read_coco_captions(file)[0]
     with pytest.raises(DataError, match=r"must contain \{image\} exactly once"):
         read_coco_captions(file, ReadOptions(prompt="Describe."))

@@ -12,7 +12,6 @@ from qwenvl_lit.data.readers import files, scanning
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.reports.data import reason
 from qwenvl_lit.types import DataError
 
 
@@ -112,7 +111,6 @@ def test_rows_of_an_array_on_one_line_are_told_apart_by_number(tmp_path):
     assert str(error.value) == f"{where}: row 'rows.json:1 (row 2)': `query` must be text, got 7"
     with pytest.raises(DataError, match=r"rows\.json:1 \(row 4\): a row must be a JSON object"):
         read[3]
-    assert reason(f"{where}: row 'x': no text") == reason(f"{where}: no text") == "no text"
 
 
 # Other formats
@@ -303,7 +301,10 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
         (b'{"query": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (b'{"query": ' + b"[" * 100_000 + b"}", "not JSON: it is nested too deeply"),
         (b'{"query": "a\x00"}', "not JSON: Invalid control character"),
-        (b'{"query": "\xff"}', "not UTF-8"),
+        (
+            b'{"query": "caf\xe9"}',
+            'not UTF-8: byte 0xe9 after \'{"query": "caf\'; save it as UTF-8',
+        ),
         ('{"query": "a"}'.encode("utf-16"), "not UTF-8"),
         (b'{"query": "a"}{"query": "b"}', "not JSON: Extra data"),
         (b'"query"', "a row must be a JSON object, got str"),
@@ -383,3 +384,36 @@ def test_a_cache_that_cannot_be_written_is_a_warning_and_the_rows_are_read(tmp_p
     for warning in caplog.records:
         assert f"the cache file {cache}/indexes/" in warning.getMessage()
         assert "paths.cache=FOLDER" in warning.getMessage()
+
+
+def test_an_error_in_json_names_the_line_and_the_column_of_the_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"query": "a"}\r\n{"query": "b\r\n')
+    with pytest.raises(DataError) as error:
+        RowFile(tmp_path / "rows.jsonl")[1]
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: not JSON: Invalid control char")
+    assert str(error.value).endswith(" at column 13")
+    (tmp_path / "rows.json").write_bytes(b'[{"query": "a"},\r\n{"query": "b",\r\n "id": "\t"}]')
+    with pytest.raises(DataError, match=r"rows\.json:3 \(row 2\): .* character at '\\t\"}\]'$"):
+        RowFile(tmp_path / "rows.json")[1]
+    (tmp_path / "open.json").write_bytes(b'[{"query": "a"},\r\n{"query": x}]')
+    with pytest.raises(DataError, match=r"open\.json:2 \(row 2\): .*: Expecting value at 'x}\]'$"):
+        RowFile(tmp_path / "open.json")
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "cp1256"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_in_another_encoding_names_the_byte_and_how_to_convert_it(tmp_path, name, encoding):
+    text = {"latin1": "né", "cp1256": "nس"}[encoding]
+    byte = text.encode(encoding)[1]
+    rows = {
+        "rows.jsonl": f'{{"query": "a"}}\r\n{{"query": "{text}"}}\r\n',
+        "rows.json": f'[{{"query": "a"}},\r\n{{"query": "{text}"}}]',
+        "rows.csv": f"query,response\r\n{text},b\r\n",
+    }
+    (tmp_path / name).write_bytes(rows[name].encode(encoding))
+    with pytest.raises(DataError) as error:
+        list(RowFile(tmp_path / name))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/{name}:2: not UTF-8: byte 0x{byte:02x} after ")
+    assert "n'; save it as UTF-8. iconv -f ENCODING -t UTF-8 " in message
+    assert "codec" not in message

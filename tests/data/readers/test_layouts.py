@@ -340,8 +340,11 @@ def test_the_box_of_a_table_is_json_text(folder):
         ("image,question\na.png,\n", "`question` has no value, and the layout `vqa` needs one"),
         ("image,question\n,Why?\n", "`image` has no value, and the layout `vqa` needs one"),
         ('query\n""\n', "`query` has no value, and the layout `query` needs one"),
-        ("Image,question\na.png,Why?\n", "the key 'Image' is not known, `image` is"),
-        ("id, image,question\n1,a.png,Why?\n", "the key ' image' is not known, `image` is"),
+        ("Image,question\na.png,Why?\n", "the key 'Image' is not known; did you mean `image`?"),
+        (
+            "id, image,question\n1,a.png,Why?\n",
+            "the key ' image' is not known; did you mean `image`?",
+        ),
         ("id|image\n1|a.png\n", "the only key is 'id|image'; if it is the header of a table"),
         ("id,name\n1,a\n", "keys ['id', 'name'] fit no known layout. Known, "),
     ],

@@ -158,7 +158,7 @@ def test_a_turn_with_too_much_text_is_one_line_with_file_line_and_id(content, to
         where="rows.jsonl:3",
     )
     processor = tiny_family(max_length=8, too_long=too_long).processor()
-    message = rf"^rows\.jsonl:3: row '7': turn 2 has {len(text)} characters .* {MAX_TEXT}"
+    message = rf"^rows\.jsonl:3: row '7': turn 1 has {len(text)} characters .* {MAX_TEXT}"
     with pytest.raises(Dropped if too_long == "drop" else DataError, match=message) as error:
         processor.encode(row)
     assert "\n" not in str(error.value)

@@ -152,14 +152,14 @@ def test_cached_lengths_belong_to_one_split(root):
 def test_errors_of_a_missing_image_or_bad_box_name_the_sentence(root):
     (root / "coco/train2014" / NAME).rename(root / "a.jpg")
     with pytest.raises(
-        DataError, match=r"refs\(unc\).p: sentence 1: image .*581857.jpg does not exist"
+        DataError, match=r"refs\(unc\).p: row '1': image .*581857.jpg does not exist"
     ):
         read(root)[1]
     Image.new("RGB", (640, 300)).save(root / "coco/train2014" / NAME)
     os.utime(root / "coco/train2014" / NAME, (1, 1))
     with pytest.raises(
         DataError,
-        match=r"refs\(unc\).p: sentence 0: object 1 .*the lady.*box .* is not within its image",
+        match=r"refs\(unc\).p: row '0': object 1 .*the lady.*box .* is not within its image",
     ):
         read(root)[0]
 

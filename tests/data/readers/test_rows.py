@@ -242,8 +242,8 @@ def test_an_empty_text_is_no_value_in_json_as_in_csv(folder, read_row, empty):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"query": "a", "videos": ["a.mp4"]}, "`videos`, ['a.mp4'], which is not read: videos"),
-        ({"query": "a", "audios": "a.wav"}, "`audios`, 'a.wav', which is not read: audio"),
+        ({"query": "a", "videos": ["a.mp4"]}, "`videos`, ['a.mp4'], which is not read. Only"),
+        ({"query": "a", "audios": "a.wav"}, "`audios`, 'a.wav', which is not read. Only"),
         ({"query": "a", "tools": [{"name": "f"}]}, "`tools`"),
         ({"query": "a", "response": "b", "rejected_response": "c"}, "`rejected_response`, 'c'"),
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "`rejected`, 'c'"),
@@ -262,9 +262,9 @@ def test_an_empty_text_is_no_value_in_json_as_in_csv(folder, read_row, empty):
                     {"role": "assistant", "content": "b", "loss": False},
                 ]
             },
-            "turn 2 has `loss`, False, which is not read: weights of turns",
+            "turn 2 has `loss`, False, which is not read (weights of turns)",
         ),
-        ({"query": "a", "loss": False}, "the row has `loss`, False, which is not read: weights"),
+        ({"query": "a", "loss": False}, "the row has `loss`, False, which is not read (weights"),
         ({"query": "a", "weight": "0.5"}, "the row has `weight`, '0.5'"),
         ({"query": "a", "loss_scale": 0}, "the row has `loss_scale`, 0"),
         ({"query": "<video>What?"}, "<video> in a question stands for a video"),
@@ -357,12 +357,25 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ({"query": "<bbox>", "objects": [DOG | {"bbox": None}]}, "`bbox` must be [x1, y1, x2, y2]"),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox_type": "pixels"}]},
-            "bbox_type: real, norm_1000 or norm_1",
+            "`bbox_type` must be real (pixels), norm_1000 (0..999) or norm_1 (0..1), got 'pixels'",
         ),
         (
             {"query": "<bbox>", "objects": [{"caption": "a", "bbox": [1, 2, 3, 4]}]},
-            "bbox_type: real, norm_1000 or norm_1",
+            "norm_1000 (0..999) or norm_1 (0..1), which is missing",
         ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox_type": "norm1"}]},
+            "norm_1 (0..1), got 'norm1'; did you mean norm_1?",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox_type": "Norm-1000"}]},
+            "got 'Norm-1000'; did you mean norm_1000?",
+        ),
+        (
+            {"query": "<bbox>", "objects": [{"caption": "a", "box": [1, 2, 3, 4]}]},
+            "object 1 has the key 'box'; did you mean `bbox`?",
+        ),
+        ({"query": "<bbox>", "objects": ["dog"]}, "bbox_type: real, norm_1000 or norm_1, image}"),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` must be a list, or a list as JSON text"),
         ({"query": "<bbox>", "objects": {"ref": "a dog"}}, "`objects` must be a list"),
@@ -667,3 +680,88 @@ def chat_text(row, root):
         content = "".join(text for part in turn.parts for text in texts(part))
         lines.append(f"<|im_start|>{turn.role}\n{content}<|im_end|>")
     return "\n".join(lines)
+
+
+# Multiple choice
+
+
+QUIZ = {"image": "a.png", "question": "Which?", "choices": ["red", "green"]}
+
+
+@pytest.mark.parametrize("answer", [1, "1", " 1 "])
+def test_the_right_choice_may_be_a_number_or_the_text_of_a_cell(read_row, answer):
+    row = read_row({**QUIZ, "choices": '["red", "green"]', "answer": answer})
+    assert row.answer.parts == ("B",)
+    assert row.options == ("A", "B")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("2", "must be the index of the right choice, 0 to 1, got '2'"),
+        ("green", "must be the index of the right choice, 0 to 1, got 'green'"),
+        ("-1", "got '-1'"),
+        ("\u0661", "must be the index"),  # another script's digit
+        (True, "got True"),
+    ],
+)
+def test_an_answer_that_is_no_index_is_refused(read_row, answer, message):
+    with pytest.raises(DataError, match=message):
+        read_row({**QUIZ, "answer": answer})
+
+
+def test_an_index_in_text_that_is_also_a_choice_is_refused(read_row):
+    numbers = {**QUIZ, "choices": ["1", "2", "3"]}
+    message = "'1' is the index of '2', and is a choice itself; write the index as a number, in a j"
+    with pytest.raises(DataError, match=message):
+        read_row({**numbers, "answer": "1"})
+    assert read_row({**numbers, "answer": 1}).answer.parts == ("B",)
+    assert read_row({**numbers, "choices": ["0", "1"], "answer": "1"}).answer.parts == ("B",)
+
+
+# Misspelled keys
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"query": "a", "Images": ["a.png"]},
+            "the key 'Images' is not read; did you mean `images`",
+        ),
+        ({"query": "a", " response": "b"}, "the key ' response' is not read; did you mean `resp"),
+        ({"image": "a.png", "question": "a", "Answers": ["b"]}, "'Answers' is not read; did you m"),
+        ({"image": "a.png", "question": "a", "questionId": 1}, "did you mean `question_id`?"),
+        (
+            {"image": "a.png", "sent": "a", "box": [1, 2, 3, 4]},
+            "'box' is not known; did you mean `bb",
+        ),
+        ({"messagse": []}, "the key 'messagse' is not known; did you mean `messages`?"),
+        (
+            {"conversation": [{"from": "user", "value": "a"}]},
+            "as number 1; did you mean the key `conversations`?",
+        ),
+        ({"conversations": [{"human": "a"}]}, "did you mean the key `conversation`?"),
+    ],
+)
+def test_a_key_that_is_nearly_known_is_refused_with_the_known_one(read_row, row, message):
+    with pytest.raises(DataError) as error:
+        read_row(row)
+    assert message in str(error.value)
+
+
+def test_a_key_that_may_be_a_misspelling_or_a_column_is_noted(read_row):
+    row = read_row({"query": "a", "response": "b", "imgaes": "x", "ID": 7})
+    assert row.notes == (
+        "the key 'ID' is not read; did you mean `id`?",
+        "the key 'imgaes' is not read; did you mean `images`?",
+    )
+    assert row.columns == {"imgaes": "x", "ID": "7"}
+
+
+def test_columns_of_ones_own_are_not_noted(read_row):
+    own = dict.fromkeys(("task", "image_id", "image2", "category", "respondent", "objective"), "x")
+    row = read_row({"query": "a", "response": "b", "images": ["a.png"], "Image": None, **own})
+    assert row.notes == ()
+    both = read_row({"image": "a.png", "question": "a", "answer": "b", "Answer": "c"})
+    assert both.notes == ()

@@ -106,10 +106,10 @@ def test_questions_without_their_answers_are_an_error(vqa):
 def test_an_error_of_a_missing_image_names_the_question(vqa):
     rows = vqa([WHERE | {"image_id": 43}, WHERE | {"image_id": "x"}], [annotation(42000, "down")])
     with pytest.raises(
-        DataError, match=rf"{QUESTIONS}: question 42000: image .*000000000043.jpg does not exist"
+        DataError, match=rf"{QUESTIONS}: row '42000': image .*000000000043.jpg does not exist"
     ):
         rows[0]
-    with pytest.raises(DataError, match=rf"{QUESTIONS}: question 42000: .*Unknown format code 'd'"):
+    with pytest.raises(DataError, match=rf"{QUESTIONS}: row '42000': .*Unknown format code 'd'"):
         rows[1]
 
 
@@ -194,7 +194,7 @@ def test_ten_answers_come_from_the_file_beside_it(root, lines):
     assert pickle.loads(pickle.dumps(rows))[0] == rows[0]
     with pytest.raises(
         DataError,
-        match=r"textvqa_val.jsonl:2: question 34603 is not in .*textvqa_val_annotations.json",
+        match=r"textvqa_val.jsonl:2: row '34603': the question is not in .*textvqa_val_anno",
     ):
         rows[1]
     assert (
@@ -216,12 +216,12 @@ def test_missing_files_are_listed_with_address_and_size_when_downloads_are_off(t
 
 def test_a_question_whose_image_is_missing_is_a_bad_image(root, vqa):
     rows = vqa([WHERE | {"image_id": 43}], [annotation(42000, "down")])
-    with pytest.raises(BadImage, match=r"questions\.json: question 42000: .*000043\.jpg does not"):
+    with pytest.raises(BadImage, match=r"questions\.json: row '42000': .*000043\.jpg does not"):
         rows[0]
 
 
 @pytest.mark.parametrize("image_id", ["text", None, [1], 1.5])
 def test_an_image_id_that_does_not_fit_the_file_name_is_refused(root, vqa, image_id):
     rows = vqa([WHERE | {"image_id": image_id}], [annotation(42000, "down")])
-    with pytest.raises(DataError, match=r"question 42000: `image` .* does not fit the image_id"):
+    with pytest.raises(DataError, match=r"row '42000': `image` .* does not fit the image_id"):
         rows[0]
