@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
             sets,
             processor,
             prompts=test_sets,
-            max_bad_fraction=data.max_bad_fraction if data.on_bad_image == "drop" else 0.0,
+            max_bad_fraction=data.max_bad_fraction if data.on_bad_image == "drop" else None,
             workers=config.workers or available_cores(),
             progress=report,
         )

@@ -143,7 +143,7 @@ class Pack:
         return torch.tensor([0, *segments, *empty]).cumsum(0, dtype=torch.int32)
 
 
-def empty_batch(pad_id: int, dropped: tuple[str, ...] = ()) -> Batch:
+def empty_batch(pad_id: int, dropped: tuple[Dropped, ...] = ()) -> Batch:
     """Returns a padded batch without any row and without a supervised token.
 
     Its two tokens of padding allow a training step, so that no other rank blocks.
@@ -177,12 +177,12 @@ def target_positions(labels: torch.Tensor) -> torch.Tensor:
     return predicts.flatten().nonzero().squeeze(1)
 
 
-def _separate(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[str, ...]]:
+def _separate(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[Dropped, ...]]:
     """Returns the samples, and the reasons why the other rows were dropped."""
     samples, reasons = [], []
     for row in rows:
         if isinstance(row, Dropped):
-            reasons.append(str(row))
+            reasons.append(row)
         else:
             samples.append(row)
     return samples, tuple(reasons)

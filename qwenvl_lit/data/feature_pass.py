@@ -194,7 +194,7 @@ def _image_keys(conversation: Conversation) -> tuple[str, ...]:
     try:
         return tuple(image.key for image in conversation.images)
     except BadImage as error:
-        raise BadImage(f"{conversation.location}{error}") from error
+        raise conversation.located(error) from error
 
 
 def _wait(writing: Future | None) -> None:
@@ -220,7 +220,7 @@ class _ImageDataset(Dataset):
         try:
             return key, self.processor.pixels(conversation.images[image])
         except BadImage as error:
-            return key, f"{conversation.location}{error}"
+            return key, str(conversation.located(error))
 
 
 def _collate(

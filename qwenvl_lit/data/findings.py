@@ -1,19 +1,52 @@
-"""Writes `findings.jsonl` in the run folder: the rows that a run drops or repairs, and why."""
+"""Writes `findings.jsonl`: what is wrong with or unusual about rows, a line for each finding."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.data.mixture import OpenedDataset
-from qwenvl_lit.types import DataError
+from qwenvl_lit.data.survey import Finding, Kind
+from qwenvl_lit.types import DataError, Dropped
 
 FILENAME = "findings.jsonl"
+_PLACE = re.compile(r"(.+?)(?::(\d+)(?: \(row (\d+)\))?)?", re.DOTALL)  # `Conversation.where`
 log = logging.getLogger(__name__)
+
+
+def record(set_name: str, finding: Finding | Dropped) -> dict[str, Any]:
+    """Returns a line of `findings.jsonl`. Keys without a value are None.
+
+    - set: the name of the set.
+    - kind: see `Kind`.
+    - file, line: the file as the config names it, and the line on which the row begins or, if it
+      is not JSON, of the error.
+    - row: the number of the row in a JSON array, counted from 1.
+    - id: the id of the row; for a row without one, its file and line as in predictions.
+    - message: the finding in one line, as it is printed.
+    """
+    kind: Kind = "dropped"
+    if isinstance(finding, Finding):
+        kind, row_id, message = finding.kind, finding.id, finding.message
+    else:
+        row_id, message = finding.row_id, str(finding)
+    file = line = row = None
+    if place := _PLACE.fullmatch(finding.where):
+        file, line, row = place.groups()
+    return {
+        "set": set_name,
+        "kind": kind,
+        "file": file,
+        "line": line and int(line),
+        "row": row and int(row),
+        "id": row_id or None,
+        "message": message,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +60,13 @@ class FindingsWriter:
     rank: int = 0
     world_size: int = 1
 
-    def append(self, findings: Iterable[dict[str, Any]]) -> None:
+    def append(self, set_name: str, findings: Iterable[Finding | Dropped]) -> None:
         if self.folder is None:
             return
         file = self.folder / FILENAME
         if self.rank:
             file = file.with_stem(f"{file.stem}.rank{self.rank}")
-        append_json_lines(file, findings)
+        append_json_lines(file, (record(set_name, finding) for finding in findings))
 
 
 class FindingsLog:
@@ -74,7 +107,7 @@ class FindingsLog:
                 others[0].message,
             )
         if dataset.findings and not writer.rank:
-            writer.append({"set": name, **asdict(finding)} for finding in dataset.findings)
+            writer.append(name, dataset.findings)
         if dataset.bad > self.max_bad_fraction * dataset.distinct:
             raise DataError(
                 f"{dataset.bad} of {dataset.distinct} rows of {name} have images that cannot be "
@@ -83,20 +116,21 @@ class FindingsLog:
             )
 
     def add_dropped(
-        self, name: str, rows: int, messages: Sequence[str], writer: FindingsWriter
+        self, name: str, rows: int, dropped: Sequence[Dropped], writer: FindingsWriter
     ) -> None:
         """Reports rows that a loader has dropped, each once.
 
         Args:
             name: the set that the rows belong to.
             rows: number of rows of the set, on all ranks.
-            messages: for each row, why it was dropped.
+            dropped: for each row, why it was dropped.
 
         Raises:
             DataError: too many rows of the set were dropped by now.
         """
         known = self._dropped.setdefault(name, set())
-        new = [message for message in dict.fromkeys(messages) if message not in known]
+        reasons = {str(error): error for error in dropped}
+        new = [message for message in reasons if message not in known]
         if new and not known:
             log.warning(
                 "a row of %s is left out, as further ones will be; "
@@ -106,11 +140,11 @@ class FindingsLog:
                 new[0],
             )
         known.update(new)
-        writer.append({"set": name, "kind": "dropped", "message": message} for message in new)
+        writer.append(name, [reasons[message] for message in new])
         if len(known) > self.max_bad_fraction * rows / writer.world_size:
             share = f", in the share of rank {writer.rank}," if writer.world_size > 1 else ""
             raise DataError(
                 f"{len(known)} of {rows} rows of {name}{share} had to be left out, more than "
                 f"data.max_bad_fraction={self.max_bad_fraction} allows; "
-                f"{FILENAME} in the run folder lists them. The last: {messages[-1]}"
+                f"{FILENAME} in the run folder lists them. The last: {dropped[-1]}"
             )

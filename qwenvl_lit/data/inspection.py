@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,10 @@ import numpy as np
 
 from qwenvl_lit.data.image_notes import image_notes
 from qwenvl_lit.data.loading import DROP_ADVICE
-from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest, with_location
-from qwenvl_lit.data.selection import Concat, Rows, Subset
+from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest
+from qwenvl_lit.data.selection import Rows, flatten
 from qwenvl_lit.data.survey import Finding, Kind, ReportProgress, survey
-from qwenvl_lit.types import Conversation, ImageSource, Turn
+from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -43,12 +43,13 @@ class File:
 
     path: Path
     layout: str
-    rows: int
+    rows: int  # in the file
+    used: int  # distinct ones, by the set
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SetFacts:
-    """The facts about one set. Boxes, tokens and answers are counted over its usable rows."""
+    """The facts about one set. Boxes and tokens are counted over its usable rows."""
 
     name: str
     rows: int
@@ -59,7 +60,9 @@ class SetFacts:
     usable: np.ndarray  # (usable rows,) indices
     images: int  # distinct files and addresses, and distinct images inside rows
     boxes: int
-    unanswered: int  # rows without an answer
+    unanswered: int  # rows without an answer, of all that can be read
+    empty_answers: int  # rows whose answer is empty or blank, of all that can be read
+    bad_images: int  # rows with an image that is missing or cannot be decoded
     findings: tuple[Finding, ...]  # ordered by index
     affected: Mapping[Kind, int]  # rows by their most severe finding
 
@@ -80,6 +83,7 @@ class Inspection:
 
     sets: tuple[SetFacts, ...]
     overlaps: tuple[Overlap, ...]  # of pairs of sets that have anything in common
+    max_bad_fraction: float | None = None  # as in `inspect`
 
     @property
     def errors(self) -> list[tuple[str, Finding]]:
@@ -97,7 +101,7 @@ def inspect(
     processor: Processor,
     *,
     prompts: Collection[str] = (),
-    max_bad_fraction: float = 0.0,
+    max_bad_fraction: float | None = None,
     workers: int = 1,
     progress: ReportProgress | None = None,
 ) -> Inspection:
@@ -105,8 +109,9 @@ def inspect(
 
     Args:
         prompts: names of the sets whose rows are questions to answer.
-        max_bad_fraction: if at most this share of the rows of a set have images that cannot be
-            decoded, these rows count as dropped, otherwise as errors.
+        max_bad_fraction: if at most this share of the rows of a set have images that are missing or
+            cannot be decoded, these rows count as dropped, otherwise as errors. None: they are
+            errors.
         workers: number of processes.
     """
     inspected: list[_InspectedSet] = []
@@ -120,25 +125,24 @@ def inspect(
         one_set.add_broken_images(contents, max_bad_fraction)
         one_set.add_image_notes(contents)
     overlaps = tuple(_find_overlaps(inspected, contents))
-    return Inspection(sets=tuple(one_set.facts() for one_set in inspected), overlaps=overlaps)
+    facts = tuple(one_set.facts() for one_set in inspected)
+    return Inspection(sets=facts, overlaps=overlaps, max_bad_fraction=max_bad_fraction)
 
 
 def files_of(rows: Rows) -> Iterator[File]:
-    """Yields the files that `rows` are read from, each once, in order."""
-    seen: set[Path] = set()
-    pending = [rows]
-    while pending:
-        match pending.pop(0):
-            case Subset(rows=inner):
-                pending.insert(0, inner)
-            case Concat(sources=sources):
-                pending[:0] = sources
-            case source if (path := getattr(source, "file", None)) and path not in seen:
-                seen.add(path)
-                layout = getattr(source, "layout", None)
-                # Readers of a single format have no layout.
-                name = layout.name if layout else type(source).__name__
-                yield File(path=path, layout=name, rows=len(source))
+    """Yields the files that `rows` are read from, in order."""
+    sources, indices = flatten(rows)
+    distinct = np.unique(indices)
+    start = 0
+    for source in sources:
+        end = start + len(source)
+        used = np.count_nonzero((start <= distinct) & (distinct < end))
+        start = end
+        if used and (path := getattr(source, "file", None)):
+            layout = getattr(source, "layout", None)
+            # Readers of a single format have no layout.
+            name = layout.name if layout else type(source).__name__
+            yield File(path=path, layout=name, rows=len(source), used=int(used))
 
 
 @dataclass(slots=True)
@@ -151,16 +155,17 @@ class _InspectedSet:
     files: dict[str, ImageSource] = field(default_factory=dict)  # images by path or address
     embedded: set[str] = field(default_factory=set)  # keys of images inside rows
     findings: list[Finding] = field(default_factory=list)
-    broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, id, message
+    broken: list[Finding] = field(default_factory=list)  # about images; their kind is not decided
     questions: dict[int, tuple[bytes, tuple[str, ...]]] = field(default_factory=dict)
     """By index: digest of the question, and names of its images or keys of embedded ones."""
     first_with_id: dict[bytes, int] = field(default_factory=dict)  # by digest of the id: index
     severity: np.ndarray = field(init=False)  # (rows,) 0, or 1 + index into SEVERITY
-    counts: np.ndarray = field(init=False)  # (4, rows): tokens, supervised, boxes, answered
+    counts: np.ndarray = field(init=False)
+    """(5, rows): tokens, supervised tokens, boxes, has no answer, has an empty answer."""
 
     def __post_init__(self):
         self.severity = np.zeros(len(self.rows), dtype=np.int8)
-        self.counts = np.zeros((4, len(self.rows)), dtype=np.int32)
+        self.counts = np.zeros((5, len(self.rows)), dtype=np.int32)
 
     def add(self, finding: Finding) -> None:
         self.findings.append(finding)
@@ -168,7 +173,8 @@ class _InspectedSet:
         self.severity[finding.index] = max(self.severity[finding.index], severity)
 
     def add_row(self, index: int, row: RowFacts) -> None:
-        self.counts[:, index] = row.tokens, row.supervised_tokens, row.boxes, row.has_answer
+        self.counts[:3, index] = row.tokens, row.supervised_tokens, row.boxes
+        self.counts[3:, index] = not row.has_answer, row.has_empty_answer
         names = []
         for image in row.images:
             if isinstance(image, str):
@@ -178,39 +184,48 @@ class _InspectedSet:
                 self.files.setdefault(image.name, image)
                 names.append(image.name)
         self.questions[index] = row.question, tuple(names)
-        for message in row.broken_images:
-            self.broken.append((index, row.id, message))
-        for kind, message in row.findings:
-            self.add(Finding(kind=kind, index=index, id=row.id, message=message))
+        for problem in row.broken_images:
+            self.broken.append(_finding("error", index, row.where, row.id, problem))
+        for kind, problem in row.findings:
+            self.add(_finding(kind, index, row.where, row.id, problem))
         first = self.first_with_id.setdefault(row.id_digest, index)
         if first != index:
             self._add_repeated_id(index, first)
 
     def _add_repeated_id(self, index: int, first: int) -> None:
         row, earlier = self.rows[index], self.rows[first]
-        message = f"has the same id as {earlier.where or f'row {first}'}"
-        message = with_location(row, f"{message}; an id tells rows apart in predictions and scores")
-        self.add(Finding(kind="note", index=index, id=row.id, message=message))
+        problem = f"has the same id as {earlier.where or f'row {first}'}"
+        problem += "; an id tells rows apart in predictions and scores"
+        self.add(_finding("note", index, row.where, row.id, problem))
 
-    def add_broken_images(self, contents: Contents, max_bad_fraction: float) -> None:
-        """Adds a finding for every image of a row that cannot be decoded."""
+    def add_broken_images(self, contents: Contents, max_bad_fraction: float | None) -> None:
+        """Adds a finding for every image of a row that is missing or cannot be decoded."""
         errors: dict[str, str] = {}
         for name, content in contents.items():
             if isinstance(content, Finding):
-                errors[name] = content.message
+                errors[name] = content.problem
         if errors:
             for index, (_, names) in self.questions.items():
                 for name in dict.fromkeys(names):
                     if name in errors:
                         row = self.rows[index]
-                        self.broken.append((index, row.id, with_location(row, errors[name])))
-        bad_rows = {index for index, _, _ in self.broken}
-        few = len(bad_rows) <= max_bad_fraction * len(self.rows)
-        kind: Kind = "dropped" if few else "error"
-        for index, row_id, message in self.broken:
-            if not few and not max_bad_fraction:
-                message += f"; {DROP_ADVICE}"
-            self.add(Finding(kind=kind, index=index, id=row_id, message=message))
+                        self.broken.append(
+                            _finding("error", index, row.where, row.id, errors[name])
+                        )
+        kind: Kind = "error"
+        advice = ""
+        if max_bad_fraction is None:
+            advice = f"; {DROP_ADVICE}"
+        elif self.bad_images <= max_bad_fraction * len(self.rows):
+            kind = "dropped"
+        for finding in self.broken:
+            message = finding.message + advice
+            self.add(replace(finding, kind=kind, message=message, bad_image=True))
+
+    @property
+    def bad_images(self) -> int:
+        """The number of rows with an image that is missing or cannot be decoded."""
+        return len({finding.index for finding in self.broken})
 
     def add_image_notes(self, contents: Contents) -> None:
         """Adds the notes about each image, to the first row that has it."""
@@ -223,12 +238,12 @@ class _InspectedSet:
                 known.add(name)
                 for note in content.notes:
                     row = self.rows[index]
-                    message = with_location(row, note)
-                    self.add(Finding(kind="image", index=index, id=row.id, message=message))
+                    self.add(_finding("image", index, row.where, row.id, note))
 
     def facts(self) -> SetFacts:
         usable = (self.severity <= 1 + SEVERITY.index("note")).nonzero()[0]
-        lengths, supervised, boxes, answered = self.counts[:, usable]
+        lengths, supervised, boxes = self.counts[:3, usable]
+        unanswered, empty_answers = self.counts[3:].sum(axis=1).tolist()
         rows_by_severity = Counter(self.severity.tolist())
         affected = {kind: rows_by_severity[1 + index] for index, kind in enumerate(SEVERITY)}
         return SetFacts(
@@ -241,7 +256,9 @@ class _InspectedSet:
             usable=usable,
             images=len(self.files) + len(self.embedded),
             boxes=int(boxes.sum()),
-            unanswered=len(usable) - int(answered.sum()),
+            unanswered=unanswered,
+            empty_answers=empty_answers,
+            bad_images=self.bad_images,
             findings=tuple(sorted(self.findings, key=lambda finding: finding.index)),
             affected=affected,
         )
@@ -279,7 +296,9 @@ def _read_rows(
     report = _report(progress, f"{name}: rows", len(rows))
     results = survey(rows, RowReader(processor, prompts), workers=workers, progress=report)
     for index, result in enumerate(results):
-        if isinstance(result, Finding):
+        if isinstance(result, Finding) and result.bad_image:
+            inspected.broken.append(result)
+        elif isinstance(result, Finding):
             inspected.add(result)
         else:
             inspected.add_row(index, result)
@@ -349,9 +368,13 @@ def _duplicate(
     one_set: _InspectedSet, index: int, earlier: _InspectedSet, earlier_index: int
 ) -> Finding:
     row, original = one_set.rows[index], earlier.rows[earlier_index]
-    message = (
+    problem = (
         f"asks the same question about the same images as {original.where or 'row'} "
         f"({original.id!r}) in {earlier.name}"
     )
-    message = with_location(row, message)
-    return Finding(kind="duplicate", index=index, id=row.id, message=message)
+    return _finding("duplicate", index, row.where, row.id, problem)
+
+
+def _finding(kind: Kind, index: int, where: str, row_id: str, problem: str) -> Finding:
+    error = DataError(problem).in_row(where, row_id)
+    return Finding(kind=kind, index=index, id=row_id, message=str(error), where=where)

@@ -59,7 +59,7 @@ class EncodedDataset(Dataset):
             return reason
         except BadImage as error:
             if self.drop_bad:
-                return Dropped(str(error))
+                return Dropped(str(error)).in_row(error.where, error.row_id)
             raise BadImage(f"{error}; {DROP_ADVICE}") from error
 
 

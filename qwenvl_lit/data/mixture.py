@@ -19,7 +19,7 @@ from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten, parse_count
 from qwenvl_lit.data.split import hold_out
 from qwenvl_lit.data.survey import Finding, Measured, measure_lengths, stamp
 from qwenvl_lit.images import DeepImage, Exif
-from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped
+from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -203,7 +203,7 @@ class DatasetSpec:
             images=int(measured.images[training].sum()),
             left_out=int((measured.lengths == 0).sum()),
             distinct=len(rows),
-            bad=_count_bad_images(rows, measured.findings),
+            bad=sum(finding.bad_image for finding in measured.findings),
         )
 
     def _rows_per_epoch(self, stages: list[Rows]) -> list[Rows]:
@@ -244,14 +244,12 @@ class DatasetSpec:
             hashlib.sha256(distinct.tobytes()).hexdigest(),
             asdict(self.read_options),
             self._reader_arguments(),
-            drop_bad,
         ]
         cache = None
         if self.read_options.cache and stamps:
             cache = self.read_options.cache / "lengths"
-        if drop_bad:
-            rows = DroppingBadImages(rows)
-        return measure_lengths(rows, processor, workers=workers, cache=cache, identity=identity)
+        options = {"workers": workers, "cache": cache, "identity": identity, "drop_bad": drop_bad}
+        return measure_lengths(rows, processor, **options)
 
     def _reader_arguments(self) -> tuple[str, ...]:
         if isinstance(self.read, partial):
@@ -271,22 +269,6 @@ def _check_validation(validation: Files | int | float | None) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class DroppingBadImages(Sequence[Conversation]):
-    """The rows of a dataset; reading one with a missing image raises `Dropped`."""
-
-    rows: Rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Conversation:
-        try:
-            return self.rows[index]
-        except BadImage as error:
-            raise Dropped(str(error)) from error
-
-
 def _files_of(sources: Sequence[Rows]) -> list[Path] | None:
     """Returns the files that rows are read from; None if a source does not name its files.
 
@@ -301,20 +283,6 @@ def _files_of(sources: Sequence[Rows]) -> list[Path] | None:
             return None
         files += getattr(source, "files", (source.file,))
     return files
-
-
-def _count_bad_images(rows: Rows, findings: Sequence[Finding]) -> int:
-    count = 0
-    for finding in findings:
-        if finding.kind != "dropped":
-            continue
-        try:
-            rows[finding.index]
-        except BadImage:
-            count += 1
-        except DataError:
-            pass  # dropped for another reason
-    return count
 
 
 def _as_list(files: Files | None) -> list[str]:

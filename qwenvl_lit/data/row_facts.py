@@ -13,7 +13,14 @@ from qwenvl_lit.data.image_notes import image_notes
 from qwenvl_lit.data.other_markup import box_form
 from qwenvl_lit.data.survey import Kind
 from qwenvl_lit.grounding import GRID
-from qwenvl_lit.types import Conversation, DataError, Dropped, GroundedObject, ImageSource
+from qwenvl_lit.types import (
+    Conversation,
+    DataError,
+    Dropped,
+    GroundedObject,
+    ImageSource,
+    Turn,
+)
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -27,12 +34,14 @@ class RowFacts:
     supervised_tokens: int
     boxes: int
     has_answer: bool
+    has_empty_answer: bool  # its answer is blank
     question: bytes  # hash of the prompt without its images
     images: tuple[ImageSource | str, ...]
     """In reading order. An image whose data is in the row is represented by its content key."""
-    broken_images: tuple[str, ...]  # messages about image data in the row that cannot be decoded
-    findings: tuple[tuple[Kind, str], ...]  # kinds and messages
-    id: str  # "" if the row has neither broken images nor findings, to save memory
+    broken_images: tuple[str, ...]  # problems of image data in the row that cannot be decoded
+    findings: tuple[tuple[Kind, str], ...]  # kinds and problems
+    id: str  # "", as is `where`, if the row has neither broken images nor findings, to save memory
+    where: str
     id_digest: bytes
 
 
@@ -50,11 +59,15 @@ class RowReader:
     def __call__(self, conversation: Conversation) -> RowFacts:
         findings: list[tuple[Kind, str]] = []
         for note in (*conversation.notes, *_notes_on_text(conversation)):
-            findings.append(("note", with_location(conversation, note)))
+            findings.append(("note", note))
         tokens = supervised_tokens = 0
         try:
             length = self.processor.length(conversation, prompt=self.prompt)
             tokens, supervised_tokens = length
+            limit = self.processor.settings.get("max_length")
+            if self.prompt and limit and tokens > limit:
+                note = f"the question has {tokens} tokens, more than model.max_length={limit}"
+                findings.append(("note", f"{note} allows in training; it is answered in full"))
         except DataError as error:
             findings.append(("dropped" if isinstance(error, Dropped) else "error", str(error)))
         images: list[ImageSource | str] = []
@@ -67,31 +80,27 @@ class RowReader:
                 image.open()
                 images.append(image.key)
                 for note in image_notes(image):
-                    findings.append(("image", with_location(conversation, note)))
+                    findings.append(("image", note))
             except DataError as error:
-                broken_images.append(with_location(conversation, error))
+                broken_images.append(str(error))
         return RowFacts(
             tokens=tokens,
             supervised_tokens=supervised_tokens,
             boxes=_count_boxes(conversation),
             has_answer=conversation.answer is not None,
+            has_empty_answer=conversation.answer is not None and is_blank(conversation.answer),
             question=_question_digest(conversation),
             images=tuple(images),
             broken_images=tuple(broken_images),
             findings=tuple(findings),
             id=conversation.id if broken_images or findings else "",
+            where=conversation.where if broken_images or findings else "",
             id_digest=digest(conversation.id.encode("utf-8", "surrogatepass"))[:8],
         )
 
 
-def with_location(conversation: Conversation, message: object) -> str:
-    """Returns the message, preceded by file, line and row id unless it begins with them."""
-    text = str(message)
-    if not conversation.where:
-        return f"row {conversation.id!r}: {text}"
-    if text.startswith(conversation.where):
-        return text
-    return f"{conversation.where}: row {conversation.id!r}: {text}"
+def is_blank(turn: Turn) -> bool:
+    return all(isinstance(part, str) and not part.strip() for part in turn.parts)
 
 
 def digest(content: bytes) -> bytes:
@@ -105,7 +114,7 @@ def _notes_on_text(conversation: Conversation) -> Iterator[str]:
         texts = [part for part in turn.parts if isinstance(part, str)]
         if conversation.images:
             forms.update(filter(None, map(box_form, texts)))
-        if turn.role != "assistant" or len(texts) != len(turn.parts) or "".join(texts).strip():
+        if turn.role != "assistant" or not is_blank(turn):
             continue
         if any(texts):
             yield f"the answer in turn {number} is blank"

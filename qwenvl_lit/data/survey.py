@@ -22,7 +22,15 @@ import numpy as np
 from qwenvl_lit.atomic import write_to_cache
 from qwenvl_lit.data.image_notes import measured_notes
 from qwenvl_lit.data.orphans import end_with_parent
-from qwenvl_lit.types import Conversation, DataError, Dropped, ImageSource
+from qwenvl_lit.terminal import printable
+from qwenvl_lit.types import (
+    BadImage,
+    Conversation,
+    DataError,
+    Dropped,
+    ImageSource,
+    location_of,
+)
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -38,7 +46,7 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 CHUNK = 256  # most rows that a process takes at a time
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
 PROMPT_LENGTH_UNIT = 64  # characters
-FORMAT = 3  # version of the cached files
+FORMAT = 4  # version of the cached files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +55,15 @@ class Finding:
 
     kind: Kind
     index: int  # position among the rows
-    id: str  # "" if the row could not be read
-    message: str
+    id: str  # "" if the row could not be read that far
+    message: str  # begins with place and id of the row
+    where: str = ""  # the place of the row, as in `Conversation.where`; "" if it is not known
+    bad_image: bool = False  # an image is missing or cannot be decoded
+
+    @property
+    def problem(self) -> str:
+        """The message without place and id of the row."""
+        return self.message.removeprefix(printable(location_of(self.where, self.id)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +77,12 @@ class Measured:
 
 
 def survey(
-    rows: Sequence[Conversation], look: Look[T], *, workers: int, progress: Progress | None = None
+    rows: Sequence[Conversation],
+    look: Look[T],
+    *,
+    workers: int,
+    drop_bad: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[T | Finding]:
     """Yields `look(row)` for every row in order, or a `Finding` for a row that raised `DataError`.
 
@@ -70,6 +90,7 @@ def survey(
         look: pickled, as is `rows`, on platforms that do not fork.
         workers: number of processes. With fewer than two, or with few rows, this process does the
             work.
+        drop_bad: the finding of a row with a missing or broken image is "dropped", not "error".
 
     Raises:
         DataError: a process died, usually for lack of memory.
@@ -78,9 +99,9 @@ def survey(
     starts = range(0, len(rows), max(1, size))
     chunks: Iterable[list[T | Finding]]
     if workers < 2 or len(rows) < CHUNK:
-        chunks = (_look_at(rows, look, start, size) for start in starts)
+        chunks = (_look_at(rows, look, drop_bad, start, size) for start in starts)
     else:
-        chunks = _in_processes(rows, look, workers, starts, size)
+        chunks = _in_processes((rows, look, drop_bad), workers, starts, size)
     done = 0
     for chunk in chunks:
         done += len(chunk)
@@ -96,6 +117,7 @@ def measure_lengths(
     workers: int,
     cache: Path | None,
     identity: Any,
+    drop_bad: bool = False,
     progress: Progress | None = None,
 ) -> Measured:
     """Counts the tokens of every row as training encodes it, without decoding an image.
@@ -104,31 +126,33 @@ def measure_lengths(
         cache: folder in which the result is kept; None: nowhere.
         identity: plain data that determines the rows: their files (see `stamp`) and how they are
             read. The settings of the processor are added here.
+        drop_bad: leave out rows with missing images.
 
     Raises:
         DataError: some rows cannot be used; the message quotes the first of them and counts all.
     """
     file = None
     if cache:
-        key = _key([FORMAT, len(rows), processor.settings, identity])
+        key = _key([FORMAT, len(rows), processor.settings, drop_bad, identity])
         file = cache / f"lengths_{key}.npz"
         if known := _load(file, len(rows)):
             return known
     counts = np.zeros((3, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
     known_notes: set[str] = set()
-    results = survey(rows, _CountTokens(processor), workers=workers, progress=progress)
+    count = _CountTokens(processor)
+    results = survey(rows, count, workers=workers, drop_bad=drop_bad, progress=progress)
     for index, result in enumerate(results):
         if isinstance(result, Finding):
             findings.append(result)
             continue
         counts[:, index] = result.tokens, result.supervised, result.images
         for note in result.notes:
-            findings.append(Finding(kind="note", index=index, id=result.id, message=note))
+            findings.append(result.finding("note", index, note))
         for note in result.image_notes:
             if note not in known_notes:  # several rows may share an image
                 known_notes.add(note)
-                findings.append(Finding(kind="image", index=index, id=result.id, message=note))
+                findings.append(result.finding("image", index, note))
     _raise_errors(findings, len(rows))
     lengths, supervised, images = counts
     measured = Measured(
@@ -192,8 +216,13 @@ class _RowTokens:
     supervised: int
     images: int
     id: str
+    where: str
     notes: tuple[str, ...]
     image_notes: tuple[str, ...]
+
+    def finding(self, kind: Kind, index: int, note: str) -> Finding:
+        message = location_of(self.where, self.id) + note
+        return Finding(kind=kind, index=index, id=self.id, message=message, where=self.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,35 +237,50 @@ class _CountTokens:
             supervised,
             len(conversation.images),
             conversation.id,
+            conversation.where,
             conversation.notes,
             tuple(image_notes),
         )
 
 
 def _look_at(
-    rows: Sequence[Conversation], look: Look[T], start: int, size: int
+    rows: Sequence[Conversation], look: Look[T], drop_bad: bool, start: int, size: int
 ) -> list[T | Finding]:
     results: list[T | Finding] = []
     for index in range(start, min(start + size, len(rows))):
-        row_id = ""
+        conversation = None
         try:
             conversation = rows[index]
-            row_id = conversation.id
             results.append(look(conversation))
         except DataError as error:
-            kind: Kind = "dropped" if isinstance(error, Dropped) else "error"
-            results.append(Finding(kind=kind, index=index, id=row_id, message=str(error)))
+            if conversation is not None:
+                error = conversation.located(error)
+            results.append(_finding_of(error, index, drop_bad))
     return results
 
 
+def _finding_of(error: DataError, index: int, drop_bad: bool) -> Finding:
+    bad_image = isinstance(error, BadImage)
+    is_dropped = isinstance(error, Dropped) or (bad_image and drop_bad)
+    return Finding(
+        kind="dropped" if is_dropped else "error",
+        index=index,
+        id=error.row_id,
+        message=str(error),
+        where=error.where,
+        bad_image=bad_image,
+    )
+
+
 # The rows of a worker process and what to do with each. They are sent once, not with every chunk.
-_work: tuple[Sequence[Conversation], Look] | None = None
+_Work = tuple[Sequence[Conversation], Look[T], bool]  # `rows`, `look` and `drop_bad` of `survey`
+_work: _Work | None = None
 
 
-def _start_worker(rows: Sequence[Conversation], look: Look) -> None:
+def _start_worker(work: _Work) -> None:
     global _work
     end_with_parent()
-    _work = rows, look
+    _work = work
     # There are as many processes as cores, so each one needs a single thread. A process in which
     # nothing has imported torch has no threads to limit, and importing it would take seconds.
     if "torch" in sys.modules:
@@ -249,9 +293,9 @@ def _look_in_worker(start: int, size: int) -> list:
 
 
 def _in_processes(
-    rows: Sequence[Conversation], look: Look[T], workers: int, starts: range, size: int
+    work: _Work[T], workers: int, starts: range, size: int
 ) -> Iterator[list[T | Finding]]:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _start_worker, (rows, look))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _start_worker, (work,))
     try:
         ahead: deque[Future[list[T | Finding]]] = deque()
         for start in starts:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,19 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qwenvl_lit.atomic import atomic_file
-from qwenvl_lit.data.inspection import Inspection, SetFacts
-from qwenvl_lit.data.survey import Kind
+from qwenvl_lit.data.findings import record
+from qwenvl_lit.data.inspection import File, Inspection, SetFacts
+from qwenvl_lit.data.survey import Finding, Kind
 from qwenvl_lit.terminal import printable
+from qwenvl_lit.types import location_of
 
 SHOWN_ERRORS = 20
+SHOWN_PLACES = 2  # of a group of findings
 SETS_PER_TABLE = 4  # more columns would not fit into 80 characters
 BAR_LENGTH = 40  # characters
+FIRST_ERROR = (
+    "Reading a row ends at its first error, so a row may have more: correct these, and check again."
+)
 HEADINGS: dict[Kind, str] = {
     "error": "Errors",
     "dropped": "Rows left out",
@@ -31,33 +36,68 @@ HEADINGS: dict[Kind, str] = {
 }
 
 _QUOTED = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LOCATION = re.compile(
-    rf"^(?:[^'\"]*?: )?(?:row|sample) {_QUOTED}: |^\S[^'\"]*?:\d+(?: \(row \d+\))?: "
-)
 _PATH = r"(?:(?<=[\s(])|^)[^\s,;'\"]*/[^\s,;'\"]*"
 _NUMBER = r"(?<!\w)-?\d[\d.]*"
 _SPECIFIC = re.compile(rf"(?<!\w){_QUOTED}(?!\w)|{_PATH}|{_NUMBER}")
 
 
-def reason(message: str) -> str:
-    """Removes location, names and numbers from a message, so that equal findings have equal text.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Findings of one kind whose problems differ only in names, paths and numbers."""
 
-    >>> reason("a.jsonl:3: row 'x': image /data/7.jpg does not exist; check `data.root`")
-    'image … does not exist; check `data.root`'
-    >>> reason("a.jsonl:3: row 'x': the answer's length is 7")
-    "the answer's length is …"
-    """
-    return _SPECIFIC.sub("…", _LOCATION.sub("", message))
+    problem: str  # with "…" in place of what differs
+    count: int
+    places: str  # those of the first findings
 
 
-def reasons(inspection: Inspection, kind: Kind) -> list[tuple[str, int]]:
-    """Returns the distinct reasons of findings of a kind with their counts, most frequent first."""
-    counts: Counter[str] = Counter()
+def group(findings: Sequence[Finding]) -> list[Group]:
+    """Groups findings of one kind, the largest group first."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(tuple(_SPECIFIC.split(finding.problem)), []).append(finding)
+    result = []
+    for members in sorted(groups.values(), key=len, reverse=True):
+        result.append(
+            Group(_shared([each.problem for each in members]), len(members), _places(members))
+        )
+    return result
+
+
+def groups(inspection: Inspection, kind: Kind) -> list[Group]:
+    """Returns the groups of the findings of a kind, over all sets."""
+    findings: list[Finding] = []
     for facts in inspection.sets:
-        for finding in facts.findings:
-            if finding.kind == kind:
-                counts[reason(finding.message)] += 1
-    return counts.most_common()
+        findings += [finding for finding in facts.findings if finding.kind == kind]
+    return group(findings)
+
+
+def _shared(problems: Sequence[str]) -> str:
+    """Replaces names, paths and numbers that are not the same in all `problems`.
+
+    >>> _shared(["row 3 has `a`, 7", "row 3 has `a`, 8"])
+    'row 3 has `a`, …'
+    """
+    fixed = _SPECIFIC.split(problems[0])
+    text = fixed[0]
+    values = zip(*map(_SPECIFIC.findall, problems), strict=True)
+    for specific, following in zip(values, fixed[1:], strict=True):
+        text += specific[0] if len(set(specific)) == 1 else "…"
+        text += following
+    return text
+
+
+def _places(findings: Sequence[Finding]) -> str:
+    """Returns the places of the first findings, and how many others there are."""
+    places = list(dict.fromkeys(map(_place, findings[:SHOWN_PLACES])))
+    rest = len(findings) - SHOWN_PLACES
+    return ", ".join(places) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _place(finding: Finding) -> str:
+    # The id of a row without one is its file and line.
+    if finding.where and (not finding.id or finding.where.endswith(finding.id)):
+        return finding.where
+    return location_of(finding.where, finding.id).removesuffix(": ")
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
@@ -107,6 +147,7 @@ def set_facts(facts: SetFacts) -> dict[str, str]:
         "rows left out": f"{facts.affected['dropped']:,}",
         "rows with notes": f"{facts.affected['note']:,}",
         "rows without an answer": f"{facts.unanswered:,}",
+        "rows with an empty answer": f"{facts.empty_answers:,}",
         "images": f"{facts.images:,}",
         "boxes": f"{facts.boxes:,}",
         "tokens": f"{int(facts.lengths.sum(dtype=np.int64)):,}",
@@ -124,6 +165,34 @@ def error_count(inspection: Inspection) -> str:
 
 def _count_noun(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def rows_used(file: File) -> str:
+    """Returns how many rows of a file a set has, as text.
+
+    >>> rows_used(File(path=Path("a.jsonl"), layout="query", rows=30, used=29))
+    '29 of its 30 rows'
+    """
+    rows = _count_noun(file.rows, "row")
+    return rows if file.used == file.rows else f"{file.used:,} of its {rows}"
+
+
+def bad_image_lines(inspection: Inspection) -> list[str]:
+    """Returns a line for each set with rows that `data.on_bad_image=drop` concerns."""
+    if inspection.max_bad_fraction is None:
+        return []
+    lines = []
+    for facts in inspection.sets:
+        if not facts.bad_images:
+            continue
+        most = int(inspection.max_bad_fraction * facts.rows)
+        verb = "leaves out" if facts.bad_images <= most else "would leave out"
+        limit = f"data.max_bad_fraction={inspection.max_bad_fraction} allows {most:,}"
+        lines.append(
+            f"{facts.name}: data.on_bad_image=drop {verb} {facts.bad_images:,} of "
+            f"{_count_noun(facts.rows, 'row')} for missing or broken images; {limit}"
+        )
+    return lines
 
 
 def overlap_lines(inspection: Inspection) -> list[str]:
@@ -150,21 +219,24 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
         yield _table(sets[start : start + SETS_PER_TABLE])
     for facts in sets:
         for file in facts.files:
-            rows = _count_noun(file.rows, "row")
-            yield _line(f"{facts.name}: {file.path}: {rows}, layout {file.layout}")
+            yield _line(f"{facts.name}: {file.path}: {rows_used(file)}, layout {file.layout}")
     for facts in sets:
         yield _heading(f"Tokens per row of {facts.name}")
         yield from map(_line, _bars(histogram(facts.lengths)))
     for kind in ("image", "note", "dropped"):
-        if lines := _reason_lines(inspection, kind):
+        if lines := _group_lines(inspection, kind):
             yield _heading(HEADINGS[kind])
             yield from map(_line, lines)
+    if lines := bad_image_lines(inspection):
+        yield _heading("Missing and broken images")
+        yield from map(_line, lines)
     if lines := overlap_lines(inspection):
         yield _heading("In two sets")
         yield from map(_line, lines)
     if errors := inspection.errors:
         yield _heading(error_count(inspection), "bold red")
-        yield from map(_line, _reason_lines(inspection, "error"))
+        yield from map(_line, _group_lines(inspection, "error"))
+        yield _line(FIRST_ERROR)
         more = f" (the first {SHOWN_ERRORS})" if len(errors) > SHOWN_ERRORS else ""
         yield _line(f"One by one{more}", "bold red")
         for name, finding in errors[:SHOWN_ERRORS]:
@@ -181,9 +253,11 @@ def _table(sets: Sequence[SetFacts]) -> Table:
     return table
 
 
-def _reason_lines(inspection: Inspection, kind: Kind) -> list[str]:
-    most_frequent = reasons(inspection, kind)[:SHOWN_ERRORS]
-    return [f"{count:>9,}  {shared}" for shared, count in most_frequent]
+def _group_lines(inspection: Inspection, kind: Kind) -> list[str]:
+    lines = []
+    for each in groups(inspection, kind)[:SHOWN_ERRORS]:
+        lines += [f"{each.count:>9,}  {each.problem}", f"{'':>9}  {each.places}"]
+    return lines
 
 
 def _heading(text: str, style: str = "bold") -> Text:
@@ -208,8 +282,8 @@ def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
 
 
 def write_findings(inspection: Inspection, file: Path) -> None:
-    """Writes the findings as JSON lines with set, kind, index, id and message."""
+    """Writes the findings as JSON lines, see `record`."""
     with atomic_file(file) as unfinished, unfinished.open("w", encoding="utf-8") as stream:
         for facts in inspection.sets:
             for finding in facts.findings:
-                stream.write(json.dumps({"set": facts.name, **asdict(finding)}) + "\n")
+                stream.write(json.dumps(record(facts.name, finding)) + "\n")

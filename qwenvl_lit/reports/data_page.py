@@ -15,11 +15,14 @@ from qwenvl_lit.models.chatml import runs
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.rendering.drawing import draw_objects, label_list, objects_of_image
 from qwenvl_lit.reports.data import (
+    FIRST_ERROR,
     HEADINGS,
+    bad_image_lines,
     error_count,
+    groups,
     histogram,
     overlap_lines,
-    reasons,
+    rows_used,
     set_facts,
 )
 from qwenvl_lit.reports.page import (
@@ -120,9 +123,14 @@ def _body(inspection: Inspection, shown: Sequence[Example], title: str) -> Itera
     if lines := overlap_lines(inspection):
         yield "<h2>In two sets</h2>" + "".join(paragraph(text(line)) for line in lines)
     for kind in ("error", "dropped", "note", "image"):
-        if counts := reasons(inspection, kind):
-            rows = [{"times": f"{count:,}", "finding": shared} for shared, count in counts]
-            yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, text_columns=["finding"])
+        rows = []
+        for each in groups(inspection, kind):
+            row = {"times": f"{each.count:,}", "finding": each.problem, "first": each.places}
+            rows.append(row)
+        if rows:
+            yield f"<h2>{HEADINGS[kind]}</h2>" + table(rows, text_columns=["finding", "first"])
+    for line in bad_image_lines(inspection):
+        yield paragraph(text(line))
     yield from _errors(inspection)
     if shown:
         yield f"<h2>{len(shown)} rows as the model receives them</h2>"
@@ -156,7 +164,7 @@ def _files(inspection: Inspection) -> Iterator[str]:
     for facts in inspection.sets:
         for file in facts.files:
             row = {"set": facts.name, "file": str(file.path), "layout": file.layout}
-            rows.append({**row, "rows in the file": f"{file.rows:,}"})
+            rows.append({**row, "rows": rows_used(file)})
     if rows:
         yield "<h2>Files</h2>" + table(rows, text_columns=["set", "file", "layout"])
 
@@ -165,6 +173,7 @@ def _errors(inspection: Inspection) -> Iterator[str]:
     errors = inspection.errors
     if not errors:
         return
+    yield paragraph(FIRST_ERROR)
     more = f", the first {SHOWN_ERRORS}" if len(errors) > SHOWN_ERRORS else ""
     yield f"<h3>One by one{more}</h3>"
     rows = [{"set": name, "error": finding.message} for name, finding in errors[:SHOWN_ERRORS]]

@@ -252,25 +252,35 @@ def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path,
     class Long(Letters):
         def length(self, conversation):
             if conversation.id == "c":
-                raise Dropped("rows:3: c is too long")
+                raise Dropped("too long")
             return super().length(conversation)
 
     def read_with_note(source, read_options):
         first, *others = read(source, read_options)
-        return [dataclasses.replace(first, notes=("rows:1: box clipped",)), *others]
+        return [dataclasses.replace(first, where="rows:1", notes=("box clipped",)), *others]
 
     data = DataModule(processor=Long(), read=read_with_note, train="abcd")
     data.trainer = trainer(tmp_path)
     data.setup("fit")
     assert sorted(ids(data.train_dataloader())) == list("abd")
     assert findings(tmp_path) == [
-        {"set": "data", "kind": "note", "index": 0, "id": "a", "message": "rows:1: box clipped"},
+        {
+            "set": "data",
+            "kind": "note",
+            "file": "rows",
+            "line": 1,
+            "row": None,
+            "id": "a",
+            "message": "rows:1: row 'a': box clipped",
+        },
         {
             "set": "data",
             "kind": "dropped",
-            "index": 2,
+            "file": None,
+            "line": None,
+            "row": None,
             "id": "c",
-            "message": "rows:3: c is too long",
+            "message": "row 'c': too long",
         },
     ]
     assert "1 rows are left out, 1 are repaired" in caplog.text
@@ -293,7 +303,7 @@ def test_images_of_more_than_8_bits_are_counted_once_before_training(tmp_path, c
     data.trainer = trainer(tmp_path)
     data.setup("fit")
     [finding] = findings(tmp_path)
-    assert (finding["kind"], finding["index"]) == ("image", 0)
+    assert (finding["kind"], finding["id"]) == ("image", "a")
     assert "1 images have values of more than 8 bits" in caplog.text
     assert "data.on_deep_image=scale" in caplog.text
     caplog.clear()

@@ -63,7 +63,7 @@ def test_tokens_images_and_boxes_of_a_set_are_counted(folder):
     expected = [PROCESSOR.length(conversation) for conversation in rows]
     assert list(zip(facts.lengths.tolist(), facts.supervised.tolist(), strict=True)) == expected
     assert facts.usable.tolist() == [0, 1, 2, 3]
-    assert facts.files == (File(path=folder / "train.jsonl", layout="query", rows=4),)
+    assert facts.files == (File(path=folder / "train.jsonl", layout="query", rows=4, used=4),)
     assert not facts.findings
 
 
@@ -92,7 +92,15 @@ def test_every_error_is_listed_with_file_line_and_row_id(folder):
     )
     for message, part in zip(errors, expected, strict=True):
         assert part in message
-    assert [finding.id for finding in facts.findings] == ["", "", "half", "open", "train.jsonl:6"]
+    assert [finding.id for finding in facts.findings] == [
+        "train.jsonl:1",
+        "",
+        "half",
+        "open",
+        "train.jsonl:6",
+    ]
+    places = [finding.where for finding in facts.findings]
+    assert places == [f"{folder}/train.jsonl:{line}" for line in lines]
     assert facts.usable.tolist() == [2]
     assert facts.affected == {"error": 5, "dropped": 0, "note": 0, "image": 0, "duplicate": 0}
     assert len(inspection.errors) == 5
@@ -106,6 +114,47 @@ def test_rows_with_broken_images_are_dropped_up_to_max_bad_fraction(folder):
     assert not inspection.errors
     assert inspection.sets[0].affected["dropped"] == 1
     assert "broken.png" in messages(inspection, "dropped")[0]
+
+
+def test_missing_images_count_as_broken_ones(folder):
+    rows = rows_of(folder, "train", row("nowhere.png"), row("broken.png"), row("red.png"))
+    [facts] = inspect({"train": rows}, PROCESSOR, max_bad_fraction=0.7).sets
+    assert (facts.affected["dropped"], facts.affected["error"], facts.bad_images) == (2, 0, 2)
+    inspection = inspect({"train": rows}, PROCESSOR, max_bad_fraction=0.5)
+    assert len(inspection.errors) == inspection.sets[0].bad_images == 2
+    assert not any("on_bad_image" in finding.message for _, finding in inspection.errors)
+    as_errors = inspect({"train": rows}, PROCESSOR)
+    assert all("on_bad_image=drop" in finding.message for _, finding in as_errors.errors)
+
+
+def test_a_question_that_is_longer_than_a_training_row_may_be_is_noted(folder):
+    processor = QwenVLProcessor(PROCESSOR.tokenizer, tokens_per_image=4, max_length=60)
+    rows = rows_of(folder, "test", {"query": "a" * 300}, {"query": "a"})
+    inspection = inspect({"test": rows}, processor, prompts=["test"])
+    [note] = messages(inspection, "note")
+    assert "tokens, more than model.max_length=60 allows in training" in note
+    assert len(inspection.sets[0].usable) == 2
+
+
+def test_rows_without_an_answer_and_with_an_empty_one_are_told_apart(folder):
+    rows = rows_of(
+        folder,
+        "train",
+        {"query": "open"},
+        row("red.png", answer=" "),
+        row("red.png", "1", answer=""),
+        row("red.png", "2"),
+        "{not json",
+    )
+    [facts] = inspect({"train": rows}, PROCESSOR).sets
+    assert (facts.unanswered, facts.empty_answers, len(facts.usable)) == (1, 2, 3)
+
+
+def test_a_broken_image_is_named_once_in_its_message(folder):
+    rows = rows_of(folder, "train", row("broken.png", id="half"))
+    [error] = messages(inspect({"train": rows}, PROCESSOR), "error")
+    location = f"{folder}/train.jsonl:1: row 'half': image {folder}/broken.png cannot be read"
+    assert error.startswith(location)
 
 
 def test_images_inside_rows_are_decoded_too(folder):
@@ -196,9 +245,20 @@ def test_progress_is_reported_for_rows_and_images(folder):
 def test_files_are_found_below_subsets_and_concatenations(folder):
     a = rows_of(folder, "a", row("red.png"))
     b = rows_of(folder, "b", {"image": "red.png", "question": "What?", "answer": "x"})
-    files = list(files_of(Concat([Subset(Concat([a, b]), [1]), a])))
-    assert [(file.path.name, file.rows) for file in files] == [("a.jsonl", 1), ("b.jsonl", 1)]
+    files = list(files_of(Concat([a, Subset(Concat([a, b]), [1])])))
+    assert [(file.path.name, file.rows, file.used) for file in files] == [
+        ("a.jsonl", 1, 1),
+        ("b.jsonl", 1, 1),
+    ]
     assert files[0].layout == "query"
+
+
+def test_the_rows_that_a_set_uses_of_a_file_are_counted(folder):
+    rows = rows_of(folder, "a", *(row("red.png", str(number)) for number in range(5)))
+    [facts] = inspect({"train": Subset(rows, [0, 3, 4])}, PROCESSOR).sets
+    assert [(file.rows, file.used) for file in facts.files] == [(5, 3)]
+    [repeated] = files_of(Subset(rows, [0, 0, 1, 1]))  # distinct rows are counted
+    assert repeated.used == 2
 
 
 def unusual_images(folder: Path) -> None:

@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from qwenvl_lit.data.findings import FindingsWriter
+from qwenvl_lit.data.findings import FindingsWriter, record
 from qwenvl_lit.data.json_lines import append_json_lines, read_json_lines
 from qwenvl_lit.data.predictions import answered_rows, prediction_rows
 from qwenvl_lit.data.readers.sources import read_rows
+from qwenvl_lit.data.survey import Finding
 from qwenvl_lit.types import DataError
 
 # `str.splitlines` splits at all of these, a file of JSON lines at none.
@@ -25,10 +26,10 @@ def test_rows_come_back_whatever_characters_they_hold(character, tmp_path):
 
 @pytest.mark.parametrize("character", [*SPLIT_CHARACTERS, "\udcff"])
 def test_findings_are_one_line_each(character, tmp_path):
-    finding = {"set": "a", "kind": "dropped", "message": f"row 'a{character}b'"}
-    FindingsWriter(folder=tmp_path).append([finding] * 2)
+    finding = Finding(kind="note", index=0, id="a", message=f"row 'a{character}b'")
+    FindingsWriter(folder=tmp_path).append("train", [finding] * 2)
     lines = (tmp_path / "findings.jsonl").read_bytes().split(b"\n")
-    assert [json.loads(line) for line in lines[:-1]] == [finding] * 2
+    assert [json.loads(line) for line in lines[:-1]] == [record("train", finding)] * 2
 
 
 @pytest.mark.parametrize("character", SPLIT_CHARACTERS)

@@ -40,9 +40,9 @@ class Codes:
     def length(self, conversation):
         self.measured.append(conversation.id)
         if conversation.id == "x":
-            raise Dropped("f:1: x is too long")
+            raise Dropped("too long")
         if conversation.id == "y":
-            raise DataError("f:2: y is broken")
+            raise DataError("broken")
         return ord(conversation.id), 1
 
 
@@ -181,12 +181,12 @@ def test_each_row_is_measured_once_and_dropped_rows_are_left_out():
     assert ids(measured.validation) == "e"
     lengths = np.concatenate(measured.lengths)
     assert "".join(map(chr, lengths)) == "abababcde"
-    assert [finding.message for finding in measured.findings] == ["f:1: x is too long"] * 2
+    assert [finding.message for finding in measured.findings] == ["row 'x': too long"] * 2
 
 
 def test_a_row_that_cannot_be_used_is_an_error_before_training():
     data = DataModule(processor=Codes(), read=read, train="abyc")
-    with pytest.raises(DataError, match="1 of 4 rows cannot be used:\nf:2: y is broken"):
+    with pytest.raises(DataError, match="1 of 4 rows cannot be used:\nrow 'y': broken"):
         data.setup("fit")
 
 

@@ -46,7 +46,7 @@ class Letters:
 
     def length(self, conversation):
         if conversation.index == 7:
-            raise Dropped(f"sample {conversation.id!r}: too long")
+            raise Dropped("too long")
         return conversation.index + 2, conversation.index + 1
 
 
@@ -132,8 +132,8 @@ def test_the_length_of_a_dropped_row_is_zero():
     assert measured.lengths.dtype == measured.supervised.dtype == np.int32
     assert measured.findings == (
         Finding(kind="dropped", index=2, id="", message="rows.jsonl:3: a bad box"),
-        Finding(kind="note", index=4, id="row-4", message="box clipped"),
-        Finding(kind="dropped", index=7, id="row-7", message="sample 'row-7': too long"),
+        Finding(kind="note", index=4, id="row-4", message="row 'row-4': box clipped"),
+        Finding(kind="dropped", index=7, id="row-7", message="row 'row-7': too long"),
     )
 
 
