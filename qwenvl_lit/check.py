@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.cli.early_checks import check_files, datasets_of, sources
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+SPLITS = ("train", "validation", "test")
+NOTHING = "there is nothing to check: give data.train=FILE, data.validation=FILE or data.test=FILE"
+
+
 def main(config: DictConfig) -> None:
+    _require_files(config)
+    check_files(config, SPLITS)
     from rich.console import Console
 
     from qwenvl_lit import build
@@ -33,10 +40,7 @@ def main(config: DictConfig) -> None:
     training_sets, test_sets = data.sets()
     sets = {**training_sets, **test_sets}
     if not sets:
-        raise DataError(
-            "there is nothing to check: give data.train=FILE, data.validation=FILE or "
-            "data.test=FILE"
-        )
+        raise DataError(NOTHING)
     with progress_bars() as report:
         inspection = inspect(
             sets,
@@ -54,6 +58,15 @@ def main(config: DictConfig) -> None:
     print_summary(inspection, Console())
     print(f"\nReport: {build.shown(str(page))}   all findings: {build.shown(str(findings))}")
     sys.exit(bool(inspection.errors))
+
+
+def _require_files(config: DictConfig) -> None:
+    """Raises an error if all datasets have the keys of files, and none of these names a file."""
+    for dataset in datasets_of(config):
+        for split in SPLITS:
+            if split not in dataset or any(sources(dataset[split])):
+                return
+    raise DataError(NOTHING)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.cli.early_checks import check_files
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
 def main(config: DictConfig) -> None:
+    check_files(config, ("train", "validation"))
     from pathlib import Path
 
     from qwenvl_lit import build

@@ -2,11 +2,19 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import compose_config, only_run, read_json_lines, run_command
+from commands import (
+    compose_config,
+    only_run,
+    read_json_lines,
+    run_command,
+    run_from_nothing,
+)
+from omegaconf import OmegaConf
 from PIL import Image
 from small_demo import small_demo
 
 from qwenvl_lit import build, check
+from qwenvl_lit.cli.early_checks import check_files
 from qwenvl_lit.types import DataError
 
 
@@ -65,8 +73,10 @@ def test_errors_are_listed_and_give_exit_status_1(folder):
     assert len(errors) == 2
     for error in errors:
         assert f"{error['set']}: {error['message']}" in process.stdout
-    rows = {Path(error["message"].split(": ")[0]).name for error in errors}
-    assert rows == {"mine.jsonl:41", "mine.jsonl:42"}
+    rows = {(error["file"], error["line"], error["id"]) for error in errors}
+    assert rows == {("mine.jsonl", 41, "half"), ("mine.jsonl", 42, None)}
+    assert "train: mine.jsonl: 32 of its 42 rows, layout query" in process.stdout
+    assert "validation: mine.jsonl: 10 of its 42 rows, layout query" in process.stdout
     assert "2 errors" in process.stdout
     assert "2 errors" in (run / "report.html").read_text()
     assert not (run / "split.json").exists()  # a run of training draws and stores its own
@@ -96,6 +106,86 @@ def test_broken_images_that_training_drops_are_not_errors(folder, tmp_path):
     assert exit_status(tmp_path, *drop) == 1  # one of four is more than the default fraction
     assert exit_status(tmp_path, *drop, "data.max_bad_fraction=0.25") == 0
     assert [finding["kind"] for finding in findings(tmp_path / "run")] == ["dropped"]
+
+
+def test_missing_images_that_training_drops_are_counted_and_named(folder, tmp_path, capsys):
+    lines = (folder / "mine.jsonl").read_text().splitlines()[:3]
+    lines.append(json.dumps({"query": "<img>none.png</img>?", "response": "a", "id": "gone"}))
+    (folder / "four.jsonl").write_text("\n".join(lines))
+    data = ["data=jsonl", f"data.train={folder}/four.jsonl", "data.validation=null"]
+    assert exit_status(tmp_path, *data) == 1
+    capsys.readouterr()
+    drop = [*data, "data.on_bad_image=drop", "data.max_bad_fraction=0.5"]
+    assert exit_status(tmp_path, *drop) == 0
+    printed = capsys.readouterr().out
+    line = "train: data.on_bad_image=drop leaves out 1 of 4 rows for missing or broken images; data"
+    assert f"{line}.max_bad_fraction=0.5 allows 2" in printed
+    assert f"{folder}/four.jsonl:4: row 'gone'" in printed
+    config = compose_config("check", *drop, f"paths.run={folder}")
+    data = build.data(config, build.processor(config))
+    data.setup("fit")
+    assert sum(map(len, data.train)) == 3
+
+
+def test_a_very_long_row_is_an_error_with_the_tiny_model_too(folder, tmp_path):
+    (folder / "long.jsonl").write_text(json.dumps({"query": "a", "response": "b c " * 50_000}))
+    data = ["data=jsonl", f"data.train={folder}/long.jsonl", "data.validation=null"]
+    assert exit_status(tmp_path, *data) == 1
+    [finding] = findings(tmp_path / "run")
+    assert "tokens are more than max_length=2048; " in finding["message"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=jsonl", "data.train=none.jsonl"], "no file none.jsonl"),
+        (["data=jsonl", "data.train=mine.jsonl", "data.validation=none.jsonl"], "no file none.j"),
+        (["data=jsonl", "data.train=mine.jsonl", "data.test={a: no.csv}"], "no file no.csv"),
+        (["data=jsonl", "data.train=red.png"], "red.png:1: not UTF-8"),
+        (["data=jsonl", "data.train=mine.jsonl", "data.test=."], ". is a folder"),
+    ],
+)
+def test_files_are_opened_before_anything_else(folder, monkeypatch, overrides, message):
+    monkeypatch.chdir(folder)
+    config = compose_config("check", f"paths.run={folder}", "paths.cache=cache", *overrides)
+    with pytest.raises(DataError, match=message):
+        check_files(config, check.SPLITS)
+    dataset = OmegaConf.to_container(config.data, resolve=True)
+    mixture = OmegaConf.create({"data": {"datasets": {"mine": dataset}}})
+    with pytest.raises(DataError, match=message):
+        check_files(mixture, check.SPLITS)
+
+
+def test_files_that_a_dataset_prepares_are_not_opened_before(tmp_path):
+    config = compose_config("check", f"paths.run={tmp_path}", f"paths.cache={tmp_path}")
+    check_files(config, check.SPLITS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_missing_file_is_named_before_torch_is_imported(tmp_path, command):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    process = run_from_nothing(tmp_path, command, "data=jsonl", "data.train=none.jsonl")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: no file none.jsonl, relative to ")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_the_help_has_the_keys_that_matter(tmp_path):
+    process = run_command(tmp_path, "check", "--help", "data=jsonl")
+    lines = process.stdout.splitlines()
+    assert len(lines) < 60
+    keys = {line.strip().partition(":")[0] for line in lines}
+    assert keys >= {
+        "workers",
+        "train",
+        "on_bad_image",
+        "max_bad_fraction",
+        "max_length",
+        "too_long",
+    }
+    assert not keys & {"lr", "max_epochs", "max_new_tokens", "batch_size", "targets"}
+    assert "${paths.cache}" in process.stdout
 
 
 def test_without_any_file_there_is_nothing_to_check(tmp_path):

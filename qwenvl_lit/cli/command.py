@@ -91,7 +91,8 @@ def _run_reporting_mistakes(
     warnings.filterwarnings("error", message="Callback .* raised", category=UserWarning)
     if CACHE in os.environ:  # conf/common.yaml reads it
         os.environ[CACHE] = os.path.expanduser(os.environ[CACHE])
-    OmegaConf.register_new_resolver("keys_of", keys_of, replace=True)
+    for resolver in (keys_of, choices_of, values_of):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     arguments = sys.argv[1:]
     try:
         line = prepare(name, arguments, run=run, adjust=adjust)
@@ -158,6 +159,18 @@ def keys_of(name: str) -> str:
     text = (config_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     own_keys = text.partition("\n  - _self_\n")[2].partition("\nhydra:\n")[0]
     return own_keys.strip().replace("$", "$$")  # Hydra passes the help through string.Template
+
+
+def choices_of(group: str) -> str:
+    """The choices of a group in conf/, for `--help`."""
+    return ", ".join(sorted(file.stem for file in (config_folder() / group).glob("*.yaml")))
+
+
+def values_of(group: str, *keys: str, _root_: DictConfig) -> str:
+    """Those of `keys` that a group of the composed config has, with their values, for `--help`."""
+    node = OmegaConf.to_container(_root_[group], resolve=False)
+    values = {key: node[key] for key in keys if key in node}
+    return OmegaConf.to_yaml(OmegaConf.create({group: values})).strip().replace("$", "$$")
 
 
 def _quote_all(arguments: Sequence[str]) -> list[str]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.data.readers.rows import ReadOptions
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.extras import require
 from qwenvl_lit.settings import CHECKS, check_seed, check_settings
 
+READ_ROWS = f"{read_rows.__module__}.{read_rows.__name__}"
 LOGGERS = {  # classes of Lightning that need an optional package
     "lightning.pytorch.loggers.WandbLogger": "wandb",
     "lightning.pytorch.loggers.TensorBoardLogger": "tensorboard",
@@ -45,3 +52,43 @@ def check_packages(config: DictConfig) -> None:
         require("bitsandbytes", "adapter.quantization, which adapter=qlora sets,")
     if (config.get("model") or {}).get("load_in_4bit"):
         require("bitsandbytes", "model.load_in_4bit=true")
+
+
+def check_files(config: DictConfig, splits: Sequence[str]) -> None:
+    """Opens the files of the datasets, which checks each file and the layout of its first row.
+
+    Indexes of large files stay in the cache. Files that a dataset writes or downloads are left out,
+    and so are those of other readers.
+
+    Args:
+        splits: keys of a dataset that name the files, such as "train".
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    for dataset in datasets_of(config):
+        if dataset.get("prepare") or (dataset.get("read") or {}).get("_target_") != READ_ROWS:
+            continue
+        root, cache = (_folder(dataset.get(key)) for key in ("root", "cache"))
+        for split in splits:
+            for source in sources(dataset.get(split)):
+                read_rows(source, ReadOptions(root=root, cache=cache))
+
+
+def datasets_of(config: DictConfig) -> Iterator[dict[str, Any]]:
+    """Yields the config of each dataset of a command: that of `data`, or those of a mixture."""
+    data = OmegaConf.to_container(config.data, resolve=True)
+    yield from (data.get("datasets") or {"": data}).values()
+
+
+def sources(files: Any) -> Iterator[str]:
+    """Yields the files in the value of a split, which may also be a number of rows."""
+    if isinstance(files, str):
+        yield files
+    elif isinstance(files, dict | list):
+        for each in files.values() if isinstance(files, dict) else files:
+            yield from sources(each)
+
+
+def _folder(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
