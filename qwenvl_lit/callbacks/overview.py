@@ -31,7 +31,7 @@ OPEN, CLOSE = "⟦", "⟧"  # around supervised tokens
 
 
 class Overview(lightning.Callback):
-    """Prints rows, steps, device and run folder, and a row with its supervised tokens marked.
+    """Prints rows, steps, learning rate and device, and a row with its supervised tokens marked.
 
     The row is the first training row that is not left out.
     """
@@ -42,19 +42,17 @@ class Overview(lightning.Callback):
         if not trainer.is_global_zero:
             return
         console = Console(highlight=False, soft_wrap=True)
-        for label, value in facts(trainer, metrics=list(pl_module.metrics)):
+        for label, value in facts(trainer, pl_module):
             console.print(Text(f"{label:{LABEL_WIDTH}}{printable(value)}"))
         sample = first_sample(trainer.datamodule)
         if sample is not None:
             console.print(marked(sample, trainer.datamodule.processor))
 
 
-def facts(trainer: lightning.Trainer, *, metrics: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields the lines of the overview, each as a label and its text.
-
-    Args:
-        metrics: names of the metrics that score answers.
-    """
+def facts(
+    trainer: lightning.Trainer, module: lightning.LightningModule
+) -> Iterator[tuple[str, str]]:
+    """Yields the lines of the overview, each as a label and its text."""
     data: DataModule = trainer.datamodule
     folder = Path(trainer.default_root_dir)
     here = Path.cwd()
@@ -63,7 +61,8 @@ def facts(trainer: lightning.Trainer, *, metrics: Sequence[str]) -> Iterator[tup
     yield "Rows", _rows(data)
     yield "Steps", _steps(trainer, data)
     yield "Batches", _batches(trainer, data)
-    yield "Validation", _validation(trainer, data, metrics)
+    yield "Optimizer", module.optim.describe(int(data.steps_of_run()))
+    yield "Validation", _validation(trainer, data, list(module.metrics))
 
 
 def _device(trainer: lightning.Trainer) -> str:

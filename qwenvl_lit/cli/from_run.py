@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.cli.overrides import HELP_FLAGS, has_any, quote, value_of
+from qwenvl_lit.cli.start_optimizer import optimizer_of_start
 from qwenvl_lit.runs.predictions import config_beside
 from qwenvl_lit.runs.run import Run, find_run, init_from
 from qwenvl_lit.runs.stored_config import check_groups
@@ -18,7 +19,7 @@ from qwenvl_lit.types import DataError
 FROM_RUN = ("model", "adapter", "init", "data", "metrics", "generation")
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")  # of `trainer`: not the recipe's
 # Which groups a model's file chooses, and so a run that training starts from. An adapter chooses
-# its learning rates, so another adapter than the run's brings its own.
+# its learning rates, so another adapter than the run's brings its own (`cli/start_optimizer.py`).
 RECIPE = {
     "model": ("adapter", "trainer", "generation"),
     "adapter": ("optim",),
@@ -73,25 +74,32 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
     """Lets training start from the run that `ckpt=` names: its weights, model and recipe.
 
     The run's trained weights become the choice `init=run`, its model and recipe `model=run`. Both
-    are chosen unless the command line chooses another model.
+    are chosen unless the command line chooses another model. A note says which optimizer follows
+    from the adapter.
     """
     ckpt = value_of(arguments, "ckpt")
     if ckpt is None:
         return CommandLine(arguments=list(arguments))
     run = find_run(ckpt, trust=_trusts(arguments), verify=_verifies(arguments))
     check_groups(run.config, RECIPE, ckpt)
-    groups: dict[str, Mapping[str, Any]] = {"init": {}}
+    groups: dict[str, dict[str, Any]] = {"init": {}}
     choices = ["model=run"]
     if run.checkpoint is not None:
         groups["init"] = init_from(run)
         choices.insert(0, "init=run")
     for group in RECIPE:
         groups[group] = _recipe_node(group, run.config[group])
+    notes = _notes(arguments, ckpt, run)
+    optimizer = optimizer_of_start(arguments, run)
+    if optimizer is not None:
+        notes.append(f"{ckpt}: {optimizer.reason}")
+        override = {"override /optim@_global_.optim": optimizer.choice}
+        groups["model"] |= {"defaults": [override, *groups["model"]["defaults"]]}
     new_choices = [choice for choice in choices if not has_any(arguments, choice[: -len("run")])]
     return CommandLine(
         arguments=_replace_ckpt(arguments, [_checkpoint_argument(run, ckpt), *new_choices]),
         run_groups=groups,
-        notes=_notes(arguments, ckpt, run),
+        notes=notes,
     )
 
 

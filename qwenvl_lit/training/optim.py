@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,6 +18,7 @@ from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.settings import Rounding, Schedule, check_settings
 
 CHUNK = 2**24  # elements that a stochastically rounded step updates at once: 0.6 GiB of float32
+log = logging.getLogger(__name__)
 
 
 class AdamW:
@@ -102,12 +105,40 @@ class AdamW:
             optimizer = StochasticAdamW(groups, **settings, seed=self.seed, compiled=compiled)
         else:
             optimizer = torch.optim.AdamW(groups, **settings, fused=True)
-        warmup_steps = int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
+        warmup_steps = self._warmup_steps(total_steps)
+        if warmup_steps >= total_steps:
+            self._warn_of_warmup(total_steps)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         schedule = get_scheduler(
             name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
         )
         return optimizer, schedule
+
+    def describe(self, total_steps: int) -> str:
+        """Returns the learning rates and their schedule in a line.
+
+        >>> AdamW(lr=1e-4, component_lr={"vision": 1e-5}).describe(200)
+        'learning rate 0.0001 (vision 1e-05), warm-up over 10 steps, then cosine'
+        """
+        rates = ", ".join(f"{name} {lr:g}" for name, lr in self.component_lr.items())
+        text = f"learning rate {self.lr:g}" + (f" ({rates})" if rates else "")
+        warmup_steps = self._warmup_steps(total_steps)
+        if warmup_steps:
+            noun = "step" if warmup_steps == 1 else "steps"
+            return f"{text}, warm-up over {warmup_steps:,} {noun}, then {self.schedule}"
+        return f"{text}, no warm-up, {self.schedule}"
+
+    @rank_zero_only
+    def _warn_of_warmup(self, total_steps: int) -> None:
+        log.warning(
+            "the run has %d optimizer steps and optim.warmup=%g, so the learning rate never "
+            "reaches optim.lr=%g: give a fraction of all steps, such as optim.warmup=0.05, or "
+            "train longer",
+            *(total_steps, self.warmup, self.lr),
+        )
+
+    def _warmup_steps(self, total_steps: int) -> int:
+        return int(self.warmup if self.warmup >= 1 else self.warmup * total_steps)
 
     def _groups(
         self, trainable: Mapping[str, nn.Parameter], components: Mapping[str, str]

@@ -33,6 +33,17 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero(warmup):
     assert learning_rates[10] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_warm_up_that_is_longer_than_the_training_is_warned_about(caplog):
+    AdamW(lr=2e-3, warmup=50).build(nn.Linear(2, 2), total_steps=51)
+    assert not caplog.text
+    AdamW(lr=2e-3, warmup=50).build(nn.Linear(2, 2), total_steps=50)
+    [warning] = caplog.messages
+    assert warning.startswith(
+        "the run has 50 optimizer steps and optim.warmup=50, so the learning rate never reaches "
+        "optim.lr=0.002: "
+    )
+
+
 @pytest.mark.parametrize(
     ("schedule", "learning_rates"),
     [
