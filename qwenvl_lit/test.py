@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("ckpt=", "model=", "predictions=")  # arguments that say whose answers are scored
 RATES = ("/seconds", "/images_per_second")  # measurements among the results
+log = logging.getLogger("qwenvl_lit.test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.evaluation.benchmarks import read_benchmarks
     from qwenvl_lit.evaluation.sets import evaluation_sets
+    from qwenvl_lit.evaluation.trained_rows import find_trained_rows
     from qwenvl_lit.metrics.summary import SCORES_FILE
     from qwenvl_lit.runs.run import find_run
 
@@ -64,12 +67,16 @@ def main(config: DictConfig) -> None:
     run = None
     if config.ckpt:
         run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
+    trained_rows = find_trained_rows(sets, run) if run and rank_zero_only.rank == 0 else []
+    for warning in trained_rows:
+        log.warning(warning)
     if config.predictions:
         outcome = score_stored_answers(config, sets, processor)
     else:
         outcome = answer_and_score(config, sets, processor, run)
     if rank_zero_only.rank == 0:
-        report(config, sets, processor, benchmarks, run, outcome)
+        notes = [*trained_rows, *_notes(config, benchmarks, run)]
+        report(config, sets, processor, benchmarks, notes, outcome)
 
 
 def score_stored_answers(
@@ -135,10 +142,14 @@ def report(
     sets: Sequence[EvaluationSet],
     processor: Processor,
     benchmarks: Sequence[Benchmark],
-    run: Run | None,
+    notes: Sequence[str],
     outcome: Outcome,
 ) -> None:
-    """Writes `metrics.json` and `report.html`, and prints the scores."""
+    """Writes `metrics.json` and `report.html`, and prints the scores.
+
+    Args:
+        notes: what a reader of the scores must know.
+    """
     from pathlib import Path
 
     from rich.console import Console
@@ -156,7 +167,6 @@ def report(
     if outcome.baseline:
         save_scores(folder, "baseline", outcome.baseline)
     published = benchmark_table(benchmarks, outcome.results, published_model_name(config))
-    notes = _notes(config, benchmarks, run)
     title = f"Scores of {outcome.source}"
     page = folder / REPORT
     write_report(

@@ -18,7 +18,13 @@ from qwenvl_lit.data.predictions import FILENAME
 from qwenvl_lit.evaluation.benchmarks import Benchmark
 from qwenvl_lit.metrics.suggest import suggest_metrics
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.reports.scores import ScoredSet, read_answer_texts, read_predictions, score_set
+from qwenvl_lit.reports.scores import (
+    ScoredSet,
+    answered_rows,
+    read_answer_texts,
+    read_predictions,
+    score_set,
+)
 from qwenvl_lit.reports.scores_page import EarlierRun
 from qwenvl_lit.runs.predictions import predictions_file
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -65,7 +71,7 @@ def evaluation_sets(
 
     Raises:
         DataError: no metrics are chosen, or a run in `compare=` has not answered one of the
-            evaluation sets.
+            evaluation sets, or other rows.
     """
     sets = []
     for benchmark in benchmarks:
@@ -75,12 +81,18 @@ def evaluation_sets(
     for evaluation_set in sets:
         if not evaluation_set.metrics:
             raise DataError(*_advice_on_metrics(evaluation_set.data))
-    if len(sets) > 1:  # check all sets before answering the first
-        for evaluation_set in sets:
-            _open(evaluation_set.data)
+    earlier = []
     for run in config.compare or ():
         for evaluation_set in sets:
-            evaluation_set.predictions_in(run)
+            earlier.append((evaluation_set.predictions_in(run), evaluation_set.data))
+    if config.predictions:
+        return sets  # nothing is answered
+    if len(sets) > 1 or earlier:  # check everything before the first answer
+        for evaluation_set in sets:
+            _open(evaluation_set.data)
+    for file, data in earlier:
+        for _ in answered_rows(file, data.test):
+            pass  # each answered row is looked up in the data
     return sets
 
 

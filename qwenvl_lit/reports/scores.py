@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +116,18 @@ def read_predictions(
     """Reads the predictions in a `predictions.jsonl`, by test set and sorted by row index.
 
     Raises:
+        DataError: as `answered_rows`.
+    """
+    predictions: dict[str, list[Prediction]] = {}
+    for name, row, text in answered_rows(file, sets):
+        predictions.setdefault(name, []).append(processor.read(text, row))
+    return predictions
+
+
+def answered_rows(file: Path, sets: Mapping[str, Rows]) -> Iterator[tuple[str, Conversation, str]]:
+    """Yields test set, row and text of the answers in a `predictions.jsonl`, sorted by row index.
+
+    Raises:
         DataError: the file has answers to rows that are not in `sets`, or `read_answer_texts`
             raises the error.
     """
@@ -123,15 +135,13 @@ def read_predictions(
     if unknown := sorted(set(answers_by_set) - set(sets)):
         raise DataError(
             f"{file} answers the sets {', '.join(unknown)}, the data has {', '.join(sets)}; "
-            "choose the data= with which the answers were generated"
+            "choose the data= with which the answers were generated (data.test={NAME: FILE} names "
+            "a set)"
         )
-    predictions: dict[str, list[Prediction]] = {}
     for name, answers_of_set in answers_by_set.items():
-        predictions[name] = []
         for index, (row_id, text) in sorted(answers_of_set.items()):
-            row = _row(sets[name], index, row_id, source=f"{file}: row {index} of {name}")
-            predictions[name].append(processor.read(text, row))
-    return predictions
+            source = f"{file}: row {index} of {name}"
+            yield name, _row(sets[name], index, row_id, source=source), text
 
 
 def _row(rows: Rows, index: int, row_id: str, *, source: str) -> Conversation:
