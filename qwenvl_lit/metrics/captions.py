@@ -198,8 +198,13 @@ def _ngram_counts(words: Sequence[str]) -> Counter[tuple[str, ...]]:
 
 
 def bleu(counts: Sequence[float], n: int) -> float:
-    """Computes BLEU-n from `bleu_counts` of a caption, or from their sum over a corpus."""
+    """Computes BLEU-n from `bleu_counts` of a caption, or from their sum over a corpus.
+
+    Without a common word the score is 0. The constants of the published tools leave about 1e-17.
+    """
     length, closest, *ngrams = counts
+    if not ngrams[N]:
+        return 0.0
     # The published tools add the same small constants.
     precisions = [(ngrams[N + k] + 1e-15) / (ngrams[k] + 1e-9) for k in range(n)]
     ratio = (length + 1e-15) / (closest + 1e-9)

@@ -159,6 +159,12 @@ def test_bleu_by_hand():
     assert bleu(counts, 3) == pytest.approx(math.exp(1 - 4 / 3))
 
 
+@pytest.mark.parametrize("caption", ["a dog runs", "dog", ""])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_bleu_without_a_common_word_is_zero(caption, n):
+    assert bleu(bleu_counts(caption, ("the cat sat",)), n) == 0
+
+
 def test_bleu_counts_a_word_at_most_as_often_as_one_reference_has_it():
     assert bleu_counts("the the the", ("the cat", "the dog the"))[6] == 2
     assert bleu(bleu_counts("the the the", ("the cat", "the dog the")), 1) == pytest.approx(2 / 3)
