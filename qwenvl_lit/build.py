@@ -59,6 +59,8 @@ IGNORED_WARNINGS = (  # regular expressions
     ".*sync_dist=True.*",  # our metrics are reduced across ranks by torchmetrics
     ".*Corrupt EXIF data.*",  # the pixels are sound
     ".*could be decompression bomb.*",  # `images.MAX_IMAGE_PIXELS` is the limit
+    ".*smaller than the logging interval.*",  # `RunLog` says what follows
+    ".*requested to overfit but enabled val.*",  # the order of validation rows does not matter
     ".*FSDP2-wrapped module .* returned a view.*",  # we change no output in place
 )
 

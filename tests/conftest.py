@@ -11,6 +11,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
+from qwenvl_lit.metrics import per_sample
+
+
+@pytest.fixture(autouse=True)
+def _warn_again():
+    """Lets each test see the warnings that a process logs once."""
+    per_sample._warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -76,7 +76,19 @@ class RunLog(lightning.Callback):
         self._elapsed_before = 0.0
         if trainer.is_global_zero:
             self._open_log(trainer)
+            self._warn_of_interval(trainer)
         self._start = time.perf_counter()
+
+    def _warn_of_interval(self, trainer: lightning.Trainer) -> None:
+        """Warns if loggers receive no training values, since they have no first and last step."""
+        steps, interval = self._total_steps, trainer.log_every_n_steps
+        if trainer.loggers and steps is not None and steps < interval:
+            log.warning(
+                "the run has %d optimizer steps and trainer.log_every_n_steps=%d: %s has the first "
+                "and the last step only, and loggers have none; to log each step: "
+                "trainer.log_every_n_steps=1",
+                *(steps, interval, LOG),
+            )
 
     def on_before_optimizer_step(
         self,

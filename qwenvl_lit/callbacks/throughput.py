@@ -28,6 +28,7 @@ PEAKS = (
     ("H200", 989e12),
     ("A100", 312e12),
 )
+MIN_BATCHES = 10  # whose rate says something about the speed of longer runs
 
 
 class Snapshot(NamedTuple):
@@ -46,6 +47,7 @@ class AnswerCounts(NamedTuple):
     """Totals of a test or prediction since its start, on this rank unless stated otherwise."""
 
     seconds: float
+    batches: int = 0
     rows: int = 0
     images: int = 0
     tokens: int = 0  # generated tokens
@@ -195,6 +197,7 @@ class Throughput(lightning.Callback):
         is_first = self._latest is self._start
         self._latest = AnswerCounts(
             seconds=perf_counter(),
+            batches=self._latest.batches + 1,
             rows=self._latest.rows + len(batch.conversations),
             images=self._latest.images + sum(len(row.images) for row in batch.conversations),
             tokens=self._latest.tokens + sum(prediction.tokens or 0 for prediction in outputs),
@@ -217,10 +220,11 @@ class Throughput(lightning.Callback):
         rows = "1 row" if latest.rows == 1 else f"{latest.rows} rows"
         print(f"{command}: {rows} in {seconds:.1f} s, {_answer_rates(self._start, latest)}")
         loading = f"loading took {self._start.seconds - self._loading_start:.1f} s before that"
-        if latest.seconds > first.seconds:
+        batches = latest.batches - first.batches
+        if batches >= MIN_BATCHES:
             first_seconds = first.seconds - self._start.seconds
             loading = (
-                f"without the first batch, which took {first_seconds:.1f} s: "
+                f"{batches:,} batches after the first, which took {first_seconds:.1f} s: "
                 f"{_answer_rates(first, latest)}; {loading}"
             )
         print(f"  {loading}")

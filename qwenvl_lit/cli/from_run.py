@@ -155,7 +155,12 @@ def _checkpoint_argument(run: Run, ckpt: str) -> str:
 
 
 def _notes(arguments: Sequence[str], ckpt: str, run: Run) -> list[str]:
-    if not run.base_model:
-        return []
-    path = value_of(arguments, "model.path") or run.config["model"]["path"]
-    return [f"{ckpt} is an adapter for {run.base_model}; the base model here: model.path={path}"]
+    notes = []
+    if ckpt == "latest":
+        notes.append(f"latest is {run.folder}; runs in other folders: ckpt=FOLDER")
+    if run.base_model:
+        path = value_of(arguments, "model.path") or run.config["model"]["path"]
+        notes.append(
+            f"{ckpt} is an adapter for {run.base_model}; the base model here: model.path={path}"
+        )
+    return notes

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit import checksums
 from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
-from qwenvl_lit.runs.run import COMPOSED_CONFIG, latest_run
+from qwenvl_lit.runs.run import COMPOSED_CONFIG, TRAIN_FOLDER, latest_run
 from qwenvl_lit.runs.stored_config import check_stored_config, read_config
 from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.types import DataError
@@ -74,7 +74,8 @@ def _run_to_resume(resume: str, arguments: Sequence[str]) -> Path | None:
     if run is None or not (run / LAST).exists():
         raise DataError(
             f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has "
-            f"saved one, or latest. Start a run again if it stopped before its first checkpoint"
+            f"saved one, or latest, the newest run in {TRAIN_FOLDER.resolve()}. "
+            f"Start a run again if it stopped before its first checkpoint"
         )
     if folder is not None and Path(folder).resolve() != run.resolve():
         raise DataError(f"resume={resume} continues in {run}; leave out hydra.run.dir={folder}")

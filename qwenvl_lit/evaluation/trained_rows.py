@@ -92,7 +92,8 @@ def _relation(file: Path, trained: Path) -> str | None:
     found = rows.intersection(_lines(trained))
     if not found:
         return None
-    return f"{len(found):,} of the {len(rows):,} rows of {file} are in {trained}, a training file of the run"
+    share = f"{len(found):,} of the {len(rows):,} rows of {file}"
+    return f"{share} are in {trained}, a training file of the run"
 
 
 def _lines(file: Path) -> Iterator[bytes]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat, rank_zero_warn
+from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.prints import rank_zero_only
 
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 ROWS = "rows"  # SET/rows: the rows answered; SET/rows_METRIC: those that a metric has scored
 Where = Mapping[str, str | Sequence[str]]  # column name -> accepted value, or accepted values
+log = logging.getLogger(__name__)
 
 
 def sample_key(sample_id: str) -> int:
@@ -66,7 +70,7 @@ class PerSampleMetric(Metric, ABC):
     distributed sampler may repeat rows so that every rank has the same number of rows. `total`
     receives the rows of all ranks sorted by key, so the score does not depend on the batch size,
     the order of the rows or the number of ranks. Without any row the score is NaN, and a warning is
-    logged.
+    logged. Warnings name the metric by `title`, and each is logged once.
 
     Args:
         where: accepted values by column name. Only rows whose `Conversation.columns` have an
@@ -79,6 +83,7 @@ class PerSampleMetric(Metric, ABC):
 
     needs: ClassVar[str]  # what a row must have to be scored; printed in the warning about others
     dtype_of_rows: ClassVar[torch.dtype] = torch.float64
+    title: str = ""  # for warnings: SET/NAME as the score is logged; "" for the name of the class
     count: int = 0  # rows scored by the last `compute`, over all ranks
 
     keys: list[torch.Tensor]
@@ -191,16 +196,22 @@ class PerSampleMetric(Metric, ABC):
 
     def _score(self, rows: Mapping[int, torch.Tensor]) -> float:
         """Returns the score of all rows. Warns if rows are left out or no row was selected."""
-        name = type(self).__name__
+        name = self.title or type(self).__name__
         kept = [row for row in rows.values() if len(row)]
         left_out = len(rows) - len(kept)
         if left_out:
-            rank_zero_warn(
+            _warn_once(
                 f"{name}: {left_out} of {len(rows)} rows left out, they have no {self.needs}"
             )
         if not rows:
             condition = f" whose columns have {self.where}" if self.where else ""
-            rank_zero_warn(f"{name} is nan: there is no row{condition}")
+            _warn_once(f"{name} is nan: there is no row{condition}")
         if not kept:
             return math.nan
         return self.total(kept)
+
+
+@cache  # a run computes the same score at each validation
+@rank_zero_only
+def _warn_once(text: str) -> None:
+    log.warning(text)

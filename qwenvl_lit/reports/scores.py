@@ -178,6 +178,7 @@ def score_set(
     """
     totals, scores = {}, {}
     for title, metric in metrics.items():
+        metric.title = f"{name}/{title}"
         total, row_scores = metric.evaluate(predictions)
         total = float(np.float32(total))  # rounded as Lightning logs it
         if np.isfinite(total):

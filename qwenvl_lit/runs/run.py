@@ -99,7 +99,9 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
         raise DataError(
-            f"latest: there is no run in {TRAIN_FOLDER}/; train first: python -m qwenvl_lit.train"
+            f"latest: there is no run with a checkpoint in {TRAIN_FOLDER.resolve()}; a run that "
+            f"hydra.run.dir= put elsewhere, or a job of a sweep, is given by its folder, "
+            f"ckpt=FOLDER; to train one: python -m qwenvl_lit.train"
         )
     if not path.exists():
         raise DataError(f"{ckpt} does not exist; {_known_runs()}")
@@ -190,7 +192,10 @@ def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str,
 def _known_runs() -> str:
     newest = latest_run()
     if newest is None:
-        return "train one first: python -m qwenvl_lit.train"
+        return (
+            f"there is no run in {TRAIN_FOLDER.resolve()} either; "
+            f"train one first: python -m qwenvl_lit.train"
+        )
     return f"the newest run here is {newest}"
 
 

@@ -293,7 +293,7 @@ class VisionLanguageModule(lightning.LightningModule):
         return gradients
 
     def on_validation_epoch_start(self) -> None:
-        self._start_scoring(1)
+        self._start_scoring(["val"])
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -317,7 +317,7 @@ class VisionLanguageModule(lightning.LightningModule):
             self.generation.release(self.model)  # training needs the memory
 
     def on_test_epoch_start(self) -> None:
-        self._start_scoring(len(self.trainer.datamodule.test_names))
+        self._start_scoring(self.trainer.datamodule.test_names)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
         return self._answer(batch, dataloader_idx)
@@ -364,15 +364,17 @@ class VisionLanguageModule(lightning.LightningModule):
         self.set_rows[set_index] += len(predictions)
         return predictions
 
-    def _start_scoring(self, sets: int) -> None:
+    def _start_scoring(self, set_names: Sequence[str]) -> None:
         # Images may have been encoded with other weights, those of an earlier validation
         self.generation.release(self.model)
         self.set_metrics = nn.ModuleList()
-        for _ in range(sets):
+        for set_name in set_names:
             copies = {name: metric.clone() for name, metric in self.metrics.items()}
+            for name, metric in copies.items():
+                metric.title = f"{set_name}/{name}"
             self.set_metrics.append(nn.ModuleDict(copies))
         self.set_metrics.to(self.device)
-        self.set_rows = [0] * sets
+        self.set_rows = [0] * len(set_names)
 
     def _log_scores(self, names: Sequence[str]) -> None:
         for set_name, metrics in zip(names, self.set_metrics, strict=True):

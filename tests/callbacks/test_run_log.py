@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from toy_task import ToyData, ToyTask, conversation, trainer
 
 from qwenvl_lit.callbacks.checkpoint import RunCheckpoint
@@ -182,3 +183,11 @@ def test_a_misspelt_monitor_of_early_stopping_is_refused_by_name(tmp_path):
     message = r"^callbacks\.early_stopping\.monitor=val/los: no such score .*val/loss"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, RunLog(), stopping, max_epochs=1).fit(ToyTask(), DATA)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(2, True), (3, False)])
+def test_loggers_without_training_values_are_warned_about(tmp_path, caplog, steps, warned):
+    options = {"max_steps": steps, "log_every_n_steps": 3, "logger": CSVLogger(tmp_path)}
+    trainer(tmp_path, RunLog(), limit_val_batches=0, **options).fit(ToyTask(), DATA)
+    message = f"the run has {steps} optimizer steps and trainer.log_every_n_steps=3: "
+    assert any(text.startswith(message) for text in caplog.messages) == warned

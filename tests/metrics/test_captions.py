@@ -213,11 +213,11 @@ def test_the_score_does_not_depend_on_batches_order_repetition_or_ranks(metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_without_a_reference_are_left_out_with_a_warning(metric):
+def test_rows_without_a_reference_are_left_out_with_a_warning(metric, caplog):
     measured = metric()
     measured.update([row("x", "a dog"), *ROWS])
-    with pytest.warns(UserWarning, match="1 of 6 rows left out, they have no reference caption"):
-        assert measured.compute() == scored(metric(), ROWS)
+    assert measured.compute() == scored(metric(), ROWS)
+    assert "1 of 6 rows left out, they have no reference caption" in caplog.text
 
 
 def score_on_rank(rank: int, folder: Path) -> None:

@@ -79,7 +79,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "does not exist; train one first"),
+        (lambda path: None, "does not exist; .* train one first"),
         (lambda path: path.mkdir(), "is not a run folder"),
         (lambda path: write_folder_with(path, "adapter_config.json"), "only LORA"),
         (lambda path: write_run(path), "stopped before it saved one"),
@@ -109,8 +109,9 @@ def test_init_names_the_checkpoint_and_those_that_its_run_started_from(tmp_path)
     }
 
 
-def test_latest_without_runs_is_an_error_that_says_what_to_do():
-    with pytest.raises(DataError, match="train first"):
+def test_without_a_run_latest_says_where_it_looked_and_what_to_do(tmp_path):
+    looked_in = rf"there is no run with a checkpoint in {tmp_path}/outputs/train; .*ckpt=FOLDER"
+    with pytest.raises(DataError, match=looked_in):
         find_run("latest")
 
 

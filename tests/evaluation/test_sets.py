@@ -1,0 +1,95 @@
+"""Test sets are checked before the model answers: no weights are loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import compose_config
+from omegaconf import OmegaConf
+
+from qwenvl_lit import build
+from qwenvl_lit.cli.command import offer_groups, prepare
+from qwenvl_lit.evaluation.sets import EvaluationSet, evaluation_sets
+from qwenvl_lit.evaluation.trained_rows import find_trained_rows
+from qwenvl_lit.runs.run import Run
+from qwenvl_lit.types import DataError
+
+ROWS = [{"query": f"question {number}", "response": "yes"} for number in range(4)]
+
+
+def write_rows(file: Path, rows) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sets_of(*arguments: str) -> list[EvaluationSet]:
+    """The evaluation sets of `test model=qwen_vl_tiny data=jsonl metrics=exact` and arguments."""
+    given = ["model=qwen_vl_tiny", "data=jsonl", "metrics=exact", *arguments]
+    line = prepare("test", given, run="needed")
+    offer_groups(line)
+    config = compose_config("test", *line.arguments)
+    config.paths = {"run": "new", "cache": "cache"}
+    return evaluation_sets(config, build.processor(config), [])
+
+
+@pytest.mark.parametrize(
+    ("answered", "message"),
+    [
+        ({"set": "easy", "index": 0, "id": "rows.jsonl:1"}, "answers the sets easy, the data has"),
+        ({"set": "mine", "index": 0, "id": "x"}, "row 0 of mine is 'x', which is 'rows.jsonl:1'"),
+        ({"set": "mine", "index": 9, "id": "x"}, "row 9 of mine is 'x', which does not exist"),
+        ({"set": "mine", "index": 0, "id": "rows.jsonl:1"}, None),
+    ],
+)
+def test_answers_to_compare_with_are_matched_before_anything_is_answered(
+    tmp_path, monkeypatch, answered, message
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "old").mkdir()
+    write_rows(tmp_path / "old/predictions.jsonl", [{**answered, "prediction": "yes"}])
+    arguments = ["data.test={mine: rows.jsonl}", "compare=[old]"]
+    if message is None:
+        assert len(sets_of(*arguments)) == 1
+        return
+    with pytest.raises(DataError, match=message):
+        sets_of(*arguments)
+
+
+def trained_run(folder: Path, train, *, root=None, init=None) -> Run:
+    """A run that was trained on these files; its weights are not there."""
+    folder.mkdir()
+    OmegaConf.save({"data": {"train": train, "root": root}}, folder / "config.yaml")
+    checkpoint = folder / "checkpoints/best.ckpt"
+    return Run(config={"init": init or {}}, checkpoint=checkpoint, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "warning"),
+    [
+        ("a.jsonl", "a.jsonl#2", "a.jsonl is a training file of the run"),
+        (["new.jsonl", "a.jsonl#3"], "a.jsonl", "a.jsonl is a training file of the run"),
+        ("*a.jsonl", "copy.jsonl", "copy.jsonl has the content of a.jsonl, a training file of"),
+        ("a.jsonl", "{x: new.jsonl, y: part.jsonl}", "1 of the 2 rows of part.jsonl are in a.jso"),
+        ("a.jsonl", "new.jsonl", None),
+        ("moved.jsonl", "a.jsonl", None),
+    ],
+)
+def test_test_rows_that_the_run_was_trained_on_are_warned_about(
+    tmp_path, monkeypatch, train, test, warning
+):
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("a", ROWS[:3]), ("copy", ROWS[:3]), ("new", ROWS[3:]), ("part", ROWS[2:])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    found = find_trained_rows(sets_of(f"data.test={test}"), trained_run(tmp_path / "run", train))
+    assert [text.startswith(warning) for text in found] == ([True] if warning else [])
+
+
+def test_training_files_are_those_of_the_runs_that_a_run_started_from_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "root").mkdir()
+    write_rows(tmp_path / "root/a.jsonl", ROWS)
+    first = trained_run(tmp_path / "first", "a.jsonl", root=str(tmp_path / "root"))
+    init = {"checkpoint": str(first.checkpoint), "init": {}}
+    second = trained_run(tmp_path / "second", ["none.jsonl"], init=init)
+    [warning] = find_trained_rows(sets_of("data.test=root/a.jsonl"), second)
+    assert warning.startswith("root/a.jsonl is a training file of the run")
