@@ -65,6 +65,10 @@ def test_without_a_command_the_commands_are_listed(arguments, monkeypatch, capsy
     ("name", "hint"),
     [
         ("trian", "did you mean train?"),
+        ("sft", "here it is train: qwenvl-lit train --help"),
+        ("infer", "here it is predict: qwenvl-lit predict --help"),
+        ("eval", "here it is test: qwenvl-lit test --help"),
+        ("merge-lora", "here it is export: qwenvl-lit export --help"),
         ("deploy", "there are train, test, predict, chat, check, export"),
     ],
 )

@@ -26,11 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qwenvl_lit.cli.alternatives import is_sweep, quote_alternatives
+from qwenvl_lit.cli.choices import refuse_paths_as_choices
 from qwenvl_lit.cli.demo_data import refuse_own_files
 from qwenvl_lit.cli.disk import DISK_ERRORS, RUN_FOLDER, disk_message, write_error
 from qwenvl_lit.cli.early_checks import check_packages, check_values
 from qwenvl_lit.cli.from_run import CommandLine, start_from_run, use_run
-from qwenvl_lit.cli.hints import explain, refuse_options
+from qwenvl_lit.cli.hints import explain, refuse_options, refuse_unread_keys
 from qwenvl_lit.cli.mixture import keep_expanded_datasets
 from qwenvl_lit.cli.overrides import INFO_FLAGS, quote_free_text
 from qwenvl_lit.cli.ranks import rank_arguments
@@ -97,6 +98,7 @@ def _run_reporting_mistakes(
     try:
         line = prepare(name, arguments, run=run, adjust=adjust)
         offer_groups(line)
+        refuse_unread_keys(name, line.arguments)
         # Hydra reads sys.argv, and Lightning repeats it to start the other ranks.
         sys.argv[1:] = arguments = line.arguments
         sweep = Sweep(name)
@@ -140,6 +142,7 @@ def prepare(
             resume, or name a folder that holds results.
     """
     refuse_options(name, arguments)
+    refuse_paths_as_choices(name, arguments)
     line = CommandLine(arguments=adjust(_quote_all(arguments)))
     if run == "needed":
         line = use_run(line.arguments, command=name)

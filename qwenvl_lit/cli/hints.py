@@ -6,6 +6,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import hydra
 from hydra.errors import (
@@ -15,35 +16,44 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.cli.choices import explain_choice, group_names
 from qwenvl_lit.cli.other_names import translate, value_from
 from qwenvl_lit.cli.overrides import FLAGS
-from qwenvl_lit.extras import missing
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
-PLUGINS = {  # choices that an optional package brings
-    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
-    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
-    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
-}
-
 
 def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
-    """A composition error in a line or two, with the nearest key or the available choices."""
+    """A composition error in a line, with the nearest key or the available choices."""
     if isinstance(error, MissingConfigException):
-        package = PLUGINS.get(error.missing_cfg_file)
-        if package:
-            group, _, choice = error.missing_cfg_file.rpartition("/")
-            return missing(package, f"{group}={choice}")
-        return _list_choices(str(error))
+        return explain_choice(command, error)
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; in single quotes, a value is taken as text"
     if isinstance(error, ConfigCompositionException):
-        unknown_key = re.search(r"override '([^']+)'", str(error))
+        existing = re.search(r"Could not append to config. An item is already at '(.+?)'", text)
+        if existing:
+            return f"{existing[1]} is a key already; to change it, leave out the + before it"
+        unknown_key = re.search(r"override '([^']+)'", text)
         if unknown_key:
-            key = unknown_key[1]
-            meant = _translated(command, arguments, key)
-            hint = f"; here it is {meant}" if meant else _hint(command, arguments, key)
-            return f"there is no key {key!r}{hint}"
-    return str(error).strip()
+            return _explain_key(command, arguments, unknown_key[1])
+        several = re.search(r"Ambiguous value for argument '(.+)'", text)
+        if several:
+            key, _, values = several[1].partition("=")
+            return (
+                f"{several[1]} has several values: {key}=[{values}] is a list, and -m starts a "
+                f"sweep over them"
+            )
+        repeated = re.search(r"Multiple values for (\S+)\.", text)
+        if repeated:
+            return f"{repeated[1]} has a choice already; to change it, leave out the + before it"
+    return " ".join(text.split())
+
+
+def _explain_key(command: str, arguments: Sequence[str], key: str) -> str:
+    meant = _translated(command, arguments, key)
+    hint = f"; here it is {meant}" if meant else _hint(command, arguments, key)
+    return f"there is no key {key!r}{hint}"
 
 
 def refuse_options(command: str, arguments: Sequence[str]) -> None:
@@ -55,7 +65,7 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
     options = _options(arguments)
     if not options:
         return
-    typed, meant, unknown = [], [], []
+    typed, meant, needless, unknown = [], [], [], []
     for flag, values in options:
         name = flag.lstrip("-")
         typed.append(shlex.join([flag, *values]))
@@ -66,17 +76,63 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
             unknown.append(flag)
         elif argument:
             meant.append(argument)
+        else:
+            needless.append(flag)
     message = f"arguments are written as key=value, without dashes: {' '.join(typed)}"
     if meant:
         message += f" is {' '.join(meant)} here"
+    if needless:
+        message += f"; nothing is needed for {', '.join(needless)}"
     if unknown:
         message += f"; nothing here stands for {', '.join(unknown)}"
     raise DataError(f"{message}; see python -m qwenvl_lit.{command} --help")
 
 
+def refuse_unread_keys(command: str, arguments: Sequence[str]) -> None:
+    """Refuses `+lr=3`: Hydra adds the key to the config, and nothing reads it.
+
+    A key that an argument or a config of the user refers to, as `${lr}`, is read. So are keys in a
+    group or in a node with `_target_`.
+
+    Raises:
+        DataError: names the key that was meant.
+    """
+    for argument in arguments:
+        added = re.match(r"\+\+?(\w+)((?:\.\w+)*)=", argument)
+        if added is None or added[1] in {*group_names(), *_own_groups(arguments), "hydra"}:
+            continue
+        key = added[1] + added[2]
+        known_keys = _keys(_compose_for_hints(command, arguments))
+        if key not in known_keys and not _is_referred_to(added[1], arguments):
+            raise DataError(_explain_key(command, arguments, key))
+
+
+def _own_groups(arguments: Sequence[str]) -> set[str]:
+    own_groups = set()
+    for folder in _own_folders(arguments):
+        own_groups |= {path.name for path in folder.iterdir() if path.is_dir()}
+    return own_groups
+
+
+def _own_folders(arguments: Sequence[str]) -> list[Path]:
+    """The existing folders of --config-dir."""
+    folders = []
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(Path(value if equals else "".join(arguments[index + 1 : index + 2])))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _is_referred_to(key: str, arguments: Sequence[str]) -> bool:
+    texts = [argument for argument in arguments if not argument.lstrip("+").startswith(f"{key}=")]
+    for folder in _own_folders(arguments):
+        texts += [file.read_text(encoding="utf-8") for file in folder.rglob("*.yaml")]
+    return any(f"${{{key}" in text for text in texts)
+
+
 def _is_key(name: str) -> bool:
-    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
-    return "." in name or name in groups or bool(_files_with_key("", name))
+    return "." in name or name in group_names() or bool(_files_with_key("", name))
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -102,18 +158,12 @@ def _is_hydras(flag: str) -> bool:
     return flag in FLAGS or any(known.startswith(flag) for known in long_flags)
 
 
-def _list_choices(message: str) -> str:
-    """Hydra's message on a missing choice, on two lines."""
-    choices = message.split("\nConfig search path")[0].strip()
-    return choices.replace("\n\n", "\n").replace(":\n\t", ": ").replace("\n\t", ", ")
-
-
 def _translated(command: str, arguments: Sequence[str], unknown_key: str) -> str | None:
     """The arguments that were meant by `lr=1e-4 epochs=3`, where the first key is unknown."""
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key.lstrip("+") == unknown_key:
-            return translate(command, key.rpartition(".")[2], [value])
+            return translate(command, unknown_key.rpartition(".")[2], [value])
     return None
 
 
@@ -138,7 +188,8 @@ def _hint(command: str, arguments: Sequence[str], key: str) -> str:
     parent, _, name = key.rpartition(".")
     if parent in known_keys:
         return _hint_in(config, parent, name)
-    nearest = difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
+    nearest = [known for known in known_keys if known.rpartition(".")[2] == key]
+    nearest = nearest or difflib.get_close_matches(key, known_keys, n=3, cutoff=0.75)
     if nearest:
         return f"; did you mean {' or '.join(nearest)}?"
     return f"; see python -m qwenvl_lit.{command} --help"
@@ -168,7 +219,7 @@ def _files_with_key(group: str, key: str) -> list[str]:
 
 def _compose_for_hints(command: str, arguments: Sequence[str]) -> DictConfig:
     """The config with the group choices of the command line, or without if those are wrong too."""
-    groups = {path.name for path in config_folder().iterdir() if path.is_dir()}
+    groups = group_names()
     choices = [argument for argument in arguments if argument.partition("=")[0] in groups]
     with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
         try:

@@ -1,4 +1,4 @@
-"""Translates options of ms-swift, transformers and Qwen-VL's scripts into arguments as here.
+"""Translates options of ms-swift, LLaMA-Factory, transformers, Lightning and Qwen-VL's scripts.
 
 Error messages suggest the translation. Commands do not accept the foreign names.
 """
@@ -15,11 +15,15 @@ ARGUMENTS = {
     # optimizer
     "learning_rate": "optim.lr={}",
     "lr": "optim.lr={}",
+    "peak_lr": "optim.lr={}",
+    "max_lr": "optim.lr={}",
     "vit_lr": "optim.component_lr.vision={}",
     "weight_decay": "optim.weight_decay={}",
     "warmup_ratio": "optim.warmup={}",
     "warmup_steps": "optim.warmup={}",
     "lr_scheduler_type": "optim.schedule={}",
+    "lr_scheduler": "optim.schedule={}",
+    "scheduler": "optim.schedule={}",
     "adam_beta1": "optim.betas=[{},0.95]",
     "adam_beta2": "optim.betas=[0.9,{}]",
     "adam_epsilon": "optim.eps={}",
@@ -30,10 +34,16 @@ ARGUMENTS = {
     "max_epochs": "trainer.max_epochs={}",
     "max_steps": "trainer.max_steps={}",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches={}",
+    "accumulate_grad_batches": "trainer.accumulate_grad_batches={}",
     "grad_accum": "trainer.accumulate_grad_batches={}",
     "max_grad_norm": "trainer.gradient_clip_val={}",
     "logging_steps": "trainer.log_every_n_steps={}",
     "eval_steps": "trainer.validate_every={}",
+    "val_check_interval": "trainer.validate_every={}",
+    "val_interval": "trainer.validate_every={}",
+    "eval_interval": "trainer.validate_every={}",
+    "check_val_every_n_epoch": "trainer.validate_every={}.0",
+    "metric_for_best_model": "callbacks.checkpoint.monitor={}",
     "save_steps": "callbacks.checkpoint.every={}",
     "save_total_limit": "callbacks.checkpoint.keep={}",
     "bf16": "trainer.precision=bf16-mixed",
@@ -50,6 +60,9 @@ ARGUMENTS = {
     "torch_compile": "speed=compiled",
     "report_to": "logger={}",
     "output_dir": "hydra.run.dir={}",
+    "logging_dir": "hydra.run.dir={}",
+    "result_dir": "hydra.run.dir={}",
+    "run_dir": "hydra.run.dir={}",
     "resume_from_checkpoint": "resume={}",
     "random_seed": "seed={}",
     # data
@@ -63,12 +76,27 @@ ARGUMENTS = {
     "dataloader_num_workers": "data.num_workers={}",
     "group_by_length": "data.group_by_length=true",
     "packing": "data.packing=true",
+    "neat_packing": "data.packing=true",
+    "preprocessing_num_workers": "data.num_workers={}",
+    "dataset_num_proc": "data.num_workers={}",
+    "dataset_dir": "data.root={}",
+    "media_dir": "data.root={}",
+    "image_dir": "data.root={}",
+    "image_folder": "data.root={}",
+    "image_root": "data.root={}",
+    "data_root": "data.root={}",
     "dataset": "data={}",
     "train_dataset": "data={}",
+    "train_data": "data={}",
+    "dataset_name": "data={}",
+    "dataset_path": "data=jsonl data.train={}",
     "train_file": "data=jsonl data.train={}",
     "data_path": "data=jsonl data.train={}",
     "custom_train_dataset_path": "data=jsonl data.train={}",
     "val_dataset": "data.validation={}",
+    "eval_dataset": "data.validation={}",
+    "val_size": "data.validation={}",
+    "test_dataset": "data.test={}",
     "validation_file": "data.validation={}",
     "eval_data_path": "data.validation={}",
     "custom_val_dataset_path": "data.validation={}",
@@ -83,9 +111,13 @@ ARGUMENTS = {
     "model_path": "model=qwen_vl_chat model.path={}",
     "checkpoint_path": "model=qwen_vl_chat model.path={}",
     "model_name": "model={}",
+    "model": "model={}",
     "system": "model.system={}",
     "max_length": "model.max_length={}",
     "max_seq_length": "model.max_length={}",
+    "max_seq_len": "model.max_length={}",
+    "cutoff_len": "model.max_length={}",
+    "cutoff_length": "model.max_length={}",
     "model_max_length": "model.max_length={}",
     "torch_dtype": "model.dtype={}",
     "dtype": "model.dtype={}",
@@ -94,6 +126,10 @@ ARGUMENTS = {
     "sft_type": "adapter={}",
     "train_type": "adapter={}",
     "tuner_type": "adapter={}",
+    "finetuning_type": "adapter={}",
+    "adapters": "ckpt={}",
+    "adapter_name_or_path": "ckpt={}",
+    "resume_from_adapter": "ckpt={}",
     "use_lora": "adapter=lora",
     "q_lora": "adapter=qlora",
     "use_dora": "adapter=dora",
@@ -109,6 +145,9 @@ ARGUMENTS = {
     "lora_dropout": "adapter.dropout={}",
     "lora_dropout_p": "adapter.dropout={}",
     "lora_target_modules": "adapter.targets={}",
+    "lora_target": "adapter.targets={}",
+    "target_regex": "adapter.targets={}",
+    "init_lora_weights": "adapter.options.init_lora_weights={}",
     "target_modules": "adapter.targets={}",
     # answers
     "max_new_tokens": "generation.max_new_tokens={}",
@@ -121,12 +160,19 @@ ARGUMENTS = {
     "repetition_penalty": "generation.repetition_penalty={}",
     "length_penalty": "generation.length_penalty={}",
 }
+# Options for what happens here by default.
+NEEDLESS = (
+    *("do_train", "do_eval", "do_predict", "plot_loss", "load_best_model_at_end"),
+    *("trust_remote_code", "use_fast_tokenizer", "lazy_tokenize", "lazy_preprocess"),
+    *("remove_unused_columns", "overwrite_output_dir", "overwrite_cache", "use_hf"),
+    *("attn_impl", "flash_attn", "use_flash_attn", "eval_strategy"),
+)
 # Entries that replace or extend `ARGUMENTS` for test, predict, chat and export.
 ARGUMENTS_WITH_RUN = {
     "ckpt_dir": "ckpt={}",
     "ckpt_path": "ckpt={}",
     "checkpoint": "ckpt={}",
-    "adapters": "ckpt={}",
+    "checkpoint_path": "ckpt={}",
     "resume_from_checkpoint": "ckpt={}",
     "query": "prompt={}",
     "question": "prompt={}",
@@ -136,6 +182,12 @@ ARGUMENTS_WITH_RUN = {
     "dataset": "data={}",
     "val_dataset": "data=jsonl data.test={}",
     "test_file": "data=jsonl data.test={}",
+    "eval_dataset": "data=jsonl data.test={}",
+    "test_dataset": "data=jsonl data.test={}",
+    "dataset_path": "data=jsonl data.test={}",
+    "data_path": "data=jsonl data.test={}",
+    "input_file": "data=jsonl data.test={}",
+    "eval_batch_size": "data.eval_batch_size={}",
     "custom_val_dataset_path": "data=jsonl data.test={}",
     "batch_size": "data.eval_batch_size={}",
 }
@@ -143,6 +195,8 @@ EXPORT_ARGUMENTS = {
     "output_dir": "out={}",
     "save_path": "out={}",
     "torch_dtype": "dtype={}",
+    "export_dir": "out={}",
+    "merge_lora": "merge=true",
 }
 CHAT_ARGUMENTS = {"system": "system={}"}
 # Options whose value needs a translation, too: NAME=VALUE -> argument. These come first.
@@ -150,6 +204,13 @@ VALUES = {
     "lora_target_modules=ALL": "adapter=lora_all",
     "target_modules=ALL": "adapter=lora_all",
     "lora_target_modules=DEFAULT": "adapter=lora",
+    "lora_target=all": "adapter=lora_all",
+    "target_modules=all-linear": "adapter=lora_all",
+    "lora_target_modules=all-linear": "adapter=lora_all",
+    "stage=sft": "",
+    "eval_strategy=no": "trainer.limit_val_batches=0",
+    "template=qwen": "model.template=chatml",
+    "template=qwen_vl": "model.template=chatml",
     "truncation_strategy=delete": "model.too_long=drop",
     "truncation_strategy=left": "model.too_long=truncate_left",
     "truncation_strategy=raise": "model.too_long=error",
@@ -161,7 +222,8 @@ FALSE = ("false", "no", "0")
 def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None:
     """Returns the arguments here that correspond to an option of another program.
 
-    Returns None if the option is unknown, and "" if it is switched off: then no argument is needed.
+    Returns None if the option is unknown, and "" if no argument is needed, since it is switched off
+    or the default here.
 
     >>> translate("train", "num_train_epochs", ["3"])
     'trainer.max_epochs=3'
@@ -175,13 +237,19 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
         arguments = arguments | CHAT_ARGUMENTS
     if f"{name}={value}" in VALUES:
         return VALUES[f"{name}={value}"]
+    if name in NEEDLESS:
+        return ""
     template = arguments.get(name)
     if template is None:
         return None
     if "{}" not in template and value.lower() in FALSE:
         return ""
-    if template == "data={}" and re.search(r"\.(jsonl?|csv)\b", value):
+    if template == "data={}" and re.search(r"\.(jsonl?|csv|tsv)\b", value):
         template = "data=jsonl data.train={}" if trains else "data=jsonl data.test={}"
+    elif template == "model={}" and "/" in value:
+        template = "model=qwen_vl_chat model.path={}"
+    elif template == "trainer.max_epochs={}":
+        value = value.removesuffix(".0")
     elif template in ("model={}", "data={}", "adapter={}"):
         value = value.partition("#")[0].replace("-", "_")
     return template.format(value)

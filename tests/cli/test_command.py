@@ -19,7 +19,10 @@ from commands import command_line, environment, run_command, run_from_nothing
         ),
         (["train", "modle=qwen_vl_chat"], "did you mean model?"),
         (["train", "model=qwen_vl_cat"], "qwen_vl_chat"),
-        (["train", "data=cocco"], "Available options in 'data': chartqa, coco_en, "),
+        (
+            ["train", "data=cocco"],
+            "there is no data=cocco; did you mean data=coco_en? the choices are ",
+        ),
         (["train", "model.template=chatlm"], "chatlm"),
         (["train", "x y z"], "x y z"),
         (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "pip install 'qwenvl_lit[cluster]'"),
@@ -34,7 +37,7 @@ from commands import command_line, environment, run_command, run_from_nothing
             "prompt= asks one question, and answered='mine' is for the rows",
         ),
         (["test", "ckpt=nowhere"], "nowhere does not exist"),
-        (["test", "ckpt=latest"], "train first"),
+        (["test", "ckpt=latest"], "to train one: python -m qwenvl_lit.train"),
     ],
 )
 def test_a_mistake_gets_a_short_message_without_a_traceback(arguments, message, tmp_path):

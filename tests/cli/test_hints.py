@@ -1,12 +1,15 @@
 """Messages for keys and options that do not exist. No process is started."""
 
+import re
+
 import pytest
 from commands import compose_config
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import OmegaConf
 
 from qwenvl_lit.cli import other_names
-from qwenvl_lit.cli.hints import explain, refuse_options
+from qwenvl_lit.cli.command import prepare
+from qwenvl_lit.cli.hints import explain, refuse_options, refuse_unread_keys
 from qwenvl_lit.cli.other_names import translate
 from qwenvl_lit.cli.overrides import quote_free_text
 from qwenvl_lit.runs.run import config_folder
@@ -15,7 +18,7 @@ from qwenvl_lit.types import DataError
 
 def message(*arguments: str, command: str = "train") -> str:
     """What a user reads who trains with these arguments."""
-    with pytest.raises(ConfigCompositionException) as raised:
+    with pytest.raises((ConfigCompositionException, OverrideParseException)) as raised:
         compose_config(command, *map(quote_free_text, arguments))
     return explain(command, arguments, raised.value)
 
@@ -46,6 +49,10 @@ def message(*arguments: str, command: str = "train") -> str:
         (["batch_size=2"], "; here it is data.batch_size=2"),
         (["max_length=1024"], "; here it is model.max_length=1024"),
         (["dataset=coco-en-mini"], "; here it is data=coco_en_mini"),
+        (["val_check_interval=0.5"], "; here it is trainer.validate_every=0.5"),
+        (["trainer.check_val_every_n_epoch=2"], "; here it is trainer.validate_every=2.0"),
+        (["adapters=out"], "; here it is ckpt=out"),
+        (["limit_val_batches=2"], "; did you mean trainer.limit_val_batches?"),
     ],
 )
 def test_an_unknown_key_gets_the_key_that_was_meant(arguments, hint):
@@ -70,6 +77,20 @@ def test_an_unknown_key_gets_the_key_that_was_meant(arguments, hint):
         ("train", "--bf16 true --fp16 false --seed 3", "trainer.precision=bf16-mixed seed=3"),
         ("train", "--optim.lr 1e-4 --model qwen_vl", "optim.lr=1e-4 model=qwen_vl"),
         ("train", "--load_in_4bit", "adapter=qlora"),
+        (
+            "train",
+            "--model Qwen/Qwen-VL-Chat --dataset a.tsv --eval_steps 50",
+            "model=qwen_vl_chat model.path=Qwen/Qwen-VL-Chat data=jsonl data.train=a.tsv "
+            "trainer.validate_every=50",
+        ),
+        (
+            "train",
+            "--stage sft --do_train --finetuning_type lora --cutoff_len 9 --num_train_epochs 3.0",
+            "adapter=lora model.max_length=9 trainer.max_epochs=3 here; nothing is needed for "
+            "--stage, --do_train;",
+        ),
+        ("train", "--adapters a --check_val_every_n_epoch 2", "ckpt=a trainer.validate_every=2.0"),
+        ("chat", "--adapters a --model qwen-vl", "ckpt=a model=qwen_vl"),
         ("predict", "--load_in_4bit", "model.load_in_4bit=true"),
         (
             "predict",
@@ -109,6 +130,92 @@ def test_flags_of_hydra_are_no_options_of_other_programs():
         refuse_options("train", arguments)
 
 
+@pytest.mark.parametrize(
+    ("command", "argument", "text"),
+    [
+        (
+            "train",
+            "model=qwen-vl-chat",
+            "there is no model=qwen-vl-chat; did you mean model=qwen_",
+        ),
+        (
+            "train",
+            "data=coco",
+            "there is no data=coco; did you mean data=coco_en? the choices ",
+        ),
+        ("train", "metrics=[caption,foo]", "there is no metrics=foo; the choices are caption, c"),
+        ("train", "adapter=", "there is no adapter=; the choices are dora, "),
+        (
+            "train",
+            "model=Qwen/Qwen-VL",
+            "there is no model=Qwen/Qwen-VL; a path is given as model=qwen_vl "
+            "model.path=Qwen/Qwen-VL; the choices are qwen_vl, qwen_vl_chat, qwen_vl_tiny",
+        ),
+        ("train", "+seed=3", "seed is a key already; to change it, leave out the + before it"),
+        ("train", "+data=jsonl", "data has a choice already; to change it, leave out the +"),
+        ("train", "adapter=lora,full", "adapter=lora,full has several values: adapter=[lora,full]"),
+        ("train", "seed={", "seed={ cannot be read; in single quotes, a value is taken as text"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_answered_in_a_line(command, argument, text):
+    explained = message(argument, command=command)
+    assert explained.startswith(text)
+    assert "\n" not in explained
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "meant"),
+    [
+        ("train", "data=a.jsonl", "a path is given as data=jsonl data.train=a.jsonl"),
+        ("check", "data=a.csv#5", "a path is given as data=jsonl data.train=a.csv#5"),
+        ("test", "data=[a.jsonl,b.jsonl]", "data=jsonl data.test=[a.jsonl,b.jsonl]"),
+        ("test", "model=~/full", "a path is given as model=qwen_vl_chat model.path=~/full"),
+        ("predict", "model=./mine", "a path is given as ckpt=./mine"),
+        ("chat", "adapter=/out/adapter", "a path is given as ckpt=/out/adapter"),
+        ("train", "metrics=null", "metrics=null is no choice; the choices are caption, "),
+    ],
+)
+def test_a_path_instead_of_a_choice_gets_the_arguments_for_it(
+    command, argument, meant, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/.hydra").mkdir(parents=True)
+    (tmp_path / "mine/.hydra/config.yaml").touch()
+    with pytest.raises(DataError) as raised:
+        prepare(command, [argument])
+    assert meant in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["+lr=3"], "there is no key 'lr'; here it is optim.lr=3"),
+        (["++epochs=3"], "there is no key 'epochs'; here it is trainer.max_epochs=3"),
+        (["+sed=3"], "there is no key 'sed'; did you mean seed or speed?"),
+        (["+memory.token=3"], "there is no key 'memory.token'; did you mean memory.tokens"),
+        (["+paths.mine=x"], "there is no key 'paths.mine'; paths has run, cache"),
+    ],
+)
+def test_an_added_key_that_nothing_reads_is_refused(arguments, text):
+    with pytest.raises(DataError, match=re.escape(text)):
+        refuse_unread_keys("train", arguments)
+
+
+def test_an_added_key_that_something_reads_is_taken(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file.yaml").write_text("path: ${corpus}/x")
+    folder = f"--config-dir={tmp_path}"
+    for arguments in (
+        ["+peak=3", "optim.lr=${peak}"],
+        ["+corpus=/data", folder],
+        ["+mine=file", folder],
+        ["++seed=3"],
+        ["+data.prepare.train=5", "+metrics.own._target_=x.Y", "+hydra.job.env_set.A=1"],
+        ["+experiment=swift_lora"],
+    ):
+        refuse_unread_keys("train", arguments)
+
+
 def all_arguments() -> list[str]:
     """Each key or choice that a message may name."""
     templates = [
@@ -134,7 +241,7 @@ def test_every_argument_that_a_message_names_exists():
             assert value == "{}" or (folder / key / f"{value}.yaml").exists(), argument
             continue
         found = [OmegaConf.select(config, key, default="absent") for config in configs]
-        in_mapping = key.startswith(("optim.component_lr.", "hydra."))
+        in_mapping = key.startswith(("optim.component_lr.", "adapter.options.", "hydra."))
         assert in_mapping or set(map(str, found)) != {"absent"}, argument
 
 
