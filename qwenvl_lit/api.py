@@ -114,6 +114,11 @@ class QwenVL:
         Raises:
             DataError: `source` does not exist, is incomplete or is something else.
         """
+        if not isinstance(source, str | Path) or not str(source):
+            raise DataError(
+                f"source must be a run, a checkpoint folder or its name on the hub, such as "
+                f"Qwen/Qwen-VL-Chat, got {source!r:.100}"
+            )
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
         # Unknown settings are refused before weights are read.

@@ -41,14 +41,6 @@ def _check_component_lr(key: str, value: Any) -> None:
         check_number(f"{key}.{component}", peak, least=0)
 
 
-def _check_temperature(key: str, value: Any) -> None:
-    if value == 0:
-        raise ValueError(
-            f"{key} must be above 0, got 0; for greedy decoding: generation.do_sample=false"
-        )
-    check_number(key, value, above=0)
-
-
 def _check_devices(key: str, value: Any) -> None:
     if isinstance(value, int):  # Lightning reads text and lists
         check_number(key, value, least=-1, most=1024, whole=True)
@@ -116,7 +108,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "do_sample": check_bool,
         "max_new_tokens": _positive_count,
         "min_new_tokens": _count,
-        "temperature": _check_temperature,
+        "temperature": _not_negative,
         "top_p": partial(check_number, above=0, most=1),
         "top_k": _count,
         "num_beams": partial(check_number, least=1, most=1024, whole=True),

@@ -222,6 +222,26 @@ def test_settings_of_generation_are_arguments(model):
     assert model.chat("What?", max_new_tokens=3, min_new_tokens=3)[0].new_tokens == 3
 
 
+def test_a_temperature_of_zero_is_greedy(model):
+    greedy, _ = model.chat("What?", max_new_tokens=6)
+    for do_sample in (False, True):
+        answer, _ = model.chat("What?", max_new_tokens=6, temperature=0, do_sample=do_sample)
+        assert answer == greedy
+
+
+@pytest.mark.parametrize("source", [None, "", 3, ["runs/mine"]])
+def test_a_source_that_is_no_name_is_refused(source):
+    with pytest.raises(DataError, match=r"^source must be a run, a checkpoint folder or its name"):
+        QwenVL.load(source)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "rows.jsonl", "picture.png"])
+def test_a_file_that_is_no_checkpoint_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("a,b\n")
+    with pytest.raises(DataError, match=rf"{name} is not a checkpoint of a run, expected a file"):
+        QwenVL.load(tmp_path / name)
+
+
 def test_a_misspelt_setting_is_refused_with_the_nearest_name(model):
     for misspelt, meant in (("tempreture", "temperature"), ("sistem", "system")):
         with pytest.raises(TypeError, match=f"no setting '{misspelt}'; did you mean {meant}"):
@@ -298,9 +318,9 @@ def test_a_base_model_continues_the_text_alone(base_model, image):
         ("caf\udce9?", (), r"question is not valid UTF-8: it has the byte 0xe9 after 'caf'; conv"),
         ("\ud83d", (), r"not valid UTF-8: it has U\+D83D after ''"),
         ("What?", [["Hi", "\udcff"]], "the history is not valid UTF-8"),
-        ("What?", "Hello", r"list of \[query, response\] pairs, got str"),
-        ("What?", 3, r"list of \[query, response\] pairs, got int"),
-        ("What?", ["Hello"], r"list of \[query, response\] pairs, got 'Hello'"),
+        ("What?", "Hello", r"list of \[question, answer\] pairs, got str"),
+        ("What?", 3, r"list of \[question, answer\] pairs, got int"),
+        ("What?", ["Hello"], r"list of \[question, answer\] pairs, got 'Hello'"),
         ("What?", [["Hello", None]], r"pairs, got \['Hello', None\]"),
         ("", (), "the question is empty: .*; give text, or a list of texts and images"),
         ([], [["Hello", "Hi!"]], "the question is empty"),

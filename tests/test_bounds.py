@@ -58,7 +58,7 @@ ODD_VALUES = {
     "adapter.rank": ["1.5", "0", "a", "true", "10000000"],
     "adapter.alpha": ["nan", "-1", "a"],
     "adapter.dropout": ["2", "1", "-1", "nan", "a"],
-    "generation.temperature": ["0", "nan", "-1", "a"],
+    "generation.temperature": ["nan", "-1", "a"],
     "generation.top_p": ["2", "0", "nan"],
     "generation.top_k": ["-1", "1.5"],
     "generation.num_beams": ["0", "1.5", "1000000"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -16,10 +18,15 @@ from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.models.qwen_vl.decoder import Decoder, decoder_of, release
 from qwenvl_lit.settings import check_settings
 
+SAMPLING = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}  # values without effect
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """Settings for decoding, with the names of transformers; greedy unless `do_sample`.
+
+    As in the APIs of OpenAI and vLLM, a temperature of 0 is greedy too.
 
     Each row is answered as it would be alone, regardless of the other rows of its batch.
     """
@@ -41,6 +48,13 @@ class Generation:
 
     def __post_init__(self):
         check_settings("generation", {name: getattr(self, name) for name in self.__slots__})
+        unused = []
+        for name, neutral in SAMPLING.items():
+            value = getattr(self, name)
+            if not self.do_sample and value not in neutral:
+                unused.append(f"{name}={value:g}")
+        if unused:
+            _warn_of_unused(", ".join(unused))
         most = self.max_new_tokens
         check_number("generation.min_new_tokens", self.min_new_tokens, most=most)
 
@@ -51,6 +65,11 @@ class Generation:
                     f"generation.stop_words_ids is a list of words, each a list of token ids, got "
                     f"{word!r:.200} in it"
                 )
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return self.do_sample and self.temperature > 0
 
     def __call__(
         self,
@@ -219,7 +238,7 @@ class Generation:
             logits,
             stop_ids,
             min_new_tokens=self.min_new_tokens,
-            do_sample=self.do_sample,
+            do_sample=self.samples,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -238,12 +257,12 @@ class Generation:
         # Transformers takes settings that are left out from the checkpoint's
         # generation_config.json. These values mean "no sampling" without a warning.
         sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        if self.do_sample:
+        if self.samples:
             sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
-            do_sample=self.do_sample,
+            do_sample=self.samples,
             num_beams=self.num_beams,
             length_penalty=self.length_penalty,
             repetition_penalty=self.repetition_penalty,
@@ -258,3 +277,10 @@ class Generation:
         ids = model.generate(**inputs, generation_config=settings, logits_processor=processors)
         finite.check(finite.copy())
         return ids[:, inputs["input_ids"].shape[1] :]
+
+
+@cache  # each call makes its settings anew
+def _warn_of_unused(settings: str) -> None:
+    log.warning(
+        "%s has no effect: decoding is greedy unless do_sample=true (generation=sample)", settings
+    )

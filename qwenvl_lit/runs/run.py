@@ -8,6 +8,7 @@ outputs/train/2026-11-23_09-00-00/
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -28,6 +29,7 @@ from qwenvl_lit.stored_files import check_file, read_checkpoint, read_json_objec
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, is_unresolved
 
+SUFFIX = ".ckpt"  # of checkpoints; a copy may have another
 TRAIN_FOLDER = Path("outputs/train")
 COMPOSED_CONFIG = ".hydra/config.yaml"
 CONTENTS = {  # of a run folder; the last five only if there is something to write
@@ -112,6 +114,11 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
         if (folder / COMPOSED_CONFIG).exists():
             config = read_config(folder / COMPOSED_CONFIG)
             return Run(config=config, checkpoint=path, folder=folder)
+        if path.suffix != SUFFIX and not zipfile.is_zipfile(path):  # torch writes zip files
+            raise DataError(
+                f"{ckpt} is not a checkpoint of a run, expected a file such as best.ckpt; give a "
+                f"run folder, a checkpoint in it, an adapter folder or a folder with a full model"
+            )
         return Run(config=_config_in(path), checkpoint=path, folder=None)
     if (path / "adapter_config.json").exists():
         return _find_adapter(path, trust=trust)

@@ -21,7 +21,7 @@ from commands import command_line, environment, run_command, run_from_nothing
         (["train", "model=qwen_vl_cat"], "qwen_vl_chat"),
         (
             ["train", "data=cocco"],
-            "there is no data=cocco; did you mean data=coco_en? the choices are ",
+            "there is no data=cocco; did you mean data=refcoco? the choices are ",
         ),
         (["train", "model.template=chatlm"], "chatlm"),
         (["train", "x y z"], "x y z"),

@@ -83,7 +83,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
         (lambda path: path.mkdir(), "is not a run folder"),
         (lambda path: write_folder_with(path, "adapter_config.json"), "only LORA"),
         (lambda path: write_run(path), "stopped before it saved one"),
-        (lambda path: path.write_text("hello"), "cannot be read: it makes no sense"),
+        (lambda path: path.write_text("hello"), "is not a checkpoint of a run"),
         (lambda path: torch.save({"state_dict": {}}, path), "has no config"),
         (lambda path: torch.save([1], path), "cannot be read as a checkpoint"),
     ],

@@ -30,7 +30,7 @@ ImageLike = str | Path | bytes | Image.Image | ImageSource
 # OpenAI's API, {"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ...}}.
 Piece = ImageLike | GroundedObject | Mapping[str, Any]
 Query = Piece | Sequence[Piece]
-History = Sequence[Sequence[Query]]  # [query, response] pairs, oldest first
+History = Sequence[Sequence[Query]]  # [question, answer] pairs, oldest first
 
 RUN_KEYS = ("exif", "markup", "on_deep_image", "user_agent")
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")
@@ -80,13 +80,13 @@ def conversation(
         turns.append(Turn(role="system", parts=(valid_text(system, "system message"),)))
     if not isinstance(history, list | tuple | None):
         raise DataError(
-            f"a history must be a list of [query, response] pairs, got {type(history).__name__}"
+            f"a history must be a list of [question, answer] pairs, got {type(history).__name__}"
         )
     images = 0
     for pair in history or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
             raise DataError(
-                f"a history must be a list of [query, response] pairs, got {pair!r:.200} in it"
+                f"a history must be a list of [question, answer] pairs, got {pair!r:.200} in it"
             )
         question = parts_of(pair[0], images, read_options)
         images += sum(isinstance(part, ImageSource) for part in question)
