@@ -115,10 +115,7 @@ class QwenVL:
             DataError: `source` does not exist, is incomplete or is something else.
         """
         if not isinstance(source, str | Path) or not str(source):
-            raise DataError(
-                f"source must be a run, a checkpoint folder or its name on the hub, such as "
-                f"Qwen/Qwen-VL-Chat, got {source!r:.100}"
-            )
+            raise DataError(f"source must be a path or a name on the hub, got {source!r:.100}")
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map")
         # Unknown settings are refused before weights are read.
@@ -400,9 +397,8 @@ def with_settings(
     for name in settings:
         if name not in known:
             nearest = get_close_matches(name, [*known, *arguments], n=1)
-            hint = f"there are {', '.join([*arguments, *known])}"
-            if nearest:
-                hint = f"did you mean {nearest[0]}?"
+            names = ", ".join([*arguments, *known])
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {names}"
             raise TypeError(f"there is no setting {name!r}; {hint}")
     return replace(generation, **settings)
 

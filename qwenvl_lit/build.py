@@ -27,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from qwenvl_lit import checksums, extras
 from qwenvl_lit.atomic import write_text
-from qwenvl_lit.bounds import check_number
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
 from qwenvl_lit.callbacks.validation import ValidationSchedule
@@ -40,7 +39,7 @@ from qwenvl_lit.models.protocols import FeatureSource, Processor
 from qwenvl_lit.runs.composed_config import check_composed_config
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
-from qwenvl_lit.settings import check_seed, check_settings
+from qwenvl_lit.settings import check_seed
 from qwenvl_lit.stopping import signals
 from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -206,14 +205,13 @@ def trainer(
 
     Raises:
         DataError: a GPU is asked for and there is none.
-        ValueError: names the key whose value is refused, by Lightning or before.
+        ValueError: names the key whose value Lightning refuses.
     """
     nodes = dict(config.callbacks if callbacks is None else callbacks)
     if not sys.stdout.isatty():
         nodes.pop("progress", None)  # a progress bar needs a terminal; `RunLog` prints lines
     built: list[lightning.Callback] = [Peers()]
     for name, node in nodes.items():
-        _check_early_stopping(f"callbacks.{name}", node)
         built.append(_instantiate(node, f"callbacks.{name}"))
     if features is not None:
         folder = Path(config.paths.cache, "vision")
@@ -223,7 +221,6 @@ def trainer(
             "there is no GPU: strategy=auto uses what there is; "
             "strategy=ddp_cpu and strategy=fsdp_cpu run distributed code on the CPU"
         )
-    check_settings("trainer", config.trainer)
     validation = ValidationSchedule(
         config.trainer.validate_every, batches=config.trainer.val_check_interval
     )
@@ -348,15 +345,3 @@ def _instantiate(node: DictConfig | None, key: str = "") -> Any:
         if not isinstance(cause, ValueError):
             raise
         raise cause from None
-
-
-def _check_early_stopping(key: str, node: DictConfig) -> None:
-    if str(node.get("_target_", "")).rpartition(".")[2] != "EarlyStopping":
-        return
-    mode = node.get("mode", "min")
-    if mode not in ("min", "max"):
-        raise ValueError(f"{key}.mode must be min or max, got {mode!r}")
-    check_number(f"{key}.patience", node.get("patience", 3), least=0, whole=True)
-    check_number(f"{key}.min_delta", node.get("min_delta", 0))
-    for name in ("stopping_threshold", "divergence_threshold"):
-        check_number(f"{key}.{name}", node.get(name), optional=True)

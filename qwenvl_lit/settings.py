@@ -84,11 +84,19 @@ _count = partial(check_number, least=0, whole=True)
 _positive_count = partial(check_number, least=1, whole=True)
 _optional_count = partial(check_number, least=1, whole=True, optional=True)
 
+EARLY_STOPPING = "callbacks.early_stopping"
 CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group and key
     "adapter": {
         "rank": partial(check_number, least=1, most=1_000_000, whole=True),
         "alpha": _not_negative,
         "dropout": partial(check_number, least=0, below=1),
+    },
+    EARLY_STOPPING: {
+        "mode": partial(check_choice, choices=("min", "max")),
+        "patience": _count,
+        "min_delta": check_number,
+        "stopping_threshold": partial(check_number, optional=True),
+        "divergence_threshold": partial(check_number, optional=True),
     },
     "data": {
         "order": partial(check_choice, choices=("mixed", "staged")),
@@ -140,6 +148,10 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "vision_cache": check_bool,
         "vision_cache_gb": _positive,
     },
+    "sweep": {
+        "parallel": partial(check_number, least=1, most=1024, whole=True),
+        "mode": partial(check_choice, choices=("min", "max")),
+    },
     "trainer": {
         "devices": _check_devices,
         "max_steps": partial(_check_limit, optional=False),
@@ -164,8 +176,11 @@ def check_seed(seed: Any) -> None:
     check_number("seed", seed, least=0, most=2**32 - 1, whole=True)
 
 
-def check_settings(group: str, settings: Mapping[str, Any]) -> None:
+def check_settings(group: str, settings: Mapping[str, Any], *, key: str | None = None) -> None:
     """Checks the settings of a config group that `CHECKS` lists.
+
+    Args:
+        key: of the node, for messages, if it is not `group`.
 
     Raises:
         ValueError: names the key, what it may be and what it is.
@@ -176,4 +191,4 @@ def check_settings(group: str, settings: Mapping[str, Any]) -> None:
     """
     for name, check in CHECKS[group].items():
         if name in settings:
-            check(f"{group}.{name}", settings[name])
+            check(f"{key or group}.{name}", settings[name])

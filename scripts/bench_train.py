@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from training_cases import CASES, GROUPS, Case
 from training_results import WINDOWS, Log, Result, figures, judge, split_log, summary
 
 from qwenvl_lit.callbacks.run_log import LOG, read_log
+from qwenvl_lit.runs.versions import FILENAME
 
 CPU_STRATEGY = {"auto": "cpu", "ddp": "ddp_cpu", "fsdp": "fsdp_cpu"}
 SMALL = {"batch": 2, "accumulate": 2, "max_tokens": 512}  # limits for a case with --size small
@@ -200,11 +199,12 @@ def measure(
     cache = os.environ.get("QWENVL_LIT_CACHE", str(bench.work / "cache"))
     process = follow(command, limit_s, QWENVL_LIT_CACHE=cache)
     log = [line for line in read_log(folder / LOG) if "loss" in line]
+    versions = written_versions(folder)
     shutil.rmtree(folder, ignore_errors=True)
     result = {
         **describe(name, bench),
         "device": machine["device"],
-        "versions": versions(machine),
+        "versions": versions,
         "wall_s": round(process.seconds, 1),
     }
     if process.code and process.seconds >= limit_s:
@@ -232,12 +232,14 @@ def describe(name: str, bench: Bench) -> Result:
     return {"case": name, "what": what, "command": command}
 
 
-def versions(machine: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": machine["torch"],
-        "transformers": version("transformers"),
-    }
+def written_versions(folder: Path) -> dict[str, Any]:
+    """Returns the versions that a run wrote; none if it failed before."""
+    file = folder / FILENAME
+    if not file.exists():
+        return {}
+    versions = json.loads(file.read_text())
+    del versions["command"]  # the case has it without machine paths
+    return versions
 
 
 def timeline(process: Finished, log: Log) -> dict[str, float]:

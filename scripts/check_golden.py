@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import sys
 from collections import Counter, defaultdict
@@ -33,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 # The comparisons are in tests/parity.
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -41,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from parity import boxes, chat, network, scores, text
 from parity.result import Result, UnreadableError, read
 from transformers.utils.logging import disable_progress_bar
+
+from qwenvl_lit.runs.versions import versions
 
 OUR_DEVIATIONS = Path(__file__).parent.parent / "tests" / "golden" / "deviations.json"
 CHECKS: dict[str, Callable[[Path], Iterator[Result]]] = (
@@ -225,11 +225,7 @@ def record(reports: Iterable[Report], folder: Path) -> dict[str, Any]:
         "command": f"python scripts/check_golden.py {folder.resolve().name}",
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "files": entries,
     }
 

@@ -231,7 +231,7 @@ def test_a_temperature_of_zero_is_greedy(model):
 
 @pytest.mark.parametrize("source", [None, "", 3, ["runs/mine"]])
 def test_a_source_that_is_no_name_is_refused(source):
-    with pytest.raises(DataError, match=r"^source must be a run, a checkpoint folder or its name"):
+    with pytest.raises(DataError, match=r"^source must be a path or a name on the hub, got "):
         QwenVL.load(source)
 
 

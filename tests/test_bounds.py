@@ -82,6 +82,9 @@ ODD_VALUES = {
     "callbacks.early_stopping.patience": ["-1", "1.5", "a"],
     "callbacks.early_stopping.min_delta": ["nan", "a"],
     "callbacks.early_stopping.mode": ["best"],
+    "callbacks.early_stopping.stopping_threshold": ["nan", "a"],
+    "sweep.parallel": ["0", "1.5"],
+    "sweep.mode": ["best"],
     "speed.vision_cache_gb": ["-1", "nan", "a"],
 }
 
@@ -107,6 +110,7 @@ def start(config, *overrides):
     config = deepcopy(config)
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         OmegaConf.update(config, override.key_or_group, override.value())
+    check_values(config)
     build.start(config)
     module = build.module(config)
     data = build.data(config, module.processor)
@@ -154,9 +158,10 @@ def early_keys() -> list[str]:
     """Keys of `ODD_VALUES` that need no torch to be checked."""
     keys = []
     for key in ODD_VALUES:
-        group, _, name = key.partition(".")
-        if name.partition(".")[0] in CHECKS.get(group, ()):
-            keys.append(key)
+        for group, checks in CHECKS.items():
+            name = key.removeprefix(f"{group}.").partition(".")[0]
+            if key.startswith(f"{group}.") and name in checks:
+                keys.append(key)
     return keys
 
 
@@ -169,6 +174,13 @@ def test_an_odd_value_is_refused_before_torch_is_imported(key, config):
         check_values(changed)
 
 
+def test_early_stopping_is_checked_under_any_name(config):
+    changed = deepcopy(config)
+    changed.callbacks.mine = {**changed.callbacks.early_stopping, "patience": -1}
+    with pytest.raises(ValueError, match=r"^callbacks\.mine\.patience must be a whole number"):
+        check_values(changed)
+
+
 def test_settings_of_classes_of_the_user_are_their_own(config):
     changed = deepcopy(config)
     changed.optim = {"_target_": "mine.Lion", "lr": "auto"}
@@ -176,10 +188,12 @@ def test_settings_of_classes_of_the_user_are_their_own(config):
 
 
 def test_every_check_is_for_a_key_of_the_package():
-    config = compose_config("train", "data=jsonl", "adapter=lora", "optim=adamw")
+    choices = ("data=jsonl", "adapter=lora", "optim=adamw", "callbacks=[train,early_stopping]")
+    config = compose_config("train", *choices)
     absent = []
     for group, checks in CHECKS.items():
-        absent += [f"{group}.{name}" for name in checks if name not in config[group]]
+        node = OmegaConf.select(config, group)
+        absent += [f"{group}.{name}" for name in checks if name not in node]
     # Of other datasets, and an argument that conf/ leaves at its default
     assert absent == ["data.order", "optim.seed"]
 

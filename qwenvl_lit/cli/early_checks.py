@@ -11,17 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.extras import require
-from qwenvl_lit.settings import CHECKS, check_seed, check_settings
+from qwenvl_lit.settings import CHECKS, EARLY_STOPPING, check_seed, check_settings
 
 READ_ROWS = f"{read_rows.__module__}.{read_rows.__name__}"
 LOGGERS = {  # classes of Lightning that need an optional package
     "lightning.pytorch.loggers.WandbLogger": "wandb",
     "lightning.pytorch.loggers.TensorBoardLogger": "tensorboard",
 }
+EARLY_STOPPING_CLASS = "lightning.pytorch.callbacks.EarlyStopping"
 
 
 def check_values(config: DictConfig) -> None:
-    """Checks the seed and the settings of the groups that `CHECKS` lists.
+    """Checks the seed and the settings that `CHECKS` lists.
 
     Classes of the user may have other settings of the same names.
 
@@ -30,12 +31,18 @@ def check_values(config: DictConfig) -> None:
     """
     check_seed(config.seed)
     for group in CHECKS:
-        node = config.get(group)
-        if not OmegaConf.is_dict(node):
-            continue
-        target = str(node.get("_target_", "qwenvl_lit."))
-        if target.startswith(("qwenvl_lit.", "lightning.")):
-            check_settings(group, OmegaConf.to_container(node, resolve=True))
+        _check_node(group, config.get(group))
+    for name, callback in (config.get("callbacks") or {}).items():
+        if OmegaConf.is_dict(callback) and callback.get("_target_") == EARLY_STOPPING_CLASS:
+            _check_node(EARLY_STOPPING, callback, key=f"callbacks.{name}")
+
+
+def _check_node(group: str, node: Any, *, key: str | None = None) -> None:
+    if not OmegaConf.is_dict(node):
+        return
+    target = str(node.get("_target_", "qwenvl_lit."))
+    if target.startswith(("qwenvl_lit.", "lightning.")):
+        check_settings(group, OmegaConf.to_container(node, resolve=True), key=key)
 
 
 def check_packages(config: DictConfig) -> None:

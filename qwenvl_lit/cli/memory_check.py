@@ -16,7 +16,6 @@ from rich.console import Console
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.models.protocols import Family
-from qwenvl_lit.settings import check_settings
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.memory import (
     GIB,
@@ -72,7 +71,6 @@ def check_memory(
             and on the CPU, a warning is printed instead.
     """
     row = {name: config.memory[name] for name in ("tokens", "images", "targets")}
-    check_settings("memory", config.memory)
     rows = data.batch_size
     if data.max_tokens is not None:
         rows = max(1, data.max_tokens // row["tokens"])

@@ -17,6 +17,7 @@ from qwenvl_lit.atomic import set_aside, write_text
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 
+FILENAME = "versions.json"  # in a run folder
 LIBRARIES = (
     "torch",
     "lightning",
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def save_versions(folder: Path) -> None:
     """Writes `versions.json`; warns if a resumed run started with other versions."""
-    file = folder / "versions.json"
+    file = folder / FILENAME
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     now = {**versions(), "command": command}
     if file.exists():

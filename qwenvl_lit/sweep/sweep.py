@@ -27,9 +27,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qwenvl_lit.atomic import write_text
-from qwenvl_lit.bounds import check_number
 from qwenvl_lit.locks import WAIT_SECONDS, ProcessLock, lock_of, read_holder
 from qwenvl_lit.metrics.summary import read_fit_summary
+from qwenvl_lit.settings import check_settings
 from qwenvl_lit.stopping import is_first_rank
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
 from qwenvl_lit.sweep.report import PLOT, TABLE, report, result_table
@@ -77,7 +77,10 @@ class Sweep:
             DataError: a setting is wrong, the folder of the job holds one with other values, or
                 Hydra was told to start jobs in a way that gives them no process of their own.
         """
-        _check_settings(config.sweep)
+        try:
+            check_settings("sweep", config.sweep)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         hydra = HydraConfig.get()
         overrides = tuple(item for item in hydra.overrides.task if not item.startswith("sweep."))
         folder = Path(hydra.runtime.output_dir)
@@ -197,15 +200,6 @@ class Sweep:
 def is_a_sweep(config: DictConfig) -> bool:
     """Tells whether the job that Hydra is running belongs to a sweep of training runs."""
     return "sweep" in config and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def _check_settings(settings: DictConfig) -> None:
-    try:
-        check_number("sweep.parallel", settings.parallel, least=1, most=1024, whole=True)
-    except ValueError as error:
-        raise DataError(str(error)) from None
-    if settings.mode not in ("min", "max"):
-        raise DataError(f"sweep.mode must be min or max, got {settings.mode!r:.100}")
 
 
 def why_no_score(config: DictConfig) -> str | None:

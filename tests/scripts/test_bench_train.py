@@ -5,7 +5,7 @@ import time
 import bench_train
 import pytest
 import training_rows
-from bench_train import Bench, Record, follow
+from bench_train import Bench, Record, follow, written_versions
 from hydra import compose, initialize_config_dir
 from plot_train import draw, limits
 from training_cases import CASES, GROUPS
@@ -14,6 +14,7 @@ from training_results import WINDOWS, figures, judge, summary
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.runs.versions import save_versions, versions
 
 MACHINE = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -207,3 +208,9 @@ def test_the_plot_has_the_limits_of_the_machine(tmp_path):
     record = {"model": "any", "results": [result_of("bf16_16")], "ceilings": ceilings}
     draw(record, tmp_path / "train.png")
     assert (tmp_path / "train.png").stat().st_size > 10_000
+
+
+def test_a_case_has_the_versions_that_its_run_wrote(tmp_path):
+    assert written_versions(tmp_path) == {}, "the run failed before"
+    save_versions(tmp_path)
+    assert written_versions(tmp_path) == versions()
