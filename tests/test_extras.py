@@ -10,8 +10,9 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from qwenvl_lit import build
+from qwenvl_lit.cli.choices import PLUGINS
 from qwenvl_lit.cli.early_checks import check_packages
-from qwenvl_lit.cli.hints import PLUGINS, explain
+from qwenvl_lit.cli.hints import explain
 from qwenvl_lit.extras import EXTRAS, require
 from qwenvl_lit.models.quantization import bnb_config
 

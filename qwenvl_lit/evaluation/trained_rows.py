@@ -5,12 +5,12 @@ from __future__ import annotations
 import filecmp
 import glob
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from qwenvl_lit.cli.early_checks import datasets_of, sources
 from qwenvl_lit.data.selection import parse_count
 from qwenvl_lit.evaluation.sets import EvaluationSet
 from qwenvl_lit.runs.run import Run
@@ -28,55 +28,42 @@ def find_trained_rows(sets: Iterable[EvaluationSet], run: Run) -> list[str]:
     been moved since are not found.
     """
     trained = dict.fromkeys(_trained_files(run))
-    warnings: dict[str, None] = {}  # sets may share a file
-    for file in _test_files(sets):
+    warnings = []
+    for file in dict.fromkeys(_test_files(sets)):  # sets may share a file
         for other in trained:
             if relation := _relation(file, other):
-                warnings[f"{relation}: the score does not show how the model answers new rows"] = (
-                    None
+                warnings.append(
+                    f"{relation}: the score does not show how the model answers new rows"
                 )
-    return list(warnings)
+    return warnings
 
 
 def _test_files(sets: Iterable[EvaluationSet]) -> Iterator[Path]:
     for evaluation_set in sets:
-        for dataset in _datasets(OmegaConf.to_container(evaluation_set.config.data, resolve=True)):
-            test = dataset.get("test") or ()
-            sources = list(test.values()) if isinstance(test, Mapping) else test
-            yield from _files(sources, dataset)
-
-
-def _datasets(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for dataset in (data, *(data.get("datasets") or {}).values()):
-        if isinstance(dataset, Mapping):
-            yield dataset
+        yield from _files_of(evaluation_set.config, "test")
 
 
 def _trained_files(run: Run) -> Iterator[Path]:
     """Yields the training files of a run, and of the runs that it started from."""
     folder, init = run.folder, run.config.get("init")
     while folder is not None and (folder / CONFIG).exists():
-        data = read_config(folder / CONFIG).get("data") or {}
-        for dataset in _datasets(data):
-            yield from _files(dataset.get("train") or (), dataset)
+        yield from _files_of(OmegaConf.create(read_config(folder / CONFIG)), "train")
         if not init:
             return
         folder, init = Path(init["checkpoint"]).parent.parent, init.get("init")
 
 
-def _files(sources: str | Sequence[Any], dataset: Mapping[str, Any]) -> Iterator[Path]:
-    """Yields the existing files that `sources` names: a path or a glob pattern, or several."""
-    if not isinstance(sources, str):
-        for source in sources:
-            yield from _files(source, dataset)
-        return
-    pattern = os.path.expanduser(parse_count(sources)[0])
-    for folder in (dataset.get("root"), None):
-        path = os.path.join(os.path.expanduser(folder), pattern) if folder else pattern
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        if found:
-            yield from map(Path, filter(os.path.isfile, found))
-            return
+def _files_of(config: DictConfig, split: str) -> Iterator[Path]:
+    """Yields the existing files of a split, which are named by paths or glob patterns."""
+    for dataset in datasets_of(config):
+        for source in sources(dataset.get(split)):
+            pattern = os.path.expanduser(parse_count(source)[0])
+            for folder in (dataset.get("root"), None):
+                path = os.path.join(os.path.expanduser(folder), pattern) if folder else pattern
+                found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+                if found:
+                    yield from map(Path, filter(os.path.isfile, found))
+                    break
 
 
 def _relation(file: Path, trained: Path) -> str | None:
