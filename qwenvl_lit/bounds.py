@@ -15,6 +15,7 @@ def check_number(
     below: float = math.inf,
     whole: bool = False,
     optional: bool = False,
+    or_auto: bool = False,
 ) -> None:
     """Raises an error unless `value` is a finite number within its bounds.
 
@@ -22,7 +23,7 @@ def check_number(
         name: the key of the config, such as "optim.lr".
         least, most: bounds that are allowed themselves.
         above, below: bounds that are not.
-        optional: None is allowed, too.
+        optional, or_auto: None, or "auto", is allowed, too.
 
     Raises:
         ValueError: names the key, what it may be and what it is.
@@ -31,7 +32,7 @@ def check_number(
     Traceback (most recent call last):
     ValueError: data.batch_size must be a whole number, 1 or more, got 0
     """
-    if value is None and optional:
+    if (value is None and optional) or (value == "auto" and or_auto):
         return
     kinds = int if whole else int | float
     if isinstance(value, kinds) and not isinstance(value, bool):
@@ -49,6 +50,8 @@ def check_number(
         expected += f", below {below}"
     if optional:
         expected += ", or null"
+    if or_auto:
+        expected += ", or auto"
     raise ValueError(f"{name} must be {expected}, got {value!r:.100}")
 
 

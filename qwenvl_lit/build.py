@@ -39,7 +39,7 @@ from qwenvl_lit.models.protocols import FeatureSource, Processor
 from qwenvl_lit.runs.composed_config import check_composed_config
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
-from qwenvl_lit.settings import check_seed
+from qwenvl_lit.settings import accumulated_batches, check_seed
 from qwenvl_lit.stopping import signals
 from qwenvl_lit.terminal import PrintableRecords, printable
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -225,7 +225,11 @@ def trainer(
         config.trainer.validate_every, batches=config.trainer.val_check_interval
     )
     built.append(validation)
-    settings = {name: value for name, value in config.trainer.items() if name != "validate_every"}
+    settings = dict(config.trainer)
+    for name in ("validate_every", "rows_per_step"):  # ours
+        settings.pop(name, None)
+    if config.get("data"):
+        settings["accumulate_grad_batches"] = accumulated_batches(config.trainer, config.data)
     make_trainer = _instantiate(OmegaConf.create(settings))
     options = validation.trainer_options
     if config.model.get("device_map"):

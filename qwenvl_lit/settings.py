@@ -101,7 +101,8 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
     "data": {
         "order": partial(check_choice, choices=("mixed", "staged")),
         "on_bad_image": partial(check_choice, choices=("error", "drop")),
-        "batch_size": partial(check_number, least=1, most=10**6, whole=True),
+        "batch_size": partial(check_number, least=1, most=10**6, whole=True, or_auto=True),
+        "rows_per_step": _optional_count,
         "eval_batch_size": partial(check_number, least=1, most=10**6, whole=True),
         "max_tokens": partial(check_number, least=1, most=10**8, whole=True, optional=True),
         "max_bad_fraction": _share,
@@ -157,6 +158,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "max_steps": partial(_check_limit, optional=False),
         "max_epochs": partial(_check_limit, optional=True),
         "accumulate_grad_batches": _optional_count,
+        "rows_per_step": _optional_count,
         "log_every_n_steps": _optional_count,
         "validate_every": _check_steps_or_epochs,
         "num_sanity_val_steps": partial(check_number, least=-1, whole=True, optional=True),
@@ -192,3 +194,36 @@ def check_settings(group: str, settings: Mapping[str, Any], *, key: str | None =
     for name, check in CHECKS[group].items():
         if name in settings:
             check(f"{key or group}.{name}", settings[name])
+
+
+def accumulated_batches(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> int:
+    """Returns how many training batches an optimizer step has, from two config groups.
+
+    With `data.batch_size` "auto" it is one, which holds all rows of the step.
+
+    Raises:
+        ValueError: the settings contradict each other.
+
+    >>> accumulated_batches({"rows_per_step": 16}, {"batch_size": 4})
+    4
+    """
+    rows, accumulated = trainer.get("rows_per_step"), trainer.get("accumulate_grad_batches")
+    batch_size = data.get("batch_size", 1)
+    if data.get("max_tokens") is not None:
+        return accumulated or 1
+    if batch_size == "auto":
+        if accumulated not in (None, 1):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={accumulated} counts batches of "
+                f"data.batch_size rows, which is auto: set trainer.rows_per_step={accumulated}, or "
+                f"data.batch_size=1 as well"
+            )
+        return 1
+    if accumulated is not None or rows is None or batch_size > rows:
+        return accumulated or 1
+    if rows % batch_size:
+        raise ValueError(
+            f"trainer.rows_per_step={rows} is not a multiple of data.batch_size={batch_size}: set "
+            f"trainer.rows_per_step, or trainer.accumulate_grad_batches in its place"
+        )
+    return rows // batch_size

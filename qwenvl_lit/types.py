@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -361,7 +361,7 @@ class Batch:
     """(n + 1,) int32: cumulative lengths of the n segments of a packed row, of which the last are
     empty; None for padded rows."""
     longest_segment: int | None = None
-    """Upper bound on the tokens of a segment of a packed row; None for padded rows. Bound, T and n
+    """Upper bound on the tokens of a segment of a packed row; None for padded rows. Bound and n
     are the same for all batches of a run."""
 
     def to(self, device, non_blocking: bool = True) -> Batch:
@@ -382,6 +382,11 @@ class Batch:
                 value = change(value)
             values[item.name] = value
         return Batch(**values)
+
+
+def micro_batches_of(batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
+    """Returns the micro-batches of what the training loader yields: one, or those of a step."""
+    return [batch] if isinstance(batch, Batch) else batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,14 +100,14 @@ def in_home(home, monkeypatch) -> str:
 def test_training_from_a_run_uses_its_model_and_recipe(in_home):
     config = train_config(in_home)
     assert (config.model.path, config.optim.lr) == ("F", 1e-4)
-    assert (config.trainer.accumulate_grad_batches, config.trainer.strategy) == (16, "auto")
+    assert (config.trainer.rows_per_step, config.trainer.strategy) == (16, "auto")
     assert config.data.train == ["train_single.jsonl#5120", "train.jsonl#17920"]
 
 
 def test_another_adapter_than_the_run_has_brings_its_own_learning_rate(in_home):
     config = train_config(in_home, "adapter=full")
     assert (config.model.path, config.optim.lr) == ("F", 1e-5)
-    assert config.trainer.accumulate_grad_batches == 16
+    assert config.trainer.rows_per_step == 16
 
 
 def test_presets_and_the_command_line_override_the_recipe_of_a_run(in_home):

@@ -134,11 +134,11 @@ def test_a_file_says_when_to_choose_it_below_its_package(path: Path):
 def test_the_model_chooses_its_recipe():
     tiny, chat = composed("train"), composed("train", "model=qwen_vl_chat")
     assert (tiny.adapter._target_, tiny.optim.lr) == (FULL, 2e-3)
-    assert tiny.trainer.accumulate_grad_batches == 1
+    assert (tiny.data.batch_size, tiny.trainer.rows_per_step) == (32, None)
     assert (chat.adapter.rank, chat.adapter.alpha, chat.adapter.dropout) == (8, 32, 0.05)
     assert (chat.optim.lr, chat.optim.warmup) == (1e-4, 0.05)
     assert (chat.optim.betas, chat.optim.weight_decay) == ([0.9, 0.95], 0.1)
-    assert chat.trainer.accumulate_grad_batches == 16
+    assert chat.trainer.rows_per_step == 16
     assert (chat.trainer.gradient_clip_val, chat.trainer.precision) == (1.0, "bf16-mixed")
 
 

@@ -76,7 +76,7 @@ def test_the_settings_of_ms_swift():
         assert (config.model.path, config.model.max_length) == ("Qwen/Qwen-VL-Chat", 2048)
         assert config.data.train == "annotations/captions_val2014.json"
         assert (config.data.validation, config.seed) == (0.01, 42)
-        assert (config.data.batch_size, config.trainer.accumulate_grad_batches) == (1, 16)
+        assert (config.data.batch_size, config.data.rows_per_step) == ("auto", 16)
         assert (config.optim.betas, config.optim.eps) == ([0.9, 0.95], 1e-8)
         assert (config.optim.weight_decay, config.optim.warmup) == (0.1, 0.05)
         assert config.optim.schedule == "cosine"

@@ -98,6 +98,12 @@ def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
 def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
     accumulated, ranks = trainer.accumulate_grad_batches, trainer.world_size
     factors = f"x {accumulated} accumulated x {_count(ranks, 'rank')}"
+    if data.cuts_steps:
+        rows = data.rows_per_step * ranks
+        how = "padded" if data.cut.pack is None else "packed"
+        return (
+            f"{_count(rows, 'row')} per optimizer step, {how} in micro-batches that fit in memory"
+        )
     if data.max_tokens is None:
         rows = data.batch_size * accumulated * ranks
         return f"{_count(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"

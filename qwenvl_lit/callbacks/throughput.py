@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.models.dynamo import compiled_graphs
-from qwenvl_lit.types import Batch
+from qwenvl_lit.types import Batch, micro_batches_of
 
 # Peak bfloat16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part
 # of the device name determines the peak. Lightning's table has the H100 NVL with sparsity, and does
@@ -41,6 +41,16 @@ class Snapshot(NamedTuple):
     supervised_tokens: int = 0
     tokens: int = 0  # without padding
     tokens_with_padding: int = 0
+
+    def after(self, batch: Batch, flops: float) -> Snapshot:
+        """Returns the totals after a batch that took `flops` FLOPs."""
+        return self._replace(
+            flops=self.flops + flops,
+            samples=self.samples + len(batch.conversations),
+            supervised_tokens=self.supervised_tokens + len(batch.target_positions),
+            tokens=self.tokens + sum(batch.lengths),
+            tokens_with_padding=self.tokens_with_padding + batch.input_ids.numel(),
+        )
 
 
 class AnswerCounts(NamedTuple):
@@ -126,7 +136,7 @@ class Throughput(lightning.Callback):
         self,
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
-        batch: Batch,
+        batch: Batch | Sequence[Batch],
         batch_idx: int,
     ) -> None:
         if not self._snapshots:
@@ -137,29 +147,22 @@ class Throughput(lightning.Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,
-        batch: Batch,
+        batch: Batch | Sequence[Batch],
         batch_idx: int,
     ) -> None:
-        last = self._snapshots[-1]
-        flops = math.nan
-        if self._trained_fractions:
-            flops = pl_module.family.flops(batch, self._trained_fractions)
-        now = Snapshot(
-            seconds=perf_counter(),
-            data_wait=_data_wait(trainer),
-            flops=last.flops + flops,
-            samples=last.samples + len(batch.conversations),
-            supervised_tokens=last.supervised_tokens + len(batch.target_positions),
-            tokens=last.tokens + sum(batch.lengths),
-            tokens_with_padding=last.tokens_with_padding + batch.input_ids.numel(),
-        )
+        micro_batches = micro_batches_of(batch)
+        now = self._snapshots[-1]._replace(seconds=perf_counter(), data_wait=_data_wait(trainer))
+        for micro_batch in micro_batches:
+            flops = math.nan
+            if self._trained_fractions:
+                flops = pl_module.family.flops(micro_batch, self._trained_fractions)
+            now = now.after(micro_batch, flops)
         self._snapshots.append(now)
+        rows = sum(len(micro_batch.conversations) for micro_batch in micro_batches)
         rates = self._training_rates(self._snapshots[0], now, trainer.world_size)
         for name, value in rates.items():
             # CPU tensors, because Lightning would copy numbers to the device and synchronize.
-            pl_module.log(
-                f"train/{name}", torch.tensor(float(value)), batch_size=len(batch.conversations)
-            )
+            pl_module.log(f"train/{name}", torch.tensor(float(value)), batch_size=rows)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

@@ -11,7 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.extras import require
-from qwenvl_lit.settings import CHECKS, EARLY_STOPPING, check_seed, check_settings
+from qwenvl_lit.settings import (
+    CHECKS,
+    EARLY_STOPPING,
+    accumulated_batches,
+    check_seed,
+    check_settings,
+)
 
 READ_ROWS = f"{read_rows.__module__}.{read_rows.__name__}"
 LOGGERS = {  # classes of Lightning that need an optional package
@@ -35,6 +41,8 @@ def check_values(config: DictConfig) -> None:
     for name, callback in (config.get("callbacks") or {}).items():
         if OmegaConf.is_dict(callback) and callback.get("_target_") == EARLY_STOPPING_CLASS:
             _check_node(EARLY_STOPPING, callback, key=f"callbacks.{name}")
+    if config.get("speed") and config.get("data"):  # for training
+        accumulated_batches(config.trainer, config.data)
 
 
 def _check_node(group: str, node: Any, *, key: str | None = None) -> None:

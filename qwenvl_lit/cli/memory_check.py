@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -21,7 +20,7 @@ from qwenvl_lit.training.memory import (
     GIB,
     MemoryEstimate,
     Sharding,
-    available_gpu_memory,
+    available_memory,
     estimate_memory,
     fits,
     memory_table,
@@ -66,6 +65,9 @@ def check_memory(
 ) -> None:
     """Prints the estimated memory per GPU, if it is 1 GiB or more.
 
+    With `data.batch_size` "auto", it checks micro-batches of one row and prints nothing: `Speed`
+    prints the memory of the micro-batches that it chooses.
+
     Raises:
         DataError: the estimate exceeds the memory of a GPU, and `memory.check` is on. If it is off,
             and on the CPU, a warning is printed instead.
@@ -75,10 +77,8 @@ def check_memory(
     if data.max_tokens is not None:
         rows = max(1, data.max_tokens // row["tokens"])
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
-    if on_gpu:
-        device, available = "GPU", available_gpu_memory()
-    else:
-        device, available = "process", _host_memory() / trainer.num_devices
+    device = "GPU" if on_gpu else "process"
+    available = available_memory(on_gpu=on_gpu, processes=trainer.num_devices)
     sharding, gpus = sharding_of(trainer)
     setup = TrainingSetup(
         adapter=module.adapter,
@@ -102,16 +102,13 @@ def check_memory(
     if rank_zero_only.rank == 0:  # the trainer does not know its rank yet
         console = Console(stderr=True)
         batches = f"batches of {rows} x {row['tokens']} tokens"
-        console.print(memory_table(estimate, available, device=device, batches=batches))
+        if not data.cuts_steps:
+            console.print(memory_table(estimate, available, device=device, batches=batches))
         if not fits(estimate, available) and not refused:
             console.print(f"warning: {message}")
     if refused and not fits(estimate, available):
         suggestion = _suggest(setup, module.family, row, available)
         raise DataError(f"{message}. {suggestion}. To start the run as it is: memory.check=false")
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _suggest(setup: TrainingSetup, family: Family, row: Mapping[str, int], available: float) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import get_worker_info
 from qwenvl_lit.types import Batch, Dropped, Sample
 
 IGNORED = -100  # label of a token that is not supervised
+TILE = 64  # tokens; matmul kernels are fastest for multiples of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +67,13 @@ class Pad:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """Packs all samples into one row, padded to `max_tokens`; dropped rows are left out.
+    """Packs all samples into one row; dropped rows are left out.
 
     Position ids restart with each sample, and no sample attends to another. A batch whose rows were
     all dropped is all padding: the step is made, and no other rank blocks.
 
-    The row and its bounds have the same shapes for all batches, so that code is compiled once.
+    With `max_tokens`, the row is padded to this length. Otherwise it is padded to a multiple of
+    `TILE`. The bounds have the same shape for all batches, so that code is compiled once.
 
     >>> batch = Pack(pad_id=0, max_tokens=6, max_rows=2, longest=3)([two, three])  # doctest: +SKIP
     >>> batch.position_ids, batch.segment_bounds  # doctest: +SKIP
@@ -80,22 +82,23 @@ class Pack:
     Args:
         max_rows: most samples of a batch.
         longest: most tokens of a sample, and of a segment of padding.
+        max_tokens: the length of the row, or None.
 
     Raises:
         ValueError: the samples exceed one of the limits.
     """
 
     pad_id: int
-    max_tokens: int
     max_rows: int
     longest: int
+    max_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
         samples, dropped = _separate(rows)
         lengths = tuple(len(sample.input_ids) for sample in samples)
         self._check(lengths)
         *starts, end = accumulate(lengths, initial=0)
-        padding = self.max_tokens - end
+        padding = self.width(end) - end
         input_ids, label_parts, position_ids = [], [], []
         vision_positions = [torch.empty(0, dtype=torch.int64)]  # for a batch without samples
         for sample, start, length in zip(samples, starts, lengths, strict=True):
@@ -123,11 +126,16 @@ class Pack:
             longest_segment=self.longest,
         )
 
+    def width(self, tokens: int) -> int:
+        """Returns the length of the row that holds `tokens` tokens."""
+        return self.max_tokens or max(TILE, -(-tokens // TILE) * TILE)
+
     def _check(self, lengths: Sequence[int]) -> None:
-        longest = max(lengths, default=0)
-        if sum(lengths) > self.max_tokens or len(lengths) > self.max_rows or longest > self.longest:
+        tokens, longest = sum(lengths), max(lengths, default=0)
+        too_many = tokens > self.width(tokens) or len(lengths) > self.max_rows
+        if too_many or longest > self.longest:
             raise ValueError(
-                f"{len(lengths)} samples of {sum(lengths)} tokens, the longest of {longest}, "
+                f"{len(lengths)} samples of {tokens} tokens, the longest of {longest}, "
                 f"do not fit into {self}"
             )
 
@@ -136,9 +144,9 @@ class Pack:
 
         The padding is cut into segments of at most `longest` tokens. Empty segments follow.
         """
-        padding = self.max_tokens - sum(lengths)
+        padding = self.width(sum(lengths)) - sum(lengths)
         segments = [*lengths, *[self.longest] * (padding // self.longest), padding % self.longest]
-        most_segments = self.max_rows + self.max_tokens // self.longest + 1
+        most_segments = self.max_rows + (self.max_tokens or TILE) // self.longest + 1
         empty = [0] * (most_segments - len(segments))
         return torch.tensor([0, *segments, *empty]).cumsum(0, dtype=torch.int32)
 

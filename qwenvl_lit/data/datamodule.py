@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,13 +23,14 @@ from qwenvl_lit.data.loading import (
     loader_without_rows,
 )
 from qwenvl_lit.data.loop_state import data_position, optimizer_steps
+from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
 from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each, flatten
 from qwenvl_lit.data.survey import prompt_lengths
 from qwenvl_lit.settings import check_settings
-from qwenvl_lit.types import Batch, DataError
+from qwenvl_lit.types import Batch, DataError, micro_batches_of
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -47,11 +49,14 @@ class DataModule(lightning.LightningDataModule):
             arguments of its `DatasetSpec`.
         order: "mixed" shuffles all rows together; "staged" trains on the files one after the
             other, each shuffled.
-        batch_size, eval_batch_size: rows per process and step, in training and otherwise.
+        batch_size: rows of a training batch per process. With "auto", a batch has the
+            `rows_per_step` rows of an optimizer step, as micro-batches that `cut_steps` limits.
+        rows_per_step: rows per process and optimizer step if `batch_size` is "auto"; None: one.
+        eval_batch_size: rows per process and step of validation, test and prediction.
         max_tokens: in place of `batch_size`: as many rows per batch as together have at most this
             many tokens, padding included.
         group_by_length: rows of a batch have similar lengths, in training and validation.
-            Validation starts with the longest rows.
+            Validation starts with the longest rows. With `batch_size` "auto" only in validation.
         packing: the rows of a batch are packed into one row of `max_tokens`, in which no sample
             attends to another.
         on_bad_image: "error", or "drop": rows whose images cannot be opened are left out.
@@ -73,7 +78,8 @@ class DataModule(lightning.LightningDataModule):
         processor: Processor,
         datasets: Mapping[str, DatasetSpec] | None = None,
         order: Literal["mixed", "staged"] = "mixed",
-        batch_size: int = 1,
+        batch_size: int | Literal["auto"] = 1,
+        rows_per_step: int | None = None,
         eval_batch_size: int = 1,
         max_tokens: int | None = None,
         group_by_length: bool = False,
@@ -91,6 +97,7 @@ class DataModule(lightning.LightningDataModule):
             "order": order,
             "on_bad_image": on_bad_image,
             "batch_size": batch_size,
+            "rows_per_step": rows_per_step,
             "eval_batch_size": eval_batch_size,
             "max_tokens": max_tokens,
             "max_bad_fraction": max_bad_fraction,
@@ -115,7 +122,9 @@ class DataModule(lightning.LightningDataModule):
         if datasets is None:
             self.datasets = {"": DatasetSpec(seed=seed, **dataset)}
         self.order = order
-        self.batch_size = batch_size
+        self.cuts_steps = batch_size == "auto" and max_tokens is None
+        self.batch_size = 1 if batch_size == "auto" else batch_size
+        self.rows_per_step = (rows_per_step or 1) if self.cuts_steps else 1
         self.eval_batch_size = eval_batch_size
         self.max_tokens = max_tokens
         self.group_by_length = group_by_length
@@ -130,7 +139,8 @@ class DataModule(lightning.LightningDataModule):
         self.validation: Rows = ()
         self.test: dict[str, Rows] = {}
         self.measured: dict[str, OpenedDataset] = {}  # what training opened, by dataset
-        self._lengths: np.ndarray | None = None  # tokens of the training rows, over all stages
+        # Tokens, supervised tokens and images of the training rows (3, rows), over all stages
+        self.sizes: np.ndarray | None = None
         self._validation_lengths: np.ndarray | None = None
         self._batch_sampler: BatchSampler | None = None  # made once: packing takes a while
         self._findings = FindingsLog(max_bad_fraction)
@@ -191,13 +201,15 @@ class DataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = self._training_batches()
-        collate: Pad | Pack = Pad(pad_id=self.processor.pad_id)
-        if self.packing:
+        collate: Pad | Pack | CutStep = Pad(pad_id=self.processor.pad_id)
+        if self.cuts_steps:
+            collate = self.cut
+        elif self.packing:
             collate = Pack(
                 pad_id=self.processor.pad_id,
                 max_tokens=self.max_tokens,
                 max_rows=batches.max_rows,
-                longest=int(self._lengths.max()),
+                longest=int(self.sizes[0].max()),
             )
         rows = Concat(self.train)
         return self._loader(rows, collate, prompt=False, renumber=False, batch_sampler=batches)
@@ -244,20 +256,39 @@ class DataModule(lightning.LightningDataModule):
 
     def largest_batch(self) -> tuple[int, int]:
         """Returns the most rows of a training batch and the most tokens of a row, after `setup`."""
-        longest = int(self._lengths.max())
+        longest = int(self.sizes[0].max())
         if self.max_tokens is None:
             return self.batch_size, longest
         return -(-self.max_tokens // longest), longest
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    @cached_property
+    def cut(self) -> CutStep:
+        """Cuts training steps into micro-batches; `cut_steps` limits their size."""
+        return CutStep(pad=Pad(pad_id=self.processor.pad_id))
+
+    def cut_steps(
+        self, costs: ActivationCosts, max_bytes: float, *, packed: bool, count: int | None
+    ) -> None:
+        """Limits the micro-batches of training steps, see `CutStep`; called after `setup`."""
+        pack = None
+        if packed:
+            longest = int(self.sizes[0].max())
+            pack = Pack(pad_id=self.cut.pad.pad_id, max_rows=self.rows_per_step, longest=longest)
+        limit = MemoryLimit(max_bytes)
+        self.cut = CutStep(pad=self.cut.pad, pack=pack, costs=costs, limit=limit, count=count)
+
+    def on_before_batch_transfer(
+        self, batch: Batch | Sequence[Batch], dataloader_idx: int
+    ) -> Batch | Sequence[Batch]:
         """Reports the rows that were dropped from `batch`.
 
         Raises:
             DataError: too many rows were dropped by now.
         """
-        if batch.dropped:
-            name, rows = self._current_set(dataloader_idx)
-            self._findings.add_dropped(name, rows, batch.dropped, self._findings_writer)
+        for micro_batch in micro_batches_of(batch):
+            if micro_batch.dropped:
+                name, rows = self._current_set(dataloader_idx)
+                self._findings.add_dropped(name, rows, micro_batch.dropped, self._findings_writer)
         return batch
 
     def _open_test_sets(self) -> dict[str, Rows]:
@@ -288,11 +319,11 @@ class DataModule(lightning.LightningDataModule):
         for name, dataset in self.datasets.items():
             opened[name] = dataset.open_training()
         self.measured = measured = self._measure(opened)
-        lengths, validation_lengths = [], []
+        sizes, validation_lengths = [], []
         for dataset in measured.values():
-            lengths += dataset.lengths[:-1]
+            sizes += dataset.sizes[:-1]
             validation_lengths.append(dataset.lengths[-1])
-        self._lengths = np.concatenate(lengths)
+        self.sizes = np.concatenate(sizes, axis=1)
         self._validation_lengths = np.concatenate(validation_lengths)
         self.train = [rows for dataset in measured.values() for rows in dataset.stages]
         self.validation = Concat([dataset.validation for dataset in measured.values()])
@@ -327,10 +358,11 @@ class DataModule(lightning.LightningDataModule):
         """
         if self._batch_sampler is not None:
             return self._batch_sampler
-        if self.max_tokens is not None and self._lengths.max() > self.max_tokens:
-            longest = Concat(self.train)[int(self._lengths.argmax())]
+        lengths = self.sizes[0]
+        if self.max_tokens is not None and lengths.max() > self.max_tokens:
+            longest = Concat(self.train)[int(lengths.argmax())]
             raise DataError(
-                f"{longest.where or 'data'}: row {longest.id!r} has {self._lengths.max()} tokens, "
+                f"{longest.where or 'data'}: row {longest.id!r} has {lengths.max()} tokens, "
                 f"more than data.max_tokens={self.max_tokens}; raise it, or leave such rows out "
                 f"with model.max_length={self.max_tokens} model.too_long=drop"
             )
@@ -340,13 +372,14 @@ class DataModule(lightning.LightningDataModule):
         self._batch_sampler = BatchSampler(
             stages,
             batch_size=self.batch_size,
-            lengths=self._lengths,
-            group_by_length=self.group_by_length,
+            lengths=lengths,
+            group_by_length=self.group_by_length and not self.cuts_steps,
             max_tokens=self.max_tokens,
             packing=self.packing,
             seed=self.seed,
             rank=self._rank,
             world_size=self._world_size,
+            batches_per_step=self.rows_per_step,
             position=self._position if self.trainer else None,
         )
         return self._batch_sampler
@@ -384,7 +417,13 @@ class DataModule(lightning.LightningDataModule):
         return self._loader(rows, pad, prompt=prompt, renumber=True, **batching)
 
     def _loader(
-        self, rows: Rows, collate: Pad | Pack, *, prompt: bool, renumber: bool, **batching: Any
+        self,
+        rows: Rows,
+        collate: Pad | Pack | CutStep,
+        *,
+        prompt: bool,
+        renumber: bool,
+        **batching: Any,
     ) -> DataLoader:
         drop_bad = self.on_bad_image == "drop"
         dataset = EncodedDataset(

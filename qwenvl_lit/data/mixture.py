@@ -34,13 +34,19 @@ class OpenedDataset:
     stages: tuple[Rows, ...]
     """Training rows, in the order of the dataset's files."""
     validation: Rows = ()
-    lengths: tuple[np.ndarray, ...] = ()
-    """Tokens of the rows of each stage, then of the validation rows; empty before `measure`."""
+    sizes: tuple[np.ndarray, ...] = ()
+    """(3, rows): tokens, supervised tokens and images of the rows of each stage, then of the
+    validation rows; empty before `measure`."""
     findings: tuple[Finding, ...] = ()
     images: int = 0  # of all training rows
     left_out: int = 0  # measured rows
     distinct: int = 0  # rows that were measured
     bad: int = 0  # measured rows that have a missing image
+
+    @property
+    def lengths(self) -> tuple[np.ndarray, ...]:
+        """Tokens of the rows of each stage, then of the validation rows."""
+        return tuple(tokens for tokens, _, _ in self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +193,19 @@ class DatasetSpec:
         rows: Rows = Subset(Concat(sources), distinct)
         measured = self._lengths(rows, sources, distinct, processor, workers, drop_bad)
         ends = list(accumulate(map(len, parts)))
-        kept, lengths = [], []
+        kept, sizes = [], []
         training = index[: len(index) - len(opened.validation)]
-        for part, tokens in zip(parts, np.split(measured.lengths[index], ends[:-1]), strict=True):
-            usable = np.flatnonzero(tokens)
-            lengths.append(tokens[usable])
+        all_sizes = np.stack((measured.lengths, measured.supervised, measured.images))[:, index]
+        for part, size in zip(parts, np.split(all_sizes, ends[:-1], axis=1), strict=True):
+            usable = np.flatnonzero(size[0])  # rows that are left out have no tokens
+            sizes.append(size[:, usable])
             if len(usable) < len(part):
                 part = Subset(part, usable)
             kept.append(part)
         return OpenedDataset(
             stages=tuple(kept[:-1]),
             validation=kept[-1],
-            lengths=tuple(lengths),
+            sizes=tuple(sizes),
             findings=measured.findings,
             images=int(measured.images[training].sum()),
             left_out=int((measured.lengths == 0).sum()),

@@ -34,6 +34,8 @@ class BatchSampler(Sampler[list[int]]):
             sum of the lengths.
         packing: choose the rows of a batch so that the sum of their lengths is close to
             `max_tokens`.
+        batches_per_step: consecutive batches of a rank that are joined and yielded as one. The
+            last one of an epoch may have fewer.
         position: returns where an epoch starts, called at the start of each iteration. By default
             the epoch given to `set_epoch` starts at its first batch.
 
@@ -53,6 +55,7 @@ class BatchSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        batches_per_step: int = 1,
         position: Callable[[], Position] | None = None,
     ):
         if packing and max_tokens is None:
@@ -73,6 +76,7 @@ class BatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.batches_per_step = batches_per_step
         self.epoch = 0
         self.position = position or (lambda: (self.epoch, 0))
 
@@ -80,7 +84,11 @@ class BatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Number of batches per rank and epoch."""
+        """Number of yielded batches per rank and epoch."""
+        return -(-self._batches_per_rank // self.batches_per_step)
+
+    @property
+    def _batches_per_rank(self) -> int:
         if self.max_tokens is None:
             batches = sum(-(-rows // self.batch_size) for rows in self.stages)
         else:
@@ -99,9 +107,11 @@ class BatchSampler(Sampler[list[int]]):
         # Not a generator: the position is read now, not when the first batch is fetched.
         epoch, done = self.position()
         batches = cycle(self._epoch_batches(epoch))
-        first = self.rank + done * self.world_size
-        stop = len(self) * self.world_size
-        return (batch.tolist() for batch in islice(batches, first, stop, self.world_size))
+        first = self.rank + done * self.batches_per_step * self.world_size
+        stop = self._batches_per_rank * self.world_size
+        of_rank = islice(batches, first, stop, self.world_size)
+        joined = iter(lambda: list(islice(of_rank, self.batches_per_step)), [])
+        return (np.concatenate(step).tolist() for step in joined)
 
     def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """Returns the batches of all ranks: batch k belongs to rank k modulo `world_size`."""

@@ -38,7 +38,13 @@ GROUPS = (*OBJECT_GROUPS, "metrics", "callbacks", "paths")
 # Keys beside `_target_` that mean something to Hydra; conf/ uses no others
 HYDRA_KEYS = {"_partial_": bool, "_convert_": str}
 # Keys of conf/ that `build` uses itself instead of passing them to the target
-OWN_KEYS = {"lightning.Trainer": {"validate_every": int | float | None}}
+OWN_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "lightning.Trainer": {
+        "validate_every": int | float | None,
+        "rows_per_step": int | None,
+        "accumulate_grad_batches": int | None,  # None: see `settings.accumulated_batches`
+    }
+}
 MAX_BYTES = 1_000_000  # of a config
 MAX_VALUES, MAX_DEPTH = 100_000, 50  # references of a pickle can make it endless
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import copy
@@ -300,9 +301,24 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.dtype.itemsize
 
 
+def usable(available: float) -> float:
+    """Returns the bytes for tensors of a GPU with `available` bytes.
+
+    The others are taken by fragmentation and by the CUDA context.
+    """
+    return (available - CUDA_CONTEXT) / FRAGMENTATION
+
+
 def fits(estimate: MemoryEstimate, available: float) -> bool:
-    """Returns whether `available` bytes are enough for the estimate, fragmentation and CUDA."""
-    return estimate.total * FRAGMENTATION + CUDA_CONTEXT <= available
+    """Returns whether the estimate is within the usable part of `available` bytes."""
+    return estimate.total <= usable(available)
+
+
+def available_memory(*, on_gpu: bool, processes: int) -> float:
+    """Returns the bytes of the smallest GPU, or of host memory for each of the processes."""
+    if on_gpu:
+        return available_gpu_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
 def available_gpu_memory() -> float:

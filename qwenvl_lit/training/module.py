@@ -22,9 +22,10 @@ from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.optim import local_tensor
 from qwenvl_lit.training.precision import LossScale
-from qwenvl_lit.training.strategies import sum_over_ranks
+from qwenvl_lit.training.strategies import sharding_of, sum_over_ranks
+from qwenvl_lit.training.whole_steps import add_gradients, zero_loss
 from qwenvl_lit.training.zero_gradients import ZeroGradientGuard
-from qwenvl_lit.types import DataError
+from qwenvl_lit.types import Batch, DataError
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.training.adapters.methods import Adapter
     from qwenvl_lit.training.optim import AdamW
     from qwenvl_lit.training.speed import Speed
-    from qwenvl_lit.types import Batch, ImageSource, Prediction
+    from qwenvl_lit.types import ImageSource, Prediction
 
 
 class VisionLanguageModule(lightning.LightningModule):
@@ -185,12 +186,47 @@ class VisionLanguageModule(lightning.LightningModule):
             )
         return int(steps)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Returns the sum of the losses of a batch, for float16 times the loss scale.
+    def training_step(self, batch: Batch | Sequence[Batch], batch_idx: int) -> torch.Tensor:
+        """Computes a batch, or all micro-batches of an optimizer step.
 
-        How many supervised tokens the loss is to be averaged over is known at the end of the
-        optimizer step only, see `on_before_optimizer_step`.
+        Returns:
+            The sum of the losses of a batch. How many supervised tokens it is to be averaged over
+            is known at the end of the optimizer step only, see `on_before_optimizer_step`. For a
+            list of micro-batches, whose gradients are computed here: zero.
         """
+        if isinstance(batch, Batch):
+            return self._loss(batch)
+        add_gradients(
+            batch,
+            self.trainer.datamodule.cut,
+            start=self._reset_gradients,
+            loss=self._loss,
+            cut_again=self._cut_again,
+        )
+        if sharding_of(self.trainer)[0] == "ddp":
+            return zero_loss(self.model)
+        return self.step_sums.new_zeros((), requires_grad=True)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer) -> None:
+        """Resets the gradients, unless `training_step` has just computed them."""
+        if not self.trainer.datamodule or not self.trainer.datamodule.cuts_steps:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def _reset_gradients(self) -> None:
+        self.optimizers().zero_grad()
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        self.step_batches, self.step_sums = [], torch.zeros_like(self.step_sums)
+
+    def _cut_again(self, micro_batches: Sequence[Batch]) -> list[Batch]:
+        samples = []
+        for batch in micro_batches:
+            samples += map(self.processor.encode, batch.conversations)
+        return [batch.to(self.device) for batch in self.trainer.datamodule.cut(samples)]
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """Returns the sum of the losses of a batch, for float16 times the loss scale."""
         output = self.model(**self.family.inputs(batch), num_items_in_batch=1)
         self.step_batches.append(batch)
         if not len(batch.target_positions):
@@ -239,7 +275,7 @@ class VisionLanguageModule(lightning.LightningModule):
         self.log("train/loss", loss / tokens.clamp(min=1))
         self.log("train/accuracy", correct / tokens.clamp(min=1))
         self.log("train/grad_norm", self.gradient_norm)
-        self.step_batches, self.step_sums = [], torch.zeros_like(self.step_sums)
+        self._reset_sums()
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,7 +20,15 @@ from qwenvl_lit.models.components import blocks_of, network_of, replace_method
 from qwenvl_lit.models.dynamo import CompileError, allow_recompilations, mark_dynamic
 from qwenvl_lit.settings import Checkpointing, check_settings
 from qwenvl_lit.training.float8 import to_float8
-from qwenvl_lit.training.memory import available_gpu_memory, blocks_to_checkpoint, training_inputs
+from qwenvl_lit.training.memory import (
+    GIB,
+    available_gpu_memory,
+    available_memory,
+    blocks_to_checkpoint,
+    memory_table,
+    training_inputs,
+)
+from qwenvl_lit.training.step_plan import plan_step
 from qwenvl_lit.training.strategies import sharding_of
 from qwenvl_lit.types import DataError
 
@@ -92,7 +101,9 @@ class Speed:
         if self.float8:
             self._use_float8(model, family, trainer)
         self.compiled = self._compiles(model, adapter, trainer, on_gpu=on_gpu)
-        if self.checkpointing == "full":
+        if trainer.datamodule is not None and trainer.datamodule.cuts_steps:
+            self._plan_steps(model, family, adapter, trainer, on_gpu=on_gpu)
+        elif self.checkpointing == "full":
             checkpoint_blocks(model)
         elif self.checkpointing == "auto" and on_gpu:
             self._checkpoint_as_needed(model, family, adapter, trainer)
@@ -132,6 +143,52 @@ class Speed:
         batches = trainer.datamodule.steps_of_run() * trainer.accumulate_grad_batches
         return batches >= COMPILE_FROM_BATCHES
 
+    def _plan_steps(
+        self,
+        model: nn.Module,
+        family: Family,
+        adapter: Adapter,
+        trainer: lightning.Trainer,
+        *,
+        on_gpu: bool,
+    ) -> None:
+        """Cuts optimizer steps into micro-batches, and prints the memory of the largest one."""
+        data = trainer.datamodule
+        sharding, gpus = sharding_of(trainer)
+        checkpointing = self.checkpointing
+        if checkpointing == "auto" and not on_gpu:
+            checkpointing = "none"
+        available = available_memory(on_gpu=on_gpu, processes=trainer.num_devices)
+        plan = plan_step(
+            adapter.apply(family.meta_model(), family).train(),
+            family,
+            data.sizes,
+            data.rows_per_step,
+            available,
+            checkpointing=checkpointing,
+            same_count=sharding == "fsdp",
+            quantized=adapter.quantization is not None,
+            compiled=self.compiled,
+            sharding=sharding,
+            gpus=gpus,
+        )
+        if plan.checkpointed:
+            checkpoint_blocks(model, plan.checkpointed)
+        data.cut_steps(
+            costs=plan.costs,
+            max_bytes=plan.max_bytes,
+            packed=family.supports_packing and _packing_is_fast(trainer),
+            count=plan.count,
+        )
+        if trainer.is_global_zero and plan.estimate.total >= GIB:
+            batches = f"micro-batches of up to {plan.most_tokens:,} tokens"
+            if plan.checkpointed:
+                number, total = len(plan.checkpointed), len(blocks_of(model))
+                batches += f", {number} of {total} blocks recomputed"
+            device = "GPU" if on_gpu else "process"
+            table = memory_table(plan.estimate, available, device=device, batches=batches)
+            Console(stderr=True).print(table)
+
     def _checkpoint_as_needed(
         self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer
     ) -> None:
@@ -159,6 +216,13 @@ class Speed:
                 rows,
                 tokens,
             )
+
+
+def _packing_is_fast(trainer: lightning.Trainer) -> bool:
+    """Returns whether there is a kernel for packed rows: else they need a mask of all tokens."""
+    device = trainer.strategy.root_device
+    half = str(trainer.precision).startswith(("bf16", "16"))
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def checkpoint_blocks(model: nn.Module, names: Collection[str] | None = None) -> None:
@@ -218,8 +282,7 @@ class CompiledBlock:
         if kept is not None:
             mark_dynamic(kept, 0)  # one entry for each supervised token of a batch
             kwargs["kept"] = kept
-        if kwargs.get("segments") is None:  # packed batches all have one shape
-            mark_sizes_dynamic(x, kwargs, type(self.block).dynamic_dims)
+        mark_sizes_dynamic(x, kwargs, type(self.block).dynamic_dims)
         try:
             return self._run(x, kwargs)
         except CompileError as error:

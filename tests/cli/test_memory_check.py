@@ -10,6 +10,7 @@ from toy_task import trainer
 from qwenvl_lit import build
 from qwenvl_lit.cli import memory_check
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.training import memory
 from qwenvl_lit.training.strategies import FSDP2Strategy
 from qwenvl_lit.types import DataError
 
@@ -41,7 +42,7 @@ def gpus_of(monkeypatch):
 
     def set_memory(gib: float) -> None:
         monkeypatch.setattr(memory_check, "CUDAAccelerator", CPUAccelerator)
-        monkeypatch.setattr(memory_check, "available_gpu_memory", lambda: gib * GIB)
+        monkeypatch.setattr(memory, "available_gpu_memory", lambda: gib * GIB)
 
     return set_memory
 
@@ -97,7 +98,7 @@ def test_with_the_check_off_there_is_a_warning(tmp_path, gpus_of, capsys):
 
 def test_too_little_host_memory_gives_a_warning(tmp_path, monkeypatch, capsys):
     sizes = {"SC_PAGE_SIZE": 2**30, "SC_PHYS_PAGES": 2}
-    monkeypatch.setattr(memory_check.os, "sysconf", sizes.get)
+    monkeypatch.setattr(memory.os, "sysconf", sizes.get)
     check(tmp_path, *WIDE)
     output = capsys.readouterr().err.replace("\n", " ")
     assert re.search(r"warning: this run needs about 11\.\d GiB per process, but 2\.0 GiB", output)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.types import Conversation, DataError, Sample
+from qwenvl_lit.types import Conversation, DataError, Sample, micro_batches_of
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -48,7 +48,8 @@ class Recorder(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         if len(self.seen) == self.stops_at:
             raise RuntimeError("the machine went down")
-        self.seen.append("".join(conversation.id for conversation in batch.conversations))
+        rows = [row for part in micro_batches_of(batch) for row in part.conversations]
+        self.seen.append("".join(row.id for row in rows))
         return self.weight.sum()
 
     def validation_step(self, batch, batch_idx):
@@ -76,8 +77,7 @@ def fit(folder, *callbacks, ckpt=None, stops_at=None, data=None, **options) -> l
         folder,
         *callbacks,
         enable_checkpointing=bool(callbacks),
-        accumulate_grad_batches=2,
-        **{"max_epochs": 3, **options},
+        **{"max_epochs": 3, "accumulate_grad_batches": 2, **options},
     )
     with pytest.raises(RuntimeError, match="went down") if stops_at else nullcontext():
         fitted.fit(recorder, datamodule, ckpt_path=ckpt)
@@ -110,6 +110,16 @@ def test_an_epoch_is_resumed_after_the_batches_that_are_done(tmp_path, workers, 
     for step in (2, 5, 7) if workers else done:
         resumed = fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", data=data, **limit)
         assert resumed == whole[done[step] :], step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_of_whole_steps_is_resumed_after_any_step(tmp_path, workers):
+    data = {"batch_size": "auto", "rows_per_step": 6, "num_workers": workers}
+    options = {"data": data, "accumulate_grad_batches": 1}
+    whole = fit(tmp_path, every_step(tmp_path), **options)
+    assert list(map(len, whole)) == [6, 6, 6, 2] * 3  # the steps of two batches of three
+    for step in (1, 3, 6):
+        assert fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", **options) == whole[step:], step
 
 
 def test_a_run_is_resumed_after_a_whole_epoch(tmp_path):

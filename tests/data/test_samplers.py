@@ -134,3 +134,21 @@ def test_an_option_that_lacks_one_it_requires_is_refused(options):
 def test_without_rows_there_is_no_batch():
     for options in OPTIONS.values():
         assert list(BatchSampler([0], lengths=LENGTHS[:0], **options)) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_joined_batches_are_those_of_accumulated_steps(ranks):
+    """1,000 rows: 250 steps of 4 rows on one rank, 125 of 8 on two, 84 of 12 on three."""
+    one_by_one = batches_by_rank(ranks, [300, 700], seed=1)
+    joined = batches_by_rank(ranks, [300, 700], seed=1, batches_per_step=4)
+    for rows, steps in zip(one_by_one, joined, strict=True):
+        assert [row for step in steps for row in step] == [row for (row,) in rows]
+        assert {len(step) for step in steps[:-1]} == {4}
+        assert len(steps) == -(-len(rows) // 4)
+
+
+def test_joined_batches_can_be_resumed_after_any_step():
+    whole = list(BatchSampler([1001], seed=1, batches_per_step=4))
+    later = BatchSampler([1001], seed=1, batches_per_step=4, position=lambda: (0, 20))
+    assert len(later) == len(whole) == 251
+    assert list(later) == whole[20:]

@@ -95,7 +95,7 @@ def test_every_number_and_every_switch_refuses_what_is_none():
         (("trust",), 1, "trust must be true or false, got 1"),
         (("verify",), "no", "verify must be true or false, got 'no'"),
         (("sweep", "mode"), "best", "sweep.mode must be min or max, got 'best'"),
-        (("data", "batch_size"), 1.0, "data.batch_size must be a whole number, got 1.0"),
+        (("data", "batch_size"), 1.0, "data.batch_size must be a whole number or auto, got 1.0"),
         (("data", "root"), 7, "data.root must be text or a path or null, got 7"),
         (("data", "train"), [1], "data.train must be text or a list of text or null, got [1]"),
         (("data", "download"), 0, "data.download must be true or false, got 0"),
