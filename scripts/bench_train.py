@@ -38,6 +38,7 @@ from qwenvl_lit.callbacks.run_log import LOG, read_log
 from qwenvl_lit.runs.versions import FILENAME
 
 CPU_STRATEGY = {"auto": "cpu", "ddp": "ddp_cpu", "fsdp": "fsdp_cpu"}
+DEFAULT_ROWS_PER_STEP = 16
 SMALL = {"batch": 2, "accumulate": 2, "max_tokens": 512}  # limits for a case with --size small
 NOTE = (
     "medians over windows of steps; tflop_per_second, mfu and peak_memory_gib are per GPU, other "
@@ -64,7 +65,9 @@ class Bench:
         return training_rows.FULL if self.size == "full" else training_rows.SMALL
 
     def batch(self, case: Case) -> int:
-        return case.batch if self.size == "full" else min(case.batch, SMALL["batch"])
+        """Rows of a batch; with the default settings, of an optimizer step."""
+        batch = case.batch or DEFAULT_ROWS_PER_STEP
+        return batch if self.size == "full" else min(batch, SMALL["batch"])
 
     def accumulate(self, case: Case) -> int:
         return case.accumulate if self.size == "full" else min(case.accumulate, SMALL["accumulate"])
@@ -98,14 +101,17 @@ class Bench:
             arguments.append("speed.compile=false")  # it would take longer than everything else
         if case.max_tokens:
             arguments.append(f"data.max_tokens={self.max_tokens(case)}")
-        else:
+        elif case.batch is not None:
             arguments.append(f"data.batch_size={self.batch(case)}")
+        elif self.size == "small":
+            arguments.append(f"trainer.rows_per_step={self.batch(case)}")
         window, accumulate = self.window(case), self.accumulate(case)
+        if case.batch is not None:
+            arguments.append(f"trainer.accumulate_grad_batches={accumulate}")
         return [
             *arguments,
             "data.validation=null",
             f"data.num_workers={self.workers}",
-            f"trainer.accumulate_grad_batches={accumulate}",
             f"trainer.max_steps={self.total_steps(case)}",
             "trainer.max_epochs=-1",
             f"trainer.log_every_n_steps={window}",
@@ -131,19 +137,22 @@ class Bench:
             processor = build.processor(compose("train", self.model()))
         folder = self.work / "rows"
         images = training_rows.write_images(folder, self.images)
-        most_rows = most_tokens = 0
+        most_rows = most_tokens = mixed_rows = 0
         files = {}
         for case in cases:
             files[case.rows] = folder / f"{case.rows}.jsonl"
             batches = (self.total_steps(case) + 1) * self.accumulate(case) * case.gpus
             if case.rows == "even":
                 most_rows = max(most_rows, batches * self.batch(case))
+            elif case.max_tokens is None:
+                mixed_rows = max(mixed_rows, batches * self.batch(case))
             else:
                 most_tokens = max(most_tokens, batches * (self.max_tokens(case) or 0))
         if "even" in files:
             training_rows.write_even(files["even"], images, most_rows, self.lengths, processor)
         if "mixed" in files:
             rows = most_tokens * 2 // self.lengths.mixed[1] * 5 // 4
+            rows = max(rows, mixed_rows)
             training_rows.write_mixed(files["mixed"], images, rows, self.lengths, processor)
         return files
 
@@ -220,6 +229,8 @@ def measure(
 def describe(name: str, bench: Bench) -> Result:
     case = CASES[name]
     what = f"{case.what}, batch {bench.batch(case)}"
+    if case.batch is None:
+        what = f"{case.what}, {bench.batch(case)} rows per step"
     if case.max_tokens:
         what = f"{case.what}, {bench.max_tokens(case)} tokens"
     if case.accumulate > 1:

@@ -19,6 +19,8 @@ class Case:
     Args:
         arguments: of `python -m qwenvl_lit.train`, in addition to those of all cases and those that
             follow from the other fields.
+        batch: rows per batch and GPU. None: the default, steps of 16 rows that are cut into
+            micro-batches.
         steps: measured optimizer steps, after the warm-up.
         seconds: approximate duration of the whole run on an H100.
         targets: lower bounds for figures of the result.
@@ -27,7 +29,7 @@ class Case:
 
     what: str
     arguments: tuple[str, ...] = ()
-    batch: int = 16
+    batch: int | None = 16
     accumulate: int = 1
     max_tokens: int | None = None  # instead of `batch`
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -47,7 +49,45 @@ def rate(samples_per_second: float) -> dict[str, float]:
 
 
 SWIFT = {"batch": 1, "accumulate": 16}  # the settings of ms-swift
+# Enough steps for speed.compile=auto to compile
+DEFAULT = {"batch": None, "steps": 138, "seconds": 110}
 ONE_GPU = {  # in order of importance
+    "default": Case(what="the default command", targets=rate(42), **DEFAULT),
+    "default_mixed": Case(
+        what="the default command, mixed lengths",
+        rows="mixed",
+        targets={"share_of_matmul": 0.6},
+        **{**DEFAULT, "seconds": 220},
+    ),
+    "lora_all": Case(
+        what="LoRA on every linear layer",
+        arguments=("adapter=lora_all",),
+        targets=rate(26),
+        **{**DEFAULT, "seconds": 150},
+    ),
+    "lora_all_fp8": Case(
+        what="LoRA on every linear layer, FP8",
+        arguments=("adapter=lora_all", "speed=fp8"),
+        targets=rate(32),
+        needs="gpu",
+        batch=None,
+        seconds=120,
+    ),
+    "qlora": Case(
+        what="QLoRA (4-bit)",
+        arguments=("adapter=qlora",),
+        targets=rate(24),
+        needs="gpu",
+        **DEFAULT,
+    ),
+    "qlora_1": Case(
+        what="QLoRA (4-bit)",
+        arguments=("adapter=qlora", "speed=eager"),
+        batch=1,
+        accumulate=16,
+        steps=6,
+        needs="gpu",
+    ),
     "bf16_16": Case(
         what="bf16", arguments=BF16, targets={**rate(42), "share_of_matmul": 0.67}, seconds=80
     ),
@@ -124,21 +164,6 @@ TWO_GPUS = {
 LOW_MEMORY = {  # settings for GPUs with less memory
     "lora": Case(
         what="LoRA on c_attn, checkpointing", arguments=(FULL,), **SWIFT, steps=12, seconds=95
-    ),
-    "qlora": Case(
-        what="QLoRA (4-bit), checkpointing",
-        arguments=("adapter=qlora", FULL),
-        **SWIFT,
-        steps=6,
-        seconds=80,
-        needs="gpu",
-    ),
-    "lora_all": Case(
-        what="LoRA on every linear layer, checkpointing",
-        arguments=("adapter=lora_all", FULL),
-        **SWIFT,
-        steps=6,
-        seconds=105,
     ),
     "ddp": Case(
         what="the twin of ddp_2 on one GPU, checkpointing",

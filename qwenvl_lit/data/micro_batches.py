@@ -30,7 +30,7 @@ class MemoryLimit:
     """The most activation bytes of a micro-batch. Data workers see when it is lowered."""
 
     def __init__(self, max_bytes: float = math.inf):
-        self._bytes = torch.tensor(max_bytes, dtype=torch.float64).share_memory_()
+        self._bytes = torch.full((1,), max_bytes, dtype=torch.float64, device="cpu").share_memory_()
 
     @property
     def bytes(self) -> float:
