@@ -120,7 +120,7 @@ def test_segment_bounds_have_the_same_shape_for_any_number_of_samples(samples, b
     ids=["too many samples", "too many tokens", "too long a sample"],
 )
 def test_samples_that_do_not_fit_into_a_row_are_refused(samples):
-    limits = r"Pack\(pad_id=9, max_tokens=12, max_rows=3, longest=4\)"
+    limits = r"Pack\(pad_id=9, max_rows=3, longest=4, max_tokens=12\)"
     with pytest.raises(ValueError, match=f"do not fit into {limits}"):
         PACK(samples)
 

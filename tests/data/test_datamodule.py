@@ -364,7 +364,7 @@ def test_the_error_about_a_row_above_max_tokens_names_it_and_a_remedy():
         ("group_by_length", 1, "true or false"),
         ("max_tokens", "many", "a whole number, 1 or more, at most 100000000, or null"),
         ("max_tokens", 0, "a whole number, 1 or more, at most 100000000, or null"),
-        ("batch_size", 0, "a whole number, 1 or more, at most 1000000"),
+        ("batch_size", 0, "a whole number, 1 or more, at most 1000000, or auto"),
         ("eval_batch_size", 2.0, "a whole number, 1 or more, at most 1000000"),
     ],
 )
