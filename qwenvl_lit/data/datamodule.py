@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +26,8 @@ from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
-from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each, flatten
+from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each
+from qwenvl_lit.data.sets import all_sets, test_sets, validation_sets
 from qwenvl_lit.data.survey import prompt_lengths
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import Batch, DataError, micro_batches_of
@@ -156,10 +156,10 @@ class DataModule(lightning.LightningDataModule):
             DataError: there are none, or some of them cannot be used.
         """
         if stage == "test":
-            self.test = self._open_test_sets() or self._open_validation_sets()
+            self.test = test_sets(self.datasets) or validation_sets(self.datasets)
             self._require_test_rows("score")
         elif stage == "predict":
-            self.test = self._open_validation_sets() or self._open_test_sets()
+            self.test = validation_sets(self.datasets) or test_sets(self.datasets)
             self._require_test_rows("answer")
         elif any(dataset.train for dataset in self.datasets.values()):
             self._open_training()
@@ -167,28 +167,8 @@ class DataModule(lightning.LightningDataModule):
             raise DataError("there is nothing to train on: give data.train=FILE")
 
     def sets(self) -> tuple[dict[str, Rows], dict[str, Rows]]:
-        """Opens the rows of all sets by name: those of training and validation, then the test sets.
-
-        Training rows occur once each, and empty sets are left out. Nothing is written: if the run
-        has not drawn its held-out rows yet, they are drawn as training would draw them.
-        """
-        training: dict[str, Rows] = {}
-        for name, dataset in self.datasets.items():
-            if (
-                dataset.split_file is not None
-                and not Path(dataset.split_file).expanduser().exists()
-            ):
-                dataset = replace(dataset, split_file=None)
-            opened = dataset.open_training()
-            sources, positions = flatten(Concat(opened.stages))
-            training[_set_name(name, "train")] = Subset(Concat(sources), np.unique(positions))
-            training[_set_name(name, "validation")] = opened.validation
-        tests: dict[str, Rows] = {}
-        for name, rows in self._open_test_sets().items():
-            if name in training:
-                name = f"{name} (test)"
-            tests[name] = rows
-        return _without_empty(training), _without_empty(tests)
+        """Opens the rows of all sets, see `all_sets`."""
+        return all_sets(self.datasets)
 
     @property
     def test_names(self) -> list[str]:
@@ -290,23 +270,6 @@ class DataModule(lightning.LightningDataModule):
                 name, rows = self._current_set(dataloader_idx)
                 self._findings.add_dropped(name, rows, micro_batch.dropped, self._findings_writer)
         return batch
-
-    def _open_test_sets(self) -> dict[str, Rows]:
-        test_sets: dict[str, Rows] = {}
-        for name, dataset in self.datasets.items():
-            opened = dataset.open_tests()
-            for test_name, rows in opened.items():
-                if name and len(opened) == 1:
-                    test_sets[name] = rows
-                else:
-                    test_sets[_set_name(name, test_name)] = rows
-        return test_sets
-
-    def _open_validation_sets(self) -> dict[str, Rows]:
-        opened: dict[str, Rows] = {}
-        for name, dataset in self.datasets.items():
-            opened[name or "validation"] = dataset.open_validation()
-        return _without_empty(opened)
 
     def _require_test_rows(self, purpose: str) -> None:
         if not any(map(len, self.test.values())):
@@ -476,11 +439,3 @@ def _check_packing(processor: Processor, max_tokens: int | None) -> None:
             f"data.packing=true: models of the family {family} cannot train on packed rows; "
             "use data.packing=false, with data.group_by_length=true against padding"
         )
-
-
-def _set_name(dataset: str, name: str) -> str:
-    return f"{dataset}_{name}" if dataset else name
-
-
-def _without_empty(sets: Mapping[str, Rows]) -> dict[str, Rows]:
-    return {name: rows for name, rows in sets.items() if len(rows)}
