@@ -30,6 +30,7 @@ ODD_VALUES = {
     "trainer.max_steps": ["0", "-2", "1.5", "null", "a"],
     "trainer.max_epochs": ["0", "-2", "1.5", "a"],
     "trainer.accumulate_grad_batches": ["0", "1.5", "a"],
+    "trainer.rows_per_step": ["0", "1.5", "a"],
     "trainer.gradient_clip_val": ["-1", "nan", "a"],
     "trainer.log_every_n_steps": ["0", "-1", "a"],
     "trainer.val_check_interval": ["0", "-1", "2.5", "nan", "a"],

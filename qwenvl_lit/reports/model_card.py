@@ -30,6 +30,7 @@ SHOWN = {
     "trainer": (
         "max_epochs",
         "max_steps",
+        "rows_per_step",
         "accumulate_grad_batches",
         "gradient_clip_val",
         "precision",
