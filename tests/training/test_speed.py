@@ -29,6 +29,7 @@ from qwenvl_lit.training.speed import (
     Speed,
     attention_kernels,
     checkpoint_blocks,
+    checkpointed_forward,
     compile_blocks,
     graph_vision_tower,
 )
@@ -191,9 +192,44 @@ def test_a_block_that_cannot_be_compiled_runs_uncompiled_with_a_warning(monkeypa
     compile_blocks(model)
     with caplog.at_level(logging.WARNING):
         uncompiled = gradients(model, batch(2, 7))
-    assert "a layer of another package" in caplog.text
+    warnings = {record.getMessage() for record in caplog.records}
+    assert warnings == {
+        "blocks run without compilation, which is slower, since Unsupported: a layer of another "
+        "package"
+    }
+    block_types = {type(block) for block in blocks_of(model).values()}
+    assert len(caplog.records) == len(block_types) < len(blocks_of(model))
     for name, gradient in uncompiled.items():
         torch.testing.assert_close(gradient, expected[name], **CLOSE)
+
+
+def test_checkpointing_that_cannot_be_part_of_a_graph_stays_outside(monkeypatch, caplog):
+    forwards = Counter()
+
+    def compile_forward_alone(function):
+        def compiled(block, x, **kwargs):
+            if function is checkpointed_forward:
+                raise Unsupported("no partition of the graph")
+            forwards[block] += 1
+            return function(block, x, **kwargs)
+
+        return compiled
+
+    model = adapted(LORA)
+    expected = gradients(model, batch(2, 7))
+    monkeypatch.setattr(torch, "compile", compile_forward_alone)
+    checkpoint_blocks(model)
+    compile_blocks(model)
+    recomputed = gradients(model, batch(2, 7))
+    assert "outside their graph, since Unsupported: no partition of the graph" in caplog.text
+    trained = [block for block in blocks_of(model).values() if any_trained(block)]
+    assert {forwards[block] for block in trained} == {2}
+    for name, gradient in recomputed.items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE)
+
+
+def any_trained(module: torch.nn.Module) -> bool:
+    return any(tensor.requires_grad for tensor in module.parameters())
 
 
 @pytest.mark.parametrize("adapter", [Full(), LORA], ids=["full", "lora"])
