@@ -37,7 +37,7 @@ class RecordRows(lightning.Callback):
 
 
 def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:
-    """Trains with one validation row, scores one row, and answers one and then none."""
+    """Trains and validates one row after each step, scores one row, answers one and then none."""
     seen = {}
     for stage, answered in (("fit", {}), ("test", {}), ("predict", {}), ("none", {"test": ONE})):
         task, recorder = tiny_task(adapter), RecordRows()
@@ -51,7 +51,7 @@ def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:
             answered=answered,
         )
         options = {"strategy": strategy(**GLOO), "devices": 2, "max_epochs": 1}
-        made = trainer(None, recorder, **options)
+        made = trainer(None, recorder, val_check_interval=1, **options)
         if stage == "fit":
             made.fit(task, data)
             seen["fit"] = recorder.seen["validation"]
@@ -120,5 +120,5 @@ def test_no_rank_loses_a_step_to_a_dropped_row_which_is_listed_once(ranks):
 def test_a_rank_without_rows_takes_part_in_every_loop(ranks, strategy):
     one, other, _ = ranks
     few, without = one["few"][strategy], other["few"][strategy]
-    assert few == {"fit": ["k", "k"], "test": ["p"], "predict": ["p"], "none": [""]}
-    assert without == {"fit": ["", ""], "test": [""], "predict": [""], "none": [""]}
+    assert few == {"fit": ["k"] * 4, "test": ["p"], "predict": ["p"], "none": [""]}
+    assert without == {"fit": [""] * 4, "test": [""], "predict": [""], "none": [""]}
