@@ -30,8 +30,8 @@ DATA_PATHS = re.compile(
     r"data\.(?:datasets\.[^.]+\.)?(?:cache|root|split_file|train|validation|test(?:\.[^.]+)?)"
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
-# Keys whose values are text for the model, also where they look like a number or a list.
-TEXT = re.compile(r"prompt|system|data\.(?:datasets\.[^.]+\.)?prompt")
+# Keys whose values are text, also where they look like a number or a list.
+TEXT = re.compile(r"prompt|(?:model\.)?system|data\.(?:datasets\.[^.]+\.)?(?:prompt|user_agent)")
 # Mappings whose keys the user chooses.
 FREE_MAPPINGS = ("adapter.options", "data.path_map", "optim.component_lr")
 # Keys that the stored model config of a run may lack.
@@ -61,8 +61,8 @@ def quote_free_text(argument: str) -> str:
 
     Text in single quotes, numbers, `null` and `{...}` stay as they are. In a list `[a,b]` each
     element is quoted. In a path, `~` becomes the home folder, and numbers and `{...}` are quoted,
-    too. Text for the model is quoted whatever it is, except `null`. Keys that a config may lack get
-    Hydra's `++`, which adds them.
+    too. Values of `TEXT` keys are quoted whatever they are, except `null`. Keys that a config may
+    lack get Hydra's `++`, which adds them.
 
     >>> quote_free_text("prompt=Is it a dog, (really)?")
     "prompt='Is it a dog, (really)?'"

@@ -11,6 +11,9 @@ def parsed(argument: str):
     return override.value()
 
 
+TEXT_KEYS = ("prompt", "system", "model.system", "data.prompt", "data.user_agent")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -42,8 +45,8 @@ def parsed(argument: str):
         "",
     ],
 )
-@pytest.mark.parametrize("key", ["prompt", "system", "data.prompt", "data.datasets.a.prompt"])
-def test_text_for_the_model_is_read_as_typed(text, key):
+@pytest.mark.parametrize("key", [*TEXT_KEYS, "data.datasets.a.prompt"])
+def test_text_is_read_as_typed(text, key):
     quoted = quote_free_text(f"{key}={text}")
     assert OmegaConf.create({"text": parsed(quoted)}).text == text
     assert quote_free_text(quoted) == quoted  # other ranks of a run get the quoted arguments
