@@ -125,6 +125,12 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
     if (path / "config.json").exists():
         return _find_full_model(path, trust=trust)
     if not (path / COMPOSED_CONFIG).exists():
+        adapters = [file.parent for file in path.glob("*/adapter_config.json")]
+        if adapters:
+            newest = max(adapters, key=lambda folder: folder.stat().st_mtime)
+            raise DataError(
+                f"{ckpt} has adapters in folders of their own; choose one: ckpt={newest}"
+            )
         raise DataError(
             f"{ckpt} is not a run folder (it has no {COMPOSED_CONFIG}); {_known_runs()}"
         )

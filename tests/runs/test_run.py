@@ -28,7 +28,7 @@ def write_run(folder, *checkpoints: str):
 
 
 def write_folder_with(folder, name: str):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / name).write_text("{}")
 
 
@@ -82,6 +82,10 @@ def test_latest_is_the_newest_run_with_a_checkpoint(tmp_path):
         (lambda path: None, "does not exist; .* train one first"),
         (lambda path: path.mkdir(), "is not a run folder"),
         (lambda path: write_folder_with(path, "adapter_config.json"), "only LORA"),
+        (
+            lambda path: write_folder_with(path / "checkpoint-9", "adapter_config.json"),
+            "in folders of their own; choose one: ckpt=.*path/checkpoint-9$",
+        ),
         (lambda path: write_run(path), "stopped before it saved one"),
         (lambda path: path.write_text("hello"), "is not a checkpoint of a run"),
         (lambda path: torch.save({"state_dict": {}}, path), "has no config"),

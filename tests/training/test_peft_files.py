@@ -215,6 +215,7 @@ def test_a_setting_that_the_adapter_needs_is_kept_although_peft_0_9_does_not_kno
     [
         ({"peft_type": "IA3"}, "peft_type IA3; only LORA"),
         ({"peft_type": None}, "peft_type None"),
+        ({"swift_type": "LORA"}, "tuner_backend swift; convert it: swift export --ckpt_dir /"),
         ({"target_modules": None}, "lacks target_modules"),
         (
             {"init_lora_weights": "pissa_niter_4"},

@@ -103,6 +103,11 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     config = read_json_object(file)
+    if "swift_type" in config:
+        raise DataError(
+            f"{file} is in the format of ms-swift's --tuner_backend swift; convert it: "
+            f"swift export --ckpt_dir {folder.parent} --to_peft_format true"
+        )
     method = config.get("peft_type")
     if method != "LORA":
         raise DataError(
