@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 # Keys whose values are free text, which Hydra's grammar cannot parse unquoted.
-FREE_TEXT = ("adapter.targets", "benchmarks")
+FREE_TEXT = ("adapter.targets", "benchmarks", "data.special_tokens")
 # Keys whose values are paths: free text in which `~` is the home folder.
 PATHS = (
     "answered",
@@ -59,7 +59,7 @@ _NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 def quote_free_text(argument: str) -> str:
     """Quotes the value of `key=value` if the key takes free text; quoting twice changes nothing.
 
-    Text in single quotes, numbers, `null` and `{...}` stay as they are. In a list `[a,b]` each
+    Text in quotes, numbers, `null` and `{...}` stay as they are. In a list `[a,b]` each
     element is quoted. In a path, `~` becomes the home folder, and numbers and `{...}` are quoted,
     too. Values of `TEXT` keys are quoted whatever they are, except `null`. Keys that a config may
     lack get Hydra's `++`, which adds them.
@@ -148,7 +148,7 @@ def _quote_path(path: str) -> str:
 
 def quote(text: str) -> str:
     """`text` in single quotes, as Hydra's grammar reads it."""
-    if re.fullmatch(r"'.*'|\{.*\}|null|[\d.]+", text, re.DOTALL):
+    if _QUOTED.fullmatch(text) or re.fullmatch(r"\{.*\}|null|[\d.]+", text, re.DOTALL):
         return text
     return _in_quotes(text)
 

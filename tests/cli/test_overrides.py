@@ -68,6 +68,12 @@ def test_lists_of_files_are_read_as_typed():
     assert quote_free_text(quoted) == quoted
 
 
+def test_names_in_lists_may_have_quotes():
+    for key, name in (("data.special_tokens", "<|extra_0|>"), ("adapter.targets", "mlp.w1")):
+        for typed in (f"[{name}]", f"['{name}']", f'["{name}"]'):
+            assert parsed(quote_free_text(f"{key}={typed}")) == [name]
+
+
 def test_model_keys_that_the_config_of_a_run_may_lack_are_added():
     quoted = quote_free_text("model.load_in_4bit=true")
     assert quoted == quote_free_text(quoted) == "++model.load_in_4bit=true"
