@@ -335,6 +335,7 @@ class QwenVLProcessor:
         """Applies `max_length` to a training sample, and checks that tokens are supervised."""
         has_answer = any(piece.supervised for piece in pieces)
         length = sum(len(piece.ids) for piece in pieces)
+        excess = None
         if self.max_length and length > self.max_length:
             excess = f"{length} tokens are more than max_length={self.max_length}"
             if self.too_long == "drop":
@@ -351,10 +352,9 @@ class QwenVLProcessor:
             )
         # The first token has nothing before it that could predict it.
         if not any(piece.supervised for piece in pieces[1:]):
-            raise DataError(
-                f"no answer to learn from: none is left of the row; is max_length="
-                f"{self.max_length} above the answer's length?"
-            )
+            if excess:
+                raise Dropped(f"{excess}, and too_long={self.too_long} leaves no answer of the row")
+            raise DataError("no answer to learn from: no token precedes the only one of the row")
         return pieces
 
     def _sample(self, conversation: Conversation, pieces: Sequence[Piece]) -> Sample:

@@ -267,11 +267,20 @@ def test_a_sample_without_supervised_tokens_is_refused():
         DataError, match="row 'row-7': no answer to learn from: the row has no answer"
     ):
         processor().encode(talk("only a question"))
-    with pytest.raises(DataError, match="from: none is left of the row; is max_length"):
-        # Nothing precedes a single token that could predict it.
-        processor(max_length=1, too_long="truncate_left").encode(talk("q", "a"))
-    with pytest.raises(DataError, match="from: none is left of the row; is max_length"):
-        processor(max_length=3, too_long="truncate_left").encode(talk("q", "a", "another question"))
+
+
+@pytest.mark.parametrize(
+    ("too_long", "length", "texts"),
+    [
+        ("truncate_left", 1, ("q", "a")),  # nothing precedes a single token that could predict it
+        ("truncate_left", 3, ("q", "a", "another question")),
+        ("truncate_right", 9, ("a long question", "a")),
+    ],
+)
+def test_a_row_of_which_truncation_leaves_no_answer_is_left_out(too_long, length, texts):
+    message = f"more than max_length={length}, and too_long={too_long} leaves no answer"
+    with pytest.raises(Dropped, match=message):
+        processor(max_length=length, too_long=too_long).encode(talk(*texts))
 
 
 def test_errors_name_the_sample(tmp_path):
