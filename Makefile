@@ -1,6 +1,6 @@
 # make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
-# make test-interop   models and adapters to the original stack and back, in its own environment   (10 minutes)
+# make test-interop   models and adapters to the original stack and back, in environments of their own   (15 minutes)
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -9,10 +9,16 @@ BIN := .venv/bin
 DEMO := outputs/train/demo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The original stack. transformers 4.37.2 needs Python 3.11 or 3.12: set INTEROP_PYTHON if python3 is newer.
+# The original stack. Its versions need Python 3.11 or 3.12: set INTEROP_PYTHON if python3 is newer.
 INTEROP_PYTHON ?= $(PYTHON)
 INTEROP := .venv-interop
-INTEROP_PEFT := 0.9.0 0.10.0 0.11.1 0.12.0 0.13.2
+INTEROP_STACKS := transformers-4.37.2 transformers-4.44.2 ms-swift-2.6.1
+$(INTEROP)/transformers-4.37.2/installed: PEFT := 0.9.0 0.10.0 0.11.1 0.12.0 0.13.2
+$(INTEROP)/transformers-4.37.2/installed: PACKAGES := transformers==4.37.2
+$(INTEROP)/transformers-4.44.2/installed: PEFT := 0.14.0 0.15.2 0.16.0 0.17.1
+$(INTEROP)/transformers-4.44.2/installed: PACKAGES := transformers==4.44.2
+# ms-swift has no upper bound for datasets, whose newer versions need numpy 2.
+$(INTEROP)/ms-swift-2.6.1/installed: PACKAGES := ms-swift==2.6.1 transformers==4.44.2 peft==0.12.0 datasets==3.2.0 pyarrow==18.1.0
 
 .PHONY: demo test lint suite test-interop faults format clean
 
@@ -32,7 +38,7 @@ lint: .venv/installed-dev
 suite: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-interop: .venv/installed-dev $(INTEROP)/installed
+test-interop: .venv/installed-dev $(INTEROP_STACKS:%=$(INTEROP)/%/installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interop tests/interop
 
 faults: .venv/installed-dev
@@ -54,10 +60,10 @@ clean:
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-$(INTEROP)/installed: Makefile
-	test -x $(INTEROP)/bin/python || $(INTEROP_PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/pip install -q torch==2.13.0 transformers==4.37.2 'accelerate<1' 'numpy<2' pillow tiktoken
-	for version in $(INTEROP_PEFT); do \
-		$(INTEROP)/bin/pip install -q --no-deps --upgrade --target $(INTEROP)/peft-$$version peft==$$version || exit 1; \
+$(INTEROP)/%/installed: Makefile
+	test -x $(@D)/bin/python || $(INTEROP_PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q torch==2.13.0 'accelerate<1' 'numpy<2' pillow tiktoken $(PACKAGES)
+	for version in $(PEFT); do \
+		$(@D)/bin/pip install -q --no-deps --upgrade --target $(@D)/peft-$$version peft==$$version || exit 1; \
 	done
 	touch $@

@@ -83,6 +83,9 @@ class QWenModel(nn.Module):
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.visual = VisionTransformer(**config.visual)
 
+    def get_input_embeddings(self):
+        return self.wte
+
     def forward(self, ids):
         x = self.wte(ids)
         spans = []
@@ -108,6 +111,9 @@ class QWenLMHeadModel(PreTrainedModel):
         super().__init__(config)
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self):
+        return self.lm_head
 
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.transformer(input_ids))
