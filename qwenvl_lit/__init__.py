@@ -14,6 +14,9 @@ __all__ = ["QwenVL", "__version__"]
 def __getattr__(name: str) -> type[QwenVL]:
     """Imports `QwenVL` when it is first used: the package alone imports no torch."""
     if name == "QwenVL":
+        from qwenvl_lit.libraries import import_libraries
+
+        import_libraries()
         from qwenvl_lit.api import QwenVL
 
         return QwenVL

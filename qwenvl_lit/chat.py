@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.data.json_lines import append_json_lines
+from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
@@ -304,6 +305,7 @@ def line_editing(history: Path) -> Iterator[None]:
 
 
 def main(config: DictConfig) -> None:
+    import_libraries()
     from qwenvl_lit import build
     from qwenvl_lit.api import QwenVL, device_named
     from qwenvl_lit.data.readers.question import question_options

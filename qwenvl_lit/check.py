@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.early_checks import check_files, datasets_of, sources
+from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ NOTHING = "there is nothing to check: give data.train=FILE, data.validation=FILE
 def main(config: DictConfig) -> None:
     _require_files(config)
     check_files(config, SPLITS)
+    import_libraries()
     from rich.console import Console
 
     from qwenvl_lit import build

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ CHOICES = {
 def main(config: DictConfig) -> None:
     out = checked_target(config)
     check_choices(config)
-
+    import_libraries()
     import torch
     from omegaconf import OmegaConf
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.overrides import value_of
+from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
@@ -28,7 +29,7 @@ ANSWER_CHARACTERS = 200  # of each of them
 
 def main(config: DictConfig) -> None:
     is_question = asks_a_question(config)
-
+    import_libraries()
     from pathlib import Path
 
     from lightning.pytorch.callbacks import LambdaCallback

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.overrides import has_any
+from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.types import DataError
 
@@ -42,6 +43,12 @@ class Outcome:
 
 
 def main(config: DictConfig) -> None:
+    if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
+        raise DataError(
+            "predictions= scores stored answers: leave out ckpt, benchmarks and baseline, "
+            "or predictions"
+        )
+    import_libraries()
     from pathlib import Path
 
     from lightning.pytorch.utilities import rank_zero_only
@@ -53,11 +60,6 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.metrics.summary import SCORES_FILE
     from qwenvl_lit.runs.run import find_run
 
-    if config.predictions and (config.benchmarks or config.baseline or config.ckpt):
-        raise DataError(
-            "predictions= scores stored answers: leave out ckpt, benchmarks and baseline, "
-            "or predictions"
-        )
     build.start(config)
     if rank_zero_only.rank == 0:  # scores of an earlier start, which did not end
         Path(config.paths.run, SCORES_FILE).unlink(missing_ok=True)

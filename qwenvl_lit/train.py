@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.early_checks import check_files
+from qwenvl_lit.libraries import import_libraries
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def main(config: DictConfig) -> None:
     check_files(config, ("train", "validation"))
+    import_libraries()
     from pathlib import Path
 
     from qwenvl_lit import build

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.settings import Rounding, Schedule, check_settings
@@ -91,6 +90,8 @@ class AdamW:
         Raises:
             ValueError: nothing is trainable, or nothing of a component in `component_lr`.
         """
+        from transformers import get_scheduler  # imports peft, and that imports bitsandbytes
+
         trainable = {}
         for name, tensor in model.named_parameters():
             if tensor.requires_grad:
