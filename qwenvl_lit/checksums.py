@@ -17,10 +17,11 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwenvl_lit.cores import available_cores
 from qwenvl_lit.types import DataError
 
 log = logging.getLogger(__name__)
@@ -108,18 +109,27 @@ def verify(path: Path) -> None:
         return
     folder = path if path.is_dir() else path.parent
     sums = _read_sums(folder / SUMS)
+    expected_sums = {}
     for name, expected in sums.items():
         file = folder / name
         if file.is_file() and path in (folder, file):
-            _compare(file, expected, f"if it was changed on purpose, remove it from {SUMS}")
+            expected_sums[file] = expected
+    advice = f"if it was changed on purpose, remove it from {SUMS}"
+    # Shards are hashed at the same time: one thread takes 10 s or more for a full model.
+    with ThreadPoolExecutor(available_cores()) as pool:
+        compare = partial(_compare, advice=advice)
+        for _ in pool.map(compare, expected_sums, expected_sums.values()):
+            pass  # raises the error of the first damaged file
     if path.name not in sums and path.is_file():
         with path.open("rb") as stream:
             sealed_with = _expected_in(stream)
         if sealed_with:
-            _compare(path, sealed_with, "copy it again, or use another checkpoint of the run")
+            _compare(
+                path, sealed_with, advice="copy it again, or use another checkpoint of the run"
+            )
 
 
-def _compare(file: Path, expected: str, advice: str) -> None:
+def _compare(file: Path, expected: str, *, advice: str) -> None:
     status = file.stat()
     actual = _actual(file, status.st_size, status.st_mtime_ns)
     if actual != expected:

@@ -1,5 +1,6 @@
 import hashlib
 import subprocess
+import threading
 import zipfile
 
 import pytest
@@ -136,6 +137,20 @@ def test_a_flipped_bit_in_a_folder_names_the_file(folder):
             checksums.verify(path)
     checksums.verify(folder / "model-00001-of-00002.safetensors")
     (folder / checksums.SUMS).unlink()
+    checksums.verify(folder)
+
+
+def test_the_files_of_a_folder_are_hashed_at_the_same_time(folder, monkeypatch):
+    both_started = threading.Barrier(2, timeout=20)
+    hash_file = checksums._sha256
+
+    def hash_shard(file):
+        if file.suffix == ".safetensors":
+            both_started.wait()
+        return hash_file(file)
+
+    monkeypatch.setattr(checksums, "available_cores", lambda: 2)
+    monkeypatch.setattr(checksums, "_sha256", hash_shard)
     checksums.verify(folder)
 
 
