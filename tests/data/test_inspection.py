@@ -348,13 +348,13 @@ def test_rows_with_equal_ids_are_counted(folder):
         ("<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>", "Qwen2-VL"),
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]', "Qwen2.5-VL"),
         ("It is at [0.1, 0.25, .5, 1.0].", "LLaVA or Shikra"),
-        ("[10,20,300,400]", "a list of pixels"),
+        ("[10,20,300,400]", "a list of whole numbers"),
         ("<loc0001><loc0002><loc0003><loc0004> it", "PaliGemma"),
     ],
 )
 def test_boxes_in_the_markup_of_other_models_are_counted_by_form(folder, answer, form):
     [note] = notes(folder, row("red.png", answer=answer), row("red.png", "1", answer="[1, 2] <x>"))
-    assert note.startswith(f"text has boxes as {form} (")
+    assert note.startswith(f"text has boxes in the form of {form} (")
     assert note.endswith(
         "convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..999, or to `objects`"
     )
