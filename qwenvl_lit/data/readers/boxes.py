@@ -27,6 +27,7 @@ FRAME_LIMITS: dict[Frame, tuple[float, float]] = {"grid": (GRID, GRID), "unit": 
 
 _OUTSIDE = "is not within its image"
 _MAX_COORDINATE = 1e9  # no coordinate in any frame is larger
+_SMALL_PX = 4  # in an image of at most this size, a box of pixels may lie within 0..1
 
 
 class BoxReader:
@@ -105,6 +106,42 @@ class BoxReader:
                 raise
         return replace(obj, boxes=tuple(boxes))
 
+    def check_fractions(
+        self, objects: Sequence[GroundedObject], images: Sequence[ImageSource]
+    ) -> None:
+        """Checks that boxes in pixels are not fractions of the image whose frame was not given.
+
+        Boxes are taken for fractions if all in pixels are within 0..1, and one is not of whole
+        numbers.
+
+        Raises:
+            DataError: they are. With `on_bad_box="keep"` they are only noted.
+        """
+        boxes = []
+        for obj in objects:
+            boxes += [(obj, box) for box in obj.boxes if box.frame == "pixel"]
+        values = [value for _, box in boxes for value in chain(*_corners(box))]
+        if not values or max(values) > 1 or min(values) < 0 or all(map(_is_whole, values)):
+            return
+        for obj, box in boxes:
+            width, height = images[obj.image].size
+            if max(width, height) > _SMALL_PX and not all(map(_is_whole, chain(*_corners(box)))):
+                break
+        else:
+            return
+        problem = (
+            f"object {objects.index(obj) + 1} ({reprlib.repr(obj.label)}): box {_corner_lists(box)} "
+            f"is read as pixels of an image of {width} x {height}, and all boxes of the row are "
+            f"within 0..1"
+        )
+        if self.on_bad_box == "keep":
+            self.notes.append(f"{problem}; kept as it is")
+            return
+        raise self.error(
+            f"{problem}; if they are fractions of the image, their entry of `objects` needs "
+            f'"bbox_type": "norm_1". Boxes under other keys must be pixels'
+        )
+
     def check_box(self, what: str, box: Box | Quad, limits: tuple[float, float]) -> Box | Quad:
         """Like `check_object`, for one box that must lie within (0, 0) and `limits`."""
         problem = _problem_with(box, limits)
@@ -156,6 +193,10 @@ def _is_coordinate(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= _MAX_COORDINATE  # also false for NaN
 
 
+def _is_whole(value: float) -> bool:
+    return value == int(value)
+
+
 def _corners(box: Box | Quad) -> tuple[tuple[float, float], ...]:
     return box.points if isinstance(box, Quad) else ((box.x0, box.y0), (box.x1, box.y1))
 
@@ -167,7 +208,7 @@ def _corner_lists(box: Box | Quad) -> list[list[float]]:
 def _problem_with(box: Box | Quad, limits: tuple[float, float]) -> str:
     """Returns what is wrong with a box, as a predicate; empty if the box is valid."""
     corners = _corners(box)
-    if box.frame == "grid" and any(value != int(value) for corner in corners for value in corner):
+    if box.frame == "grid" and not all(map(_is_whole, chain(*corners))):
         return f"has fractions on the grid of 0..{GRID}"
     if isinstance(box, Box) and (box.x0 > box.x1 or box.y0 > box.y1):
         return "has its corners in the wrong order; the top left one comes first"

@@ -152,6 +152,7 @@ def conversation_from(
     for k, obj in enumerate(objects):
         what = f"object {k + 1} ({reprlib.repr(obj.label)})"
         objects[k] = boxes.check_object(what, obj, images)
+    boxes.check_fractions(objects, images)
     reader = TurnReader(images, objects, boxes)
     read_turns = [Turn(role=role, parts=reader.read(role, parts)) for role, parts in turns]
     reader.note_labels()

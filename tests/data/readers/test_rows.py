@@ -377,6 +377,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         ({"query": "<bbox>", "objects": ["dog"]}, "bbox_type: real, norm_1000 or norm_1, image}"),
         ({"query": "<ref-object>", "objects": [DOG | {"caption": None}]}, "without `caption`"),
+        ({"query": "<ref-object>", "objects": {"bbox": [[1, 2, 3, 4]]}}, "an entry in `ref`"),
         ({"query": "<bbox>", "objects": "dog"}, "`objects` must be a list, or a list as JSON text"),
         ({"query": "<bbox>", "objects": {"ref": "a dog"}}, "`objects` must be a list"),
         ({"query": "<bbox>", "objects": {"ref": "dog"}}, "or as in ms-swift 3"),
@@ -574,6 +575,50 @@ def test_wrong_boxes_in_the_text_are_handled_like_those_of_objects(read_row):
     ) == ("<box>(3,2),(9,999)</box><quad>(1,1),(9,1),(9,9),(1,999)</quad>")
     with pytest.raises(Dropped, match="text: box"):
         read_row(row, on_bad_box="drop")
+
+
+FRACTIONS = [0.1, 0.2, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"objects": {"ref": ["it"], "bbox": [[0, 0, 1, 1], FRACTIONS]}},
+        {"objects": [DOG | {"bbox": [[0, 0, 1, 1], FRACTIONS]}]},
+        {"image": "a.png", "sent": "it", "bbox": FRACTIONS},
+    ],
+)
+def test_boxes_that_are_fractions_of_an_image_are_no_pixels(read_row, row):
+    if "objects" in row:
+        boxes = 2 if isinstance(row["objects"], dict) else 1
+        row |= {"query": "<ref-object>", "response": "<bbox>" * boxes, "images": ["a.png"]}
+    message = (
+        r"object [12] \(.*\): box \[\[0.1, 0.2\], \[0.5, 1\]\] is read as pixels of an image of "
+        "640 x 480, and all boxes of the row are within 0..1"
+    )
+    advice = '; if they are fractions .* of `objects` needs "bbox_type": "norm_1"'
+    for on_bad_box in ("error", "repair"):
+        with pytest.raises(DataError, match=message + advice):
+            read_row(row, on_bad_box=on_bad_box)
+    with pytest.raises(Dropped, match=message):
+        read_row(row, on_bad_box="drop")
+    [note] = read_row(row, on_bad_box="keep").notes
+    assert note.endswith("within 0..1; kept as it is")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "size"),
+    [
+        ([[0, 0, 1, 1]], (640, 480)),  # a pixel
+        ([FRACTIONS, [0.5, 0.5, 30, 40]], (640, 480)),
+        ([FRACTIONS], (4, 3)),
+    ],
+)
+def test_small_boxes_may_be_pixels(folder, read_row, boxes, size):
+    Image.new("RGB", size).save(folder / "small.png")
+    objects = [DOG | {"bbox": boxes}]
+    row = {"query": "<ref-object>", "response": "<bbox>", "images": ["small.png"]}
+    assert len(boxes_of(read_row(row | {"objects": objects}))) == len(boxes)
 
 
 def test_an_unknown_on_bad_box_is_refused():
