@@ -7,21 +7,27 @@ import re
 _INTEGER = r"\s*-?\d+\s*"
 _FRACTION = r"\s*[01]?\.\d+\s*"
 _FORMS = (
-    ("of Qwen2-VL (<|box_start|>)", re.compile(r"<\|(?:box|object_ref|quad)_(?:start|end)\|>")),
-    ("of Qwen2.5-VL (JSON with bbox_2d)", re.compile(r"""["']bbox_2d["']\s*:""")),
-    ("of PaliGemma (<loc0000>)", re.compile(r"<loc\d{4}>")),
-    ("of Kosmos-2 (<patch_index_0000>)", re.compile(r"<patch_index_\d{4}>")),
-    ("of InternVL (<box>[[...]]</box>)", re.compile(r"<box>\s*\[")),
-    ("of LLaVA or Shikra ([0.1,0.2,0.3,0.4])", re.compile(rf"\[{_FRACTION}(?:,{_FRACTION}){{3}}\]")),
-    ("of a list of whole numbers ([10,20,30,40])", re.compile(rf"\[{_INTEGER}(?:,{_INTEGER}){{3}}\]")),
+    ("Qwen2-VL (<|box_start|>)", re.compile(r"<\|(?:box|object_ref|quad)_(?:start|end)\|>")),
+    ("Qwen2.5-VL (JSON with bbox_2d)", re.compile(r"""["']bbox_2d["']\s*:""")),
+    ("PaliGemma (<loc0000>)", re.compile(r"<loc\d{4}>")),
+    ("Kosmos-2 (<patch_index_0000>)", re.compile(r"<patch_index_\d{4}>")),
+    ("InternVL (<box>[[...]]</box>)", re.compile(r"<box>\s*\[")),
+    (
+        "LLaVA or Shikra ([0.1,0.2,0.3,0.4])",
+        re.compile(rf"\[{_FRACTION}(?:,{_FRACTION}){{3}}\]"),
+    ),
+    (
+        "lists of whole numbers ([10,20,30,40])",
+        re.compile(rf"\[{_INTEGER}(?:,{_INTEGER}){{3}}\]"),
+    ),
 )
 
 
 def box_form(text: str) -> str | None:
-    """Returns the first form of other models in which `text` has a box, as "of NAME (EXAMPLE)".
+    """Returns the first form of other models in which `text` has a box, as "NAME (EXAMPLE)".
 
     >>> box_form("It is at [0.1, 0.25, 0.5, 1.0].")
-    'of LLaVA or Shikra ([0.1,0.2,0.3,0.4])'
+    'LLaVA or Shikra ([0.1,0.2,0.3,0.4])'
     """
     if "[" not in text and "<" not in text and "bbox_2d" not in text:
         return None

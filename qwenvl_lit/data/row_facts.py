@@ -124,7 +124,7 @@ def _notes_on_text(conversation: Conversation) -> Iterator[str]:
             yield f"the answer in turn {number} is empty: nothing of it is supervised"
     for form in sorted(forms):
         yield (
-            f"text has boxes in the form {form}, which is plain text for this model; "
+            f"text has boxes in the form of {form}, which is plain text for this model; "
             f"convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..{GRID}, or to `objects`"
         )
 

@@ -130,9 +130,9 @@ class BoxReader:
         else:
             return
         problem = (
-            f"object {objects.index(obj) + 1} ({reprlib.repr(obj.label)}): box {_corner_lists(box)} "
-            f"is read as pixels of an image of {width} x {height}, and all boxes of the row are "
-            f"within 0..1"
+            f"object {objects.index(obj) + 1} ({reprlib.repr(obj.label)}): box "
+            f"{_corner_lists(box)} is read as pixels of an image of {width} x {height}, and all "
+            f"boxes of the row are within 0..1"
         )
         if self.on_bad_box == "keep":
             self.notes.append(f"{problem}; kept as it is")

@@ -258,8 +258,8 @@ class TurnReader:
                     obj = next(self._labelled)
                     if obj.label is None:
                         raise self._boxes.error(
-                            "a <ref-object> stands for an object without `caption`, in the lists of "
-                            "ms-swift 3 without an entry in `ref`"
+                            "a <ref-object> stands for an object without `caption`, in the lists "
+                            "of ms-swift 3 without an entry in `ref`"
                         )
                     _append(parts, GroundedObject(label=obj.label, image=obj.image))
                 case Placeholder.BOXES:
