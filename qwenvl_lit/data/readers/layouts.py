@@ -7,13 +7,19 @@ too.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+from qwenvl_lit.data.readers.answers import (
+    accepted_answers,
+    answers_of,
+    most_frequent,
+    right_choice,
+)
 from qwenvl_lit.data.readers.drafts import (
     Draft,
     DraftPart,
@@ -89,7 +95,7 @@ class Layout:
         if not unread:
             return
         for key in sorted(unread):
-            near = meant(key, known)
+            near = meant(key, known) or _other_name(key, known)
             if near is None or row[key] is None or row.get(near) is not None:
                 continue
             if near != "id" and is_same(key, near):
@@ -107,6 +113,12 @@ class Layout:
             if key not in known and isinstance(value, str | int | float):
                 columns[key] = str(value)
         return columns
+
+
+def _other_name(key: str, known: Sequence[str]) -> str | None:
+    """Returns the key that is read in place of `key`, which other datasets and stacks have."""
+    name = _OTHER_NAMES.get(key)
+    return name if name in known else None
 
 
 def layout_of(row: Row) -> Layout:
@@ -208,13 +220,33 @@ def _chat(row: Row, entries: Sequence[Any]) -> Draft:
         if ROLES[role] == "assistant":
             check_turn_is_read(number, entry)
         turns.append((ROLES[role], parts))
-    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
+    return _chat_draft(row, turns)
+
+
+def _chat_draft(row: Row, turns: list[DraftTurn]) -> Draft:
+    """Returns the draft of a chat, whose last answer may have further accepted ones in `answers`.
+
+    Without a last answer, it is the most frequent one of `answers`.
+    """
+    accepted = accepted_answers(row)
+    if accepted and turns and turns[-1][0] == "user":
+        turns.append(("assistant", [most_frequent(accepted)]))
+    elif accepted and turns:
+        texts = [part for part in turns[-1][1] if isinstance(part, str)]
+        if (last := "".join(texts)) not in accepted:
+            accepted = (last, *accepted)
+    return Draft(turns=turns, images=images_of(row), objects=objects_of(row), references=accepted)
 
 
 def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
     """Reads the content of a turn. `{"type": "image"}` alone stands for the next of `images`."""
     parts: list[DraftPart] = []
-    for item in items:
+    for item, following in zip_longest(items, items[1:]):
+        if isinstance(item, str) and isinstance(following, str):
+            raise DataError(
+                f"turn {number} has two texts in a row, {short(item)} and {short(following)}; "
+                f"write them as one. Several accepted answers belong in the row's key `answers`"
+            )
         if isinstance(item, dict):
             # Tools that store items as a table fill up missing keys with null.
             item = {key: value for key, value in item.items() if value is not None}
@@ -261,7 +293,7 @@ def _pairs(row: Row, prompt: str | None) -> Draft:
                     f'`conversation` must be a list of {{"human": text, "assistant": text}}, got '
                     f"{short(pair)} as number {number}{hint}"
                 )
-    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
+    return _chat_draft(row, turns)
 
 
 def _query(row: Row, prompt: str | None) -> Draft:
@@ -290,7 +322,7 @@ def _question_after_history(row: Row, question: str, answer_key: str) -> Draft:
     turns.append(("user", [question]))
     if row.get(answer_key) is not None:
         turns.append(("assistant", [text_of(row, answer_key)]))
-    return Draft(turns=turns, images=images_of(row), objects=objects_of(row))
+    return _chat_draft(row, turns)
 
 
 def _plain_text(key: str, row: Row, prompt: str | None) -> Draft:
@@ -307,36 +339,14 @@ def _vqa(row: Row, prompt: str | None) -> Draft:
     """Reads a question about an image. The most frequent of its answers is supervised."""
     if row.get("choices") is not None:
         return _choice(row, prompt)
-    answers = _answers(row)
+    answers = answers_of(row)
     question = fill_prompt(
         prompt or VQA_PROMPT, image=image_of(row["image"]), question=text_of(row, "question")
     )
     turns: list[DraftTurn] = [("user", question)]
     if answers:
-        most_frequent, _ = Counter(answers).most_common(1)[0]
-        turns.append(("assistant", [most_frequent]))
+        turns.append(("assistant", [most_frequent(answers)]))
     return Draft(turns=turns, references=answers)
-
-
-def _answers(row: Row) -> tuple[str, ...]:
-    """Returns `answers`, or `answer`, which may be one answer or a list of them."""
-    given = row.get("answer")
-    if row.get("answers") is not None:
-        try:
-            given = list_of(row, "answers")
-        except DataError as error:
-            raise DataError(f"{error}; a single answer may stand in `answer`") from None
-    elif not isinstance(given, list):
-        given = [given]
-    answers = []
-    for answer in given:
-        if isinstance(answer, dict):
-            answers.append(answer.get("answer"))
-        elif answer is not None:
-            answers.append(answer)
-    if not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"answers must be text, got {short(answers)}")
-    return tuple(answers)
 
 
 def _choice(row: Row, prompt: str | None) -> Draft:
@@ -361,25 +371,8 @@ def _choice(row: Row, prompt: str | None) -> Draft:
     )
     turns: list[DraftTurn] = [("user", question)]
     if row.get("answer") is not None:
-        turns.append(("assistant", [letters[_right_choice(row["answer"], choices)]]))
+        turns.append(("assistant", [letters[right_choice(row["answer"], choices)]]))
     return Draft(turns=turns, options=tuple(letters))
-
-
-def _right_choice(answer: Any, choices: Sequence[str]) -> int:
-    index = answer
-    if isinstance(answer, str) and re.fullmatch(r"\s*[0-9]{1,3}\s*", answer):
-        index = int(answer)
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
-        raise DataError(
-            f"`answer` must be the index of the right choice, 0 to {len(choices) - 1}, got "
-            f"{short(answer)}"
-        )
-    if isinstance(answer, str) and answer in choices and choices.index(answer) != index:
-        raise DataError(
-            f"`answer` {short(answer)} is the index of {short(choices[index])}, and is a choice "
-            f"itself; write the index as a number, in a json or jsonl file"
-        )
-    return index
 
 
 def _referring(row: Row, prompt: str | None) -> Draft:
@@ -407,17 +400,19 @@ def referring_draft(image: ImageReference, phrase: str, bbox: Any, prompt: str |
     )
 
 
+_OTHER_NAMES = {"references": "answers", "reference": "answers"}
 _SEPARATORS = re.compile(r"[,;|\t]")
 LETTERS = "ABCDEFGH"  # names of choices
 _IMAGES = ("images", "image", "objects")
-_HISTORY = ("system", "history", *_IMAGES)
+_CHAT = ("system", "answers", *_IMAGES)
+_HISTORY = ("history", *_CHAT)
 _VQA = ("answer", "answers", "question_id", "choices", "hint")
 LAYOUTS = (
-    Layout("conversations", ("conversations",), ("system", *_IMAGES), _conversations),  # ShareGPT
-    Layout("messages", ("messages",), ("system", *_IMAGES), _messages),  # OpenAI
+    Layout("conversations", ("conversations",), _CHAT, _conversations),  # ShareGPT
+    Layout("messages", ("messages",), _CHAT, _messages),  # OpenAI
     Layout("query", ("query",), ("response", *_HISTORY), _query),  # ms-swift
     Layout("instruction", ("instruction",), ("input", "output", *_HISTORY), _instruction),  # Alpaca
-    Layout("conversation", ("conversation",), ("system", *_IMAGES), _pairs),
+    Layout("conversation", ("conversation",), _CHAT, _pairs),
     Layout("vqa", ("image", "question"), _VQA, _vqa),
     Layout("referring", ("image", "sent", "bbox"), ("height", "width"), _referring),
 )

@@ -96,6 +96,48 @@ def test_a_vqa_row_is_asked_by_the_prompt_and_answered_by_the_majority(folder, r
     assert read_row({"image": "a.png", "question": "Why?"}).answer is None
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Color?"}]},
+        {"conversations": [{"from": "user", "value": "Color?"}]},
+        {"conversation": [{"human": "Color?"}]},
+        {"query": "Color?"},
+        {"instruction": "Color?"},
+    ],
+)
+def test_chats_may_have_several_accepted_answers(read_row, row):
+    read = read_row(row | {"answers": ["navy", "blue", "blue"]})
+    assert read.prompt().turns == read_row(row).turns
+    assert read.answer.parts == ("blue",)
+    assert read.references == ("navy", "blue", "blue")
+
+
+def test_the_answer_of_a_chat_is_one_of_its_accepted_answers(read_row):
+    row = {"query": "Color?", "response": "blue"}
+    assert read_row(row | {"answers": ["blue", "navy"]}).references == ("blue", "navy")
+    read = read_row(row | {"answers": ["navy"]})
+    assert read.references == ("blue", "navy")
+    assert read.answer.parts == ("blue",)
+    assert read_row(row | {"answers": "[]"}).references == ()
+    with pytest.raises(DataError, match=r"answers must be text, got \[1\]"):
+        read_row(row | {"answers": [1]})
+    [note] = read_row(row | {"references": ["navy"]}).notes
+    assert note == "the key 'references' is not read; did you mean `answers`?"
+
+
+def test_texts_of_a_content_are_not_joined(read_row):
+    turns = [
+        {"role": "user", "content": ["Color?"]},
+        {"role": "assistant", "content": ["blue", "BLUE"]},
+    ]
+    message = "turn 2 has two texts in a row, 'blue' and 'BLUE'; .* in the row's key `answers`"
+    with pytest.raises(DataError, match=message):
+        read_row({"messages": turns})
+    turns[1]["content"] = ["blue"]
+    assert read_row({"messages": turns}).answer.parts == ("blue",)
+
+
 def test_a_row_in_another_layout_than_the_first_is_refused(folder):
     (folder / "rows.jsonl").write_text(
         '{"query": "a"}\n{"id": 3, "conversations": []}\n{"query": "c"\n'
