@@ -46,7 +46,7 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 CHUNK = 256  # most rows that a process takes at a time
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
 PROMPT_LENGTH_UNIT = 64  # characters
-FORMAT = 4  # version of the cached files
+FORMAT = 5  # version of the cached files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,3 +52,4 @@ class Draft:
     references: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what looks wrong about the keys of the row
+    notes_without_image: tuple[str, ...] = ()  # further ones, if the row turns out to have no image

@@ -43,6 +43,7 @@ from qwenvl_lit.data.readers.keys import (
 )
 from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
 from qwenvl_lit.data.readers.spelling import is_same, meant
+from qwenvl_lit.data.readers.unread_images import image_columns
 from qwenvl_lit.types import DataError, Role
 
 ROLES: dict[str, Role] = {
@@ -81,8 +82,11 @@ class Layout:
             )
         check_all_is_read(row)
         notes = tuple(self._misspelled_keys(row))
+        image_notes = image_columns(row, {*self.required, *self.optional})
         draft = self.draft(row, prompt)
-        return replace(draft, notes=notes) if notes else draft
+        if not notes and not image_notes:
+            return draft
+        return replace(draft, notes=notes, notes_without_image=image_notes)
 
     def _misspelled_keys(self, row: Row) -> Iterator[str]:
         """Yields notes about keys that are nearly keys of this layout. They may be columns.

@@ -27,6 +27,7 @@ from qwenvl_lit.data.readers.markup import (
     texts_in,
 )
 from qwenvl_lit.data.readers.paths import mapped, windows_hint
+from qwenvl_lit.data.readers.unread_images import named_files
 from qwenvl_lit.images import DeepImage, Exif, ImageOptions
 from qwenvl_lit.types import (
     BadImage,
@@ -156,6 +157,10 @@ def conversation_from(
     reader = TurnReader(images, objects, boxes)
     read_turns = [Turn(role=role, parts=reader.read(role, parts)) for role, parts in turns]
     reader.note_labels()
+    notes = draft.notes
+    if not images:
+        named = named_files(texts_in(all_parts), root)
+        notes += draft.notes_without_image or tuple(named)
     return Conversation(
         id=row_id,
         turns=tuple(read_turns),
@@ -164,7 +169,7 @@ def conversation_from(
         columns=columns,
         index=index,
         where=where,
-        notes=(*draft.notes, *boxes.notes),
+        notes=(*notes, *boxes.notes),
     )
 
 

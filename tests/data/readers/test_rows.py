@@ -804,6 +804,24 @@ def test_a_key_that_may_be_a_misspelling_or_a_column_is_noted(read_row):
     assert row.columns == {"imgaes": "x", "ID": "7"}
 
 
+@pytest.mark.parametrize("value", ["img/s00.PNG", ["a.png", "b.jpeg"]])
+def test_a_column_with_the_path_of_an_image_is_noted_if_the_row_has_none(read_row, value):
+    row = {"query": "What?", "response": "It", "image_path": value}
+    [note] = read_row(row).notes
+    assert note.startswith("the row has no image, and its key 'image_path', which is not read, has")
+    assert note.endswith("did you mean `images`?")
+    assert read_row(row | {"images": ["a.png"]}).notes == ()
+    assert read_row(row | {"image_path": "a note about a.png and more"}).notes == ()
+
+
+def test_a_file_that_the_text_of_a_row_without_image_names_is_noted(read_row):
+    [note] = read_row({"query": "What is in `a.png`?"}).notes
+    assert "its text names the file 'a.png'" in note
+    assert "write <img>a.png</img>" in note
+    assert read_row({"query": "What is in nothing.png?"}).notes == ()
+    assert read_row({"query": "<img>b.png</img>What is in a.png?"}).notes == ()
+
+
 def test_columns_of_ones_own_are_not_noted(read_row):
     own = dict.fromkeys(("task", "image_id", "image2", "category", "respondent", "objective"), "x")
     row = read_row({"query": "a", "response": "b", "images": ["a.png"], "Image": None, **own})
