@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.libraries import import_libraries
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -336,7 +336,9 @@ def main(config: DictConfig) -> None:
     if chat.answers:
         chat.remark(f"Conversation: {build.shown(str(folder / 'conversation.jsonl'))}")
     if chat.failed and not terminal:
-        chat.remark(f"{chat.failed} of {chat.failed + chat.answers} questions were not answered")
+        chat.remark(
+            f"{chat.failed} of {counted(chat.failed + chat.answers, 'question')} not answered"
+        )
         sys.exit(1)
 
 

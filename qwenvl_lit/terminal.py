@@ -1,4 +1,4 @@
-"""Text of files and models, made safe for a terminal, which obeys control characters."""
+"""Text for a terminal: control characters are escaped, and counts have the right noun."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def printable(text: str, *, keep: str = "") -> str:
             character = ascii(character)[1:-1]
         characters.append(character)
     return "".join(characters)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with a noun, whose plural ends in "s".
+
+    >>> counted(1, "row"), counted(1200, "row"), counted(0, "row with notes")
+    ('1 row', '1,200 rows', '0 rows with notes')
+    """
+    first, *rest = noun.split(" ", 1)
+    if number != 1:
+        first += "s"
+    return " ".join((f"{number:,}", first, *rest))
 
 
 class PrintableRecords(logging.Filter):

@@ -326,7 +326,7 @@ def test_lines_from_a_pipe_are_answered_and_the_status_is_1_if_one_was_not(tmp_p
     assert {row["system"] for row in rows} == {"Be brief, (always)!"}
     assert "error: line 2: image 'nowhere.png' does not exist" in errors
     assert "error: line 3: the question is not valid UTF-8: it has the byte 0xff" in errors
-    assert errors.endswith("\n2 of 4 questions were not answered\n")
+    assert errors.endswith("\n2 of 4 questions not answered\n")
     assert "Traceback" not in errors
 
 

@@ -29,6 +29,7 @@ from qwenvl_lit.data.survey import ReportProgress
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.stopping import INTERRUPTED, NOTHING_KEPT, signals
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError, ImageSource
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class VisionCache(lightning.Callback):
         )
 
     def _check_size(self, store: FeatureStore, images: int, missing: int) -> None:
-        described = f"{images:,} images of {format_bytes(store.image_bytes)}"
+        described = f"{counted(images, 'image')} of {format_bytes(store.image_bytes)}"
         size, missing_size = images * store.image_bytes, missing * store.image_bytes
         free = shutil.disk_usage(store.folder).free
         if size > self.limit_gb * 1e9:
@@ -180,9 +181,9 @@ def refuse_trained_encoder(
     if trained:
         raise DataError(
             "the vision cache stores image features from before training, and this run trains "
-            f"{len(trained)} tensors that compute them ({trained[0]}, ...): choose an adapter that "
-            "leaves the vision tower and the resampler frozen, such as adapter=lora, or train with "
-            "speed.vision_cache=false"
+            f"{counted(len(trained), 'tensor')} to compute them ({trained[0]}, ...): choose "
+            "an adapter that leaves the vision tower and the resampler frozen, such as "
+            "adapter=lora, or train with speed.vision_cache=false"
         )
 
 
@@ -223,15 +224,15 @@ def _unsharded(model: nn.Module, family: Family, tensors: dict[str, torch.Tensor
 def _announce(store: FeatureStore, images: int, missing: int, uses: float) -> None:
     size = format_bytes(images * store.image_bytes)
     print(
-        f"Vision cache: {images:,} images, {size}, in {store.folder}; "
-        f"{missing:,} of them are to be encoded"
+        f"Vision cache: {counted(images, 'image')}, {size}, in {store.folder}; "
+        f"{missing:,} of them to encode"
     )
     if uses < WORTHWHILE_USES * missing:
         log.warning(
-            "the vision cache is pointless for this run alone: %d images are encoded before the "
-            "first step, and training uses images %d times. It pays off from the second epoch on, "
+            "the vision cache is pointless for this run alone: it encodes %s before the first "
+            "step, and training uses images %d times. It pays off from the second epoch on, "
             "and for later runs with the same images; speed.vision_cache=false trains without it",
-            missing,
+            counted(missing, "image"),
             uses,
         )
 

@@ -16,6 +16,7 @@ from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
 from qwenvl_lit.data.loading import DROP_ADVICE, ignore_cluster_signals
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
 from qwenvl_lit.data.survey import Finding, ReportProgress, survey
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import BadImage, Conversation, DataError
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ def _merge(
             merged[key] = min(location, merged.get(key, location))
     if errors and not drop_bad:
         raise DataError(
-            f"{errors[0]}; the vision cache needs every image, but {len(errors)} rows have images "
-            "that cannot be read"
+            f"{errors[0]}; the vision cache needs every image, and has none for "
+            f"{counted(len(errors), 'row')}"
         )
     return dict(sorted(merged.items(), key=lambda item: item[1])), total_uses
 

@@ -22,7 +22,7 @@ import numpy as np
 from qwenvl_lit.atomic import write_to_cache
 from qwenvl_lit.data.image_notes import measured_notes
 from qwenvl_lit.data.orphans import end_with_parent
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import (
     BadImage,
     Conversation,
@@ -204,7 +204,7 @@ def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
     errors = [finding.message for finding in findings if finding.kind == "error"]
     if not errors:
         return
-    lines = [f"{len(errors)} of {rows} rows cannot be used:", *errors[:SHOWN]]
+    lines = [f"{len(errors)} of {counted(rows, 'row')} cannot be used:", *errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"... and {len(errors) - SHOWN} more")
     raise DataError(*lines)

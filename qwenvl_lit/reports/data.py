@@ -17,7 +17,7 @@ from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.data.findings import record
 from qwenvl_lit.data.inspection import File, Inspection, SetFacts
 from qwenvl_lit.data.survey import Finding, Kind
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import location_of
 
 SHOWN_ERRORS = 20
@@ -160,11 +160,7 @@ def set_facts(facts: SetFacts) -> dict[str, str]:
 
 def error_count(inspection: Inspection) -> str:
     """Returns the number of errors as text, such as "2 errors"."""
-    return _count_noun(len(inspection.errors), "error")
-
-
-def _count_noun(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    return counted(len(inspection.errors), "error")
 
 
 def rows_used(file: File) -> str:
@@ -173,7 +169,7 @@ def rows_used(file: File) -> str:
     >>> rows_used(File(path=Path("a.jsonl"), layout="query", rows=30, used=29))
     '29 of its 30 rows'
     """
-    rows = _count_noun(file.rows, "row")
+    rows = counted(file.rows, "row")
     return rows if file.used == file.rows else f"{file.used:,} of its {rows}"
 
 
@@ -190,7 +186,7 @@ def bad_image_lines(inspection: Inspection) -> list[str]:
         limit = f"data.max_bad_fraction={inspection.max_bad_fraction} allows {most:,}"
         lines.append(
             f"{facts.name}: data.on_bad_image=drop {verb} {facts.bad_images:,} of "
-            f"{_count_noun(facts.rows, 'row')} for missing or broken images; {limit}"
+            f"{counted(facts.rows, 'row')} for missing or broken images; {limit}"
         )
     return lines
 
@@ -200,9 +196,9 @@ def overlap_lines(inspection: Inspection) -> list[str]:
     lines = []
     for overlap in inspection.overlaps:
         lines.append(
-            f"{overlap.first} and {overlap.second}: {overlap.rows:,} rows of {overlap.second} have "
-            f"the images and the question of a row of {overlap.first}; "
-            f"{overlap.images:,} images are in both"
+            f"{overlap.first} and {overlap.second}: {counted(overlap.rows, 'row')} of "
+            f"{overlap.second} with the images and the question of a row of {overlap.first}; "
+            f"{counted(overlap.images, 'image')} in both"
         )
     return lines
 

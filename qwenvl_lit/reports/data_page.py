@@ -36,6 +36,7 @@ from qwenvl_lit.reports.page import (
     table,
     text,
 )
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import Conversation
 
 SHOWN_ERRORS = 200
@@ -133,7 +134,7 @@ def _body(inspection: Inspection, shown: Sequence[Example], title: str) -> Itera
         yield paragraph(text(line))
     yield from _errors(inspection)
     if shown:
-        yield f"<h2>{len(shown)} rows as the model receives them</h2>"
+        yield f"<h2>{counted(len(shown), 'row')} as the model receives them</h2>"
         yield paragraph(
             '<span class="supervised">Supervised text</span> is marked. Boxes of the question and '
             "of the answer are drawn on the images."

@@ -38,6 +38,7 @@ from qwenvl_lit.reports.scores import (
     ious,
     sorted_groups,
 )
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import BadImage, Conversation, Prediction
 
 # Examples per test set in each list: worst answers, best answers, worse now, better now.
@@ -86,8 +87,8 @@ def _body(report: ScoreReport) -> Iterator[str]:
     yield from _scores(report.sets)
     for scored in report.sets:
         if scored.unanswered:
-            count = f"{scored.unanswered:,} rows of {text(scored.name)}"
-            yield paragraph(f"{count} have no answer and are not counted.", "bad")
+            count = f"{counted(scored.unanswered, 'row')} of {text(scored.name)}"
+            yield paragraph(f"Not counted: {count} without an answer.", "bad")
     for earlier in report.earlier:
         yield from _comparison(earlier, report)
     for scored in report.sets:

@@ -34,6 +34,7 @@ from qwenvl_lit.stopping import is_first_rank
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
 from qwenvl_lit.sweep.report import PLOT, TABLE, report, result_table
 from qwenvl_lit.sweep.results import COMPOSED, Result, read_result, save_result, varied_keys
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError
 
 
@@ -164,7 +165,7 @@ class Sweep:
                 unfinished.append(job)
         finished = len(jobs) - len(unfinished)
         if finished:
-            print(f"{finished} of {len(jobs)} jobs are finished already")
+            print(f"{finished} of {counted(len(jobs), 'job')} finished already")
         config = CaptureSweepConfig.config
         reason = why_no_score(config) if config is not None and unfinished else None
         if reason:
@@ -192,8 +193,8 @@ class Sweep:
         unfinished = sum(read_result(job.folder) is None for job in self.jobs)
         if unfinished:
             print(
-                f"{unfinished} of {len(self.jobs)} jobs have not ended; to resume, repeat the "
-                f"command with hydra.sweep.dir={folder}"
+                f"{unfinished} of {counted(len(self.jobs), 'job')} did not end; to resume, repeat "
+                f"the command with hydra.sweep.dir={folder}"
             )
 
 

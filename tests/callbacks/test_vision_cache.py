@@ -234,10 +234,10 @@ def test_a_later_run_decodes_and_encodes_no_image(tmp_path, decoded, capsys):
     assert len(decoded) == 1 + 11, "one for the shape of features, and each image once"
     assert stored(tmp_path / "cache") == 11
     described = f"11 images, 5.63 kB, in {next((tmp_path / 'cache').iterdir())}; "
-    assert f"{described}11 of them are to be encoded" in capsys.readouterr().out
+    assert f"{described}11 of them to encode" in capsys.readouterr().out
     run(tmp_path / "second", cache=tmp_path / "cache")
     assert len(decoded) == 1 + 11 + 1
-    assert f"{described}0 of them are to be encoded" in capsys.readouterr().out
+    assert f"{described}0 of them to encode" in capsys.readouterr().out
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
@@ -351,7 +351,7 @@ def test_a_warning_says_that_one_epoch_does_not_pay_unless_its_images_are_stored
         return [message for message in messages if "pointless" in message]
 
     (message,) = warnings(1, "one")
-    assert "6 images are encoded before the first step" in message
+    assert "it encodes 6 images before the first step" in message
     assert "training uses images 6 times" in message
     assert not warnings(1, "one")
     assert not warnings(2, "two")

@@ -124,7 +124,7 @@ def test_the_summary_has_figures_files_findings_and_overlaps(tmp_path):
     for n in range(25):
         findings.append(finding(n, f"bad [bold]box {n}", where=f"a.jsonl:{n}", id="x"))
     findings.append(finding(30, "3000 tokens are too many", kind="dropped", where="a.jsonl:30"))
-    overlap = Overlap(first="train", second="test", rows=3, images=2)
+    overlap = Overlap(first="train", second="test", rows=3, images=1)
     train = facts(findings=findings, files=(file,))
     text = printed(inspection(train, facts("test"), overlaps=(overlap,)))
     # The path stays on one line in a narrow terminal.
@@ -139,8 +139,8 @@ def test_the_summary_has_figures_files_findings_and_overlaps(tmp_path):
     assert "1  3000 tokens are too many\n           a.jsonl:30: row 'r30'" in text
     assert "Reading a row ends at its first error, so a row may have more" in text
     assert (
-        "train and test: 3 rows of test have the images and the question of a row of train; "
-        "2 images are in both"
+        "train and test: 3 rows of test with the images and the question of a row of train; "
+        "1 image in both"
     ) in text
 
 

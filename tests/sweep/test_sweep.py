@@ -267,7 +267,7 @@ def test_an_interrupted_sweep_shows_its_results_and_how_to_resume(
     printed = capsys.readouterr().out
     assert f"Score the best:  python -m qwenvl_lit.test ckpt={tmp_path}/0" in printed
     assert (
-        f"1 of 2 jobs have not ended; to resume, repeat the command with hydra.sweep.dir={tmp_path}"
+        f"1 of 2 jobs did not end; to resume, repeat the command with hydra.sweep.dir={tmp_path}"
     ) in printed
 
 
@@ -430,7 +430,7 @@ def test_lora_rank_is_swept_from_the_command_line(tmp_path):
 
     (folder / "1/job.json").unlink()  # as if the sweep had been stopped in its second job
     printed = output_of(tmp_path, "train", *SWEEP_RANKS, "adapter.rank=2,4")
-    assert "1 of 2 jobs are finished already" in printed
+    assert "1 of 2 jobs finished already" in printed
     assert "job 0" not in printed
     assert saved_result(folder, 1)["error"] is None
 

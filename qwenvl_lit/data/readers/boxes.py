@@ -11,6 +11,7 @@ from typing import Any, Literal
 from qwenvl_lit.data.image_notes import rotation_note
 from qwenvl_lit.data.readers.spelling import did_you_mean, meant
 from qwenvl_lit.grounding import GRID
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, ImageSource, Quad
 
 OnBadBox = Literal["error", "keep", "repair", "drop"]
@@ -91,7 +92,7 @@ class BoxReader:
         if not 0 <= obj.image < len(images):
             raise self.error(
                 f"{what} is in `image` {obj.image}, counted from 0, but the row has "
-                f"{len(images)} images"
+                f"{counted(len(images), 'image')}"
             )
         boxes = []
         for box in obj.boxes:

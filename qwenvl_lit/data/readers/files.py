@@ -40,6 +40,7 @@ from qwenvl_lit.data.readers.scanning import (
     not_utf8,
 )
 from qwenvl_lit.stored_files import LFS_POINTER, lfs_pointer
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError
 
 _VERSION = 2  # of the indexes on disk
@@ -191,7 +192,8 @@ class RowFile(Sequence[dict[str, Any]]):
         cells = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         if len(cells) != len(self.header):
             raise DataError(
-                f"{len(cells)} cells, but the header names {len(self.header)} columns: "
+                f"{counted(len(cells), 'cell')}, but the header names "
+                f"{counted(len(self.header), 'column')}: "
                 f"{list_names(self.header)}"
             ).in_row(self.where(index))
         return {column: cell or None for column, cell in zip(self.header, cells, strict=True)}

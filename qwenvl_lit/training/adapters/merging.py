@@ -14,6 +14,7 @@ from torch import nn
 
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.stored_files import check_finite, read_checkpoint
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.adapters.peft_files import (
     CONFIG,
@@ -241,7 +242,7 @@ def read_trained_state(checkpoint: Path, adapted: nn.Module) -> dict[str, torch.
     unknown = sorted(set(tensors) - set(names))
     if unknown:
         raise DataError(
-            f"{checkpoint} has {len(unknown)} tensors that this model does not have "
+            f"{checkpoint} has {counted(len(unknown), 'tensor')} that this model does not have "
             f"({', '.join(unknown[:3])}, ...): is it the base model that the adapter was made for?"
         )
     return {names[name]: tensor for name, tensor in tensors.items()}

@@ -143,7 +143,7 @@ def test_a_table_of_one_column_is_separated_by_commas(tmp_path):
     (tmp_path / "rows.csv").write_text("text\na;b\tc\n")
     assert list(RowFile(tmp_path / "rows.csv")) == [{"text": "a;b\tc"}]
     (tmp_path / "rows.csv").write_text("text\na,b\n")
-    with pytest.raises(DataError, match="2 cells, but the header names 1 columns"):
+    with pytest.raises(DataError, match="2 cells, but the header names 1 column: "):
         RowFile(tmp_path / "rows.csv")[0]
 
 
@@ -259,7 +259,7 @@ def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, line
         (
             '{"prompt": "a"}',
             ":1: keys ['prompt'] fit no known layout. Known, optional keys in brackets: "
-            "conversations [system, images, image",
+            "conversations [system, answers, images, image",
         ),
         ('{"query": "a", "conversations": []}', "fit several layouts (conversations, query)"),
     ],
@@ -280,7 +280,7 @@ def test_a_file_without_usable_rows_is_refused_when_it_is_opened(folder, content
         ("query,query\na,b\n", ":1: columns ['query'] are repeated"),
         ('query,response\n"a"b,c\n', ":2: not CSV"),
         ('query\na\n"b\nc\n', ":3: not CSV: unexpected end of data"),
-        ("query,response\na\n", ":2: 1 cells, but the header names 2 columns"),
+        ("query,response\na\n", ":2: 1 cell, but the header names 2 columns"),
         ("query\na\rb\n", ":2: not CSV"),
     ],
 )
