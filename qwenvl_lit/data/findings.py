@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.data.mixture import OpenedDataset
 from qwenvl_lit.data.survey import Finding, Kind
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError, Dropped
 
 FILENAME = "findings.jsonl"
 _PLACE = re.compile(r"(.+?)(?::(\d+)(?: \(row (\d+)\))?)?", re.DOTALL)  # `Conversation.where`
+Identity = tuple[str, str, str]  # set, kind and message of a finding
 log = logging.getLogger(__name__)
 
 
@@ -60,13 +64,30 @@ class FindingsWriter:
     rank: int = 0
     world_size: int = 1
 
-    def append(self, set_name: str, findings: Iterable[Finding | Dropped]) -> None:
+    @property
+    def file(self) -> Path | None:
         if self.folder is None:
-            return
+            return None
         file = self.folder / FILENAME
-        if self.rank:
-            file = file.with_stem(f"{file.stem}.rank{self.rank}")
-        append_json_lines(file, (record(set_name, finding) for finding in findings))
+        return file.with_stem(f"{file.stem}.rank{self.rank}") if self.rank else file
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        if self.file is not None:
+            append_json_lines(self.file, records)
+
+    def listed(self) -> set[Identity]:
+        """Returns the findings in the file: a run that is resumed makes the same ones again."""
+        if self.file is None or not self.file.exists():
+            return set()
+        found = set()
+        for line in self.file.read_bytes().split(b"\n"):
+            with suppress(ValueError):  # a killed process may have left half a line
+                found.add(_identity(json.loads(line)))
+        return found
+
+
+def _identity(finding: dict[str, Any]) -> Identity:
+    return finding["set"], finding["kind"], finding["message"]
 
 
 class FindingsLog:
@@ -79,6 +100,7 @@ class FindingsLog:
     def __init__(self, max_bad_fraction: float):
         self.max_bad_fraction = max_bad_fraction
         self._dropped: dict[str, set[str]] = {}  # by set: messages of rows dropped by the loaders
+        self._listed: set[Identity] | None = None  # in the file; None: the file was not read yet
 
     def add_measured(self, name: str, dataset: OpenedDataset, writer: FindingsWriter) -> None:
         """Reports the findings of a dataset whose rows have just been measured (rank 0 writes).
@@ -90,28 +112,28 @@ class FindingsLog:
         others = [finding for finding in dataset.findings if finding.kind != "image"]
         if images and not writer.rank:
             log.warning(
-                "%s: %d images have values of more than 8 bits; %s in the run folder lists them. "
-                "The first: %s",
-                *(name, len(images), FILENAME, images[0]),
+                "%s: %s with values of more than 8 bits; %s in the run folder lists them. The "
+                "first: %s",
+                *(name, counted(len(images), "image"), FILENAME, images[0]),
             )
         if others and not writer.rank:
             dropped = sum(finding.kind == "dropped" for finding in dataset.findings)
             noted = {finding.index for finding in dataset.findings if finding.kind == "note"}
             log.warning(
-                "%s: %d rows are left out, %d are repaired or kept although they look wrong; "
+                "%s: %s left out, %d repaired or kept although they look wrong; "
                 "%s in the run folder lists them. The first: %s",
                 name,
-                dropped,
+                counted(dropped, "row"),
                 len(noted),
                 FILENAME,
                 others[0].message,
             )
-        if dataset.findings and not writer.rank:
-            writer.append(name, dataset.findings)
+        if not writer.rank:
+            self._append(name, dataset.findings, writer)
         if dataset.bad > self.max_bad_fraction * dataset.distinct:
             raise DataError(
-                f"{dataset.bad} of {dataset.distinct} rows of {name} have images that cannot be "
-                f"opened, more than data.max_bad_fraction={self.max_bad_fraction} allows; "
+                f"{name}: an image of {dataset.bad} of {counted(dataset.distinct, 'row')} cannot "
+                f"be opened, more than data.max_bad_fraction={self.max_bad_fraction} allows; "
                 f"{FILENAME} in the run folder lists them"
             )
 
@@ -133,18 +155,33 @@ class FindingsLog:
         new = [message for message in reasons if message not in known]
         if new and not known:
             log.warning(
-                "a row of %s is left out, as further ones will be; "
-                "%s in the run folder lists them. %s",
+                "a row of %s is left out; %s in the run folder lists it, and further ones. %s",
                 name,
                 FILENAME,
                 new[0],
             )
         known.update(new)
-        writer.append(name, [reasons[message] for message in new])
+        self._append(name, [reasons[message] for message in new], writer)
         if len(known) > self.max_bad_fraction * rows / writer.world_size:
             share = f", in the share of rank {writer.rank}," if writer.world_size > 1 else ""
             raise DataError(
-                f"{len(known)} of {rows} rows of {name}{share} had to be left out, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction} allows; "
+                f"{name}: {len(known)} of {counted(rows, 'row')}{share} had to be left out, more "
+                f"than data.max_bad_fraction={self.max_bad_fraction} allows; "
                 f"{FILENAME} in the run folder lists them. The last: {dropped[-1]}"
             )
+
+    def _append(
+        self, name: str, findings: Sequence[Finding | Dropped], writer: FindingsWriter
+    ) -> None:
+        """Writes the findings that the file does not list yet."""
+        if not findings:
+            return
+        if self._listed is None:
+            self._listed = writer.listed()
+        new = []
+        for finding in findings:
+            line = record(name, finding)
+            if _identity(line) not in self._listed:
+                self._listed.add(_identity(line))
+                new.append(line)
+        writer.append(new)

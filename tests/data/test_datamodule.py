@@ -205,7 +205,7 @@ def test_too_many_dropped_rows_stop_the_run(files):
     data.trainer.training = True
     data.setup("fit")
     message = (
-        r"2 of 20 rows of train had to be left out, "
+        r"train: 2 of 20 rows had to be left out, "
         r"more than data\.max_bad_fraction=0\.05 allows"
     )
     with pytest.raises(DataError, match=message):
@@ -228,7 +228,7 @@ def test_rows_with_missing_images_may_be_dropped_before_training(files, missing,
         DataModule(**options).setup("fit")
     data = DataModule(**options, on_bad_image="drop")
     data.trainer = trainer(files / "run")
-    message = "2 of 10 rows of data have images that cannot be opened"
+    message = "data: an image of 2 of 10 rows cannot be opened"
     with pytest.raises(DataError, match=message) if too_many else nullcontext():
         data.setup("fit")
     assert [finding["kind"] for finding in findings(files / "run")] == ["dropped"] * missing
@@ -283,7 +283,13 @@ def test_rows_that_are_left_out_or_repaired_are_listed_before_training(tmp_path,
             "message": "row 'c': too long",
         },
     ]
-    assert "1 rows are left out, 1 are repaired" in caplog.text
+    assert "data: 1 row left out, 1 repaired or kept" in caplog.text
+    with (tmp_path / "findings.jsonl").open("a") as file:
+        file.write('{"set": "da\n')  # of a process that was killed
+    resumed = DataModule(processor=Long(), read=read_with_note, train="abcd")
+    resumed.trainer = trainer(tmp_path)
+    resumed.setup("fit")
+    assert len((tmp_path / "findings.jsonl").read_text().splitlines()) == 3
 
 
 def test_images_of_more_than_8_bits_are_counted_once_before_training(tmp_path, caplog):
@@ -304,7 +310,7 @@ def test_images_of_more_than_8_bits_are_counted_once_before_training(tmp_path, c
     data.setup("fit")
     [finding] = findings(tmp_path)
     assert (finding["kind"], finding["id"]) == ("image", "a")
-    assert "1 images have values of more than 8 bits" in caplog.text
+    assert "data: 1 image with values of more than 8 bits" in caplog.text
     assert "data.on_deep_image=scale" in caplog.text
     caplog.clear()
     DataModule(**options, on_deep_image="scale").setup("fit")

@@ -27,7 +27,7 @@ def test_rows_come_back_whatever_characters_they_hold(character, tmp_path):
 @pytest.mark.parametrize("character", [*SPLIT_CHARACTERS, "\udcff"])
 def test_findings_are_one_line_each(character, tmp_path):
     finding = Finding(kind="note", index=0, id="a", message=f"row 'a{character}b'")
-    FindingsWriter(folder=tmp_path).append("train", [finding] * 2)
+    FindingsWriter(folder=tmp_path).append([record("train", finding)] * 2)
     lines = (tmp_path / "findings.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines[:-1]] == [record("train", finding)] * 2
 
