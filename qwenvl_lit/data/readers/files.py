@@ -29,6 +29,7 @@ import numpy as np
 from qwenvl_lit.atomic import disk_errors, write_to_cache
 from qwenvl_lit.data.expansion import check_expansion
 from qwenvl_lit.data.readers.formats import GZIP, READ, check_is_read, delimiters
+from qwenvl_lit.data.readers.json_errors import explain
 from qwenvl_lit.data.readers.scanning import (
     BLOCK,
     BOM,
@@ -164,8 +165,7 @@ class RowFile(Sequence[dict[str, Any]]):
         try:
             row = parse_json(text)
         except json.JSONDecodeError as error:
-            problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            message = f"not JSON: {problem}{self._advice(index)}"
+            message = f"not JSON: {explain(error)}, at column {error.colno}{self._advice(index)}"
             raise DataError(message).in_row(self.where(index, error.lineno - 1)) from None
         except ValueError as error:
             message = f"not JSON: {error}{self._advice(index)}"

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from qwenvl_lit.data.readers.json_errors import explain
 from qwenvl_lit.types import DataError
 
 BLOCK = 1 << 22  # bytes
@@ -110,9 +111,14 @@ def find_elements(stream: BinaryIO, file: Path) -> Iterator[Location]:
     expected = "["
     while text.peek() == expected:
         text.skip(1)
-        text.row += 1
         if text.peek() == "]" and expected == "[":
             break
+        if text.peek() == "]":
+            raise DataError(
+                f"not JSON: the comma before the end of the array, after row {text.row}, must be "
+                f"removed"
+            ).in_row(f"{file}:{text.line}")
+        text.row += 1
         start, line = text.byte, text.line
         text.skip(text.value_length())
         yield start, text.byte, line
@@ -185,7 +191,7 @@ class JSONText:
                     line = self.line + error.doc.count("\n", start, error.pos)
                     rest = error.doc[error.pos : error.pos + 20]
                     found = repr(rest) if rest else "the end of the file"
-                    message = f"not JSON: {error.msg.removesuffix(' at')} at {found}"
+                    message = f"not JSON: {explain(error)}, at {found}"
                     raise DataError(message).in_row(self.where(line)) from None
             except RecursionError:
                 where = self.where(self.line)

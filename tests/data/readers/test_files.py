@@ -253,7 +253,7 @@ def test_pickled_rows_carry_their_index_and_refuse_a_changed_file(tmp_path, line
         ('[{"query": "a"}]\n x', ":2: not JSON: the array has ended, but 'x' follows"),
         (
             '[{"query": "a"}, \n\n{"query": "' + "b" * 99,
-            ":3 (row 2): not JSON: Unterminated string",
+            ":3 (row 2): not JSON: a text is not closed",
         ),
         ("[1]", ":1 (row 1): a row must be a JSON object, got int"),
         (
@@ -308,6 +308,15 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
         ('{"query": "a"}'.encode("utf-16"), "not UTF-8"),
         (b'{"query": "a"}{"query": "b"}', "not JSON: Extra data"),
         (b'"query"', "a row must be a JSON object, got str"),
+        (b'{"query": "a",}', "not JSON: the comma before } must be removed, at column 15"),
+        (
+            b'{"history": [["a", "b"], ]}',
+            "not JSON: the comma before ] must be removed, at column 26",
+        ),
+        (b'{"query": "a"},', "not JSON: the comma after the row must be removed; lines of a jsonl"),
+        (b"{'query': 'a'}", "not JSON: names and texts must stand in double quotes"),
+        (b'{"query": None}', "not JSON: None must be written null"),
+        (b'{"query": "a\tb"}', "not JSON: a line break or tab within a text must be written as"),
     ],
 )
 def test_a_line_that_is_not_a_row_is_refused_when_it_is_fetched(tmp_path, line, message):
@@ -317,6 +326,27 @@ def test_a_line_that_is_not_a_row_is_refused_when_it_is_fetched(tmp_path, line, 
     with pytest.raises(DataError) as error:
         rows[1]
     assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '[\n{"query": "a"},\n{"query": "b"},\n]',
+            ":4: not JSON: the comma before the end of the array, after row 2, must be removed",
+        ),
+        (
+            '[\n{"query": "a"},\n{"query": "b",},\n]',
+            ":3 (row 2): not JSON: the comma before } must be removed, at '},\\n]'",
+        ),
+        ('[{"query": "a"},]\n', ":1: not JSON: the comma before the end of the array, after row 1"),
+    ],
+)
+def test_a_comma_too_many_in_an_array_is_named(tmp_path, content, message):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError) as error:
+        RowFile(tmp_path / "rows.json")
+    assert message in str(error.value)
 
 
 def test_an_array_nested_too_deeply_is_refused(tmp_path):
@@ -390,13 +420,13 @@ def test_an_error_in_json_names_the_line_and_the_column_of_the_file(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"query": "a"}\r\n{"query": "b\r\n')
     with pytest.raises(DataError) as error:
         RowFile(tmp_path / "rows.jsonl")[1]
-    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: not JSON: Invalid control char")
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: not JSON: a text is not closed")
     assert str(error.value).endswith(" at column 13")
     (tmp_path / "rows.json").write_bytes(b'[{"query": "a"},\r\n{"query": "b",\r\n "id": "\t"}]')
-    with pytest.raises(DataError, match=r"rows\.json:3 \(row 2\): .* character at '\\t\"}\]'$"):
+    with pytest.raises(DataError, match=r"rows\.json:3 \(row 2\): .* a line break or tab .* at '\\t\"}\]'$"):
         RowFile(tmp_path / "rows.json")[1]
     (tmp_path / "open.json").write_bytes(b'[{"query": "a"},\r\n{"query": x}]')
-    with pytest.raises(DataError, match=r"open\.json:2 \(row 2\): .*: Expecting value at 'x}\]'$"):
+    with pytest.raises(DataError, match=r"open\.json:2 \(row 2\): .*: Expecting value, at 'x}\]'$"):
         RowFile(tmp_path / "open.json")
 
 
