@@ -26,7 +26,7 @@ from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
-from qwenvl_lit.data.selection import Concat, Rows, Subset, first_of_each
+from qwenvl_lit.data.selection import Concat, Rows, Subset, spread
 from qwenvl_lit.data.sets import all_sets, test_sets, validation_sets
 from qwenvl_lit.data.survey import prompt_lengths
 from qwenvl_lit.settings import check_settings
@@ -198,17 +198,17 @@ class DataModule(lightning.LightningDataModule):
         """Returns one loader for the loss, and one of prompts to answer.
 
         The first has every row with its answer, the second the prompts of
-        `generated_validation_rows` rows: the first ones of each dataset.
+        `generated_validation_rows` rows, spread over datasets and files.
         """
         if not len(self.validation):
             return []
         lengths = self._validation_lengths if self.group_by_length else None
         loaders = [self._eval_loader(self.validation, prompt=False, lengths=lengths)]
         if self.generated_validation_rows:
-            sizes = [len(dataset.validation) for dataset in self.measured.values()]
-            first = first_of_each(sizes, self.generated_validation_rows)
-            first_rows = Subset(self.validation, first)
-            loaders.append(self._eval_loader(first_rows, prompt=True))
+            sets = [dataset.validation for dataset in self.measured.values()]
+            answered = spread(sets, self.generated_validation_rows)
+            answered_rows = Subset(self.validation, answered)
+            loaders.append(self._eval_loader(answered_rows, prompt=True))
         return loaders
 
     def test_dataloader(self) -> list[DataLoader]:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -71,20 +72,6 @@ def take(rows: Rows, count: int, seed: int = 0) -> Rows:
     return Subset(rows, np.array(repeated + drawn))
 
 
-def first_of_each(sizes: Sequence[int], count: int) -> list[int]:
-    """Returns indices into sources of these sizes, joined: the first rows of each, in turn.
-
-    >>> first_of_each([9, 1, 9], 5)
-    [0, 1, 9, 10, 11]
-    """
-    positions: list[tuple[int, int]] = []  # within its source, of the joined rows
-    start = 0
-    for size in sizes:
-        positions += zip(range(count), range(start, start + size), strict=False)
-        start += size
-    return sorted(index for _, index in sorted(positions)[:count])
-
-
 def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
     """Resolves nested `Subset`s and `Concat`s.
 
@@ -113,3 +100,50 @@ def flatten(rows: Rows) -> tuple[list[Rows], np.ndarray]:
             moved.append(starts[id(source)] + np.arange(len(source)))
         indices.append(np.concatenate(moved)[inner])
     return sources, np.concatenate(indices)
+
+
+def spread(sets: Sequence[Rows], count: int, seed: int = 0) -> list[int]:
+    """Returns indices of `count` rows of the joined `sets`, in order.
+
+    Each set gives as many rows as the others if it has them, and so does each file of a set. Within
+    a file, the rows are drawn at random from sections of equal length.
+
+    >>> len(spread(["abcdefghi", "j", "klmnopqrs"], 7))
+    7
+    """
+    generator = random.Random(seed)
+    chosen: list[int] = []
+    start = 0
+    for rows, share in zip(sets, _equal_shares(list(map(len, sets)), count), strict=True):
+        sources, indices = flatten(rows)
+        ends = np.cumsum(list(map(len, sources)))
+        source_of_row = np.searchsorted(ends, indices, side="right")
+        of_source = [np.flatnonzero(source_of_row == k) for k in range(len(sources))]
+        shares = _equal_shares(list(map(len, of_source)), share)
+        for positions, number in zip(of_source, shares, strict=True):
+            bounds = [len(positions) * k // number for k in range(number + 1)] if number else []
+            for first, end in pairwise(bounds):
+                chosen.append(start + int(positions[generator.randrange(first, end)]))
+        start += len(rows)
+    return sorted(chosen)
+
+
+def _equal_shares(sizes: Sequence[int], count: int) -> list[int]:
+    """Divides `count` among groups of these sizes as equally as their sizes allow.
+
+    With fewer than one for each, the groups that get one are spread over all groups.
+
+    >>> _equal_shares([9, 1, 9], 7), _equal_shares([5, 5, 5, 5], 2)
+    ([3, 1, 3], [1, 0, 1, 0])
+    """
+    shares = [0] * len(sizes)
+    left = min(count, sum(sizes))
+    while left:
+        open_groups = [k for k, size in enumerate(sizes) if shares[k] < size]
+        if left < len(open_groups):
+            open_groups = [open_groups[len(open_groups) * k // left] for k in range(left)]
+        for k in open_groups:
+            more = min(max(1, left // len(open_groups)), sizes[k] - shares[k])
+            shares[k] += more
+        left = min(count, sum(sizes)) - sum(shares)
+    return shares

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qwenvl_lit.data.selection import Concat, Subset, first_of_each, flatten, parse_count, take
+from qwenvl_lit.data.selection import Concat, Subset, flatten, parse_count, spread, take
 
 
 def test_subsets_and_concatenations_select_rows():
@@ -27,11 +27,24 @@ def test_take_repeats_whole_passes_and_draws_the_rest():
     assert len(take("abc", 0)) == len(take("", 5)) == 0
 
 
-def test_the_first_rows_of_each_source_are_taken_in_turn():
-    assert first_of_each([5], 3) == [0, 1, 2]
-    assert first_of_each([3, 0, 1, 5], 6) == [0, 1, 2, 3, 4, 5]
-    assert first_of_each([3, 0, 1, 5], 100) == list(range(9))
-    assert first_of_each([], 4) == first_of_each([0], 4) == first_of_each([4], 0) == []
+def test_rows_are_spread_over_sets_files_and_sections():
+    a, b, c = list(range(30)), list(range(3)), list(range(100, 130))
+    two_files = Subset(Concat([a, b]), range(2, 33))
+    chosen = spread([two_files, c], 8)
+    assert chosen == sorted(set(chosen)) == spread([two_files, c], 8)
+    joined = Concat([two_files, c])
+    assert [index >= len(two_files) for index in chosen] == [False] * 4 + [True] * 4
+    assert [index >= 28 for index in chosen[:4]] == [False, False, True, True]  # of the second file
+    sections = [range(100, 107), range(107, 115), range(115, 122), range(122, 130)]
+    for index, section in zip(chosen[4:], sections, strict=True):
+        assert joined[index] in section
+
+
+def test_spread_takes_all_rows_if_there_are_too_few():
+    assert spread(["abc", "", "d", "efghi"], 100) == list(range(9))
+    assert len(spread(["abc", "", "d", "efghi"], 6)) == 6
+    assert spread([], 4) == spread([""], 4) == spread(["abcd"], 0) == []
+    assert len(spread([[n] for n in range(1000)], 4)) == 4
 
 
 def test_flatten_finds_the_index_of_each_row_in_its_source():

@@ -423,7 +423,9 @@ def test_an_error_in_json_names_the_line_and_the_column_of_the_file(tmp_path):
     assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:2: not JSON: a text is not closed")
     assert str(error.value).endswith(" at column 13")
     (tmp_path / "rows.json").write_bytes(b'[{"query": "a"},\r\n{"query": "b",\r\n "id": "\t"}]')
-    with pytest.raises(DataError, match=r"rows\.json:3 \(row 2\): .* a line break or tab .* at '\\t\"}\]'$"):
+    with pytest.raises(
+        DataError, match=r"rows\.json:3 \(row 2\): .* a line break or tab .* at '\\t\"}\]'$"
+    ):
         RowFile(tmp_path / "rows.json")[1]
     (tmp_path / "open.json").write_bytes(b'[{"query": "a"},\r\n{"query": x}]')
     with pytest.raises(DataError, match=r"open\.json:2 \(row 2\): .*: Expecting value, at 'x}\]'$"):
