@@ -192,6 +192,16 @@ class _InspectedSet:
         if first != index:
             self._add_repeated_id(index, first)
 
+    def note_unanswered(self) -> None:
+        """Notes the prompts without an answer, unless no row of the set has one."""
+        unanswered = self.counts[3].nonzero()[0]
+        if not self.prompts or len(unanswered) == len(self.questions):
+            return
+        for index in map(int, unanswered):
+            row = self.rows[index]
+            problem = "the row has no answer, and metrics that compare with one leave it out"
+            self.add(_finding("note", index, row.where, row.id, problem))
+
     def _add_repeated_id(self, index: int, first: int) -> None:
         row, earlier = self.rows[index], self.rows[first]
         problem = f"has the same id as {earlier.where or f'row {first}'}"
@@ -302,6 +312,7 @@ def _read_rows(
             inspected.add(result)
         else:
             inspected.add_row(index, result)
+    inspected.note_unanswered()
     return inspected
 
 

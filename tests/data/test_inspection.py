@@ -150,6 +150,16 @@ def test_rows_without_an_answer_and_with_an_empty_one_are_told_apart(folder):
     assert (facts.unanswered, facts.empty_answers, len(facts.usable)) == (1, 2, 3)
 
 
+def test_prompts_without_an_answer_are_named_if_others_have_one(folder):
+    unanswered = {"query": "open", "id": "x"}
+    rows = rows_of(folder, "test", row("red.png"), unanswered)
+    inspection = inspect({"test": rows}, PROCESSOR, prompts=["test"])
+    [note] = messages(inspection, "note")
+    assert note.startswith(f"{folder}/test.jsonl:2: row 'x': the row has no answer, and metrics")
+    rows = rows_of(folder, "open", unanswered)
+    assert not inspect({"test": rows}, PROCESSOR, prompts=["test"]).sets[0].findings
+
+
 def test_a_broken_image_is_named_once_in_its_message(folder):
     rows = rows_of(folder, "train", row("broken.png", id="half"))
     [error] = messages(inspect({"train": rows}, PROCESSOR), "error")
