@@ -108,6 +108,15 @@ def test_broken_images_that_training_drops_are_not_errors(folder, tmp_path):
     assert [finding["kind"] for finding in findings(tmp_path / "run")] == ["dropped"]
 
 
+def test_a_file_of_one_row_is_checked(folder, tmp_path, caplog):
+    [first, *_] = (folder / "mine.jsonl").read_text().splitlines()
+    (folder / "one.jsonl").write_text(first)
+    assert exit_status(tmp_path, "data=jsonl", f"data.train={folder}/one.jsonl") == 0
+    [warning] = [text for text in caplog.messages if "data.validation" in text]
+    assert warning.startswith("training would stop: data.validation=0.01 takes 1 of 1 row; leave")
+    assert "data.validation=null" in warning
+
+
 def test_missing_images_that_training_drops_are_counted_and_named(folder, tmp_path, capsys):
     lines = (folder / "mine.jsonl").read_text().splitlines()[:3]
     lines.append(json.dumps({"query": "<img>none.png</img>?", "response": "a", "id": "gone"}))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten, parse_count, take
-from qwenvl_lit.data.split import hold_out
+from qwenvl_lit.data.split import NothingToTrainOnError, hold_out
 from qwenvl_lit.data.survey import Finding, Measured, measure_lengths, stamp
 from qwenvl_lit.images import DeepImage, Exif
 from qwenvl_lit.types import DataError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 Files = str | Sequence[str]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,14 @@ class DatasetSpec:
                 after = take(after, count - held_out, self.seed)
             stages.append(after)
         return OpenedDataset(stages=tuple(self._rows_per_epoch(stages)), validation=validation)
+
+    def open_for_inspection(self) -> OpenedDataset:
+        """Like `open_training`. If all rows would be held out, they are training rows instead."""
+        try:
+            return self.open_training()
+        except NothingToTrainOnError as error:
+            log.warning("training would stop: %s. All rows are checked", error)
+            return replace(self, validation=None).open_training()
 
     def open_validation(self) -> Rows:
         """Opens the validation rows: held-out ones, or those of files of their own."""

@@ -24,7 +24,7 @@ def all_sets(
     for name, dataset in datasets.items():
         if dataset.split_file is not None and not Path(dataset.split_file).expanduser().exists():
             dataset = replace(dataset, split_file=None)
-        opened = dataset.open_training()
+        opened = dataset.open_for_inspection()
         sources, positions = flatten(Concat(opened.stages))
         training[_set_name(name, "train")] = Subset(Concat(sources), np.unique(positions))
         training[_set_name(name, "validation")] = opened.validation

@@ -14,18 +14,25 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 from qwenvl_lit.atomic import atomic_file, write_text
 from qwenvl_lit.data.selection import Concat, Rows, Subset
 from qwenvl_lit.stored_files import read_json_object
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError
 
 ENTRY = re.compile(r'"(\d{1,18})": ("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")')
+FEW_ROWS = 10
 log = logging.getLogger(__name__)
 
 
 class _DamagedError(DataError):
     """A split file that is not what was written."""
+
+
+class NothingToTrainOnError(DataError):
+    """All rows would be held out."""
 
 
 def hold_out(
@@ -41,8 +48,8 @@ def hold_out(
             ignored. If it is damaged, it is restored or refused.
 
     Raises:
-        DataError: `amount` leaves nothing to train on, the rows are not those that `file` names, or
-            `file` is damaged beyond restoring.
+        NothingToTrainOnError: `amount` leaves nothing to train on.
+        DataError: the rows are not those that `file` names, or `file` is damaged beyond restoring.
     """
     rows = Concat(sources)
     if file and file.exists():
@@ -52,6 +59,8 @@ def hold_out(
             held = _restore_split(rows, amount, seed, file, damage)
     else:
         held = _draw(rows, amount, seed)
+        if amount < 1 and len(held) < FEW_ROWS:
+            _warn_of_few_rows(amount, len(held), len(rows))
         if file:
             _write_split(rows, held, file)
     kept = np.ones(len(rows), dtype=bool)
@@ -66,10 +75,21 @@ def hold_out(
 def _draw(rows: Rows, amount: int | float, seed: int) -> list[int]:
     count = max(1, int(amount * len(rows))) if amount < 1 else int(amount)
     if not 0 < count < len(rows):
-        raise DataError(
-            f"data.validation={amount} takes {count} of {len(rows)} rows; leave some to train on"
+        raise NothingToTrainOnError(
+            f"data.validation={amount} takes {count} of {counted(len(rows), 'row')}; leave some to "
+            f"train on, or set data.validation=null to train without validation"
         )
     return sorted(random.Random(seed).sample(range(len(rows)), count))
+
+
+@rank_zero_only
+def _warn_of_few_rows(share: float, held_out: int, rows: int) -> None:
+    more = f"data.validation={rows // 5} holds out a fifth, and " if rows >= 5 * FEW_ROWS else ""
+    log.warning(
+        "data.validation=%s holds out %d of %s, too few for a reliable validation loss; "
+        "%sdata.validation=FILE names rows of their own",
+        *(share, held_out, counted(rows, "row"), more),
+    )
 
 
 def _write_split(rows: Rows, held: Sequence[int], file: Path) -> None:
@@ -99,7 +119,7 @@ def _read_split(rows: Rows, file: Path) -> list[int]:
         )
     if count != len(rows):
         raise DataError(
-            f"{file}: the split was made of {count} rows, the data has {len(rows)} now; "
+            f"{file}: the split was made of {counted(count, 'row')}, the data has {len(rows)} now; "
             "give the data it was made with"
         )
     held = []

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from qwenvl_lit.data.split import hold_out
+from qwenvl_lit.data.split import NothingToTrainOnError, hold_out
 from qwenvl_lit.types import Conversation, DataError
 
 
@@ -56,8 +56,21 @@ def test_a_split_file_of_other_data_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("amount", [10, 11])
 def test_holding_out_every_row_is_an_error(amount):
-    with pytest.raises(DataError, match="leave some to train on"):
+    with pytest.raises(NothingToTrainOnError, match=r"leave some .* or set data\.validation=null"):
         hold_out([TEN], amount, seed=0, file=None)
+
+
+def test_a_share_of_few_rows_is_a_warning_when_it_is_drawn(tmp_path, caplog):
+    many = rows(*map(str, range(56)))
+    hold_out([many], 0.01, seed=0, file=tmp_path / "split.json")
+    [warning] = caplog.messages
+    assert "data.validation=0.01 holds out 1 of 56 rows, too few" in warning
+    assert "; data.validation=11 holds out a fifth" in warning
+    caplog.clear()
+    hold_out([many], 0.01, seed=0, file=tmp_path / "split.json")
+    hold_out([many], 3, seed=0, file=None)  # a number that was chosen
+    hold_out([many], 0.2, seed=0, file=None)
+    assert not caplog.messages
 
 
 @pytest.fixture
