@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_only
 
 from qwenvl_lit.atomic import atomic_file, write_text
 from qwenvl_lit.data.selection import Concat, Rows, Subset
@@ -82,8 +82,9 @@ def _draw(rows: Rows, amount: int | float, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(len(rows)), count))
 
 
-@rank_zero_only
 def _warn_of_few_rows(share: float, held_out: int, rows: int) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     more = f"data.validation={rows // 5} holds out a fifth, and " if rows >= 5 * FEW_ROWS else ""
     log.warning(
         "data.validation=%s holds out %d of %s, too few for a reliable validation loss; "
