@@ -22,6 +22,8 @@ def explain(error: json.JSONDecodeError) -> str:
         return f"the comma before {rest[0]} must be removed"
     if error.msg.startswith("Extra data") and rest.startswith(","):
         return "the comma after the row must be removed; lines of a jsonl file do not end with one"
+    if error.msg.startswith("Extra data") and rest.startswith("{"):
+        return "another row begins on this line; write each row on a line of its own"
     if rest.startswith("'"):
         return "names and texts must stand in double quotes, not in single ones"
     for name, json_name in _PYTHON_NAMES.items():

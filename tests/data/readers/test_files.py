@@ -306,7 +306,7 @@ def test_a_table_that_cannot_be_read_is_refused(tmp_path, content, message):
             'not UTF-8: byte 0xe9 after \'{"query": "caf\'; save it as UTF-8',
         ),
         ('{"query": "a"}'.encode("utf-16"), "not UTF-8"),
-        (b'{"query": "a"}{"query": "b"}', "not JSON: Extra data"),
+        (b'{"query": "a"}{"query": "b"}', "not JSON: another row begins on this line; write"),
         (b'"query"', "a row must be a JSON object, got str"),
         (b'{"query": "a",}', "not JSON: the comma before } must be removed, at column 15"),
         (
