@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_only
 
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 ROWS = "rows"  # SET/rows: the rows answered; SET/rows_METRIC: those that a metric has scored
@@ -84,6 +85,7 @@ class PerSampleMetric(Metric, ABC):
     needs: ClassVar[str]  # what a row must have to be scored; printed in the warning about others
     dtype_of_rows: ClassVar[torch.dtype] = torch.float64
     title: str = ""  # for warnings: SET/NAME as the score is logged; "" for the name of the class
+    advice: str = ""  # ends the warning that no row has a score
     count: int = 0  # rows scored by the last `compute`, over all ranks
 
     keys: list[torch.Tensor]
@@ -200,12 +202,12 @@ class PerSampleMetric(Metric, ABC):
         kept = [row for row in rows.values() if len(row)]
         left_out = len(rows) - len(kept)
         if left_out:
-            _warn_once(
-                f"{name}: {left_out} of {len(rows)} rows left out, they have no {self.needs}"
-            )
+            advice = "" if kept else self.advice
+            count = f"{left_out} of {counted(len(rows), 'row')} left out"
+            _warn_once(f"{name}: {count}, they have no {self.needs}{advice}")
         if not rows:
             condition = f" whose columns have {self.where}" if self.where else ""
-            _warn_once(f"{name} is nan: there is no row{condition}")
+            _warn_once(f"{name} is nan: there is no row{condition}{self.advice}")
         if not kept:
             return math.nan
         return self.total(kept)

@@ -329,7 +329,14 @@ class VisionLanguageModule(lightning.LightningModule):
         return gradients
 
     def on_validation_epoch_start(self) -> None:
-        self._start_scoring(["val"])
+        data = self.trainer.datamodule
+        advice = ""
+        if data.generated_validation_rows < len(data.validation):
+            advice = (
+                f"; answer more than {data.generated_validation_rows} of the "
+                f"{len(data.validation)} validation rows: data.generated_validation_rows=N"
+            )
+        self._start_scoring(["val"], advice)
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -400,14 +407,14 @@ class VisionLanguageModule(lightning.LightningModule):
         self.set_rows[set_index] += len(predictions)
         return predictions
 
-    def _start_scoring(self, set_names: Sequence[str]) -> None:
+    def _start_scoring(self, set_names: Sequence[str], advice: str = "") -> None:
         # Images may have been encoded with other weights, those of an earlier validation
         self.generation.release(self.model)
         self.set_metrics = nn.ModuleList()
         for set_name in set_names:
             copies = {name: metric.clone() for name, metric in self.metrics.items()}
             for name, metric in copies.items():
-                metric.title = f"{set_name}/{name}"
+                metric.title, metric.advice = f"{set_name}/{name}", advice
             self.set_metrics.append(nn.ModuleDict(copies))
         self.set_metrics.to(self.device)
         self.set_rows = [0] * len(set_names)

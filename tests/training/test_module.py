@@ -14,6 +14,7 @@ from qwenvl_lit.callbacks.throughput import Throughput
 from qwenvl_lit.data.collate import empty_batch
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
 
@@ -55,6 +56,24 @@ def test_an_unloaded_model_is_loaded_again():
     module.configure_model()
     after = module.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_validation_without_a_score_names_the_key_that_answers_more_rows(tmp_path, caplog, rows):
+    module = tiny_task(Full())
+    module.metrics = nn.ModuleDict({"iou": MeanIoU()})  # no row has a box
+    data = DataModule(
+        processor=module.processor,
+        read=read_letters,
+        train="abcd",
+        validation="ef" * 2,
+        generated_validation_rows=rows,
+    )
+    trainer(tmp_path, max_epochs=1).fit(module, data)
+    [warning] = [text for text in caplog.messages if "iou" in text]
+    advice = "; answer more than 2 of the 4 validation rows: data.generated_validation_rows=N"
+    assert warning.startswith("val/iou: ")
+    assert warning.endswith(advice if rows == 2 else "they have no expected box")
 
 
 def test_training_and_testing_skip_batches_without_rows(tmp_path):
