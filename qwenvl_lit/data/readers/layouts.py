@@ -42,7 +42,7 @@ from qwenvl_lit.data.readers.keys import (
     text_of,
 )
 from qwenvl_lit.data.readers.prompts import CHOICE_PROMPT, REFERRING_PROMPT, VQA_PROMPT, fill_prompt
-from qwenvl_lit.data.readers.spelling import is_same, meant
+from qwenvl_lit.data.readers.spelling import did_you_mean, is_same, meant
 from qwenvl_lit.data.readers.unread_images import image_columns
 from qwenvl_lit.types import DataError, Role
 
@@ -214,17 +214,27 @@ def _chat(row: Row, entries: Sequence[Any]) -> Draft:
             role = entry.get("from", entry.get("role"))
             content = entry.get("value", entry.get("content"))
         if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
-            is_pair = isinstance(entry, dict) and "human" in entry
-            hint = "; did you mean the key `conversation`?" if is_pair else ""
-            raise DataError(
-                f'turn {number} must be {{"from": one of {", ".join(ROLES)}, "value": text}}, or '
-                f'the same with "role" and "content", got {short(entry)}{hint}'
-            )
+            raise DataError(f"turn {number} {_turn_problem(entry, role, content)}")
         parts = [content] if isinstance(content, str) else _content(number, content)
         if ROLES[role] == "assistant":
             check_turn_is_read(number, entry)
         turns.append((ROLES[role], parts))
     return _chat_draft(row, turns)
+
+
+def _turn_problem(entry: Any, role: Any, content: Any) -> str:
+    if not isinstance(entry, dict) or (role is None and content is None):
+        is_pair = isinstance(entry, dict) and "human" in entry
+        hint = "; did you mean the key `conversation`?" if is_pair else ""
+        return (
+            f'must be {{"from": role, "value": text}} or {{"role": role, "content": text}}, got '
+            f"{short(entry)}{hint}"
+        )
+    if not isinstance(role, str) or role not in ROLES:
+        found = "no role" if role is None else f"the role {short(role)}"
+        return f"has {found}; it must be one of {', '.join(ROLES)}{did_you_mean(role, ROLES)}"
+    found = "no content" if content is None else f"the content {short(content)}"
+    return f"has {found}; it must be text, or a list of texts and images"
 
 
 def _chat_draft(row: Row, turns: list[DraftTurn]) -> Draft:

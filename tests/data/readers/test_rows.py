@@ -438,7 +438,15 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         ({"query": "x", "history": [["a"]]}, "`history` must be a list of [question, answer]"),
         ({"conversations": []}, "no turn"),
-        ({"conversations": [{"from": "bot", "value": "a"}]}, "turn 1 must be"),
+        (
+            {"conversations": [{"from": "bot", "value": "a"}]},
+            "turn 1 has the role 'bot'; it must be",
+        ),
+        ({"messages": [{"role": "userr", "content": "a"}]}, "gpt; did you mean user?"),
+        ({"messages": [{"content": "a"}]}, "turn 1 has no role; it must be one of system, user"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no content; it must be text, or a list"),
+        ({"messages": [{"role": "user", "content": {}}]}, "turn 1 has the content {}; it must be"),
+        ({"messages": ["a"]}, 'turn 1 must be {"from": role, "value": text} or {"role"'),
         (
             {"conversations": [{"from": "assistant", "value": "a"}]},
             "turns must go user, assistant, user",
