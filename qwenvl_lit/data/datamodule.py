@@ -97,7 +97,6 @@ class DataModule(lightning.LightningDataModule):
             "order": order,
             "on_bad_image": on_bad_image,
             "batch_size": batch_size,
-            "rows_per_step": rows_per_step,
             "eval_batch_size": eval_batch_size,
             "max_tokens": max_tokens,
             "max_bad_fraction": max_bad_fraction,
