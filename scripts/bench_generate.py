@@ -284,10 +284,11 @@ def main() -> None:
         del model
         model = family.load(arguments.device, quantization=NF4)
         results["decoding_with_four_bits"] = []
-        for rows in arguments.sizes:
-            if rows <= 32:
-                measured = measure_decoding(model, rows, False, on_gpu)
+        for compiled in [False, True] if on_gpu else [False]:
+            for rows in arguments.sizes:
+                measured = measure_decoding(model, rows, compiled, on_gpu)
                 results["decoding_with_four_bits"].append(measured)
+                report(measured)
 
     if arguments.rows:
         # A process of its own. It finds the kernels compiled above in torch's cache on disk.
