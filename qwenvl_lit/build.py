@@ -289,6 +289,9 @@ def start(config: DictConfig) -> None:
     if config.trainer.get("deterministic"):
         # cuBLAS reads it when it is first used; torch refuses to be deterministic without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # torch reads it when it first compiles: the next run finds the kernels of this one
+    kernels = Path(config.paths.cache).expanduser().absolute() / "kernels"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     for handler in logging.getLogger().handlers:
         handler.addFilter(PrintableRecords())
     if not sys.stderr.isatty():

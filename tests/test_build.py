@@ -1,6 +1,7 @@
 """Objects that are built from a composed config, and what a command does before."""
 
 import logging
+import os
 import warnings
 
 from commands import compose_config
@@ -17,3 +18,12 @@ def test_warnings_of_libraries_are_log_lines(caplog, capsys):
     assert record.name == "FutureWarning"
     assert record.getMessage().startswith("two lines (test_build.py:")
     assert capsys.readouterr().err == ""
+
+
+def test_compiled_kernels_are_kept_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored after the test
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    build.start(compose_config("train", f"paths.cache={tmp_path}"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kernels")
+    build.start(compose_config("train", "paths.cache=elsewhere"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "kernels")
