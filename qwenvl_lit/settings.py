@@ -102,7 +102,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "order": partial(check_choice, choices=("mixed", "staged")),
         "on_bad_image": partial(check_choice, choices=("error", "drop")),
         "batch_size": partial(check_number, least=1, most=10**6, whole=True, or_auto=True),
-        "eval_batch_size": partial(check_number, least=1, most=10**6, whole=True),
+        "eval_batch_size": partial(check_number, least=1, most=10**6, whole=True, or_auto=True),
         "max_tokens": partial(check_number, least=1, most=10**8, whole=True, optional=True),
         "max_bad_fraction": _share,
         "generated_validation_rows": _count,

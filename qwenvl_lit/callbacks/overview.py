@@ -123,6 +123,9 @@ def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[
     for callback in trainer.callbacks:
         if isinstance(callback, ValidationSchedule):
             times = f"{callback}, "
+    plan = data.plans.get("validation")
+    if plan and plan.batches.reason:  # data.eval_batch_size=auto
+        times += f"batches of {_count(plan.batches.rows, 'row')} ({plan.batches.reason}), "
     answered = min(data.generated_validation_rows, len(data.validation))
     if not answered:
         return f"{times}loss only (data.generated_validation_rows=0){left_to_test}"

@@ -14,6 +14,13 @@ from torch.utils.data import DataLoader
 
 from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.collate import Pack, Pad
+from qwenvl_lit.data.evaluation_batches import (
+    EvaluationPlan,
+    PromptSizes,
+    by_length,
+    plan_batches,
+    prompt_sizes,
+)
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import (
     EncodedDataset,
@@ -28,7 +35,6 @@ from qwenvl_lit.data.predictions import unanswered
 from qwenvl_lit.data.samplers import BatchSampler, Position
 from qwenvl_lit.data.selection import Concat, Rows, Subset, spread
 from qwenvl_lit.data.sets import all_sets, test_sets, validation_sets
-from qwenvl_lit.data.survey import prompt_lengths
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import Batch, DataError, micro_batches_of
 
@@ -52,7 +58,8 @@ class DataModule(lightning.LightningDataModule):
         batch_size: rows of a training batch per process. With "auto", a batch has the
             `rows_per_step` rows of an optimizer step, as micro-batches that `cut_steps` limits.
         rows_per_step: rows per process and optimizer step if `batch_size` is "auto"; None: one.
-        eval_batch_size: rows per process and step of validation, test and prediction.
+        eval_batch_size: rows per process and step of validation, test and prediction. "auto" asks
+            the LightningModule's `rows_together`.
         max_tokens: in place of `batch_size`: as many rows per batch as together have at most this
             many tokens, padding included.
         group_by_length: rows of a batch have similar lengths, in training and validation.
@@ -80,7 +87,7 @@ class DataModule(lightning.LightningDataModule):
         order: Literal["mixed", "staged"] = "mixed",
         batch_size: int | Literal["auto"] = 1,
         rows_per_step: int | None = None,
-        eval_batch_size: int = 1,
+        eval_batch_size: int | Literal["auto"] = 1,
         max_tokens: int | None = None,
         group_by_length: bool = False,
         packing: bool = False,
@@ -141,6 +148,7 @@ class DataModule(lightning.LightningDataModule):
         # Tokens, supervised tokens and images of the training rows (3, rows), over all stages
         self.sizes: np.ndarray | None = None
         self._validation_lengths: np.ndarray | None = None
+        self.plans: dict[str, EvaluationPlan] = {}  # by set, once its loader was made
         self._batch_sampler: BatchSampler | None = None  # made once: packing takes a while
         self._findings = FindingsLog(max_bad_fraction)
 
@@ -201,17 +209,20 @@ class DataModule(lightning.LightningDataModule):
         """
         if not len(self.validation):
             return []
-        lengths = self._validation_lengths if self.group_by_length else None
-        loaders = [self._eval_loader(self.validation, prompt=False, lengths=lengths)]
+        self.plans = {}
+        lengths = self._validation_lengths
+        order = by_length(lengths) if self.group_by_length else np.arange(len(lengths))
+        loaders = [self._eval_loader("validation", self.validation, order, lengths)]
         if self.generated_validation_rows:
             sets = [dataset.validation for dataset in self.measured.values()]
             answered = spread(sets, self.generated_validation_rows)
             answered_rows = Subset(self.validation, answered)
-            loaders.append(self._eval_loader(answered_rows, prompt=True))
+            loaders.append(self._prompt_loader("answered", answered_rows, sort=False))
         return loaders
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self._prompt_loader(rows) for rows in self.test.values()]
+        self.plans = {}
+        return [self._prompt_loader(name, rows) for name, rows in self.test.items()]
 
     def predict_dataloader(self) -> list[DataLoader]:
         """Returns the loaders of `test_dataloader` without the `answered` rows.
@@ -222,7 +233,8 @@ class DataModule(lightning.LightningDataModule):
         indices: dict[str, list[int]] = {}
         for name, rows in self.test.items():
             indices[name] = unanswered(name, rows, self.answered.get(name, {}))
-        return [self._prompt_loader(rows, indices[name]) for name, rows in self.test.items()]
+        self.plans = {}
+        return [self._prompt_loader(name, rows, indices[name]) for name, rows in self.test.items()]
 
     def steps_of_run(self) -> float:
         """Returns the number of optimizer steps of the run, after `setup`; inf without limit."""
@@ -349,34 +361,41 @@ class DataModule(lightning.LightningDataModule):
     def _position(self) -> Position:
         return data_position(self.trainer)
 
-    def _prompt_loader(self, rows: Rows, indices: list[int] | None = None) -> DataLoader:
+    def _prompt_loader(
+        self, name: str, rows: Rows, indices: list[int] | None = None, *, sort: bool = True
+    ) -> DataLoader:
         """Returns a loader of the prompts of `rows`, or of those at `indices`, to answer."""
-        lengths = None
-        if self.eval_batch_size > 1:
-            lengths = prompt_lengths(rows)
-        return self._eval_loader(rows, prompt=True, lengths=lengths, indices=indices)
+        sizes = prompt_sizes(rows)
+        order = np.arange(len(rows)) if indices is None else np.array(indices, dtype=np.int64)
+        if sort and self.eval_batch_size != 1:
+            order = order[by_length(sizes.lengths[order])]
+        return self._eval_loader(name, rows, order, sizes.lengths, sizes)
 
     def _eval_loader(
         self,
+        name: str,
         rows: Rows,
-        *,
-        prompt: bool,
-        lengths: np.ndarray | None = None,
-        indices: list[int] | None = None,
+        order: np.ndarray,
+        lengths: np.ndarray,
+        sizes: PromptSizes | None = None,
     ) -> DataLoader:
-        order = np.arange(len(rows))
-        if indices is not None:
-            order = np.array(indices, dtype=np.int64)
-        if lengths is not None:
-            # The longest rows come first, so that the peak of memory is reached at once.
-            order = order[np.argsort(-lengths[order], kind="stable")]
+        """Returns a loader of `rows` in `order`: for answers with `sizes`, else for the loss."""
         # Each row goes to exactly one rank; none is repeated to fill up.
-        of_rank = order[self._rank :: self._world_size].tolist()
-        if not of_rank:
+        of_rank = order[self._rank :: self._world_size]
+        if not len(of_rank):
             return loader_without_rows(self.processor.pad_id)
-        pad = Pad(pad_id=self.processor.pad_id, side="left" if prompt else "right")
-        batching = {"batch_size": self.eval_batch_size, "sampler": of_rank}
-        return self._loader(rows, pad, prompt=prompt, renumber=True, **batching)
+        self.plans[name] = plan = plan_batches(
+            rows,
+            of_rank,
+            lengths,
+            sizes,
+            processor=self.processor,
+            batch_size=self.eval_batch_size,
+            choose=getattr(self.trainer and self.trainer.lightning_module, "rows_together", None),
+        )
+        pad = Pad(pad_id=self.processor.pad_id, side="right" if sizes is None else "left")
+        batching = {"batch_size": plan.batches.rows, "sampler": plan.indices}
+        return self._loader(rows, pad, prompt=sizes is not None, renumber=True, **batching)
 
     def _loader(
         self,

@@ -28,7 +28,6 @@ from qwenvl_lit.types import (
     Conversation,
     DataError,
     Dropped,
-    ImageSource,
     location_of,
 )
 
@@ -45,7 +44,6 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 
 CHUNK = 256  # most rows that a process takes at a time
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
-PROMPT_LENGTH_UNIT = 64  # characters
 FORMAT = 5  # version of the cached files
 
 
@@ -163,16 +161,6 @@ def measure_lengths(
     return measured
 
 
-def prompt_lengths(rows: Sequence[Conversation]) -> np.ndarray:
-    """Estimates the lengths (rows,) int64 of prompts without encoding them.
-
-    The estimate is coarse, so that a stable sort by length leaves questions about the same image
-    together.
-    """
-    characters = [_prompt_characters(rows, index) for index in range(len(rows))]
-    return np.array(characters, dtype=np.int64) // PROMPT_LENGTH_UNIT
-
-
 def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Returns path, size and modification time of each file; part of an `identity`."""
     stamps = []
@@ -180,24 +168,6 @@ def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
         status = file.stat()
         stamps.append((str(file.resolve()), status.st_size, status.st_mtime_ns))
     return stamps
-
-
-def _prompt_characters(rows: Sequence[Conversation], index: int) -> int:
-    """Counts an image as 1024 characters and an object as 32."""
-    try:
-        prompt = rows[index].prompt()
-    except DataError:
-        return 0  # the error is raised when the row is loaded
-    characters = 0
-    for turn in prompt.turns:
-        for part in turn.parts:
-            if isinstance(part, str):
-                characters += len(part)
-            elif isinstance(part, ImageSource):
-                characters += 1024
-            else:
-                characters += 32
-    return characters
 
 
 def _raise_errors(findings: Iterable[Finding], rows: int) -> None:

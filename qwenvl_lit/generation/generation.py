@@ -43,7 +43,8 @@ class Generation:
     # Further ends of an answer: words as lists of token ids. The answer does not include them.
     stop_words_ids: Sequence[Sequence[int]] = ()
     seed: int | None = None  # of each call; None: torch's default generator
-    # "auto": on a GPU, once a minute has been spent decoding, which is what compiling costs.
+    # "auto": on a GPU, once a minute has been spent decoding. `training.answering` replaces it by
+    # a decision before the first answer.
     compile: Literal["auto"] | bool = "auto"
 
     def __post_init__(self):

@@ -188,6 +188,27 @@ class Family(Protocol):
         """
         ...
 
+    def answering_memory(
+        self, *, rows: int, tokens: int, images: int, new_tokens: int, at_once: bool
+    ) -> int:
+        """Returns the bytes that answering a batch takes in addition to the weights, roughly.
+
+        Args:
+            rows: number of rows, times the number of beams.
+            tokens, images, new_tokens: upper bounds per row: tokens and images of the prompt, and
+                tokens of the answer.
+            at_once: whether all prompts are read in one pass.
+        """
+        ...
+
+    def loss_memory(self, *, rows: int, tokens: int, images: int, supervised: int) -> int:
+        """Returns the bytes that the loss of a batch takes without gradients, roughly.
+
+        Args:
+            tokens, images, supervised: upper bounds per row.
+        """
+        ...
+
     def base_reader(self, device: torch.device | str = "cpu") -> Callable[[str], torch.Tensor]:
         """Returns a function that reads a base weight into host memory by its name in the network.
 

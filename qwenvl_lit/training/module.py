@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.generation.choices import choose
 from qwenvl_lit.metrics.per_sample import ROWS
 from qwenvl_lit.metrics.token_scores import TokenScores
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_trained_names
+from qwenvl_lit.training.answering import Answering
 from qwenvl_lit.training.loading import load_model
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.optim import local_tensor
@@ -30,12 +29,13 @@ from qwenvl_lit.types import Batch, DataError
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+    from qwenvl_lit.data.evaluation_batches import BatchChoice, RowSizes
     from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.models.protocols import Family, FeatureSource
     from qwenvl_lit.training.adapters.methods import Adapter
     from qwenvl_lit.training.optim import AdamW
     from qwenvl_lit.training.speed import Speed
-    from qwenvl_lit.types import ImageSource, Prediction
+    from qwenvl_lit.types import Prediction
 
 
 class VisionLanguageModule(lightning.LightningModule):
@@ -93,6 +93,7 @@ class VisionLanguageModule(lightning.LightningModule):
         self.set_metrics = nn.ModuleList()  # copies of `metrics` for each set that is scored
         self.set_rows: list[int] = []
         self.val_tokens = TokenScores()
+        self.answering = Answering(self)
         self.guard = NonFiniteGuard()
         self.zero_guard = ZeroGradientGuard(family.components)
         # The micro-batches of the current optimizer step, and their sums of losses and of
@@ -344,12 +345,15 @@ class VisionLanguageModule(lightning.LightningModule):
         """Scores the reference answers of all rows (loader 0); answers some prompts (loader 1)."""
         if dataloader_idx == 1:
             return self._answer(batch, 0)
+        self.answering.halving(self._score_tokens, batch)
+        return None
+
+    def _score_tokens(self, batch: Batch) -> None:
         output = self.model(**self.family.inputs(batch))
         if output.loss is not None:  # else every row was dropped
             targets = batch.labels.flatten()[batch.target_positions + 1]
             correct = (output.logits.argmax(-1) == targets).sum()
             self.val_tokens.update(output.loss * len(targets), len(targets), correct)
-        return None
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.val_tokens.compute().items():
@@ -357,7 +361,7 @@ class VisionLanguageModule(lightning.LightningModule):
         self.val_tokens.reset()
         if len(self.trainer.num_val_batches) > 1:
             self._log_scores(["val"])
-            self.generation.release(self.model)  # training needs the memory
+            self.answering.free_memory()  # training needs it
 
     def on_test_epoch_start(self) -> None:
         self._start_scoring(self.trainer.datamodule.test_names)
@@ -375,6 +379,9 @@ class VisionLanguageModule(lightning.LightningModule):
         for name, rows in zip(names, self.set_rows, strict=True):
             self.log(f"{name}/{ROWS}", float(rows), reduce_fx="sum", sync_dist=True)
 
+    def on_predict_epoch_start(self) -> None:
+        self.answering.begin()
+
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[Prediction]:
@@ -382,23 +389,11 @@ class VisionLanguageModule(lightning.LightningModule):
 
     def predict(self, batch: Batch) -> list[Prediction]:
         """Answers each row of a batch of prompts."""
-        if not batch.conversations:
-            return []
-        inputs = self.family.inputs(batch, generate=True)
-        if any(conversation.options for conversation in batch.conversations):
-            return choose(self.model, self.processor, inputs, batch.conversations)
-        ids_of_rows = self.generation(
-            self.model,
-            inputs,
-            stop_ids=self.processor.stop_ids,
-            pad_id=self.processor.pad_id,
-            image_keys=_image_keys(batch, len(inputs.get("pixel_values", ()))),
-        )
-        predictions = []
-        for ids, conversation in zip(ids_of_rows, batch.conversations, strict=True):
-            prediction = self.processor.decode(ids, conversation)
-            predictions.append(replace(prediction, tokens=len(ids)))
-        return predictions
+        return self.answering(batch)
+
+    def rows_together(self, sizes: RowSizes) -> BatchChoice:
+        """Chooses the batches of a set; the data module calls it for `eval_batch_size` "auto"."""
+        return self.answering.choose_batches(sizes)
 
     def _answer(self, batch: Batch, set_index: int) -> list[Prediction]:
         predictions = self.predict(batch)
@@ -408,8 +403,7 @@ class VisionLanguageModule(lightning.LightningModule):
         return predictions
 
     def _start_scoring(self, set_names: Sequence[str], advice: str = "") -> None:
-        # Images may have been encoded with other weights, those of an earlier validation
-        self.generation.release(self.model)
+        self.answering.begin()
         self.set_metrics = nn.ModuleList()
         for set_name in set_names:
             copies = {name: metric.clone() for name, metric in self.metrics.items()}
@@ -429,14 +423,3 @@ class VisionLanguageModule(lightning.LightningModule):
 def _scale(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiplies all gradients in place, with a few kernels as torch's own clipping does."""
     torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)
-
-
-def _image_keys(batch: Batch, count: int) -> list[str] | None:
-    """Keys of the images of a batch's prompts, or None if these are not the `count` inputs.
-
-    A long conversation loses its first turns, and their images.
-    """
-    images: list[ImageSource] = []
-    for conversation in batch.conversations:
-        images += conversation.prompt().images
-    return [image.key for image in images] if len(images) == count else None

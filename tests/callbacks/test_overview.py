@@ -98,6 +98,12 @@ def test_it_says_when_a_run_validates_and_what_the_metrics_score(data, schedule,
     assert _validation(run, rows, list(module.metrics)) == text
 
 
+def test_the_batches_of_validation_are_printed_with_their_reason(tmp_path, capsys):
+    data = {"train": "ab", "validation": "cdefg", "eval_batch_size": "auto"}
+    printed = overview(tmp_path, capsys, data=data, limit_val_batches=1.0)
+    assert "Validation  batches of 5 rows (all rows of a process), loss only" in printed
+
+
 def test_a_row_cannot_control_the_terminal():
     module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
     sample = module.processor.encode(read("z", None)[0])

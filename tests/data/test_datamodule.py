@@ -371,7 +371,7 @@ def test_the_error_about_a_row_above_max_tokens_names_it_and_a_remedy():
         ("max_tokens", "many", "a whole number, 1 or more, at most 100000000, or null"),
         ("max_tokens", 0, "a whole number, 1 or more, at most 100000000, or null"),
         ("batch_size", 0, "a whole number, 1 or more, at most 1000000, or auto"),
-        ("eval_batch_size", 2.0, "a whole number, 1 or more, at most 1000000"),
+        ("eval_batch_size", 2.0, "a whole number, 1 or more, at most 1000000, or auto"),
     ],
 )
 def test_the_error_about_a_wrong_value_says_what_is_allowed(name, value, allowed):

@@ -37,6 +37,7 @@ from qwenvl_lit.models.qwen_vl.export import (
 )
 from qwenvl_lit.models.qwen_vl.flops import training_flops
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
+from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
@@ -351,6 +352,18 @@ class QwenVLFamily:
             targets=len(batch.target_positions),
             trained=trained,
         )
+
+    def answering_memory(
+        self, *, rows: int, tokens: int, images: int, new_tokens: int, at_once: bool
+    ) -> int:
+        """Returns the bytes that answering a batch takes; see `Family.answering_memory`."""
+        sizes = {"rows": rows, "tokens": tokens, "images": images, "new_tokens": new_tokens}
+        return answering_bytes(self.config, self.dtype.itemsize, **sizes, at_once=at_once)
+
+    def loss_memory(self, *, rows: int, tokens: int, images: int, supervised: int) -> int:
+        """Returns the bytes that the loss of a batch takes; see `Family.loss_memory`."""
+        sizes = {"rows": rows, "tokens": tokens, "images": images, "supervised": supervised}
+        return loss_bytes(self.config, self.dtype.itemsize, **sizes)
 
     def base_reader(self, device: torch.device | str = "cpu") -> Read:
         """Returns a function that reads the base weights; see `Family.base_reader`."""

@@ -28,7 +28,7 @@ class KVCache:
     def allocate(self, rows: int, slots: int, dtype: torch.dtype) -> None:
         """Replaces the allocation by one with at least `slots` slots for each of `rows` rows."""
         self.memory = None  # frees the old allocation first
-        elements = self._elements_per_slot(rows) * _round_up(rows, slots)
+        elements = self._elements_per_slot(rows) * round_up(rows, slots)
         # Initialized, because attention multiplies the values of masked slots by 0: 0 * NaN is NaN.
         self.memory = torch.zeros(elements, dtype=dtype, device=self.device)
 
@@ -47,7 +47,7 @@ class KVCache:
         The number is rounded up, because each number needs its own CUDA graph. With few rows, it is
         rounded more coarsely, because reading unused slots of a small cache is cheap.
         """
-        return min(_round_up(rows, filled), self.capacity(rows))
+        return min(round_up(rows, filled), self.capacity(rows))
 
     def view(self, rows: int) -> torch.Tensor:
         """Returns the cache of `rows` rows as (layers, 2, B, H, S, K), keys before values."""
@@ -61,7 +61,8 @@ class KVCache:
         return config.num_hidden_layers * 2 * rows * config.num_attention_heads * config.kv_channels
 
 
-def _round_up(rows: int, slots: int) -> int:
+def round_up(rows: int, slots: int) -> int:
+    """Returns how many slots per row are allocated, or read, for `slots` slots in use."""
     step = 512
     if rows > 32:
         step = 64
