@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from qwenvl_lit.cores import available_cores
@@ -22,12 +21,7 @@ from qwenvl_lit.data.evaluation_batches import (
     prompt_sizes,
 )
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
-from qwenvl_lit.data.loading import (
-    EncodedDataset,
-    ResumableDataLoader,
-    ignore_cluster_signals,
-    loader_without_rows,
-)
+from qwenvl_lit.data.loading import encoded_loader, loader_without_rows
 from qwenvl_lit.data.loop_state import data_position, optimizer_steps
 from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
@@ -398,27 +392,11 @@ class DataModule(lightning.LightningDataModule):
         return self._loader(rows, pad, prompt=sizes is not None, renumber=True, **batching)
 
     def _loader(
-        self,
-        rows: Rows,
-        collate: Pad | Pack | CutStep,
-        *,
-        prompt: bool,
-        renumber: bool,
-        **batching: Any,
+        self, rows: Rows, collate: Callable[[list[Any]], Any], **options: Any
     ) -> DataLoader:
         drop_bad = self.on_bad_image == "drop"
-        dataset = EncodedDataset(
-            rows, self.processor, prompt=prompt, renumber=renumber, drop_bad=drop_bad
-        )
-        return ResumableDataLoader(
-            dataset=dataset,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_cluster_signals,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **batching,
-        )
+        options |= {"drop_bad": drop_bad, "num_workers": self.num_workers}
+        return encoded_loader(rows, self.processor, collate, **options)
 
     def _current_set(self, dataloader_idx: int) -> tuple[str, int]:
         """Returns the name of the set that the trainer runs on, and the number of its rows."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
 from threading import Thread
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.collate import empty_batch
@@ -90,6 +92,36 @@ class ResumableDataLoader(DataLoader):
                 f"an epoch of the run to resume had {state}, one of this run has {now}; "
                 "resume with the same data and the same number of processes"
             )
+
+
+def encoded_loader(
+    rows: Rows,
+    processor: Processor,
+    collate: Callable[[list[Any]], Any],
+    *,
+    prompt: bool,
+    renumber: bool,
+    drop_bad: bool,
+    num_workers: int,
+    **batching: Any,
+) -> ResumableDataLoader:
+    """Returns a loader of encoded rows.
+
+    Args:
+        prompt, renumber, drop_bad: see `EncodedDataset`.
+        batching: arguments of `DataLoader` that say which rows a batch has.
+    """
+    return ResumableDataLoader(
+        dataset=EncodedDataset(
+            rows, processor, prompt=prompt, renumber=renumber, drop_bad=drop_bad
+        ),
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=ignore_cluster_signals,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **batching,
+    )
 
 
 def loader_without_rows(pad_id: int) -> DataLoader:
