@@ -2,7 +2,8 @@
 
     python scripts/bench_four_bit.py --record benchmarks/four_bit.json
 
-Takes about five minutes on a GPU, most of them for the compiler, and needs bitsandbytes.
+Needs bitsandbytes. Takes a minute on a GPU, and several more for the kernels of torch.compile,
+which `--kernels bf16 bitsandbytes fused fused_by_4 dequantize tinygemm` leaves out.
 `--scale 4 --device cpu` tries the script without a GPU.
 
 A kernel is timed as decoding runs it: in a CUDA graph, over so many copies of a weight that none is
