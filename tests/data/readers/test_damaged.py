@@ -345,10 +345,10 @@ def test_a_damaged_file_is_read_or_is_one_line(name, tmp_path):
         for cache in (None, str(folder / "cache")):
             data = DataModule(processor=PROCESSOR, cache=cache, **options)
             for message in messages_of_check(data):
-                assert is_one_line(message, folder), f"seed {seed}: {message}"
+                assert is_one_line(message, folder), f"seed {seed}: {message!r}"
                 assert seed or not message
             first, *others = message_of(lambda data=data: data.setup("fit")).split("\n")
-            listed = first.endswith("rows cannot be used:")  # and one line for each
+            listed = first.endswith("cannot be used:")  # and one line for each
             for message in others if listed else [first, *others]:
-                assert is_one_line(message, folder), f"seed {seed}: {message}"
+                assert is_one_line(message, folder), f"seed {seed}: {message!r}"
                 assert seed or not message
