@@ -10,7 +10,7 @@ from qwenvl_lit.types import Prediction
 class WordOverlap(SampleMean):
     """The best share over the references of a row, averaged over all rows."""
 
-    needs = "expected answer"  # for the warning about rows that are left out
+    needs = "expected answer in words"  # for the warning about rows that are left out
 
     def score(self, prediction: Prediction) -> float | None:
         words = set(answer_text(prediction).lower().split())

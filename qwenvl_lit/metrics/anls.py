@@ -49,7 +49,7 @@ class ANLS(ProtocolMean):
     Biten et al., ICCV 2019.
     """
 
-    needs = "expected answer"
+    needs = "expected answer in words"
 
     def __init__(
         self,

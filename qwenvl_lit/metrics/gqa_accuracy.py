@@ -61,7 +61,7 @@ def gqa_match(answer: str, expected: str) -> bool:
 class GQAAccuracy(ProtocolMean):
     """Fraction of answers that contain the expected answer as `gqa_match` defines it."""
 
-    needs = "expected answer"
+    needs = "expected answer in words"
 
     def score(self, prediction: Prediction) -> float | None:
         references = reference_texts(prediction)

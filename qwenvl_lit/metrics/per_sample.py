@@ -42,13 +42,41 @@ def answer_text(prediction: Prediction) -> str:
 def reference_texts(prediction: Prediction) -> tuple[str, ...]:
     """Returns the references of the row. Without references, returns the expected answer as text.
 
-    Returns an empty tuple if the row has neither.
+    Returns an empty tuple if the row has neither, or if its expected answer is boxes alone: their
+    labels repeat the question, so a wrong box would score as a right answer.
     """
     conversation = prediction.conversation
     if conversation.references or prediction.reference is None:
         return conversation.references
     expected_parts = conversation.answer.parts if conversation.answer else ()
+    if has_boxes(expected_parts):
+        if not has_words(expected_parts):
+            return ()
+        _warn_once(
+            "expected answers have words and boxes: metrics of text compare the words alone; "
+            "metrics=grounding compares the boxes"
+        )
     return (_plain_text(expected_parts, prediction.reference),)
+
+
+def has_boxes(parts: Sequence[Part]) -> bool:
+    """Returns whether an answer has an object with boxes."""
+    return any(isinstance(part, GroundedObject) and part.boxes for part in parts)
+
+
+def has_words(parts: Sequence[Part]) -> bool:
+    """Returns whether an answer has words beside its objects with boxes.
+
+    >>> has_words(("a dog",)), has_words((", ", "."))
+    (True, False)
+    """
+    words = []
+    for part in parts:
+        if isinstance(part, str):
+            words.append(part)
+        elif isinstance(part, GroundedObject) and not part.boxes:
+            words.append(part.label or "")
+    return any(character.isalnum() for character in "".join(words))
 
 
 def _plain_text(parts: Sequence[Part], text: str) -> str:

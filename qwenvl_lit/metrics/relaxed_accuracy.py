@@ -53,7 +53,7 @@ class RelaxedAccuracy(ProtocolMean):
     This is the metric of ChartQA, which reports the mean over its two test sets.
     """
 
-    needs = "expected answer"
+    needs = "expected answer in words"
 
     def score(self, prediction: Prediction) -> float | None:
         references = reference_texts(prediction)

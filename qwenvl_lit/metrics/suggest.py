@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from qwenvl_lit.metrics.per_sample import has_boxes, has_words
 from qwenvl_lit.metrics.vqa_accuracy import MIN_PEOPLE
-from qwenvl_lit.types import Conversation, GroundedObject
+from qwenvl_lit.types import Conversation
 
 INSPECTED_ROWS = 500
 MIN_SHARE = 0.2  # of the rows that a kind of answer must have to be mentioned
@@ -16,6 +17,10 @@ _NUMBER = re.compile(r"[$€£]?-?\d[\d.,]*%?")
 _BY_KIND: dict[str, list[tuple[str, str]]] = {
     "options": [("choice", "the rows have options to choose from")],
     "boxes": [("grounding", "the answers are boxes")],
+    "words and boxes": [
+        ("grounding", "the answers have boxes; the first one is compared"),
+        ("caption", "and their words, without the boxes"),
+    ],
     "sentences": [("caption", "the answers are sentences")],
     "numbers": [
         ("chartqa", "the answers are numbers; 5 % deviation is allowed"),
@@ -55,19 +60,15 @@ def suggest_metrics(rows: Sequence[Conversation]) -> list[tuple[str, str]]:
 def _kind(row: Conversation) -> str:
     if row.options:
         return "options"
-    if _has_box(row):
-        return "boxes"
+    parts = row.answer.parts if row.answer else ()
+    if has_boxes(parts):
+        return "words and boxes" if has_words(parts) else "boxes"
     texts = _texts(row)
     if len(texts[0].split()) > LONG:
         return "sentences"
     if _NUMBER.fullmatch(texts[0].strip()):
         return "numbers"
     return "people" if len(texts) >= MIN_PEOPLE else "words"
-
-
-def _has_box(row: Conversation) -> bool:
-    parts = row.answer.parts if row.answer else ()
-    return any(isinstance(part, GroundedObject) and part.boxes for part in parts)
 
 
 def _texts(row: Conversation) -> tuple[str, ...]:

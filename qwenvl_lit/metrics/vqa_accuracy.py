@@ -163,7 +163,7 @@ class VQAAccuracy(ProtocolMean):
     ten per row. For rows with fewer than four see `vqa_accuracy` and `vqa_accuracy_official`.
     """
 
-    needs = "expected answer"
+    needs = "expected answer in words"
 
     def score(self, prediction: Prediction) -> float | None:
         people = reference_texts(prediction)

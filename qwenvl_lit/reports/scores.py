@@ -14,9 +14,9 @@ import numpy as np
 
 from qwenvl_lit.data.predictions import prediction_rows
 from qwenvl_lit.metrics.boxes import expected_boxes, first_box, first_box_iou
-from qwenvl_lit.metrics.per_sample import PerSampleMetric, sample_key
+from qwenvl_lit.metrics.per_sample import PerSampleMetric, has_boxes, sample_key
 from qwenvl_lit.models.protocols import Processor
-from qwenvl_lit.types import Conversation, DataError, GroundedObject, Prediction
+from qwenvl_lit.types import Conversation, DataError, Prediction
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -252,7 +252,7 @@ def _words_group(prediction: Prediction) -> str:
     answer = prediction.conversation.answer
     if answer is None:
         return ""
-    if any(isinstance(part, GroundedObject) and part.boxes for part in answer.parts):
+    if has_boxes(answer.parts):
         return ""
     words = len((prediction.reference or "").split())
     first, last = _interval(words, (1, 2, 4, 8, 16))

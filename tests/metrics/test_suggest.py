@@ -8,7 +8,7 @@ from qwenvl_lit.types import Conversation, Turn
 def row(*answers: str, boxes=False, options=()) -> Conversation:
     turns = [Turn(role="user", parts=("?",))]
     if boxes:
-        turns.append(Turn(role="assistant", parts=(grounded("it", 0, 0, 2, 2),)))
+        turns.append(Turn(role="assistant", parts=(*answers, grounded("it", 0, 0, 2, 2), ".")))
     elif answers:
         turns.append(Turn(role="assistant", parts=answers[:1]))
     references = answers if len(answers) > 1 else ()
@@ -19,6 +19,7 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
     ("rows", "first"),
     [
         ([row(boxes=True)] * 3 + [row("yes")], "grounding"),
+        ([row("a cat beside ", boxes=True)], "grounding"),
         ([row("a dog on a lawn in the sun", "a brown dog sits on the grass")], "caption"),
         ([row("a long answer with a good many words")], "caption"),
         ([row("12"), row("3.5%"), row("$1,200"), row("no")], "chartqa"),
@@ -30,6 +31,11 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
 )
 def test_metrics_are_suggested_by_the_form_of_the_answers(rows, first):
     assert suggest_metrics(rows)[0][0] == first
+
+
+def test_answers_of_words_and_boxes_get_metrics_for_both():
+    names = [name for name, _ in suggest_metrics([row("a cat beside ", boxes=True)])]
+    assert names == ["grounding", "caption"]
 
 
 def test_nothing_is_suggested_for_rows_without_answers():

@@ -4,6 +4,7 @@ import pytest
 from toy_task import grounded
 
 from qwenvl_lit.metrics.anls import ANLS, anls
+from qwenvl_lit.metrics.captions import Bleu, CIDEr, RougeL
 from qwenvl_lit.metrics.choice_accuracy import ChoiceAccuracy, chosen_letter
 from qwenvl_lit.metrics.gqa_accuracy import GQAAccuracy, gqa_answer_official, gqa_match
 from qwenvl_lit.metrics.relaxed_accuracy import (
@@ -11,7 +12,8 @@ from qwenvl_lit.metrics.relaxed_accuracy import (
     relaxed_match,
     relaxed_match_official,
 )
-from qwenvl_lit.types import Conversation, Prediction
+from qwenvl_lit.metrics.vqa_accuracy import VQAAccuracy
+from qwenvl_lit.types import Conversation, GroundedObject, Prediction, Turn
 
 
 def row(name: str, text: str, *references: str, reference: str | None = None) -> Prediction:
@@ -171,3 +173,39 @@ def test_an_object_counts_as_its_label():
     parts = ("a ", grounded("dog", 0, 0, 1, 1))
     prediction = Prediction(conversation=conversation, text=text, parts=parts)
     assert scored(ANLS(), prediction) == 1
+
+
+def answered(name: str, text: str, *expected, parts=()) -> Prediction:
+    """An answer to a row with this expected answer, whose boxes are written as `[label]`."""
+    turns = (Turn(role="assistant", parts=expected),)
+    reference = "".join(part if isinstance(part, str) else f"[{part.label}]" for part in expected)
+    conversation = Conversation(id=name, turns=turns)
+    return Prediction(
+        conversation=conversation, text=text, parts=parts or (text,), reference=reference
+    )
+
+
+@pytest.mark.parametrize(
+    "metric", [ANLS, RelaxedAccuracy, GQAAccuracy, VQAAccuracy, CIDEr, RougeL, lambda: Bleu(1)]
+)
+def test_an_expected_answer_of_boxes_alone_is_left_out_by_metrics_of_text(metric, caplog):
+    dog, wrong = grounded("dog", 0, 0, 9, 9), grounded("dog", 50, 50, 60, 60)
+    unlabelled = GroundedObject(label=None, boxes=dog.boxes)
+    rows = [answered("a", "red", "red"), answered("b", "x", dog, parts=(wrong,))]
+    rows += [answered("c", "x", dog, ", ", dog, ".", parts=(wrong,)), answered("d", "", unlabelled)]
+    measured = metric()
+    measured.update(rows)
+    measured.compute()
+    assert measured.count == 1
+    assert "3 of 4 rows left out, they have no" in caplog.text
+
+
+def test_of_words_and_boxes_the_words_are_compared_with_a_warning(caplog):
+    dog, wrong = grounded("dog", 0, 0, 9, 9), grounded("dog", 50, 50, 60, 60)
+    rows = [answered("a", "x", "a ", dog, parts=("a ", wrong))]
+    rows.append(answered("b", "a dog", "a ", GroundedObject(label="dog", boxes=())))
+    assert scored(ANLS(), *rows) == 1
+    assert caplog.messages == [
+        "expected answers have words and boxes: metrics of text compare the words alone; "
+        "metrics=grounding compares the boxes"
+    ]
