@@ -30,6 +30,8 @@ DATA_PATHS = re.compile(
     r"data\.(?:datasets\.[^.]+\.)?(?:cache|root|split_file|train|validation|test(?:\.[^.]+)?)"
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
+# Keys whose values are lists. A single value is a list of one.
+LISTS = ("adapter.freeze", "adapter.train", "benchmarks", "compare")
 # Keys whose values are text, also where they look like a number or a list.
 TEXT = re.compile(r"prompt|(?:model\.)?system|data\.(?:datasets\.[^.]+\.)?(?:prompt|user_agent)")
 # Mappings whose keys the user chooses.
@@ -62,7 +64,7 @@ def quote_free_text(argument: str) -> str:
     Text in quotes, numbers, `null` and `{...}` stay as they are. In a list `[a,b]` each
     element is quoted. In a path, `~` becomes the home folder, and numbers and `{...}` are quoted,
     too. Values of `TEXT` keys are quoted whatever they are, except `null`. Keys that a config may
-    lack get Hydra's `++`, which adds them.
+    lack get Hydra's `++`, which adds them. A single value of a key of `LISTS` becomes a list.
 
     >>> quote_free_text("prompt=Is it a dog, (really)?")
     "prompt='Is it a dog, (really)?'"
@@ -80,6 +82,9 @@ def quote_free_text(argument: str) -> str:
     if not equals:
         return argument
     name = key.lstrip("+")
+    if name in LISTS:
+        value = _in_list(name, value)
+        argument = f"{key}={value}"
     if is_path(name):
         return f"{key}={_quote_paths(name, value)}"
     if TEXT.fullmatch(name):
@@ -90,6 +95,14 @@ def quote_free_text(argument: str) -> str:
     if value.startswith("[") and value.endswith("]"):
         return f"{key}=[{','.join(map(quote, _ELEMENT.findall(value[1:-1])))}]"
     return f"{key}={quote(value)}"
+
+
+def _in_list(key: str, value: str) -> str:
+    if value in ("", "null") or value.startswith(("[", "$")):
+        return value
+    if is_path(key):
+        return f"[{_quote_path(value)}]"
+    return value if "," in value else f"[{value}]"
 
 
 def is_path(key: str) -> bool:

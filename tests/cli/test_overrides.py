@@ -74,6 +74,25 @@ def test_names_in_lists_may_have_quotes():
             assert parsed(quote_free_text(f"{key}={typed}")) == [name]
 
 
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("compare=outputs/test/a", ["outputs/test/a"]),
+        ("compare=a, b", ["a, b"]),
+        ("compare='a'", ["a"]),
+        ("compare=[a]", ["a"]),
+        ("compare=null", None),
+        ("benchmarks=refcoco/val#50", ["refcoco/val#50"]),
+        ("adapter.freeze=vision", ["vision"]),
+        ("adapter.train=[vision,head]", ["vision", "head"]),
+    ],
+)
+def test_a_single_value_of_a_list_needs_no_brackets(argument, values):
+    quoted = quote_free_text(argument)
+    assert parsed(quoted) == values
+    assert quote_free_text(quoted) == quoted
+
+
 def test_model_keys_that_the_config_of_a_run_may_lack_are_added():
     quoted = quote_free_text("model.load_in_4bit=true")
     assert quoted == quote_free_text(quoted) == "++model.load_in_4bit=true"
