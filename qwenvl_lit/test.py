@@ -91,7 +91,9 @@ def score_stored_answers(
 
     [evaluation_set] = sets
     file = predictions_file(config.predictions)
-    open_answered_sets(evaluation_set.data, file)
+    left_out = open_answered_sets(evaluation_set.data, file)
+    if left_out:
+        log.warning("answers to sets that the data lacks are not scored: %s", ", ".join(left_out))
     scored_sets = score_file(evaluation_set, file, processor)
     results: dict[str, float] = {}
     for scored in scored_sets:
@@ -162,7 +164,7 @@ def report(
     from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model_name
     from qwenvl_lit.evaluation.sets import earlier_runs
     from qwenvl_lit.rendering.table import plain_table, score_table
-    from qwenvl_lit.reports.scores_page import ScoreReport, write_report
+    from qwenvl_lit.reports.scores_page import ScoreReport, comparison_rows, write_report
 
     folder = Path(config.paths.run)
     save_scores(folder, "test", outcome.scores)
@@ -171,13 +173,14 @@ def report(
     published = benchmark_table(benchmarks, outcome.results, published_model_name(config))
     title = f"Scores of {outcome.source}"
     page = folder / REPORT
+    earlier = list(earlier_runs(config, sets, processor))
     write_report(
         ScoreReport(
             title=title,
             sets=outcome.sets,
             published=published,
             notes=notes,
-            earlier=list(earlier_runs(config, sets, processor)),
+            earlier=earlier,
             processor=processor,
         ),
         page,
@@ -192,6 +195,14 @@ def report(
         names = ", ".join(scored.name for scored in outcome.sets)
         print("\n" + printable(f"{title} on the sets {names}"))
         console.print(score_table(outcome.scores, outcome.baseline or None))
+    for run in earlier:
+        print("\n" + printable(f"Against {run.name}"))
+        if rows := comparison_rows(run, outcome.sets):
+            console.print(plain_table(rows))
+        else:
+            print("The two runs have no rows in common that can be compared.")
+        for sentence in run.not_compared(outcome.sets):
+            print(printable(sentence))
     for note in notes:
         print(printable(note))
     files = ["metrics.json"]

@@ -63,6 +63,11 @@ class EvaluationSet:
             return predictions_file(Path(run, self.benchmark.name))
         return predictions_file(run)
 
+    def is_answered_in(self, run: str) -> bool:
+        """Returns whether an earlier run has answered this benchmark."""
+        assert self.benchmark
+        return Path(run, self.benchmark.name, FILENAME).expanduser().exists()
+
 
 def evaluation_sets(
     config: DictConfig, processor: Processor, benchmarks: Sequence[Benchmark]
@@ -70,8 +75,8 @@ def evaluation_sets(
     """Opens an evaluation set for each of `benchmarks`. Without any, opens the command's data.
 
     Raises:
-        DataError: no metrics are chosen, or a run in `compare=` has not answered one of the
-            evaluation sets, or other rows.
+        DataError: no metrics are chosen, or a run in `compare=` has answered none of the test sets,
+            or other rows.
     """
     sets = []
     for benchmark in benchmarks:
@@ -83,7 +88,7 @@ def evaluation_sets(
             raise DataError(*_advice_on_metrics(evaluation_set.data))
     earlier = []
     for run in config.compare or ():
-        for evaluation_set in sets:
+        for evaluation_set in _answered_sets(sets, run):
             earlier.append((evaluation_set.predictions_in(run), evaluation_set.data))
     if config.predictions:
         return sets  # nothing is answered
@@ -105,6 +110,21 @@ def _evaluation_set(
         metrics=build.metrics(config),
         benchmark=benchmark,
     )
+
+
+def _answered_sets(sets: Sequence[EvaluationSet], run: str) -> list[EvaluationSet]:
+    """Returns the evaluation sets that an earlier run has answered.
+
+    Raises:
+        DataError: there is none.
+    """
+    if len(sets) == 1:
+        return list(sets)  # reading its answers raises the error
+    answered = [evaluation_set for evaluation_set in sets if evaluation_set.is_answered_in(run)]
+    if not answered:
+        names = ", ".join(evaluation_set.name_of("") for evaluation_set in sets)
+        raise DataError(f"compare={run}: there are no answers to {names} in this folder")
+    return answered
 
 
 def _open(data: DataModule) -> None:
@@ -173,26 +193,35 @@ def _save_config(evaluation_set: EvaluationSet) -> None:
     write_text(file, OmegaConf.to_yaml(evaluation_set.config))
 
 
-def open_answered_sets(data: DataModule, file: Path) -> None:
+def open_answered_sets(data: DataModule, file: Path) -> list[str]:
     """Opens the sets of `data` to which the predictions in `file` belong.
 
     These are the sets that the `test` command opens or the sets that the `predict` command opens.
 
+    Returns:
+        The sets that the file answers and `data` does not have.
+
     Raises:
-        DataError: `data` does not have these sets.
+        DataError: `data` has none of the sets that the file answers.
     """
     data.prepare_data()
     answered = list(read_answer_texts(file))
+    missing: dict[str, list[str]] = {}  # by stage
     known: dict[str, None] = {}
     for stage in ("test", "predict"):
         data.setup(stage)
-        if set(answered) <= set(data.test_names):
-            return
+        missing[stage] = [name for name in answered if name not in data.test_names]
+        if not missing[stage]:
+            return []
         known |= dict.fromkeys(data.test_names)
-    raise DataError(
-        f"{file} answers the sets {', '.join(answered)}, the data has {', '.join(known)}; "
-        "choose the data= with which the answers were generated"
-    )
+    stage = min(missing, key=lambda stage: len(missing[stage]))
+    if len(missing[stage]) == len(answered):
+        raise DataError(
+            f"{file} answers the sets {', '.join(answered)}, the data has {', '.join(known)}; "
+            "choose the data= with which the answers were generated"
+        )
+    data.setup(stage)
+    return missing[stage]
 
 
 def written_predictions_file(evaluation_set: EvaluationSet) -> Path | None:
@@ -231,10 +260,12 @@ def earlier_runs(
             yield EarlierRun(name="the model before training", sets=scored)
     for run in config.compare or ():
         scored = {}
-        for evaluation_set in sets:
+        left_out: list[str] = []
+        for evaluation_set in _answered_sets(sets, run):
             file = evaluation_set.predictions_in(run)
             scored |= _by_name(score_file(evaluation_set, file, processor))
-        yield EarlierRun(name=str(run), sets=scored)
+            left_out += set(read_answer_texts(file)) - set(evaluation_set.data.test)
+        yield EarlierRun(name=str(run), sets=scored, left_out=sorted(left_out))
 
 
 def _by_name(sets: Sequence[ScoredSet]) -> dict[str, ScoredSet]:

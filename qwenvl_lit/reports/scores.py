@@ -42,12 +42,20 @@ class ScoredSet:
     predictions: Sequence[Prediction]
     totals: Mapping[str, float]  # metric -> score of the test set
     scores: Mapping[str, np.ndarray]  # metric -> score of each prediction, NaN if it is not counted
+    metrics: Mapping[str, PerSampleMetric]  # those in `totals`
     unanswered: int = 0  # number of rows of the test set without a prediction
 
     def is_mean(self, metric: str) -> bool:
         """Returns whether the score is the mean over rows. BLEU, for example, is not."""
         mean = np.nanmean(self.scores[metric])
         return bool(np.isclose(mean, self.totals[metric], rtol=1e-5, atol=1e-7))
+
+    def score_of_rows(self, metric: str, indices: np.ndarray) -> float:
+        """Returns the score of some of the predictions, all of which are counted."""
+        if self.is_mean(metric):
+            return float(self.scores[metric][indices].mean())
+        score, _ = self.metrics[metric].evaluate([self.predictions[index] for index in indices])
+        return score
 
     def mean(self, metric: str) -> Mean:
         """Returns a score. Its interval is NaN if the score is not a mean over rows."""
@@ -62,7 +70,7 @@ class Difference(NamedTuple):
 
     before: float
     now: float
-    change: Mean
+    change: Mean  # its interval is NaN if the score is not a mean over rows
     better: int  # number of rows whose score is higher now
     worse: int  # number of rows whose score is lower now
 
@@ -127,18 +135,22 @@ def read_predictions(
 def answered_rows(file: Path, sets: Mapping[str, Rows]) -> Iterator[tuple[str, Conversation, str]]:
     """Yields test set, row and text of the answers in a `predictions.jsonl`, sorted by row index.
 
+    Answers to sets that are not in `sets` are left out.
+
     Raises:
-        DataError: the file has answers to rows that are not in `sets`, or `read_answer_texts`
-            raises the error.
+        DataError: the file has no answers to `sets`, or to rows that are not in a set, or
+            `read_answer_texts` raises the error.
     """
     answers_by_set = read_answer_texts(file)
-    if unknown := sorted(set(answers_by_set) - set(sets)):
+    if answers_by_set.keys().isdisjoint(sets):
         raise DataError(
-            f"{file} answers the sets {', '.join(unknown)}, the data has {', '.join(sets)}; "
+            f"{file} answers the sets {', '.join(answers_by_set)}, the data has {', '.join(sets)}; "
             "choose the data= with which the answers were generated (data.test={NAME: FILE} names "
             "a set)"
         )
     for name, answers_of_set in answers_by_set.items():
+        if name not in sets:
+            continue
         for index, (row_id, text) in sorted(answers_of_set.items()):
             source = f"{file}: row {index} of {name}"
             yield name, _row(sets[name], index, row_id, source=source), text
@@ -176,19 +188,20 @@ def score_set(
     Args:
         rows: the number of rows of the test set, if rows without answers are to be counted.
     """
-    totals, scores = {}, {}
+    totals, scores, scoring = {}, {}, {}
     for title, metric in metrics.items():
         metric.title = f"{name}/{title}"
         total, row_scores = metric.evaluate(predictions)
         total = float(np.float32(total))  # rounded as Lightning logs it
         if np.isfinite(total):
-            totals[title] = total
+            totals[title], scoring[title] = total, metric
             scores[title] = _scores_of(predictions, row_scores)
     return ScoredSet(
         name=name,
         predictions=predictions,
         totals=totals,
         scores=scores,
+        metrics=scoring,
         unanswered=0 if rows is None else rows - len(predictions),
     )
 
@@ -327,10 +340,15 @@ def compare(before: ScoredSet, now: ScoredSet) -> tuple[dict[str, Difference], l
         known = ~np.isnan(change)
         if not known.any():
             continue
+        old_score = before.score_of_rows(metric, before_indices[known])
+        new_score = now.score_of_rows(metric, now_indices[known])
+        mean_change = bootstrap(change)
+        if not (before.is_mean(metric) and now.is_mean(metric)):
+            mean_change = Mean(new_score - old_score, np.nan, np.nan, mean_change.rows)
         differences[metric] = Difference(
-            before=float(old[known].mean()),
-            now=float(new[known].mean()),
-            change=bootstrap(change),
+            before=old_score,
+            now=new_score,
+            change=mean_change,
             better=int((change > 0).sum()),
             worse=int((change < 0).sum()),
         )

@@ -59,6 +59,16 @@ class EarlierRun:
 
     name: str
     sets: Mapping[str, ScoredSet]
+    left_out: Sequence[str] = ()  # sets that only this run has answered
+
+    def not_compared(self, now: Iterable[ScoredSet]) -> list[str]:
+        """Returns a sentence for each of the two runs that has answered sets alone."""
+        sentences = []
+        if self.left_out:
+            sentences.append(f"Only {self.name} has answered {', '.join(self.left_out)}.")
+        if unknown := [scored.name for scored in now if scored.name not in self.sets]:
+            sentences.append(f"{self.name} has not answered {', '.join(unknown)}.")
+        return sentences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,26 +173,39 @@ def _extremes(scored: ScoredSet, processor: Processor | None) -> Iterator[str]:
             yield _example(prediction, remark, processor)
 
 
+def comparison_rows(earlier: EarlierRun, sets: Iterable[ScoredSet]) -> list[dict[str, str]]:
+    """Returns a table row for each score of `sets` that an earlier run has too."""
+    rows = []
+    for now in sets:
+        if now.name in earlier.sets:
+            differences, _ = compare(earlier.sets[now.name], now)
+            for metric, difference in differences.items():
+                rows.append(_difference_row(now.name, metric, difference))
+    return rows
+
+
 def _comparison(earlier: EarlierRun, report: ScoreReport) -> Iterator[str]:
-    rows, worse, better = [], [], []
+    worse, better = [], []
     for now in report.sets:
         if now.name not in earlier.sets:
             continue
-        differences, changed = compare(earlier.sets[now.name], now)
-        for metric, difference in differences.items():
-            rows.append(_difference_row(now.name, metric, difference))
+        _, changed = compare(earlier.sets[now.name], now)
         worse_rows = (row for row in changed if row.by < 0)
         worse += _changed_examples(now.name, worse_rows, report.processor)
         better_rows = (row for row in changed if row.by > 0)
         better += _changed_examples(now.name, better_rows, report.processor)
     yield f"<h2>Against {text(earlier.name)}</h2>"
+    for sentence in earlier.not_compared(report.sets):
+        yield paragraph(text(sentence))
+    rows = comparison_rows(earlier, report.sets)
     if not rows:
         yield paragraph("The two runs have no rows in common that can be compared.")
         return
     yield table(rows, text_columns=["set", "metric"])
     yield paragraph(
-        "Differences are computed row by row, on the rows that both runs have answered. "
-        "If the interval does not contain 0, the difference is unlikely to be chance.",
+        "Scores are those of the rows that both runs have answered. If the interval does not "
+        "contain 0, the difference is unlikely to be chance. A score that is no mean over rows, "
+        "such as BLEU, has no interval; its better and worse rows are counted by their own scores.",
         "faint",
     )
     for heading, shown in (("Worse now", worse), ("Better now", better)):
@@ -197,7 +220,7 @@ def _difference_row(set_name: str, metric: str, difference: Difference) -> dict[
         "metric": metric,
         "before": _number(difference.before),
         "now": _number(difference.now),
-        "difference": f"{difference.change.value:+.3f}",
+        "difference": f"{round(difference.change.value, 6):+.3f}",
         INTERVAL: _interval(difference.change, sign="+"),
         "better": f"{difference.better:,}",
         "worse": f"{difference.worse:,}",

@@ -1,6 +1,7 @@
 """Test sets are checked before the model answers: no weights are loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,14 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.command import offer_groups, prepare
-from qwenvl_lit.evaluation.sets import EvaluationSet, evaluation_sets
+from qwenvl_lit.evaluation.sets import (
+    EvaluationSet,
+    earlier_runs,
+    evaluation_sets,
+    open_answered_sets,
+)
 from qwenvl_lit.evaluation.trained_rows import find_trained_rows
+from qwenvl_lit.reports.scores_page import EarlierRun, comparison_rows
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.types import DataError
 
@@ -53,6 +60,55 @@ def test_answers_to_compare_with_are_matched_before_anything_is_answered(
         return
     with pytest.raises(DataError, match=message):
         sets_of(*arguments)
+
+
+def compared(tmp_path, answered: list[str], data: str) -> EarlierRun:
+    """An earlier run with an answer to each of these sets, as `data` compares it."""
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "old").mkdir()
+    row = {"index": 0, "id": "rows.jsonl:1", "prediction": "yes"}
+    lines = [{**row, "set": name} for name in answered]
+    write_rows(tmp_path / "old/predictions.jsonl", lines)
+    sets = sets_of(data, "compare=old")
+    [earlier] = earlier_runs(sets[0].config, sets, sets[0].data.processor)
+    return earlier
+
+
+@pytest.mark.parametrize(
+    ("answered", "data", "common", "sentences"),
+    [
+        (["a", "b", "c"], "data.test={b: rows.jsonl}", {"b"}, ["Only old has answered a, c."]),
+        (
+            ["a"],
+            "data.test={a: rows.jsonl, b: rows.jsonl}",
+            {"a"},
+            ["old has not answered b."],
+        ),
+    ],
+)
+def test_the_sets_that_both_runs_have_answered_are_compared(
+    tmp_path, monkeypatch, answered, data, common, sentences
+):
+    monkeypatch.chdir(tmp_path)
+    earlier = compared(tmp_path, answered, data)
+    assert earlier.sets.keys() == common
+    names = [name for name in ("a", "b") if f"{name}: " in data]
+    now = [replace(earlier.sets[min(common)], name=name) for name in names]
+    assert earlier.not_compared(now) == sentences
+    [row] = comparison_rows(earlier, now)
+    assert (row["metric"], row["before"], row["now"]) == ("exact_match", "1.000", "1.000")
+
+
+def test_of_stored_answers_those_to_sets_of_the_data_are_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compared(tmp_path, ["a", "b"], "data.test={b: rows.jsonl}")
+    file = tmp_path / "old/predictions.jsonl"
+    [mine] = sets_of("data.test={b: rows.jsonl}")
+    assert open_answered_sets(mine.data, file) == ["a"]
+    assert mine.data.test_names == ["b"]
+    [other] = sets_of("data.test={x: rows.jsonl}")
+    with pytest.raises(DataError, match="answers the sets a, b, the data has x; choose the data="):
+        open_answered_sets(other.data, file)
 
 
 def trained_run(folder: Path, train, *, root=None, init=None) -> Run:

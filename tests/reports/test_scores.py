@@ -137,6 +137,22 @@ def test_two_runs_are_compared_row_by_row():
     assert changed == []
 
 
+def test_scores_of_a_whole_set_are_compared_as_they_are_computed():
+    answers = ("a b c d e f", "a b c d", "q", "a b")
+    expected = ("a b c d e f", "a b c x", "u v w", "a b")
+    rows_before = [predicted(k, answers[k], answer=(expected[k],)) for k in range(3)]
+    rows_now = [predicted(k, expected[k], answer=(expected[k],)) for k in range(4)]
+    before = score_set("mine", rows_before, {"bleu": Bleu(2)})
+    now = score_set("mine", rows_now, {"bleu": Bleu(2)})
+    bleu = compare(before, now)[0]["bleu"]
+    assert bleu.before == pytest.approx(before.totals["bleu"]), "all its rows are common"
+    assert bleu.before != pytest.approx(before.scores["bleu"].mean())
+    assert bleu.now == pytest.approx(1)
+    assert bleu.change.value == pytest.approx(bleu.now - bleu.before)
+    assert np.isnan(bleu.change.low)
+    assert (bleu.better, bleu.worse, bleu.change.rows) == (2, 0, 3)
+
+
 class Reader:
     """A processor without markup."""
 
