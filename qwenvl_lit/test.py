@@ -232,8 +232,9 @@ def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None)
 def adjust_arguments(arguments: list[str]) -> list[str]:
     """Completes what the arguments imply.
 
-    Without a model, `compare=[A,B]` scores the answers of B and compares them with those of A.
-    Benchmarks share the keys of `data=jsonl`, which the command line may change.
+    `compare=A` is `compare=[A]`. Without a model, `compare=[A,B]` scores the answers of B and
+    compares them with those of A. Benchmarks share the keys of `data=jsonl`, which the command line
+    may change.
 
     Raises:
         DataError: `compare=` names one folder and nothing to compare it with.
@@ -243,6 +244,8 @@ def adjust_arguments(arguments: list[str]) -> list[str]:
     """
     adjusted = []
     for argument in arguments:
+        if argument.startswith("compare='"):  # a single folder
+            argument = f"compare=[{argument.removeprefix('compare=')}]"
         if argument.startswith("compare=[") and not has_any(arguments, *SOURCES):
             folders = re.findall(r"'(?:[^'\\]|\\.)*'", argument)
             if len(folders) < 2:

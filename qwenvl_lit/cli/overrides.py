@@ -31,7 +31,7 @@ DATA_PATHS = re.compile(
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
 # Keys whose values are lists. A single value is a list of one.
-LISTS = ("adapter.freeze", "adapter.train", "benchmarks", "compare")
+LISTS = ("adapter.freeze", "adapter.train", "benchmarks")
 # Keys whose values are text, also where they look like a number or a list.
 TEXT = re.compile(r"prompt|(?:model\.)?system|data\.(?:datasets\.[^.]+\.)?(?:prompt|user_agent)")
 # Mappings whose keys the user chooses.
@@ -82,8 +82,8 @@ def quote_free_text(argument: str) -> str:
     if not equals:
         return argument
     name = key.lstrip("+")
-    if name in LISTS:
-        value = _in_list(name, value)
+    if name in LISTS and value not in ("", "null") and value[0] not in "[$" and "," not in value:
+        value = f"[{value}]"
         argument = f"{key}={value}"
     if is_path(name):
         return f"{key}={_quote_paths(name, value)}"
@@ -95,14 +95,6 @@ def quote_free_text(argument: str) -> str:
     if value.startswith("[") and value.endswith("]"):
         return f"{key}=[{','.join(map(quote, _ELEMENT.findall(value[1:-1])))}]"
     return f"{key}={quote(value)}"
-
-
-def _in_list(key: str, value: str) -> str:
-    if value in ("", "null") or value.startswith(("[", "$")):
-        return value
-    if is_path(key):
-        return f"[{_quote_path(value)}]"
-    return value if "," in value else f"[{value}]"
 
 
 def is_path(key: str) -> bool:

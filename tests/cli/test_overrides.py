@@ -77,11 +77,7 @@ def test_names_in_lists_may_have_quotes():
 @pytest.mark.parametrize(
     ("argument", "values"),
     [
-        ("compare=outputs/test/a", ["outputs/test/a"]),
-        ("compare=a, b", ["a, b"]),
-        ("compare='a'", ["a"]),
-        ("compare=[a]", ["a"]),
-        ("compare=null", None),
+        ("benchmarks=null", None),
         ("benchmarks=refcoco/val#50", ["refcoco/val#50"]),
         ("adapter.freeze=vision", ["vision"]),
         ("adapter.train=[vision,head]", ["vision", "head"]),

@@ -98,6 +98,8 @@ def test_a_command_needs_a_run_or_a_published_model():
     [
         (["seed=1"], ["seed=1"]),
         (["ckpt=x", "compare=['a']"], ["ckpt=x", "compare=['a']"]),
+        (["ckpt=x", "compare='a, b'"], ["ckpt=x", "compare=['a, b']"]),
+        (["ckpt=x", "compare=null"], ["ckpt=x", "compare=null"]),
         (
             ["compare=['a b','c','d']", "seed=1"],
             ["compare=['a b','c']", "predictions='d'", "seed=1"],
@@ -111,8 +113,9 @@ def test_test_completes_what_its_arguments_imply(arguments, adjusted):
 
 
 def test_one_folder_cannot_be_compared():
-    with pytest.raises(DataError, match="two runs at least"):
-        test.adjust_arguments(["compare=['a']"])
+    for argument in ("compare=['a']", "compare='a'"):
+        with pytest.raises(DataError, match="two runs at least"):
+            test.adjust_arguments([argument])
 
 
 def test_predict_takes_a_question_or_rows():

@@ -69,7 +69,7 @@ def compared(tmp_path, answered: list[str], data: str) -> EarlierRun:
     row = {"index": 0, "id": "rows.jsonl:1", "prediction": "yes"}
     lines = [{**row, "set": name} for name in answered]
     write_rows(tmp_path / "old/predictions.jsonl", lines)
-    sets = sets_of(data, "compare=old")
+    sets = sets_of(data, "compare=[old]")
     [earlier] = earlier_runs(sets[0].config, sets, sets[0].data.processor)
     return earlier
 
