@@ -54,6 +54,8 @@ def main(config: DictConfig) -> None:
         trained_checkpoint=run and run.checkpoint,
         load_device=device,
     )
+    if not config.merge:
+        exported_folder.check_adapter(module)
     batches = []
     if config.compare != "none":
         batches = list(comparison_batches(config, module, device))

@@ -26,12 +26,13 @@ def comparison_batches(
 ) -> Iterator[Batch]:
     """Yields batches of one prompt each, on which the logits are compared.
 
-    With `compare=run`, the prompts are rows of the run's data. Otherwise, and for a run without
-    data, they are questions about generated images.
+    With `compare=run`, the prompts are validation or test rows of the run's data. Otherwise, and
+    for a run without such rows, they are questions about generated images.
     """
+    conversations = []
     if config.compare == "run" and config.data:
         conversations = _rows_of_run(config, module)
-    else:
+    if not conversations:
         conversations = _drawn_rows()
     pad = Pad(pad_id=module.processor.pad_id)
     for conversation in conversations:
@@ -40,6 +41,8 @@ def comparison_batches(
 
 def _rows_of_run(config: DictConfig, module: VisionLanguageModule) -> list[Conversation]:
     data = build.data(config, module.processor)
+    if not any(dataset.validation or dataset.test for dataset in data.datasets.values()):
+        return []
     data.prepare_data()
     data.setup("predict")
     rows = next(iter(data.test.values()))

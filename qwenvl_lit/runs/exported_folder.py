@@ -12,7 +12,7 @@ import torch
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.run import SETTINGS
 from qwenvl_lit.training.adapters.merging import MergedWeights, apply_trained
-from qwenvl_lit.training.adapters.methods import Adapter
+from qwenvl_lit.training.adapters.methods import Adapter, Full
 from qwenvl_lit.training.adapters.peft_files import (
     newer_settings,
     read_peft_file,
@@ -21,6 +21,10 @@ from qwenvl_lit.training.adapters.peft_files import (
 )
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
+
+NO_ADAPTER = (
+    "there is no adapter: whole tensors were trained, or nothing was; export with merge=true"
+)
 
 
 def write_model(module: VisionLanguageModule, folder: Path, dtype: torch.dtype) -> None:
@@ -58,11 +62,8 @@ def _trained_checkpoints(module: VisionLanguageModule) -> list[tuple[Adapter, Pa
     return newest_first[::-1]
 
 
-def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) -> None:
-    """Writes the adapter in peft's format.
-
-    Args:
-        base: the name or folder of the base model, for `adapter_config.json`.
+def check_adapter(module: VisionLanguageModule) -> None:
+    """Checks, without reading weights, that what was trained is an adapter.
 
     Raises:
         DataError: there is no adapter, or it belongs to weights that another run has changed.
@@ -72,16 +73,25 @@ def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) 
             f"the run started from the checkpoint of another run ({module.init.checkpoint}), and "
             f"its adapter is useless without it: export with merge=true"
         )
-    model = None
-    if module.adapter:
-        outline = module.family.meta_model()
-        checkpoint = module.trained_checkpoint
-        model = apply_trained(module.adapter, outline, module.family, checkpoint, assign=True)
+    if module.adapter is None or isinstance(module.adapter, Full):
+        raise DataError(NO_ADAPTER)
+
+
+def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) -> None:
+    """Writes the adapter in peft's format.
+
+    Args:
+        base: the name or folder of the base model, for `adapter_config.json`.
+
+    Raises:
+        DataError: as `check_adapter`.
+    """
+    check_adapter(module)
+    outline = module.family.meta_model()
+    checkpoint = module.trained_checkpoint
+    model = apply_trained(module.adapter, outline, module.family, checkpoint, assign=True)
     if not hasattr(model, "peft_config"):
-        raise DataError(
-            "there is no adapter: whole tensors were trained, or nothing was; "
-            "export with merge=true"
-        )
+        raise DataError(NO_ADAPTER)
     # Base weights are on the meta device.
     trained = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     write_peft_folder(model, folder, trained, base=base)
