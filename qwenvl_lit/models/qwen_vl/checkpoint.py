@@ -92,7 +92,7 @@ def find_checkpoint(path: str, *, download: bool = True) -> Path:
         return cached
     reason = None
     if not download:
-        reason = "is not to be fetched (download=false)"
+        reason = "is not to be fetched (model.download=false)"
     elif constants.is_offline_mode():
         reason = "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
     if reason:

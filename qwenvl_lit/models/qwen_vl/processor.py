@@ -337,12 +337,13 @@ class QwenVLProcessor:
         length = sum(len(piece.ids) for piece in pieces)
         excess = None
         if self.max_length and length > self.max_length:
-            excess = f"{length} tokens are more than max_length={self.max_length}"
+            excess = f"{length} tokens are more than model.max_length={self.max_length}"
             if self.too_long == "drop":
                 raise Dropped(excess)
             if self.too_long == "error":
                 raise DataError(
-                    f"{excess}; raise it, or set too_long=drop, truncate_left or truncate_right"
+                    f"{excess}; raise it, or set model.too_long=drop, truncate_left or "
+                    f"truncate_right"
                 )
             truncate = truncate_left if self.too_long == "truncate_left" else truncate_right
             pieces = truncate(pieces, self.max_length)
@@ -353,7 +354,9 @@ class QwenVLProcessor:
         # The first token has nothing before it that could predict it.
         if not any(piece.supervised for piece in pieces[1:]):
             if excess:
-                raise Dropped(f"{excess}, and too_long={self.too_long} leaves no answer of the row")
+                raise Dropped(
+                    f"{excess}, and model.too_long={self.too_long} leaves no answer of the row"
+                )
             raise DataError("no answer to learn from: no token precedes the only one of the row")
         return pieces
 
@@ -395,12 +398,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def _check_special_tokens(names: Sequence[str]) -> None:
     """Raises an error unless `names` are extra tokens: roles and ends of turns stay unforgeable."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"special_tokens is a list of names such as <|extra_0|>, got {names!r}")
+        raise ValueError(
+            f"data.special_tokens is a list of names such as <|extra_0|>, got {names!r}"
+        )
     for name in names:
         if name not in EXTRAS:
             raise ValueError(
-                f"special_tokens: {name!r} cannot be let through; only {EXTRAS[0]} to {EXTRAS[-1]} "
-                f"can, because rows could otherwise forge roles, ends of turns and images"
+                f"data.special_tokens: {name!r} cannot be let through; only {EXTRAS[0]} to "
+                f"{EXTRAS[-1]} can, because rows could otherwise forge roles, ends of turns and "
+                f"images"
             )
 
 

@@ -240,7 +240,7 @@ def test_too_long_samples_are_refused_with_their_id():
     conversation = talk("one", "two")
     length = len(processor().encode(conversation).input_ids)
     assert len(processor(max_length=length).encode(conversation).input_ids) == length
-    message = rf"row 'row-7': {length} tokens are more than max_length={length - 1}"
+    message = rf"row 'row-7': {length} tokens are more than model.max_length={length - 1}"
     with pytest.raises(DataError, match=f"{message}; raise it"):
         processor(max_length=length - 1).encode(conversation)
     with pytest.raises(Dropped, match=f"{message}$"):
@@ -278,7 +278,9 @@ def test_a_sample_without_supervised_tokens_is_refused():
     ],
 )
 def test_a_row_of_which_truncation_leaves_no_answer_is_left_out(too_long, length, texts):
-    message = f"more than max_length={length}, and too_long={too_long} leaves no answer"
+    message = (
+        rf"more than model\.max_length={length}, and model\.too_long={too_long} leaves no answer"
+    )
     with pytest.raises(Dropped, match=message):
         processor(max_length=length, too_long=too_long).encode(talk(*texts))
 
