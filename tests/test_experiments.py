@@ -1,12 +1,13 @@
 """Every preset of conf/experiment trains a small model for one step."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from commands import compose_config
 from make_checkpoint import write_checkpoint
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from small_demo import SIZES
 from tiny import tiny_family
 
@@ -43,9 +44,30 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_trains_a_step(preset, checkpoint, demo, tmp_path):
-    data = ["data=jsonl", f"data.root={demo}", "data.train=train_single.jsonl"]
-    overrides = [f"experiment={preset}", f"paths.run={tmp_path}", *data, *ONE_STEP_ON_CPU]
-    config = compose_config("train", *overrides)
+    data = ["data=jsonl", "data.train=train_single.jsonl"]
+    train_a_step([f"experiment={preset}", *data], checkpoint, demo, tmp_path)
+
+
+def test_the_experiment_of_the_documentation_trains_a_step(checkpoint, demo, tmp_path):
+    """Its file has the settings that the page explains, and trains on two files."""
+    page = (config_folder().parent / "docs/training.md").read_text(encoding="utf-8")
+    [text] = re.findall(r"^```yaml\n(# @package _global_\n.*?)^```", page, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "my_conf"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment/signs.yaml").write_text(text)
+    for name in ("signs", "cars"):
+        (demo / f"{name}.jsonl").write_bytes((demo / "train_single.jsonl").read_bytes())
+    overrides = [f"hydra.searchpath=[file://{folder}]", "experiment=signs"]
+    config = train_a_step(overrides, checkpoint, demo, tmp_path)
+    assert (config.adapter.targets, config.adapter.rank) == ("all-linear", 16)
+    assert (config.optim.lr, config.trainer.max_epochs) == (5e-5, 3)
+    assert list(config.metrics) == ["exact_match"]
+
+
+def train_a_step(overrides: list[str], checkpoint: Path, demo: Path, tmp_path: Path) -> DictConfig:
+    """Trains the small model for a step with the composed settings, which are returned."""
+    paths = [f"data.root={demo}", f"paths.run={tmp_path}"]
+    config = compose_config("train", *overrides, *paths, *ONE_STEP_ON_CPU)
     # The test has neither the published weights, nor bitsandbytes, nor the datasets of a mixture.
     if config.model.path:
         config.model.path = str(checkpoint)
@@ -60,6 +82,7 @@ def test_a_preset_trains_a_step(preset, checkpoint, demo, tmp_path):
     assert trainer.callback_metrics["train/grad_norm"] > 0
     trained = [tensor for tensor in module.parameters() if tensor.requires_grad]
     assert all(torch.isfinite(tensor).all() for tensor in trained)
+    return config
 
 
 def test_a_preset_names_its_command_and_has_overrides_only():

@@ -93,6 +93,8 @@ def test_a_command_of_the_documentation_composes(line):
     command = words[2].removeprefix("qwenvl_lit.")
     assert (ROOT / f"qwenvl_lit/{command}.py").exists()
     options = ("-", "|", *OF_EXTRAS)
+    if "--config-dir=my_conf" in words:
+        options = (*options, "experiment=signs")  # `test_experiments` runs it
     quote = quote_alternatives if is_sweep(words) else quote_free_text
     arguments = [quote(word) for word in words[3:] if not word.startswith(options)]
     for overrides in jobs(command, arguments):

@@ -37,6 +37,7 @@ from qwenvl_lit.cli.overrides import INFO_FLAGS, quote_free_text
 from qwenvl_lit.cli.ranks import rank_arguments
 from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.cli.run_folder import remove_unused_folder
+from qwenvl_lit.cli.settings_files import refuse_files
 from qwenvl_lit.cli.signals import stops_reported
 from qwenvl_lit.cores import limit_spinning
 from qwenvl_lit.runs.run import config_folder
@@ -141,6 +142,7 @@ def prepare(
         DataError: the arguments name a run that is not there, contradict the run that they
             resume, or name a folder that holds results.
     """
+    refuse_files(name, arguments)
     refuse_options(name, arguments)
     refuse_paths_as_choices(name, arguments)
     line = CommandLine(arguments=adjust(_quote_all(arguments)))

@@ -17,7 +17,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.cli.choices import explain_choice, group_names
-from qwenvl_lit.cli.other_names import translate, value_from
+from qwenvl_lit.cli.other_names import combine, translate, value_from
 from qwenvl_lit.cli.overrides import FLAGS
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
@@ -70,7 +70,7 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
         name = flag.lstrip("-")
         typed.append(shlex.join([flag, *values]))
         argument = translate(command, name, values)
-        if argument is None and _is_key(name):
+        if argument is None and is_key(name):
             argument = f"{name}={value_from(values)}"
         if argument is None:
             unknown.append(flag)
@@ -80,7 +80,7 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
             needless.append(flag)
     message = f"arguments are written as key=value, without dashes: {' '.join(typed)}"
     if meant:
-        message += f" is {' '.join(meant)} here"
+        message += f" is {' '.join(combine(meant))} here"
     if needless:
         message += f"; nothing is needed for {', '.join(needless)}"
     if unknown:
@@ -131,7 +131,8 @@ def _is_referred_to(key: str, arguments: Sequence[str]) -> bool:
     return any(f"${{{key}" in text for text in texts)
 
 
-def _is_key(name: str) -> bool:
+def is_key(name: str) -> bool:
+    """Whether a command has a key or a group of this name, or may have it below a group."""
     return "." in name or name in group_names() or bool(_files_with_key("", name))
 
 

@@ -5,9 +5,12 @@ Error messages suggest the translation. Commands do not accept the foreign names
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from qwenvl_lit.runs.config_folder import config_folder
 
 # Foreign option -> argument here. {} stands for the value. An argument without {} is suggested
 # unless the value of the option is false.
@@ -57,6 +60,7 @@ ARGUMENTS = {
     "deepspeed": "strategy=fsdp",
     "fsdp": "strategy=fsdp",
     "gradient_checkpointing": "speed.checkpointing=full",
+    "disable_gradient_checkpointing": "speed.checkpointing=none",
     "torch_compile": "speed=compiled",
     "report_to": "logger={}",
     "output_dir": "hydra.run.dir={}",
@@ -102,6 +106,7 @@ ARGUMENTS = {
     "custom_val_dataset_path": "data.validation={}",
     "dataset_test_ratio": "data.validation={}",
     "split_dataset_ratio": "data.validation={}",
+    "max_samples": "data.train=FILE#{}",
     "dataset_seed": "data.seed={}",
     "data_seed": "data.seed={}",
     # model and adapter
@@ -113,6 +118,9 @@ ARGUMENTS = {
     "model_name": "model={}",
     "model": "model={}",
     "system": "model.system={}",
+    "default_system": "model.system={}",
+    "template": "model.template={}",
+    "template_type": "model.template={}",
     "max_length": "model.max_length={}",
     "max_seq_length": "model.max_length={}",
     "max_seq_len": "model.max_length={}",
@@ -137,6 +145,7 @@ ARGUMENTS = {
     "quantization_bit": "adapter=qlora",
     "quant_bits": "adapter=qlora",
     "load_in_4bit": "adapter=qlora",
+    "freeze_vision_tower": "adapter=freeze_vision",
     "freeze_vit": "adapter=freeze_vision",
     "fix_vit": "adapter=freeze_vision",
     "lora_rank": "adapter.rank={}",
@@ -147,6 +156,7 @@ ARGUMENTS = {
     "lora_target_modules": "adapter.targets={}",
     "lora_target": "adapter.targets={}",
     "target_regex": "adapter.targets={}",
+    "pissa_init": "adapter.options.init_lora_weights=pissa",
     "init_lora_weights": "adapter.options.init_lora_weights={}",
     "target_modules": "adapter.targets={}",
     # answers
@@ -165,7 +175,10 @@ NEEDLESS = (
     *("do_train", "do_eval", "do_predict", "plot_loss", "load_best_model_at_end"),
     *("trust_remote_code", "use_fast_tokenizer", "lazy_tokenize", "lazy_preprocess"),
     *("remove_unused_columns", "overwrite_output_dir", "overwrite_cache", "use_hf"),
-    *("attn_impl", "flash_attn", "use_flash_attn", "eval_strategy"),
+    *("attn_impl", "flash_attn", "use_flash_attn", "eval_strategy", "save_strategy"),
+    *("ddp_timeout", "save_only_model", "compute_accuracy", "logging_strategy", "infer_backend"),
+    *("export_size", "export_device", "export_legacy_format", "freeze_multi_modal_projector"),
+    *("create_new_adapter", "tokenized_path", "cache_dir", "predict_with_generate"),
 )
 # Entries that replace or extend `ARGUMENTS` for test, predict, chat and export.
 ARGUMENTS_WITH_RUN = {
@@ -211,10 +224,19 @@ VALUES = {
     "eval_strategy=no": "trainer.limit_val_batches=0",
     "template=qwen": "model.template=chatml",
     "template=qwen_vl": "model.template=chatml",
+    "template=qwen-vl": "model.template=chatml",
+    "template=qwen2_vl": "model.template=chatml",
+    "template=default-generation": "model.template=raw",
+    "resume_from_checkpoint=true": "resume=latest",
+    "resume_from_checkpoint=false": "",
+    "resume_from_checkpoint=null": "",
     "truncation_strategy=delete": "model.too_long=drop",
     "truncation_strategy=left": "model.too_long=truncate_left",
     "truncation_strategy=raise": "model.too_long=error",
     "report_to=none": "logger=none",
+    "optim=adamw_torch": "",
+    "optim=adamw_torch_fused": "",
+    "optim=adamw_hf": "",
 }
 FALSE = ("false", "no", "0")
 
@@ -236,7 +258,8 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     elif command == "chat":
         arguments = arguments | CHAT_ARGUMENTS
     if f"{name}={value}" in VALUES:
-        return VALUES[f"{name}={value}"]
+        meant = VALUES[f"{name}={value}"]
+        return meant if trains else meant.replace("resume=", "ckpt=")
     if name in NEEDLESS:
         return ""
     template = arguments.get(name)
@@ -244,15 +267,59 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
         return None
     if "{}" not in template and value.lower() in FALSE:
         return ""
-    if template == "data={}" and re.search(r"\.(jsonl?|csv|tsv)\b", value):
+    if template == "data={}" and not _is_dataset(value):
         template = "data=jsonl data.train={}" if trains else "data=jsonl data.test={}"
+        value = value if re.search(r"\.(jsonl?|csv|tsv)\b", value) else "FILE"
     elif template == "model={}" and "/" in value:
         template = "model=qwen_vl_chat model.path={}"
     elif template == "trainer.max_epochs={}":
-        value = value.removesuffix(".0")
+        value = _whole(value)
     elif template in ("model={}", "data={}", "adapter={}"):
         value = value.partition("#")[0].replace("-", "_")
     return template.format(value)
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether `name`, perhaps with a number of rows, is a file of conf/data."""
+    choice = name.partition("#")[0].replace("-", "_")
+    return name == "..." or (config_folder() / "data" / f"{choice}.yaml").exists()
+
+
+def _whole(number: str) -> str:
+    """Rounds a number of epochs up, since trainer.max_epochs is a whole number."""
+    return str(math.ceil(float(number))) if re.fullmatch(r"\d+\.\d*", number) else number
+
+
+def combine(translations: Iterable[str]) -> list[str]:
+    """Combines options that were translated one by one: each key and each choice occurs once.
+
+    Other programs choose an adapter by several options, of which the most specific one counts.
+
+    >>> combine(["adapter=lora", "optim.lr=1", "adapter=lora_all", "adapter=qlora"])
+    ['adapter=qlora', 'optim.lr=1', 'adapter.targets=all-linear']
+    """
+    values: dict[str, str] = {}
+    adapters: list[str] = []
+    for translation in translations:
+        for argument in re.split(r" (?=[\w.]+=)", translation):
+            key, _, value = argument.partition("=")
+            values[key] = value
+            if key == "adapter":
+                adapters.append(value)
+    if adapters:
+        values["adapter"] = _combine_adapters(adapters)
+    if "lora_all" in adapters and "freeze_vision" in adapters:
+        values.setdefault("adapter.targets", "language")
+    elif "lora_all" in adapters and values["adapter"] != "lora_all":
+        values.setdefault("adapter.targets", "all-linear")
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def _combine_adapters(adapters: Sequence[str]) -> str:
+    """Returns the most specific one of several adapters; LoRA freezes the vision tower too."""
+    general = ["lora_all", "lora", "freeze_vision", "full"]
+    special = [name for name in adapters if name not in general]
+    return [*special, *(name for name in general if name in adapters)][0]
 
 
 def value_from(values: Sequence[str]) -> str:

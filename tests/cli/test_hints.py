@@ -111,6 +111,50 @@ def test_options_of_other_programs_are_answered_with_the_arguments_here(command,
     assert "nothing here stands for" not in text
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value", "meant"),
+    [
+        ("train", "resume_from_checkpoint", "true", "resume=latest"),
+        ("predict", "resume_from_checkpoint", "true", "ckpt=latest"),
+        ("train", "num_train_epochs", "3.0", "trainer.max_epochs=3"),
+        ("train", "num_train_epochs", "2.5", "trainer.max_epochs=3"),
+        ("train", "dataset", "mllm_demo", "data=jsonl data.train=FILE"),
+        ("test", "dataset", "mllm_demo", "data=jsonl data.test=FILE"),
+        ("train", "template", "qwen_vl", "model.template=chatml"),
+        ("train", "freeze_vision_tower", "true", "adapter=freeze_vision"),
+        ("train", "freeze_vision_tower", "false", ""),
+        ("train", "finetuning_type", "full", "adapter=full"),
+        ("train", "max_samples", "500", "data.train=FILE#500"),
+        ("train", "pissa_init", "true", "adapter.options.init_lora_weights=pissa"),
+        ("train", "optim", "adamw_torch", ""),
+        ("train", "dataset_dir", "data", "data.root=data"),
+        ("chat", "adapter_name_or_path", "saves/x", "ckpt=saves/x"),
+        ("export", "export_dir", "models/x", "out=models/x"),
+    ],
+)
+def test_options_are_translated_to_arguments_that_work(command, option, value, meant):
+    assert translate(command, option, [value]) == meant
+
+
+@pytest.mark.parametrize(
+    ("options", "combined"),
+    [
+        ("--finetuning_type lora --lora_target all", "adapter=lora_all"),
+        ("--lora_target all --finetuning_type lora --use_dora true", "adapter=dora "),
+        ("--quantization_bit 4 --lora_target all", "adapter=qlora adapter.targets=all-linear"),
+        ("--lora_target all --freeze_vision_tower true", "adapter=lora_all adapter.targets=lang"),
+        ("--finetuning_type lora --freeze_vision_tower true", "adapter=lora"),
+        ("--finetuning_type full --freeze_vision_tower true", "adapter=freeze_vision"),
+        ("--lora_target w1 w2 --use_dora true", "adapter.targets=[w1,w2] adapter=dora"),
+    ],
+)
+def test_several_options_become_one_choice_of_an_adapter(options, combined):
+    with pytest.raises(DataError) as raised:
+        refuse_options("train", options.split())
+    assert f" is {combined}" in str(raised.value)
+    assert str(raised.value).count(" adapter=") == 1
+
+
 def test_an_option_that_nothing_stands_for_is_named():
     with pytest.raises(
         DataError, match=r"--turbo 9 --lr 1 is optim\.lr=1 here; nothing here stand"

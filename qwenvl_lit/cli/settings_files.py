@@ -1,0 +1,115 @@
+"""Messages for files where `key=value` is expected: `train sft.yaml`, `--config sft.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_lit.cli.choices import DATA_FILES
+from qwenvl_lit.cli.hints import is_key
+from qwenvl_lit.cli.other_names import combine, translate, value_from
+from qwenvl_lit.runs.stored_config import read_config
+from qwenvl_lit.types import DataError
+
+YAML = (".yaml", ".yml")
+FILE_FLAGS = ("--config", "--config-file", "--config_file", "--config-name", "-cn", "--cfg-file")
+FLAGS_WITHOUT_VALUE = ("-m", "--multirun", "--resolve")
+FOLDER = "my_conf"  # in messages
+
+
+def refuse_files(command: str, arguments: Sequence[str]) -> None:
+    """Refuses files, and other words, where `key=value` is expected.
+
+    Raises:
+        DataError: says how settings are kept in a file, or names the argument for the file.
+    """
+    is_value = False  # of a flag before it
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in FILE_FLAGS:
+            name = value if equals else "".join(arguments[index + 1 : index + 2])
+            if name != command:  # a sweep names the config of its jobs
+                raise DataError(explain_settings_file(command, name))
+        elif flag == "experiment" and value.endswith(YAML):
+            raise DataError(explain_settings_file(command, value))
+        elif argument.startswith("-"):
+            is_value = argument not in FLAGS_WITHOUT_VALUE
+        elif equals or argument.startswith("~"):
+            is_value = False
+        elif not is_value:
+            explain = explain_settings_file if argument.endswith(YAML) else _explain_word
+            raise DataError(explain(command, argument))
+
+
+def explain_settings_file(command: str, file: str) -> str:
+    """Returns a line that says how the settings in `file` are given here."""
+    name = Path(file).stem
+    plus = "" if command == "train" else "+"  # only train has the group from the start
+    message = (
+        f"{file}: to keep settings in a file, write them, below the line `# @package _global_`, to "
+        f"{FOLDER}/experiment/{name}.yaml and run python -m qwenvl_lit.{command} "
+        f"--config-dir={FOLDER} {plus}experiment={name} (docs/training.md has an example)"
+    )
+    meant, needless, unknown = _translate_file(command, Path(file).expanduser())
+    if meant:
+        message += f". As arguments, its settings are: {' '.join(combine(meant))}"
+        if needless:
+            message += f"; nothing is needed for {', '.join(needless)}"
+        if unknown:
+            message += f"; nothing here stands for {', '.join(unknown)}"
+    return message
+
+
+def _translate_file(command: str, file: Path) -> tuple[list[str], list[str], list[str]]:
+    """Translates the settings of another program's file.
+
+    Returns:
+        The arguments here, the keys for which nothing is needed, and those that have no
+        counterpart. Empty if the file does not exist or is no mapping.
+    """
+    meant: list[str] = []
+    needless: list[str] = []
+    unknown: list[str] = []
+    for key, value in _read_settings(file).items():
+        if value is None or isinstance(value, dict):
+            continue
+        values = value if isinstance(value, list) else [value]
+        texts = list(map(_text, values))
+        argument = translate(command, key, texts)
+        if argument is None and is_key(key):
+            argument = f"{key}={value_from(texts)}"
+        if argument is None:
+            unknown.append(key)
+        elif argument:
+            meant.append(argument)
+        else:
+            needless.append(key)
+    return meant, needless, unknown
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = read_config(file)
+    except DataError:  # the message says without it how settings are kept in a file
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _explain_word(command: str, word: str) -> str:
+    """Returns a line about an argument that is neither `key=value` nor a flag."""
+    message = f"{word!r} is no argument; arguments are written as key=value"
+    if DATA_FILES.search(word):
+        split = "train" if command in ("train", "check") else "test"
+        return f"{message}: data=jsonl data.{split}={word}"
+    if Path(word).expanduser().exists():
+        if Path(word).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            return f"{message}: image={word}"
+        return f"{message}: ckpt={word}"
+    return f"{message}; see python -m qwenvl_lit.{command} --help"
