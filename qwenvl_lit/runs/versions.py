@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from qwenvl_lit.atomic import set_aside, write_text
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import matches
 
 FILENAME = "versions.json"  # in a run folder
 LIBRARIES = (
@@ -33,34 +34,50 @@ log = logging.getLogger(__name__)
 
 
 def save_versions(folder: Path) -> None:
-    """Writes `versions.json`; warns if a resumed run started with other versions."""
+    """Writes `versions.json`; warns if a resumed run started with other versions.
+
+    If the file exists, it is kept. Its list `resumed` gets the command of this start, with the
+    versions that differ from those of the start before.
+    """
     file = folder / FILENAME
     command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    now = {**versions(), "command": command}
-    if file.exists():
-        changed = _changes(file, now)
+    now = versions()
+    first = _read(file) if file.exists() else None
+    if first is None:
+        stored = {**now, "command": command}
+    else:
+        starts = first.get("resumed") or []
+        changed = _changes([first, *starts], now)
         if changed:
             log.warning(
                 "%s was started with other versions; results may differ in the last digits: %s",
                 folder,
-                ", ".join(changed),
+                ", ".join(f"{name} {before} -> {now[name]}" for name, before in changed.items()),
             )
-    write_text(file, json.dumps(now, indent=2) + "\n")
+        start = {"command": command, **{name: now[name] for name in changed}}
+        stored = {**first, "resumed": [*starts, start]}
+    write_text(file, json.dumps(stored, indent=2) + "\n")
 
 
-def _changes(file: Path, now: Mapping[str, Any]) -> list[str]:
-    """Lists what differs from the versions in `file`; a damaged file is set aside."""
+def _read(file: Path) -> dict[str, Any] | None:
+    """Reads a file of versions; a damaged one is set aside, and None returned."""
     try:
-        before = read_json_object(file)
+        stored = read_json_object(file)
+        if not matches(stored.get("resumed", []), list[dict]):
+            raise DataError(f"{file} cannot be read: its resumed is not a list of objects")
     except DataError as error:
         aside = set_aside(file)
         log.warning("%s. It is now %s, and a new one is written", error, aside.name)
-        return []
-    changed = []
-    for name in now:
-        if name != "command" and before.get(name) != now[name]:
-            changed.append(f"{name} {before.get(name)} -> {now[name]}")
-    return changed
+        return None
+    return stored
+
+
+def _changes(starts: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the versions of the last start that differ from `now`."""
+    before: dict[str, Any] = {}
+    for start in starts:
+        before |= start
+    return {name: before.get(name) for name in now if before.get(name) != now[name]}
 
 
 def versions() -> dict[str, Any]:

@@ -24,7 +24,28 @@ def test_versions_are_recorded_and_changed_ones_are_warned_about(tmp_path, caplo
     assert "command" not in warning.getMessage()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_a_resumed_run_keeps_the_command_that_started_it(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "versions.json"
+    commands = ["train seed=1", "train resume=latest", "train resume=latest trainer.max_epochs=9"]
+    for number, command in enumerate(commands):
+        monkeypatch.setattr("sys.argv", command.split())
+        save_versions(tmp_path)
+        if number == 0:
+            first = json.loads(file.read_text())
+            file.write_text(json.dumps({**first, "torch": "1.0"}))
+    stored = json.loads(file.read_text())
+    assert stored["command"] == commands[0]
+    assert stored["torch"] == "1.0"
+    assert stored["resumed"] == [
+        {"command": commands[1], "torch": torch.__version__},
+        {"command": commands[2]},
+    ]
+    assert len(caplog.records) == 1, "the versions of the second and the third start are equal"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'{"resumed": 3}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path, caplog, content):
     file = tmp_path / "versions.json"
     file.write_bytes(content)
