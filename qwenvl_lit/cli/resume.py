@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit import checksums
 from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
-from qwenvl_lit.runs.run import COMPOSED_CONFIG, TRAIN_FOLDER, latest_run
+from qwenvl_lit.runs.run import COMPOSED_CONFIG, TRAIN_FOLDER, latest_run, run_near
 from qwenvl_lit.runs.stored_config import check_stored_config, read_config
 from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.types import DataError
@@ -39,10 +39,10 @@ RESULTS = (  # files of a run folder that no later command overwrites
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Replaces `resume=` by arguments that run Hydra in the folder of the resumed run.
 
-    `resume=RUN` takes a run folder or `latest`. `resume=auto` resumes the run in the folder that
-    `hydra.run.dir=` names if it holds a checkpoint, and starts one there if not, so that the same
-    command starts a run and resumes it. Arguments may repeat those that the run was started with,
-    and change `MAY_CHANGE`. Without `resume=` the arguments are returned unchanged.
+    `resume=RUN` takes a run folder, its last.ckpt or `latest`. `resume=auto` resumes the run in the
+    folder that `hydra.run.dir=` names if it holds a checkpoint, and starts one there if not, so
+    that the same command starts a run and resumes it. Arguments may repeat those that the run was
+    started with, and change `MAY_CHANGE`. Without `resume=` the arguments are returned unchanged.
 
     Raises:
         DataError: there is no such run, it has no checkpoint, or an argument contradicts it.
@@ -71,7 +71,11 @@ def _run_to_resume(resume: str, arguments: Sequence[str]) -> Path | None:
             )
         return Path(folder) if Path(folder, LAST).exists() else None
     run = latest_run() if resume == "latest" else Path(resume).expanduser()
+    if run is not None and run.is_file():  # a checkpoint
+        run = run.parent.parent if run.match(LAST) else run.parent
     if run is None or not (run / LAST).exists():
+        if run is not None and (near := run_near(run)):
+            raise DataError(f"resume={resume} takes the folder of a run; {near}")
         raise DataError(
             f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has "
             f"saved one, or latest, the newest run in {TRAIN_FOLDER.resolve()}. "

@@ -30,6 +30,7 @@ from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, is_unresolved
 
 SUFFIX = ".ckpt"  # of checkpoints; a copy may have another
+MAX_NAMED = 4  # runs in a message
 TRAIN_FOLDER = Path("outputs/train")
 COMPOSED_CONFIG = ".hydra/config.yaml"
 CONTENTS = {  # of a run folder; the last five only if there is something to write
@@ -125,14 +126,15 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
     if (path / "config.json").exists():
         return _find_full_model(path, trust=trust)
     if not (path / COMPOSED_CONFIG).exists():
+        meant = run_near(path)
         adapters = [file.parent for file in path.glob("*/adapter_config.json")]
-        if adapters:
+        if adapters and not meant:
             newest = max(adapters, key=lambda folder: folder.stat().st_mtime)
             raise DataError(
                 f"{ckpt} has adapters in folders of their own; choose one: ckpt={newest}"
             )
         raise DataError(
-            f"{ckpt} is not a run folder (it has no {COMPOSED_CONFIG}); {_known_runs()}"
+            f"{ckpt} is not a run folder (it has no {COMPOSED_CONFIG}); {meant or _known_runs()}"
         )
     for name in ("best.ckpt", "last.ckpt"):
         checkpoint = path / "checkpoints" / name
@@ -166,6 +168,19 @@ def latest_run() -> Path | None:
     """Returns the newest folder in `outputs/train` that has a checkpoint."""
     saved = [folder for folder in TRAIN_FOLDER.glob("*") if any(folder.glob("checkpoints/*.ckpt"))]
     return max(saved, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def run_near(path: Path) -> str:
+    """Returns a clause that names the runs of which `path` is a part, or a sweep; "" if none."""
+    if (path.parent / COMPOSED_CONFIG).exists():
+        return f"the run is {path.parent}"
+    jobs = [folder for folder in path.glob("*") if (folder / COMPOSED_CONFIG).exists()]
+    if not jobs:
+        return ""
+    jobs.sort(key=lambda folder: (len(folder.name), folder.name))
+    names = ", ".join(map(str, jobs[:MAX_NAMED]))
+    more = f" and {len(jobs) - MAX_NAMED} more" if len(jobs) > MAX_NAMED else ""
+    return f"it holds the runs {names}{more}: give one of them"
 
 
 def contents(folder: Path) -> str:

@@ -46,6 +46,7 @@ def run(tmp_path, monkeypatch) -> Path:
         (["resume=outputs/train/mine"], []),
         (["resume='outputs/train/mine'", "trainer.max_steps=9"], ["trainer.max_steps=9"]),
         (["resume=latest"], []),
+        (["resume=outputs/train/mine/checkpoints/last.ckpt"], []),
         (["resume=auto", "hydra.run.dir='outputs/train/mine'", *STARTED_WITH[:3]], []),
         (
             ["resume=outputs/train/mine", STARTED_WITH[0], "trainer.max_epochs=3", "--cfg=job"],
@@ -103,6 +104,20 @@ def test_a_run_without_its_last_checkpoint_is_not_resumed(run):
     (run / "checkpoints/last.ckpt").rename(run / "checkpoints/best.ckpt")
     with pytest.raises(DataError, match=r"there is no checkpoints/last\.ckpt"):
         resume_arguments(["resume=outputs/train/mine"])
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("outputs/train/mine/checkpoints", "takes the folder of a run; the run is outputs/"),
+        ("outputs/train/mine/checkpoints/best.ckpt", "folder of a run; the run is outputs/train/m"),
+        ("outputs/train", "it holds the runs outputs/train/mine: give one of them"),
+    ],
+)
+def test_a_folder_beside_a_run_gets_the_run_that_was_meant(run, resume, message):
+    (run / "checkpoints/best.ckpt").touch()
+    with pytest.raises(DataError, match=message):
+        resume_arguments([f"resume={resume}"])
 
 
 @pytest.mark.parametrize(

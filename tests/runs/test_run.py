@@ -98,6 +98,19 @@ def test_a_path_that_is_not_a_run_is_an_error_with_the_reason(tmp_path, make, me
         find_run(str(tmp_path / "path"))
 
 
+def test_a_sweep_gets_the_folders_of_its_jobs(tmp_path):
+    for name in (*map(str, range(11)), "notes"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+        if name != "notes":
+            write_run(tmp_path / "sweep" / name)
+    jobs = ", ".join(f"{tmp_path}/sweep/{number}" for number in range(4))
+    with pytest.raises(DataError, match=rf"it holds the runs {jobs} and 7 more: give one"):
+        find_run(str(tmp_path / "sweep"))
+    (tmp_path / "sweep/3/checkpoints").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=rf"the run is {tmp_path}/sweep/3"):
+        find_run(str(tmp_path / "sweep/3/checkpoints"))
+
+
 def test_init_names_the_checkpoint_and_those_that_its_run_started_from(tmp_path):
     checkpoint = tmp_path / "model.ckpt"
     checkpoint.write_bytes(b"weights")
