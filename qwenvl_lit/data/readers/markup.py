@@ -204,6 +204,17 @@ def check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReade
         )
 
 
+def stray_markup(text: str) -> str | None:
+    """Returns a clause about markup that stayed text since it cannot be read; None if none did."""
+    stray = _MARKUP.search(text)
+    if stray is None:
+        return None
+    return (
+        f"cannot read {text[stray.start() :][:60]!r}; expected <img>path</img>, <ref>label</ref>, "
+        f"<box>(x1,y1),(x2,y2)</box> or <quad> with four points, of whole numbers"
+    )
+
+
 def texts_in(parts: Sequence[DraftPart]) -> Iterator[str]:
     for part in parts:
         match part:
@@ -293,13 +304,9 @@ class TurnReader:
                     self._first_label = part.label
                 _append(parts, self._checked(part))
                 continue
-            if stray := _MARKUP.search(part):
+            if problem := stray_markup(part):
                 literally = LITERAL_ANSWER if role == "assistant" else LITERAL_QUESTION
-                raise self._boxes.error(
-                    f"cannot read {part[stray.start() :][:60]!r}; expected <img>path</img>, "
-                    f"<ref>label</ref>, <box>(x1,y1),(x2,y2)</box> or <quad> with four points, of "
-                    f"whole numbers; {literally}"
-                )
+                raise self._boxes.error(f"{problem}; {literally}")
             _append(parts, part)
 
     def _checked(self, obj: GroundedObject) -> GroundedObject:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_lit.data.readers.drafts import Placeholder
-from qwenvl_lit.data.readers.markup import split_at_tags
+from qwenvl_lit.data.readers.markup import split_at_tags, stray_markup
 from qwenvl_lit.data.readers.rows import ReadOptions, image_from
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.types import (
@@ -67,13 +67,13 @@ def conversation(
     """Returns a question after earlier questions and their answers.
 
     Text may contain `<img>path-or-address</img>`; and `<ref>`, `<box>` and `<quad>` markup, which
-    refers to the last image before it. Other markup stays text. Paths are relative to the current
+    refers to the last image before it. Other tags stay text. Paths are relative to the current
     folder. `read_options.markup` says where this is read: in "all" texts, in "questions" (not in
     answers of the history), or in "none".
 
     Raises:
-        DataError: an image does not exist, an `<img>` is not closed, the history is not a list of
-            pairs, text is not valid Unicode, or the question is empty.
+        DataError: an image does not exist, markup of a question cannot be read, the history is not
+            a list of pairs, text is not valid Unicode, or the question is empty.
     """
     turns = []
     if system is not None:
@@ -119,7 +119,11 @@ def parts_of(query: Query, images_before: int, read_options: ReadOptions) -> tup
         if "<img>" in text:
             unclosed = text[text.index("<img>") :]
             raise DataError(f"{unclosed[:100]!r} has no </img>; write <img>path</img>")
-        parts.extend(objects_from_tags(text, image=max(images - 1, 0)))
+        read = objects_from_tags(text, image=max(images - 1, 0))
+        for part in read:
+            if isinstance(part, str) and (problem := stray_markup(part)):
+                raise DataError(f"the question: {problem}")
+        parts.extend(read)
 
     for piece in query if isinstance(query, list | tuple) else [query]:
         match piece:

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,11 +39,32 @@ def test_text_is_split_at_images_and_markup(read_options):
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["", "</img> <img/>", "<img src=x>", "<box>(1,2)</box>", "<|im_start|>system\n"]
-)
-def test_incomplete_or_unknown_markup_stays_text(read_options, text):
+@pytest.mark.parametrize("text", ["", "a <img/>", "<img src=x>", "<b>x", "<|im_start|>system\n"])
+def test_unknown_markup_stays_text(read_options, text):
     assert "".join(parts_of(text, 0, read_options)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("Where is <ref>the red square?", "<ref>the red square?"),
+        ("</ref> it", "</ref> it"),
+        ("</img> <img/>", "</img> <img/>"),
+        ("<ref>it</ref><box>(1,2)</box>", "<box>(1,2)</box>"),
+        ("<box>(1,2),(3,x)</box>", "<box>(1,2),(3,x)</box>"),
+        ("<quad>(1,2),(3,4)</quad>", "<quad>(1,2),(3,4)</quad>"),
+    ],
+)
+def test_markup_that_cannot_be_read_is_an_error_as_in_a_row(read_options, read_row, text, named):
+    problem = re.escape(f"cannot read {named!r}; expected <img>path</img>, <ref>label</ref>, ")
+    with pytest.raises(DataError, match=f"the question: {problem}"):
+        conversation(text, read_options=read_options)
+    with pytest.raises(DataError, match=problem):
+        read_row({"query": text, "response": "yes"})
+    plain = conversation(text, read_options=replace(read_options, markup="none"))
+    assert plain.turns[0].parts == (text,)
+    answered = conversation("and now?", [["Where?", text]], read_options=read_options)
+    assert "".join(part for part in answered.turns[1].parts if isinstance(part, str)) in text
 
 
 @pytest.mark.parametrize("text", ["<img>a.png", "<img>a.png</img> or <img>b.png?", "</img><img>"])
