@@ -117,7 +117,7 @@ def test_an_interrupted_prediction_resumes_where_it_stopped(module, tmp_path, ca
     predict(complete, module, data(module), PredictionWriter())
     with pytest.raises(RuntimeError, match="power failure"):
         predict(interrupted, module, data(module), PredictionWriter(), RecordIds(stop_after=2))
-    assert f"answered={interrupted} answers the other rows" in capsys.readouterr().err
+    assert f"answered={interrupted}, and another hydra.run.dir= if" in capsys.readouterr().err
     rank_file = interrupted / "predictions.rank0.jsonl"
     with rank_file.open("a") as file:
         file.write('{"set": "test", "index": 0, "id": "a", "predic')  # an unfinished line

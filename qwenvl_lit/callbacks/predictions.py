@@ -134,5 +134,8 @@ class PredictionWriter(lightning.Callback):
 def _how_to_continue(trainer: lightning.Trainer) -> str:
     folder = trainer.default_root_dir
     if trainer.predicting:
-        return f"The same command with answered={folder} answers the other rows."
+        return (
+            f"The same command with answered={folder}, and another hydra.run.dir= if it has one, "
+            f"answers the other rows."
+        )
     return f"The same command, also with hydra.run.dir={folder}, starts the test again."

@@ -130,7 +130,10 @@ def refuse_used_folder(arguments: Sequence[str]) -> None:
             if (folder / LAST).exists():
                 advice += f"; to continue its training: python -m qwenvl_lit.train resume={folder}"
             elif ".rank" in file.name:
-                advice += f"; to answer the rows that are left: answered={folder}"
+                advice += (
+                    f"; to answer the rows that are left: answered={folder} and another "
+                    f"hydra.run.dir=, or none"
+                )
             name = file.relative_to(folder)
             raise DataError(f"hydra.run.dir={folder} holds an earlier run ({name}): {advice}")
 

@@ -104,7 +104,9 @@ def test_a_rank_that_fails_alone_ends_the_other(tmp_path):
 def test_a_signal_to_one_rank_stops_all_of_them(tmp_path, victim):
     statuses, output = run_ranks(predicting, tmp_path, victim)
     assert statuses == [143, 0]
-    advice = f"The same command with answered={tmp_path} answers the other rows."
+    advice = (
+        f"The same command with answered={tmp_path}, and another hydra.run.dir= if it has one, "
+    )
     assert f"Stopped by SIGTERM. {advice}" in output[0]
     assert "Stopped" not in output[1]
     assert "Traceback" not in output[0] + output[1]

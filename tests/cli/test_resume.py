@@ -140,7 +140,8 @@ def test_a_folder_that_holds_results_is_refused(tmp_path, result):
     file.touch()
     advice = "choose another folder, or remove this one"
     if ".rank" in result:
-        advice += f"; to answer the rows that are left: answered={folder}"
+        advice += f"; to answer the rows that are left: answered={folder} and another "
+        advice += r"hydra\.run\.dir=, or none"
     with pytest.raises(DataError, match=rf"it's used holds an earlier run \({result}\): {advice}$"):
         refuse_used_folder([argument])
 

@@ -70,7 +70,10 @@ def test_an_interrupted_prediction_says_how_to_continue(tmp_path):
     file = tmp_path / "run/predictions.rank0.jsonl"
     line = stop(tmp_path, signal.SIGINT, "predict", *ANSWER, *SLOW, when=has_answers(file))
     folder = tmp_path / "run"
-    advice = f"The same command with answered={folder} answers the other rows."
+    advice = (
+        f"The same command with answered={folder}, and another hydra.run.dir= if it has one, "
+        f"answers the other rows."
+    )
     assert line == f"Stopped by Ctrl-C. {advice}"
     refused = run_command(tmp_path, "predict", *ANSWER, *FAST)
     assert "holds an earlier run (predictions.rank0.jsonl)" in refused.stderr
