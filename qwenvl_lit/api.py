@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +26,7 @@ from qwenvl_lit.data.readers.question import (
 )
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.generation.answer import Answer
-from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.generation.generation import Generation, with_settings
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
@@ -380,27 +379,6 @@ class QwenVL:
             pad_id=self.processor.pad_id,
             image_keys=image_keys,
         )
-
-
-def with_settings(
-    generation: Generation, settings: Mapping[str, Any], *arguments: str
-) -> Generation:
-    """Returns `generation` with other `settings`.
-
-    Args:
-        arguments: names that the caller takes itself, for the hint at a misspelled one.
-
-    Raises:
-        TypeError: there is no such setting.
-    """
-    known = [field.name for field in fields(generation)]
-    for name in settings:
-        if name not in known:
-            nearest = get_close_matches(name, [*known, *arguments], n=1)
-            names = ", ".join([*arguments, *known])
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {names}"
-            raise TypeError(f"there is no setting {name!r}; {hint}")
-    return replace(generation, **settings)
 
 
 def device_named(name: torch.device | str | None) -> torch.device:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
 
@@ -285,3 +286,24 @@ def _warn_of_unused(settings: str) -> None:
     log.warning(
         "%s has no effect: decoding is greedy unless do_sample=true (generation=sample)", settings
     )
+
+
+def with_settings(
+    generation: Generation, settings: Mapping[str, Any], *arguments: str
+) -> Generation:
+    """Returns `generation` with other `settings`.
+
+    Args:
+        arguments: names that the caller takes itself, for the hint at a misspelled one.
+
+    Raises:
+        TypeError: there is no such setting.
+    """
+    known = [field.name for field in fields(generation)]
+    for name in settings:
+        if name not in known:
+            nearest = get_close_matches(name, [*known, *arguments], n=1)
+            names = ", ".join([*arguments, *known])
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {names}"
+            raise TypeError(f"there is no setting {name!r}; {hint}")
+    return replace(generation, **settings)
