@@ -325,11 +325,13 @@ class QwenVL:
 
         Raises:
             ValueError: the folder of `path` does not exist, or its ending names no image format.
+            TypeError: `objects` are no objects but, for example, the text of an answer.
         """
-        from qwenvl_lit.rendering.drawing import check_image_name, draw_objects
+        from qwenvl_lit.rendering.drawing import check_image_name, check_objects, draw_objects
 
         if path is not None:
             check_image_name(Path(path))
+        objects = check_objects(objects)
         opened = image_of(image, self.read_options).open()
         in_pixels = []
         for located in objects:

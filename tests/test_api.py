@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,21 @@ def test_a_source_that_is_no_name_is_refused(source):
         QwenVL.load(source)
 
 
+@pytest.mark.parametrize(
+    ("objects", "got"),
+    [
+        ("<ref>it</ref>", "str '<ref>it</ref>'"),
+        (["<ref>it</ref>"], "str '<ref>it</ref>'"),
+        ([None], "NoneType 'None'"),
+        (7, "int '7'"),
+        (GroundedObject(label="it"), "GroundedObject"),
+    ],
+)
+def test_what_is_drawn_are_objects(model, image, objects, got):
+    with pytest.raises(TypeError, match=f"draw takes a list of objects.*, got {re.escape(got)}"):
+        model.draw(image, objects)
+
+
 @pytest.mark.parametrize("name", ["x.csv", "rows.jsonl", "picture.png"])
 def test_a_file_that_is_no_checkpoint_is_refused(name, tmp_path):
     (tmp_path / name).write_text("a,b\n")
@@ -250,6 +266,9 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_name(model):
         model.generate([], bach_size=2)
     with pytest.raises(TypeError, match="no setting 'wisdom'; there are system, max_new_tokens, "):
         model.chat("What?", wisdom=1)
+    for name in ("image", "images"):
+        with pytest.raises(TypeError, match=rf"'{name}': an image is a part of the question, chat"):
+            model.chat("What?", **{name: ["a.png"]})
 
 
 def test_a_batch_gives_the_answers_of_single_questions_in_order(model, image):

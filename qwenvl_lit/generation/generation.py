@@ -20,6 +20,7 @@ from qwenvl_lit.models.qwen_vl.decoder import Decoder, decoder_of, release
 from qwenvl_lit.settings import check_settings
 
 SAMPLING = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}  # values without effect
+IMAGE_NAMES = ("image", "images", "img", "imgs", "image_path", "pictures")  # no settings
 log = logging.getLogger(__name__)
 
 
@@ -301,6 +302,11 @@ def with_settings(
     """
     known = [field.name for field in fields(generation)]
     for name in settings:
+        if name in IMAGE_NAMES:
+            raise TypeError(
+                f"there is no setting {name!r}: an image is a part of the question, "
+                f"chat([Path('dog.jpg'), 'What is this?'])"
+            )
         if name not in known:
             nearest = get_close_matches(name, [*known, *arguments], n=1)
             names = ", ".join([*arguments, *known])

@@ -122,6 +122,25 @@ def check_image_name(path: Path) -> None:
         raise ValueError(f"path={str(path)!r}: the folder {path.parent} does not exist")
 
 
+def check_objects(objects: Iterable[GroundedObject]) -> list[GroundedObject]:
+    """Returns `objects` as a list.
+
+    Raises:
+        TypeError: they are something else, for example the text of an answer.
+    """
+    wrong: list[object] = [objects]
+    listed: list[GroundedObject] = []
+    if isinstance(objects, Iterable) and not isinstance(objects, str):
+        listed = list(objects)
+        wrong = [item for item in listed if not isinstance(item, GroundedObject)]
+    for item in wrong:
+        raise TypeError(
+            f"draw takes a list of objects, such as answer.objects, got "
+            f"{type(item).__name__} {str(item)[:60]!r}"
+        )
+    return listed
+
+
 def drawn_label(label: str, number: int) -> str:
     """Returns what stands for a label in an image: its number if no font has its characters."""
     return str(number) if missing_characters(label) else label

@@ -150,8 +150,9 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, *weights]))
     except NETWORK_ERRORS as error:
         raise DataError(
-            f"{name} could not be fetched from {constants.ENDPOINT}: {error}; "
-            f"files that have arrived are kept; start again"
+            f"{name} is no folder, relative to {Path.cwd()}, and could not be fetched from "
+            f"{constants.ENDPOINT}: {error}; check the name, or start again after an interrupted "
+            f"download, whose files are kept"
         ) from error
 
 
