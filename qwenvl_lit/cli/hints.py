@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -36,7 +36,8 @@ def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
             return f"{existing[1]} is a key already; to change it, leave out the + before it"
         unknown_key = re.search(r"override '([^']+)'", text)
         if unknown_key:
-            return _explain_key(command, arguments, unknown_key[1])
+            keys = dict.fromkeys([unknown_key[1], *_unknown_keys(command, arguments)])
+            return "; ".join(_explain_key(command, arguments, key) for key in keys)
         several = re.search(r"Ambiguous value for argument '(.+)'", text)
         if several:
             key, _, values = several[1].partition("=")
@@ -48,6 +49,16 @@ def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
         if repeated:
             return f"{repeated[1]} has a choice already; to change it, leave out the + before it"
     return " ".join(text.split())
+
+
+def _unknown_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
+    """Yields the keys of `key=value` that the composed config does not have; Hydra names one."""
+    known = {*_keys(_compose_for_hints(command, arguments)), *group_names()}
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        is_own = re.fullmatch(r"[\w.]+", key) and not key.startswith("hydra.")
+        if equals and is_own and key not in known:
+            yield key
 
 
 def _explain_key(command: str, arguments: Sequence[str], key: str) -> str:
@@ -212,10 +223,21 @@ def _hint_in(config: DictConfig, parent: str, name: str) -> str:
 
 
 def _files_with_key(group: str, key: str) -> list[str]:
-    """Names of the config files directly in `group` that set `key` at their top level."""
-    line = re.compile(rf"^{re.escape(key)}:", re.MULTILINE)
-    files = sorted((config_folder() / group).glob("*.yaml"))
-    return [file.stem for file in files if line.search(file.read_text(encoding="utf-8"))]
+    """Names of the config files directly in `group` that set `key`, or whose defaults there do."""
+    folder = config_folder() / group
+    files = sorted(folder.glob("*.yaml"))
+    return [file.stem for file in files if _sets_key(folder, file.stem, key)]
+
+
+def _sets_key(folder: Path, name: str, key: str) -> bool:
+    node = OmegaConf.load(folder / f"{name}.yaml")
+    if key in node:
+        return True
+    for default in node.get("defaults") or ():
+        is_here = isinstance(default, str) and (folder / f"{default}.yaml").exists()
+        if is_here and folder != config_folder() and _sets_key(folder, default, key):
+            return True
+    return False
 
 
 def _compose_for_hints(command: str, arguments: Sequence[str]) -> DictConfig:

@@ -32,7 +32,11 @@ def message(*arguments: str, command: str = "train") -> str:
         (["seed.x=3"], "; seed is a value and has no keys"),
         (["paths.folder=x"], "; paths has run, cache"),
         (["something=3"], "; see python -m qwenvl_lit.train --help"),
-        (["adapter.rank=4"], " with the choices made here; adapter=lora, adapter=lora_official, "),
+        (
+            ["adapter.rank=4"],
+            " with the choices made here; adapter=dora, adapter=lora, adapter=lora_all, "
+            "adapter=lora_official, adapter=lora_swift26, adapter=qlora, adapter=rslora have it",
+        ),
         (["answered=x"], "; it is a key of predict"),
         (
             ["callbacks=[train,early_stopping]", "callbacks.early_stopping.verbose=true"],
@@ -59,6 +63,14 @@ def test_an_unknown_key_gets_the_key_that_was_meant(arguments, hint):
     *_, argument = arguments
     key = argument.partition("=")[0]
     assert message(*arguments).startswith(f"there is no key {key!r}{hint}")
+
+
+def test_all_unknown_keys_of_a_command_line_are_named():
+    assert message("lr=1e-4", "seed=2", "data.train=a", "epochs=3", "modle=x", "+a=1") == (
+        "there is no key 'lr'; here it is optim.lr=1e-4; "
+        "there is no key 'epochs'; here it is trainer.max_epochs=3; "
+        "there is no key 'modle'; did you mean model?"
+    )
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,6 @@ def test_files_that_arrived_before_a_failed_download_are_kept(hub, model, impati
 
 def test_an_unknown_hub_name_is_an_error(hub):
     with pytest.raises(
-        DataError, match="someone/else is no folder, relative to .*, and could not be f"
+        DataError, match=r"someone/else is no folder, relative to .*, and could not be fetched"
     ):
         find_checkpoint("someone/else")
