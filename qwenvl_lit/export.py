@@ -63,6 +63,7 @@ def main(config: DictConfig) -> None:
     settings = {
         "model": exported_folder.portable_settings(model, module.family),
         "generation": OmegaConf.to_container(config.generation, resolve=True),
+        **exported_folder.portable_recipe(training_config(run) or exported_settings(config)),
     }
     advice = "free disk space, or choose another folder with out="
     with disk_errors(out, advice), atomic_folder(out, replace=config.overwrite) as folder:
@@ -133,6 +134,17 @@ def training_config(run: Run | None) -> dict[str, Any]:
     if not file.exists():
         return run.config
     return read_config(file)
+
+
+def exported_settings(config: DictConfig) -> dict[str, Any]:
+    """Returns the settings of an exported folder that is exported again; empty for others."""
+    from qwenvl_lit.runs.run import stored_settings
+
+    if config.ckpt is None:
+        return {}
+    source = Path(config.ckpt).expanduser()
+    folder = source if source.is_dir() else source.parent
+    return stored_settings(folder, trust=config.trust)
 
 
 def checked_target(config: DictConfig) -> Path:

@@ -187,6 +187,12 @@ def test_exports_of_exports_are_equal_to_the_bit(home, trained, run_command):
     for folder in ("A1", "A2", "A3"):
         assert_equal(load_file(home / folder / "adapter_model.safetensors"), expected)
     assert_equal(tensors(home / "M0"), tensors(home / "M1"))
+    for folder in ("M0", "M1", "A1", "A3"):  # training starts with the recipe of the run
+        config = config_of("train", f"ckpt={folder}", "data=jsonl", "data.train=rows.jsonl")
+        recipe = (config.trainer.precision, config.trainer.max_steps, config.optim.lr)
+        assert recipe == ("32-true", 2, 0.05), folder
+        assert config.adapter.rank == 2
+        assert config.trainer.accelerator == "auto", "a key of the machine"
 
 
 def test_a_run_that_trained_whole_tensors_exports_only_a_whole_model(home, trained, run_command):

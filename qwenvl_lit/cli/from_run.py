@@ -11,13 +11,12 @@ from typing import Any
 from qwenvl_lit.cli.overrides import HELP_FLAGS, has_any, quote, value_of
 from qwenvl_lit.cli.start_optimizer import optimizer_of_start
 from qwenvl_lit.runs.predictions import config_beside
-from qwenvl_lit.runs.run import Run, find_run, init_from
+from qwenvl_lit.runs.run import MACHINE_KEYS, Run, find_run, init_from
 from qwenvl_lit.runs.stored_config import check_groups
 from qwenvl_lit.types import DataError
 
 # Groups that a command with `ckpt=` takes from the run unless the command line chooses them.
 FROM_RUN = ("model", "adapter", "init", "data", "metrics", "generation")
-MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")  # of `trainer`: not the recipe's
 # Which groups a model's file chooses, and so a run that training starts from. An adapter chooses
 # its learning rates, so another adapter than the run's brings its own (`cli/start_optimizer.py`).
 RECIPE = {

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qwenvl_lit.models.protocols import Family
-from qwenvl_lit.runs.run import SETTINGS
+from qwenvl_lit.runs.run import MACHINE_KEYS, RECIPE_GROUPS, SETTINGS
+from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.training.adapters.merging import MergedWeights, apply_trained
 from qwenvl_lit.training.adapters.methods import Adapter, Full
 from qwenvl_lit.training.adapters.peft_files import (
@@ -21,6 +22,7 @@ from qwenvl_lit.training.adapters.peft_files import (
 )
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import is_unresolved
 
 NO_ADAPTER = (
     "there is no adapter: whole tensors were trained, or nothing was; export with merge=true"
@@ -110,15 +112,36 @@ def portable_settings(model: Mapping[str, Any], family: Family) -> dict[str, Any
     return {key: value for key, value in model.items() if key not in family.machine_settings}
 
 
+def portable_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how a run was trained, without what depends on the machine.
+
+    Args:
+        config: the resolved config of the run. A group that names other code than the package's is
+            left out, since reading it would need trust=true.
+    """
+    recipe: dict[str, Any] = {}
+    for group in RECIPE_GROUPS:
+        node = dict(config.get(group) or {})
+        for key in MACHINE_KEYS:
+            node.pop(key, None)
+        try:
+            check_stored_config({group: node}, SETTINGS)
+        except DataError:
+            continue
+        if "_target_" in node and not is_unresolved(node):
+            recipe[group] = node
+    return recipe
+
+
 def write_settings(
     folder: Path, settings: Mapping[str, Any], family: Family, *, merged: bool, dtype: str
 ) -> None:
-    """Writes how the model is prompted and how it generates.
+    """Writes how the model is prompted, how it generates and how it was trained.
 
     Neither peft nor the published checkpoint has a file for this.
 
     Args:
-        settings: the groups `model` and `generation` of the config.
+        settings: the groups `model` and `generation` of the config, and `portable_recipe`.
     """
     model = dict(settings["model"])
     if merged:

@@ -53,6 +53,8 @@ CONTENTS = {  # of a run folder; the last five only if there is something to wri
 # Groups of a stored config that other commands build objects from
 NEEDED_GROUPS = ("model", "adapter", "generation")  # to answer
 USED_GROUPS = (*NEEDED_GROUPS, "init", "data", "metrics", "optim", "trainer")
+RECIPE_GROUPS = ("adapter", "optim", "trainer")  # of a config: how a model was trained
+MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")  # of `trainer`: not the recipe's
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
 # Name on the hub of each published model, by the last part of the names that copies have
 PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}
@@ -193,9 +195,10 @@ def contents(folder: Path) -> str:
 
 
 def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str, Any]]:
-    """Reads the groups `model` and `generation` that an exported folder stores, with `_target_`.
+    """Reads the groups that an exported folder stores, with `_target_`.
 
-    Empty for folders that others wrote.
+    These are `model`, `generation` and, if a run was exported, its recipe. Empty for folders that
+    others wrote.
 
     Raises:
         DataError: the file is damaged, or has settings that these groups do not know.
@@ -204,12 +207,15 @@ def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str,
     if not file.exists():
         return {}
     settings = read_json_object(file)
+    known = ("model", "generation", *RECIPE_GROUPS)
     for group, node in settings.items():
-        if group not in ("model", "generation"):
-            raise DataError(f"{file}: {group} is unknown; expected model and generation")
+        if group not in known:
+            raise DataError(f"{file}: {group} is unknown; expected {', '.join(known)}")
         if not isinstance(node, dict):
             raise DataError(f"{file}: {group} is {brief(node)}, expected a JSON object")
-        [target] = group_targets(group)
+        target, *others = group_targets(group)
+        if others and "_target_" not in node:
+            raise DataError(f"{file}: {group} has no _target_")
         settings[group] = {"_target_": target, **node}
     check_stored_config(settings, file, trust=trust)
     if is_unresolved(settings):
@@ -283,7 +289,9 @@ def _recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     model = settings["model"]
     if "_target_" not in model:
         model = {**config["model"], **model}
-    return {**config, **settings, "model": model, "init": {}, "data": {}, "metrics": {}}
+    trainer = {**config["trainer"], **settings.get("trainer", {})}
+    empty: dict[str, Any] = {"init": {}, "data": {}, "metrics": {}}
+    return {**config, **settings, "model": model, "trainer": trainer, **empty}
 
 
 @cache

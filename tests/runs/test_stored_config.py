@@ -200,7 +200,9 @@ def test_an_argument_of_another_type_is_named(config, key, value, message):
         ({"generation": {"max_new_tokens": "many"}}, "generation.max_new_tokens is 'many'"),
         ({"generation": {"max_new_tokens": "${x}"}}, "has an interpolation"),
         ({"generation": [1]}, r"generation is \[1\], expected a JSON object"),
-        ({"trainer": {}}, "trainer is unknown"),
+        ({"data": {}}, "data is unknown; expected model, generation, adapter, optim, trainer"),
+        ({"trainer": {"max_epochs": "many"}}, "trainer.max_epochs is 'many'"),
+        ({"adapter": {"rank": 4}}, "adapter has no _target_"),
     ],
 )
 def test_settings_of_an_exported_folder_are_checked(settings, message):
