@@ -355,7 +355,7 @@ def test_a_broken_image_is_named(model, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(BadImage, match=r"^image .*broken\.png cannot be read"):
         model.chat(f"<img>{tmp_path / 'broken.png'}</img>What?")
-    with pytest.raises(DataError, match=r"^turn 2 has 500001 characters"):  # no row, no id
+    with pytest.raises(DataError, match=r"^turn 1 has 500001 characters"):  # no row, no id
         model.chat("x" * 500_001)
     with pytest.raises(DataError, match="the system message must be text, got int"):
         model.chat("x", system=3)

@@ -15,7 +15,7 @@ from qwenvl_lit.types import DataError
 
 TRAIN = ["data=jsonl", "data.train=rows.jsonl", "data.validation=rows.jsonl", "strategy=cpu"]
 TRAIN += ["model=qwen_vl_chat", "model.path=export", "model.dtype=float32", "logger=none"]
-TRAIN += ["trainer.max_steps=1", "trainer.accumulate_grad_batches=1", "hydra.run.dir=run"]
+TRAIN += ["trainer.max_steps=1", "trainer.rows_per_step=1", "hydra.run.dir=run"]
 TRAIN += ["trainer.precision=32-true", "adapter.rank=2", "generation.max_new_tokens=2"]
 TRAIN += ["data.num_workers=0"]
 

@@ -87,7 +87,7 @@ ADAPTERS = {
 }
 DATA = ["data=jsonl", "data.train=rows.jsonl", "data.validation=rows.jsonl"]
 RECIPE = [*QUIET, "++model.system=Look.", "optim.lr=0.05"]
-RECIPE += ["trainer.max_steps=2", "trainer.accumulate_grad_batches=1", "trainer.precision=32-true"]
+RECIPE += ["trainer.max_steps=2", "trainer.rows_per_step=1", "trainer.precision=32-true"]
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ ADAPTERS["resampler"] = ["adapter=lora_all"]
 TRAIN = ["model=qwen_vl_chat", "model.path=base", "model.dtype=float32", "strategy=cpu"]
 TRAIN += ["data=jsonl", "data.train=rows.jsonl", "data.validation=rows.jsonl", "logger=none"]
 TRAIN += ["data.num_workers=0", "trainer.precision=32-true", "trainer.max_steps=3"]
-TRAIN += ["trainer.accumulate_grad_batches=1", "adapter.rank=4", "adapter.dropout=0"]
+TRAIN += ["trainer.rows_per_step=1", "adapter.rank=4", "adapter.dropout=0"]
 TRAIN += ["optim.lr=0.01", "generation.max_new_tokens=2"]
 PEFT = {  # arguments of `LoraConfig` in programs of that time
     "c_attn": {"target_modules": ["c_attn"]},

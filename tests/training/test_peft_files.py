@@ -251,7 +251,7 @@ def test_tensors_that_the_model_does_not_have_are_named(folder):
     adapter = LoRA(rank=2, alpha=4, dropout=0.0, targets=["c_attn"])
     adapted = adapter.apply(small_network(), QwenVLFamily)
     file = weights_file(folder(["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"]))
-    message = r"1 tensors that this model does not have \(.*h\.7.*is it the base"
+    message = r"1 tensor that this model does not have \(.*h\.7.*is it the base"
     with pytest.raises(DataError, match=message):
         read_trained_state(file, adapted)
 

@@ -46,5 +46,5 @@ def test_a_sample_whose_answer_is_cut_off_is_refused():
     talk = Conversation(
         id="a", turns=turns_of(cases("train_finetune")["empty_answer"]["conversations"])
     )
-    with pytest.raises(DataError, match="no answer to learn from"):
+    with pytest.raises(DataError, match="truncate_right leaves no answer of the row"):
         processor(max_length=8, too_long="truncate_right").encode(talk)
