@@ -141,7 +141,7 @@ def test_a_very_long_row_is_an_error_with_the_tiny_model_too(folder, tmp_path):
     data = ["data=jsonl", f"data.train={folder}/long.jsonl", "data.validation=null"]
     assert exit_status(tmp_path, *data) == 1
     [finding] = findings(tmp_path / "run")
-    assert "tokens are more than max_length=2048; " in finding["message"]
+    assert "tokens are more than model.max_length=2048; " in finding["message"]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ class Speed:
             checkpointing = "none"
         available = available_memory(on_gpu=on_gpu, processes=trainer.num_devices)
         plan = plan_step(
-            adapter.apply(family.meta_model(), family).train(),
+            _meta_model(family, adapter),
             family,
             data.sizes,
             data.rows_per_step,
@@ -193,7 +193,7 @@ class Speed:
         rows, tokens = trainer.datamodule.largest_batch()
         sharding, gpus = sharding_of(trainer)
         names = blocks_to_checkpoint(
-            adapter.apply(family.meta_model(), family).train(),
+            _meta_model(family, adapter),
             training_inputs(family, rows, tokens=tokens),
             family.components,
             available_gpu_memory(),
@@ -214,6 +214,12 @@ class Speed:
                 rows,
                 tokens,
             )
+
+
+def _meta_model(family: Family, adapter: Adapter) -> nn.Module:
+    """Returns the network with its adapter on the meta device, in training mode."""
+    with torch.random.fork_rng(devices=[]):  # peft draws the adapter before it becomes meta
+        return adapter.apply(family.meta_model(), family).train()
 
 
 def _packing_is_fast(trainer: lightning.Trainer) -> bool:

@@ -393,7 +393,7 @@ def test_a_broken_connection_is_resumed(hub, model, impatient):
 
 def test_files_that_arrived_before_a_failed_download_are_kept(hub, model, impatient):
     hub.breaks_after = 0
-    with pytest.raises(DataError, match="files that have arrived are kept"):
+    with pytest.raises(DataError, match="whose files are kept"):
         find_checkpoint("someone/small")
     assert any(request.startswith("GET") and "config.json" in request for request in hub.requests)
     hub.breaks_after, hub.requests = None, ()
