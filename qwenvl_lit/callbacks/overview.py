@@ -17,7 +17,7 @@ from qwenvl_lit.data.findings import FILENAME
 from qwenvl_lit.data.loading import EncodedDataset
 from qwenvl_lit.data.selection import Concat
 from qwenvl_lit.models.chatml import runs
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import Sample
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _device(trainer: lightning.Trainer) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{device.type.upper()}, {_count(torch.get_num_threads(), 'thread')}"
+        name = f"{device.type.upper()}, {counted(torch.get_num_threads(), 'thread')}"
     if trainer.world_size > 1:
         name = f"{trainer.world_size} x {name}"
     return f"{name}, precision {trainer.precision}"
@@ -79,7 +79,7 @@ def _device(trainer: lightning.Trainer) -> str:
 def _rows(data: DataModule) -> str:
     images = sum(dataset.images for dataset in data.measured.values())
     left_out = sum(dataset.left_out for dataset in data.measured.values())
-    text = f"{sum(map(len, data.train)):,} training with {_count(images, 'image')}, "
+    text = f"{sum(map(len, data.train)):,} training with {counted(images, 'image')}, "
     text += f"{len(data.validation):,} validation, {left_out:,} left out"
     return f"{text} ({FILENAME} says why)" if left_out else text
 
@@ -89,7 +89,8 @@ def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
     if math.isfinite(steps := data.steps_of_run()):
         steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         epochs = f"{steps / math.ceil(steps_per_epoch):.3g}"
-        text = f"{_count(int(steps), 'optimizer step')} in {epochs} epoch{'s' * (epochs != '1')}"
+        plural = "s" * (steps != 1)
+        text = f"{int(steps):,} optimizer step{plural} in {epochs} epoch{'s' * (epochs != '1')}"
     if trainer.global_step:
         text += f", {trainer.global_step:,} of them done"
     return text
@@ -97,16 +98,16 @@ def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
 
 def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
     accumulated, ranks = trainer.accumulate_grad_batches, trainer.world_size
-    factors = f"x {accumulated} accumulated x {_count(ranks, 'rank')}"
+    factors = f"x {accumulated} accumulated x {counted(ranks, 'rank')}"
     if data.cuts_steps:
         rows = data.rows_per_step * ranks
         how = "padded" if data.cut.pack is None else "packed"
         return (
-            f"{_count(rows, 'row')} per optimizer step, {how} in micro-batches that fit in memory"
+            f"{counted(rows, 'row')} per optimizer step, {how} in micro-batches that fit in memory"
         )
     if data.max_tokens is None:
         rows = data.batch_size * accumulated * ranks
-        return f"{_count(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
+        return f"{counted(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
     rows = accumulated * sum(map(len, data.train)) / trainer.num_training_batches
     return f"about {rows:.3g} rows per step: batches of up to {data.max_tokens:,} tokens {factors}"
 
@@ -125,16 +126,12 @@ def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[
             times = f"{callback}, "
     plan = data.plans.get("validation")
     if plan and plan.batches.reason:  # data.eval_batch_size=auto
-        times += f"batches of {_count(plan.batches.rows, 'row')} ({plan.batches.reason}), "
+        times += f"batches of {counted(plan.batches.rows, 'row')} ({plan.batches.reason}), "
     answered = min(data.generated_validation_rows, len(data.validation))
     if not answered:
         return f"{times}loss only (data.generated_validation_rows=0){left_to_test}"
-    text = f"{times}{_count(answered, 'row')} answered (data.generated_validation_rows)"
+    text = f"{times}{counted(answered, 'row')} answered (data.generated_validation_rows)"
     return f"{text} and scored by {names}" if metrics else f"{text}, no metrics chosen"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def first_sample(data: DataModule) -> Sample | None:
@@ -154,7 +151,7 @@ def marked(sample: Sample, processor: Processor) -> Text:
     ids, labels = sample.input_ids.tolist(), sample.labels.tolist()
     supervised = sum(label >= 0 for label in labels[1:])
     row = sample.conversation.where or sample.conversation.id
-    title = f"{printable(row)}, {_count(len(ids), 'token')}, {supervised:,} supervised"
+    title = f"{printable(row)}, {counted(len(ids), 'token')}, {supervised:,} supervised"
     text = Text(f"{'First row':{LABEL_WIDTH}}{title}, marked {OPEN}...{CLOSE}:\n")
     for piece, is_supervised in runs(ids, labels, processor.text):
         piece = _shortened(printable(piece, keep="\n"))

@@ -16,6 +16,7 @@ from torch import nn
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.models.dynamo import compiled_graphs
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import Batch, micro_batches_of
 
 # Peak bfloat16 FLOP/s without sparsity, from the vendor's data sheets. The first name that is part
@@ -220,7 +221,7 @@ class Throughput(lightning.Callback):
         seconds = latest.seconds - self._start.seconds
         self.rates = {"seconds": seconds, "images_per_second": latest.images / max(seconds, 1e-9)}
         command = "predict" if trainer.predicting else "test"
-        rows = "1 row" if latest.rows == 1 else f"{latest.rows} rows"
+        rows = counted(latest.rows, "row")
         print(f"{command}: {rows} in {seconds:.1f} s, {_answer_rates(self._start, latest)}")
         loading = f"loading took {self._start.seconds - self._loading_start:.1f} s before that"
         batches = latest.batches - first.batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -76,26 +76,13 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
     options = _options(arguments)
     if not options:
         return
-    typed, meant, needless, unknown = [], [], [], []
-    for flag, values in options:
-        name = flag.lstrip("-")
-        typed.append(shlex.join([flag, *values]))
-        argument = translate(command, name, values)
-        if argument is None and is_key(name):
-            argument = f"{name}={value_from(values)}"
-        if argument is None:
-            unknown.append(flag)
-        elif argument:
-            meant.append(argument)
-        else:
-            needless.append(flag)
-    message = f"arguments are written as key=value, without dashes: {' '.join(typed)}"
+    typed = " ".join(shlex.join([flag, *values]) for flag, values in options)
+    named = [(flag.lstrip("-"), values, flag) for flag, values in options]
+    meant, others = translate_options(command, named)
+    message = f"arguments are written as key=value, without dashes: {typed}"
     if meant:
-        message += f" is {' '.join(combine(meant))} here"
-    if needless:
-        message += f"; nothing is needed for {', '.join(needless)}"
-    if unknown:
-        message += f"; nothing here stands for {', '.join(unknown)}"
+        message += f" is {meant} here"
+    message += others
     raise DataError(f"{message}; see python -m qwenvl_lit.{command} --help")
 
 
@@ -140,6 +127,37 @@ def _is_referred_to(key: str, arguments: Sequence[str]) -> bool:
     for folder in _own_folders(arguments):
         texts += [file.read_text(encoding="utf-8") for file in folder.rglob("*.yaml")]
     return any(f"${{{key}" in text for text in texts)
+
+
+def translate_options(
+    command: str, options: Iterable[tuple[str, Sequence[str], str]]
+) -> tuple[str, str]:
+    """Translates options of other programs.
+
+    Args:
+        options: name, values, and how the user wrote the name.
+
+    Returns:
+        The arguments here; and the end of a message, which names the options for which nothing is
+        needed and those that have no counterpart.
+    """
+    meant, needless, unknown = [], [], []
+    for name, values, written in options:
+        argument = translate(command, name, values)
+        if argument is None and is_key(name):
+            argument = f"{name}={value_from(values)}"
+        if argument is None:
+            unknown.append(written)
+        elif argument:
+            meant.append(argument)
+        else:
+            needless.append(written)
+    others = ""
+    if needless:
+        others += f"; nothing is needed for {', '.join(needless)}"
+    if unknown:
+        others += f"; nothing here stands for {', '.join(unknown)}"
+    return " ".join(combine(meant)), others
 
 
 def is_key(name: str) -> bool:

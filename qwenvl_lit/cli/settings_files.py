@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.cli.choices import DATA_FILES
-from qwenvl_lit.cli.hints import is_key
-from qwenvl_lit.cli.other_names import combine, translate, value_from
+from qwenvl_lit.cli.hints import translate_options
 from qwenvl_lit.runs.stored_config import read_config
 from qwenvl_lit.types import DataError
 
@@ -51,41 +50,18 @@ def explain_settings_file(command: str, file: str) -> str:
         f"{FOLDER}/experiment/{name}.yaml and run python -m qwenvl_lit.{command} "
         f"--config-dir={FOLDER} {plus}experiment={name} (docs/training.md has an example)"
     )
-    meant, needless, unknown = _translate_file(command, Path(file).expanduser())
+    meant, others = translate_options(command, _options(Path(file).expanduser()))
     if meant:
-        message += f". As arguments, its settings are: {' '.join(combine(meant))}"
-        if needless:
-            message += f"; nothing is needed for {', '.join(needless)}"
-        if unknown:
-            message += f"; nothing here stands for {', '.join(unknown)}"
+        message += f". As arguments, its settings are: {meant}{others}"
     return message
 
 
-def _translate_file(command: str, file: Path) -> tuple[list[str], list[str], list[str]]:
-    """Translates the settings of another program's file.
-
-    Returns:
-        The arguments here, the keys for which nothing is needed, and those that have no
-        counterpart. Empty if the file does not exist or is no mapping.
-    """
-    meant: list[str] = []
-    needless: list[str] = []
-    unknown: list[str] = []
+def _options(file: Path) -> Iterator[tuple[str, list[str], str]]:
+    """Yields the settings of another program's file; none if it does not exist."""
     for key, value in _read_settings(file).items():
-        if value is None or isinstance(value, dict):
-            continue
-        values = value if isinstance(value, list) else [value]
-        texts = list(map(_text, values))
-        argument = translate(command, key, texts)
-        if argument is None and is_key(key):
-            argument = f"{key}={value_from(texts)}"
-        if argument is None:
-            unknown.append(key)
-        elif argument:
-            meant.append(argument)
-        else:
-            needless.append(key)
-    return meant, needless, unknown
+        if value is not None and not isinstance(value, dict):
+            values = value if isinstance(value, list) else [value]
+            yield key, list(map(_text, values)), key
 
 
 def _text(value: object) -> str:

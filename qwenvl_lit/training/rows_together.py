@@ -16,6 +16,7 @@ from qwenvl_lit.data.evaluation_batches import (
     RowSizes,
 )
 from qwenvl_lit.generation.compilation import COMPILE_SECONDS, seconds_saved
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.training.memory import FRAGMENTATION
 from qwenvl_lit.training.optim import local_tensor
 from qwenvl_lit.training.strategies import DeviceMapStrategy, sharding_of
@@ -116,7 +117,7 @@ def batch_lines(plans: Mapping[str, EvaluationPlan]) -> Iterator[str]:
         if plan.batches.reason:
             sets.setdefault(plan.batches, []).append(name)
     for batches, names in sets.items():
-        rows = "1 row" if batches.rows == 1 else f"{batches.rows} rows"
+        rows = counted(batches.rows, "row")
         of = f" of {', '.join(names)}" if len(sets) > 1 else ""
         yield f"Batches of {rows}{of}: {batches.reason} (data.eval_batch_size=auto)"
 
