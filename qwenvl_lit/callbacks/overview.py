@@ -22,6 +22,7 @@ from qwenvl_lit.types import Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.data.datamodule import DataModule
+    from qwenvl_lit.data.micro_batches import CutStep
     from qwenvl_lit.models.protocols import Processor
 
 LABEL_WIDTH = 12
@@ -100,16 +101,23 @@ def _batches(trainer: lightning.Trainer, data: DataModule) -> str:
     accumulated, ranks = trainer.accumulate_grad_batches, trainer.world_size
     factors = f"x {accumulated} accumulated x {counted(ranks, 'rank')}"
     if data.cuts_steps:
-        rows = data.rows_per_step * ranks
-        how = "padded" if data.cut.pack is None else "packed"
-        return (
-            f"{counted(rows, 'row')} per optimizer step, {how} in micro-batches that fit in memory"
-        )
+        rows = min(data.rows_per_step, -(-sum(map(len, data.train)) // ranks)) * ranks
+        return f"{counted(rows, 'row')} per optimizer step, {_micro_batches(data.cut)}"
     if data.max_tokens is None:
         rows = data.batch_size * accumulated * ranks
         return f"{counted(rows, 'row')} per optimizer step = batch of {data.batch_size} {factors}"
     rows = accumulated * sum(map(len, data.train)) / trainer.num_training_batches
     return f"about {rows:.3g} rows per step: batches of up to {data.max_tokens:,} tokens {factors}"
+
+
+def _micro_batches(cut: CutStep) -> str:
+    """Says how the rows of a step are cut on each rank."""
+    how = "padded" if cut.pack is None else "packed"
+    if cut.count is not None and cut.count > 1:
+        return f"{how} in {cut.count} micro-batches per rank"
+    if cut.most_tokens is None or cut.count == 1:
+        return f"{how} in one micro-batch per rank"
+    return f"{how} in micro-batches of up to {cut.most_tokens:,} tokens"
 
 
 def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[str]) -> str:

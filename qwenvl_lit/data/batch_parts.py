@@ -1,6 +1,8 @@
-"""Splits batches into batches of fewer rows."""
+"""Splits batches into batches of fewer rows, or of rows of one kind."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 
@@ -16,6 +18,16 @@ def split_batch(batch: Batch, rows: int) -> list[Batch]:
     if count <= rows:
         return [batch]
     return [_part(batch, first, min(first + rows, count)) for first in range(0, count, rows)]
+
+
+def split_by_options(batch: Batch) -> list[Batch]:
+    """Splits a batch of prompts where rows with options and rows without meet, in order."""
+    kinds = [bool(row.options) for row in batch.conversations]
+    starts = [index for index in range(1, len(kinds)) if kinds[index] != kinds[index - 1]]
+    if not starts:
+        return [batch]
+    bounds = pairwise([0, *starts, len(kinds)])
+    return [_part(batch, first, end) for first, end in bounds]
 
 
 def _part(batch: Batch, first: int, end: int) -> Batch:

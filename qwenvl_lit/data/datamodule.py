@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -252,15 +253,21 @@ class DataModule(lightning.LightningDataModule):
         return CutStep(pad=Pad(pad_id=self.processor.pad_id))
 
     def cut_steps(
-        self, costs: ActivationCosts, max_bytes: float, *, packed: bool, count: int | None
+        self,
+        costs: ActivationCosts,
+        max_bytes: float,
+        *,
+        packed: bool,
+        count: int | None,
+        most_tokens: int | None,
     ) -> None:
         """Limits the micro-batches of training steps, see `CutStep`; called after `setup`."""
         pack = None
         if packed:
             longest = int(self.sizes[0].max())
             pack = Pack(pad_id=self.cut.pad.pad_id, max_rows=self.rows_per_step, longest=longest)
-        limit = MemoryLimit(max_bytes)
-        self.cut = CutStep(pad=self.cut.pad, pack=pack, costs=costs, limit=limit, count=count)
+        limits = {"limit": MemoryLimit(max_bytes), "count": count, "most_tokens": most_tokens}
+        self.cut = replace(self.cut, pack=pack, costs=costs, **limits)
 
     def on_before_batch_transfer(
         self, batch: Batch | Sequence[Batch], dataloader_idx: int
@@ -363,6 +370,8 @@ class DataModule(lightning.LightningDataModule):
         order = np.arange(len(rows)) if indices is None else np.array(indices, dtype=np.int64)
         if sort and self.eval_batch_size != 1:
             order = order[by_length(sizes.lengths[order])]
+            has_options = sizes.answers[order] == 0
+            order = order[np.argsort(has_options, kind="stable")]  # they are answered separately
         return self._eval_loader(name, rows, order, sizes.lengths, sizes)
 
     def _eval_loader(

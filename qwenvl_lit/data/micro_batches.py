@@ -50,6 +50,8 @@ class CutStep:
     Args:
         count: number of micro-batches of every step. FSDP needs the same number on all ranks. By
             default, there are as few as the limit allows.
+        most_tokens: roughly the most tokens of a micro-batch, to be printed; None if the limit
+            allows all rows of every step.
     """
 
     pad: Pad
@@ -57,6 +59,7 @@ class CutStep:
     costs: ActivationCosts = field(default_factory=ActivationCosts)
     limit: MemoryLimit = field(default_factory=MemoryLimit)
     count: int | None = None
+    most_tokens: int | None = None
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> list[Batch]:
         samples = [row for row in rows if isinstance(row, Sample)]

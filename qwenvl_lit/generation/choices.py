@@ -13,7 +13,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from qwenvl_lit.generation.sampling import require_finite
-from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -29,17 +28,8 @@ def choose(
     """Answers multiple-choice prompts with the option that has the lowest mean loss per token.
 
     Args:
-        inputs: the prompts of `conversations`, see `option_losses`.
-
-    Raises:
-        DataError: a conversation has no options.
+        inputs: the prompts of `conversations`, which all have options, see `option_losses`.
     """
-    for row in conversations:
-        if not row.options:
-            raise DataError(
-                f"{row.where or 'data'}: row {row.id!r} has no options, but other rows of its set "
-                "have options; put rows without options into a separate set"
-            )
     options = [processor.option_ids(conversation) for conversation in conversations]
     losses_of_rows = option_losses(model, inputs, options)
     predictions = []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from qwenvl_lit.data.batch_parts import split_by_options
 from qwenvl_lit.generation.choices import choose
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.training.halving import Halving
@@ -36,7 +37,10 @@ class Answering:
         """Answers each row of a batch of prompts."""
         if not batch.conversations:
             return []
-        return list(chain.from_iterable(self.halving(self._answer, batch)))
+        predictions: list[Prediction] = []
+        for part in split_by_options(batch):
+            predictions += chain.from_iterable(self.halving(self._answer, part))
+        return predictions
 
     def free_memory(self) -> None:
         """Frees what is kept between answers."""
@@ -78,7 +82,7 @@ class Answering:
     def _answer(self, batch: Batch) -> list[Prediction]:
         module, processor = self.module, self.module.processor
         inputs = module.family.inputs(batch, generate=True)
-        if any(conversation.options for conversation in batch.conversations):
+        if batch.conversations[0].options:  # and those of all rows, see `split_by_options`
             return choose(module.model, processor, inputs, batch.conversations)
         generation = module.generation
         if generation.compile == "auto":

@@ -177,6 +177,7 @@ class Speed:
             max_bytes=plan.max_bytes,
             packed=family.supports_packing and _packing_is_fast(trainer),
             count=plan.count,
+            most_tokens=None if plan.is_one_batch else plan.most_tokens,
         )
         if trainer.is_global_zero and plan.estimate.total >= GIB:
             batches = f"micro-batches of up to {plan.most_tokens:,} tokens"

@@ -49,6 +49,8 @@ class StepPlan:
     """The memory for the largest micro-batch."""
     most_tokens: int
     """The most tokens of a micro-batch, approximately."""
+    is_one_batch: bool
+    """Whether all rows of every step are one micro-batch."""
 
 
 def plan_step(
@@ -105,6 +107,7 @@ def plan_step(
         checkpointed=blocks[:checkpointed],
         estimate=estimate(fixed + largest),
         most_tokens=round(largest * tokens.sum() / of_rows.sum()),
+        is_one_batch=count in (None, 1) and largest_step <= max_bytes,
     )
 
 

@@ -5,9 +5,10 @@ from PIL import Image
 from tiny import tiny_task
 from toy_task import trainer
 
-from qwenvl_lit.callbacks.overview import Overview, _validation, marked
+from qwenvl_lit.callbacks.overview import Overview, _batches, _validation, marked
 from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.micro_batches import ActivationCosts
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.types import Conversation, Dropped, ImageSource, Turn
 
@@ -102,6 +103,28 @@ def test_the_batches_of_validation_are_printed_with_their_reason(tmp_path, capsy
     data = {"train": "ab", "validation": "cdefg", "eval_batch_size": "auto"}
     printed = overview(tmp_path, capsys, data=data, limit_val_batches=1.0)
     assert "Validation  batches of 5 rows (all rows of a process), loss only" in printed
+
+
+@pytest.mark.parametrize(
+    ("rows_per_step", "limits", "text"),
+    [
+        (2, {}, "2 rows per optimizer step, padded in one micro-batch per rank"),
+        (50, {}, "4 rows per optimizer step, padded in one micro-batch per rank"),
+        (2, {"most_tokens": 1200}, "padded in micro-batches of up to 1,200 tokens"),
+        (2, {"packed": True, "count": 1}, "packed in one micro-batch per rank"),
+        (2, {"packed": True, "count": 3}, "packed in 3 micro-batches per rank"),
+    ],
+)
+def test_the_micro_batches_of_a_step_are_printed(rows_per_step, limits, text, tmp_path):
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    run = trainer(tmp_path)
+    sizes = {"batch_size": "auto", "rows_per_step": rows_per_step}
+    rows = DataModule(processor=module.processor, read=read, train="abde", **sizes)
+    run.datamodule = rows
+    rows.setup("fit")
+    options = {"packed": False, "count": None, "most_tokens": None, **limits}
+    rows.cut_steps(ActivationCosts(), 1e9, **options)
+    assert _batches(run, rows).endswith(text)
 
 
 def test_a_row_cannot_control_the_terminal():

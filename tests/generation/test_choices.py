@@ -139,12 +139,26 @@ def test_options_follow_a_raw_prompt_with_a_space():
     assert [chat.text(ids) for ids in raw.option_ids(row)] == [" A", " B"]
 
 
-def test_rows_with_and_without_options_are_not_answered_together():
+def test_rows_with_and_without_options_may_be_in_a_batch():
     module = choosing_module()
-    turns = (Turn(role="user", parts=("?",)),)
-    without = Conversation(id="0", turns=turns, options=())
-    with_options = Conversation(id="1", turns=turns, options=("A", "B"))
-    samples = [module.processor.encode(row, prompt=True) for row in (without, with_options)]
-    batch = Pad(pad_id=module.processor.pad_id, side="left")(samples)
-    with pytest.raises(DataError, match="row '0' has no options"):
-        module.predict(batch)
+    rows = []
+    for index in range(5):
+        turns = (Turn(role="user", parts=(f"Which? {'?' * index}",)),)
+        options = ("A", "B") if index in (1, 2, 4) else ()
+        rows.append(Conversation(id=str(index), index=index, turns=turns, options=options))
+    pad = Pad(pad_id=module.processor.pad_id, side="left")
+    samples = [module.processor.encode(row, prompt=True) for row in rows]
+    alone = [module.predict(pad([sample]))[0].text for sample in samples]
+    assert [answer.text for answer in module.predict(pad(samples))] == alone
+    data = DataModule(
+        processor=module.processor, read=lambda *_: rows, test="rows", eval_batch_size=2
+    )
+    data.setup("predict")
+    (loader,) = data.predict_dataloader()
+    kinds = [[bool(row.options) for row in batch.conversations] for batch in loader]
+    assert kinds == [[False, False], [True, True], [True]]
+    answers = {}
+    for batch in loader:
+        for answer in module.predict(batch):
+            answers[answer.conversation.id] = answer.text
+    assert [answers[row.id] for row in rows] == alone

@@ -38,6 +38,7 @@ def plan(models, gib: float, sizes=None, *, adapter=LANGUAGE, **options) -> Step
 def test_a_large_gpu_takes_a_whole_step_without_recomputation(models):
     large = plan(models, 80)
     assert large.checkpointed == []
+    assert large.is_one_batch
     assert large.most_tokens == 16 * 320
     assert 36 * GIB < large.estimate.total < 46 * GIB  # measured: 37.1 GiB on an H200
 
@@ -51,6 +52,7 @@ def test_the_vision_tower_costs_memory_only_if_it_is_trained(models):
 
 def test_a_smaller_gpu_recomputes_as_few_blocks_as_efficient_micro_batches_need(models):
     few = plan(models, 32)
+    assert not few.is_one_batch
     assert 0 < len(few.checkpointed) < 32
     assert few.most_tokens >= EFFICIENT_TOKENS
     assert fits(few.estimate, 32 * GIB)

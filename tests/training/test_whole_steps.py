@@ -38,7 +38,8 @@ class History(lightning.Callback):
 
     def setup(self, trainer, pl_module, stage):
         if self.limit is not None:
-            trainer.datamodule.cut_steps(ActivationCosts(), **{"count": None, **self.limit})
+            options = {"count": None, "most_tokens": None, **self.limit}
+            trainer.datamodule.cut_steps(ActivationCosts(), **options)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if isinstance(batch, list):

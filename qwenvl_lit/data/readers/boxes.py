@@ -154,6 +154,11 @@ class BoxReader:
                 self.notes.append(f"{description}; kept as it is")
                 return box
             case "repair":
+                if box.frame == "grid" and _is_within_one(box):
+                    raise DataError(
+                        f"{description} and is within 0..1: a box in markup is on the grid, so "
+                        f"multiply fractions of the image by {GRID + 1}"
+                    )
                 repaired = _repaired(box, limits)
                 if repaired is None:
                     raise DataError(
@@ -165,7 +170,7 @@ class BoxReader:
             case "drop":
                 raise Dropped(description)
         largest = max(chain(*_corners(box)))
-        advice = "correct it, or choose how such boxes are handled: data.on_bad_box"
+        advice = "correct it, or choose data.on_bad_box=keep, repair or drop"
         if problem.startswith(_OUTSIDE) and limits == FRAME_LIMITS["grid"] and largest == GRID + 1:
             advice = f"data.on_bad_box=repair writes {GRID + 1} as {GRID}, the end of the grid"
         raise DataError(f"{description}; {advice}")
@@ -196,6 +201,12 @@ def _is_coordinate(value: Any) -> bool:
 
 def _is_whole(value: float) -> bool:
     return value == int(value)
+
+
+def _is_within_one(box: Box | Quad) -> bool:
+    """Returns whether a box seems to be fractions of its image."""
+    values = list(chain(*_corners(box)))
+    return min(values) >= 0 and max(values) <= 1 and not all(map(_is_whole, values))
 
 
 def _corners(box: Box | Quad) -> tuple[tuple[float, float], ...]:

@@ -344,7 +344,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
                 "objects": [DOG | {"bbox": [1.5, 2, 3, 4], "bbox_type": "norm_1000"}],
             },
             "has fractions on the grid of 0..999; "
-            "correct it, or choose how such boxes are handled: data.on_bad_box",
+            "correct it, or choose data.on_bad_box=keep, repair or drop",
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]},
@@ -554,7 +554,7 @@ def test_a_wrong_box_is_kept_repaired_or_dropped_with_its_row(read_row, kind, wr
     with pytest.raises(
         DataError,
         match=r"rows\.jsonl:1: row .*"
-        r"correct it, or choose how such boxes are handled: data\.on_bad_box",
+        r"correct it, or choose data\.on_bad_box=keep, repair or drop",
     ):
         read_row(row)
     kept = read_row(row, on_bad_box="keep")
@@ -583,6 +583,15 @@ def test_wrong_boxes_in_the_text_are_handled_like_those_of_objects(read_row):
     ) == ("<box>(3,2),(9,999)</box><quad>(1,1),(9,1),(9,9),(1,999)</quad>")
     with pytest.raises(Dropped, match="text: box"):
         read_row(row, on_bad_box="drop")
+
+
+def test_fractions_in_markup_are_not_repaired_to_a_corner_of_the_image(read_row):
+    row = {"query": "<img>a.png</img>Where?", "response": "<box>(0.1,0.2),(0.5,0.6)</box>"}
+    for on_bad_box in ("error", "repair"):
+        with pytest.raises(DataError, match="has fractions on the grid"):
+            read_row(row, on_bad_box=on_bad_box)
+    with pytest.raises(DataError, match="multiply fractions of the image by 1000"):
+        read_row(row, on_bad_box="repair")
 
 
 FRACTIONS = [0.1, 0.2, 0.5, 1]
