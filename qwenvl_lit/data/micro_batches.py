@@ -84,7 +84,12 @@ class CutStep:
         )
 
     def fits(self, micro_batches: Sequence[Batch]) -> bool:
-        """Returns whether no micro-batch of several rows exceeds the limit."""
+        """Returns whether no micro-batch of several rows exceeds the limit.
+
+        A fixed number of micro-batches cannot be cut otherwise.
+        """
+        if self.count is not None:
+            return True
         several = [batch for batch in micro_batches if len(batch.conversations) > 1]
         return all(self._batch_cost(batch) <= self.limit.bytes for batch in several)
 

@@ -57,8 +57,8 @@ class Speed:
         compile: whether to compile the blocks; "auto": on a GPU, for models and runs above a
             minimum size (`COMPILE_FROM_PARAMETERS`, `COMPILE_FROM_BATCHES`).
         checkpointing: activation checkpointing: "none"; "full", every block (about a third more
-            compute); "auto", as few blocks as needed for the longest batch to fit on the GPU, none
-            on a CPU.
+            compute); "auto", as few blocks as needed for the longest batch, or for micro-batches
+            that use the GPU well (`step_plan.EFFICIENT_TOKENS`), to fit on the GPU, none on a CPU.
         float8: whether frozen linear layers use FP8 matmuls, see `float8`.
         vision_cache: whether the features of a frozen vision tower are computed before the first
             step and kept on disk: the callback `VisionCache`.

@@ -31,11 +31,11 @@ def add_gradients(
     Args:
         start: resets the gradients.
         loss: computes the loss of a micro-batch.
-        cut_again: encodes the rows again, and cuts them to the present limit.
+        cut_again: encodes the rows again, and cuts them within the lowered limit.
 
     Raises:
-        torch.OutOfMemoryError: a single row exceeds the memory, or other ranks, which have run
-            out of no memory, wait for the weights of this one.
+        torch.OutOfMemoryError: a single row exceeds the memory; or, with FSDP, the other ranks
+            compute with the old micro-batches.
     """
     while True:
         if not cut.fits(micro_batches):  # cut by a data worker before the limit was lowered

@@ -70,6 +70,7 @@ def test_images_and_supervised_tokens_count():
 @pytest.mark.parametrize("pack", [None, PACK], ids=["padded", "packed"])
 def test_a_fixed_number_of_micro_batches_may_have_empty_ones(pack):
     assert lengths(cut(count=2, pack=pack)(ROWS)) == [(800, 100), (700, 300)]
+    assert cut(1, count=2).fits(cut(1, count=2)(ROWS))  # cutting again would not change them
     three = cut(count=3, pack=pack)([sample(5)])
     assert lengths(three) == [(5,), (), ()]
     assert [len(batch.target_positions) for batch in three] == [1, 0, 0]
