@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.prints import rank_zero_only
 
-from qwenvl_lit.terminal import counted
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 ROWS = "rows"  # SET/rows: the rows answered; SET/rows_METRIC: those that a metric has scored
@@ -244,4 +244,4 @@ class PerSampleMetric(Metric, ABC):
 @cache  # a run computes the same score at each validation
 @rank_zero_only
 def _warn_once(text: str) -> None:
-    log.warning(text)
+    log.warning("%s", printable(text))
