@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit.cli.overrides import has_any, value_of
 from qwenvl_lit.runs.config_folder import config_folder
-from qwenvl_lit.runs.run import Run
+from qwenvl_lit.runs.run import Run, folders_of
 from qwenvl_lit.runs.stored_config import read_config
 
 HYDRA_CONFIG = ".hydra/hydra.yaml"  # of a run folder; names the choices of the run
@@ -73,14 +72,12 @@ def _model_of(run: Run) -> str | None:
 
     A run that started from a run has the model of that one.
     """
-    folder, init = run.folder, run.config.get("init")
-    while folder is not None and (folder / HYDRA_CONFIG).exists():
+    for folder in folders_of(run):
+        if not (folder / HYDRA_CONFIG).exists():
+            return None
         stored = OmegaConf.create(read_config(folder / HYDRA_CONFIG))
         model = OmegaConf.select(stored, "hydra.runtime.choices.model")
         if model != "run":
             known = (config_folder() / "model" / f"{model}.yaml").is_file()
             return model if known else None
-        if not init:
-            return None
-        folder, init = Path(init["checkpoint"]).parent.parent, init.get("init")
     return None

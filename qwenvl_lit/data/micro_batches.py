@@ -65,7 +65,10 @@ class CutStep:
         samples = [row for row in rows if isinstance(row, Sample)]
         dropped = [row for row in rows if isinstance(row, Dropped)]
         samples.sort(key=lambda sample: -len(sample.input_ids))  # stable
-        groups = self._padded(samples) if self.pack is None else self._packed(samples)
+        if self.count is not None:
+            groups = self._dealt(samples, self.count)
+        else:
+            groups = self._padded(samples) if self.pack is None else self._packed(samples)
         collate = self.pack or self.pad
         first, *others = groups or [[]]
         return [collate([*first, *dropped]), *map(collate, others)]
@@ -113,8 +116,6 @@ class CutStep:
 
     def _packed(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Balances the samples over the fewest groups within the limit."""
-        if self.count is not None:
-            return self._dealt(samples, self.count)
         limit = self.limit.bytes
         for count in range(1, len(samples)):
             groups = self._dealt(samples, count)
@@ -124,8 +125,6 @@ class CutStep:
 
     def _padded(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Fills groups with samples of decreasing length, up to the limit."""
-        if self.count is not None:
-            return self._dealt(samples, self.count)
         groups: list[list[Sample]] = []
         for sample in samples:
             if groups and self.cost([*groups[-1], sample]) <= self.limit.bytes:

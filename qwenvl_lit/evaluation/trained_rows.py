@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from qwenvl_lit.cli.early_checks import datasets_of, sources
 from qwenvl_lit.data.selection import parse_count
 from qwenvl_lit.evaluation.sets import EvaluationSet
-from qwenvl_lit.runs.run import Run
+from qwenvl_lit.runs.run import Run, folders_of
 from qwenvl_lit.runs.stored_config import read_config
 
 CONFIG = "config.yaml"  # of a run folder, with resolved paths
@@ -45,12 +45,10 @@ def _test_files(sets: Iterable[EvaluationSet]) -> Iterator[Path]:
 
 def _trained_files(run: Run) -> Iterator[Path]:
     """Yields the training files of a run, and of the runs that it started from."""
-    folder, init = run.folder, run.config.get("init")
-    while folder is not None and (folder / CONFIG).exists():
-        yield from _files_of(OmegaConf.create(read_config(folder / CONFIG)), "train")
-        if not init:
+    for folder in folders_of(run):
+        if not (folder / CONFIG).exists():
             return
-        folder, init = Path(init["checkpoint"]).parent.parent, init.get("init")
+        yield from _files_of(OmegaConf.create(read_config(folder / CONFIG)), "train")
 
 
 def _files_of(config: DictConfig, split: str) -> Iterator[Path]:

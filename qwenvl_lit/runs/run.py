@@ -9,7 +9,7 @@ outputs/train/2026-11-23_09-00-00/
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -72,6 +72,16 @@ class Run:
     """None for a checkpoint outside its run folder, and for a model that others trained."""
     base_model: str | None = None
     """The base model that an adapter folder of others names."""
+
+
+def folders_of(run: Run) -> Iterator[Path]:
+    """Yields the folders of a run and of the runs that it started from, which may be gone."""
+    folder, init = run.folder, run.config.get("init")
+    while folder is not None:
+        yield folder
+        if not init:
+            return
+        folder, init = Path(init["checkpoint"]).parent.parent, init.get("init")
 
 
 def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:

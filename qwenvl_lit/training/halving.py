@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from qwenvl_lit.data.batch_parts import split_batch
+from qwenvl_lit.training.memory import free_unused_memory
 from qwenvl_lit.types import Batch, DataError
 
 T = TypeVar("T")
@@ -63,9 +63,7 @@ class Halving:
             )
         self.rows = rows // 2
         self.free()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused_memory()
         log.warning(
             "GPU memory is too small for %d rows of up to %d tokens: going on with %d at a time; "
             "data.eval_batch_size=%d begins so",

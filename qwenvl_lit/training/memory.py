@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -312,6 +313,13 @@ def usable(available: float) -> float:
 def fits(estimate: MemoryEstimate, available: float) -> bool:
     """Returns whether the estimate is within the usable part of `available` bytes."""
     return estimate.total <= usable(available)
+
+
+def free_unused_memory() -> None:
+    """Frees objects that only refer to each other, and memory that torch keeps on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def available_memory(*, on_gpu: bool, processes: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from qwenvl_lit.metrics.token_scores import TokenScores
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_trained_names
 from qwenvl_lit.training.answering import Answering
 from qwenvl_lit.training.loading import load_model
+from qwenvl_lit.training.memory import free_unused_memory
 from qwenvl_lit.training.non_finite import NonFiniteGuard
 from qwenvl_lit.training.optim import local_tensor
 from qwenvl_lit.training.precision import LossScale
@@ -132,9 +132,7 @@ class VisionLanguageModule(lightning.LightningModule):
     def unload_model(self) -> None:
         """Frees the memory of the model; `configure_model` loads it again."""
         self.model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused_memory()
 
     def evaluate_with(self, *, generation: Generation, metrics: Mapping[str, Metric]) -> None:
         """Replaces how answers are generated and scored, for the next test run."""

@@ -152,7 +152,6 @@ class Speed:
     ) -> None:
         """Cuts optimizer steps into micro-batches, and prints the memory of the largest one."""
         data = trainer.datamodule
-        sharding, gpus = sharding_of(trainer)
         checkpointing = self.checkpointing
         if checkpointing == "auto" and not on_gpu:
             checkpointing = "none"
@@ -164,11 +163,8 @@ class Speed:
             data.rows_per_step,
             available,
             checkpointing=checkpointing,
-            same_count=sharding == "fsdp",
-            quantized=adapter.quantization is not None,
-            compiled=self.compiled,
-            sharding=sharding,
-            gpus=gpus,
+            same_count=sharding_of(trainer)[0] == "fsdp",
+            **self._estimate_options(adapter, trainer),
         )
         if plan.checkpointed:
             checkpoint_blocks(model, plan.checkpointed)
@@ -188,20 +184,26 @@ class Speed:
             table = memory_table(plan.estimate, available, device=device, batches=batches)
             Console(stderr=True).print(table)
 
+    def _estimate_options(self, adapter: Adapter, trainer: lightning.Trainer) -> dict[str, Any]:
+        """Returns the arguments of `estimate_memory` that do not depend on the rows."""
+        sharding, gpus = sharding_of(trainer)
+        return {
+            "quantized": adapter.quantization is not None,
+            "compiled": self.compiled,
+            "sharding": sharding,
+            "gpus": gpus,
+        }
+
     def _checkpoint_as_needed(
         self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer
     ) -> None:
         rows, tokens = trainer.datamodule.largest_batch()
-        sharding, gpus = sharding_of(trainer)
         names = blocks_to_checkpoint(
             _meta_model(family, adapter),
             training_inputs(family, rows, tokens=tokens),
             family.components,
             available_gpu_memory(),
-            quantized=adapter.quantization is not None,
-            compiled=self.compiled,
-            sharding=sharding,
-            gpus=gpus,
+            **self._estimate_options(adapter, trainer),
         )
         if not names:
             return

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qwenvl_lit.data.micro_batches import CutStep
+from qwenvl_lit.training.memory import free_unused_memory
 from qwenvl_lit.types import Batch
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def add_gradients(
             "the GPU ran out of memory with %d rows in a micro-batch: continuing with half of that",
             rows,
         )
-        torch.cuda.empty_cache()
+        free_unused_memory()
 
 
 def _backward(loss: torch.Tensor) -> None:
