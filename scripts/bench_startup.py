@@ -277,7 +277,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--commands", nargs="+", default=list(cases(())), choices=list(cases(())))
+    parser.add_argument("--commands", nargs="*", default=list(cases(())), choices=list(cases(())))
+    parser.add_argument("--imports", nargs="*", default=list(IMPORTS), choices=list(IMPORTS))
     parser.add_argument("--model", nargs="+", default=[], help="arguments of all commands")
     parser.add_argument("--train", nargs="+", default=[], help="arguments of train only")
     parser.add_argument("--repeats", type=int, default=3)
@@ -291,7 +292,8 @@ def main() -> None:
         return
     arguments = parse_arguments()
     results: dict[str, dict[str, float]] = {}
-    for name, statement in IMPORTS.items():
+    for name in arguments.imports:
+        statement = IMPORTS[name]
         results[f"import {name}"] = medians(partial(measure_import, statement), arguments.repeats)
         print(f"import {name}", json.dumps(results[f"import {name}"]), flush=True)
     known = cases(arguments.model, arguments.train)
