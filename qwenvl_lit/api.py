@@ -236,9 +236,7 @@ class QwenVL:
                     yield token_id
 
         text = ""
-        tokenizer = self.processor.tokenizer
-        shown_ids = self.processor.shown_ids
-        for piece in tokenizer.stream(arriving_ids(), skip_special=True, keep=shown_ids):
+        for piece in self.processor.stream(arriving_ids()):
             text += piece
             stripped = text.strip()  # as in the finished answer
             yield stripped, [*earlier, [question, stripped]]
@@ -272,7 +270,7 @@ class QwenVL:
             if not isinstance(prompt, Conversation):
                 prompt = self._conversation(prompt, None, system)
             conversations.append(prompt)
-        lengths = [self.processor.length(row, prompt=True)[0] for row in conversations]
+        lengths = [self.processor.length(row, prompt=True).tokens for row in conversations]
         # Rows of a batch have similar lengths.
         longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         answers: dict[int, Answer] = {}
@@ -369,7 +367,9 @@ class QwenVL:
         self, generation: Generation, samples: Sequence[Sample], *, whole: bool
     ) -> Iterator[list[int]]:
         """New ids of each sample; unless `whole`, those of the only sample, a few at a time."""
-        batch = Pad(pad_id=self.processor.pad_id, side="left")(samples).to(self.device)
+        processor = self.processor
+        pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
+        batch = pad(samples).to(self.device)
         generate = generation if whole else generation.stream
         image_keys: list[str] = []
         for sample in samples:

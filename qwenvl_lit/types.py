@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 from PIL import Image
 
@@ -320,6 +320,14 @@ class Conversation:
         return replace(self, turns=self.turns[:-1]) if self.answer else self
 
 
+class Length(NamedTuple):
+    """The size of a sample."""
+
+    tokens: int
+    supervised: int  # tokens
+    image_tokens: int  # tokens that vision features replace
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """An encoded conversation of T tokens."""
@@ -330,7 +338,9 @@ class Sample:
     vision_positions: torch.Tensor
     """(M,) int64: the tokens that vision features replace, in the order of the images."""
     vision: Mapping[str, torch.Tensor]
-    """Tensors that the model family defines; a batch concatenates them along dimension 0."""
+    """Tensors that the model family defines; `Processor.collate_vision` makes those of a batch."""
+    position_ids: torch.Tensor | None = None
+    """(A, T) int64: positions on A axes, of a family that computes them. None: they are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -354,7 +364,10 @@ class Batch:
     lengths: tuple[int, ...]  # tokens of each sample without padding
     vision_positions: torch.Tensor  # (M,) int64
     target_positions: torch.Tensor  # (S,) int64: tokens whose successor is supervised
-    vision: Mapping[str, torch.Tensor]
+    vision: Mapping[str, Any]
+    """Tensors, and numbers that stay on the host; see `Processor.collate_vision`."""
+    axis_positions: torch.Tensor | None = None
+    """(A, B, T) int64: the `position_ids` of the samples, 0 at padding; None if they have none."""
     dropped: tuple[Dropped, ...] = ()
     """For each row of this batch that was left out, the reason."""
     segment_bounds: torch.Tensor | None = None
@@ -373,14 +386,16 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            return change(value) if hasattr(value, "device") else value
+
         values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Mapping):
-                value = {name: change(tensor) for name, tensor in value.items()}
-            elif hasattr(value, "device"):
-                value = change(value)
-            values[item.name] = value
+                values[item.name] = {name: changed(entry) for name, entry in value.items()}
+            else:
+                values[item.name] = changed(value)
         return Batch(**values)
 
 

@@ -205,7 +205,9 @@ def test_a_conversation_that_is_too_long_is_answered_without_its_oldest_images(
     module.eval()
     sample = module.processor.encode(Conversation(id="a", turns=turns), prompt=True)
     assert len(sample.vision["pixel_values"]) == 1
-    batch = Pad(pad_id=module.processor.pad_id, side="left")([sample])
+    batch = Pad(
+        pad_id=module.processor.pad_id, collate_vision=module.processor.collate_vision, side="left"
+    )([sample])
     (prediction,) = module.predict(batch)
     assert encoded_images == [1]
     assert prediction.tokens <= 4

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
-from PIL import Image
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.data.feature_pass import (
+    Locations,
     distinct_rows,
     encode_images,
-    encode_padded,
+    example_features,
     find_images,
     fingerprint,
 )
@@ -30,7 +31,7 @@ from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.stopping import INTERRUPTED, NOTHING_KEPT, signals
 from qwenvl_lit.terminal import counted
-from qwenvl_lit.types import DataError, ImageSource
+from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family, Processor
@@ -65,6 +66,17 @@ class VisionCache(lightning.Callback):
         self.folder = Path(folder).expanduser()
         self.limit_gb = limit_gb
 
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuses families without a vision cache, before weights are loaded."""
+        if not pl_module.family.supports_vision_cache:
+            name = type(pl_module.family).__name__.removesuffix("Family")
+            raise DataError(
+                f"speed.vision_cache=true: models of the family {name} cannot read stored image "
+                "features; train with speed.vision_cache=false"
+            )
+
     def on_fit_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
@@ -83,6 +95,7 @@ class VisionCache(lightning.Callback):
             locations, uses = find_images(
                 rows,
                 repeats,
+                data.processor,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 workers=max(1, available_cores() // trainer.num_devices),
@@ -95,17 +108,20 @@ class VisionCache(lightning.Callback):
         model = _unsharded(pl_module.model, family, tensors)
 
         @torch.no_grad()
-        def encode(pixels: torch.Tensor) -> torch.Tensor:
-            return family.image_features(model, pixels.to(trainer.strategy.root_device))
+        def encode(vision: Mapping[str, Any]) -> list[torch.Tensor]:
+            device = trainer.strategy.root_device
+            return family.image_features(model, move_data_to_device(vision, device))
 
-        store = self._open_store(data.processor, encode, fingerprint(tensors))
-        missing = store.missing_keys(locations)
-        self._check_size(store, len(locations), len(missing))
+        padded = family.fixed_image_size
+        example = example_features(encode, data.processor, padded=padded)
+        store = self._open_store(data.processor, example, padded, fingerprint(tensors))
+        missing = {key: locations[key] for key in store.missing_keys(locations)}
+        self._check_size(store, locations, missing)
         if trainer.is_global_zero:
-            _announce(store, len(locations), len(missing), uses * data.epochs_of_run())
+            _announce(store, locations, missing, uses * data.epochs_of_run())
         # No rank may write before all have looked up what is missing.
         trainer.strategy.barrier("images are counted")
-        share = missing[trainer.local_rank :: trainer.num_devices]
+        share = list(missing.items())[trainer.local_rank :: trainer.num_devices]
         signals.kept = RESUMES
         try:
             with _progress(trainer) as report:
@@ -113,8 +129,9 @@ class VisionCache(lightning.Callback):
                     store,
                     encode,
                     rows,
-                    {key: locations[key] for key in share},
+                    dict(share),
                     data.processor,
+                    padded=padded,
                     num_workers=data.num_workers,
                     drop_bad=drop_bad,
                     progress=report,
@@ -143,18 +160,18 @@ class VisionCache(lightning.Callback):
     ) -> None:
         self.features.close()
 
-    def _open_store(self, processor: Processor, encode: Any, weights: str) -> FeatureStore:
-        """The store of features that `encode` computes with the weights of this fingerprint."""
-        pixels = processor.pixels(ImageSource(Image.new("RGB", (8, 8))))
-        example = encode_padded(encode, pixels[None])[0]
+    def _open_store(
+        self, processor: Processor, example: torch.Tensor, same_shape: bool, weights: str
+    ) -> FeatureStore:
+        """Opens the store of features like `example` of the weights with this fingerprint."""
+        tokens, width = example.shape
         settings = {"format": FORMAT, "weights": weights, **processor.image_settings}
-        return FeatureStore(
-            self.folder, settings=settings, shape=example.shape, dtype=example.dtype
-        )
+        shape = (tokens if same_shape else None, width)
+        return FeatureStore(self.folder, settings=settings, shape=shape, dtype=example.dtype)
 
-    def _check_size(self, store: FeatureStore, images: int, missing: int) -> None:
-        described = f"{counted(images, 'image')} of {format_bytes(store.image_bytes)}"
-        size, missing_size = images * store.image_bytes, missing * store.image_bytes
+    def _check_size(self, store: FeatureStore, images: Locations, missing: Locations) -> None:
+        size, missing_size = _bytes(store, images), _bytes(store, missing)
+        described = f"{counted(len(images), 'image')} of {format_bytes(size / len(images))}"
         free = shutil.disk_usage(store.folder).free
         if size > self.limit_gb * 1e9:
             raise DataError(
@@ -221,18 +238,21 @@ def _unsharded(model: nn.Module, family: Family, tensors: dict[str, torch.Tensor
     return network
 
 
-def _announce(store: FeatureStore, images: int, missing: int, uses: float) -> None:
-    size = format_bytes(images * store.image_bytes)
+def _bytes(store: FeatureStore, images: Locations) -> int:
+    return sum(location.tokens for location in images.values()) * store.token_bytes
+
+
+def _announce(store: FeatureStore, images: Locations, missing: Locations, uses: float) -> None:
     print(
-        f"Vision cache: {counted(images, 'image')}, {size}, in {store.folder}; "
-        f"{missing:,} of them to encode"
+        f"Vision cache: {counted(len(images), 'image')}, {format_bytes(_bytes(store, images))}, "
+        f"in {store.folder}; {len(missing):,} of them to encode"
     )
-    if uses < WORTHWHILE_USES * missing:
+    if uses < WORTHWHILE_USES * len(missing):
         log.warning(
             "the vision cache is pointless for this run alone: it encodes %s before the first "
             "step, and training uses images %d times. It pays off from the second epoch on, "
             "and for later runs with the same images; speed.vision_cache=false trains without it",
-            counted(missing, "image"),
+            counted(len(missing), "image"),
             uses,
         )
 

@@ -5,19 +5,19 @@ Positions become flat indices here, in the data worker, so that no training step
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import get_worker_info
 
 from qwenvl_lit.types import Batch, Dropped, Sample
 
 IGNORED = -100  # label of a token that is not supervised
 TILE = 64  # tokens; matmul kernels are fastest for multiples of it
+
+CollateVision = Callable[[Sequence[Sample]], Mapping[str, Any]]  # `Processor.collate_vision`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +27,13 @@ class Pad:
     Training pads on the right, generation on the left. A batch whose rows were all dropped is an
     `empty_batch`.
 
-    >>> Pad(pad_id=0, side="left")([sample_of_2, sample_of_3]).attention_mask      # doctest: +SKIP
+    >>> pad = Pad(pad_id=0, collate_vision=processor.collate_vision, side="left")  # doctest: +SKIP
+    >>> pad([sample_of_2, sample_of_3]).attention_mask  # doctest: +SKIP
     tensor([[0, 1, 1], [1, 1, 1]])
     """
 
     pad_id: int
+    collate_vision: CollateVision = field(repr=False)
     side: Literal["left", "right"] = "right"
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
@@ -43,14 +45,18 @@ class Pad:
         input_ids = torch.full((len(samples), width), self.pad_id)
         labels = torch.full_like(input_ids, IGNORED)
         attention_mask = torch.zeros_like(input_ids)
-        vision_positions = []
+        vision_positions, starts = [], []
         for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
             start = width - length if self.side == "left" else 0
             stop = start + length
             input_ids[row, start:stop] = sample.input_ids
             labels[row, start:stop] = sample.labels
             attention_mask[row, start:stop] = 1
-            vision_positions.append(sample.vision_positions + row * width + start)
+            starts.append(row * width + start)
+            vision_positions.append(sample.vision_positions + starts[-1])
+        axis_positions = _join_positions(samples, starts, input_ids.numel())
+        if axis_positions is not None:
+            axis_positions = axis_positions.view(-1, *input_ids.shape)
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
             input_ids=input_ids,
@@ -60,7 +66,8 @@ class Pad:
             lengths=lengths,
             vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels),
-            vision=_concatenate_vision(samples),
+            vision=self.collate_vision(samples),
+            axis_positions=axis_positions,
             dropped=dropped,
         )
 
@@ -75,7 +82,9 @@ class Pack:
     With `max_tokens`, the row is padded to this length. Otherwise it is padded to a multiple of
     `TILE`. The bounds have the same shape for all batches, so that code is compiled once.
 
-    >>> batch = Pack(pad_id=0, max_tokens=6, max_rows=2, longest=3)([two, three])  # doctest: +SKIP
+    >>> pack = Pack(pad_id=0, collate_vision=processor.collate_vision,
+    ...             max_tokens=6, max_rows=2, longest=3)  # doctest: +SKIP
+    >>> batch = pack([sample_of_2, sample_of_3])  # doctest: +SKIP
     >>> batch.position_ids, batch.segment_bounds  # doctest: +SKIP
     (tensor([[0, 1, 0, 1, 2, 0]]), tensor([0, 2, 5, 6, 6, 6]))
 
@@ -89,6 +98,7 @@ class Pack:
     """
 
     pad_id: int
+    collate_vision: CollateVision = field(repr=False)
     max_rows: int
     longest: int
     max_tokens: int | None = None
@@ -111,6 +121,9 @@ class Pack:
         position_ids.append(torch.zeros(padding, dtype=torch.int64))
         labels = torch.cat(label_parts)
         labels[starts] = IGNORED  # otherwise the sample before would learn to predict these tokens
+        axis_positions = _join_positions(samples, starts, len(labels))
+        if axis_positions is not None:
+            axis_positions = axis_positions[:, None]
         return Batch(
             conversations=tuple(sample.conversation for sample in samples),
             input_ids=torch.cat(input_ids)[None],
@@ -120,7 +133,8 @@ class Pack:
             lengths=lengths,
             vision_positions=torch.cat(vision_positions),
             target_positions=target_positions(labels[None]),
-            vision=_concatenate_vision(samples),
+            vision=self.collate_vision(samples) if samples else {},
+            axis_positions=axis_positions,
             dropped=dropped,
             segment_bounds=self._segment_bounds(lengths),
             longest_segment=self.longest,
@@ -196,29 +210,14 @@ def _separate(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[Dro
     return samples, tuple(reasons)
 
 
-def _concatenate_vision(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    if not samples:
-        return {}
-    concatenate = _concatenate
-    if get_worker_info() is not None:
-        concatenate = _concatenate_in_shared_memory
-    vision = {}
-    for name in samples[0].vision:
-        vision[name] = concatenate([sample.vision[name] for sample in samples])
-    return vision
-
-
-def _concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-
-def _concatenate_in_shared_memory(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` in a data worker, directly into the memory shared with the trainer process.
-
-    Torch's own `default_collate` does the same with the same private methods. It saves the copy
-    into shared memory that sending an ordinary tensor makes.
-    """
-    first = tensors[0]
-    shape = (sum(map(len, tensors)), *first.shape[1:])
-    storage = first._typed_storage()._new_shared(math.prod(shape), device=first.device)
-    return torch.cat(tensors, out=first.new(storage).resize_(shape))
+def _join_positions(
+    samples: Sequence[Sample], starts: Sequence[int], width: int
+) -> torch.Tensor | None:
+    """Returns the `position_ids` (A, width) of samples that begin at `starts`, 0 elsewhere."""
+    if not samples or samples[0].position_ids is None:
+        return None
+    joined = samples[0].position_ids.new_zeros(len(samples[0].position_ids), width)
+    for sample, start in zip(samples, starts, strict=True):
+        assert sample.position_ids is not None, "a family gives positions to all samples or to none"
+        joined[:, start : start + sample.position_ids.shape[1]] = sample.position_ids
+    return joined

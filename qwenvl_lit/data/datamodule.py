@@ -119,6 +119,8 @@ class DataModule(lightning.LightningDataModule):
         # A rank may have no row of a small test set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.processor = processor
+        collation = {"pad_id": processor.pad_id, "collate_vision": processor.collate_vision}
+        self._collation: dict[str, Any] = collation
         self.datasets = dict(datasets or {})
         if datasets is None:
             self.datasets = {"": DatasetSpec(seed=seed, **dataset)}
@@ -140,7 +142,7 @@ class DataModule(lightning.LightningDataModule):
         self.validation: Rows = ()
         self.test: dict[str, Rows] = {}
         self.measured: dict[str, OpenedDataset] = {}  # what training opened, by dataset
-        # Tokens, supervised tokens and images of the training rows (3, rows), over all stages
+        # (3, rows), the `Length` of the training rows, over all stages
         self.sizes: np.ndarray | None = None
         self._validation_lengths: np.ndarray | None = None
         self.plans: dict[str, EvaluationPlan] = {}  # by set, once its loader was made
@@ -183,12 +185,12 @@ class DataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = self._training_batches()
-        collate: Pad | Pack | CutStep = Pad(pad_id=self.processor.pad_id)
+        collate: Pad | Pack | CutStep = Pad(**self._collation)
         if self.cuts_steps:
             collate = self.cut
         elif self.packing:
             collate = Pack(
-                pad_id=self.processor.pad_id,
+                **self._collation,
                 max_tokens=self.max_tokens,
                 max_rows=batches.max_rows,
                 longest=int(self.sizes[0].max()),
@@ -250,7 +252,7 @@ class DataModule(lightning.LightningDataModule):
     @cached_property
     def cut(self) -> CutStep:
         """Cuts training steps into micro-batches; `cut_steps` limits their size."""
-        return CutStep(pad=Pad(pad_id=self.processor.pad_id))
+        return CutStep(pad=Pad(**self._collation))
 
     def cut_steps(
         self,
@@ -265,7 +267,7 @@ class DataModule(lightning.LightningDataModule):
         pack = None
         if packed:
             longest = int(self.sizes[0].max())
-            pack = Pack(pad_id=self.cut.pad.pad_id, max_rows=self.rows_per_step, longest=longest)
+            pack = Pack(**self._collation, max_rows=self.rows_per_step, longest=longest)
         limits = {"limit": MemoryLimit(max_bytes), "count": count, "most_tokens": most_tokens}
         self.cut = replace(self.cut, pack=pack, costs=costs, **limits)
 
@@ -396,7 +398,7 @@ class DataModule(lightning.LightningDataModule):
             batch_size=self.eval_batch_size,
             choose=getattr(self.trainer and self.trainer.lightning_module, "rows_together", None),
         )
-        pad = Pad(pad_id=self.processor.pad_id, side="right" if sizes is None else "left")
+        pad = Pad(**self._collation, side="right" if sizes is None else "left")
         batching = {"batch_size": plan.batches.rows, "sampler": plan.indices}
         return self._loader(rows, pad, prompt=sizes is not None, renumber=True, **batching)
 

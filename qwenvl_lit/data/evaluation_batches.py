@@ -39,7 +39,7 @@ class RowSizes:
     rows: int
     tokens: int
     supervised: int  # tokens with a label; 0 for prompts
-    images: int
+    image_tokens: int
     answered: bool  # whether rows are prompts to answer. Otherwise, their loss is computed.
     options: bool  # whether an answer is one of several options
 
@@ -121,21 +121,21 @@ def row_sizes(
     Rows that cannot be encoded are passed over: loading them reports the error.
     """
     longest = sorted(indices, key=lambda index: -lengths[index])[:MEASURED_ROWS]
-    tokens, supervised, images, options = 1, 0, 0, False
+    tokens, supervised, image_tokens, options = 1, 0, 0, False
     for index in longest:
         try:
             row = rows[index]
-            counts = processor.length(row, prompt=answered)
+            length = processor.length(row, prompt=answered)
         except DataError:
             continue
-        tokens, supervised = max(tokens, counts[0]), max(supervised, counts[1])
-        images = max(images, len(row.images))
+        tokens, supervised = max(tokens, length.tokens), max(supervised, length.supervised)
+        image_tokens = max(image_tokens, length.image_tokens)
         options = options or bool(row.options)
     return RowSizes(
         rows=len(indices),
         tokens=tokens,
         supervised=0 if answered else supervised,
-        images=images,
+        image_tokens=image_tokens,
         answered=answered,
         options=options,
     )

@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
@@ -17,16 +19,26 @@ from qwenvl_lit.data.loading import DROP_ADVICE, ignore_cluster_signals
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
 from qwenvl_lit.data.survey import Finding, ReportProgress, survey
 from qwenvl_lit.terminal import counted
-from qwenvl_lit.types import BadImage, Conversation, DataError
+from qwenvl_lit.types import BadImage, Conversation, DataError, ImageSource, Sample, Turn
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
 
 BATCH_SIZE = 16  # images that are encoded as one batch
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # pixels (N, ...) -> features (N, Q, D)
-# Image key -> index of a row that has the image, and index of the image in this row.
-Locations = dict[str, tuple[int, int]]
+# `Processor.collate_vision` -> features (Q, D) of each image
+Encode = Callable[[Mapping[str, Any]], Sequence[torch.Tensor]]
+
+
+class Location(NamedTuple):
+    """Where an image is found."""
+
+    row: int  # index of a row that has the image
+    image: int  # index of the image in this row
+    tokens: int  # of the image
+
+
+Locations = dict[str, Location]  # by image key
 
 
 def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.ndarray]:
@@ -41,6 +53,7 @@ def distinct_rows(train: Sequence[Rows], validation: Rows) -> tuple[Rows, np.nda
 def find_images(
     rows: Rows,
     repeats: np.ndarray,
+    processor: Processor,
     *,
     rank: int,
     world_size: int,
@@ -70,24 +83,22 @@ def find_images(
         progress("images looked up", done, len(rows_of_rank))
 
     report(0)
-    results = survey(Subset(rows, rows_of_rank), _image_keys, workers=workers, progress=report)
+    look = _LookUp(processor)
+    results = survey(Subset(rows, rows_of_rank), look, workers=workers, progress=report)
     for row, result in zip(rows_of_rank, results, strict=True):
         if isinstance(result, Finding):
             errors.append(result.message)
             continue
         uses += int(repeats[row]) * len(result)
-        for index, key in enumerate(result):
-            locations.setdefault(key, (row, index))
+        for index, (key, tokens) in enumerate(result):
+            locations.setdefault(key, Location(row, index, tokens))
     return _merge(_all_gather((locations, uses, errors), world_size), drop_bad)
 
 
-def encode_padded(encode: Encode, pixels: torch.Tensor) -> torch.Tensor:
-    """Encodes up to `BATCH_SIZE` images, and returns their features on the CPU.
-
-    The batch is padded to `BATCH_SIZE` images, so that the encoder is compiled for one size only.
-    """
-    padding = pixels[-1:].expand(BATCH_SIZE - len(pixels), *pixels.shape[1:])
-    return encode(torch.cat([pixels, padding]))[: len(pixels)].cpu()
+def example_features(encode: Encode, processor: Processor, *, padded: bool) -> torch.Tensor:
+    """Returns the features (Q, D) of an image of 448 x 448 pixels."""
+    vision = processor.image_vision(ImageSource(Image.new("RGB", (448, 448))))
+    return encode(_BatchVision(processor, padded)([vision]))[0].cpu()
 
 
 def encode_images(
@@ -97,6 +108,7 @@ def encode_images(
     locations: Locations,
     processor: Processor,
     *,
+    padded: bool,
     num_workers: int,
     drop_bad: bool,
     progress: ReportProgress,
@@ -107,6 +119,8 @@ def encode_images(
 
     Args:
         locations: the images to encode.
+        padded: whether the last batch is filled up with copies of its last image. The encoder is
+            then compiled for one number of images only.
         drop_bad: whether to leave out images that cannot be decoded.
 
     Raises:
@@ -117,7 +131,7 @@ def encode_images(
         _ImageDataset(rows, locations, processor),
         batch_size=BATCH_SIZE,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=_Collate(_BatchVision(processor, padded)),
         worker_init_fn=ignore_cluster_signals,
         pin_memory=torch.cuda.is_available(),
         # Otherwise the loader would draw from torch's default generator and change the random
@@ -130,11 +144,13 @@ def encode_images(
     progress("images encoded", 0, len(locations))
     with ThreadPoolExecutor(1) as writer:
         try:
-            for keys, pixels, errors in loader:
+            for keys, vision, errors in loader:
                 if errors and not drop_bad:
                     raise BadImage(f"{errors[0]}; {DROP_ADVICE}")
                 if keys:
-                    features |= zip(keys, encode_padded(encode, pixels), strict=True)
+                    encoded = encode(vision)[: len(keys)]  # without the filling of the last batch
+                    for key, tensor in zip(keys, encoded, strict=True):
+                        features[key] = tensor.cpu()
                 if len(features) > IMAGES_PER_FILE - BATCH_SIZE:
                     # Wait for the previous file, so that only one file at a time is in memory.
                     _wait(writing)
@@ -191,11 +207,19 @@ def _all_gather(value: Any, world_size: int) -> list[Any]:
     return values
 
 
-def _image_keys(conversation: Conversation) -> tuple[str, ...]:
-    try:
-        return tuple(image.key for image in conversation.images)
-    except BadImage as error:
-        raise conversation.located(error) from error
+@dataclass(frozen=True, slots=True)
+class _LookUp:
+    """Returns the key of each image of a row, and the number of its tokens."""
+
+    processor: Processor
+
+    def __call__(self, conversation: Conversation) -> list[tuple[str, int]]:
+        found = []
+        for image in conversation.images:
+            question = Conversation(id="image", turns=(Turn(role="user", parts=(image,)),))
+            tokens = self.processor.length(question, prompt=True).image_tokens
+            found.append((image.key, tokens))
+        return found
 
 
 def _wait(writing: Future | None) -> None:
@@ -205,7 +229,7 @@ def _wait(writing: Future | None) -> None:
 
 
 class _ImageDataset(Dataset):
-    """Image keys with the pixels of the image, or with the reason why it cannot be decoded."""
+    """Image keys with `Processor.image_vision`, or with the reason why it cannot be decoded."""
 
     def __init__(self, rows: Rows, locations: Locations, processor: Processor):
         self.rows = rows
@@ -215,24 +239,48 @@ class _ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.locations)
 
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
-        key, (row, image) = self.locations[index]
-        conversation = self.rows[row]
+    def __getitem__(self, index: int) -> tuple[str, dict[str, torch.Tensor] | str]:
+        key, location = self.locations[index]
+        conversation = self.rows[location.row]
         try:
-            return key, self.processor.pixels(conversation.images[image])
+            return key, self.processor.image_vision(conversation.images[location.image])
         except BadImage as error:
             return key, str(conversation.located(error))
 
 
-def _collate(
-    items: Sequence[tuple[str, torch.Tensor | str]],
-) -> tuple[list[str], torch.Tensor, list[str]]:
-    """Returns keys and pixels of the images that were decoded, and messages about the others."""
-    keys, pixels, errors = [], [], []
-    for key, content in items:
-        if isinstance(content, str):
-            errors.append(content)
-        else:
-            keys.append(key)
-            pixels.append(content)
-    return keys, torch.stack(pixels) if pixels else torch.empty(0), errors
+@dataclass(frozen=True, slots=True)
+class _BatchVision:
+    """Returns `Processor.collate_vision` of images, or {} without images; see `encode_images`."""
+
+    processor: Processor
+    padded: bool
+
+    def __call__(self, images: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        if not images:
+            return {}
+        nothing = torch.empty(0, dtype=torch.int64)
+        tensors = {"input_ids": nothing, "labels": nothing, "vision_positions": nothing}
+        question = Conversation(id="image", turns=())
+        samples = [Sample(conversation=question, **tensors, vision=image) for image in images]
+        if self.padded:
+            samples += samples[-1:] * (BATCH_SIZE - len(samples))
+        return self.processor.collate_vision(samples)
+
+
+@dataclass(frozen=True, slots=True)
+class _Collate:
+    """Returns keys and vision tensors of the images that were decoded, and the other messages."""
+
+    batch_vision: _BatchVision
+
+    def __call__(
+        self, items: Sequence[tuple[str, dict[str, torch.Tensor] | str]]
+    ) -> tuple[list[str], dict[str, Any], list[str]]:
+        keys, images, errors = [], [], []
+        for key, content in items:
+            if isinstance(content, str):
+                errors.append(content)
+            else:
+                keys.append(key)
+                images.append(content)
+        return keys, self.batch_vision(images), errors

@@ -23,14 +23,14 @@ SETTINGS = "settings.json"
 # Writing a file takes seconds. An unfinished file of this age belongs to a process that was killed.
 ABANDONED_S = 3600
 
-# N images, Q tokens of an image, D model width
+# Q tokens of an image, D width of its features
 
 
 class FeatureStore:
     """A folder with image features (Q, D), which are identified by `ImageSource.key`.
 
-    Features are stored in files of up to `IMAGES_PER_FILE` images. Each combination of settings,
-    shape and dtype has its own subfolder of `folder`.
+    Images may have different Q. Features are stored in files of up to `IMAGES_PER_FILE` images.
+    Each combination of settings, shape and dtype has its own subfolder of `folder`.
 
     Each file is written under a temporary name and renamed when it is complete, and no two
     processes use the same name. Several processes may add images at the same time. If a process is
@@ -39,7 +39,8 @@ class FeatureStore:
 
     Args:
         settings: plain data that determines the features, such as a fingerprint of the weights.
-        shape, dtype: the shape and dtype of the features of one image.
+        shape, dtype: the shape and dtype of the features of one image, with None for Q if images
+            have different Q.
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class FeatureStore:
         folder: Path | str,
         *,
         settings: Mapping[str, Any],
-        shape: Sequence[int],
+        shape: tuple[int | None, int],
         dtype: torch.dtype,
     ):
-        self.shape = tuple(shape)
+        self.shape = shape
         self.dtype = dtype
         described = {**settings, "shape": self.shape, "dtype": str(dtype)}
         content = json.dumps(described, sort_keys=True, indent=2)
@@ -69,9 +70,9 @@ class FeatureStore:
         return len(self._files)
 
     @property
-    def image_bytes(self) -> int:
-        """The size of the features of one image on disk."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def token_bytes(self) -> int:
+        """The size of the features of one token on disk."""
+        return self.shape[1] * self.dtype.itemsize
 
     def refresh(self) -> None:
         """Updates the list of stored images from the files in the folder.
@@ -98,7 +99,9 @@ class FeatureStore:
             return
         tensors = {}
         for key, tensor in features.items():
-            assert (tensor.shape, tensor.dtype) == (self.shape, self.dtype), key
+            tokens = self.shape[0] or len(tensor)
+            expected = ((tokens, self.shape[1]), self.dtype)
+            assert (tensor.shape, tensor.dtype) == expected, key
             tensors[key] = tensor.contiguous()
         file = self.folder / f"{uuid.uuid4().hex}.safetensors"
         with disk_errors(file, "free disk space, or train with speed.vision_cache=false"):
@@ -112,19 +115,16 @@ class FeatureStore:
                 unfinished.chmod((self.folder / SETTINGS).stat().st_mode)
         self._files |= dict.fromkeys(features, file.name)
 
-    def read(self, images: Sequence[ImageSource]) -> torch.Tensor:
-        """Returns the features (N, Q, D) of images.
+    def read(self, images: Sequence[ImageSource]) -> list[torch.Tensor]:
+        """Returns the features (Q, D) of each image, which are memory-mapped.
 
         Raises:
             BadImage: an image is not stored and cannot be opened.
             DataError: an image is not stored although it can be opened.
         """
-        if not images:
-            return torch.empty(0, *self.shape, dtype=self.dtype)
-        return torch.stack([self._read_image(image) for image in images])
+        return [self._read_image(image) for image in images]
 
     def _read_image(self, image: ImageSource) -> torch.Tensor:
-        """Returns the memory-mapped features (Q, D) of an image."""
         key = image.key
         if key not in self._files:
             image.open()
@@ -163,8 +163,8 @@ class CachedFeatures:
     def __init__(self) -> None:
         self._store: FeatureStore | None = None
 
-    def __call__(self, images: Sequence[ImageSource]) -> torch.Tensor | None:
-        """Returns the features (N, Q, D) of images, or None while the source is closed.
+    def __call__(self, images: Sequence[ImageSource]) -> list[torch.Tensor] | None:
+        """Returns the features (Q, D) of each image, or None while the source is closed.
 
         Raises:
             BadImage, DataError: see `FeatureStore.read`.

@@ -37,8 +37,8 @@ class OpenedDataset:
     """Training rows, in the order of the dataset's files."""
     validation: Rows = ()
     sizes: tuple[np.ndarray, ...] = ()
-    """(3, rows): tokens, supervised tokens and images of the rows of each stage, then of the
-    validation rows; empty before `measure`."""
+    """(3, rows): the `Length` of the rows of each stage, then of the validation rows; empty before
+    `measure`."""
     findings: tuple[Finding, ...] = ()
     images: int = 0  # of all training rows
     left_out: int = 0  # measured rows
@@ -205,7 +205,8 @@ class DatasetSpec:
         ends = list(accumulate(map(len, parts)))
         kept, sizes = [], []
         training = index[: len(index) - len(opened.validation)]
-        all_sizes = np.stack((measured.lengths, measured.supervised, measured.images))[:, index]
+        all_sizes = np.stack((measured.lengths, measured.supervised, measured.image_tokens))
+        all_sizes = all_sizes[:, index]
         for part, size in zip(parts, np.split(all_sizes, ends[:-1], axis=1), strict=True):
             usable = np.flatnonzero(size[0])  # rows that are left out have no tokens
             sizes.append(size[:, usable])

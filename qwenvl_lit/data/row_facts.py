@@ -63,7 +63,7 @@ class RowReader:
         tokens = supervised_tokens = 0
         try:
             length = self.processor.length(conversation, prompt=self.prompt)
-            tokens, supervised_tokens = length
+            tokens, supervised_tokens = length.tokens, length.supervised
             limit = self.processor.settings.get("max_length")
             if self.prompt and limit and tokens > limit:
                 note = f"the question has {tokens} tokens, more than model.max_length={limit}"

@@ -28,6 +28,7 @@ from qwenvl_lit.types import (
     Conversation,
     DataError,
     Dropped,
+    Length,
     location_of,
 )
 
@@ -43,8 +44,9 @@ Progress = Callable[[int], object]  # called now and then with the number of row
 ReportProgress = Callable[[str, int, int], object]  # name of the work, how much is done, how much
 
 CHUNK = 256  # most rows that a process takes at a time
+COUNTS = ("lengths", "supervised", "image_tokens", "images")  # the arrays of `Measured`
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
-FORMAT = 5  # version of the cached files
+FORMAT = 6  # version of the cached files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,7 @@ class Measured:
 
     lengths: np.ndarray  # (rows,) int32, tokens; 0 for a row that is left out
     supervised: np.ndarray  # (rows,) int32, supervised tokens
+    image_tokens: np.ndarray  # (rows,) int32, tokens that vision features replace
     images: np.ndarray  # (rows,) int32, images
     findings: tuple[Finding, ...]  # dropped rows and notes, ordered by index
 
@@ -135,7 +138,7 @@ def measure_lengths(
         file = cache / f"lengths_{key}.npz"
         if known := _load(file, len(rows)):
             return known
-    counts = np.zeros((3, len(rows)), dtype=np.int32)
+    counts = np.zeros((4, len(rows)), dtype=np.int32)
     findings: list[Finding] = []
     known_notes: set[str] = set()
     count = _CountTokens(processor)
@@ -144,7 +147,7 @@ def measure_lengths(
         if isinstance(result, Finding):
             findings.append(result)
             continue
-        counts[:, index] = result.tokens, result.supervised, result.images
+        counts[:, index] = *result.length, result.images
         for note in result.notes:
             findings.append(result.finding("note", index, note))
         for note in result.image_notes:
@@ -152,10 +155,7 @@ def measure_lengths(
                 known_notes.add(note)
                 findings.append(result.finding("image", index, note))
     _raise_errors(findings, len(rows))
-    lengths, supervised, images = counts
-    measured = Measured(
-        lengths=lengths, supervised=supervised, images=images, findings=tuple(findings)
-    )
+    measured = Measured(**dict(zip(COUNTS, counts, strict=True)), findings=tuple(findings))
     if file:
         _save(file, measured)
     return measured
@@ -182,8 +182,7 @@ def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _RowTokens:
-    tokens: int
-    supervised: int
+    length: Length
     images: int
     id: str
     where: str
@@ -200,11 +199,9 @@ class _CountTokens:
     processor: Processor
 
     def __call__(self, conversation: Conversation) -> _RowTokens:
-        tokens, supervised = self.processor.length(conversation)
         image_notes = chain.from_iterable(map(measured_notes, conversation.images))
         return _RowTokens(
-            tokens,
-            supervised,
+            self.processor.length(conversation),
             len(conversation.images),
             conversation.id,
             conversation.where,
@@ -291,7 +288,7 @@ def _load(file: Path, rows: int) -> Measured | None:
     """Returns what `_save` wrote, or None if the file is missing, unreadable or damaged."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            counts = {name: content[name] for name in ("lengths", "supervised", "images")}
+            counts = {name: content[name] for name in COUNTS}
             findings = json.loads(content["findings"].tobytes())
         known = tuple(Finding(**finding) for finding in findings)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError):
@@ -303,12 +300,8 @@ def _load(file: Path, rows: int) -> Measured | None:
 
 def _save(file: Path, measured: Measured) -> None:
     findings = json.dumps([asdict(finding) for finding in measured.findings])
-    arrays = {
-        "lengths": measured.lengths,
-        "supervised": measured.supervised,
-        "images": measured.images,
-        "findings": np.frombuffer(findings.encode(), dtype=np.uint8),
-    }
+    arrays = {name: getattr(measured, name) for name in COUNTS}
+    arrays["findings"] = np.frombuffer(findings.encode(), dtype=np.uint8)
 
     def write(unfinished: Path) -> None:
         with unfinished.open("wb") as stream:

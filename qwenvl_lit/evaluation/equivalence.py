@@ -34,9 +34,10 @@ def comparison_batches(
         conversations = _rows_of_run(config, module)
     if not conversations:
         conversations = _drawn_rows()
-    pad = Pad(pad_id=module.processor.pad_id)
+    processor = module.processor
+    pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision)
     for conversation in conversations:
-        yield pad([module.processor.encode(conversation, prompt=True)]).to(device)
+        yield pad([processor.encode(conversation, prompt=True)]).to(device)
 
 
 def _rows_of_run(config: DictConfig, module: VisionLanguageModule) -> list[Conversation]:

@@ -7,17 +7,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 from qwenvl_lit.bounds import check_number
+from qwenvl_lit.generation.decoders import decoder_of, release
 from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
 from qwenvl_lit.models.host_copy import HostCopy
-from qwenvl_lit.models.qwen_vl.decoder import Decoder, decoder_of, release
 from qwenvl_lit.settings import check_settings
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Decoder
 
 SAMPLING = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}  # values without effect
 IMAGE_NAMES = ("image", "images", "img", "imgs", "image_path", "pictures")  # no settings

@@ -6,24 +6,27 @@ in `conf/model/`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction, Sample
+    from qwenvl_lit.types import Batch, Conversation, ImageSource, Length, Prediction, Sample
 
-# B batch size, T tokens of a row, N images, Q tokens of an image, D model width
+# B batch size, T tokens of a row, N images, Q tokens of an image, D width of its features, n rows
+# that are answered, S supervised tokens, V vocabulary size
 
 
 class FeatureSource(Protocol):
     """A source of vision features that were computed before, such as a vision cache."""
 
-    def __call__(self, images: Sequence[ImageSource]) -> torch.Tensor | None:
-        """Returns the features (N, Q, D) of `images`, or None as long as the source is not ready.
+    def __call__(self, images: Sequence[ImageSource]) -> list[torch.Tensor] | None:
+        """Returns the features (Q, D) of each image, or None as long as the source is not ready.
+
+        Images may have different Q.
 
         `Processor.encode` puts the features into a sample in place of pixels. If the source returns
         None, `encode` decodes the images.
@@ -46,6 +49,10 @@ class Processor(Protocol):
     """The value of `Family.supports_packing`."""
     special_tokens: tuple[str, ...]
     """Names of special tokens that text may hold."""
+    continues_text: bool
+    """Whether the model is a base model, which continues a text instead of answering questions."""
+    find_prompt: str
+    """The question for the box of an object, with `{image}` and `{question}`, the object."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -57,7 +64,7 @@ class Processor(Protocol):
 
     @property
     def image_settings(self) -> Mapping[str, Any]:
-        """Plain data that determines the results of `pixels`."""
+        """Plain data that determines the results of `image_vision`."""
         ...
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
@@ -73,26 +80,45 @@ class Processor(Protocol):
         """
         ...
 
-    def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Returns the numbers of tokens and of supervised tokens of the sample `encode` returns.
+    def length(self, conversation: Conversation, *, prompt: bool = False) -> Length:
+        """Returns the size of the sample that `encode` returns.
 
-        Does not decode any image.
+        Does not decode any image, but may read their sizes.
 
         Raises:
+            BadImage: the size of an image is needed and cannot be read.
             DataError: for the same reasons as `encode`, except images that cannot be decoded.
         """
         ...
 
-    def pixels(self, image: ImageSource) -> torch.Tensor:
-        """Returns an image as input of `Family.image_features`. All images have the same shape.
+    def image_vision(self, image: ImageSource) -> dict[str, torch.Tensor]:
+        """Returns `Sample.vision` of a sample that has this image only.
 
         Raises:
             BadImage: the image cannot be decoded.
         """
         ...
 
+    def collate_vision(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Returns `Batch.vision`, made from `Sample.vision` of one or more samples.
+
+        Runs in data workers. It also computes what the network would otherwise have to ask the
+        device for, such as the bounds of images: a training step never synchronizes. Numbers stay
+        on the host. If every sample has vision tensors of equally named parts that only have to be
+        joined, use `models.vision_tensors.concatenate_vision`.
+        """
+        ...
+
     def text(self, ids: Sequence[int]) -> str:
         """Returns token ids as text for people, in which special tokens are shown by name."""
+        ...
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of an answer in pieces, while its `ids` arrive.
+
+        No piece ends within a character. Joined and stripped, they are the text of `decode`. `ids`
+        hold no stop id.
+        """
         ...
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
@@ -114,17 +140,78 @@ class Processor(Protocol):
         ...
 
 
+class Decoder(Protocol):
+    """Decodes with a KV cache of its own. It keeps state between the steps of one answer."""
+
+    device: torch.device
+    answer: int
+    """The number of the answer that was started last."""
+
+    def start(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        new_tokens: int,
+        image_keys: Sequence[str] | None = None,
+        compiled: Literal["auto"] | bool = "auto",
+    ) -> torch.Tensor:
+        """Reads n left-padded prompts and returns the logits (n, V) of the first new tokens.
+
+        Args:
+            inputs: the result of `Family.inputs` for prompts.
+            new_tokens: the maximum number of new tokens per row.
+            image_keys: a key for each image, equal for equal images, by which features may be kept.
+            compiled: the value of `Generation.compile`.
+        """
+        ...
+
+    def step(self, ids: torch.Tensor, answer: int | None = None) -> torch.Tensor:
+        """Appends the tokens `ids` (n,) to the rows and returns the next logits (n, V).
+
+        Raises:
+            ValueError: `answer` is not the number of the answer that was started last.
+        """
+        ...
+
+
+class Network(Protocol):
+    """What a network must offer in addition to being transformers' `PreTrainedModel`.
+
+    Its blocks are subclasses of transformers' `GradientCheckpointingLayer`. `training.speed`
+    compiles the method `compute` of a block, which `forward` calls, or else `forward` itself. The
+    class of a block may say in `dynamic_dims` which dimensions of its first argument have a size
+    that changes between batches; by default, all but the last.
+
+    `forward` takes the result of `Family.inputs`. Its further arguments are:
+
+    - `labels` (B, T), not shifted, with which it returns a loss;
+    - `target_positions` (S,), flat indices into B * T of the tokens whose successors are
+      supervised: the logits are then (S, V), of these tokens only, and the loss is the same;
+    - `num_items_in_batch`: the divisor of the summed losses; by default, the loss is their mean;
+    - `logits_to_keep`: the number of logits to compute, counted from the end.
+    """
+
+    def decoder(self) -> Decoder | None:
+        """Returns a new decoder of this network, or None if transformers' `generate` decodes.
+
+        Not called for sharded networks and networks on several devices, which `generate` decodes.
+        """
+        ...
+
+
 class Family(Protocol):
     """A model architecture: builds its network and its processor, and connects the two.
 
-    The blocks of the network are subclasses of transformers' `GradientCheckpointingLayer`. Their
-    `forward` calls a method `compute`, which `training.speed` may compile.
+    For the network, see `Network`.
     """
 
     components: Mapping[str, str]
     """Module paths of "vision", "resampler", "language", "embeddings" and "head"."""
     lora_targets: Mapping[str, str]
-    """Groups of linear layers for adapters, each a regular expression that matches module paths."""
+    """Groups of linear layers for adapters, each a regular expression that matches module paths.
+
+    There are "attention" and "language": the layers of the language model's attention, and all of
+    its layers. "all-linear" is not among them, because it is the same for all families."""
     dtype: torch.dtype
     """The dtype of the base weights."""
 
@@ -132,6 +219,12 @@ class Family(Protocol):
     """Quantization of the base weights, unless the adapter requires its own quantization."""
     supports_packing: bool
     """Whether a row may contain several samples whose positions each start at 0."""
+    supports_vision_cache: bool
+    """Whether batches may have the `image_features` of images in place of the images."""
+    fixed_image_size: bool
+    """Whether the vision tower takes one tensor (N, ...) of equal images and nothing else.
+
+    `training.speed` may then record its `forward` as CUDA graphs."""
     fsdp_units: Collection[str]
     """Class names of modules, such as blocks, whose weights FSDP gathers as a unit."""
     machine_settings: Sequence[str]
@@ -139,11 +232,16 @@ class Family(Protocol):
     base_settings: Sequence[str]
     """Constructor arguments that choose the base weights. An exported model does not need them."""
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a prompt together with its answer."""
+        ...
+
     def processor(self, features: FeatureSource | None = None) -> Processor:
         """Returns a processor.
 
         Args:
-            features: a source of vision features, which replace pixels in samples.
+            features: a source of vision features, which replace the images in samples.
         """
         ...
 
@@ -172,11 +270,16 @@ class Family(Protocol):
         """Returns the arguments of the network's `forward`, or of its `generate`, for a batch."""
         ...
 
-    def image_features(self, model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns the features (N, Q, D) of N images from `Processor.pixels`.
+    def image_features(
+        self, model: PreTrainedModel, vision: Mapping[str, Any]
+    ) -> list[torch.Tensor]:
+        """Returns the features (Q, D) of each image of `vision`, from `Processor.collate_vision`.
 
-        The features are the complete output of the vision tower and the resampler of `model`. A
-        batch that has features needs no pixels. `model` may be wrapped by adapters.
+        The features are everything that the language model gets of an image. A batch that has
+        features needs no images. `model` may be wrapped by adapters.
+
+        Args:
+            vision: with tensors on the device of the vision tower.
         """
         ...
 
@@ -189,23 +292,23 @@ class Family(Protocol):
         ...
 
     def answering_memory(
-        self, *, rows: int, tokens: int, images: int, new_tokens: int, at_once: bool
+        self, *, rows: int, tokens: int, image_tokens: int, new_tokens: int, at_once: bool
     ) -> int:
         """Returns the bytes that answering a batch takes in addition to the weights, roughly.
 
         Args:
             rows: number of rows, times the number of beams.
-            tokens, images, new_tokens: upper bounds per row: tokens and images of the prompt, and
-                tokens of the answer.
+            tokens, image_tokens, new_tokens: upper bounds per row: tokens of the prompt, how many
+                of them are of images, and tokens of the answer.
             at_once: whether all prompts are read in one pass.
         """
         ...
 
-    def loss_memory(self, *, rows: int, tokens: int, images: int, supervised: int) -> int:
+    def loss_memory(self, *, rows: int, tokens: int, image_tokens: int, supervised: int) -> int:
         """Returns the bytes that the loss of a batch takes without gradients, roughly.
 
         Args:
-            tokens, images, supervised: upper bounds per row.
+            tokens, image_tokens, supervised: upper bounds per row.
         """
         ...
 

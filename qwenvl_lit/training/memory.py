@@ -354,9 +354,10 @@ def training_inputs(
     if limit is not None:
         tokens = min(tokens, limit)
         images, targets = _fitting(processor, images, targets, limit)
-    length = processor.length(_row(images, 0, targets))[0]
+    length = processor.length(_row(images, 0, targets)).tokens
     sample = processor.encode(_row(images, tokens - length, targets))
-    inputs = family.inputs(Pad(pad_id=processor.pad_id)([sample] * batch_size))
+    pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision)
+    inputs = family.inputs(pad([sample] * batch_size))
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor):
             inputs[name] = value.to("meta")
@@ -369,7 +370,7 @@ def _fitting(processor: Processor, images: int, targets: int, limit: int) -> tup
     If there is no such row, those of the shortest row.
     """
     for count in range(images, -1, -1):
-        spare = limit - processor.length(_row(count, 0, 1))[0]
+        spare = limit - processor.length(_row(count, 0, 1)).tokens
         if spare >= 0:
             return count, min(targets, 2 + spare)
     return 0, 1

@@ -76,13 +76,16 @@ def batch_bytes(sizes: RowSizes, rows: int, family: Family, generation: Generati
     """Returns the bytes that the evaluation of `rows` rows takes in addition to the weights."""
     if not sizes.answered:
         return family.loss_memory(
-            rows=rows, tokens=sizes.tokens, images=sizes.images, supervised=sizes.supervised
+            rows=rows,
+            tokens=sizes.tokens,
+            image_tokens=sizes.image_tokens,
+            supervised=sizes.supervised,
         )
     beams = generation.num_beams
     return family.answering_memory(
         rows=rows * beams,
         tokens=sizes.tokens,
-        images=sizes.images,
+        image_tokens=sizes.image_tokens,
         new_tokens=generation.max_new_tokens,
         at_once=beams > 1 or sizes.options,
     )

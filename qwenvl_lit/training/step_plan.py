@@ -71,7 +71,7 @@ def plan_step(
 
     Args:
         model: the network on the meta device with its adapter, in training mode.
-        sizes: (3, rows), the tokens, supervised tokens and images of all rows.
+        sizes: (3, rows), the `Length` of all rows.
         rows_per_step: rows of an optimizer step on each rank.
         same_count: whether all ranks need the same number of micro-batches.
         options: further arguments of `estimate_memory`.
@@ -88,7 +88,7 @@ def plan_step(
     choices = {"none": [0], "full": [len(blocks)], "auto": range(len(blocks) + 1)}[checkpointing]
     for checkpointed in choices:
         costs, fixed = _fit_costs(probes, checkpointed, compiled=options["compiled"])
-        of_rows = _costs_of_rows(costs, sizes, probes)
+        of_rows = _costs_of_rows(costs, sizes)
         largest_step = of_rows[:rows_per_step].sum()
         efficient = of_rows.sum() / tokens.sum() * EFFICIENT_TOKENS
         max_bytes = usable(available) - estimate(fixed).total
@@ -161,12 +161,8 @@ def _fit_costs(
     return costs, math.ceil(fixed)
 
 
-def _costs_of_rows(
-    costs: ActivationCosts, sizes: np.ndarray, probes: Sequence[_Probe]
-) -> np.ndarray:
+def _costs_of_rows(costs: ActivationCosts, sizes: np.ndarray) -> np.ndarray:
     """Returns the costs (rows,) of all rows, the largest first."""
-    tokens, targets, images = sizes.astype(np.float64)
-    with_image = probes[0]
+    tokens, targets, image_tokens = sizes.astype(np.float64)
     text = costs.per_token * tokens + costs.per_target * targets
-    of_images = costs.per_image_token * with_image.image_tokens / with_image.rows * images
-    return np.sort(text + of_images)[::-1]
+    return np.sort(text + costs.per_image_token * image_tokens)[::-1]

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from tiny import CONFIG
 
-from qwenvl_lit.data import collate
 from qwenvl_lit.data.collate import Pack, Pad, target_positions
+from qwenvl_lit.models import vision_tensors
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
+from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import Conversation, Dropped, ImageSource, Sample, Turn
 
 TWO_LAYERS = CONFIG | {"num_hidden_layers": 2}
@@ -41,11 +42,12 @@ def sample(ids: list[int], labels: list[int], image_at: list[int] = ()) -> Sampl
 
 SHORT = sample([1, 2], [-100, 2])
 LONG = sample([3, 4, 5, 6], [-100, -100, 5, 6], image_at=[1, 2])
-PACK = Pack(pad_id=9, max_tokens=12, max_rows=3, longest=4)
+COLLATION = {"pad_id": 9, "collate_vision": concatenate_vision}
+PACK = Pack(**COLLATION, max_tokens=12, max_rows=3, longest=4)
 
 
 def test_training_rows_are_padded_on_the_right():
-    batch = Pad(pad_id=9)([SHORT, LONG])
+    batch = Pad(**COLLATION)([SHORT, LONG])
     assert batch.input_ids.tolist() == [[1, 2, 9, 9], [3, 4, 5, 6]]
     assert batch.labels.tolist() == [[-100, 2, -100, -100], [-100, -100, 5, 6]]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
@@ -54,21 +56,21 @@ def test_training_rows_are_padded_on_the_right():
 
 
 def test_prompts_are_padded_on_the_left():
-    batch = Pad(pad_id=9, side="left")([LONG, SHORT])
+    batch = Pad(**COLLATION, side="left")([LONG, SHORT])
     assert batch.input_ids.tolist() == [[3, 4, 5, 6], [9, 9, 1, 2]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert batch.vision_positions.tolist() == [1, 2]
 
 
 def test_positions_point_at_image_tokens_and_before_supervised_tokens():
-    batch = Pad(pad_id=9, side="left")([SHORT, LONG, SHORT])
+    batch = Pad(**COLLATION, side="left")([SHORT, LONG, SHORT])
     assert batch.input_ids.flatten()[batch.vision_positions].tolist() == [4, 5]
     successors = batch.labels.flatten()[batch.target_positions + 1]
     assert successors.tolist() == [2, 5, 6, 2]
 
 
 def test_images_are_concatenated_in_order_and_a_row_may_have_none():
-    batch = Pad(pad_id=9)([SHORT, LONG, LONG])
+    batch = Pad(**COLLATION)([SHORT, LONG, LONG])
     assert batch.vision["pixel_values"].tolist() == [[3.0, 3.0], [3.0, 3.0]]
 
 
@@ -77,7 +79,7 @@ def test_the_first_token_of_a_row_is_never_a_target():
 
 
 def test_all_tensors_of_a_batch_move_to_a_device():
-    batch = Pad(pad_id=9)([SHORT, LONG]).to("meta")
+    batch = Pad(**COLLATION)([SHORT, LONG]).to("meta")
     assert batch.input_ids.is_meta
     assert batch.vision["pixel_values"].is_meta
     assert batch.position_ids is None
@@ -132,7 +134,7 @@ def test_no_packed_sample_learns_to_predict_the_next_one():
     assert batch.target_positions.tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("collate_fn", [Pad(pad_id=9), PACK], ids=["pad", "pack"])
+@pytest.mark.parametrize("collate_fn", [Pad(**COLLATION), PACK], ids=["pad", "pack"])
 def test_dropped_rows_are_left_out_and_their_reasons_listed(collate_fn):
     batch = collate_fn([SHORT, Dropped("a.jsonl:3: broken"), LONG])
     without = collate_fn([SHORT, LONG])
@@ -145,7 +147,7 @@ def test_dropped_rows_are_left_out_and_their_reasons_listed(collate_fn):
 
 @pytest.mark.parametrize(
     ("collate_fn", "tokens"),
-    [(Pad(pad_id=9), 2), (Pad(pad_id=9, side="left"), 2), (PACK, 12)],
+    [(Pad(**COLLATION), 2), (Pad(**COLLATION, side="left"), 2), (PACK, 12)],
     ids=["right", "left", "pack"],
 )
 def test_a_batch_whose_rows_are_all_dropped_is_padding(collate_fn, tokens):
@@ -158,10 +160,10 @@ def test_a_batch_whose_rows_are_all_dropped_is_padding(collate_fn, tokens):
 
 
 def test_a_data_worker_concatenates_images_in_shared_memory(monkeypatch):
-    """Fails when torch changes the private storage methods that `collate` uses."""
-    here = Pad(pad_id=9)([SHORT, LONG, LONG]).vision["pixel_values"]
-    monkeypatch.setattr(collate, "get_worker_info", lambda: "a worker")
-    in_worker = Pad(pad_id=9)([SHORT, LONG, LONG]).vision["pixel_values"]
+    """Fails when torch changes the private storage methods that `vision_tensors` uses."""
+    here = Pad(**COLLATION)([SHORT, LONG, LONG]).vision["pixel_values"]
+    monkeypatch.setattr(vision_tensors, "get_worker_info", lambda: "a worker")
+    in_worker = Pad(**COLLATION)([SHORT, LONG, LONG]).vision["pixel_values"]
     assert in_worker.is_shared()
     assert not here.is_shared()
     torch.testing.assert_close(in_worker, here, rtol=0, atol=0)
@@ -180,11 +182,12 @@ def test_packing_gives_the_same_loss_as_padding(supervise):
     for images, texts in enumerate(answers):
         samples.append(processor.encode(conversation(*texts, images=images)))
     lengths = [len(sample.input_ids) for sample in samples]
-    limits = {"pad_id": processor.pad_id, "max_rows": 3, "longest": max(lengths)}
+    collation = {"pad_id": processor.pad_id, "collate_vision": processor.collate_vision}
+    limits = {**collation, "max_rows": 3, "longest": max(lengths)}
     full = Pack(**limits, max_tokens=sum(lengths))
     with_padding = Pack(**limits, max_tokens=sum(lengths) + max(lengths) + 7)
 
-    batch = Pad(pad_id=processor.pad_id)(samples)
+    batch = Pad(**collation)(samples)
     padded_loss, padded_gradients = loss_and_gradients(model, family, batch)
     for pack in (full, with_padding):
         loss, gradients = loss_and_gradients(model, family, pack(samples))
@@ -219,7 +222,7 @@ def test_no_packed_sample_attends_to_another():
         input_ids=middle.input_ids.where(middle.labels == -100, 7),
         vision={"pixel_values": 255 - middle.vision["pixel_values"]},
     )
-    pack = Pack(pad_id=processor.pad_id, max_tokens=150, max_rows=3, longest=50)
+    pack = Pack(**COLLATION, max_tokens=150, max_rows=3, longest=50)
     logits = []
     for sample in (middle, changed_middle):
         inputs = family.inputs(pack([first, sample, last]))
@@ -235,7 +238,7 @@ def test_no_packed_sample_attends_to_another():
 def test_a_row_of_padding_makes_a_step_with_gradients_of_zero():
     family = small_family()
     model = family.load().train()
-    output = model(**family.inputs(Pack(pad_id=0, max_tokens=50, max_rows=3, longest=20)([])))
+    output = model(**family.inputs(Pack(**COLLATION, max_tokens=50, max_rows=3, longest=20)([])))
     assert output.logits.shape[1] == 1
     (output.logits.sum() * 0).backward()
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in model.parameters())
@@ -247,3 +250,55 @@ def test_packed_rows_have_their_bounds_under_the_names_of_transformers_kernels()
     assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == bounds
     assert inputs["max_length_q"] == inputs["max_length_k"] == 4
     assert "attention_mask" not in inputs
+
+
+AXES = [replace(SHORT, position_ids=torch.tensor([[0, 1], [0, 7]]))]
+AXES.append(replace(LONG, position_ids=torch.tensor([[0, 1, 1, 2], [0, 3, 4, 5]])))
+
+
+@pytest.mark.parametrize(
+    ("collate", "expected"),
+    [
+        (Pad(**COLLATION), [[[0, 1, 0, 0], [0, 1, 1, 2]], [[0, 7, 0, 0], [0, 3, 4, 5]]]),
+        (
+            Pad(**COLLATION, side="left"),
+            [[[0, 0, 0, 1], [0, 1, 1, 2]], [[0, 0, 0, 7], [0, 3, 4, 5]]],
+        ),
+        (
+            Pack(**COLLATION, max_tokens=7, max_rows=2, longest=4),
+            [[[0, 1, 0, 1, 1, 2, 0]], [[0, 7, 0, 3, 4, 5, 0]]],
+        ),
+    ],
+    ids=["right", "left", "packed"],
+)
+def test_positions_of_samples_are_padded_or_packed(collate, expected):
+    batch = collate(AXES)
+    assert batch.axis_positions.tolist() == expected
+    assert batch.to("meta").axis_positions.is_meta
+    assert collate([SHORT, LONG]).axis_positions is None
+    assert collate([Dropped("a.jsonl:3: broken")]).axis_positions is None
+
+
+@pytest.mark.parametrize("collate", [Pad, PACK], ids=["pad", "pack"])
+def test_vision_tensors_are_those_that_the_processor_collates(collate):
+    def numbers(samples):
+        return {"longest": max(len(sample.input_ids) for sample in samples), "a": torch.ones(2)}
+
+    if collate is PACK:
+        collate = replace(PACK, collate_vision=numbers)
+    else:
+        collate = Pad(pad_id=9, collate_vision=numbers)
+    batch = collate([SHORT, LONG]).to("meta")
+    assert batch.vision["longest"] == 4, "a number stays on the host"
+    assert batch.vision["a"].is_meta
+    assert collate([]).vision == {}
+
+
+def test_features_of_no_images_take_the_shape_of_the_others():
+    with_images = replace(LONG, vision={"vision_features": torch.ones(1, 3, 2).half()})
+    without = replace(SHORT, vision={"vision_features": torch.empty(0)})
+    for samples in ([without, with_images], [with_images, without], [without, without]):
+        features = concatenate_vision(samples)["vision_features"]
+        images = samples.count(with_images)
+        assert features.shape == ((1, 3, 2) if images else (0,))
+        assert not images or features.dtype == torch.float16

@@ -8,9 +8,10 @@ import torch
 
 from qwenvl_lit.data.collate import TILE, Pack, Pad
 from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
+from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import Conversation, Dropped, Sample
 
-PACK = Pack(pad_id=0, max_rows=4, longest=900)
+PACK = Pack(pad_id=0, collate_vision=concatenate_vision, max_rows=4, longest=900)
 
 
 def sample(tokens: int, *, image_tokens: int = 0, targets: int = 1) -> Sample:
@@ -26,7 +27,11 @@ def sample(tokens: int, *, image_tokens: int = 0, targets: int = 1) -> Sample:
 
 
 def cut(max_bytes: float = math.inf, **options) -> CutStep:
-    return CutStep(pad=Pad(pad_id=0), limit=MemoryLimit(max_bytes), **options)
+    return CutStep(
+        pad=Pad(pad_id=0, collate_vision=concatenate_vision),
+        limit=MemoryLimit(max_bytes),
+        **options,
+    )
 
 
 def lengths(batches) -> list[tuple[int, ...]]:

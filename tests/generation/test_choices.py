@@ -120,7 +120,10 @@ def test_the_likeliest_option_is_the_prediction_and_is_scored(file, tmp_path):
     data = DataModule(processor=processor, read=read_rows, test=file, eval_batch_size=2)
     tested = trainer(tmp_path)
     tested.test(module, data, verbose=False)
-    pad, right = Pad(pad_id=processor.pad_id, side="left"), 0
+    pad, right = (
+        Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left"),
+        0,
+    )
     rows = read_rows(file)
     for row in rows:
         batch = pad([processor.encode(row, prompt=True)])
@@ -146,7 +149,9 @@ def test_rows_with_and_without_options_may_be_in_a_batch():
         turns = (Turn(role="user", parts=(f"Which? {'?' * index}",)),)
         options = ("A", "B") if index in (1, 2, 4) else ()
         rows.append(Conversation(id=str(index), index=index, turns=turns, options=options))
-    pad = Pad(pad_id=module.processor.pad_id, side="left")
+    pad = Pad(
+        pad_id=module.processor.pad_id, collate_vision=module.processor.collate_vision, side="left"
+    )
     samples = [module.processor.encode(row, prompt=True) for row in rows]
     alone = [module.predict(pad([sample]))[0].text for sample in samples]
     assert [answer.text for answer in module.predict(pad(samples))] == alone

@@ -24,9 +24,9 @@ from small_network import (
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
+from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
-from qwenvl_lit.models.qwen_vl.decoder import decoder_of
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES, ImageCache
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.types import DataError

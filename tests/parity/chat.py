@@ -192,7 +192,9 @@ def chat(path: Path) -> Iterator[Result]:
             system=case["system"],
         )
         prompt = processor.encode(talk, prompt=True)
-        batch = Pad(pad_id=processor.pad_id, side="left")([prompt])
+        batch = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")(
+            [prompt]
+        )
         stops = [*processor.stop_ids, *extra]
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if len(batch.vision_positions):

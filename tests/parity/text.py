@@ -19,6 +19,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.grounding import tags_from_object
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Box,
     Conversation,
@@ -112,7 +113,9 @@ def batch(path: Path) -> Iterator[Result]:
             Sample(conversation=nobody, input_ids=ids, labels=ids, vision_positions=none, vision={})
             for ids in rows
         ]
-        padded = Pad(pad_id=tokenizer.pad_id, side=case["padding_side"])(samples)
+        padded = Pad(
+            pad_id=tokenizer.pad_id, collate_vision=concatenate_vision, side=case["padding_side"]
+        )(samples)
         ours = {
             "input_ids": padded.input_ids.tolist(),
             "attention_mask": padded.attention_mask.tolist(),

@@ -166,7 +166,11 @@ def loader(rows, *, batch_size: int) -> DataLoader:
     """Batches of encoded rows."""
     processor = QwenVLFamily(config=CONFIG, vocabulary="tiny").processor()
     samples = [processor.encode(row) for row in rows]
-    return DataLoader(samples, batch_size=batch_size, collate_fn=Pad(pad_id=processor.pad_id))
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        collate_fn=Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision),
+    )
 
 
 def gradient_of_one_step(

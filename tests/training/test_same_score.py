@@ -142,7 +142,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         rows.append({"id": f"row {index}", "query": "word " * (index + 1), "response": "?"})
     write_rows(file, rows)
     module = untrained()
-    pad = Pad(pad_id=module.processor.pad_id, side="left")
+    pad = Pad(
+        pad_id=module.processor.pad_id, collate_vision=module.processor.collate_vision, side="left"
+    )
     for index, conversation in enumerate(read_rows(str(file))):
         batch = pad([module.processor.encode(conversation, prompt=True)])
         answer = module.predict(batch)[0].text

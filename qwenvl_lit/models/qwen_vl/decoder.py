@@ -27,11 +27,9 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
 
-from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.dynamo import CompileError, recompilation_limits
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, ImageCache
@@ -41,7 +39,6 @@ from qwenvl_lit.models.qwen_vl.language import (
     rotary_frequencies,
     rotary_tables_at,
 )
-from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
 
 # Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
@@ -49,33 +46,6 @@ PROMPT_TOKENS = 16384
 COMPILE_AFTER = 60  # seconds of decoding after which compile="auto" compiles
 
 log = logging.getLogger(__name__)
-
-# The decoder of each network. An entry exists as long as its network.
-_decoders: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
-
-
-def decoder_of(model: nn.Module) -> Decoder | None:
-    """Returns the decoder of a Qwen-VL network, with or without adapters around it.
-
-    Returns None if `Decoder` does not support the network. It supports neither networks on several
-    devices, nor sharded networks, nor networks of another family.
-    """
-    network = network_of(model)
-    if not isinstance(network, QwenVLForCausalLM):
-        return None
-    device_map = getattr(network, "hf_device_map", None) or {}
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in network.parameters())
-    if is_sharded or len(set(device_map.values())) > 1:
-        return None
-    device = network.transformer.wte.weight.device
-    if network not in _decoders or _decoders[network].device != device:
-        _decoders[network] = Decoder(network)
-    return _decoders[network]
-
-
-def release(model: nn.Module) -> None:
-    """Deletes the decoder of a network with its cache, CUDA graphs and encoded images."""
-    _decoders.pop(network_of(model), None)
 
 
 @dataclass(slots=True)
@@ -89,10 +59,10 @@ class StepInputs:
 
 
 class Decoder:
-    """The cache, the CUDA graphs and the encoded images of one network."""
+    """The cache, the CUDA graphs and the encoded images of one `QwenVLForCausalLM`."""
 
-    def __init__(self, network: QwenVLForCausalLM):
-        self._network = weakref.ref(network)  # a strong one would keep the key of `_decoders` alive
+    def __init__(self, network: PreTrainedModel):
+        self._network = weakref.ref(network)  # see `generation.decoders`
         self.device = network.transformer.wte.weight.device
         self.cache = KVCache(network.config, self.device)
         self.images = ImageCache()
@@ -113,7 +83,7 @@ class Decoder:
         self.run_vision_block: RunBlock = VisionBlock.compute
 
     @property
-    def network(self) -> QwenVLForCausalLM:
+    def network(self) -> PreTrainedModel:
         network = self._network()
         assert network is not None
         return network

@@ -89,6 +89,8 @@ class QwenVLFamily:
     machine_settings = ("device_map", "max_memory", "download", "load_in_4bit")
     base_settings = ("path", "config", "weights", "vocabulary", "seed")
     supports_packing = True
+    supports_vision_cache = True
+    fixed_image_size = True
     fsdp_units = ("LanguageBlock", "VisionBlock", "Resampler")
 
     def __init__(
@@ -193,6 +195,10 @@ class QwenVLFamily:
         else:
             visual = {**QWEN_VL_VISUAL, **visual}
         return QwenVLConfig(**{"vocab_size": multiple_of_16, **self.sizes, "visual": visual})
+
+    @property
+    def max_tokens(self) -> int:
+        return self.config.max_position_embeddings
 
     @cached_property
     def generation(self) -> GenerationConfig:
@@ -339,9 +345,10 @@ class QwenVLFamily:
             inputs["logits_to_keep"] = 1
         return {name: value for name, value in inputs.items() if value is not None}
 
-    def image_features(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, size, size, 3) uint8 -> (N, Q, D)."""
-        return network_of(model).get_image_features(normalize_pixels(pixels))
+    def image_features(self, model: nn.Module, vision: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Returns the features (Q, D) of each image; see `Family.image_features`."""
+        pixels = normalize_pixels(vision["pixel_values"])
+        return list(network_of(model).get_image_features(pixels))
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
         """Returns the floating-point operations of a training step; see `Family.flops`."""
@@ -354,14 +361,16 @@ class QwenVLFamily:
         )
 
     def answering_memory(
-        self, *, rows: int, tokens: int, images: int, new_tokens: int, at_once: bool
+        self, *, rows: int, tokens: int, image_tokens: int, new_tokens: int, at_once: bool
     ) -> int:
         """Returns the bytes that answering a batch takes; see `Family.answering_memory`."""
+        images = image_tokens // self.config.n_queries
         sizes = {"rows": rows, "tokens": tokens, "images": images, "new_tokens": new_tokens}
         return answering_bytes(self.config, self.dtype.itemsize, **sizes, at_once=at_once)
 
-    def loss_memory(self, *, rows: int, tokens: int, images: int, supervised: int) -> int:
+    def loss_memory(self, *, rows: int, tokens: int, image_tokens: int, supervised: int) -> int:
         """Returns the bytes that the loss of a batch takes; see `Family.loss_memory`."""
+        images = image_tokens // self.config.n_queries
         sizes = {"rows": rows, "tokens": tokens, "images": images, "supervised": supervised}
         return loss_bytes(self.config, self.dtype.itemsize, **sizes)
 

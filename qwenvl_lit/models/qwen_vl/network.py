@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.decoder import Decoder
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import alpha_after, forget_alpha
 from qwenvl_lit.models.qwen_vl.image_tokens import (
     find_image_tokens,
@@ -386,6 +387,10 @@ class QwenVLForCausalLM(QwenVLPreTrainedModel, GenerationMixin):
             new_tokens = input_ids.shape[1] - prompt_length
             inputs["vision_positions"] = positions + rows * new_tokens
         return inputs
+
+    def decoder(self) -> Decoder:
+        """Returns a new decoder; see `Network.decoder`."""
+        return Decoder(self)
 
     def init_continuous_batching(self, *_, **__):
         """Refuses transformers' continuous batching, which `generate_batch` uses.

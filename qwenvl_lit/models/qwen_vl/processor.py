@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -28,12 +28,14 @@ from qwenvl_lit.models.chatml import (
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, MAX_BLANKS, QwenTokenizer
+from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Conversation,
     DataError,
     Dropped,
     GroundedObject,
     ImageSource,
+    Length,
     Part,
     Prediction,
     Sample,
@@ -83,6 +85,7 @@ class QwenVLProcessor:
     """
 
     supports_packing = True
+    collate_vision = staticmethod(concatenate_vision)
 
     def __init__(
         self,
@@ -126,6 +129,9 @@ class QwenVLProcessor:
         self.stop_ids: tuple[int, ...] = (tokenizer.pad_id,)
         if template == "chatml":
             self.stop_ids = (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
+        self.continues_text = template == "raw"
+        # As the published evaluation asks the base model, and as rows for chat ask
+        self.find_prompt = "{image}{question}" if self.continues_text else "{image}Find {question}"
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
         """Returns the ids, labels and images of a conversation.
@@ -144,10 +150,10 @@ class QwenVLProcessor:
         with _locating(conversation):
             return self._sample(conversation, self._pieces(conversation, prompt))
 
-    def length(self, conversation: Conversation, *, prompt: bool = False) -> tuple[int, int]:
-        """Returns the number of tokens and of supervised tokens that `encode` would give.
+    def length(self, conversation: Conversation, *, prompt: bool = False) -> Length:
+        """Returns the size of the sample that `encode` would give.
 
-        No image is decoded.
+        No image is read.
 
         Raises:
             DataError: as `encode`, except for images that cannot be decoded.
@@ -156,8 +162,13 @@ class QwenVLProcessor:
             pieces = self._pieces(conversation, prompt)
         tokens = sum(len(piece.ids) for piece in pieces)
         supervised = sum(len(piece.ids) for piece in pieces if piece.supervised)
-        # The first token has nothing before it that could predict it.
-        return tokens, supervised - pieces[0].supervised
+        images = sum(piece.image is not None for piece in pieces)
+        return Length(
+            tokens=tokens,
+            # The first token has nothing before it that could predict it.
+            supervised=supervised - pieces[0].supervised,
+            image_tokens=images * self.tokens_per_image,
+        )
 
     @property
     def shown_ids(self) -> tuple[int, ...]:
@@ -184,16 +195,20 @@ class QwenVLProcessor:
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """Plain data that determines the result of `pixels`."""
+        """Plain data that determines the result of `image_vision`."""
         return {"image_size": self.image_size}
 
-    def pixels(self, image: ImageSource) -> torch.Tensor:
-        """Returns the resized image, (image_size, image_size, 3) uint8."""
-        return resize_image(image.open(), self.image_size)
+    def image_vision(self, image: ImageSource) -> dict[str, torch.Tensor]:
+        """Returns the resized image, (1, image_size, image_size, 3) uint8."""
+        return {"pixel_values": self._pixels(image)[None]}
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns ids as text; special tokens by name, nothing between the tags of an image."""
         return self.tokenizer.decode(ids)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the text of an answer in pieces; see `Processor.stream`."""
+        return self.tokenizer.stream(ids, skip_special=True, keep=self.shown_ids)
 
     def decode(self, ids: Sequence[int], conversation: Conversation) -> Prediction:
         """Converts generated ids, up to the first stop id, to a prediction.
@@ -383,11 +398,14 @@ class QwenVLProcessor:
     def _vision(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
         features = self.features(images) if self.features is not None else None
         if features is not None:
-            return {"vision_features": features}
+            return {"vision_features": torch.stack(features) if features else torch.empty(0)}
         if images:
-            return {"pixel_values": torch.stack([self.pixels(image) for image in images])}
+            return {"pixel_values": torch.stack([self._pixels(image) for image in images])}
         nothing = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
         return {"pixel_values": nothing}
+
+    def _pixels(self, image: ImageSource) -> torch.Tensor:
+        return resize_image(image.open(), self.image_size)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

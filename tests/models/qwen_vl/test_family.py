@@ -10,6 +10,7 @@ from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Box,
     Conversation,
@@ -411,7 +412,7 @@ def test_a_checkpoint_brings_its_vocabulary(tmp_path):
 def test_inputs_are_those_that_the_model_needs():
     made = family(system="")
     encode = made.processor().encode
-    pad = Pad(pad_id=TOKENIZER.pad_id)
+    pad = Pad(pad_id=TOKENIZER.pad_id, collate_vision=concatenate_vision)
     with_image, text = talk((RED, "What?"), "a car"), talk("How many?", "2")
     mixed, only_text = pad([encode(with_image), encode(text)]), pad([encode(text)])
     targets = {"labels", "target_positions"}
