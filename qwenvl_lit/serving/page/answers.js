@@ -54,14 +54,14 @@ export class AnswerView {
   }
 
   label(object, index, images) {
-    if (!object.regions.length || !images[object.image]) {
-      return element("span", { textContent: object.label ?? "" });
-    }
+    const textContent = object.label ?? "box";
+    const isDrawn = object.regions.length > 0 && images[object.image];
+    if (!isDrawn) return element("span", { textContent });
     const at = object.regions.map((region) => region.at).join("; ");
     const title = `Image ${object.image + 1}: ${at} pixels`;
     // A span, because a button does not break over two lines.
-    const properties = { className: "label", role: "button", tabIndex: 0, title };
-    return mark(element("span", properties, object.label ?? "box"), index);
+    const properties = { className: "label", role: "button", tabIndex: 0, title, textContent };
+    return mark(element("span", properties), index);
   }
 
   light(target, isOn) {
@@ -91,8 +91,11 @@ function boxesOn(image, objects) {
 }
 
 function figure(image, name, boxes) {
-  const frame = element("div", { className: "frame" }, element("img", { src: image.url, alt: name }));
-  frame.style.setProperty("--ratio", image.width / image.height);
+  const shown = element("img", { src: image.url, alt: name });
+  const frame = element("div", { className: "frame" }, shown);
+  const ratio = image.width / image.height;
+  frame.style.setProperty("--ratio", ratio);
+  frame.classList.toggle("narrow", ratio < 0.6);
   frame.classList.toggle("crowded", boxes.length > CROWDED);
   frame.append(...boxes.map(boxButton));
   return element("figure", {}, frame);

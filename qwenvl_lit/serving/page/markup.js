@@ -1,4 +1,4 @@
-// Reads answers: <ref>label</ref><box>(x0,y0),(x1,y1)</box> on the grid 0..999, as grounding.py does.
+// Reads the markup <ref>label</ref><box>(x0,y0),(x1,y1)</box>, on the grid 0..999, as grounding.py.
 
 const GRID = 999;
 const NUMBER = "[\\s()]*[+-]?\\d{1,6}[\\s()]*";
@@ -29,10 +29,10 @@ export function parse(text, complete) {
   return parts;
 }
 
-// Returns the parts of an answer. Its objects become {label, image, regions}. A region has the points
-// [x, y], two of a box and four of a quad, and left, top, width and height, all as fractions of the
-// image, and the points in pixels as the text `at`. The server's boxes, in pixels, take precedence
-// over the grid's.
+// Returns the parts of an answer. Its objects become {label, image, regions}. A region has points
+// [x, y], two of a box or four of a quad; left, top, width and height within the image; all as
+// fractions of the image; and the points in pixels as text, `at`. The server's boxes, in pixels, take
+// precedence over the grid's.
 export function partsOf(answer, images, complete) {
   const parts = parse(answer.text, complete);
   const objects = parts.filter((part) => typeof part !== "string");
@@ -43,21 +43,22 @@ export function partsOf(answer, images, complete) {
     const given = answer.objects?.[reported.indexOf(object)];
     object.image = given?.image ?? images.length - 1;
     const size = images[object.image] ?? { width: 0, height: 0 };
-    object.regions = object.regions.map((grid, k) => {
-      const pixels = grid.length === 4 && given?.boxes?.[k];
-      return pixels ? regionOf(pixels, size.width, size.height, size) : regionOf(grid, GRID, GRID, size);
+    const grid = { width: GRID, height: GRID };
+    object.regions = object.regions.map((values, k) => {
+      const pixels = values.length === 4 && given?.boxes?.[k];
+      return pixels ? regionOf(pixels, size, size) : regionOf(values, grid, size);
     });
   }
   return parts;
 }
 
-function regionOf(values, right, bottom, size) {
+function regionOf(values, frame, size) {
   const points = [];
   for (let n = 0; n < values.length; n += 2) {
-    points.push([values[n] / right, values[n + 1] / bottom]);
+    points.push([values[n] / frame.width, values[n + 1] / frame.height]);
   }
-  const xs = points.map(([x]) => x);
-  const ys = points.map(([, y]) => y);
+  const xs = points.map(([x]) => Math.min(1, Math.max(0, x)));
+  const ys = points.map(([, y]) => Math.min(1, Math.max(0, y)));
   const [left, top] = [Math.min(...xs), Math.min(...ys)];
   const [width, height] = [Math.max(...xs) - left, Math.max(...ys) - top];
   const at = points.map(

@@ -72,6 +72,7 @@ function viewOf(turn) {
 
 function render() {
   $("log").replaceChildren(...turns.map((turn) => viewOf(turn).node));
+  for (const turn of turns) if (turn.answer) viewOf(turn).show();
   $("welcome").hidden = turns.length > 0;
   $("save").disabled = turns.length === 0;
   $("new").disabled = turns.length === 0;
@@ -96,7 +97,6 @@ async function ask(index) {
   setRunning(controller);
   render();
   const { show } = viewOf(turn);
-  show();
   document.documentElement.scrollTop = document.documentElement.scrollHeight;
   say("");
   if (document.activeElement !== $("question")) $("send").focus({ preventScroll: true });
@@ -106,7 +106,7 @@ async function ask(index) {
     await stream(answer, controller.signal, redraw);
     if (answer.text === before && !Number(settings.temperature)) say(GREEDY);
   } catch (error) {
-    fail(answer, error, show);
+    fail(turn, answer, error);
   }
   keepAtEnd(show);
   if (running !== controller) return; // another question or conversation has begun
@@ -128,16 +128,16 @@ async function stream(answer, signal, redraw) {
     tokens = chunk.usage?.completion_tokens ?? tokens;
     redraw();
   }
-  if (!answer.finish) throw new ServerError("The connection closed before the answer was complete.");
+  if (!answer.finish) throw new ServerError("The connection closed within the answer.");
   answer.state = "done";
   const facts = [`${((performance.now() - started) / 1000).toFixed(1)} s`];
   if (tokens) facts.unshift(`${tokens} tokens`);
-  if (answer.finish === "length") facts.unshift("Cut off at the most tokens");
+  if (answer.finish === "length") facts.unshift("Cut off at the maximum number of tokens");
   if (!answer.text) facts.unshift("The answer is empty");
   answer.facts = facts.join(" · ");
 }
 
-function fail(answer, error, show) {
+function fail(turn, answer, error) {
   if (error.name === "AbortError") {
     answer.state = "stopped";
     answer.facts = "Stopped";
@@ -153,7 +153,7 @@ function fail(answer, error, show) {
     const wait = seconds > 0 ? ` Try again in ${seconds} s.` : "";
     answer.error = `${status}${error.message}${wait}`;
     if (!wait) clearInterval(timer);
-    show();
+    if (turns.includes(turn)) viewOf(turn).show();
   }
   count();
 }
@@ -184,7 +184,8 @@ async function attach(files) {
   say("");
   for (const file of files) {
     try {
-      draft.push(await imageFrom(file));
+      const image = await imageFrom(file);
+      draft.push(image); // that of now: it may have been sent in the meantime
       showDraft();
     } catch (error) {
       say(error.message);
@@ -206,6 +207,7 @@ function edit(turn) {
   $("question").focus();
 }
 
+// Brings back the draft that an edited question replaced, if there is one.
 function endEdit() {
   const { text, images } = edited ?? { text: "", images: [] };
   edited = null;

@@ -44,7 +44,7 @@ export async function* chat(request, key, signal) {
       read = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ServerError("The connection broke before the answer was complete.");
+      throw new ServerError("The connection broke within the answer.");
     }
     if (read.done) return;
     buffer += read.value;
