@@ -55,9 +55,10 @@ class Browser:
 
     def __init__(self, program: str, folder: Path):
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+        quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
         ports = ("--remote-debugging-port=0", f"--user-data-dir={folder}")
         self._process = subprocess.Popen(
-            [program, *options, *ports, "about:blank"],
+            [program, *options, *quiet, *ports, "about:blank"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -31,8 +31,8 @@ export function parse(text, complete) {
 
 // Returns the parts of an answer. Its objects become {label, image, regions}. A region has points
 // [x, y], two of a box or four of a quad; left, top, width and height within the image; all as
-// fractions of the image; and the points in pixels as text, `at`. The server's boxes, in pixels, take
-// precedence over the grid's.
+// fractions of the image; and the points in pixels as text, `at`. The server's boxes, in pixels,
+// take precedence over the grid's.
 export function partsOf(answer, images, complete) {
   const parts = parse(answer.text, complete);
   const objects = parts.filter((part) => typeof part !== "string");

@@ -186,7 +186,7 @@ async function attach(files) {
     try {
       const image = await imageFrom(file);
       draft.push(image); // that of now: it may have been sent in the meantime
-      showDraft();
+      keepAtEnd(showDraft);
     } catch (error) {
       say(error.message);
     }
