@@ -341,6 +341,8 @@ class Sample:
     """Tensors that the model family defines; `Processor.collate_vision` makes those of a batch."""
     position_ids: torch.Tensor | None = None
     """(A, T) int64: positions on A axes, of a family that computes them. None: they are counted."""
+    images: tuple[ImageSource, ...] = ()
+    """The images of the sample. A long conversation may have lost the first ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,6 +370,8 @@ class Batch:
     """Tensors, and numbers that stay on the host; see `Processor.collate_vision`."""
     axis_positions: torch.Tensor | None = None
     """(A, B, T) int64: the `position_ids` of the samples, 0 at padding; None if they have none."""
+    images: tuple[ImageSource, ...] = ()
+    """The images of all samples, in the order of their tokens."""
     dropped: tuple[Dropped, ...] = ()
     """For each row of this batch that was left out, the reason."""
     segment_bounds: torch.Tensor | None = None
@@ -400,7 +404,10 @@ class Batch:
 
 
 def micro_batches_of(batch: Batch | Sequence[Batch]) -> Sequence[Batch]:
-    """Returns the micro-batches of what the training loader yields: one, or those of a step."""
+    """Returns the batches that a loader yields together: one, or several.
+
+    They are the micro-batches of an optimizer step, or rows that are evaluated one after another.
+    """
     return [batch] if isinstance(batch, Batch) else batch
 
 

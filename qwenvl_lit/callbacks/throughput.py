@@ -194,16 +194,17 @@ class Throughput(lightning.Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Any,  # Sequence[Prediction]
-        batch: Batch,
+        batch: Batch | Sequence[Batch],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        parts = micro_batches_of(batch)
         is_first = self._latest is self._start
         self._latest = AnswerCounts(
             seconds=perf_counter(),
             batches=self._latest.batches + 1,
-            rows=self._latest.rows + len(batch.conversations),
-            images=self._latest.images + sum(len(row.images) for row in batch.conversations),
+            rows=self._latest.rows + sum(len(part.conversations) for part in parts),
+            images=self._latest.images + sum(len(part.images) for part in parts),
             tokens=self._latest.tokens + sum(prediction.tokens or 0 for prediction in outputs),
         )
         if is_first:

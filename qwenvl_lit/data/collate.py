@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qwenvl_lit.types import Batch, Dropped, Sample
+from qwenvl_lit.types import Batch, DataError, Dropped, ImageSource, Sample
+
+if TYPE_CHECKING:
+    from qwenvl_lit.models.protocols import Processor
 
 IGNORED = -100  # label of a token that is not supervised
 TILE = 64  # tokens; matmul kernels are fastest for multiples of it
@@ -68,6 +71,7 @@ class Pad:
             target_positions=target_positions(labels),
             vision=self.collate_vision(samples),
             axis_positions=axis_positions,
+            images=_images_of(samples),
             dropped=dropped,
         )
 
@@ -94,7 +98,7 @@ class Pack:
         max_tokens: the length of the row, or None.
 
     Raises:
-        ValueError: the samples exceed one of the limits.
+        DataError: the samples exceed one of the limits, although their rows were measured.
     """
 
     pad_id: int
@@ -135,6 +139,7 @@ class Pack:
             target_positions=target_positions(labels[None]),
             vision=self.collate_vision(samples) if samples else {},
             axis_positions=axis_positions,
+            images=_images_of(samples),
             dropped=dropped,
             segment_bounds=self._segment_bounds(lengths),
             longest_segment=self.longest,
@@ -148,9 +153,10 @@ class Pack:
         tokens, longest = sum(lengths), max(lengths, default=0)
         too_many = tokens > self.width(tokens) or len(lengths) > self.max_rows
         if too_many or longest > self.longest:
-            raise ValueError(
+            raise DataError(
                 f"{len(lengths)} samples of {tokens} tokens, the longest of {longest}, "
-                f"do not fit into {self}"
+                f"do not fit into {self}: were images replaced by larger ones after their rows "
+                "were measured? Delete the folder `lengths` in paths.cache to measure again"
             )
 
     def _segment_bounds(self, lengths: Sequence[int]) -> torch.Tensor:
@@ -163,6 +169,20 @@ class Pack:
         most_segments = self.max_rows + (self.max_tokens or TILE) // self.longest + 1
         empty = [0] * (most_segments - len(segments))
         return torch.tensor([0, *segments, *empty]).cumsum(0, dtype=torch.int32)
+
+
+def check_packing(processor: Processor, max_tokens: int | None) -> None:
+    """Raises a ValueError unless rows can be packed into rows of `max_tokens` for this model."""
+    if max_tokens is None:
+        raise ValueError(
+            "data.packing=true needs the most tokens of a packed row, say data.max_tokens=8192"
+        )
+    if not processor.supports_packing:
+        family = type(processor).__name__.removesuffix("Processor")
+        raise ValueError(
+            f"data.packing=true: models of the family {family} cannot train on packed rows; "
+            "use data.packing=false, with data.group_by_length=true against padding"
+        )
 
 
 def empty_batch(pad_id: int, dropped: tuple[Dropped, ...] = ()) -> Batch:
@@ -208,6 +228,10 @@ def _separate(rows: Sequence[Sample | Dropped]) -> tuple[list[Sample], tuple[Dro
         else:
             samples.append(row)
     return samples, tuple(reasons)
+
+
+def _images_of(samples: Sequence[Sample]) -> tuple[ImageSource, ...]:
+    return tuple(image for sample in samples for image in sample.images)
 
 
 def _join_positions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from qwenvl_lit.cores import available_cores
-from qwenvl_lit.data.collate import Pack, Pad
+from qwenvl_lit.data.collate import Pack, Pad, check_packing
 from qwenvl_lit.data.evaluation_batches import (
     EvaluationPlan,
     PromptSizes,
@@ -24,10 +24,10 @@ from qwenvl_lit.data.evaluation_batches import (
 from qwenvl_lit.data.findings import FILENAME, FindingsLog, FindingsWriter
 from qwenvl_lit.data.loading import encoded_loader, loader_without_rows
 from qwenvl_lit.data.loop_state import data_position, optimizer_steps
-from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
+from qwenvl_lit.data.micro_batches import ActivationCosts, BatchLimit, CutRows, CutStep
 from qwenvl_lit.data.mixture import DatasetSpec, OpenedDataset
 from qwenvl_lit.data.predictions import unanswered
-from qwenvl_lit.data.samplers import BatchSampler, Position
+from qwenvl_lit.data.samplers import BatchSampler
 from qwenvl_lit.data.selection import Concat, Rows, Subset, spread
 from qwenvl_lit.data.sets import all_sets, test_sets, validation_sets
 from qwenvl_lit.settings import check_settings
@@ -110,7 +110,7 @@ class DataModule(lightning.LightningDataModule):
         }
         check_settings("data", settings)
         if packing:
-            _check_packing(processor, max_tokens)
+            check_packing(processor, max_tokens)
         if datasets is not None and dataset:
             raise ValueError(
                 f"data.{next(iter(dataset))} belongs to a single dataset; "
@@ -119,8 +119,6 @@ class DataModule(lightning.LightningDataModule):
         # A rank may have no row of a small test set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.processor = processor
-        collation = {"pad_id": processor.pad_id, "collate_vision": processor.collate_vision}
-        self._collation: dict[str, Any] = collation
         self.datasets = dict(datasets or {})
         if datasets is None:
             self.datasets = {"": DatasetSpec(seed=seed, **dataset)}
@@ -268,7 +266,7 @@ class DataModule(lightning.LightningDataModule):
         if packed:
             longest = int(self.sizes[0].max())
             pack = Pack(**self._collation, max_rows=self.rows_per_step, longest=longest)
-        limits = {"limit": MemoryLimit(max_bytes), "count": count, "most_tokens": most_tokens}
+        limits = {"limit": BatchLimit(max_bytes), "count": count, "most_tokens": most_tokens}
         self.cut = replace(self.cut, pack=pack, costs=costs, **limits)
 
     def on_before_batch_transfer(
@@ -357,12 +355,9 @@ class DataModule(lightning.LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
             batches_per_step=self.rows_per_step,
-            position=self._position if self.trainer else None,
+            position=partial(data_position, self.trainer) if self.trainer else None,
         )
         return self._batch_sampler
-
-    def _position(self) -> Position:
-        return data_position(self.trainer)
 
     def _prompt_loader(
         self, name: str, rows: Rows, indices: list[int] | None = None, *, sort: bool = True
@@ -389,6 +384,7 @@ class DataModule(lightning.LightningDataModule):
         of_rank = order[self._rank :: self._world_size]
         if not len(of_rank):
             return loader_without_rows(self.processor.pad_id)
+        module = getattr(self.trainer, "lightning_module", None)
         self.plans[name] = plan = plan_batches(
             rows,
             of_rank,
@@ -396,11 +392,22 @@ class DataModule(lightning.LightningDataModule):
             sizes,
             processor=self.processor,
             batch_size=self.eval_batch_size,
-            choose=getattr(self.trainer and self.trainer.lightning_module, "rows_together", None),
+            choose=getattr(module, "rows_together", None),
         )
-        pad = Pad(**self._collation, side="right" if sizes is None else "left")
+        is_prompt = sizes is not None
+        collate = CutRows(
+            pad=Pad(**self._collation, side="left" if is_prompt else "right"),
+            limit=getattr(module, "evaluated_rows", None) or BatchLimit(),
+            options_apart=is_prompt,
+        )
         batching = {"batch_size": plan.batches.rows, "sampler": plan.indices}
-        return self._loader(rows, pad, prompt=sizes is not None, renumber=True, **batching)
+        return self._loader(rows, collate, prompt=is_prompt, renumber=True, **batching)
+
+    @property
+    def _collation(self) -> dict[str, Any]:
+        """The arguments of `Pad` and `Pack` that come from the processor."""
+        processor = self.processor
+        return {"pad_id": processor.pad_id, "collate_vision": processor.collate_vision}
 
     def _loader(
         self, rows: Rows, collate: Callable[[list[Any]], Any], **options: Any
@@ -433,16 +440,3 @@ class DataModule(lightning.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
-
-
-def _check_packing(processor: Processor, max_tokens: int | None) -> None:
-    if max_tokens is None:
-        raise ValueError(
-            "data.packing=true needs the most tokens of a packed row, say data.max_tokens=8192"
-        )
-    if not processor.supports_packing:
-        family = type(processor).__name__.removesuffix("Processor")
-        raise ValueError(
-            f"data.packing=true: models of the family {family} cannot train on packed rows; "
-            "use data.packing=false, with data.group_by_length=true against padding"
-        )

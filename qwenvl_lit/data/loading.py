@@ -130,7 +130,7 @@ def loader_without_rows(pad_id: int) -> DataLoader:
     Lightning skips the whole loop on a rank without batches, with the hooks and collectives that
     the other ranks wait for.
     """
-    return ResumableDataLoader([empty_batch(pad_id, ())], batch_size=1, collate_fn=itemgetter(0))
+    return ResumableDataLoader([[empty_batch(pad_id)]], batch_size=1, collate_fn=itemgetter(0))
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""Cuts the rows of an optimizer step into micro-batches that fit into memory."""
+"""Cuts rows that are loaded together into batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -26,18 +26,53 @@ class ActivationCosts:
         return text + self.per_image_token * image_tokens
 
 
-class MemoryLimit:
-    """The most activation bytes of a micro-batch. Data workers see when it is lowered."""
+class BatchLimit:
+    """The largest size of a batch. Data workers see when it is lowered."""
 
-    def __init__(self, max_bytes: float = math.inf):
-        self._bytes = torch.full((1,), max_bytes, dtype=torch.float64, device="cpu").share_memory_()
+    def __init__(self, largest: float = math.inf):
+        self._largest = torch.full((1,), largest, dtype=torch.float64, device="cpu").share_memory_()
 
     @property
-    def bytes(self) -> float:
-        return self._bytes.item()
+    def largest(self) -> float:
+        return self._largest.item()
 
-    def lower(self, max_bytes: float) -> None:
-        self._bytes.fill_(max_bytes)
+    def lower(self, largest: float) -> None:
+        self._largest.fill_(largest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutRows:
+    """Collates rows that are evaluated together into batches, in order.
+
+    Args:
+        limit: the most rows of a batch.
+        options_apart: whether rows with options and rows without are in separate batches, because
+            they are answered in different ways.
+    """
+
+    pad: Pad
+    limit: BatchLimit
+    options_apart: bool
+
+    def __call__(self, rows: Sequence[Sample | Dropped]) -> list[Batch]:
+        dropped = [row for row in rows if isinstance(row, Dropped)]
+        groups: list[list[Sample]] = []
+        for row in rows:
+            if isinstance(row, Dropped):
+                continue
+            if groups and self._belongs(row, groups[-1]):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        first, *others = groups or [[]]
+        return [self.pad([*first, *dropped]), *map(self.pad, others)]
+
+    def _belongs(self, sample: Sample, group: Sequence[Sample]) -> bool:
+        if len(group) >= self.limit.largest:
+            return False
+        if not self.options_apart:
+            return True
+        return bool(sample.conversation.options) == bool(group[0].conversation.options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +83,7 @@ class CutStep:
     Otherwise rows of similar length are padded together.
 
     Args:
+        limit: the most activation bytes of a micro-batch.
         count: number of micro-batches of every step. FSDP needs the same number on all ranks. By
             default, there are as few as the limit allows.
         most_tokens: roughly the most tokens of a micro-batch, to be printed; None if the limit
@@ -57,7 +93,7 @@ class CutStep:
     pad: Pad
     pack: Pack | None = None
     costs: ActivationCosts = field(default_factory=ActivationCosts)
-    limit: MemoryLimit = field(default_factory=MemoryLimit)
+    limit: BatchLimit = field(default_factory=BatchLimit)
     count: int | None = None
     most_tokens: int | None = None
 
@@ -94,7 +130,7 @@ class CutStep:
         if self.count is not None:
             return True
         several = [batch for batch in micro_batches if len(batch.conversations) > 1]
-        return all(self._batch_cost(batch) <= self.limit.bytes for batch in several)
+        return all(self._batch_cost(batch) <= self.limit.largest for batch in several)
 
     def halve(self, micro_batches: Sequence[Batch]) -> bool:
         """Lowers the limit after these micro-batches have exceeded the memory of the GPU.
@@ -116,7 +152,7 @@ class CutStep:
 
     def _packed(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Balances the samples over the fewest groups within the limit."""
-        limit = self.limit.bytes
+        limit = self.limit.largest
         for count in range(1, len(samples)):
             groups = self._dealt(samples, count)
             if max(map(self.cost, groups)) <= limit:
@@ -127,7 +163,7 @@ class CutStep:
         """Fills groups with samples of decreasing length, up to the limit."""
         groups: list[list[Sample]] = []
         for sample in samples:
-            if groups and self.cost([*groups[-1], sample]) <= self.limit.bytes:
+            if groups and self.cost([*groups[-1], sample]) <= self.limit.largest:
                 groups[-1].append(sample)
             else:
                 groups.append([sample])

@@ -14,6 +14,7 @@ from qwenvl_lit.data.other_markup import box_form
 from qwenvl_lit.data.survey import Kind
 from qwenvl_lit.grounding import GRID
 from qwenvl_lit.types import (
+    BadImage,
     Conversation,
     DataError,
     Dropped,
@@ -68,6 +69,8 @@ class RowReader:
             if self.prompt and limit and tokens > limit:
                 note = f"the question has {tokens} tokens, more than model.max_length={limit}"
                 findings.append(("note", f"{note} allows in training; it is answered in full"))
+        except BadImage:
+            pass  # its size is needed; the image is reported when it is decoded
         except DataError as error:
             findings.append(("dropped" if isinstance(error, Dropped) else "error", str(error)))
         images: list[ImageSource | str] = []

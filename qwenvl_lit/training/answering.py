@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from qwenvl_lit.data.batch_parts import split_by_options
+from qwenvl_lit.data.collate import Pad
+from qwenvl_lit.data.micro_batches import CutRows
 from qwenvl_lit.generation.choices import choose
 from qwenvl_lit.terminal import printable
 from qwenvl_lit.training.halving import Halving
 from qwenvl_lit.training.rows_together import batch_lines, choose_rows, compilation_saves
+from qwenvl_lit.types import Batch, micro_batches_of
 
 if TYPE_CHECKING:
     import lightning
 
     from qwenvl_lit.data.evaluation_batches import BatchChoice, EvaluationPlan, RowSizes
-    from qwenvl_lit.types import Batch, ImageSource, Prediction
+    from qwenvl_lit.types import Prediction
 
 
 class Answering:
@@ -33,14 +36,15 @@ class Answering:
         # Whether the decoder is compiled if the config leaves it open
         self.compiled: Literal["auto"] | bool = "auto"
 
-    def __call__(self, batch: Batch) -> list[Prediction]:
-        """Answers each row of a batch of prompts."""
-        if not batch.conversations:
-            return []
-        predictions: list[Prediction] = []
-        for part in split_by_options(batch):
-            predictions += chain.from_iterable(self.halving(self._answer, part))
-        return predictions
+    def __call__(self, batches: Batch | Sequence[Batch]) -> list[Prediction]:
+        """Answers each row of batches of prompts, which `CutRows` has made."""
+        cut_again = partial(self._cut_again, prompt=True)
+        answered = self.halving(self._answer, micro_batches_of(batches), cut_again)
+        return list(chain.from_iterable(answered))
+
+    def score(self, work: Callable[[Batch], object], batches: Batch | Sequence[Batch]) -> None:
+        """Calls `work` for batches of rows whose loss is computed."""
+        self.halving(work, micro_batches_of(batches), partial(self._cut_again, prompt=False))
 
     def free_memory(self) -> None:
         """Frees what is kept between answers."""
@@ -79,10 +83,23 @@ class Answering:
             if self.compiled and generation.compile == "auto":
                 print(f"Decoding is compiled, which saves about {saved:.0f} s of this run")
 
+    def _cut_again(self, batch: Batch, *, prompt: bool) -> list[Batch]:
+        processor = self.module.processor
+        pad = Pad(
+            pad_id=processor.pad_id,
+            collate_vision=processor.collate_vision,
+            side="left" if prompt else "right",
+        )
+        cut = CutRows(pad=pad, limit=self.halving.limit, options_apart=prompt)
+        samples = [processor.encode(row, prompt=prompt) for row in batch.conversations]
+        return [part.to(self.module.device) for part in cut(samples)]
+
     def _answer(self, batch: Batch) -> list[Prediction]:
+        if not batch.conversations:
+            return []
         module, processor = self.module, self.module.processor
         inputs = module.family.inputs(batch, generate=True)
-        if batch.conversations[0].options:  # and those of all rows, see `split_by_options`
+        if batch.conversations[0].options:  # and those of all rows, see `CutRows`
             return choose(module.model, processor, inputs, batch.conversations)
         generation = module.generation
         if generation.compile == "auto":
@@ -92,21 +109,10 @@ class Answering:
             inputs,
             stop_ids=processor.stop_ids,
             pad_id=processor.pad_id,
-            image_keys=_image_keys(batch, len(inputs.get("pixel_values", ()))),
+            image_keys=[image.key for image in batch.images],
         )
         predictions = []
         for ids, conversation in zip(ids_of_rows, batch.conversations, strict=True):
             prediction = processor.decode(ids, conversation)
             predictions.append(replace(prediction, tokens=len(ids)))
         return predictions
-
-
-def _image_keys(batch: Batch, count: int) -> list[str] | None:
-    """Keys of the images of a batch's prompts, or None if these are not the `count` inputs.
-
-    A long conversation loses its first turns, and their images.
-    """
-    images: list[ImageSource] = []
-    for conversation in batch.conversations:
-        images += conversation.prompt().images
-    return [image.key for image in images] if len(images) == count else None

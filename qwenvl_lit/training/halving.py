@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
-from qwenvl_lit.data.batch_parts import split_batch
+from qwenvl_lit.data.micro_batches import BatchLimit
 from qwenvl_lit.training.memory import free_unused_memory
 from qwenvl_lit.types import Batch, DataError
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Halving:
     """Applies a function to batches, and halves those that do not fit into GPU memory.
 
-    Later batches have at most as many rows at a time as have fit.
+    Later batches have at most as many rows as have fit: `CutRows` follows `limit`.
 
     Args:
         free: frees what the function keeps on the GPU between batches.
@@ -29,39 +29,47 @@ class Halving:
 
     def __init__(self, free: Callable[[], object]):
         self.free = free
-        self.rows: int | None = None  # at a time; None: no limit yet
+        self.limit = BatchLimit()  # rows
 
-    def __call__(self, work: Callable[[Batch], T], batch: Batch) -> list[T]:
-        """Returns the results of `work` for the parts of `batch`, in the order of its rows.
+    def __call__(
+        self,
+        work: Callable[[Batch], T],
+        batches: Sequence[Batch],
+        cut_again: Callable[[Batch], Sequence[Batch]],
+    ) -> list[T]:
+        """Returns the results of `work` for the parts of `batches`, in the order of their rows.
+
+        Args:
+            cut_again: encodes the rows of a batch again, and cuts them within the lowered limit.
 
         Raises:
             DataError: a single row does not fit.
         """
-        waiting, results = deque(self._parts(batch)), []
+        waiting, results = deque(batches), []
         while waiting:
-            part = waiting.popleft()
+            batch = waiting.popleft()
+            if len(batch.conversations) > self.limit.largest:
+                waiting.extendleft(reversed(cut_again(batch)))
+                continue
             try:
-                results.append(work(part))
+                results.append(work(batch))
                 continue
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
             # Here the error is gone, and with it what its frames held on the GPU
-            self._reduce(part, reason)
-            waiting = deque(piece for old in (part, *waiting) for piece in self._parts(old))
+            self._reduce(batch, reason)
+            waiting.appendleft(batch)
         return results
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        return [batch] if self.rows is None else split_batch(batch, self.rows)
-
-    def _reduce(self, part: Batch, reason: str) -> None:
-        rows, tokens = len(part.conversations), max(part.lengths, default=0)
+    def _reduce(self, batch: Batch, reason: str) -> None:
+        rows, tokens = len(batch.conversations), max(batch.lengths, default=0)
         if rows < 2:
-            where = "".join(row.location for row in part.conversations)
+            where = "".join(row.location for row in batch.conversations)
             raise DataError(
                 f"{where}a row of {tokens} tokens does not fit into GPU memory ({reason}); shorten "
                 "it, lower generation.max_new_tokens, or use 4-bit weights"
             )
-        self.rows = rows // 2
+        self.limit.lower(rows // 2)
         self.free()
         free_unused_memory()
         log.warning(
@@ -69,6 +77,6 @@ class Halving:
             "data.eval_batch_size=%d begins so",
             rows,
             tokens,
-            self.rows,
-            self.rows,
+            rows // 2,
+            rows // 2,
         )

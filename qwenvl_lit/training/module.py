@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from qwenvl_lit.data.evaluation_batches import BatchChoice, RowSizes
+    from qwenvl_lit.data.micro_batches import BatchLimit
     from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.models.protocols import Family, FeatureSource
     from qwenvl_lit.training.adapters.methods import Adapter
@@ -338,12 +339,12 @@ class VisionLanguageModule(lightning.LightningModule):
         self._start_scoring(["val"], advice)
 
     def validation_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: Sequence[Batch], batch_idx: int, dataloader_idx: int = 0
     ) -> list[Prediction] | None:
         """Scores the reference answers of all rows (loader 0); answers some prompts (loader 1)."""
         if dataloader_idx == 1:
             return self._answer(batch, 0)
-        self.answering.halving(self._score_tokens, batch)
+        self.answering.score(self._score_tokens, batch)
         return None
 
     def _score_tokens(self, batch: Batch) -> None:
@@ -364,7 +365,9 @@ class VisionLanguageModule(lightning.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._start_scoring(self.trainer.datamodule.test_names)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Prediction]:
+    def test_step(
+        self, batch: Sequence[Batch], batch_idx: int, dataloader_idx: int = 0
+    ) -> list[Prediction]:
         return self._answer(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
@@ -381,19 +384,24 @@ class VisionLanguageModule(lightning.LightningModule):
         self.answering.begin()
 
     def predict_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, batch: Sequence[Batch], batch_idx: int, dataloader_idx: int = 0
     ) -> list[Prediction]:
         return self.predict(batch)
 
-    def predict(self, batch: Batch) -> list[Prediction]:
-        """Answers each row of a batch of prompts."""
+    def predict(self, batch: Batch | Sequence[Batch]) -> list[Prediction]:
+        """Answers each row of batches of prompts, each with options for all of its rows or none."""
         return self.answering(batch)
+
+    @property
+    def evaluated_rows(self) -> BatchLimit:
+        """The most rows of a batch that is evaluated, which is lowered when memory runs out."""
+        return self.answering.halving.limit
 
     def rows_together(self, sizes: RowSizes) -> BatchChoice:
         """Chooses the batches of a set; the data module calls it for `eval_batch_size` "auto"."""
         return self.answering.choose_batches(sizes)
 
-    def _answer(self, batch: Batch, set_index: int) -> list[Prediction]:
+    def _answer(self, batch: Sequence[Batch], set_index: int) -> list[Prediction]:
         predictions = self.predict(batch)
         for metric in self.set_metrics[set_index].values():
             metric.update(predictions)

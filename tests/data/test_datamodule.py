@@ -14,7 +14,18 @@ from toy_task import trainer
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.data.selection import Concat
-from qwenvl_lit.types import Batch, Conversation, DataError, Dropped, ImageSource, Sample, Turn
+from qwenvl_lit.models.vision_tensors import concatenate_vision
+from qwenvl_lit.types import (
+    Batch,
+    Conversation,
+    DataError,
+    Dropped,
+    ImageSource,
+    Length,
+    Sample,
+    Turn,
+    micro_batches_of,
+)
 
 
 class Letters:
@@ -23,9 +34,10 @@ class Letters:
     pad_id = 0
     supports_packing = True
     settings: ClassVar = {}
+    collate_vision = staticmethod(concatenate_vision)
 
     def length(self, conversation):
-        return len(conversation.id) + 1, len(conversation.id)
+        return Length(len(conversation.id) + 1, len(conversation.id), 0)
 
     def encode(self, conversation, *, prompt=False):
         letters = 0 if prompt else len(conversation.id)
@@ -52,8 +64,13 @@ def data_of_letters(**options) -> DataModule:
     return DataModule(processor=Letters(), read=read, **options)
 
 
+def rows_of(loader) -> list[Conversation]:
+    batches = (batch for loaded in loader for batch in micro_batches_of(loaded))
+    return [row for batch in batches for row in batch.conversations]
+
+
 def ids(loader) -> list[str]:
-    return [conversation.id for batch in loader for conversation in batch.conversations]
+    return [row.id for row in rows_of(loader)]
 
 
 def findings(folder: Path) -> list[dict]:
@@ -85,8 +102,8 @@ def test_validation_has_every_row_for_the_loss_and_some_prompts_to_answer():
     with_answers, prompts = data.val_dataloader()
     assert ids(with_answers) == list("vwxyz")
     assert len(set(ids(prompts)) & set("vwxyz")) == 3
-    assert next(iter(with_answers)).input_ids.tolist() == [[1, 9], [2, 9]]
-    assert next(iter(prompts)).input_ids.shape == (2, 1)
+    assert next(iter(with_answers))[0].input_ids.tolist() == [[1, 9], [2, 9]]
+    assert next(iter(prompts))[0].input_ids.shape == (2, 1)
 
 
 def test_held_out_rows_are_the_validation_rows_of_every_stage(tmp_path):
@@ -320,18 +337,18 @@ def test_images_of_more_than_8_bits_are_counted_once_before_training(tmp_path, c
 def test_predictions_are_numbered_over_all_files_of_a_set():
     data = data_of_letters(test={"both": ["abc", "de"]}, eval_batch_size=2)
     data.setup("test")
-    rows = [row for batch in data.test_dataloader()[0] for row in batch.conversations]
+    rows = rows_of(data.test_dataloader()[0])
     assert [(row.id, row.index) for row in rows] == list(zip("abcde", range(5), strict=True))
 
 
 def test_max_tokens_limits_padded_and_packed_batches():
     class Words(Letters):
         def length(self, conversation):
-            return len(conversation.id) * 3 + 1, 1
+            return Length(len(conversation.id) * 3 + 1, 1, 0)
 
         def encode(self, conversation, *, prompt=False):
             sample = super().encode(conversation)
-            tokens = torch.ones(self.length(conversation)[0], dtype=torch.int64)
+            tokens = torch.ones(self.length(conversation).tokens, dtype=torch.int64)
             return dataclasses.replace(sample, input_ids=tokens, labels=tokens)
 
     def batches(packing: bool) -> list[Batch]:
@@ -396,3 +413,32 @@ def test_prediction_leaves_out_answered_rows():
     data.setup("predict")
     assert ids(data.predict_dataloader()[0]) == ["b", "d"]
     assert ids(data.test_dataloader()[0]) == ["a", "b", "c", "d"]
+
+
+def test_a_processor_may_read_the_sizes_of_images_to_measure_rows(tmp_path):
+    class Sized(Letters):
+        """An image has a token for each pixel of its width."""
+
+        def length(self, conversation):
+            tokens = sum(image.size[0] for image in conversation.images)
+            return Length(tokens + 2, 1, tokens)
+
+    def read_images(source, read_options):
+        rows = []
+        for index, name in enumerate(source.split()):
+            Image.new("RGB", (index + 3, 5)).save(tmp_path / f"{index}.png")
+            turn = Turn(role="user", parts=(ImageSource(tmp_path / name), "?"))
+            rows.append(Conversation(id=name, index=index, turns=(turn,), where=f"rows:{index}"))
+        return rows
+
+    def opened(**options) -> DataModule:
+        data = DataModule(processor=Sized(), read=read_images, **options)
+        data.setup("fit")
+        return data
+
+    data = opened(train="0.png 1.png", validation="1.png")
+    assert data.sizes.tolist() == [[5, 6], [1, 1], [3, 4]]
+    with pytest.raises(DataError, match=r"(?s)1 of 2 rows.*rows:1: row 'none.png': image .*exist"):
+        opened(train="0.png none.png")
+    data = opened(train="0.png none.png", on_bad_image="drop", max_bad_fraction=0.5)
+    assert data.sizes.tolist() == [[5], [1], [3]]

@@ -57,12 +57,13 @@ def test_the_longest_rows_are_encoded_to_measure_a_set():
     rows[29] = row("x" * 29, "yes", images=3)
     lengths = prompt_sizes(rows).lengths
     prompts = row_sizes(rows, range(30), lengths, processor, answered=True)
-    longest = processor.length(rows[29], prompt=True)[0]
-    assert (prompts.rows, prompts.tokens, prompts.images) == (30, longest, 3)
+    longest = processor.length(rows[29], prompt=True)
+    assert (prompts.rows, prompts.tokens) == (30, longest.tokens)
+    assert prompts.image_tokens == longest.image_tokens == 3 * processor.tokens_per_image
     assert (prompts.supervised, prompts.answered, prompts.options) == (0, True, False)
     of_rank = row_sizes(rows, [3, 5], lengths, processor, answered=False)
-    tokens, supervised = processor.length(rows[5])
-    assert (of_rank.rows, of_rank.tokens, of_rank.supervised) == (2, tokens, supervised)
+    length = processor.length(rows[5])
+    assert (of_rank.rows, of_rank.tokens, of_rank.supervised) == (2, *length[:2])
 
 
 def test_a_plan_has_the_steps_to_expect_of_each_batch():

@@ -60,7 +60,7 @@ def test_tokens_images_and_boxes_of_a_set_are_counted(folder):
     )
     [facts] = inspect({"train": rows}, PROCESSOR).sets
     assert (facts.rows, facts.images, facts.boxes, facts.unanswered) == (4, 2, 2, 0)
-    expected = [PROCESSOR.length(conversation) for conversation in rows]
+    expected = [PROCESSOR.length(conversation)[:2] for conversation in rows]
     assert list(zip(facts.lengths.tolist(), facts.supervised.tolist(), strict=True)) == expected
     assert facts.usable.tolist() == [0, 1, 2, 3]
     assert facts.files == (File(path=folder / "train.jsonl", layout="query", rows=4, used=4),)
@@ -158,6 +158,35 @@ def test_prompts_without_an_answer_are_named_if_others_have_one(folder):
     assert note.startswith(f"{folder}/test.jsonl:2: row 'x': the row has no answer, and metrics")
     rows = rows_of(folder, "open", unanswered)
     assert not inspect({"test": rows}, PROCESSOR, prompts=["test"]).sets[0].findings
+
+
+class Sized(QwenVLProcessor):
+    """A processor that reads the sizes of images: an image has a token for 20 pixels of width."""
+
+    def length(self, conversation, *, prompt=False):
+        tokens = sum(image.size[0] // 20 for image in conversation.images)
+        length = super().length(conversation, prompt=prompt)
+        return length._replace(tokens=length.tokens + tokens, image_tokens=tokens)
+
+
+@pytest.fixture
+def sized() -> Sized:
+    return Sized(QwenTokenizer(TINY_VOCABULARY), tokens_per_image=4, image_size=32)
+
+
+def test_an_image_whose_size_cannot_be_read_is_reported_once(folder, sized):
+    (folder / "text.png").write_text("no image")
+    coded = base64.b64encode(b"no image").decode()
+    images = ["text.png", "nowhere.png", f"data:image/png;base64,{coded}", "red.png"]
+    rows = rows_of(folder, "train", *map(row, images))
+    for prompts in ((), ("train",)):
+        inspection = inspect({"train": rows}, sized, prompts=prompts)
+        [facts] = inspection.sets
+        assert [finding.index for finding in facts.findings] == [0, 1, 2]
+        assert len(messages(inspection, "error")) == 3
+        assert facts.usable.tolist() == [3]
+        dropped = inspect({"train": rows}, sized, prompts=prompts, max_bad_fraction=0.8)
+        assert len(messages(dropped, "dropped")) == 3
 
 
 def test_a_broken_image_is_named_once_in_its_message(folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwenvl_lit.data.collate import TILE, Pack, Pad
-from qwenvl_lit.data.micro_batches import ActivationCosts, CutStep, MemoryLimit
+from qwenvl_lit.data.micro_batches import ActivationCosts, BatchLimit, CutStep
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import Conversation, Dropped, Sample
 
@@ -29,7 +29,7 @@ def sample(tokens: int, *, image_tokens: int = 0, targets: int = 1) -> Sample:
 def cut(max_bytes: float = math.inf, **options) -> CutStep:
     return CutStep(
         pad=Pad(pad_id=0, collate_vision=concatenate_vision),
-        limit=MemoryLimit(max_bytes),
+        limit=BatchLimit(max_bytes),
         **options,
     )
 
@@ -114,7 +114,7 @@ def test_data_workers_and_the_trainer_share_the_limit():
     process = multiprocessing.get_context("fork").Process(target=lower, args=(cutter,))
     process.start()
     process.join()
-    assert cutter.limit.bytes == 800 * 4 / 2
+    assert cutter.limit.largest == 800 * 4 / 2
 
 
 def test_packed_rows_without_a_length_are_padded_to_whole_tiles():

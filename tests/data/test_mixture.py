@@ -9,7 +9,7 @@ from PIL import Image
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.data.readers.sources import read_rows
-from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
+from qwenvl_lit.types import Conversation, DataError, Dropped, Length, Turn
 
 
 def read(files: str, read_options) -> list[Conversation]:
@@ -43,7 +43,7 @@ class Codes:
             raise Dropped("too long")
         if conversation.id == "y":
             raise DataError("broken")
-        return ord(conversation.id), 1
+        return Length(ord(conversation.id), 1, 0)
 
 
 def test_a_number_after_a_file_takes_whole_passes_and_a_random_rest():

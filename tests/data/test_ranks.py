@@ -17,6 +17,10 @@ from qwenvl_lit.training.strategies import FSDP2Strategy
 ONE = {0: "p"}  # index and id of the row of the test set
 
 
+def rows_of(batches) -> str:
+    return "".join(row.id for batch in batches for row in batch.conversations)
+
+
 class RecordRows(lightning.Callback):
     """Records the rows of each batch by loop."""
 
@@ -24,16 +28,16 @@ class RecordRows(lightning.Callback):
         self.seen = {"train": [], "validation": [], "test": [], "predict": []}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.seen["train"].append("".join(row.id for row in batch.conversations))
+        self.seen["train"].append(rows_of([batch]))
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.seen["validation"].append("".join(row.id for row in batch.conversations))
+        self.seen["validation"].append(rows_of(batch))
 
     def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.seen["test"].append("".join(row.id for row in batch.conversations))
+        self.seen["test"].append(rows_of(batch))
 
     def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.seen["predict"].append("".join(row.id for row in batch.conversations))
+        self.seen["predict"].append(rows_of(batch))
 
 
 def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:

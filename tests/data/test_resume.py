@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
-from qwenvl_lit.types import Conversation, DataError, Sample, micro_batches_of
+from qwenvl_lit.models.vision_tensors import concatenate_vision
+from qwenvl_lit.types import Conversation, DataError, Length, Sample, micro_batches_of
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -21,12 +22,13 @@ class Letters:
     pad_id = 0
     supports_packing = True
     settings: ClassVar = {}
+    collate_vision = staticmethod(concatenate_vision)
 
     def length(self, conversation):
-        return LETTERS.index(conversation.id) + 2, 1
+        return Length(LETTERS.index(conversation.id) + 2, 1, 0)
 
     def encode(self, conversation, *, prompt=False):
-        tokens = torch.ones(self.length(conversation)[0], dtype=torch.int64)
+        tokens = torch.ones(self.length(conversation).tokens, dtype=torch.int64)
         return Sample(
             conversation=conversation,
             input_ids=tokens,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwenvl_lit.data.survey import CHUNK, Finding, measure_lengths, stamp, survey
-from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
+from qwenvl_lit.types import Conversation, DataError, Dropped, Length, Turn
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Letters:
     def length(self, conversation):
         if conversation.index == 7:
             raise Dropped("too long")
-        return conversation.index + 2, conversation.index + 1
+        return Length(conversation.index + 2, conversation.index + 1, 5 * conversation.index)
 
 
 def index_of(conversation: Conversation) -> int:
@@ -129,6 +129,7 @@ def test_the_length_of_a_dropped_row_is_zero():
     )
     assert measured.lengths.tolist() == [2, 3, 0, 5, 6, 7, 8, 0, 10]
     assert measured.supervised.tolist() == [1, 2, 0, 4, 5, 6, 7, 0, 9]
+    assert measured.image_tokens.tolist() == [0, 5, 0, 15, 20, 25, 30, 0, 40]
     assert measured.lengths.dtype == measured.supervised.dtype == np.int32
     assert measured.findings == (
         Finding(kind="dropped", index=2, id="", message="rows.jsonl:3: a bad box"),
@@ -156,6 +157,7 @@ def test_a_second_measurement_is_read_from_the_cache(tmp_path):
     assert second.findings == first.findings
     assert second.lengths.tolist() == first.lengths.tolist()
     assert second.supervised.tolist() == first.supervised.tolist()
+    assert second.image_tokens.tolist() == first.image_tokens.tolist()
 
 
 @pytest.mark.parametrize(

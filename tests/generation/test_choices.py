@@ -10,6 +10,7 @@ from toy_task import trainer
 
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.micro_batches import BatchLimit, CutRows
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.generation.choices import option_losses
 from qwenvl_lit.generation.generation import Generation
@@ -154,13 +155,16 @@ def test_rows_with_and_without_options_may_be_in_a_batch():
     )
     samples = [module.processor.encode(row, prompt=True) for row in rows]
     alone = [module.predict(pad([sample]))[0].text for sample in samples]
-    assert [answer.text for answer in module.predict(pad(samples))] == alone
+    cut = CutRows(pad=pad, limit=BatchLimit(), options_apart=True)
+    batches = cut(samples)
+    assert [len(batch.conversations) for batch in batches] == [1, 2, 1, 1]
+    assert [answer.text for answer in module.predict(batches)] == alone
     data = DataModule(
         processor=module.processor, read=lambda *_: rows, test="rows", eval_batch_size=2
     )
     data.setup("predict")
     (loader,) = data.predict_dataloader()
-    kinds = [[bool(row.options) for row in batch.conversations] for batch in loader]
+    kinds = [[bool(row.options) for row in batch.conversations] for [batch] in loader]
     assert kinds == [[False, False], [True, True], [True]]
     answers = {}
     for batch in loader:

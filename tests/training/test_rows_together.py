@@ -32,7 +32,7 @@ def family() -> QwenVLFamily:
 
 
 def prompts(rows: int = 1000, tokens: int = 300, **options) -> RowSizes:
-    sizes = {"supervised": 0, "images": 1, "answered": True, "options": False, **options}
+    sizes = {"supervised": 0, "image_tokens": 256, "answered": True, "options": False, **options}
     return RowSizes(rows=rows, tokens=tokens, **sizes)
 
 

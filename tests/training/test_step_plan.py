@@ -7,14 +7,14 @@ from tiny import tiny_family
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.training.memory import GIB, fits
-from qwenvl_lit.training.step_plan import EFFICIENT_TOKENS, StepPlan, plan_step
+from qwenvl_lit.training.step_plan import EFFICIENT_TOKENS, StepPlan, _costs_of_rows, plan_step
 
 LANGUAGE = LoRA(rank=8, alpha=32, dropout=0.05, targets="attention")
 EVERYWHERE = LoRA(rank=8, alpha=32, dropout=0.05, targets="all-linear")
 
 
-def even_rows(tokens: int = 320, targets: int = 16, images: int = 1) -> np.ndarray:
-    return np.repeat(np.array([[tokens], [targets], [images]]), 100, axis=1)
+def even_rows(tokens: int = 320, targets: int = 16, image_tokens: int = 256) -> np.ndarray:
+    return np.repeat(np.array([[tokens], [targets], [image_tokens]]), 100, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,18 @@ def test_a_large_gpu_takes_a_whole_step_without_recomputation(models):
 def test_the_vision_tower_costs_memory_only_if_it_is_trained(models):
     assert plan(models, 139).costs.per_image_token == 0
     assert plan(models, 139, adapter=EVERYWHERE).costs.per_image_token > 8 * 2**20
-    text_only = plan(models, 139, even_rows(images=0), adapter=EVERYWHERE)
+    text_only = plan(models, 139, even_rows(image_tokens=0), adapter=EVERYWHERE)
     assert text_only.estimate.total < plan(models, 139, adapter=EVERYWHERE).estimate.total / 2
+
+
+def test_rows_of_equal_length_cost_more_if_more_of_their_tokens_are_of_images(models):
+    sizes = even_rows()
+    sizes[2, :8] = 40, 80, 120, 160, 200, 240, 280, 300
+    costs = _costs_of_rows(plan(models, 139, adapter=EVERYWHERE).costs, sizes)
+    per_image_token = (costs[0] - costs[1]) / 20
+    assert costs[0] - costs[-1] == pytest.approx(260 * per_image_token)
+    assert per_image_token > 8 * 2**20
+    assert (np.diff(costs) <= 0).all()
 
 
 def test_a_smaller_gpu_recomputes_as_few_blocks_as_efficient_micro_batches_need(models):
@@ -92,6 +102,6 @@ def test_all_ranks_of_fsdp_get_the_same_number_of_micro_batches(models):
 def test_a_short_context_leaves_no_image_to_probe():
     family = tiny_family(max_length=40)
     model = LANGUAGE.apply(family.meta_model(), family).train()
-    sizes = even_rows(tokens=30, images=0)
+    sizes = even_rows(tokens=30, image_tokens=0)
     options = {"checkpointing": "none", "same_count": False, "compiled": False}
     assert plan_step(model, family, sizes, 4, GIB, **options).most_tokens == 4 * 30

@@ -393,6 +393,7 @@ class QwenVLProcessor:
             labels=torch.tensor(labels, dtype=torch.int64),
             vision_positions=torch.tensor(positions, dtype=torch.int64),
             vision=self._vision(images),
+            images=tuple(images),
         )
 
     def _vision(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:

@@ -171,8 +171,8 @@ def test_a_turn_with_too_much_text_is_one_line_with_file_line_and_id(content, to
 def test_a_turn_at_the_limit_is_encoded(content):
     text = (content * MAX_TEXT)[:MAX_TEXT]
     turns = (Turn(role="user", parts=(text,)),)
-    tokens, _ = tiny_family().processor().length(Conversation(id="1", turns=turns), prompt=True)
-    assert tokens > 100
+    row = Conversation(id="1", turns=turns)
+    assert tiny_family().processor().length(row, prompt=True).tokens > 100
 
 
 def test_missing_files_of_images_are_named(tmp_path):
