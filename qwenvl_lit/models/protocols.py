@@ -177,10 +177,10 @@ class Decoder(Protocol):
 class Network(Protocol):
     """What a network must offer in addition to being transformers' `PreTrainedModel`.
 
-    Its blocks are subclasses of transformers' `GradientCheckpointingLayer`. `training.speed`
-    compiles the method `compute` of a block, which `forward` calls, or else `forward` itself. The
-    class of a block may say in `dynamic_dims` which dimensions of its first argument have a size
-    that changes between batches; by default, all but the last.
+    Its blocks are subclasses of transformers' `GradientCheckpointingLayer`. Training compiles the
+    method `compute` of a block, which `forward` calls, or else `forward` itself. The class of a
+    block may say in `dynamic_dims` which dimensions of its first argument have a size that changes
+    between batches; by default, all but the last.
 
     `forward` takes the result of `Family.inputs`. Its further arguments are:
 

@@ -6,19 +6,16 @@ Methods of modules are replaced by `models.components.replace_method`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwenvl_lit.models.components import blocks_of, network_of, replace_method
-from qwenvl_lit.models.dynamo import CompileError, allow_recompilations, mark_dynamic
 from qwenvl_lit.settings import Checkpointing, check_settings
+from qwenvl_lit.training.block_compilation import compile_blocks
 from qwenvl_lit.training.float8 import to_float8
 from qwenvl_lit.training.memory import (
     GIB,
@@ -42,9 +39,6 @@ if TYPE_CHECKING:
 # 22 s at first and less with kernels from the cache. It saves about 0.1 s per batch of any size.
 COMPILE_FROM_PARAMETERS = 1e9
 COMPILE_FROM_BATCHES = 150
-# Recompilations allowed per block type; further shapes run uncompiled. Training needs two or three,
-# validation as many.
-RECOMPILATIONS = 16
 GRAPHED_IMAGES = 4  # up to this many images, the vision tower is bound by kernel launches
 
 log = logging.getLogger(__name__)
@@ -98,6 +92,7 @@ class Speed:
             DataError: a choice is impossible with this model, adapter, strategy or device.
         """
         on_gpu = trainer.strategy.root_device.type == "cuda"
+        self._require_blocks(model)
         if self.float8:
             self._use_float8(model, family, trainer)
         self.compiled = self._compiles(model, trainer, on_gpu=on_gpu)
@@ -114,8 +109,21 @@ class Speed:
             print("Compiling blocks: the first step is slow; speed=eager turns it off", flush=True)
         tower = network_of(model).get_submodule(family.components["vision"])
         trains = any(tensor.requires_grad for tensor in tower.parameters())
-        if on_gpu and not trains and sharding_of(trainer)[0] != "fsdp":
+        replayable = family.fixed_image_size and not trains
+        if on_gpu and replayable and sharding_of(trainer)[0] != "fsdp":
             graph_vision_tower(tower)
+
+    def _require_blocks(self, model: nn.Module) -> None:
+        """Raises a DataError if a choice concerns the blocks of a network that has none."""
+        if blocks_of(model):
+            return
+        for key, chosen in (("compile", True), ("checkpointing", "full")):
+            if getattr(self, key) == chosen:
+                raise DataError(
+                    f"speed.{key}={str(chosen).lower()} concerns the blocks of the network, and "
+                    f"{type(network_of(model)).__name__} has none (subclasses of transformers' "
+                    f"GradientCheckpointingLayer); use speed.{key}=auto"
+                )
 
     def _use_float8(self, model: nn.Module, family: Family, trainer: lightning.Trainer) -> None:
         if sharding_of(trainer)[0] == "fsdp":
@@ -133,7 +141,7 @@ class Speed:
     def _compiles(self, model: nn.Module, trainer: lightning.Trainer, *, on_gpu: bool) -> bool:
         if self.compile != "auto":
             return self.compile is True
-        if not on_gpu:
+        if not on_gpu or not blocks_of(model):
             return False
         parameters = sum(tensor.numel() for tensor in model.parameters())
         if parameters < COMPILE_FROM_PARAMETERS:
@@ -249,144 +257,6 @@ def checkpoint_blocks(model: nn.Module, names: Collection[str] | None = None) ->
     if names is not None:
         for path, block in blocks_of(model).items():
             block.gradient_checkpointing = path in names
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles `compute` of each block of a model.
-
-    All blocks of a type share one compiled graph with dynamic sizes. It is recompiled a few times
-    for other modes. FSDP hooks stay outside the graph.
-    """
-    allow_recompilations(RECOMPILATIONS)
-    functions: dict[type[nn.Module], CompiledFunctions] = {}
-    for block in blocks_of(model).values():
-        shared = functions.setdefault(type(block), CompiledFunctions())
-        compiled = CompiledBlock(block, shared, checkpointed=block.gradient_checkpointing)
-        replace_method(block, "compute", compiled)
-        # Checkpointing is part of the graph. Outside, every kernel would be launched from Python
-        # again to recompute the block.
-        block.gradient_checkpointing = False
-
-
-class CompiledFunctions:
-    """How the blocks of a type are computed: what torch cannot compile is replaced, for all.
-
-    Layers of other packages may not be compilable.
-    """
-
-    def __init__(self) -> None:
-        self.forward: Callable[..., Any] = torch.compile(block_forward)
-        self.checkpointed_forward: Callable[..., Any] = torch.compile(checkpointed_forward)
-        self._replaced = False
-
-    def replace(self, error: Exception, *, checkpointed: bool) -> None:
-        """Replaces the function whose compilation has failed.
-
-        A checkpointed function becomes one that recomputes a compiled forward pass. All others are
-        computed without compilation.
-        """
-        cause = getattr(error, "inner_exception", error)
-        reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
-        if checkpointed and not self._replaced:
-            self._replaced = True
-            self.checkpointed_forward = partial(recomputed, self)
-            log.warning("checkpointing of compiled blocks is outside their graph, since %s", reason)
-        else:
-            self.forward, self.checkpointed_forward = block_forward, checkpointed_forward
-            log.warning("blocks run without compilation, which is slower, since %s", reason)
-
-
-class CompiledBlock:
-    """The method `compute` of a block, compiled if possible.
-
-    Args:
-        functions: shared by all blocks of the type.
-        checkpointed: whether the block is recomputed for the backward pass.
-    """
-
-    def __init__(
-        self, block: GradientCheckpointingLayer, functions: CompiledFunctions, *, checkpointed: bool
-    ):
-        self.block = block
-        self.functions = functions
-        self.checkpointed = checkpointed
-        self.trains = any(tensor.requires_grad for tensor in block.parameters())
-
-    def __call__(self, x: torch.Tensor, **kwargs: Any) -> Any:
-        if self.trains and torch.is_grad_enabled() and not x.requires_grad:
-            # The first block's input. It would need a graph of its own.
-            x = x.detach().requires_grad_()
-        if kwargs.get("output_positions") is not None:
-            # One entry for each supervised token of a batch
-            mark_dynamic(kwargs["output_positions"], 0)
-        mark_sizes_dynamic(x, kwargs, type(self.block).dynamic_dims)
-        checkpointed = self.checkpointed and torch.is_grad_enabled()
-        while True:
-            function = self.functions.forward
-            if checkpointed:
-                function = self.functions.checkpointed_forward
-            try:
-                return function(self.block, x, **kwargs)
-            except CompileError as error:
-                self.functions.replace(error, checkpointed=checkpointed)
-
-
-def mark_sizes_dynamic(x: torch.Tensor, kwargs: Mapping[str, Any], dims: tuple[int, ...]) -> None:
-    """Asks the compiler for one graph for all sizes of `dims` of a block's input, from the start.
-
-    Otherwise the first batch would get a graph for its own size, and with it other kernels than a
-    resumed run, whose first batch is another one: their results would differ in the last bits.
-
-    Args:
-        kwargs: further arguments of the block. Dimensions of the same size are dynamic, too.
-    """
-    sizes = {x.shape[dim] for dim in dims}
-    for dim in dims:
-        mark_dynamic(x, dim)
-    for value in kwargs.values():
-        for tensor in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(tensor, torch.Tensor):
-                for dim, size in enumerate(tensor.shape[:-1]):
-                    if size in sizes and size > 1:
-                        mark_dynamic(tensor, dim)
-
-
-def block_forward(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
-    return type(block).compute(block, x, **kwargs)
-
-
-def checkpointed_forward(block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any) -> Any:
-    compute = type(block).compute
-    return checkpoint(
-        compute, block, x, use_reentrant=False, context_fn=keep_attention_outputs, **kwargs
-    )
-
-
-def recomputed(
-    functions: CompiledFunctions, block: GradientCheckpointingLayer, x: torch.Tensor, **kwargs: Any
-) -> Any:
-    """Recomputes the compiled forward pass of a block. It launches all kernels a second time."""
-    return checkpoint(functions.forward, block, x, use_reentrant=False, **kwargs)
-
-
-def keep_attention_outputs() -> tuple[Any, Any]:
-    """Contexts for `checkpoint` that save attention outputs instead of recomputing them.
-
-    They are one more tensor of the size of the block's input. Torch treats attention as random
-    because of its dropout, and would save and restore the RNG state around every call, about 0.5 ms
-    each.
-    """
-    return create_selective_checkpoint_contexts(attention_kernels())
-
-
-@cache
-def attention_kernels() -> list[Any]:
-    """The operators that `scaled_dot_product_attention` dispatches to.
-
-    Torch has no public list of them; `test_speed.py` checks the one for CPUs.
-    """
-    names = ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
-    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
 
 
 def graph_vision_tower(tower: nn.Module) -> None:

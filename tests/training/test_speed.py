@@ -23,16 +23,14 @@ from qwenvl_lit.models.components import blocks_of, replace_method
 from qwenvl_lit.models.dynamo import compiled_graphs
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.training.adapters.methods import Full, LoRA
-from qwenvl_lit.training.module import VisionLanguageModule
-from qwenvl_lit.training.optim import AdamW
-from qwenvl_lit.training.speed import (
-    Speed,
+from qwenvl_lit.training.block_compilation import (
     attention_kernels,
-    checkpoint_blocks,
     checkpointed_forward,
     compile_blocks,
-    graph_vision_tower,
 )
+from qwenvl_lit.training.module import VisionLanguageModule
+from qwenvl_lit.training.optim import AdamW
+from qwenvl_lit.training.speed import Speed, checkpoint_blocks, graph_vision_tower
 
 LORA = LoRA(rank=2, alpha=4, dropout=0.0, targets=r"transformer\.h\.\d+\.attn\.c_attn")
 EVERYWHERE = LoRA(rank=2, alpha=4, dropout=0.0, targets="all-linear")
@@ -73,8 +71,9 @@ def graphs(monkeypatch) -> Callable[[], int]:
     """
     torch.compiler.reset()
     torch_compile = torch.compile
+    options = {"backend": "aot_eager"}
     monkeypatch.setattr(
-        torch, "compile", lambda function: torch_compile(function, backend="aot_eager")
+        torch, "compile", lambda function, **given: torch_compile(function, **given, **options)
     )
     before = compiled_graphs()
     return lambda: compiled_graphs() - before
@@ -180,7 +179,7 @@ def test_attention_outputs_that_checkpointing_keeps_are_those_of_torch():
 
 
 def test_a_block_that_cannot_be_compiled_runs_uncompiled_with_a_warning(monkeypatch, caplog):
-    def refused(function):
+    def refused(function, **options):
         def compiled(*args, **kwargs):
             raise Unsupported("a layer of another package")
 
@@ -206,7 +205,7 @@ def test_a_block_that_cannot_be_compiled_runs_uncompiled_with_a_warning(monkeypa
 def test_checkpointing_that_cannot_be_part_of_a_graph_stays_outside(monkeypatch, caplog):
     forwards = Counter()
 
-    def compile_forward_alone(function):
+    def compile_forward_alone(function, **options):
         def compiled(block, x, **kwargs):
             if function is checkpointed_forward:
                 raise Unsupported("no partition of the graph")
