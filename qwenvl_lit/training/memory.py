@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from rich.table import Table
 from torch import nn
@@ -31,6 +32,7 @@ GIB = 2**30
 # a float32 scale for 16,384 weights.
 NF4_BYTES = 0.5 + 1 / 64 + 1 / 4096
 FRAGMENTATION = 1.04  # factor by which fragmentation increases the memory
+IMAGE_SIZE = (448, 448)  # of an image of which memory is estimated, in pixels
 CUDA_CONTEXT = 0.5 * GIB  # memory of a GPU that the CUDA context takes
 # How GPUs share the weights: a single GPU, a copy on each GPU, or shards.
 Sharding = Literal["none", "ddp", "fsdp"]
@@ -184,9 +186,10 @@ def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
             saved_bytes[current[-1]] += storage.nbytes()
         return tensor
 
-    def enter(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current.append(block)
-        input_bytes[block] = _bytes(args[0])
+        first, *_ = *args, *kwargs.values()
+        input_bytes[block] = _bytes(first)
 
     def leave(block: nn.Module, args: Any, output: Any) -> None:
         current.pop()
@@ -194,7 +197,7 @@ def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
     blocks = blocks_of(model)
     hooks = []
     for block in blocks.values():
-        hooks.append(block.register_forward_pre_hook(enter))
+        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.append(block.register_forward_hook(leave))
     try:
         with saved_tensors_hooks(count, lambda tensor: tensor), FusedAttention():
@@ -214,7 +217,9 @@ def activations_of(model: nn.Module, inputs: Mapping[str, Any]) -> Activations:
 class FusedAttention(TorchFunctionMode):
     """Makes attention on the meta device save the same tensors as fused kernels.
 
-    By default, attention on the meta device saves the attention weights of all heads.
+    By default, attention on the meta device saves the attention weights of all heads. A function
+    that a family registers with transformers calls `scaled_dot_product_attention` on the meta
+    device, whatever its own kernel is.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -358,10 +363,14 @@ def training_inputs(
     sample = processor.encode(_row(images, tokens - length, targets))
     pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision)
     inputs = family.inputs(pad([sample] * batch_size))
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            inputs[name] = value.to("meta")
-    return inputs
+    return move_data_to_device(inputs, torch.device("meta"))
+
+
+def images_with(family: Family, image_tokens: int) -> int:
+    """Returns how many images of `training_inputs` have at least this many tokens."""
+    processor = copy(family.processor())
+    processor.max_length = None
+    return -(-image_tokens // processor.length(_row(1, 0, 1)).image_tokens)
 
 
 def _fitting(processor: Processor, images: int, targets: int, limit: int) -> tuple[int, int]:
@@ -380,7 +389,7 @@ def _row(images: int, question_tokens: int, targets: int) -> Conversation:
     """Makes a row. Its answer has one token at least, besides the end-of-turn token."""
     # A digit is one token in every vocabulary. The end-of-turn token is supervised as well.
     question, answer = "1" * max(0, question_tokens), "1" * max(1, targets - 1)
-    parts: list[Part] = [ImageSource(Image.new("RGB", (8, 8))) for _ in range(images)]
+    parts: list[Part] = [ImageSource(Image.new("RGB", IMAGE_SIZE)) for _ in range(images)]
     parts.append(question)
     user = Turn(role="user", parts=tuple(parts))
     assistant = Turn(role="assistant", parts=(answer,))

@@ -22,6 +22,7 @@ from qwenvl_lit.training.memory import (
     available_gpu_memory,
     available_memory,
     blocks_to_checkpoint,
+    images_with,
     memory_table,
     training_inputs,
 )
@@ -206,9 +207,10 @@ class Speed:
         self, model: nn.Module, family: Family, adapter: Adapter, trainer: lightning.Trainer
     ) -> None:
         rows, tokens = trainer.datamodule.largest_batch()
+        images = images_with(family, int(trainer.datamodule.sizes[2].max()))
         names = blocks_to_checkpoint(
             _meta_model(family, adapter),
-            training_inputs(family, rows, tokens=tokens),
+            training_inputs(family, rows, tokens=tokens, images=images),
             family.components,
             available_gpu_memory(),
             **self._estimate_options(adapter, trainer),

@@ -5,6 +5,10 @@ import torch
 from small_network import small_config
 from tiny import tiny_family
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
@@ -17,6 +21,7 @@ from qwenvl_lit.training.memory import (
     activations_of,
     blocks_to_checkpoint,
     estimate_memory,
+    images_with,
     training_inputs,
 )
 
@@ -89,6 +94,65 @@ def test_activations_are_those_that_autograd_saves():
     model.register_forward_pre_hook(to_positional, with_kwargs=True)
     activations = activations_of(model, {"x": torch.zeros(5, 4, device=META)})
     assert activations.bytes() == 4 * (5 * 4 + 5 * 8) + 2 * 4 * 5 * 3
+
+
+def attend(module, query, key, value, attention_mask, **kwargs):
+    """As a family registers it: its own kernel, and torch's on the meta device."""
+    assert query.is_meta, "the estimate computes nothing"
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True), None
+
+
+def test_attention_of_a_family_with_transformers_blocks_is_counted_as_fused(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "segments", attend)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = Qwen3VLTextConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                attn_implementation="segments",
+            )
+            self.block = Qwen3VLTextDecoderLayer(config, 0)
+
+        def forward(self, x, nested):
+            logits = self.block(hidden_states=x, position_embeddings=nested["angles"])
+            return type("Output", (), {"logits": logits})()
+
+    model = Network().to(META)
+    saved = {}
+    for length in (100, 200):
+        angles = torch.zeros(1, length, 8, device=META)
+        x = torch.zeros(1, length, 16, device=META)
+        inputs = {"x": x, "nested": {"angles": (angles, angles)}}
+        [block] = activations_of(model, inputs).blocks.values()
+        assert block.input == length * 16 * 4
+        saved[length] = block.total
+    assert saved[200] == 2 * saved[100], "the weights of attention are not saved"
+
+
+def test_images_of_the_estimate_have_as_many_tokens_as_those_of_the_rows():
+    family = tiny_family(max_length=8)
+    assert [images_with(family, tokens) for tokens in (0, 1, 4, 5, 12)] == [0, 1, 1, 2, 3]
+
+
+def test_nested_inputs_are_on_the_meta_device(monkeypatch):
+    family = tiny_family()
+    inputs = family.inputs
+
+    def nested(batch, **options):
+        return {**inputs(batch, **options), "nested": {"a": (torch.ones(2), 3, [torch.ones(1)])}}
+
+    monkeypatch.setattr(family, "inputs", nested)
+    values = training_inputs(family, 1, tokens=64)
+    first, number, [last] = values["nested"]["a"]
+    assert first.is_meta
+    assert last.is_meta
+    assert number == 3
+    assert all(value.is_meta for value in values.values() if isinstance(value, torch.Tensor))
 
 
 def test_checkpointing_and_fewer_rows_need_less_memory():
