@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.segments import attend_in_segments
 
 
 class LanguageBlock(GradientCheckpointingLayer):
@@ -134,49 +135,6 @@ def attend_eagerly(module, q_BHTK, k_BHSK, v_BHSK, attention_mask, *, scaling, *
         scores_BHTS = scores_BHTS + attention_mask
     weights_BHTS = scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTK.dtype)
     return (weights_BHTS @ v_BHSK).transpose(1, 2), weights_BHTS
-
-
-def attend_in_segments(
-    q_BHTK: torch.Tensor,
-    k_BHTK: torch.Tensor,
-    v_BHTK: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
-    *,
-    scaling: float,
-) -> torch.Tensor:
-    """Computes causal attention within each segment of packed rows, (B, T, H, K).
-
-    Attention between segments is not computed. The function needs no mask and does not synchronize.
-    Call it only if `has_segments_kernel` returns True.
-
-    Args:
-        bounds: (n + 1,) int32, the cumulative lengths of the segments over all B * T tokens.
-            Segments may be empty.
-        longest: an upper bound of the number of tokens of a segment.
-    """
-    # Imported here because this import loads the compiler, which takes seconds.
-    from torch.nn.attention.varlen import varlen_attn
-
-    rows_BTHK = [x_BHTK.transpose(1, 2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK)]
-    flat = [x_BTHK.flatten(0, 1) for x_BTHK in rows_BTHK]
-    causal = (-1, 0)  # each token attends to all earlier tokens and to no later ones
-    attended = varlen_attn(
-        *flat, bounds, bounds, longest, longest, scale=scaling, window_size=causal
-    )
-    return attended.view(rows_BTHK[0].shape)
-
-
-def has_segments_kernel(x: torch.Tensor) -> bool:
-    """Returns whether `attend_in_segments` supports the device and the matmul precision of `x`."""
-    device_type, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-    return (
-        x.is_cuda
-        and dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    )
 
 
 class MLP(nn.Module):

@@ -36,10 +36,10 @@ from qwenvl_lit.models.qwen_vl.language import (
     Attention,
     LanguageBlock,
     RMSNorm,
-    has_segments_kernel,
     rotary_tables,
 )
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionTower, no_autocast
+from qwenvl_lit.models.segments import has_segments_kernel
 
 IMAGES = ("pixel_values", "vision_positions", "vision_features")  # arguments of `forward`
 

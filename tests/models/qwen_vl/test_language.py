@@ -14,10 +14,10 @@ from qwenvl_lit.models.qwen_vl.language import (
     LanguageBlock,
     RMSNorm,
     attend_eagerly,
-    has_segments_kernel,
     rotary_tables,
     rotate,
 )
+from qwenvl_lit.models.segments import has_segments_kernel
 
 
 @pytest.mark.parametrize(
