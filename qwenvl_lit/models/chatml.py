@@ -26,6 +26,8 @@ class Piece(NamedTuple):
 
     The span includes the image's two tags. It is never split and never supervised.
     """
+    masked: bool = False
+    """Whether these ids are not supervised even in an answer."""
 
 
 class Message(NamedTuple):
@@ -67,9 +69,11 @@ class ChatML:
         start, end: ids of `<|im_start|>` and `<|im_end|>`.
         supervise: "answers" supervises answers and their end-of-turn tokens, as ms-swift does, and
             writes nothing after the last end-of-turn token. The end-of-turn token of an empty
-            answer is supervised only in the last message. "official" also supervises
-            `<|im_start|>`, `<|im_end|>` and the last newline of every message, as the fine-tuning
-            script published with the model does.
+            answer is supervised only in the last message. "official" supervises what the
+            fine-tuning script published with the model does: also `<|im_start|>`, `<|im_end|>` and
+            the last newline of every message; or, without `official_markup`, answers with the
+            end-of-turn token and the newline behind it.
+        official_markup: see `supervise`.
     """
 
     def __init__(
@@ -79,26 +83,30 @@ class ChatML:
         start: int,
         end: int,
         supervise: Supervise = "answers",
+        official_markup: bool = True,
     ):
         self.start, self.end, self.newline = [start], [end], encode("\n")
         self.roles = {role: encode(role) for role in ("system", "user", "assistant")}
         self.official = supervise == "official"
+        self.supervises_markup = self.official and official_markup
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Iterator[Piece]:
         """Yields the pieces of a conversation; with `prompt`, ends with the start of an answer."""
         for number, (role, body) in enumerate(messages, 1):
             answer = role == "assistant"
-            yield Piece(self.start, self.official)
+            yield Piece(self.start, self.supervises_markup)
             yield Piece(self.roles[role] + self.newline)
             for piece in body:
-                yield piece._replace(supervised=answer and piece.image is None)
+                is_text = piece.image is None and not piece.masked
+                yield piece._replace(supervised=answer and is_text)
             is_last = number == len(messages)
             # ms-swift supervises the end-of-turn token of every answer with text, and of the last
             # message even if it is empty (`use_dynamic_eos` in swift/llm/utils/template.py, 2.6.1).
             ends_answer = answer and (is_last or any(piece.ids for piece in body))
-            yield Piece(self.end, ends_answer or self.official)
+            official = self.supervises_markup or (self.official and answer)
+            yield Piece(self.end, ends_answer or official)
             if self.official or prompt or not is_last:
-                yield Piece(self.newline, self.official)
+                yield Piece(self.newline, official)
         if prompt:
             yield Piece(self.start + self.roles["assistant"] + self.newline)
 

@@ -1,0 +1,274 @@
+"""Converts conversations to what Qwen2.5-VL and Qwen3-VL read, and their answers back.
+
+An image is a span of as many tokens as its size needs, objects are JSON, and turns are ChatML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+
+from qwenvl_lit.grounding import object_in_frame
+from qwenvl_lit.models.chat_processor import ChatProcessor, check_choice
+from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, NO_SYSTEM, Piece
+from qwenvl_lit.models.qwen3_vl.boxes import (
+    BETWEEN_OBJECTS,
+    THOUSANDTHS,
+    Scale,
+    box_numbers,
+    list_from_objects,
+    objects_from_text,
+    text_from_object,
+)
+from qwenvl_lit.models.qwen3_vl.images import ImageProcessor
+from qwenvl_lit.models.qwen3_vl.positions import axis_positions
+from qwenvl_lit.models.qwen3_vl.thoughts import (
+    END,
+    NO_THOUGHTS,
+    START,
+    as_published,
+    without_thoughts,
+)
+from qwenvl_lit.models.qwen3_vl.tokenizer import Qwen2Tokenizer
+from qwenvl_lit.models.qwen3_vl.tower import VisionConfig, tower_inputs
+from qwenvl_lit.models.vision_tensors import concatenate_vision
+from qwenvl_lit.types import (
+    Conversation,
+    DataError,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Prediction,
+    Sample,
+    Turn,
+)
+
+Boxes = Literal["pixels", "thousandths"]
+Think = Literal["supervise", "mask"]
+
+IMAGE_SPAN = "<|vision_start|><|image_pad|><|vision_end|>"
+# A token may hold the end of the tag and the newlines behind it.
+_THOUGHTS = re.compile(rf".*{END}(?:\s*[\r\n]+)?", re.DOTALL)
+
+
+class Qwen3VLProcessor(ChatProcessor):
+    """Converts conversations to tensors, and generated ids to text and boxes.
+
+    Args:
+        images: resizes images and cuts them into patches.
+        vision_config: the config of the vision tower.
+        boxes: the numbers that boxes are written in: "pixels" of the resized image, as for
+            Qwen2.5-VL, or "thousandths" of the image, as for Qwen3-VL.
+        thinks: whether the model is one of the Thinking checkpoints. Their prompts open the
+            thoughts, and the last answer of a row has thoughts, which may be empty.
+        think: "supervise" also supervises the thoughts of answers, "mask" only what follows them.
+        settings: see `ChatProcessor`.
+    """
+
+    official_markup = False
+    find_prompt = (
+        '{image}Locate every object that matches the description "{question}" in the image. '
+        "Report bbox coordinates in JSON format."
+    )
+
+    def __init__(
+        self,
+        tokenizer: Qwen2Tokenizer,
+        images: ImageProcessor,
+        vision_config: VisionConfig,
+        *,
+        boxes: Boxes,
+        thinks: bool = False,
+        think: Think = "supervise",
+        **settings: Any,
+    ):
+        check_choice("think", think, get_args(Think))
+        super().__init__(tokenizer, **settings)
+        self.images = images
+        self.vision_config = vision_config
+        self.boxes = boxes
+        self.thinks = thinks
+        self.think = think
+        self.default_system = DEFAULT_SYSTEM if boxes == "pixels" else NO_SYSTEM
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain data that determines ids and labels; see `Processor.settings`."""
+        own = {"boxes": self.boxes, "thinks": self.thinks, "think": self.think}
+        return {**super().settings, **own, "images": self.images.settings}
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """Plain data that determines the result of `image_vision`."""
+        return self.images.settings
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns ids as text, with special tokens by name and one for all tokens of an image."""
+        pad = self.tokenizer.special["<|image_pad|>"]
+        shown = []
+        for token_id in ids:
+            if token_id != pad or not shown or shown[-1] != pad:
+                shown.append(token_id)
+        return self.tokenizer.decode(shown)
+
+    def read(self, text: str, conversation: Conversation) -> Prediction:
+        """Converts the text of an answer to a prediction, without its thoughts."""
+        images = conversation.prompt().images
+        last = max(len(images) - 1, 0)
+        answer = without_thoughts(text)
+        parts = objects_from_text(answer, self._scale(last, images), image=last)
+        if images:
+            parts = tuple(_in_pixels(part, images) for part in parts)
+        return Prediction(
+            conversation=conversation,
+            text=answer,
+            parts=parts,
+            reference=self._reference(conversation),
+        )
+
+    def option_ids(self, conversation: Conversation) -> list[list[int]]:
+        """Returns the ids of each option of a multiple-choice conversation, without thoughts."""
+        before = NO_THOUGHTS if self.thinks else ""
+        return [self._encode(before + option) for option in conversation.options]
+
+    def collate_vision(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Returns the vision tensors of a batch; see `Processor.collate_vision`."""
+        vision: dict[str, Any] = concatenate_vision(samples)
+        sizes = vision.pop("image_sizes", None)
+        if sizes is None or not len(sizes):
+            return vision
+        return vision | tower_inputs([tuple(size) for size in sizes.tolist()], self.vision_config)
+
+    def _pixels(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
+        """Returns the patches of images, uint8, and their heights and widths in patches."""
+        if not images:
+            patch = 3 * self.images.patch_size**2
+            nothing = torch.empty(0, patch, dtype=torch.uint8)
+            return {"pixel_values": nothing, "image_sizes": torch.empty(0, 2, dtype=torch.int64)}
+        patches = [self.images.patches(image) for image in images]
+        sizes = [self.images.grid(image) for image in images]
+        return {"pixel_values": torch.cat(patches), "image_sizes": torch.tensor(sizes)}
+
+    def _positions(self, pieces: Sequence[Piece], images: Sequence[ImageSource]) -> torch.Tensor:
+        """Returns positions on the axes time, height and width, (3, T)."""
+        spans = []
+        length = 0
+        remaining = iter(images)
+        for piece in pieces:
+            if piece.image is not None:
+                height, width = self.images.grid(next(remaining))
+                merge = self.images.merge_size
+                spans.append((length + 1, height // merge, width // merge))
+            length += len(piece.ids)
+        return axis_positions(length, spans)
+
+    def _prepared(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        turns = self._with_system(turns)
+        return as_published(turns) if self.thinks else turns
+
+    def _render(self, messages, prompt: bool) -> Iterator[Piece]:
+        yield from super()._render(messages, prompt)
+        if prompt and self.thinks:
+            yield Piece(self._encode(f"{START}\n"))
+
+    def _body(
+        self, turn: Turn, images_before: int, images: Sequence[ImageSource]
+    ) -> Iterator[Piece]:
+        """Yields the content of a turn. Adjacent texts are tokenized together."""
+        items: list[str | int] = []
+        for item in self._items(turn, images_before, images):
+            if isinstance(item, str) and items and isinstance(items[-1], str):
+                items[-1] += item
+            else:
+                items.append(item)
+        masked = 0  # items at the beginning that are thoughts
+        if turn.role == "assistant" and self.think == "mask":
+            masked = _split_at_answer(items)
+        special = self.tokenizer.special
+        for number, item in enumerate(items):
+            if isinstance(item, str):
+                yield Piece(self._encode(item), masked=number < masked)
+            else:
+                padding = [special["<|image_pad|>"]] * self.images.tokens(images[item])
+                span = [special["<|vision_start|>"], *padding, special["<|vision_end|>"]]
+                yield Piece(span, image=item)
+
+    def _items(
+        self, turn: Turn, images_before: int, images: Sequence[ImageSource]
+    ) -> Iterator[str | int]:
+        """Yields a turn as texts, and images by index.
+
+        The objects of an answer that follow each other, or have only blanks and commas between
+        them, are one list.
+        """
+        index = images_before
+        objects: list[GroundedObject] = []
+        between = ""  # text behind the last object
+        for part in turn.parts:
+            is_object = isinstance(part, GroundedObject) and bool(part.boxes)
+            if is_object and turn.role == "assistant":
+                objects.append(part)
+                between = ""
+                continue
+            if objects and isinstance(part, str) and BETWEEN_OBJECTS.fullmatch(part):
+                between += part
+                continue
+            if objects:
+                yield self._list(objects, images) + between
+                objects, between = [], ""
+            if isinstance(part, str):
+                yield part
+            elif isinstance(part, GroundedObject):
+                yield text_from_object(part, self._numbers(part, images))
+            else:
+                yield index
+                index += 1
+        if objects:
+            yield self._list(objects, images) + between
+
+    def _list(self, objects: Sequence[GroundedObject], images: Sequence[ImageSource]) -> str:
+        return list_from_objects(objects, [self._numbers(obj, images) for obj in objects])
+
+    def _numbers(self, obj: GroundedObject, images: Sequence[ImageSource]) -> list[list[int]]:
+        if not obj.boxes:
+            return []
+        scale = self._scale(obj.image, images)
+        if scale is None:
+            raise DataError(
+                f"object {obj.label!r} names image {obj.image}, counted from 0, of {len(images)}; "
+                "check its `image`"
+            )
+        return box_numbers(obj, images, scale)
+
+    def _scale(self, image: int, images: Sequence[ImageSource]) -> Scale | None:
+        """Returns the size of an image as boxes are written; None: there is no such image."""
+        if self.boxes == "thousandths":
+            return Scale(THOUSANDTHS, THOUSANDTHS)
+        if not 0 <= image < len(images):
+            return None
+        return Scale(*self.images.resized(images[image]))
+
+    def _reference(self, conversation: Conversation) -> str | None:
+        if conversation.answer is None:
+            return None
+        images_before = len(conversation.prompt().images)
+        text = ""
+        for item in self._items(conversation.answer, images_before, conversation.images):
+            text += item if isinstance(item, str) else IMAGE_SPAN
+        return without_thoughts(text)
+
+
+def _split_at_answer(items: list[str | int]) -> int:
+    """Splits the item that ends the thoughts, and returns the number of items of the thoughts."""
+    for number, item in reversed(list(enumerate(items))):
+        if isinstance(item, str) and (thoughts := _THOUGHTS.match(item)):
+            items[number : number + 1] = [thoughts[0], item[thoughts.end() :]]
+            return number + 1
+    return 0
+
+
+def _in_pixels(part: Part, images: Sequence[ImageSource]) -> Part:
+    return object_in_frame(part, "pixel", images) if isinstance(part, GroundedObject) else part
