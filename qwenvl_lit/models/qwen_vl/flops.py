@@ -8,15 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
-
-# Component -> components whose output is part of its input, directly or indirectly.
-EARLIER_COMPONENTS: dict[str, tuple[str, ...]] = {
-    "vision": (),
-    "resampler": ("vision",),
-    "embeddings": (),
-    "language": ("vision", "resampler", "embeddings"),
-    "head": ("vision", "resampler", "embeddings", "language"),
-}
+from qwenvl_lit.models.training_passes import training_passes as general_passes
 
 
 def training_flops(
@@ -74,18 +66,13 @@ def forward_flops(
 def training_passes(trained: Mapping[str, float]) -> dict[str, int]:
     """Returns the FLOPs of a training step relative to a forward pass, by component.
 
-    The forward pass counts 1, the gradients of inputs 1, and the gradients of weights 1. The FLOPs
-    of adapters are not counted. A resampler without any gradients counts 0, because the published
-    figures to compare with do not include it.
+    A resampler without any gradients counts 0, because the published figures to compare with do not
+    include it.
 
     Args:
-        trained: the fraction of the parameters that is trained, by component. A fraction below 0.5
-            means that the component has an adapter.
+        trained: the fraction of the parameters that is trained, by component.
     """
-    passes = {}
-    for component, earlier in EARLIER_COMPONENTS.items():
-        has_gradients = any(trained.get(name, 0) > 0 for name in (component, *earlier))
-        passes[component] = 1 + has_gradients + (trained.get(component, 0) >= 0.5)
+    passes = general_passes(trained)
     if passes["resampler"] == 1:
         passes["resampler"] = 0
     return passes
