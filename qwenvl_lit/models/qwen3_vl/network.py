@@ -31,6 +31,7 @@ from transformers.utils import can_return_tuple
 
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.qwen3_vl.attention import ATTENTION, PatchEmbedding, VisionAttention
+from qwenvl_lit.models.qwen3_vl.decoder import Decoder
 from qwenvl_lit.models.qwen3_vl.tower import image_tokens
 
 TOWER = "image_"  # begins the names of arguments for the vision tower, see `tower_inputs`
@@ -91,13 +92,15 @@ class VisionLanguageNetwork:
                 or the indices of these logits.
             cu_seq_lens_q, max_length_q: the bounds (n + 1,) of the samples of a packed row, and the
                 length of the longest one.
-            kwargs: the result of `tower_inputs`, for `pixel_values`. Other arguments are ignored.
+            kwargs: the result of `tower_inputs` for `pixel_values`. Other arguments are ignored.
 
         Raises:
             ValueError: images and positions do not match, or no token is supervised.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("give either pixel_values or vision_features")
         language_model = self.model.language_model
         x_BTD = language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packed = cu_seq_lens_q is not None
@@ -126,9 +129,13 @@ class VisionLanguageNetwork:
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
             )
-        x_BTD, levels = self.insert_images(
-            x_BTD, pixel_values, vision_features, vision_positions, self._tower_arguments(kwargs)
-        )
+        features = vision_features
+        if pixel_values is not None and len(pixel_values):
+            features = self.encode_images(pixel_values, kwargs)
+        elif features is None and self.training and self._other_ranks_wait_for_tower():
+            # Other ranks may have images. An image of one token uses every parameter.
+            x_BTD = x_BTD + 0 * self._encode_blank_image().mean()
+        x_BTD, levels = self.insert_images(x_BTD, features, vision_positions)
         for index, block in enumerate(language_model.layers):
             x_BTD = block(x_BTD, **arguments)
             if index < len(levels):
@@ -155,25 +162,13 @@ class VisionLanguageNetwork:
     # -- images ------------------------------------------------------------------------------------
 
     def insert_images(
-        self,
-        x_BTD: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        features: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        tower_arguments: Mapping[str, Any],
+        self, x_BTD: torch.Tensor, features: torch.Tensor | None, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Replaces the embeddings at `positions` by image tokens.
+        """Replaces the embeddings at flat `positions` (M,) by `features` (M, (1 + L) * D).
 
         Returns:
             The embeddings, and the features (M, D) of each DeepStack level.
         """
-        if pixel_values is not None and features is not None:
-            raise ValueError("give either pixel_values or vision_features")
-        if pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values, **tower_arguments)
-        elif features is None and self.training and self._other_ranks_wait_for_tower():
-            # Other ranks may have images. An image of one token uses every parameter.
-            x_BTD = x_BTD + 0 * self._encode_blank_image().mean()
         if features is None or not len(features):
             return x_BTD, ()
         if positions is None or len(positions) != len(features):
@@ -183,7 +178,7 @@ class VisionLanguageNetwork:
         x_BTD = x_BTD.flatten(0, 1).index_copy(0, positions, image_MD).view_as(x_BTD)
         return x_BTD, levels
 
-    def encode_images(self, pixel_values: torch.Tensor, **tower_arguments) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.Tensor, vision: Mapping[str, Any]) -> torch.Tensor:
         """Encodes the patches of images as features (M, (1 + L) * D).
 
         A frozen vision tower saves no activations, and computes in the precision of its weights
@@ -191,10 +186,13 @@ class VisionLanguageNetwork:
         be stored.
 
         Args:
-            tower_arguments: the arguments of the tower's `forward` from `tower_inputs`, without
-                their prefix.
+            vision: the result of `tower_inputs` for the images. Other entries are ignored.
         """
         tower = self.model.visual
+        arguments = {}
+        for name, value in vision.items():
+            if name.startswith(TOWER) and name != "image_sizes":
+                arguments[name.removeprefix(TOWER)] = value
         is_trained = any(tensor.requires_grad for tensor in tower.parameters())
         frozen = not (is_trained or pixel_values.requires_grad)
         device_type = pixel_values.device.type
@@ -202,16 +200,9 @@ class VisionLanguageNetwork:
         if frozen and torch.amp.is_autocast_available(device_type):
             autocast = torch.autocast(device_type, enabled=False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), autocast:
-            output = tower(pixel_values, grid_thw=None, return_dict=True, **tower_arguments)
+            output = tower(pixel_values, grid_thw=None, return_dict=True, **arguments)
             levels = output.get("deepstack_features") or ()
             return torch.cat((output.pooler_output, *levels), dim=-1)
-
-    def _tower_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = {}
-        for name, value in kwargs.items():
-            if name.startswith(TOWER) and name != "image_sizes":
-                arguments[name.removeprefix(TOWER)] = value
-        return arguments
 
     def _other_ranks_wait_for_tower(self) -> bool:
         """Returns whether other ranks block on this rank's gradients (DDP) or shards (FSDP)."""
@@ -228,19 +219,24 @@ class VisionLanguageNetwork:
         zeros = weight.new_zeros
         bounds = torch.arange(2, dtype=torch.int32, device=weight.device) * patches
         arguments: dict[str, Any] = {
-            "position_ids": zeros(patches, 2, dtype=torch.int64),
-            "cu_seqlens": bounds,
-            "max_seqlen": patches,
+            "image_position_ids": zeros(patches, 2, dtype=torch.int64),
+            "image_cu_seqlens": bounds,
+            "image_max_seqlen": patches,
         }
         if hasattr(tower, "window_size"):
-            arguments["window_index"] = zeros(1, dtype=torch.int64)
-            arguments |= {"cu_window_seqlens": bounds, "max_window_seqlen": patches}
+            arguments["image_window_index"] = zeros(1, dtype=torch.int64)
+            arguments["image_cu_window_seqlens"] = bounds
+            arguments["image_max_window_seqlen"] = patches
         else:
-            arguments["interp_indices"] = zeros(patches, 4, dtype=torch.int64)
-            arguments["interp_weights"] = zeros(patches, 4)
-        return self.encode_images(zeros(patches, weight[0].numel()), **arguments)
+            arguments["image_interp_indices"] = zeros(patches, 4, dtype=torch.int64)
+            arguments["image_interp_weights"] = zeros(patches, 4)
+        return self.encode_images(zeros(patches, weight[0].numel()), arguments)
 
-    # -- generation with transformers --------------------------------------------------------------
+    # -- generation --------------------------------------------------------------------------------
+
+    def decoder(self) -> Decoder:
+        """Returns a new decoder; see `Network.decoder`."""
+        return Decoder(self)
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Passes the images to the first step only, because the cache contains them afterwards."""
@@ -264,8 +260,7 @@ class VisionLanguageNetwork:
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
     ):
         """Encodes each image once, and repeats rows for beams and for several answers per row."""
-        tower_arguments = self._tower_arguments(kwargs)
-        kwargs = {name: kwargs[name] for name in kwargs if not name.startswith(TOWER)}
+        vision = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(TOWER)}
         pixel_values = kwargs.pop("pixel_values", None)
         features = kwargs.pop("vision_features", None)
         image_positions = kwargs.pop("vision_positions", None)
@@ -280,7 +275,7 @@ class VisionLanguageNetwork:
         if position_ids is not None:
             kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=1)
         if pixel_values is not None and len(pixel_values):
-            features = self.encode_images(pixel_values, **tower_arguments)
+            features = self.encode_images(pixel_values, vision)
         if features is not None and len(features):
             copies = torch.arange(expand_size, device=image_positions.device)[:, None]
             rows = image_positions // length * expand_size + copies
@@ -306,8 +301,7 @@ NETWORKS: Mapping[str, type[nn.Module]] = {  # by `model_type` of config.json
 def image_features(model: nn.Module, vision: Mapping[str, Any]) -> list[torch.Tensor]:
     """Returns the features (Q, (1 + L) * D) of each image; see `Family.image_features`."""
     network = network_of(model)
-    arguments = network._tower_arguments(vision)
-    features = network.encode_images(vision["pixel_values"], **arguments)
+    features = network.encode_images(vision["pixel_values"], vision)
     lengths = image_tokens(vision["image_sizes"], network.config.vision_config)
     return list(features.split(lengths))
 

@@ -106,18 +106,14 @@ def test_features_take_the_place_of_pixels(network):
 
 def test_a_frozen_tower_saves_nothing_and_ignores_autocast(network):
     inputs = padded(PROMPTS, network.config)
-    trained = network.train().encode_images(**encoder_inputs(network, inputs))
+    trained = network.train().encode_images(inputs["pixel_values"], inputs)
     assert trained.requires_grad
     for parameter in network.model.visual.parameters():
         parameter.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        frozen = network.encode_images(**encoder_inputs(network, inputs))
+        frozen = network.encode_images(inputs["pixel_values"], inputs)
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, trained.detach(), **CLOSE)
-
-
-def encoder_inputs(network: nn.Module, inputs: dict) -> dict:
-    return {"pixel_values": inputs["pixel_values"], **network._tower_arguments(inputs)}
 
 
 # -- training --------------------------------------------------------------------------------------
