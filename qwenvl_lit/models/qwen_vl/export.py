@@ -5,38 +5,34 @@ The original Qwen-VL code, and software that supports it, can load them.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from qwenvl_lit.models.qwen_vl.checkpoint import (
+from qwenvl_lit.models.checkpoint_files import (
     COMPANIONS,
     CONFIG,
     INDEX,
-    VOCABULARY,
-    WEIGHTS,
     StoredTensor,
-    open_shard,
 )
+from qwenvl_lit.models.qwen_vl.checkpoint import VOCABULARY
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.weight_files import (
+    SHARD_BYTES,
+    Read,
+    stored_reader,
+    write_json,
+    write_shards,
+)
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, matches
 
-# A function that reads a tensor into host memory by its name in the network.
-Read = Callable[[str], torch.Tensor]
-
-# Size of a written shard. With the published shards of 2 GB, which are mapped into memory to read
-# them, a conversion takes less than 4 GB of memory.
-SHARD_BYTES = 10**9
 # Settings of the published config.json that `QwenVLConfig` does not have.
 PUBLISHED_CONFIG = {
     "architectures": ["QWenLMHeadModel"],
@@ -91,26 +87,15 @@ def file_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def reader(tensors: Mapping[str, StoredTensor | torch.Tensor], dtype: torch.dtype) -> Read:
-    """Returns a function that reads stored tensors by their names in the network.
-
-    At most one file at a time is mapped into memory.
-    """
-    last_file: Path | None = None
+    """Returns a function that reads stored tensors by their names in the network."""
+    read_stored = stored_reader(tensors, dtype)
 
     def read(name: str) -> torch.Tensor:
-        nonlocal last_file
         projection = PROJECTION.search(name)
-        if projection:
-            stored = tensors[name.replace(f"{projection[1]}_proj.", "in_proj_")]
-        else:
-            stored = tensors[name]
-        if isinstance(stored, StoredTensor) and stored.file != last_file:
-            open_shard.cache_clear()
-            last_file = stored.file
-        tensor = stored[...]
-        if projection:
-            tensor = tensor.chunk(3)["qkv".index(projection[1])]
-        return tensor.to("cpu", dtype)
+        if projection is None:
+            return read_stored(name)
+        joined = read_stored(name.replace(f"{projection[1]}_proj.", "in_proj_"))
+        return joined.chunk(3)["qkv".index(projection[1])]
 
     return read
 
@@ -124,19 +109,6 @@ def read_as_stored(read: Read, name: str) -> torch.Tensor:
     return torch.cat([read(f"{prefix}attn.{letter}_proj.{kind}") for letter in "qkv"])
 
 
-def check_disk(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Checks that the disk of `folder` has enough free space for tensors of `shapes`.
-
-    Raises:
-        DataError: the disk does not have enough free space.
-    """
-    size, free = total_bytes(shapes, dtype), shutil.disk_usage(folder).free
-    if size > free:
-        raise DataError(
-            f"{folder.parent} has {free / 1e9:.1f} GB left, but the model takes {size / 1e9:.1f} GB"
-        )
-
-
 def write_weights(
     read: Read,
     shapes: Mapping[str, tuple[int, ...]],
@@ -146,36 +118,16 @@ def write_weights(
     kind: Literal["safetensors", "bin"] = "safetensors",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the weights as shards with an index. At most one shard is in memory.
+    """Writes the weights as shards with an index; see `write_shards`.
 
     Args:
-        shapes: the shapes of the tensors by their names in files, in the order of writing.
-        shard_bytes: the maximum size of a shard. A larger tensor has its own shard.
+        read: reads a tensor by its name in the network.
     """
-    name = next(name for name in WEIGHTS if name.endswith(kind))
-    shards = list(shards_of(shapes, shard_bytes, dtype.itemsize))
-    weight_map: dict[str, str] = {}
-    for number, tensor_names in enumerate(shards, 1):
-        file = name.replace(".", f"-{number:05}-of-{len(shards):05}.")
-        tensors: dict[str, torch.Tensor] = {}
-        for tensor_name in tensor_names:
-            tensor = read_as_stored(read, tensor_name).to(dtype)
-            tensors[tensor_name] = tensor.clone(memory_format=torch.contiguous_format)
-            weight_map[tensor_name] = file
-        if kind == "safetensors":
-            try:
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # such as a full disk
-                raise DataError(
-                    f"{folder / file} cannot be written: {error}; free disk space, or choose "
-                    f"another folder"
-                ) from error
-            (folder / file).chmod(0o644)  # safetensors creates it readable for its owner only
-        else:
-            torch.save(tensors, folder / file)
-        del tensors
-    metadata = {"total_size": total_bytes(shapes, dtype)}
-    write_json(folder / INDEX.format(name), {"metadata": metadata, "weight_map": weight_map})
+
+    def stored(name: str) -> torch.Tensor:
+        return read_as_stored(read, name)
+
+    write_shards(stored, shapes, folder, dtype=dtype, kind=kind, shard_bytes=shard_bytes)
 
 
 def write_companions(
@@ -285,30 +237,3 @@ def end_of_text(config: QwenVLConfig) -> int:
     """Returns the id of `<|endoftext|>`, which is the id of `<img>` minus 214."""
     assert config.visual is not None  # set by the constructor of the config
     return config.visual["image_start_id"] - 214
-
-
-def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-
-
-def shards_of(
-    shapes: Mapping[str, tuple[int, ...]], limit: int, element_bytes: int
-) -> Iterator[list[str]]:
-    """Yields the tensor names of each shard.
-
-    A shard has consecutive tensors of at most `limit` bytes, or a single larger tensor.
-    """
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        tensor_bytes = torch.Size(shape).numel() * element_bytes
-        if names and size + tensor_bytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += tensor_bytes
-    yield names
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,32 +15,25 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.chatml import Supervise
+from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.quantization import NF4, bnb_config
 from qwenvl_lit.models.qwen_vl.checkpoint import (
     VOCABULARY,
     find_checkpoint,
-    open_shard,
-    read_generation_config,
     read_network_config,
     stored_tensors,
 )
 from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
-from qwenvl_lit.models.qwen_vl.export import (
-    Read,
-    check_disk,
-    file_shapes,
-    reader,
-    write_companions,
-    write_weights,
-)
+from qwenvl_lit.models.qwen_vl.export import file_shapes, reader, write_companions, write_weights
 from qwenvl_lit.models.qwen_vl.flops import training_flops
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
 from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.stored_files import check_finite
 from qwenvl_lit.types import Batch
 

@@ -1,0 +1,353 @@
+"""Files of a full model: finds its folder, fetches it from the hub, and opens its tensors.
+
+A checkpoint is checked for completeness before any weights are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers import GenerationConfig
+
+from qwenvl_lit.stored_files import check_finite, errors_named, read_json_object, read_tensors
+from qwenvl_lit.types import DataError
+from qwenvl_lit.value_types import brief, matches, type_name
+
+log = logging.getLogger(__name__)
+
+# The first base class is the error of the HTTP client that huggingface_hub uses, httpx or httpx2.
+NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)
+
+CONFIG = "config.json"
+GPTQ_CONFIG = "quantize_config.json"  # of AutoGPTQ, whose config.json may say nothing
+GENERATION = "generation_config.json"
+INDEX = "{}.index.json"
+# Looked for in this order, each as one file or as shards that its INDEX lists.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# The small files of a repository. An export copies some of them.
+COMPANIONS = ("*.json", "*.tiktoken", "*.jinja", "*.py", "merges.txt", "LICENSE*", "NOTICE*")
+GENERATION_TYPES: dict[str, Any] = {
+    "chat_format": str,
+    "max_window_size": int,
+    "max_new_tokens": int | None,
+    "do_sample": bool,
+    "top_k": int | None,
+    "top_p": float | None,
+    "temperature": float | None,
+    "repetition_penalty": float | None,
+}
+SHOWN_NAMES = 8  # of tensors, in an error message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """The published checkpoints of a family.
+
+    Args:
+        vocabulary: the file of the vocabulary.
+        example: the name of one of them on the hub.
+        size: of their weights, for messages.
+        check: raises a DataError unless the `config.json` of a folder is of this family.
+    """
+
+    vocabulary: str
+    example: str
+    size: str
+    check: Callable[[Path], Any]
+
+
+def find_checkpoint(path: str, published: Published, *, download: bool = True) -> Path:
+    """Returns the folder of a checkpoint.
+
+    This is `path` itself, or the folder of a hub name in the hub's cache, which is completed first.
+    Offline (`HF_HUB_OFFLINE=1`) or without `download` nothing is fetched. A broken connection is
+    resumed, and after a failed download the files that have arrived are not fetched again.
+
+    Raises:
+        DataError: there is no such folder or name, it holds another model, files are missing, or
+            the disk is too small.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if (folder / CONFIG).exists():
+            published.check(folder)
+        if missing := missing_files(folder, published.vocabulary):
+            raise DataError(
+                f"the folder {path} lacks {', '.join(missing)}; expected config.json, "
+                f"{published.vocabulary}, and weights as {' or '.join(WEIGHTS)}, or as shards with "
+                f"an index"
+            )
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise DataError(
+            f"{path} is no folder, relative to {Path.cwd()}, and no hub name such as "
+            f"{published.example}"
+        )
+    cached = _cached(path)
+    missing = [CONFIG, published.vocabulary, "the weights"]
+    if cached:
+        missing = missing_files(cached, published.vocabulary)
+    if cached and not missing:
+        return cached
+    reason = None
+    if not download:
+        reason = "is not to be fetched (model.download=false)"
+    elif constants.is_offline_mode():
+        reason = "cannot be fetched: offline mode is on (HF_HUB_OFFLINE)"
+    if reason:
+        raise DataError(
+            f"{path} is not complete in {constants.HF_HUB_CACHE}: it lacks {', '.join(missing)}, "
+            f"and {reason}. The published checkpoints are {published.size}; fetch with:  "
+            f"hf download {path}   (or name a folder that has it)"
+        )
+    return _download(path, published.vocabulary)
+
+
+def missing_files(folder: Path, vocabulary: str) -> list[str]:
+    """Returns the names of the files that a folder lacks to be a checkpoint.
+
+    If its weights have an index, these include the shards that the index lists.
+    """
+    missing = [name for name in (CONFIG, vocabulary) if not (folder / name).exists()]
+    if any((folder / name).exists() for name in WEIGHTS):
+        return missing
+    for name in WEIGHTS:
+        index = folder / INDEX.format(name)
+        if index.exists():
+            shards = sorted(set(_weight_map(index).values()))
+            return missing + [shard for shard in shards if not (folder / shard).exists()]
+    return [*missing, "the weights"]
+
+
+def _cached(name: str) -> Path | None:
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (FileNotFoundError, HFValidationError):  # LocalEntryNotFoundError is a FileNotFoundError
+        return None
+
+
+def _download(name: str, vocabulary: str) -> Path:
+    try:
+        siblings = HfApi().model_info(name, files_metadata=True).siblings or ()
+        sizes = {file.rfilename: file.size or 0 for file in siblings}
+        weights = _weight_files(sizes)
+        if not weights or vocabulary not in sizes:
+            raise DataError(
+                f"{name} on the hub is no checkpoint with weights and {vocabulary}: it has "
+                f"{', '.join(sorted(sizes))}"
+            )
+        size = sum(sizes[file] for file in weights)
+        cache = Path(constants.HF_HUB_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(cache).free) < size:
+            raise DataError(
+                f"{name} takes {size / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB left; "
+                f"set HF_HOME to a larger disk"
+            )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            count = len(weights)
+            log.warning("downloading %s: %.1f GB in %d files to %s", name, size / 1e9, count, cache)
+        return Path(snapshot_download(name, allow_patterns=[*COMPANIONS, *weights]))
+    except NETWORK_ERRORS as error:
+        raise DataError(
+            f"{name} is no folder, relative to {Path.cwd()}, and could not be fetched from "
+            f"{constants.ENDPOINT}: {error}; check the name, or start again after an interrupted "
+            f"download, whose files are kept"
+        ) from error
+
+
+def _weight_files(files: Iterable[str]) -> list[str]:
+    """Returns the names of a repository's weights: one file, or the shards of one format."""
+    names = list(files)
+    for kind in WEIGHTS:
+        if kind in names or INDEX.format(kind) in names:
+            pattern = re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1)
+            return [name for name in names if re.fullmatch(pattern, name)]
+    return []
+
+
+def stored_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    published: Published,
+    *,
+    rename: Callable[[str], str] | None = None,
+    optional: Collection[str] = (),
+) -> dict[str, StoredTensor]:
+    """Returns the tensors of a checkpoint by name, not read yet.
+
+    Args:
+        shapes: the tensors that the network expects.
+        rename: converts the names in files to those in `shapes`.
+        optional: names of further tensors that are not read.
+
+    Raises:
+        DataError: a file is broken, or tensors are missing, unexpected or of another shape. The
+            message names them.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for stored_name, file in _files(folder).items():
+        if stored_name.endswith(".qweight"):
+            raise DataError(quantized(folder, "gptq or awq", published))
+        name = rename(stored_name) if rename else stored_name
+        if name in shapes or name not in optional:
+            tensors[name] = StoredTensor(file, stored_name)
+    other_shape: list[str] = []
+    for name, expected in shapes.items():
+        if name in tensors and (shape := tensors[name].shape) != expected:
+            other_shape.append(f"{name} {shape}, expected {expected}")
+    faults = [
+        _listed("missing", [name for name in shapes if name not in tensors]),
+        _listed("unexpected", [name for name in tensors if name not in shapes]),
+        _listed("of another shape", other_shape),
+    ]
+    if any(faults):
+        raise DataError(
+            f"{folder} does not hold this network's tensors. {'; '.join(filter(None, faults))}. "
+            f"Is config.json that of these weights?"
+        )
+    return tensors
+
+
+def _listed(fault: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    return f"{fault} {len(names)}: {', '.join(names[:SHOWN_NAMES])}{more}"
+
+
+class StoredTensor:
+    """A tensor in a file, read when it is indexed.
+
+    transformers reads the slices of safetensors files in this way, one after the other.
+
+    Raises:
+        DataError: when it is read, the tensor is missing in the file or not finite.
+    """
+
+    def __init__(self, file: Path, name: str):
+        self.file = file
+        self.name = name
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._tensor()
+        check_finite(self.file, self.name, tensor)
+        return tensor[index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._tensor().shape)
+
+    def _tensor(self) -> torch.Tensor:
+        tensors = open_shard(self.file)
+        if self.name not in tensors:
+            raise DataError(
+                f"{self.file} lacks {self.name}, which the index says is there; "
+                f"fetch the file again"
+            )
+        return tensors[self.name]
+
+
+# Consecutive tensors share a shard. More open shards would count as memory in use.
+@lru_cache(maxsize=2)
+def open_shard(file: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file by name, mapped into memory.
+
+    A page is read when it is first used, and shared by all processes.
+
+    Raises:
+        DataError: the file is incomplete or of another format than its name says.
+    """
+    return read_tensors(file)
+
+
+def check_not_quantized(folder: Path, settings: Mapping[str, Any], published: Published) -> None:
+    """Raises a DataError if the weights of a folder are quantized.
+
+    Args:
+        settings: the content of its `config.json`.
+    """
+    quantization = settings.get("quantization_config")
+    if not quantization and (folder / GPTQ_CONFIG).exists():
+        quantization = {"quant_method": "gptq", **read_json_object(folder / GPTQ_CONFIG)}
+    if quantization:
+        kind = "quantized"
+        if isinstance(quantization, Mapping):
+            bits = quantization.get("bits") or "few"
+            kind = f"{quantization.get('quant_method', 'quantized')!s:.20} ({bits!s:.20} bits)"
+        raise DataError(quantized(folder / CONFIG, kind, published))
+
+
+def quantized(source: Path, kind: str, published: Published) -> str:
+    return (
+        f"{source}: the weights are {kind}, which is not read; take the checkpoint that they were "
+        f"made from, such as {published.example}, with model.load_in_4bit=true, or train on it "
+        f"with adapter=qlora"
+    )
+
+
+def settings_of_types(
+    file: Path, settings: Mapping[str, Any], types: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the settings of `file` that are in `types`.
+
+    Raises:
+        DataError: one of them has a value of another type.
+    """
+    known: dict[str, Any] = {}
+    for name, expected in types.items():
+        if name not in settings:
+            continue
+        if not matches(settings[name], expected):
+            raise DataError(
+                f"{file}: {name} is {brief(settings[name])}, expected {type_name(expected)}; "
+                f"is the file damaged?"
+            )
+        known[name] = settings[name]
+    return known
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Reads `generation_config.json` of a checkpoint; transformers' defaults without the file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    file = folder / GENERATION
+    if not file.exists():
+        return GenerationConfig()
+    settings = read_json_object(file)
+    settings_of_types(file, settings, GENERATION_TYPES)
+    with errors_named(file):
+        return GenerationConfig.from_dict(settings)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return dict.fromkeys(open_shard(folder / name), folder / name)
+        if (index := folder / INDEX.format(name)).exists():
+            return {tensor: folder / file for tensor, file in _weight_map(index).items()}
+    raise DataError(f"{folder} holds no weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor; files are in the folder of the index."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not matches(weight_map, dict[str, str]):
+        raise DataError(f"{index} is no index of shards: it has no weight_map; fetch it again")
+    for file in weight_map.values():
+        if file != os.path.basename(file):
+            raise DataError(f"{index} names {brief(file)}, which is not a file beside it")
+    return weight_map
