@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 
 
@@ -32,20 +34,24 @@ def attend_in_segments(
     # Imported here because this import loads the compiler, which takes seconds.
     from torch.nn.attention.varlen import varlen_attn
 
+    options = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}  # -1: all tokens
+    heads_per_key = q_BHTK.shape[1] // k_BGTK.shape[1]
+    if heads_per_key > 1 and _kernel_takes_groups():
+        options["enable_gqa"] = True
+    elif heads_per_key > 1:
+        k_BGTK, v_BGTK = (x.repeat_interleave(heads_per_key, dim=1) for x in (k_BGTK, v_BGTK))
     rows = [x_BHTK.transpose(1, 2) for x_BHTK in (q_BHTK, k_BGTK, v_BGTK)]
     flat = [x_BTHK.flatten(0, 1) for x_BTHK in rows]
-    window = (-1, 0) if causal else (-1, -1)  # tokens before and after, -1: all
-    attended = varlen_attn(
-        *flat,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
-    )
+    attended = varlen_attn(*flat, bounds, bounds, longest, longest, **options)
     return attended.view(rows[0].shape)
+
+
+@torch.compiler.assume_constant_result
+def _kernel_takes_groups() -> bool:
+    """Returns whether several heads may share keys and values, as in newer versions of torch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def has_segments_kernel(x: torch.Tensor) -> bool:

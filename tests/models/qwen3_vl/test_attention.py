@@ -53,7 +53,7 @@ def test_the_kernel_of_gpus_gets_bounds_that_mean_the_same(kind, monkeypatch):
     expected = network(**inputs).logits
     calls = []
 
-    def varlen_attn(q, k, v, bounds, _, longest, __, *, scale, window_size, enable_gqa):
+    def varlen_attn(q, k, v, bounds, _, longest, __, *, scale, window_size, enable_gqa=False):
         assert bounds.dtype == torch.int32
         assert isinstance(longest, int)
         assert bounds.diff().max() <= longest
@@ -70,3 +70,10 @@ def test_the_kernel_of_gpus_gets_bounds_that_mean_the_same(kind, monkeypatch):
     monkeypatch.setattr(attention, "has_segments_kernel", lambda x: True)
     torch.testing.assert_close(network(**inputs).logits, expected, **CLOSE)
     assert calls == [(-1, -1)] * 3 + [(-1, 0)] * 3  # blocks of the tower, of the language model
+    # Older versions of torch
+    monkeypatch.setattr(
+        varlen,
+        "varlen_attn",
+        lambda *args, scale, window_size: varlen_attn(*args, scale=scale, window_size=window_size),
+    )
+    torch.testing.assert_close(network(**inputs).logits, expected, **CLOSE)
