@@ -172,8 +172,10 @@ class PatchEmbedding(nn.Module):
         self.proj = original.proj
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        weight = self.proj.weight
-        return linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+        proj, patches = self.proj, patches.to(self.proj.weight.dtype)
+        if proj.weight.is_meta:  # offloaded: accelerate loads it when the layer is called
+            return proj(patches.unflatten(1, (proj.in_channels, *proj.kernel_size))).flatten(1)
+        return linear(patches, proj.weight.flatten(1), proj.bias)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)

@@ -114,7 +114,7 @@ def _tower_elements(config: PreTrainedConfig) -> int:
 
 
 def _pixel_bytes(config: PreTrainedConfig, image_tokens: int, itemsize: int) -> int:
-    """Returns the bytes of the pixels, as float32 and in the dtype of the weights."""
+    """Returns the bytes of the pixels, as loaded, as float32 and in the dtype of the weights."""
     vision = config.vision_config
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return _patches(config, image_tokens) * pixels * (4 + itemsize)
+    return _patches(config, image_tokens) * pixels * (1 + 4 + itemsize)

@@ -144,7 +144,7 @@ class VisionLanguageNetwork:
         if labels is not None and target_positions is not None:
             if not len(target_positions):
                 raise ValueError("target_positions is empty: no token of this batch is supervised")
-            x_SD = x_BTD.flatten(0, 1).index_select(0, target_positions)
+            x_SD = x_BTD.flatten(0, 1).index_select(0, target_positions.to(x_BTD.device))
             logits = self.lm_head(language_model.norm(x_SD))
             targets = labels.flatten().index_select(0, target_positions + 1)
             loss = loss_of(logits, targets, num_items_in_batch)
@@ -174,9 +174,10 @@ class VisionLanguageNetwork:
         if positions is None or len(positions) != len(features):
             count = 0 if positions is None else len(positions)
             raise ValueError(f"vision_positions has {count} entries for {len(features)} features")
-        image_MD, *levels = features.to(x_BTD.dtype).split(x_BTD.shape[-1], dim=-1)
-        x_BTD = x_BTD.flatten(0, 1).index_copy(0, positions, image_MD).view_as(x_BTD)
-        return x_BTD, levels
+        # Modules may be on several devices.
+        image_MD, *levels = features.to(x_BTD).split(x_BTD.shape[-1], dim=-1)
+        flat = x_BTD.flatten(0, 1).index_copy(0, positions.to(x_BTD.device), image_MD)
+        return flat.view_as(x_BTD), levels
 
     def encode_images(self, pixel_values: torch.Tensor, vision: Mapping[str, Any]) -> torch.Tensor:
         """Encodes the patches of images as features (M, (1 + L) * D).
@@ -308,13 +309,15 @@ def image_features(model: nn.Module, vision: Mapping[str, Any]) -> list[torch.Te
 
 def add_at(x_BTD: torch.Tensor, positions: torch.Tensor, features_MD: torch.Tensor) -> torch.Tensor:
     """Adds features to the tokens at flat `positions` (M,)."""
-    return x_BTD.flatten(0, 1).index_add(0, positions, features_MD).view_as(x_BTD)
+    positions = positions.to(x_BTD.device)
+    return x_BTD.flatten(0, 1).index_add(0, positions, features_MD.to(x_BTD)).view_as(x_BTD)
 
 
 def loss_of(
     logits: torch.Tensor, targets: torch.Tensor, num_items: int | torch.Tensor | None
 ) -> torch.Tensor:
     """Returns the summed cross entropy over `num_items`, or its mean with None."""
+    targets = targets.to(logits.device)
     if num_items is None:
         return cross_entropy(logits.float(), targets)
     return cross_entropy(logits.float(), targets, reduction="sum") / num_items

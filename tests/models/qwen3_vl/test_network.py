@@ -182,6 +182,18 @@ def test_weights_load_under_the_published_names():
         assert loaded.state_dict().keys() == original_network(network).state_dict().keys()
 
 
+def test_modules_may_be_offloaded(network, tmp_path):
+    network.save_pretrained(tmp_path / "model")
+    offloaded = type(network).from_pretrained(
+        tmp_path / "model",
+        device_map={"model.visual": "disk", "model.language_model": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert offloaded.model.visual.patch_embed.proj.weight.is_meta
+    inputs = padded(PROMPTS, network.config)
+    torch.testing.assert_close(offloaded(**inputs).logits, network(**inputs).logits, **CLOSE)
+
+
 # -- generation with transformers ------------------------------------------------------------------
 
 
