@@ -113,10 +113,8 @@ class ChatProcessor(ABC):
         self.stop_ids: tuple[int, ...] = (tokenizer.im_end_id, tokenizer.pad_id)
 
     @abstractmethod
-    def _body(
-        self, turn: Turn, images_before: int, images: Sequence[ImageSource]
-    ) -> Iterator[Piece]:
-        """Yields the content of a turn.
+    def _message(self, turn: Turn, images_before: int, images: Sequence[ImageSource]) -> Message:
+        """Returns a turn with encoded content.
 
         Args:
             images_before: number of images in earlier turns.
@@ -227,8 +225,7 @@ class ChatProcessor(ABC):
         messages: list[Message] = []
         images_before = 0
         for turn in self._prepared(turns):
-            body = list(self._body(turn, images_before, conversation.images))
-            messages.append(Message(turn.role, body))
+            messages.append(self._message(turn, images_before, conversation.images))
             images_before += sum(isinstance(part, ImageSource) for part in turn.parts)
         pieces = list(self._render(messages, prompt))
         if prompt:

@@ -35,6 +35,8 @@ class Message(NamedTuple):
 
     role: Role
     body: Sequence[Piece]
+    has_newline: bool = False
+    """Whether `body` begins with the newline that follows the role."""
 
 
 def with_system(turns: Sequence[Turn], system: str | None) -> tuple[Turn, ...]:
@@ -62,7 +64,7 @@ class ChatML:
     """The markup around messages.
 
     A message is `<|im_start|>`, its role, a newline, its content, `<|im_end|>` and a newline, each
-    tokenized on its own.
+    tokenized on its own, unless the content begins with the newline.
 
     Args:
         encode: converts plain text to ids.
@@ -92,10 +94,10 @@ class ChatML:
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> Iterator[Piece]:
         """Yields the pieces of a conversation; with `prompt`, ends with the start of an answer."""
-        for number, (role, body) in enumerate(messages, 1):
+        for number, (role, body, has_newline) in enumerate(messages, 1):
             answer = role == "assistant"
             yield Piece(self.start, self.supervises_markup)
-            yield Piece(self.roles[role] + self.newline)
+            yield Piece(self.roles[role] if has_newline else self.roles[role] + self.newline)
             for piece in body:
                 is_text = piece.image is None and not piece.masked
                 yield piece._replace(supervised=answer and is_text)
@@ -134,7 +136,8 @@ class ChatML:
         return system + rest[first_kept:]
 
     def _length(self, message: Message) -> int:
-        markup = self.newline + self.start + self.roles[message.role] + self.newline + self.end
+        newlines = self.newline if message.has_newline else 2 * self.newline
+        markup = newlines + self.start + self.roles[message.role] + self.end
         return len(markup) + sum(len(piece.ids) for piece in message.body)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from qwenvl_lit.grounding import object_in_frame
 from qwenvl_lit.models.chat_processor import ChatProcessor, check_choice
-from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, NO_SYSTEM, Piece
+from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, NO_SYSTEM, Message, Piece
 from qwenvl_lit.models.qwen3_vl.boxes import (
     BETWEEN_OBJECTS,
     THOUSANDTHS,
@@ -174,10 +174,12 @@ class Qwen3VLProcessor(ChatProcessor):
         if prompt and self.thinks:
             yield Piece(self._encode(f"{START}\n"))
 
-    def _body(
-        self, turn: Turn, images_before: int, images: Sequence[ImageSource]
-    ) -> Iterator[Piece]:
-        """Yields the content of a turn. Adjacent texts are tokenized together."""
+    def _message(self, turn: Turn, images_before: int, images: Sequence[ImageSource]) -> Message:
+        """Returns a turn with encoded content. Adjacent texts are tokenized together.
+
+        As in the published chat template, so are the newline behind a role and the text of a
+        question. An answer is tokenized on its own, as it is generated.
+        """
         items: list[str | int] = []
         for item in self._items(turn, images_before, images):
             if isinstance(item, str) and items and isinstance(items[-1], str):
@@ -185,16 +187,22 @@ class Qwen3VLProcessor(ChatProcessor):
             else:
                 items.append(item)
         masked = 0  # items at the beginning that are thoughts
-        if turn.role == "assistant" and self.think == "mask":
+        has_newline = False
+        if turn.role != "assistant":
+            if items and isinstance(items[0], str):
+                items[0] = "\n" + items[0]
+                has_newline = True
+        elif self.think == "mask":
             masked = _split_at_answer(items)
-        special = self.tokenizer.special
+        special, body = self.tokenizer.special, []
         for number, item in enumerate(items):
             if isinstance(item, str):
-                yield Piece(self._encode(item), masked=number < masked)
+                body.append(Piece(self._encode(item), masked=number < masked))
             else:
                 padding = [special["<|image_pad|>"]] * self.images.tokens(images[item])
                 span = [special["<|vision_start|>"], *padding, special["<|vision_end|>"]]
-                yield Piece(span, image=item)
+                body.append(Piece(span, image=item))
+        return Message(turn.role, body, has_newline)
 
     def _items(
         self, turn: Turn, images_before: int, images: Sequence[ImageSource]
