@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.generation.decoders import decoder_of, release
 from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
+from qwenvl_lit.generation.streaming import stream_ids
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.settings import check_settings
 
@@ -97,7 +98,9 @@ class Generation:
         """
         decoder = decoder_of(model) if self.num_beams == 1 else None
         if decoder is None:
-            new_ids = self._generate(model, inputs, stop_ids, pad_id)
+            finite = FiniteLogits()
+            new_ids = self._generate(model, inputs, stop_ids, pad_id, finite)
+            finite.check(finite.copy())
         else:
             new_ids = self._decode(decoder, inputs, stop_ids, image_keys)
         return [self._up_to_stop(ids, stop_ids) for ids in new_ids.tolist()]
@@ -113,8 +116,8 @@ class Generation:
     ) -> Iterator[list[int]]:
         """Yields the new ids of one prompt, the same as `__call__`, while they are decoded.
 
-        Usually one id at a time. The caller may stop iterating at any point; nothing runs in the
-        background. Starting another answer of the same network ends this one.
+        Usually one id at a time. The caller may stop iterating at any point: decoding is at most
+        one step ahead. Starting another answer of the same decoder ends this one.
 
         Raises:
             ValueError: there are several rows or beams, or another answer was started meanwhile.
@@ -126,10 +129,10 @@ class Generation:
                 "set generation.num_beams=1"
             )
         decoder = decoder_of(model)
-        if decoder is None:  # transformers returns the whole answer at its end
-            answers = self(model, inputs, stop_ids=stop_ids, pad_id=pad_id)
-            return iter([ids for ids in answers if ids])
-        pieces = self._stream(decoder, inputs, frozenset(stop_ids), image_keys)
+        if decoder is None:
+            pieces = self._stream_generated(model, inputs, frozenset(stop_ids), pad_id)
+        else:
+            pieces = self._stream(decoder, inputs, frozenset(stop_ids), image_keys)
         return self._without_stop_words(pieces) if self.stop_words_ids else pieces
 
     @staticmethod
@@ -186,6 +189,16 @@ class Generation:
             if token_id in stop_ids:
                 return
             yield [token_id]
+
+    def _stream_generated(
+        self, model: nn.Module, inputs: Mapping[str, Any], stop_ids: Collection[int], pad_id: int
+    ) -> Iterator[list[int]]:
+        finite = FiniteLogits()
+        generate = partial(self._generate, model, inputs, stop_ids, pad_id, finite)
+        for ids in stream_ids(generate, check=lambda: finite.check(finite.copy())):
+            if ids[0] in stop_ids:
+                return
+            yield ids
 
     def _without_stop_words(self, pieces: Iterator[list[int]]) -> Iterator[list[int]]:
         """Yields ids up to the first stop word; ids that may begin one are held back."""
@@ -254,11 +267,21 @@ class Generation:
 
     @torch.inference_mode()
     def _generate(
-        self, model: nn.Module, inputs: Mapping[str, Any], stop_ids: Collection[int], pad_id: int
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        stop_ids: Collection[int],
+        pad_id: int,
+        finite: FiniteLogits,
+        **options: Any,
     ) -> torch.Tensor:
-        """Decodes with transformers' `generate`.
+        """Decodes with transformers' `generate`, and returns the new ids of each row.
 
-        For beams, and for networks that are spread over devices, sharded, or of another family.
+        For beams, and for networks that are spread over devices, sharded, or without a decoder.
+
+        Args:
+            finite: is shown the logits of each step.
+            options: further arguments of `generate`.
         """
         # Transformers takes settings that are left out from the checkpoint's
         # generation_config.json. These values mean "no sampling" without a warning.
@@ -278,10 +301,8 @@ class Generation:
         )
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        finite = FiniteLogits()
-        processors = LogitsProcessorList([finite])
-        ids = model.generate(**inputs, generation_config=settings, logits_processor=processors)
-        finite.check(finite.copy())
+        options["logits_processor"] = LogitsProcessorList([finite])
+        ids = model.generate(**inputs, generation_config=settings, **options)
         return ids[:, inputs["input_ids"].shape[1] :]
 
 
