@@ -105,6 +105,6 @@ def _length(processor: Processor, images: int, supervised: int, question: int = 
     parts.append("\n" * bool(images) + "1" * question)
     user = Turn(role="user", parts=tuple(parts))
     assistant = Turn(role="assistant", parts=("1" * (supervised - 1),))
-    length, counted = processor.length(Conversation(id="row", turns=(user, assistant)))
+    length, counted, _ = processor.length(Conversation(id="row", turns=(user, assistant)))
     assert counted == supervised, (counted, supervised)
     return length

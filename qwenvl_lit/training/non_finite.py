@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,6 @@ class NonFiniteGuard:
         )
 
 
-def _tensors_on_cpu(batch: Batch) -> dict[str, torch.Tensor]:
-    tensors = {"input_ids": batch.input_ids, "labels": batch.labels, **batch.vision}
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+def _tensors_on_cpu(batch: Batch) -> dict[str, Any]:
+    batch = batch.to("cpu", non_blocking=False)
+    return {"input_ids": batch.input_ids, "labels": batch.labels, **batch.vision}

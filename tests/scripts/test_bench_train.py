@@ -173,12 +173,12 @@ def test_rows_have_exact_lengths(tmp_path):
     images = training_rows.write_images(tmp_path, 3)
     even, mixed, full = tmp_path / "even.jsonl", tmp_path / "mixed.jsonl", training_rows.FULL
     training_rows.write_even(even, images, 5, full, processor)
-    assert {processor.length(row) for row in read_rows(str(even))} == {(320, 16)}
+    assert {processor.length(row) for row in read_rows(str(even))} == {(320, 16, 256)}
     total = training_rows.write_mixed(mixed, images, 60, full, processor)
     rows = list(read_rows(str(mixed)))
     lengths = [processor.length(row) for row in rows]
-    assert sum(tokens for tokens, _ in lengths) == total
-    assert all(32 <= tokens <= 1500 and supervised == 12 for tokens, supervised in lengths)
+    assert sum(length.tokens for length in lengths) == total
+    assert all(32 <= length.tokens <= 1500 and length.supervised == 12 for length in lengths)
     assert {len(row.images) for row in rows} == {0, 1, 2, 3, 4}
 
 

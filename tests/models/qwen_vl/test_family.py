@@ -206,9 +206,13 @@ def test_length_counts_the_tokens_of_encode(template, supervise, options):
     for conversation in (talk("q", "a"), grounded, spoken_first):
         sample = ours.encode(conversation)
         targets = target_positions(sample.labels[None])
-        assert ours.length(conversation) == (len(sample.input_ids), len(targets))
+        image_tokens = len(sample.vision_positions)
+        expected = (len(sample.input_ids), len(targets), image_tokens)
+        assert ours.length(conversation) == expected
+        assert len(sample.images) == image_tokens / ours.tokens_per_image
     prompt = ours.encode(grounded, prompt=True)
-    assert ours.length(grounded, prompt=True) == (len(prompt.input_ids), 0)
+    expected = (len(prompt.input_ids), 0, len(prompt.vision_positions))
+    assert ours.length(grounded, prompt=True) == expected
 
 
 def test_length_decodes_no_image_and_its_errors_name_the_row(tmp_path):
