@@ -309,6 +309,7 @@ class ChatProcessor(ABC):
             labels=torch.tensor(labels, dtype=torch.int64),
             vision_positions=torch.tensor(positions, dtype=torch.int64),
             vision=self._vision(images),
+            images=tuple(images),
             position_ids=self._positions(pieces, images),
         )
 
