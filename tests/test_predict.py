@@ -209,7 +209,9 @@ def test_a_conversation_that_is_too_long_is_answered_without_its_oldest_images(
         pad_id=module.processor.pad_id, collate_vision=module.processor.collate_vision, side="left"
     )([sample])
     (prediction,) = module.predict(batch)
-    assert encoded_images == [1]
+    assert batch.images == (blue,)
+    module.predict(batch)
+    assert encoded_images == [1], "the features of an image are kept under its key"
     assert prediction.tokens <= 4
 
 

@@ -70,6 +70,8 @@ class Processor(Protocol):
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:
         """Returns the token ids, labels and images of a conversation.
 
+        `Sample.images` are those that the sample has, by whose keys a decoder keeps features.
+
         Args:
             prompt: whether to leave out the answer and begin a turn of the assistant in its place.
 

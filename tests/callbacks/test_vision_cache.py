@@ -30,6 +30,7 @@ from qwenvl_lit.data.feature_pass import fingerprint
 from qwenvl_lit.data.features import CachedFeatures, FeatureStore
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.qwen_vl import processor
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.module import VisionLanguageModule
@@ -326,6 +327,15 @@ def test_a_cache_above_its_limit_is_refused_before_anything_is_encoded(tmp_path)
     assert stored(tmp_path / "cache") == 0
     with pytest.raises(ValueError, match=r"speed\.vision_cache_gb is a number above 0, got 0"):
         VisionCache(CachedFeatures(), tmp_path, limit_gb=0)
+
+
+def test_a_family_without_stored_features_is_refused_before_weights_are_loaded(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(QwenVLFamily, "supports_vision_cache", False)
+    monkeypatch.setattr(QwenVLFamily, "load", lambda *_, **__: pytest.fail("weights are loaded"))
+    with pytest.raises(DataError, match=r"vision_cache=true: models of the family QwenVL cannot"):
+        run(tmp_path, cache=tmp_path / "cache")
 
 
 def test_features_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
-"""Optimizer steps are cut into micro-batches that fit into memory."""
+"""Optimizer steps, and rows to evaluate, are cut into batches that fit into memory."""
 
 import math
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from qwenvl_lit.data.collate import TILE, Pack, Pad
-from qwenvl_lit.data.micro_batches import ActivationCosts, BatchLimit, CutStep
+from qwenvl_lit.data.micro_batches import ActivationCosts, BatchLimit, CutRows, CutStep
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import Conversation, Dropped, Sample
 
@@ -123,3 +125,41 @@ def test_packed_rows_without_a_length_are_padded_to_whole_tiles():
     assert batch.segment_bounds.tolist() == [0, 64, 65, 128, 128, 128]
     assert PACK([]).input_ids.shape == (1, TILE)
     assert len(PACK([]).segment_bounds) == len(batch.segment_bounds)
+
+
+@pytest.mark.parametrize(
+    ("largest", "apart", "expected"),
+    [
+        (math.inf, False, ["12345"]),
+        (2, False, ["12", "34", "5"]),
+        (math.inf, True, ["1", "23", "4", "5"]),
+        (1, True, ["1", "2", "3", "4", "5"]),
+    ],
+)
+def test_rows_to_evaluate_stay_in_order_with_options_apart(largest, apart, expected):
+    rows = []
+    for number in range(1, 6):
+        options = ("A", "B") if number in (2, 3, 5) else ()
+        row = Conversation(id=str(number), turns=(), options=options)
+        rows.append(replace(sample(number), conversation=row))
+    reason = Dropped("a.jsonl:3: broken")
+    pad = Pad(pad_id=0, collate_vision=concatenate_vision)
+    collate = CutRows(pad=pad, limit=BatchLimit(largest), options_apart=apart)
+    batches = collate([*rows[:2], reason, *rows[2:]])
+    ids = ["".join(row.id for row in batch.conversations) for batch in batches]
+    assert ids == expected
+    assert [batch.dropped for batch in batches] == [(reason,), *[()] * (len(batches) - 1)]
+    [empty] = collate([reason])
+    assert (empty.conversations, empty.dropped) == ((), (reason,))
+
+
+def test_data_workers_cut_rows_as_the_limit_is_lowered():
+    limit = BatchLimit()
+    pad = Pad(pad_id=0, collate_vision=concatenate_vision)
+    collate = CutRows(pad=pad, limit=limit, options_apart=False)
+    loader = DataLoader(ROWS * 20, batch_size=4, num_workers=1, collate_fn=collate)
+    sizes = []
+    for batches in loader:
+        sizes.append(len(batches))
+        limit.lower(1)
+    assert (sizes[0], sizes[-1]) == (1, 4)
