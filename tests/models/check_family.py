@@ -163,10 +163,16 @@ def check_answers(family: Family, rows: Sequence[Conversation]) -> None:
     assert beams(model, inputs(samples), **ends) == alone
 
 
-def check_boxes(family: Family) -> None:
-    """A box in pixels is written as the model has it and comes back within a pixel."""
+def check_boxes(
+    family: Family, sizes: Sequence[tuple[int, int]] = ((640, 480), (333, 1000), (64, 64))
+) -> None:
+    """A box in pixels is written as the model has it and comes back within a pixel.
+
+    Args:
+        sizes: of images that the family does not make smaller.
+    """
     processor = family.processor()
-    for size in ((640, 480), (333, 1000), (64, 64)):
+    for size in sizes:
         image = ImageSource(Image.new("RGB", size))
         width, height = size
         box = Box(x0=width * 0.1, y0=height * 0.25, x1=width * 0.73, y1=height * 0.9)
