@@ -37,6 +37,7 @@ from qwenvl_lit.data.features import CachedFeatures
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.protocols import FeatureSource, Processor
 from qwenvl_lit.runs.composed_config import check_composed_config
+from qwenvl_lit.runs.model_types import check_model_path
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.runs.versions import save_versions
 from qwenvl_lit.settings import accumulated_batches, check_seed
@@ -120,9 +121,13 @@ def trained_module(
     Args:
         changes: settings of the model that replace those of the run.
         verify: compare the base weights with their checksums, if they have any.
+
+    Raises:
+        DataError: `changes` name a base model of another kind.
     """
     config = {"init": None, **run.config, "metrics": {}, "verify": verify}
     config["model"] = {**config["model"], **changes}
+    check_model_path(config["model"])
     for group in ("optim", "speed"):  # for training
         config.pop(group, None)
     return module(

@@ -12,6 +12,7 @@ from hydra.errors import MissingConfigException
 
 from qwenvl_lit.extras import missing
 from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.runs.model_types import model_arguments
 from qwenvl_lit.runs.run import COMPOSED_CONFIG
 from qwenvl_lit.types import DataError
 
@@ -62,7 +63,7 @@ def _meant_path(command: str, group: str, value: str) -> str | None:
     if group == "adapter" or (group == "model" and (path / COMPOSED_CONFIG).exists()):
         return f"ckpt={value}"
     if group == "model":
-        return f"model={_nearest(value, _choices_of(group)) or 'qwen_vl_chat'} model.path={value}"
+        return model_arguments(value)
     return None
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.extras import require
+from qwenvl_lit.runs.model_types import check_model_path
 from qwenvl_lit.settings import (
     CHECKS,
     EARLY_STOPPING,
@@ -28,14 +30,17 @@ EARLY_STOPPING_CLASS = "lightning.pytorch.callbacks.EarlyStopping"
 
 
 def check_values(config: DictConfig) -> None:
-    """Checks the seed and the settings that `CHECKS` lists.
+    """Checks the seed, the settings that `CHECKS` lists, and that `model.path` fits the model.
 
     Classes of the user may have other settings of the same names.
 
     Raises:
         ValueError: names the key, what it may be and what it is.
+        DataError: `model.path` is of another model than the one chosen.
     """
     check_seed(config.seed)
+    if config.get("model"):
+        check_model_path(OmegaConf.to_container(config.model), _chosen_model())
     for group in CHECKS:
         _check_node(group, config.get(group))
     for name, callback in (config.get("callbacks") or {}).items():
@@ -43,6 +48,11 @@ def check_values(config: DictConfig) -> None:
             _check_node(EARLY_STOPPING, callback, key=f"callbacks.{name}")
     if config.get("speed") and config.get("data"):  # for training
         accumulated_batches(config.trainer, config.data)
+
+
+def _chosen_model() -> str | None:
+    """The file of conf/model that the command line or its defaults choose."""
+    return HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
 
 
 def _check_node(group: str, node: Any, *, key: str | None = None) -> None:

@@ -52,7 +52,7 @@ def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
     """
     ckpt, predictions = value_of(arguments, "ckpt"), value_of(arguments, "predictions")
     if ckpt is not None:
-        run = find_run(ckpt, trust=_trusts(arguments), verify=_verifies(arguments))
+        run = _find_run(arguments, ckpt)
         return CommandLine(
             arguments=_replace_ckpt(arguments, [_checkpoint_argument(run, ckpt)]),
             run_groups=_groups(_config_to_use(run), run.folder),
@@ -64,7 +64,7 @@ def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
     if not has_any(arguments, "model=", *HELP_FLAGS):
         raise DataError(
             f"ckpt is missing: python -m qwenvl_lit.{command} ckpt=RUN (a run folder such as "
-            f"outputs/train/..., or ckpt=latest), or a published model, model=qwen_vl_chat"
+            f"outputs/train/..., or ckpt=latest), or a published model, such as model=qwen_vl_chat"
         )
     return CommandLine(arguments=list(arguments), run_groups=_groups({}))
 
@@ -79,7 +79,7 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
     ckpt = value_of(arguments, "ckpt")
     if ckpt is None:
         return CommandLine(arguments=list(arguments))
-    run = find_run(ckpt, trust=_trusts(arguments), verify=_verifies(arguments))
+    run = _find_run(arguments, ckpt)
     check_groups(run.config, RECIPE, ckpt)
     groups: dict[str, dict[str, Any]] = {"init": {}}
     choices = ["model=run"]
@@ -99,6 +99,15 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
         arguments=_replace_ckpt(arguments, [_checkpoint_argument(run, ckpt), *new_choices]),
         run_groups=groups,
         notes=notes,
+    )
+
+
+def _find_run(arguments: Sequence[str], ckpt: str) -> Run:
+    return find_run(
+        ckpt,
+        trust=_trusts(arguments),
+        verify=_verifies(arguments),
+        base_model=value_of(arguments, "model.path"),
     )
 
 

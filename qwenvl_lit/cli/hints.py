@@ -25,6 +25,13 @@ from qwenvl_lit.types import DataError
 
 def explain(command: str, arguments: Sequence[str], error: Exception) -> str:
     """A composition error in a line, with the nearest key or the available choices."""
+    try:
+        return _explain(command, arguments, error)
+    except DataError as not_read:  # the arguments name a model that is not read
+        return str(not_read)
+
+
+def _explain(command: str, arguments: Sequence[str], error: Exception) -> str:
     if isinstance(error, MissingConfigException):
         return explain_choice(command, error)
     text = str(error)

@@ -11,6 +11,9 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.runs.model_types import model_arguments, recipe_named
+
+MODEL_PATH = "model.path={}"  # `translate` adds the recipe of the model
 
 # Foreign option -> argument here. {} stands for the value. An argument without {} is suggested
 # unless the value of the option is false.
@@ -21,6 +24,9 @@ ARGUMENTS = {
     "peak_lr": "optim.lr={}",
     "max_lr": "optim.lr={}",
     "vit_lr": "optim.component_lr.vision={}",
+    "vision_tower_lr": "optim.component_lr.vision={}",
+    "aligner_lr": "optim.component_lr.resampler={}",
+    "mm_projector_lr": "optim.component_lr.resampler={}",
     "weight_decay": "optim.weight_decay={}",
     "warmup_ratio": "optim.warmup={}",
     "warmup_steps": "optim.warmup={}",
@@ -110,11 +116,15 @@ ARGUMENTS = {
     "dataset_seed": "data.seed={}",
     "data_seed": "data.seed={}",
     # model and adapter
+    "min_pixels": "model.min_pixels={}",
+    "max_pixels": "model.max_pixels={}",
+    "image_min_pixels": "model.min_pixels={}",
+    "image_max_pixels": "model.max_pixels={}",
     "model_type": "model={}",
-    "model_id_or_path": "model=qwen_vl_chat model.path={}",
-    "model_name_or_path": "model=qwen_vl_chat model.path={}",
-    "model_path": "model=qwen_vl_chat model.path={}",
-    "checkpoint_path": "model=qwen_vl_chat model.path={}",
+    "model_id_or_path": MODEL_PATH,
+    "model_name_or_path": MODEL_PATH,
+    "model_path": MODEL_PATH,
+    "checkpoint_path": MODEL_PATH,
     "model_name": "model={}",
     "model": "model={}",
     "system": "model.system={}",
@@ -139,6 +149,7 @@ ARGUMENTS = {
     "adapter_name_or_path": "ckpt={}",
     "resume_from_adapter": "ckpt={}",
     "use_lora": "adapter=lora",
+    "lora_enable": "adapter=lora",
     "q_lora": "adapter=qlora",
     "use_dora": "adapter=dora",
     "use_rslora": "adapter=rslora",
@@ -212,6 +223,9 @@ EXPORT_ARGUMENTS = {
     "merge_lora": "merge=true",
 }
 CHAT_ARGUMENTS = {"system": "system={}"}
+# Templates of models that have one alone
+OTHER_TEMPLATES = ("template=qwen2_vl", "template=qwen2_5_vl", "template=qwen3_vl")
+OTHER_TEMPLATES += ("template=qwen3_vl_nothink",)
 # Options whose value needs a translation, too: NAME=VALUE -> argument. These come first.
 VALUES = {
     "lora_target_modules=ALL": "adapter=lora_all",
@@ -225,7 +239,8 @@ VALUES = {
     "template=qwen": "model.template=chatml",
     "template=qwen_vl": "model.template=chatml",
     "template=qwen-vl": "model.template=chatml",
-    "template=qwen2_vl": "model.template=chatml",
+    **dict.fromkeys(OTHER_TEMPLATES, ""),
+    **dict.fromkeys(("model_type=qwen2_5_vl", "model_type=qwen3_vl"), ""),  # config.json says it
     "template=default-generation": "model.template=raw",
     "resume_from_checkpoint=true": "resume=latest",
     "resume_from_checkpoint=false": "",
@@ -247,6 +262,9 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     Returns None if the option is unknown, and "" if no argument is needed, since it is switched off
     or the default here.
 
+    Raises:
+        DataError: the option names a model that is not read.
+
     >>> translate("train", "num_train_epochs", ["3"])
     'trainer.max_epochs=3'
     """
@@ -267,11 +285,13 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
         return None
     if "{}" not in template and value.lower() in FALSE:
         return ""
-    if template == "data={}" and not _is_dataset(value):
+    if template == "data={}" and value != "..." and not _is_choice("data", value):
         template = "data=jsonl data.train={}" if trains else "data=jsonl data.test={}"
         value = value if re.search(r"\.(jsonl?|csv|tsv)\b", value) else "FILE"
-    elif template == "model={}" and "/" in value:
-        template = "model=qwen_vl_chat model.path={}"
+    elif template == MODEL_PATH or (template == "model={}" and "/" in value):
+        return model_arguments(value)
+    elif template == "model={}" and not _is_choice("model", value):
+        return f"model={recipe_named(value) or value.replace('-', '_')}"
     elif template == "trainer.max_epochs={}":
         value = _whole(value)
     elif template in ("model={}", "data={}", "adapter={}"):
@@ -279,10 +299,10 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     return template.format(value)
 
 
-def _is_dataset(name: str) -> bool:
-    """Whether `name`, perhaps with a number of rows, is a file of conf/data."""
+def _is_choice(group: str, name: str) -> bool:
+    """Whether `name`, perhaps with a number of rows, is a file of a group of conf/."""
     choice = name.partition("#")[0].replace("-", "_")
-    return name == "..." or (config_folder() / "data" / f"{choice}.yaml").exists()
+    return (config_folder() / group / f"{choice}.yaml").exists()
 
 
 def _whole(number: str) -> str:

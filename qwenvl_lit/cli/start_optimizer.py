@@ -11,12 +11,11 @@ from omegaconf import OmegaConf
 
 from qwenvl_lit.cli.overrides import has_any, value_of
 from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.runs.model_types import recipe_of
 from qwenvl_lit.runs.run import Run, folders_of
 from qwenvl_lit.runs.stored_config import read_config
 
 HYDRA_CONFIG = ".hydra/hydra.yaml"  # of a run folder; names the choices of the run
-# A model whose file chooses no optimizer, so that the choice of the adapter remains
-WITHOUT_OPTIMIZER = "qwen_vl_chat"
 
 
 class StartOptimizer(NamedTuple):
@@ -46,7 +45,7 @@ def optimizer_of_start(arguments: Sequence[str], run: Run) -> StartOptimizer | N
         return of_run
     model = _model_of(run)
     try:
-        composed = _compose(model or WITHOUT_OPTIMIZER, adapter)
+        composed = _compose(model or recipe_of(str(run.config["model"].get("path"))), adapter)
     except HydraException:  # Hydra reports it when it composes all arguments
         return None
     if OmegaConf.to_container(composed.adapter) == run.config["adapter"]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from qwenvl_lit import checksums
 from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.runs.model_types import published_name, recipe_of, recipe_settings
 from qwenvl_lit.runs.stored_config import (
     check_groups,
     check_stored_config,
@@ -56,8 +57,6 @@ USED_GROUPS = (*NEEDED_GROUPS, "init", "data", "metrics", "optim", "trainer")
 RECIPE_GROUPS = ("adapter", "optim", "trainer")  # of a config: how a model was trained
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")  # of `trainer`: not the recipe's
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
-# Name on the hub of each published model, by the last part of the names that copies have
-PUBLISHED = {"qwen-vl": "Qwen/Qwen-VL", "qwen-vl-chat": "Qwen/Qwen-VL-Chat"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +83,9 @@ def folders_of(run: Run) -> Iterator[Path]:
         folder, init = Path(init["checkpoint"]).parent.parent, init.get("init")
 
 
-def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
+def find_run(
+    ckpt: str, *, trust: bool = False, verify: bool = True, base_model: str | None = None
+) -> Run:
     """Finds what `ckpt=` names.
 
     That is "latest", a run folder (its best checkpoint, otherwise its last one), a checkpoint file,
@@ -93,12 +94,13 @@ def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
     Args:
         trust: accept a config that names classes which are not part of this package.
         verify: compare the weights with their checksums, if they have any.
+        base_model: the base model of an adapter folder; None: the one that it names.
 
     Raises:
-        DataError: there is no such run, it has no checkpoint, its config is not trusted, or its
-            weights are damaged.
+        DataError: there is no such run, it has no checkpoint, its config is not trusted, its
+            weights are damaged, or it is of a model that is not read.
     """
-    run = _find_run(ckpt, trust=trust)
+    run = _find_run(ckpt, trust=trust, base_model=base_model)
     source = run.folder / COMPOSED_CONFIG if run.folder else run.checkpoint or ckpt
     used: Any = run.config
     if isinstance(run.config, Mapping):
@@ -110,7 +112,7 @@ def find_run(ckpt: str, *, trust: bool = False, verify: bool = True) -> Run:
     return run
 
 
-def _find_run(ckpt: str, *, trust: bool) -> Run:
+def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
     path = latest_run() if ckpt == "latest" else Path(ckpt).expanduser()
     if path is None:
         raise DataError(
@@ -134,7 +136,7 @@ def _find_run(ckpt: str, *, trust: bool) -> Run:
             )
         return Run(config=_config_in(path), checkpoint=path, folder=None)
     if (path / "adapter_config.json").exists():
-        return _find_adapter(path, trust=trust)
+        return _find_adapter(path, trust=trust, given_base=base_model)
     if (path / "config.json").exists():
         return _find_full_model(path, trust=trust)
     if not (path / COMPOSED_CONFIG).exists():
@@ -223,9 +225,12 @@ def stored_settings(folder: Path, *, trust: bool = False) -> dict[str, dict[str,
             raise DataError(f"{file}: {group} is unknown; expected {', '.join(known)}")
         if not isinstance(node, dict):
             raise DataError(f"{file}: {group} is {brief(node)}, expected a JSON object")
-        target, *others = group_targets(group)
-        if others and "_target_" not in node:
-            raise DataError(f"{file}: {group} has no _target_")
+        if group == "model":  # of an older folder: config.json says whose settings these are
+            target = recipe_settings(recipe_of(str(folder)))["_target_"]
+        else:
+            target, *others = group_targets(group)
+            if others and "_target_" not in node:
+                raise DataError(f"{file}: {group} has no _target_")
         settings[group] = {"_target_": target, **node}
     check_stored_config(settings, file, trust=trust)
     if is_unresolved(settings):
@@ -251,7 +256,7 @@ def _config_in(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def _find_adapter(folder: Path, *, trust: bool) -> Run:
+def _find_adapter(folder: Path, *, trust: bool, given_base: str | None) -> Run:
     """An adapter folder of peft, written by a run of this package or by others."""
     from qwenvl_lit.training.adapters.peft_files import adapter_node, read_peft_config, weights_file
 
@@ -261,7 +266,7 @@ def _find_adapter(folder: Path, *, trust: bool) -> Run:
         config = read_config(run_folder / COMPOSED_CONFIG)
         return Run(config=config, checkpoint=weights_file(folder), folder=run_folder)
     base_model = read_peft_config(folder).get("base_model_name_or_path") or None
-    path = _base_model_path(base_model)
+    path = given_base or _base_model_path(base_model)
     config = _recipe(path, stored_settings(folder, trust=trust) or {"model": {"path": path}})
     return Run(
         config={**config, "adapter": adapter_node(folder)},
@@ -286,16 +291,14 @@ def _base_model_path(name: str | None) -> str:
     """
     if name is None:
         return "???"  # to be given with model.path=
-    published = PUBLISHED.get(Path(name).name.lower())
-    if published is None or Path(name).expanduser().is_dir():
+    if Path(name).expanduser().is_dir():
         return name
-    return published
+    return published_name(name) or name
 
 
 def _recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config for training the published model at `path`, updated with `settings`; no data."""
-    name = "qwen_vl" if _continues_text(path) else "qwen_vl_chat"
-    config = deepcopy(_composed_for(name))
+    """The config for training the model at `path`, updated with `settings`; no data."""
+    config = deepcopy(_composed_for(recipe_of(path)))
     model = settings["model"]
     if "_target_" not in model:
         model = {**config["model"], **model}
@@ -318,11 +321,3 @@ def _composed_for(model: str) -> dict[str, Any]:
     with initialized:
         config = hydra.compose("train", [f"model={model}"])
         return cast("dict[str, Any]", OmegaConf.to_container(config))
-
-
-def _continues_text(path: str) -> bool:
-    """Whether the model at `path` is a base model, which continues text without chat markup."""
-    file = Path(path).expanduser() / "generation_config.json"
-    if file.exists():
-        return read_json_object(file).get("chat_format") == "raw"
-    return Path(path).name.lower() == "qwen-vl"

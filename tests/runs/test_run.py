@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from qwenvl_lit.cli.command import prepare
 from qwenvl_lit.runs.run import Run, contents, find_run, init_from
 from qwenvl_lit.types import DataError
 
@@ -109,6 +110,76 @@ def test_a_sweep_gets_the_folders_of_its_jobs(tmp_path):
     (tmp_path / "sweep/3/checkpoints").mkdir(exist_ok=True)
     with pytest.raises(DataError, match=rf"the run is {tmp_path}/sweep/3"):
         find_run(str(tmp_path / "sweep/3/checkpoints"))
+
+
+QWEN3_VL = "qwenvl_lit.models.qwen3_vl.family.Qwen3VLFamily"
+
+
+def write_model(folder, **settings):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_adapter(folder, base: str | None):
+    """An adapter folder as peft writes it, without what does not matter here."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    settings["base_model_name_or_path"] = base
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+    torch.save({name.format(side): torch.ones(2, 2) for side in "AB"}, folder / "adapter_model.bin")
+    return folder
+
+
+def test_a_full_model_has_the_recipe_of_its_kind(tmp_path):
+    folder = write_model(tmp_path / "mine", model_type="qwen3_vl")
+    run = find_run(str(folder))
+    assert (run.config["model"]["_target_"], run.config["model"]["path"]) == (QWEN3_VL, str(folder))
+    assert (run.checkpoint, run.config["data"], run.config["init"]) == (None, {}, {})
+    folder = write_model(tmp_path / "old", model_type="qwen", visual={})
+    assert find_run(str(folder)).config["model"]["_target_"] == FAMILY["_target_"]
+
+
+def test_a_full_model_that_is_not_read_is_refused(tmp_path):
+    folder = write_model(tmp_path / "mine", model_type="qwen2_vl")
+    with pytest.raises(DataError, match=r"config\.json: .* 'qwen2_vl' \(Qwen2-VL\) are not read"):
+        find_run(str(folder))
+
+
+def test_settings_of_an_export_without_a_class_are_those_of_its_kind_of_model(tmp_path):
+    folder = write_model(tmp_path / "mine", model_type="qwen3_vl")
+    (folder / "qwenvl_lit.json").write_text(json.dumps({"model": {"system": "Be brief."}}))
+    model = find_run(str(folder)).config["model"]
+    assert (model["_target_"], model["system"]) == (QWEN3_VL, "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "target"),
+    [
+        ("Qwen/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat", FAMILY["_target_"]),
+        ("/cache/Qwen/Qwen2___5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct", QWEN3_VL),
+        (
+            "unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit",
+            "Qwen/Qwen3-VL-8B-Instruct",
+            QWEN3_VL,
+        ),
+        ("me/qwen3-vl-medical", "me/qwen3-vl-medical", QWEN3_VL),
+        (None, "???", FAMILY["_target_"]),
+    ],
+)
+def test_an_adapter_has_the_recipe_of_the_base_model_that_it_names(tmp_path, base, path, target):
+    model = find_run(str(write_adapter(tmp_path / "adapter", base))).config["model"]
+    assert (model["path"], model["_target_"]) == (path, target)
+
+
+def test_the_given_base_model_of_an_adapter_decides_on_its_recipe(tmp_path):
+    base = write_model(tmp_path / "theirs", model_type="qwen3_vl")
+    adapter = write_adapter(tmp_path / "adapter", "/home/them/checkpoint-500")
+    model = find_run(str(adapter), base_model=str(base)).config["model"]
+    assert (model["path"], model["_target_"]) == (str(base), QWEN3_VL)
+    groups = prepare("chat", [f"ckpt={adapter}", f"model.path={base}"], run="needed").run_groups
+    assert groups["model"]["_target_"] == QWEN3_VL
 
 
 def test_init_names_the_checkpoint_and_those_that_its_run_started_from(tmp_path):
