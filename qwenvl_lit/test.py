@@ -215,13 +215,17 @@ def report(
 
 def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None) -> list[str]:
     """Warnings about the comparison with published scores."""
-    from qwenvl_lit.evaluation.benchmarks import training_files
+    from qwenvl_lit.evaluation.benchmarks import published_model_name, training_files
 
     files = training_files(run.config["data"]) if run else []
     notes: list[str] = []
     for benchmark in benchmarks:
         notes += benchmark.warnings(files)
-    if benchmarks and config.model.get("template", "raw") != "raw":
+    if not benchmarks:
+        return notes
+    if published_model_name(config) is None:
+        notes.append("The published scores are of Qwen-VL, so they are not shown for this model.")
+    elif config.model.get("template", "raw") != "raw":
         notes.append(
             "Questions were asked with chat markup. Published scores, Qwen-VL-Chat's too, are "
             "without: model.template=raw"

@@ -15,7 +15,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.metrics.per_sample import ROWS
-from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.runs.config_folder import config_folder
+from qwenvl_lit.runs.model_types import QWEN_VL, READ, model_name
 from qwenvl_lit.types import DataError
 
 # Overrides that begin with one of these prefixes apply to every benchmark.
@@ -153,7 +154,7 @@ def training_files(data: Mapping[str, Any]) -> list[str]:
 
 
 def benchmark_table(
-    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
+    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str | None
 ) -> list[dict[str, str]]:
     """Returns a table row for each benchmark with its score and the published score, times 100.
 
@@ -163,12 +164,12 @@ def benchmark_table(
     Args:
         results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows_METRIC, BENCHMARK/rows,
             BENCHMARK/seconds and BENCHMARK/images_per_second.
-        model: the name of the model whose published scores are shown.
+        model: the name of the model whose published scores are shown; None: none are shown.
     """
     table = []
     for benchmark in benchmarks:
         score = results.get(f"{benchmark.name}/{benchmark.metric}")
-        published = benchmark.published.get(model)
+        published = benchmark.published.get(model) if model else None
         rows = results.get(f"{benchmark.name}/{ROWS}_{benchmark.metric}")
         if rows is None:
             rows = results[f"{benchmark.name}/{ROWS}"]
@@ -190,7 +191,7 @@ def benchmark_table(
 
 
 def _mean_row(
-    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str
+    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str | None
 ) -> dict[str, str]:
     """Returns the row of the mean over the benchmarks of a file; no mean if a score is missing."""
     last = benchmarks[-1]
@@ -201,7 +202,7 @@ def _mean_row(
     return {
         "benchmark": f"{last.file}, mean",
         "metric": last.metric,
-        **_comparison(mean, last.published_mean.get(model), model),
+        **_comparison(mean, last.published_mean.get(model) if model else None, model),
         "rows": "",
         "seconds": "",
         "images/s": "",
@@ -209,11 +210,12 @@ def _mean_row(
 
 
 def _comparison(
-    score: float | None, published: float | None, model: str, split: str | None = None
+    score: float | None, published: float | None, model: str | None, split: str | None = None
 ) -> dict[str, str]:
-    cells = {"score": "", f"{model}, published": "", "difference": ""}
-    if score is not None:
-        cells["score"] = f"{100 * score:.2f}"
+    cells = {"score": "" if score is None else f"{100 * score:.2f}"}
+    if model is None:
+        return cells
+    cells |= {f"{model}, published": "", "difference": ""}
     if published is not None:
         remark = f" ({split})" if split else ""
         cells[f"{model}, published"] = f"{published:.2f}{remark}"
@@ -226,10 +228,13 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f}"
 
 
-def published_model_name(config: DictConfig) -> str:
-    """Returns the name of the model whose published scores are comparable.
+def published_model_name(config: DictConfig) -> str | None:
+    """Returns the name of the model whose published scores are comparable; None: there is none.
 
-    The name of the base model decides which one this is.
+    conf/benchmark has the scores of Qwen-VL and of Qwen-VL-Chat. The name of the base model decides
+    which of them a model is compared with.
     """
+    if model_name(config.model) != READ[QWEN_VL]:
+        return None
     name = Path(config.model.get("path") or "").name
     return "Qwen-VL-Chat" if "chat" in name.lower() else "Qwen-VL"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.metrics.summary import VALIDATION, read_fit_summary
+from qwenvl_lit.runs.model_types import model_name
 from qwenvl_lit.runs.run import Run
 
 # Settings that the card shows, by group.
@@ -35,7 +36,7 @@ SHOWN = {
         "gradient_clip_val",
         "precision",
     ),
-    "model": ("template", "system"),
+    "model": ("template", "system", "min_pixels", "max_pixels", "think"),
 }
 EMPTY = (None, "", {}, [])
 
@@ -62,15 +63,16 @@ def model_card(
         dtype: the dtype of the weights of a merged model.
         comparison: the result of the comparison with the run.
     """
+    model = model_name(config["model"])
     path = config["model"].get("path")
     in_folder = path is not None and Path(path).expanduser().is_dir()
     # A path is not valid on other machines, so the card shows only the name of the folder.
     base = Path(path).expanduser().resolve().name if in_folder else path
     if merged:
         library = "transformers"
-        kind = f"Qwen-VL in the format of the published checkpoint, {dtype}."
+        kind = f"{model} in the format of the published checkpoint, {dtype}."
     else:
-        library, kind = "peft", "A PEFT adapter for Qwen-VL, float32."
+        library, kind = "peft", f"A PEFT adapter for {model}, float32."
     lines = ["---"]
     if base:
         lines.append(f"base_model: {base}")
@@ -85,7 +87,7 @@ def model_card(
     if in_folder and not merged:
         command += f" model.path=FOLDER-OF-{base}"
     lines += ["## Use", "", "```", command, "```", ""]
-    lines += ["The weights of Qwen-VL have their own license.", ""]
+    lines += [f"The weights of {model} have their own license.", ""]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from qwenvl_lit.evaluation.benchmarks import (
     training_files,
 )
 from qwenvl_lit.runs.run import config_folder
+from qwenvl_lit.test import _notes
 from qwenvl_lit.types import DataError
 
 NAMES = sorted(path.stem for path in (config_folder() / "benchmark").glob("*.yaml"))
@@ -89,6 +90,9 @@ def test_scores_stand_beside_the_published_ones():
         ["doc/val", "right", "66.00", "65.10 (test)", "+0.90", "1,250", "2.5", "500.0"],
     ]
     assert benchmark_table(benchmarks, results, "Qwen-VL-Chat")[3]["difference"] == ""
+    columns = ["benchmark", "metric", "score", "rows", "seconds", "images/s"]
+    for row in benchmark_table(benchmarks, results, None):
+        assert list(row) == columns
 
 
 def test_training_files_include_those_of_every_mixed_dataset():
@@ -110,10 +114,28 @@ def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
 
 @pytest.mark.parametrize(
     ("path", "model"),
-    [("Qwen/Qwen-VL-Chat", "Qwen-VL-Chat"), ("/models/qwen-vl", "Qwen-VL"), (None, "Qwen-VL")],
+    [
+        ("Qwen/Qwen-VL-Chat", "Qwen-VL-Chat"),
+        ("/models/qwen-vl", "Qwen-VL"),
+        (None, "Qwen-VL"),
+        ("Qwen/Qwen3-VL-8B-Instruct", None),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+    ],
 )
 def test_the_name_of_the_base_model_decides_whose_scores_are_compared(path, model):
     assert published_model_name(OmegaConf.create({"model": {"path": path}})) == model
+
+
+def test_another_model_is_not_compared_with_qwen_vl_and_not_asked_for_its_template():
+    benchmarks = [benchmark("doc/val")]
+    for model, note in (
+        ({"path": "Qwen/Qwen3-VL-8B-Instruct", "system": None}, "are of Qwen-VL, so they are not"),
+        ({"path": "Qwen/Qwen-VL-Chat", "template": "chatml"}, r"without: model\.template=raw"),
+    ):
+        [text] = _notes(OmegaConf.create({"model": model}), benchmarks, None)
+        assert re.search(note, text)
+    assert _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), benchmarks, None) == []
+    assert _notes(OmegaConf.create({"model": model}), [], None) == []
 
 
 @pytest.fixture(scope="module")

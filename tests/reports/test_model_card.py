@@ -63,5 +63,17 @@ def test_a_base_model_in_a_folder_is_named_without_its_path(tmp_path):
     assert "python -m qwenvl_lit.chat ckpt=mine" in card(tmp_path, merged=False)
 
 
+def test_a_card_names_the_kind_of_model(tmp_path):
+    for path, name in (
+        ("Qwen/Qwen-VL-Chat", "Qwen-VL"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL"),
+        ("Qwen/Qwen3-VL-8B-Thinking", "Qwen3-VL"),
+    ):
+        lines = card(tmp_path, path=path)
+        assert f"{name} in the format of the published checkpoint, bfloat16." in lines
+        assert f"The weights of {name} have their own license." in lines
+        assert f"A PEFT adapter for {name}, float32." in card(tmp_path, path=path, merged=False)
+
+
 def test_a_run_without_scores_has_no_table_of_scores(tmp_path):
     assert not any("Scores" in line for line in card(tmp_path))
