@@ -1,4 +1,4 @@
-"""Qwen-VL from Python: `from qwenvl_lit import QwenVL`."""
+"""Models from Python: `from qwenvl_lit import QwenVL`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwenvl_lit import build, checksums
+from qwenvl_lit import build
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.data.readers.prompts import REFERRING_PROMPT, fill_prompt
+from qwenvl_lit.data.readers.prompts import fill_prompt
 from qwenvl_lit.data.readers.question import (
     History,
     ImageLike,
@@ -28,14 +28,11 @@ from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.generation.generation import Generation, with_settings
 from qwenvl_lit.grounding import to_frame
-from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
-from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.processor import Template
-from qwenvl_lit.runs.run import Run, find_run, stored_settings
+from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.runs.model_types import is_hub_name
+from qwenvl_lit.runs.run import find_model_on_hub, find_run
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import QUESTION_ID, Conversation, DataError, GroundedObject, Sample, Turn
-
-FIND_PROMPT = "{image}Find {question}"  # how rows for chat ask for a box
 
 
 class QwenVL:
@@ -57,7 +54,7 @@ class QwenVL:
     def __init__(
         self,
         *,
-        family: QwenVLFamily,
+        family: Family,
         model: nn.Module,
         device: torch.device,
         generation: Generation,
@@ -80,7 +77,7 @@ class QwenVL:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, str] | None = None,
         load_in_4bit: bool = False,
-        template: Template | None = None,
+        template: str | None = None,
         base_model: str | Path | None = None,
         download: bool = True,
         trust: bool = False,
@@ -99,8 +96,8 @@ class QwenVL:
                 memory. They exclude `device`.
             load_in_4bit: quantize all linear layers but the head to 4 bits, a third of the memory.
                 Needs bitsandbytes. A run whose adapter was trained on a 4-bit model always does.
-            template: "chatml" or "raw", for a checkpoint; None: what its generation_config.json
-                says.
+            template: "chatml" or "raw", for a checkpoint of Qwen-VL; None: what its
+                generation_config.json says.
             base_model: the checkpoint that an adapter folder belongs to; None: the one it names.
             download: whether a checkpoint may be downloaded.
             trust: build every class that the stored config of a run names, also such as are not
@@ -130,46 +127,31 @@ class QwenVL:
             "download": download,
         }
         changes = {name: value for name, value in given.items() if value is not None}
-        run = _find_run(source, trust=trust, verify=verify)
-        data = run.config.get("data") if run else None
-        read_options = question_options(cache, data)
-        if run is not None:
-            if template:
-                raise ValueError("template is for a checkpoint; a run has its own")
-            module = build.trained_module(run, changes, load_device=device, verify=verify)
-            model = cls.from_module(module, read_options=read_options)
-        elif base_model is not None:
-            raise ValueError("base_model is for an adapter folder; a checkpoint needs none")
+        name = str(source)
+        if is_hub_name(name):
+            run = find_model_on_hub(name, download=download, trust=trust, verify=verify)
+        elif name == "latest" or Path(name).expanduser().exists():
+            base = None if base_model is None else str(base_model)
+            run = find_run(name, trust=trust, verify=verify, base_model=base)
         else:
-            folder = find_checkpoint(str(source), download=download)
-            if verify:
-                checksums.verify(folder)
-            stored = stored_settings(folder, trust=trust)
-            model = cls._from_checkpoint(folder, stored, changes, template, device, read_options)
+            raise DataError(
+                f"{name} is no folder, relative to {Path.cwd()}, and no hub name such as "
+                f"Qwen/Qwen-VL-Chat"
+            )
+        is_checkpoint = run.checkpoint is None
+        if base_model is not None and is_checkpoint:
+            raise ValueError("base_model is for an adapter folder; a checkpoint needs none")
+        if template is not None:
+            if not is_checkpoint:
+                raise ValueError("template is for a checkpoint; a run has its own")
+            if "template" not in run.config["model"]:
+                raise ValueError(f"template={template!r}: {name} has one template; leave it out")
+            changes["template"] = template
+        read_options = question_options(cache, run.config.get("data"))
+        module = build.trained_module(run, changes, load_device=device, verify=verify)
+        model = cls.from_module(module, read_options=read_options)
         model.generation = replace(model.generation, **settings)
         return model
-
-    @classmethod
-    def _from_checkpoint(
-        cls,
-        folder: Path,
-        stored: Mapping[str, Mapping[str, Any]],
-        changes: Mapping[str, Any],
-        template: Template | None,
-        device: torch.device,
-        read_options: ReadOptions,
-    ) -> QwenVL:
-        arguments = {"dtype": "bfloat16", **_arguments(stored, "model"), **changes}
-        arguments["path"] = str(folder)
-        arguments["template"] = template or arguments.get("template") or _template(folder)
-        family = QwenVLFamily(**arguments)
-        return cls(
-            family=family,
-            model=family.load(device, quantization=family.quantization),
-            device=device,
-            generation=Generation(**_arguments(stored, "generation")),
-            read_options=read_options,
-        )
 
     @classmethod
     def from_module(cls, module: VisionLanguageModule, *, read_options: ReadOptions) -> QwenVL:
@@ -186,7 +168,7 @@ class QwenVL:
     @property
     def is_base_model(self) -> bool:
         """Whether the model continues texts instead of answering questions."""
-        return self.processor.template == "raw"
+        return self.processor.continues_text
 
     def chat(
         self,
@@ -301,10 +283,8 @@ class QwenVL:
         if not label.strip():
             raise ValueError("label is empty: say what to look for")
         with_settings(self.generation, settings, "prompt")
-        if prompt is None:
-            prompt = REFERRING_PROMPT if self.is_base_model else FIND_PROMPT
         parts = fill_prompt(
-            prompt,
+            prompt or self.processor.find_prompt,
             image=image_of(image, self.read_options),
             question=GroundedObject(label=label),
         )
@@ -351,7 +331,7 @@ class QwenVL:
 
     def _within_limit(self, generation: Generation, prompt_tokens: int) -> Generation:
         """Limits the new tokens to the positions that the model has left."""
-        limit = self.family.config.max_position_embeddings
+        limit = self.family.max_tokens
         if prompt_tokens == 0:
             raise DataError("there is nothing to continue: the text is empty")
         if prompt_tokens >= limit:
@@ -402,29 +382,10 @@ def device_named(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def _find_run(source: str | Path, *, trust: bool, verify: bool) -> Run | None:
-    """The run that `source` names; None if it names a checkpoint."""
-    path = Path(source).expanduser()
-    is_run_folder = path.is_dir() and not (path / "config.json").exists()
-    if source == "latest" or path.is_file() or is_run_folder:
-        return find_run(str(source), trust=trust, verify=verify)
-    return None
-
-
-def _arguments(stored: Mapping[str, Mapping[str, Any]], group: str) -> dict[str, Any]:
-    """The arguments that an exported folder stores for the object of a group."""
-    node = stored.get(group, {})
-    return {key: value for key, value in node.items() if not key.startswith("_")}
-
-
-def _template(folder: Path) -> Template:
-    """The template that generation_config.json names; base models are published with "raw"."""
-    settings = QwenVLFamily(path=str(folder)).generation
-    return "raw" if getattr(settings, "chat_format", "chatml") == "raw" else "chatml"
-
-
 def _image_keys(sample: Sample) -> list[str]:
     """Keys of the images in the prompt: the last ones, because long prompts drop old turns."""
-    count = len(sample.vision["pixel_values"])
+    positions = sample.vision_positions
+    # Other tokens stand between the tokens of two images.
+    count = int((positions.diff() > 1).sum()) + 1 if len(positions) else 0
     images = sample.conversation.prompt().images
     return [image.key for image in images[len(images) - count :]]

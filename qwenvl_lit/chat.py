@@ -229,7 +229,7 @@ class Chat:
                 draw_prediction(answer.prediction, image).save(unfinished, "PNG")
             files.append(str(file.relative_to(self.folder)))
             self.remark(f"boxes: {shown(str(file))}")
-        if files and _leaves_the_grid(answer):
+        if files and _leaves_its_image(answer):
             self.remark("(a box reaches beyond its image; it is drawn up to the edge)")
         return files
 
@@ -259,17 +259,17 @@ def _measurements(answer: Answer) -> dict[str, float]:
     }
 
 
-def _leaves_the_grid(answer: str) -> bool:
-    """Whether a box of the answer has coordinates outside 0..999."""
-    from qwenvl_lit.grounding import GRID, objects_from_tags
+def _leaves_its_image(answer: Answer) -> bool:
+    """Whether a box of the answer has a corner outside its image."""
     from qwenvl_lit.rendering.text import box_numbers
-    from qwenvl_lit.types import GroundedObject
 
-    for part in objects_from_tags(answer):
-        if isinstance(part, GroundedObject):
-            for box in box_numbers(part):
-                if min(box) < 0 or max(box) > GRID:
-                    return True
+    images = answer.prediction.conversation.images
+    for found in answer.objects:
+        width, height = images[found.image].size
+        for numbers in box_numbers(found):
+            xs, ys = numbers[::2], numbers[1::2]
+            if min(numbers) < 0 or max(xs) > width or max(ys) > height:
+                return True
     return False
 
 

@@ -1,22 +1,27 @@
 import copy
 import io
+import json
 import pickle
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from PIL import Image
 from scripted import CONFIG, TAGS, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
+from qwenvl_lit.api import _image_keys
 from qwenvl_lit.generation.answer import Answer
+from qwenvl_lit.models.protocols import Family, Processor
 from qwenvl_lit.types import (
     BadImage,
     Box,
@@ -40,6 +45,34 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder, tmp_path_factory):
     return QwenVL.load(folder, dtype="float32", cache=tmp_path_factory.mktemp("cache"))
+
+
+class Only:
+    """Exposes the members of an object that a protocol has, as those of a family of its own."""
+
+    def __init__(self, inner: object, protocol: type, **replaced: object):
+        self._inner = inner
+        self._names = {*protocol.__annotations__, *vars(protocol)}
+        self._replaced = replaced
+
+    def __getattr__(self, name: str):
+        if name not in self._names:
+            raise AssertionError(f"{name} is no member of the protocol")
+        return self._replaced.get(name, getattr(self._inner, name))
+
+
+@pytest.fixture(scope="module")
+def other_model(model):
+    """`model` as one of a family that has nothing but what the protocols name."""
+    processor = Only(model.processor, Processor, find_prompt="{image}Give the box of {question}.")
+    family = Only(model.family, Family, processor=lambda: processor, max_tokens=300)
+    return QwenVL(
+        family=family,
+        model=model.model,
+        device=model.device,
+        generation=model.generation,
+        read_options=model.read_options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +210,44 @@ def test_the_answer_does_not_depend_on_the_kind_of_image_source(model, image):
     assert answers[0].new_tokens == 5
     assert len(set(answers)) == 1
     assert model.generate([[image, "What?"]], max_new_tokens=5) == answers[:1]
+
+
+def test_another_family_answers_streams_and_grounds(model, other_model, image):
+    assert not other_model.is_base_model
+    with says(model, f"Here: {DOG}"):
+        answer, history = other_model.chat([image, "Where?"], [["Hello", "Hi!"]])
+    assert (answer, history[-1][1]) == (f"Here: {DOG}", f"Here: {DOG}")
+    with says(model, "A dog."):
+        *pieces, (last, _) = other_model.stream("What?")
+        assert [text for text, _ in pieces][-1] == last == "A dog."
+    with says(model, "A dog.", "A cat."):
+        assert other_model.generate([[image, "a"], [image, "bbb"]], batch_size=1)[1] == "A dog."
+    with says(model, DOG) as prompts:
+        [dog] = other_model.ground(image, "the dog")
+    asked = model.processor.text(prompts[-1])
+    assert "Give the box of <ref>the dog</ref>." in asked
+    assert dog.boxes[0].frame == "pixel"
+    assert other_model.draw(image, [dog]).size == model.draw(image, [dog]).size
+    assert other_model.ground(image, "x", prompt="{image}{question}?", max_new_tokens=1) == []
+
+
+def test_the_family_says_how_long_a_prompt_with_its_answer_may_be(model, other_model):
+    with says(model, "yes", ends=False):
+        answer, _ = other_model.chat("1" * 250, max_new_tokens=100)
+    assert answer.prompt_tokens + answer.new_tokens == 300
+    with pytest.raises(DataError, match="and the model reads fewer than 300"):
+        other_model.chat("1" * 300)
+
+
+def test_images_of_a_prompt_are_those_that_its_last_turns_have(model, image):
+    opened = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (1, 2, 3)]
+    query = [*opened, "What?"]
+    sample = model.processor.encode(model._conversation(query, None, None), prompt=True)
+    keys = [part.key for part in sample.conversation.images]
+    assert _image_keys(sample) == keys
+    positions = sample.vision_positions[4:]  # as if the first image were in a turn left out
+    assert _image_keys(replace(sample, vision_positions=positions)) == keys[1:]
+    assert _image_keys(replace(sample, vision_positions=positions[:0])) == []
 
 
 def test_a_stream_grows_by_whole_characters_and_ends_with_the_answer_of_chat(model):
@@ -483,6 +554,38 @@ def test_a_device_or_dtype_that_cannot_be_used_is_named(folder):
         QwenVL.load(folder, dtype="int8")
     with pytest.raises(ValueError, match="either device or device_map"):
         QwenVL.load(folder, device="cpu", device_map="auto")
+
+
+def test_a_template_is_for_a_model_that_has_several(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(ValueError, match=r"^template='raw': .* has one template; leave it out$"):
+        QwenVL.load(other, template="raw")
+    with pytest.raises(ValueError, match="base_model is for an adapter folder"):
+        QwenVL.load(folder, base_model=folder)
+
+
+def test_a_model_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(DataError, match=r"'qwen2_vl' \(Qwen2-VL\) are not read; those of Qwen-VL"):
+        QwenVL.load(tmp_path)
+    with pytest.raises(DataError, match=r"^Qwen/Qwen2-VL-2B-Instruct is not read; those of"):
+        QwenVL.load("Qwen/Qwen2-VL-2B-Instruct", download=False)
+
+
+def test_a_model_of_the_hub_cache_is_loaded_with_its_stored_settings(folder, tmp_path, monkeypatch):
+    cached = tmp_path / "models--me--mine"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    shutil.copytree(folder, cached / "snapshots/abc")
+    settings = {"model": {"template": "raw"}, "generation": {"max_new_tokens": 3}}
+    (cached / "snapshots/abc/qwenvl_lit.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    find = partial(snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.checkpoint.snapshot_download", find)
+    model = QwenVL.load("me/mine", dtype="float32", download=False)
+    assert (model.is_base_model, model.generation.max_new_tokens) == (True, 3)
 
 
 def test_a_checkpoint_folder_says_which_template_it_has(folder, tmp_path):

@@ -47,7 +47,7 @@ class Answer(str):
     def objects(self) -> list[GroundedObject]:
         """The objects of the answer.
 
-        Boxes are in pixels of their image. If the conversation has no image, boxes are on the grid
-        0..999.
+        Boxes are in pixels of their image. If the conversation has no image, boxes are in another
+        frame, which `frame` names.
         """
         return [part for part in self.parts if isinstance(part, GroundedObject)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 QWEN_VL = "qwen"  # the model_type of Qwen-VL, and of a config.json that names none
 # Models that are read: model_type of config.json -> name
 READ = {QWEN_VL: "Qwen-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
@@ -215,12 +216,42 @@ def _recipes(model_type: str) -> tuple[str, ...]:
     return tuple(file.stem for file in (config_folder() / "model").glob(f"{prefix}*.yaml"))
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether `path` may be a name on the hub: it is no file or folder here."""
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+    return is_name and not Path(path).expanduser().exists()
+
+
+def cached_folder(name: str) -> Path | None:
+    """Returns the folder of a model in the hub's cache; None if its config.json is not there."""
+    file = _stored_file(name, CONFIG)
+    return file.parent if file else None
+
+
+def fetch_descriptions(name: str, files: Iterable[str]) -> Path | None:
+    """Fetches config.json, generation_config.json and other small files of a model on the hub.
+
+    Returns their folder; None if they cannot be fetched. The reason is not reported here but by the
+    family, which fetches the weights from the same place.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        for file in (CONFIG, GENERATION_CONFIG, *files):
+            with suppress(EntryNotFoundError):
+                hf_hub_download(name, file)
+    except (*HfHubHTTPError.__bases__, HFValidationError, OSError):
+        return None
+    return cached_folder(name)
+
+
 def _stored_file(path: str, name: str) -> Path | None:
     """A file of a folder, or of a hub name in the hub's cache; None if it is not there."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).exists() else None
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not is_hub_name(path):
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -257,7 +288,7 @@ def _nearest(recipes: Mapping[int, str], size: int | None) -> str:
 
 def _continues_text(path: str) -> bool:
     """Whether a Qwen-VL is a base model, which continues text without chat markup."""
-    file = _stored_file(path, "generation_config.json")
+    file = _stored_file(path, GENERATION_CONFIG)
     if file is not None:
         return read_json_object(file).get("chat_format") == "raw"
     return Path(path).name.lower() == "qwen-vl"

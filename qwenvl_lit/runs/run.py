@@ -19,7 +19,13 @@ from typing import Any, cast
 
 from qwenvl_lit import checksums
 from qwenvl_lit.runs.config_folder import config_folder
-from qwenvl_lit.runs.model_types import published_name, recipe_of, recipe_settings
+from qwenvl_lit.runs.model_types import (
+    cached_folder,
+    fetch_descriptions,
+    published_name,
+    recipe_of,
+    recipe_settings,
+)
 from qwenvl_lit.runs.stored_config import (
     check_groups,
     check_stored_config,
@@ -110,6 +116,28 @@ def find_run(
     if verify:
         checksums.verify(run.checkpoint or Path(ckpt).expanduser())
     return run
+
+
+def find_model_on_hub(
+    name: str, *, download: bool, trust: bool = False, verify: bool = True
+) -> Run:
+    """Finds a full model by its name on the hub. Its weights are not fetched yet.
+
+    Args:
+        download: whether files that describe the model may be fetched, if the hub's cache has none.
+        trust, verify: as for `find_run`.
+
+    Raises:
+        DataError: the model is not one of those that are read, or its files are damaged.
+    """
+    folder = cached_folder(name) or (fetch_descriptions(name, [SETTINGS]) if download else None)
+    stored = {}
+    if folder is not None:
+        stored = stored_settings(folder, trust=trust)
+        if verify:
+            checksums.verify(folder)
+    config = _recipe(name, {**stored, "model": {**stored.get("model", {}), "path": name}})
+    return Run(config=config, checkpoint=None, folder=None)
 
 
 def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
