@@ -7,12 +7,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from huggingface_hub import snapshot_download
 from omegaconf import OmegaConf
 from PIL import Image
 from scripted import CONFIG, TAGS, says, tiny_checkpoint
@@ -582,8 +580,6 @@ def test_a_model_of_the_hub_cache_is_loaded_with_its_stored_settings(folder, tmp
     settings = {"model": {"template": "raw"}, "generation": {"max_new_tokens": 3}}
     (cached / "snapshots/abc/qwenvl_lit.json").write_text(json.dumps(settings))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    find = partial(snapshot_download, cache_dir=tmp_path)
-    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.checkpoint.snapshot_download", find)
     model = QwenVL.load("me/mine", dtype="float32", download=False)
     assert (model.is_base_model, model.generation.max_new_tokens) == (True, 3)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import compose_config
+from hydra.utils import instantiate
 from make_checkpoint import write_checkpoint
 from omegaconf import DictConfig, OmegaConf
 from small_demo import SIZES
@@ -29,11 +30,15 @@ ONE_STEP_ON_CPU = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A folder with a full model."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    write_checkpoint(tiny_family(dtype="bfloat16").load(), TINY_VOCABULARY, folder)
-    return folder
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Folders with full models, by the beginning of the names of their files in conf/model."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(tiny_family(dtype="bfloat16").load(), TINY_VOCABULARY, folder / "qwen_vl")
+    for name in ("qwen2_5_vl", "qwen3_vl"):
+        family = instantiate(compose_config("train", f"model={name}_tiny").model, _convert_="all")
+        (folder / name).mkdir()
+        family.export(family.base_reader(), folder / name, dtype=torch.bfloat16)
+    return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +48,13 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains_a_step(preset, checkpoint, demo, tmp_path):
+def test_a_preset_trains_a_step(preset, checkpoints, demo, tmp_path):
     data = ["data=jsonl", "data.train=train_single.jsonl"]
-    train_a_step([f"experiment={preset}", *data], checkpoint, demo, tmp_path)
+    kind = preset.partition("_vl_")[0] + "_vl" if "_vl_" in preset else "qwen_vl"
+    train_a_step([f"experiment={preset}", *data], checkpoints[kind], demo, tmp_path)
 
 
-def test_the_experiment_of_the_documentation_trains_a_step(checkpoint, demo, tmp_path):
+def test_the_experiment_of_the_documentation_trains_a_step(checkpoints, demo, tmp_path):
     """Its file has the settings that the page explains, and trains on two files."""
     page = (config_folder().parent / "docs/training.md").read_text(encoding="utf-8")
     [text] = re.findall(r"^```yaml\n(# @package _global_\n.*?)^```", page, re.DOTALL | re.MULTILINE)
@@ -58,7 +64,7 @@ def test_the_experiment_of_the_documentation_trains_a_step(checkpoint, demo, tmp
     for name in ("signs", "cars"):
         (demo / f"{name}.jsonl").write_bytes((demo / "train_single.jsonl").read_bytes())
     overrides = [f"hydra.searchpath=[file://{folder}]", "experiment=signs"]
-    config = train_a_step(overrides, checkpoint, demo, tmp_path)
+    config = train_a_step(overrides, checkpoints["qwen_vl"], demo, tmp_path)
     assert (config.adapter.targets, config.adapter.rank) == ("all-linear", 16)
     assert (config.optim.lr, config.trainer.max_epochs) == (5e-5, 3)
     assert list(config.metrics) == ["exact_match"]
@@ -121,3 +127,30 @@ def test_the_settings_of_the_official_scripts():
         assert (config.model.supervise, config.model.max_length) == ("official", 2048)
     assert (lora.adapter.rank, lora.adapter.alpha, lora.adapter.dropout) == (64, 16, 0.05)
     assert (full.adapter.freeze, full.adapter.train) == (["vision"], ["resampler"])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_settings_of_the_official_code_for_the_successors(name):
+    config = compose_config("train", f"experiment={name}_official_lora")
+    assert config.model.path.startswith("Qwen/Qwen2.5" if name == "qwen2_5_vl" else "Qwen/Qwen3")
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout) == (64, 128, 0.05)
+    assert config.adapter.targets == "attention"
+    assert (config.optim.lr, config.optim.warmup, config.optim.schedule) == (1e-5, 0.03, "cosine")
+    assert (config.optim.betas, config.optim.weight_decay) == ([0.9, 0.999], 0)
+    assert (config.trainer.rows_per_step, config.trainer.gradient_clip_val) == (16, 1.0)
+    assert (config.model.min_pixels, config.model.max_pixels) == (16 * 28 * 28, 576 * 28 * 28)
+    assert (config.model.supervise, config.model.max_length) == ("official", 8192)
+
+
+def test_the_settings_of_ms_swift_for_the_successors():
+    config = compose_config("train", "experiment=qwen3_vl_swift_lora")
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout) == (8, 32, 0.05)
+    assert (config.adapter.targets, config.optim.lr, config.optim.warmup) == (
+        "language",
+        1e-4,
+        0.05,
+    )
+    assert (config.model.max_length, config.model.supervise) == (2048, "answers")
+    assert (config.data.validation, config.trainer.rows_per_step) == (0.01, 16)
+    other = compose_config("train", "experiment=qwen3_vl_swift_lora", "model=qwen2_5_vl_3b")
+    assert (other.model.path, other.adapter.targets) == ("Qwen/Qwen2.5-VL-3B-Instruct", "language")

@@ -36,7 +36,7 @@ SHOWN = {
         "gradient_clip_val",
         "precision",
     ),
-    "model": ("template", "system", "min_pixels", "max_pixels", "think"),
+    "model": ("template", "system", "min_pixels", "max_pixels"),
 }
 EMPTY = (None, "", {}, [])
 

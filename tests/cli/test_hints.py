@@ -35,7 +35,8 @@ def message(*arguments: str, command: str = "train") -> str:
         (
             ["adapter.rank=4"],
             " with the choices made here; adapter=dora, adapter=lora, adapter=lora_all, "
-            "adapter=lora_official, adapter=lora_swift26, adapter=qlora, adapter=rslora have it",
+            "adapter=lora_language, adapter=lora_official, adapter=lora_swift26, adapter=qlora, "
+            "adapter=rslora have it",
         ),
         (["answered=x"], "; it is a key of predict"),
         (
