@@ -27,7 +27,7 @@ import bitsandbytes
 import torch
 from bench_data import cpu_name
 from bitsandbytes import functional as bnb
-from records import write_record
+from records import record_option, write_record
 from torch.nn.functional import linear
 
 from qwenvl_lit.models.dynamo import allow_recompilations
@@ -272,7 +272,7 @@ def main() -> None:
         if arguments.device.startswith("cuda"):
             device = torch.cuda.get_device_name()
         content = {
-            "command": f"python scripts/bench_four_bit.py --record {arguments.record}",
+            "command": f"python scripts/bench_four_bit.py {record_option(arguments.record)}",
             "device": device,
             "versions": {**versions(), "bitsandbytes": bitsandbytes.__version__},
             "note": NOTE,

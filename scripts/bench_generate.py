@@ -1,34 +1,25 @@
-"""Measures decoding at full size, and a whole prediction from image files to a file of answers.
+"""Measures decoding at full size.
 
     python scripts/bench_generate.py --record benchmarks/generate.json
+    python scripts/bench_generate.py --size small --device cpu    # tries the script without a GPU
 
-Decoding: random weights of the published sizes, prompts of 300 tokens with an image, and 64 new
-tokens. `--four-bits` also decodes with 4-bit weights, which needs bitsandbytes.
-
-Prediction: `python -m qwenvl_lit.predict` over 1,000 rows with a JPEG each, which this script
-writes, and 20 new tokens.
-
-`--size small --device cpu` tries the script without a GPU.
+Random weights of the published sizes, prompts of 300 tokens with an image, and 64 new tokens.
+`--four-bits` also decodes with 4-bit weights, which needs bitsandbytes. `bench_commands.py`
+measures the command `predict`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from records import write_record
 
 from qwenvl_lit.generation.generation import Generation
@@ -167,68 +158,6 @@ def measure_agreement(model: QwenVLForCausalLM, rows: int, compiled: bool) -> Me
     }
 
 
-def measure_prediction(arguments: argparse.Namespace) -> Measured:
-    """Runs `python -m qwenvl_lit.predict` as a user would, and returns the rates that it prints."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_rows(folder, arguments.rows)
-        command = predict_command(folder, arguments)
-        start = time.perf_counter()
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        process_s = time.perf_counter() - start
-        if run.returncode:
-            sys.exit(f"predict ended with {run.returncode}: {run.stdout}")
-        lines = (folder / "run" / "predictions.jsonl").read_text().split("\n")[:-1]
-        assert [json.loads(line)["index"] for line in lines] == list(range(arguments.rows))
-    rate = r"([\d.]+) images/s, (\d+) new tokens/s"
-    all_rows = re.search(rf"predict: (\d+) rows in ([\d.]+) s, {rate}", run.stdout)
-    loading = r"loading took ([\d.]+) s"
-    warm = re.search(rf"first batch, which took ([\d.]+) s: {rate}; {loading}", run.stdout)
-    assert all_rows, run.stdout
-    assert warm, run.stdout
-    return {
-        "command": " ".join(["python", *command[1:]]).replace(name, "FOLDER"),
-        "rows": int(all_rows[1]),
-        "seconds_with_first_batch": float(all_rows[2]),
-        "images_per_s_with_first_batch": float(all_rows[3]),
-        "first_batch_s": float(warm[1]),
-        "images_per_s": float(warm[2]),
-        "new_tokens_per_s": int(warm[3]),
-        "loading_s": float(warm[4]),
-        "process_s": process_s,
-    }
-
-
-def write_rows(folder: Path, count: int) -> None:
-    """Writes `rows.jsonl` and a JPEG of 640 x 480 pixels for each of its rows."""
-    generator = torch.Generator().manual_seed(0)
-    with (folder / "rows.jsonl").open("w") as file:
-        for row in range(count):
-            path = folder / f"{row}.jpg"
-            noise = torch.randint(0, 256, (30, 40, 3), generator=generator, dtype=torch.uint8)
-            image = Image.fromarray(noise.numpy())
-            image.resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
-            query = f"<img>{path}</img>Where is thing {row}?"
-            file.write(json.dumps({"query": query, "response": ""}) + "\n")
-
-
-def predict_command(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    on_gpu = arguments.device.startswith("cuda")
-    command = [sys.executable, "-m", "qwenvl_lit.predict"]
-    if arguments.size == "full":
-        command += ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny"]
-        command += [f"model.dtype={arguments.dtype}"]
-    else:
-        command += ["model=qwen_vl_tiny"]
-    command += ["data=jsonl", f"data.test={folder / 'rows.jsonl'}"]
-    command += [f"data.eval_batch_size={arguments.batch}", f"data.num_workers={arguments.workers}"]
-    command += ["generation.max_new_tokens=20", "generation.min_new_tokens=20"]
-    command += [f"generation.compile={arguments.compile}", f"hydra.run.dir={folder / 'run'}"]
-    if not on_gpu:
-        command += ["strategy=cpu"]
-    return command
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,10 +173,6 @@ def parse_arguments() -> argparse.Namespace:
         default=[1, 8, 32, 128],
         help="numbers of rows that are decoded together",
     )
-    option("--rows", type=int, default=1000, help="rows of the prediction; 0: no prediction")
-    option("--batch", default="auto", help="batch size of the prediction")
-    option("--compile", default="auto", help="auto, true or false: whether the prediction compiles")
-    option("--workers", type=int, default=4, help="data workers of the prediction")
     option("--four-bits", action="store_true", help="also decode with 4-bit weights")
     option("--record", type=Path, help="JSON file to write the results to")
     return parser.parse_args()
@@ -291,16 +216,6 @@ def main() -> None:
                 results["decoding_with_four_bits"].append(measured)
                 report(measured)
 
-    if arguments.rows:
-        # A process of its own. It finds the kernels compiled above in torch's cache on disk.
-        Generation.release(model)
-        del model
-        gc.collect()
-        torch._dynamo.reset()
-        if on_gpu:
-            torch.cuda.empty_cache()
-        results["predict"] = measure_prediction(arguments)
-        report(results["predict"])
     if arguments.record:
         record(results, arguments)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import training_rows
-from records import write_record
+from records import record_option, write_record
 from training_cases import CASES, GROUPS, Case
 from training_results import WINDOWS, Log, Result, figures, judge, split_log, summary
 
@@ -294,7 +294,7 @@ class Record:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        command = f"python scripts/bench_train.py --record {self.file or 'benchmarks/train.json'}"
+        command = f"python scripts/bench_train.py {record_option(self.file, 'train.json')}"
         model = "Qwen-VL of 9.66 B parameters, bfloat16"
         if self.bench.size == "small":
             command += f" --size small --device {self.bench.device}"

@@ -97,7 +97,7 @@ def test_two_cases_are_measured_through_the_entry_point(tmp_path, monkeypatch):
     assert 0 <= cached["vision_pass_s"] <= cached["start_s"]  # in tenths
     assert results["fp8_16"]["not_measured"] == "it needs a GPU"
     assert results["lora"]["what"] == "before"
-    again = f"python scripts/bench_train.py --record {record} --size small --device cpu"
+    again = "python scripts/bench_train.py --record benchmarks/train.json --size small --device cpu"
     assert results["bf16_16"]["measure_with"] == f"{again} --cases bf16_16"
     assert plot.stat().st_size > 10_000
 

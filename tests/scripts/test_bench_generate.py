@@ -1,0 +1,18 @@
+"""The bench of decoding, at a small size."""
+
+import json
+import sys
+
+import bench_generate
+
+
+def test_decoding_is_measured_through_the_entry_point(tmp_path, monkeypatch):
+    file = tmp_path / "generate.json"
+    monkeypatch.setattr(bench_generate, "NEW", 3)
+    arguments = f"bench --size small --device cpu --dtype float32 --sizes 1 2 --record {file}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    bench_generate.main()
+    record = json.loads(file.read_text())
+    assert [measured["rows"] for measured in record["decoding"]] == [1, 2]
+    assert all(measured["tokens_per_s"] > 0 for measured in record["decoding"])
+    assert record["together_and_one_by_one"]["same_answer"] == 1
