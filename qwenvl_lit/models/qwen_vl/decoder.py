@@ -23,6 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any, Literal
 
@@ -30,6 +31,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from qwenvl_lit.models.dequantized import (
+    DequantizedWeights,
+    dequantized_bytes,
+    four_bit_layers,
+    free_bytes,
+)
 from qwenvl_lit.models.dynamo import CompileError, recompilation_limits
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, ImageCache
@@ -44,6 +51,7 @@ from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
 # Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
 PROMPT_TOKENS = 16384
 COMPILE_AFTER = 60  # seconds of decoding after which compile="auto" compiles
+DEQUANTIZE_ROWS = 4  # least rows of a batch for which 4-bit weights are dequantized
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +74,7 @@ class Decoder:
         self.device = network.transformer.wte.weight.device
         self.cache = KVCache(network.config, self.device)
         self.images = ImageCache()
+        self.dequantized: DequantizedWeights | None = None  # of the language blocks, if 4-bit
         self.answer = 0  # number of the current answer, with which `step` detects earlier ones
 
         self.seconds = 0.0  # time spent on earlier answers
@@ -118,6 +127,8 @@ class Decoder:
         self.rows = self._choose_rows(self.n, length + new_tokens)
         self.filled = length
         self._reserve(self.rows, length + new_tokens)
+        if self.n >= DEQUANTIZE_ROWS and self.dequantized is None:
+            self._dequantize()
         self._write_step_inputs(lengths, length)
         while True:
             try:
@@ -321,6 +332,18 @@ class Decoder:
             self.graphs.clear()
             self.cache.allocate(rows, slots, dtype)
 
+    def _dequantize(self) -> None:
+        """Dequantizes 4-bit weights for this and later answers, if memory allows it.
+
+        They take at most half of the free memory: activations, graphs and images need some.
+        """
+        layers = four_bit_layers(self.network, self.network.transformer.h)
+        size = dequantized_bytes(layers)
+        if layers and 2 * size <= free_bytes(self.device):
+            self.graphs.clear()
+            self.dequantized = DequantizedWeights(layers)
+            _log_dequantized(size)
+
     def _write_step_inputs(self, lengths: list[int], length: int) -> None:
         """Sets the step inputs for prompts of `lengths` tokens that are left-padded to `length`."""
         config, rows, device = self.network.config, self.rows, self.device
@@ -362,6 +385,15 @@ class CompiledPair:
         # The limits are above any realistic number of batch sizes.
         with recompilation_limits(per_function=256, in_total=1024):
             return function(block, x_BTD, other)
+
+
+@cache  # not again for each validation
+def _log_dequantized(size: int) -> None:
+    log.info(
+        "4-bit weights of the language blocks are kept dequantized while batches are answered, "
+        "which takes %.1f GiB",
+        size / 2**30,
+    )
 
 
 def _first_line(error: BaseException) -> str:
