@@ -76,13 +76,19 @@ class FindingsWriter:
             append_json_lines(self.file, records)
 
     def listed(self) -> set[Identity]:
-        """Returns the findings in the file: a run that is resumed makes the same ones again."""
+        """Returns the findings in the file: a run that is resumed makes the same ones again.
+
+        Other lines are no findings: a killed process may have left half a line, and users may have
+        added some. They stay in the file.
+        """
         if self.file is None or not self.file.exists():
             return set()
         found = set()
         for line in self.file.read_bytes().split(b"\n"):
-            with suppress(ValueError):  # a killed process may have left half a line
-                found.add(_identity(json.loads(line)))
+            with suppress(ValueError, RecursionError):  # not JSON
+                value = json.loads(line)
+                if isinstance(value, dict) and isinstance(value.get("message"), str):
+                    found.add((str(value.get("set")), str(value.get("kind")), value["message"]))
         return found
 
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 ROWS = "rows"  # SET/rows: the rows answered; SET/rows_METRIC: those that a metric has scored
+SHOWN = 6  # scores without any row that a warning names
 Where = Mapping[str, str | Sequence[str]]  # column name -> accepted value, or accepted values
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class PerSampleMetric(Metric, ABC):
     distributed sampler may repeat rows so that every rank has the same number of rows. `total`
     receives the rows of all ranks sorted by key, so the score does not depend on the batch size,
     the order of the rows or the number of ranks. Without any row the score is NaN, and a warning is
-    logged. Warnings name the metric by `title`, and each is logged once.
+    logged; metrics with a title leave it to `warn_without_rows`. Warnings name the metric by
+    `title`, and each is logged once.
 
     Args:
         where: accepted values by column name. Only rows whose `Conversation.columns` have an
@@ -115,6 +117,7 @@ class PerSampleMetric(Metric, ABC):
     title: str = ""  # for warnings: SET/NAME as the score is logged; "" for the name of the class
     advice: str = ""  # ends the warning that no row has a score
     count: int = 0  # rows scored by the last `compute`, over all ranks
+    selected: int = 0  # rows that satisfy `where`, likewise
 
     keys: list[torch.Tensor]
     sizes: list[torch.Tensor]  # count of numbers of each row; 0 for rows that are left out
@@ -135,6 +138,18 @@ class PerSampleMetric(Metric, ABC):
             self.where[column] = {accepted} if isinstance(accepted, str) else set(accepted)
         for name in ("keys", "sizes", "numbers"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    @property
+    def name(self) -> str:
+        return self.title or type(self).__name__
+
+    @property
+    def condition(self) -> str:
+        """The rows that are counted, as text: "task=left or right"."""
+        words = []
+        for column, accepted in self.where.items():
+            words.append(f"{column}={' or '.join(sorted(accepted))}")
+        return " and ".join(words)
 
     @abstractmethod
     def measure(self, prediction: Prediction) -> Sequence[float] | None:
@@ -202,7 +217,10 @@ class PerSampleMetric(Metric, ABC):
 
     def compute(self) -> torch.Tensor:
         rows = self.rows()
+        self.selected = len(rows)
         self.count = sum(len(row) > 0 for row in rows.values())
+        if not self.title:
+            warn_without_rows([self])
         return torch.tensor(self._score(rows), dtype=torch.float64, device=self.device)
 
     def evaluate(self, predictions: Sequence[Prediction]) -> tuple[float, dict[int, float]]:
@@ -225,20 +243,34 @@ class PerSampleMetric(Metric, ABC):
         return score, dict(zip(kept, row_scores, strict=True))
 
     def _score(self, rows: Mapping[int, torch.Tensor]) -> float:
-        """Returns the score of all rows. Warns if rows are left out or no row was selected."""
-        name = self.title or type(self).__name__
+        """Returns the score of all rows. Warns if rows are left out."""
         kept = [row for row in rows.values() if len(row)]
         left_out = len(rows) - len(kept)
         if left_out:
             advice = "" if kept else self.advice
             count = f"{left_out} of {counted(len(rows), 'row')} left out"
-            _warn_once(f"{name}: {count}, they have no {self.needs}{advice}")
-        if not rows:
-            condition = f" whose columns have {self.where}" if self.where else ""
-            _warn_once(f"{name} is nan: there is no row{condition}{self.advice}")
+            _warn_once(f"{self.name}: {count}, they have no {self.needs}{advice}")
         if not kept:
             return math.nan
         return self.total(kept)
+
+
+def warn_without_rows(metrics: Iterable[Metric]) -> None:
+    """Warns, in one message, of all metrics whose last `compute` found no row."""
+    empty = []
+    for metric in metrics:
+        if isinstance(metric, PerSampleMetric) and not metric.selected:
+            empty.append(metric)
+    if not empty:
+        return
+    if len(empty) == 1:
+        [metric] = empty
+        condition = f" with {metric.condition}" if metric.where else ""
+        _warn_once(f"{metric.name} is nan: there is no row{condition}{metric.advice}")
+        return
+    names = [f"{metric.name} ({metric.condition or 'any row'})" for metric in empty[:SHOWN]]
+    more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+    _warn_once(f"scores without any row are nan: {', '.join(names)}{more}{empty[0].advice}")
 
 
 @cache  # a run computes the same score at each validation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qwenvl_lit.metrics.per_sample import ROWS
+from qwenvl_lit.metrics.per_sample import ROWS, warn_without_rows
 from qwenvl_lit.metrics.token_scores import TokenScores
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, check_trained_names
 from qwenvl_lit.training.answering import Answering
@@ -424,6 +425,7 @@ class VisionLanguageModule(lightning.LightningModule):
             for name, metric in metrics.items():
                 if (value := metric.compute()).isfinite():
                     self.log(f"{set_name}/{name}", value.float())
+        warn_without_rows(chain.from_iterable(group.values() for group in self.set_metrics))
 
 
 def _scale(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

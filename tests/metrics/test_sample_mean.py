@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torchmetrics import MeanMetric
 from toy_task import conversation
 
-from qwenvl_lit.metrics.per_sample import sample_key
+from qwenvl_lit.metrics.per_sample import sample_key, warn_without_rows
 from qwenvl_lit.metrics.sample_mean import SampleMean
 from qwenvl_lit.types import Conversation, Prediction
 
@@ -90,9 +91,38 @@ def test_without_rows_the_mean_is_nan_with_a_warning(caplog):
     metric = Length(where={"task": "find"})
     metric.update([answer("a", "x", task="count")])
     assert math.isnan(metric.compute())
-    message = "Length is nan: there is no row whose columns have {'task': {'find'}}"
-    assert caplog.messages == [message]
+    assert caplog.messages == ["Length is nan: there is no row with task=find"]
     assert metric.count == 0
+
+
+def test_scores_without_rows_of_several_sets_are_one_warning(caplog):
+    metrics = []
+    for name in ("find", "left", "count"):
+        for kind in (["find"], ["left", "right"]):
+            metric = Length(where={"task": kind, "split": "val"})
+            metric.title, metric.advice = f"{name}/{kind[0]}", "; give more rows"
+            metric.update([answer("a", "x", task=name, split="val")])
+            metric.compute()
+            metrics.append(metric)
+    assert not caplog.messages
+    for _ in range(2):
+        warn_without_rows(metrics)
+    left, find = "task=left or right and split=val", "task=find and split=val"
+    assert caplog.messages == [
+        f"scores without any row are nan: find/left ({left}), left/find ({find}), "
+        f"count/find ({find}), count/left ({left}); give more rows"
+    ]
+
+
+def test_a_warning_names_a_few_scores_without_rows(caplog):
+    metrics = [Length() for _ in range(8)]
+    for number, metric in enumerate(metrics):
+        metric.title = f"set{number}/length"
+        metric.update([])
+        metric.compute()
+    warn_without_rows([*metrics, MeanMetric()])
+    [message] = caplog.messages
+    assert message.endswith(", set5/length (any row) and 2 more")
 
 
 def test_reset_removes_the_rows():

@@ -76,6 +76,18 @@ def test_a_validation_without_a_score_names_the_key_that_answers_more_rows(tmp_p
     assert warning.endswith(advice if rows == 2 else "they have no expected box")
 
 
+def test_scores_that_no_row_of_a_set_counts_in_are_one_warning(tmp_path, caplog):
+    module = tiny_task(Full())
+    module.metrics = nn.ModuleDict({"iou": MeanIoU(where={"task": "find"})})
+    data = DataModule(
+        processor=module.processor, read=read_letters, test={"first": "ab", "second": "c"}
+    )
+    trainer(tmp_path).test(module, data, verbose=False)
+    assert [text for text in caplog.messages if "iou" in text] == [
+        "scores without any row are nan: first/iou (task=find), second/iou (task=find)"
+    ]
+
+
 def test_training_and_testing_skip_batches_without_rows(tmp_path):
     module = tiny_task(Full())
     data = DataModule(
