@@ -39,6 +39,8 @@ IMPORTS = {  # name -> statement
     "torch, transformers": "import torch, transformers",
     "a model of transformers, and lightning": "import torch, lightning; "
     "from transformers import GenerationMixin, PreTrainedModel",
+    "the libraries in a command": "from qwenvl_lit.libraries import import_libraries; "
+    "import_libraries()",
     "qwenvl_lit.build": "import qwenvl_lit.build",
     "qwenvl_lit.build in a command": "from qwenvl_lit.libraries import import_libraries; "
     "import_libraries(); import qwenvl_lit.build",
@@ -291,6 +293,7 @@ def main() -> None:
         run_marked(int(sys.argv[2]), sys.argv[3], sys.argv[4:])
         return
     arguments = parse_arguments()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     results: dict[str, dict[str, float]] = {}
     for name in arguments.imports:
         statement = IMPORTS[name]
