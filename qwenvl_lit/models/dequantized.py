@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from qwenvl_lit.models.components import network_of, replace_method
+from qwenvl_lit.models.components import replace_method
 
 WEIGHT = "dequantized_weight"  # the attribute of a layer that holds its weight (N, K)
 
@@ -46,7 +46,7 @@ class DequantizedWeights:
 
 def four_bit_layers(model: nn.Module, module: nn.Module) -> list[nn.Module]:
     """Returns the 4-bit linear layers of bitsandbytes in a module of a model."""
-    if not getattr(network_of(model), "is_loaded_in_4bit", False):
+    if not getattr(model, "is_loaded_in_4bit", False):
         return []
     from bitsandbytes.nn import Linear4bit
 
