@@ -7,10 +7,11 @@
     python scripts/bench_train.py --size small --device cpu --steps 6 --cases bf16_8 mixed_8192
 
 The last line tries this script. Each case is a run of `python -m qwenvl_lit.train` with random
-weights of full size, and LoRA on c_attn unless the case says otherwise. A row has 320 tokens, 16 of
-them supervised, and one image of 640 x 480; rows of mixed lengths have 32 to 1,500 tokens and up to
-4 images. The steps before the measured ones are warm-up. A case is written to the record as soon as
-it is measured, in place of an older result with the same name.
+weights of full size, and Qwen-VL with LoRA on c_attn unless the case says otherwise. A row has 320
+tokens (512 for other models), 16 of them supervised, and one image of 640 x 480; rows of mixed
+lengths have 32 to 1,500 tokens and up to 4 images. The steps before the measured ones are warm-up.
+A case is written to the record as soon as it is measured, in place of an older result with the same
+name.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ from qwenvl_lit.runs.versions import FILENAME
 
 CPU_STRATEGY = {"auto": "cpu", "ddp": "ddp_cpu", "fsdp": "fsdp_cpu"}
 DEFAULT_ROWS_PER_STEP = 16
+TINY = {  # models that stand for larger ones with --size small
+    "qwen_vl_chat": "qwen_vl_tiny",
+    "qwen2_5_vl_7b": "qwen2_5_vl_tiny",
+    "qwen3_vl_2b": "qwen3_vl_tiny",
+    "qwen3_vl_8b": "qwen3_vl_tiny",
+}
 SMALL = {"batch": 2, "accumulate": 2, "max_tokens": 512}  # limits for a case with --size small
 NOTE = (
     "medians over windows of steps; tflop_per_second, mfu and peak_memory_gib are per GPU, other "
@@ -60,9 +67,12 @@ class Bench:
     work: Path
     extra: tuple[str, ...]
 
-    @property
-    def lengths(self) -> training_rows.Lengths:
-        return training_rows.FULL if self.size == "full" else training_rows.SMALL
+    def lengths(self, model: str = "qwen_vl_chat") -> training_rows.Lengths:
+        """The lengths of rows for a model of `conf/model`."""
+        if self.size == "small":
+            return training_rows.SMALL
+        is_qwen_vl = model == "qwen_vl_chat"
+        return training_rows.FULL if is_qwen_vl else training_rows.OTHER_MODELS
 
     def batch(self, case: Case) -> int:
         """Rows of a batch; with the default settings, of an optimizer step."""
@@ -84,16 +94,16 @@ class Bench:
     def total_steps(self, case: Case) -> int:
         return self.window(case) * (WINDOWS + 1)
 
-    def model(self) -> list[str]:
+    def model(self, name: str = "qwen_vl_chat") -> list[str]:
         if self.size == "small":
-            return ["model=qwen_vl_tiny", "adapter=lora"]
+            return [f"model={TINY[name]}", "adapter=lora"]
         if self.checkpoint:
-            return ["model=qwen_vl_chat", f"model.path={self.checkpoint}"]
-        return ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny"]
+            return [f"model={name}", f"model.path={self.checkpoint}"]
+        return [f"model={name}", "model.weights=random", "model.vocabulary=tiny"]
 
     def arguments(self, case: Case) -> list[str]:
         """The arguments of `python -m qwenvl_lit.train`, except files and folders."""
-        arguments = [*self.model(), "data=jsonl", *case.arguments]
+        arguments = [*self.model(case.model), "data=jsonl", *case.arguments]
         strategy = CPU_STRATEGY[case.strategy] if self.device == "cpu" else case.strategy
         if strategy != "auto":
             arguments.append(f"strategy={strategy}")
@@ -122,38 +132,49 @@ class Bench:
             *self.extra,
         ]
 
-    def write_rows(self, cases: Sequence[Case]) -> dict[str, Path]:
+    def write_rows(self, cases: Sequence[Case]) -> dict[tuple[str, str], Path]:
         """Writes a file for each kind of rows that the cases need, with enough rows for one epoch.
 
         Returns:
-            The files by kind.
+            The files by model and kind.
         """
+        images = training_rows.write_images(self.work / "rows", self.images)
+        files = {}
+        for model in dict.fromkeys(case.model for case in cases):
+            of_model = [case for case in cases if case.model == model]
+            for kind, file in self._write_rows_of(model, of_model, images).items():
+                files[model, kind] = file
+        return files
+
+    def _write_rows_of(
+        self, model: str, cases: Sequence[Case], images: list[str]
+    ) -> dict[str, Path]:
         from hydra import compose, initialize_config_dir
 
         from qwenvl_lit import build
         from qwenvl_lit.runs.run import config_folder
 
         with initialize_config_dir(str(config_folder()), version_base=None):
-            processor = build.processor(compose("train", self.model()))
-        folder = self.work / "rows"
-        images = training_rows.write_images(folder, self.images)
-        most_rows = most_tokens = mixed_rows = 0
-        files = {}
+            processor = build.processor(compose("train", self.model(model)))
+        lengths = self.lengths(model)
+        even_rows = mixed_rows = mixed_tokens = 0
         for case in cases:
-            files[case.rows] = folder / f"{case.rows}.jsonl"
             batches = (self.total_steps(case) + 1) * self.accumulate(case) * case.gpus
+            rows, tokens = batches * self.batch(case), batches * (self.max_tokens(case) or 0)
             if case.rows == "even":
-                most_rows = max(most_rows, batches * self.batch(case))
+                even_rows = max(even_rows, tokens // lengths.even or rows)
             elif case.max_tokens is None:
-                mixed_rows = max(mixed_rows, batches * self.batch(case))
+                mixed_rows = max(mixed_rows, rows)
             else:
-                most_tokens = max(most_tokens, batches * (self.max_tokens(case) or 0))
-        if "even" in files:
-            training_rows.write_even(files["even"], images, most_rows, self.lengths, processor)
-        if "mixed" in files:
-            rows = most_tokens * 2 // self.lengths.mixed[1] * 5 // 4
-            rows = max(rows, mixed_rows)
-            training_rows.write_mixed(files["mixed"], images, rows, self.lengths, processor)
+                mixed_tokens = max(mixed_tokens, tokens)
+        files = {}
+        if even_rows:
+            files["even"] = self.work / "rows" / f"{model}_even.jsonl"
+            training_rows.write_even(files["even"], images, even_rows, lengths, processor)
+        if mixed_rows or mixed_tokens:
+            files["mixed"] = self.work / "rows" / f"{model}_mixed.jsonl"
+            rows = max(mixed_rows, mixed_tokens * 2 // lengths.mixed[1] * 5 // 4)
+            training_rows.write_mixed(files["mixed"], images, rows, lengths, processor)
         return files
 
 
@@ -198,12 +219,20 @@ def ceilings(device: str) -> dict[str, Any]:
 
 
 def measure(
-    name: str, bench: Bench, rows: Mapping[str, Path], machine: Mapping[str, Any], limit_s: float
+    name: str,
+    bench: Bench,
+    rows: Mapping[tuple[str, str], Path],
+    machine: Mapping[str, Any],
+    limit_s: float,
 ) -> Result:
     """Measures a case; `failed` or `not_measured` in the result says why there are no figures."""
     case, folder = CASES[name], bench.work / name
     shutil.rmtree(folder, ignore_errors=True)
-    arguments = [*bench.arguments(case), f"data.train={rows[case.rows]}", f"hydra.run.dir={folder}"]
+    arguments = [
+        *bench.arguments(case),
+        f"data.train={rows[case.model, case.rows]}",
+        f"hydra.run.dir={folder}",
+    ]
     command = [sys.executable, "-m", "qwenvl_lit.train", *arguments]
     cache = os.environ.get("QWENVL_LIT_CACHE", str(bench.work / "cache"))
     process = follow(command, limit_s, QWENVL_LIT_CACHE=cache)
@@ -295,11 +324,11 @@ class Record:
 
     def content(self) -> dict[str, Any]:
         command = f"python scripts/bench_train.py {record_option(self.file, 'train.json')}"
-        model = "Qwen-VL of 9.66 B parameters, bfloat16"
+        model = "Qwen-VL of 9.66 B parameters unless a case says otherwise, bfloat16"
         if self.bench.size == "small":
             command += f" --size small --device {self.bench.device}"
             model = "the demo's network, float32"
-        lengths = self.bench.lengths
+        lengths = self.bench.lengths()
         rows = (
             f"JPEGs of 640 x 480; {lengths.even} tokens per row with an image, "
             f"{lengths.supervised} supervised; mixed: {lengths.mixed[0]} to {lengths.mixed[1]} "
@@ -333,7 +362,7 @@ def sweep(names: Sequence[str], bench: Bench, record: Record, limit_s: float) ->
     print(json.dumps(machine), flush=True)
     record.ceilings[machine["device"]] = machine
     possible = [name for name in names if bench.device != "cpu" or CASES[name].needs != "gpu"]
-    rows = {}
+    rows: dict[tuple[str, str], Path] = {}
     if possible:
         rows = bench.write_rows([CASES[name] for name in possible])
     for name in names:

@@ -33,6 +33,7 @@ class Case:
     accumulate: int = 1
     max_tokens: int | None = None  # instead of `batch`
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    model: str = "qwen_vl_chat"  # of conf/model
     rows: Literal["even", "mixed"] = "even"
     steps: int = 60
     seconds: int = 65
@@ -51,6 +52,32 @@ def rate(samples_per_second: float) -> dict[str, float]:
 SWIFT = {"batch": 1, "accumulate": 16}  # the settings of ms-swift
 # Enough steps for speed.compile=auto to compile
 DEFAULT = {"batch": None, "steps": 138, "seconds": 110}
+SUCCESSOR = {"batch": None, "seconds": 130}
+PACKED = ("speed=compiled", "data.packing=true")
+OTHER_MODELS = {
+    "qwen3_vl_8b": Case(
+        what="Qwen3-VL-8B, LoRA, packed",
+        model="qwen3_vl_8b",
+        arguments=PACKED,
+        max_tokens=8192,
+        targets={"tflop_per_second": 420},
+        **SUCCESSOR,
+    ),
+    "qwen2_5_vl_7b": Case(
+        what="Qwen2.5-VL-7B, LoRA, packed",
+        model="qwen2_5_vl_7b",
+        arguments=PACKED,
+        max_tokens=8192,
+        targets={"tflop_per_second": 420},
+        **SUCCESSOR,
+    ),
+    "qwen3_vl_2b_full": Case(
+        what="Qwen3-VL-2B, full fine-tuning",
+        model="qwen3_vl_2b",
+        arguments=("adapter=full", "speed=compiled"),
+        **SUCCESSOR,
+    ),
+}
 ONE_GPU = {  # in order of importance
     "default": Case(what="the default command", targets=rate(42), **DEFAULT),
     "default_mixed": Case(
@@ -191,8 +218,13 @@ LOW_MEMORY = {  # settings for GPUs with less memory
         seconds=155,
     ),
 }
-GROUPS = {"one_gpu": ONE_GPU, "two_gpus": TWO_GPUS, "low_memory": LOW_MEMORY}
-CASES = {**ONE_GPU, **TWO_GPUS, **LOW_MEMORY}
+GROUPS = {
+    "one_gpu": ONE_GPU,
+    "other_models": OTHER_MODELS,
+    "two_gpus": TWO_GPUS,
+    "low_memory": LOW_MEMORY,
+}
+CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
 TWINS = {"pair_2": "pair_1", "ddp_2": "ddp"}  # on two GPUs, and on one
 BASELINES = {  # samples per second on an H100, with the same rows
     "original code, default settings (batch 1, checkpointing)": 3.2,

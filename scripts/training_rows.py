@@ -27,6 +27,10 @@ class Lengths:
 
 # A chat row without a question has 20 + 12 tokens
 FULL = Lengths(even=320, supervised=16, mixed=(32, 1500), supervised_mixed=12, most_images=4)
+# An image of 640 x 480 has 391 tokens in Qwen2.5-VL and 300 in Qwen3-VL
+OTHER_MODELS = Lengths(
+    even=512, supervised=16, mixed=(32, 2048), supervised_mixed=12, most_images=4
+)
 SMALL = Lengths(even=64, supervised=16, mixed=(32, 200), supervised_mixed=8, most_images=4)
 
 
@@ -101,7 +105,7 @@ def _length(processor: Processor, images: int, supervised: int, question: int = 
     parts: list[Part] = []
     for number in range(1, images + 1):
         newline = "\n" if number > 1 else ""
-        parts += [f"{newline}Picture {number}: ", ImageSource(Image.new("RGB", (8, 8)))]
+        parts += [f"{newline}Picture {number}: ", ImageSource(Image.new("RGB", (640, 480)))]
     parts.append("\n" * bool(images) + "1" * question)
     user = Turn(role="user", parts=tuple(parts))
     assistant = Turn(role="assistant", parts=("1" * (supervised - 1),))
