@@ -146,8 +146,9 @@ class ImageSource:
 
     source: str | Path | bytes | Image.Image | RemoteImage  # text is the path of a file
     options: images.ImageOptions = images.AS_STORED
-    # The size is cached, since reading a header costs a file access.
+    # Size and key are cached, since both read the file.
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
+    _key: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not isinstance(self.source, str):
@@ -204,9 +205,13 @@ class ImageSource:
         Raises:
             BadImage: the file cannot be read.
         """
+        if self._key is not None:
+            return self._key
         content = hashlib.sha256(self._content())
         if self.options != images.AS_STORED:
             content.update(repr(self.options).encode())
+        if not isinstance(self.source, Image.Image):  # which may change
+            object.__setattr__(self, "_key", content.hexdigest())  # as `_size`
         return content.hexdigest()
 
     @property

@@ -1,5 +1,6 @@
 import io
 import math
+import pickle
 
 import pytest
 from PIL import Image
@@ -41,6 +42,15 @@ def test_equal_images_have_equal_keys(image_file, tmp_path):
     red, blue = (Image.new("RGB", (5, 3), colour).quantize(2) for colour in ("red", "blue"))
     assert red.tobytes() == blue.tobytes(), "both hold palette index 0 only"
     assert ImageSource(red).key != ImageSource(blue).key
+
+
+def test_a_key_is_computed_once_and_sent_to_other_processes(image_file):
+    source = ImageSource(image_file)
+    key = source.key
+    image_file.unlink()
+    assert source.key == key
+    assert pickle.loads(pickle.dumps(source)).key == key
+    assert source == ImageSource(image_file)
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"not an image"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from operator import itemgetter
 from threading import Thread
@@ -19,7 +19,7 @@ from qwenvl_lit.data.collate import empty_batch
 from qwenvl_lit.data.orphans import end_with_parent, parent_pid
 from qwenvl_lit.data.samplers import BatchSampler
 from qwenvl_lit.data.selection import Rows
-from qwenvl_lit.types import BadImage, DataError, Dropped, Sample
+from qwenvl_lit.types import BadImage, DataError, Dropped, ImageSource, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
@@ -56,13 +56,25 @@ class EncodedDataset(Dataset):
             conversation = self.rows[index]
             if self.renumber:
                 conversation = replace(conversation, index=index)
-            return self.processor.encode(conversation, prompt=self.prompt)
+            sample = self.processor.encode(conversation, prompt=self.prompt)
+            if self.prompt:
+                cache_image_keys(sample.images)
+            return sample
         except Dropped as reason:
             return reason
         except BadImage as error:
             if self.drop_bad:
                 return Dropped(str(error)).in_row(error.where, error.row_id)
             raise BadImage(f"{error}; {DROP_ADVICE}") from error
+
+
+def cache_image_keys(images: Iterable[ImageSource]) -> None:
+    """Computes the keys of a prompt's images, by which their features are cached.
+
+    Otherwise the main process would read and hash all files of a batch before it answers it.
+    """
+    for image in images:
+        _ = image.key
 
 
 class ResumableDataLoader(DataLoader):

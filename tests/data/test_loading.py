@@ -6,11 +6,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from multiprocessing.resource_sharer import DupFd
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from qwenvl_lit.data.loading import EncodedDataset, ignore_cluster_signals
-from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped
+from qwenvl_lit.types import BadImage, Conversation, DataError, Dropped, ImageSource
 
 
 class Refuses:
@@ -52,6 +54,21 @@ def test_other_errors_are_raised(error, drop_bad):
 def test_a_bad_image_says_how_to_leave_out_its_row():
     with pytest.raises(BadImage, match=r"is broken; .*data\.on_bad_image=drop"):
         dataset(BadImage("a.png is broken"), drop_bad=False)[0]
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_workers_compute_the_keys_of_images_of_prompts(tmp_path, prompt):
+    image = ImageSource(tmp_path / "a.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+
+    class Encodes:
+        def encode(self, conversation, *, prompt):
+            return SimpleNamespace(images=(image,))
+
+    rows = [Conversation(id="a", turns=())]
+    options = {"prompt": prompt, "renumber": False, "drop_bad": False}
+    _ = EncodedDataset(rows, Encodes(), **options)[0]
+    assert (image._key is not None) == prompt
 
 
 def wait_as_worker(is_ready: Callable[[], None], stop) -> None:
