@@ -12,7 +12,10 @@ import pytest
 from qwenvl_lit.__main__ import COMMANDS
 from qwenvl_lit.libraries import LARGE, import_libraries
 
-COMMANDS_IMPORT = "import qwenvl_lit.api, qwenvl_lit.build, qwenvl_lit.cli.memory_check, sys"
+COMMANDS_IMPORT = (
+    "import qwenvl_lit.api, qwenvl_lit.build, qwenvl_lit.cli.memory_check, "
+    "qwenvl_lit.models.qwen_vl.family, sys"
+)
 # Libraries that only some runs need; two of them take seconds.
 LATE = {"peft", "bitsandbytes", "torch._inductor.compile_fx", "transformers.trainer"}
 LATE |= {"pandas", "datasets", "tensorboard", "wandb", "onnx", "IPython"}

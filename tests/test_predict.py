@@ -75,7 +75,8 @@ class RecordIds(lightning.Callback):
         self.ids = []
 
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.ids.append([row.id for row in batch.conversations])
+        [part] = batch  # its rows have no options
+        self.ids.append([row.id for row in part.conversations])
         if len(self.ids) == self.stop_after:
             raise RuntimeError("power failure")
 

@@ -126,8 +126,11 @@ def published_name(path: str) -> str | None:
     name = FOUR_BIT_COPY.sub("", name)
     if not PUBLISHED.fullmatch(name):
         return None
-    words = [word.upper() if re.fullmatch(r"vl|\d+b", word) else word for word in name.split("-")]
-    return "Qwen/" + "-".join(word[0].upper() + word[1:] for word in words)
+    words = []
+    for word in name.split("-"):
+        is_upper = re.fullmatch(r"vl|\d+b", word)
+        words.append(word.upper() if is_upper else word[0].upper() + word[1:])
+    return "Qwen/" + "-".join(words)
 
 
 def model_arguments(path: str) -> str:

@@ -103,6 +103,7 @@ def test_a_target_that_matches_nothing_is_an_error_with_the_layers_there_are(tar
 
 SIZES = {
     "lora": 4_194_304,
+    "lora_language": 14_024_704,
     "lora_all": 29_602_816,
     "lora_official": 112_197_632,
     "lora_swift26": 17_891_328,
