@@ -29,7 +29,7 @@ class LongAnswers(lightning.Callback):
         trainer: lightning.Trainer,
         pl_module: lightning.LightningModule,
         outputs: Sequence[Prediction],
-        batch: Batch,
+        batch: Sequence[Batch],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

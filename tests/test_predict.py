@@ -75,8 +75,7 @@ class RecordIds(lightning.Callback):
         self.ids = []
 
     def on_predict_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        [part] = batch  # its rows have no options
-        self.ids.append([row.id for row in part.conversations])
+        self.ids.append([row.id for part in batch for row in part.conversations])
         if len(self.ids) == self.stop_after:
             raise RuntimeError("power failure")
 

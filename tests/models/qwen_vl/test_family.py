@@ -440,10 +440,12 @@ def test_features_replace_pixels_once_they_are_known():
     ours = family().processor(features=lambda images: source.get(len(images)))
     conversation = talk((RED, "What?"), "a car")
     assert set(ours.encode(conversation).vision) == {"pixel_values"}
-    source[1] = torch.zeros(1, SPAN, 32)
+    source |= {0: [], 1: [torch.ones(SPAN, 32)]}
     sample = ours.encode(conversation)
-    assert sample.vision == {"vision_features": source[1]}
+    assert set(sample.vision) == {"vision_features"}
+    assert torch.equal(sample.vision["vision_features"], source[1][0][None])
     assert len(sample.vision_positions) == SPAN
+    assert len(ours.encode(talk(("What?",), "a car")).vision["vision_features"]) == 0
 
 
 @pytest.mark.parametrize("group", QwenVLFamily.lora_targets)
