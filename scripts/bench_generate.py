@@ -1,10 +1,11 @@
 """Measures decoding at full size.
 
     python scripts/bench_generate.py --record benchmarks/generate.json
+    python scripts/bench_generate.py --model qwen3_vl_8b --record benchmarks/generate_qwen3_vl.json
     python scripts/bench_generate.py --size small --device cpu    # tries the script without a GPU
 
-Random weights of the published sizes, prompts of 300 tokens with an image, and 64 new tokens.
-`--four-bits` also decodes with 4-bit weights, which needs bitsandbytes. `bench_commands.py`
+Random weights of the published sizes, prompts of 300 tokens with an image of 448 x 448, and 64 new
+tokens. `--four-bits` also decodes with 4-bit weights, which needs bitsandbytes. `bench_commands.py`
 measures the command `predict`.
 """
 
@@ -15,40 +16,29 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
 from records import write_record
+from transformers import PreTrainedModel
 
+from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.models.quantization import NF4
-from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
+from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.runs.versions import versions
+from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 GiB = 2**30
 PROMPT, NEW = 300, 64  # tokens
 ENDS = {"stop_ids": (), "pad_id": 0}
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "kv_channels": 16,
-    "intermediate_size": 256,
-    "visual": {
-        "image_size": 56,
-        "patch_size": 14,
-        "width": 32,
-        "layers": 2,
-        "heads": 2,
-        "mlp_ratio": 2.0,
-        "output_dim": 64,
-        "n_queries": 256,
-        "resampler_heads": 2,
-    },
-}
+TINY = {"qwen2_5": "qwen2_5_vl_tiny", "qwen3": "qwen3_vl_tiny", "qwen": "qwen_vl_tiny"}
 NOTE = (
     "rates are after warm-up, without loading, unless the name says so; medians of three; weights "
     "are in peak_gib; first_answer_s has compilation in it"
@@ -57,35 +47,47 @@ NOTE = (
 Measured = dict[str, Any]
 
 
-def prompts(
-    model: QwenVLForCausalLM, rows: int, lengths: list[int] | None = None
-) -> dict[str, torch.Tensor]:
-    """Returns left-padded rows of random text, each after an image of noise.
+def family_of(model: str, size: str, dtype: str) -> Family:
+    """Builds a family of `conf/model` with random weights, or the small twin of its generation."""
+    options = ["model.weights=random", "model.vocabulary=tiny"]
+    if size == "small":
+        model, options = TINY[model.partition("_vl")[0]], []
+    with initialize_config_dir(str(config_folder()), version_base=None):
+        config = compose("train", [f"model={model}", f"model.dtype={dtype}", *options])
+    return instantiate(config.model, _convert_="all")
+
+
+def prompts(family: Family, rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Returns left-padded prompts: digits after an image of noise.
 
     Args:
-        lengths: tokens of each row; by default all are `PROMPT` long.
+        rows: a number that determines the content, and the tokens of each row.
     """
-    queries, visual = model.config.n_queries, model.config.visual
-    image_start_id = visual["image_start_id"]
-    image_ids = [image_start_id, *[image_start_id + 2] * queries, image_start_id + 1]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 500, (rows, PROMPT), generator=generator)
-    mask = torch.ones(rows, PROMPT, dtype=torch.int64)
-    starts = PROMPT - torch.tensor(lengths or [PROMPT] * rows)
-    for row, start in enumerate(starts.tolist()):
-        ids[row, :start] = 0
-        mask[row, :start] = 0
-        ids[row, start : start + queries + 2] = torch.tensor(image_ids)
-    first_positions = torch.arange(rows) * PROMPT + starts + 1
-    positions = first_positions[:, None] + torch.arange(queries)
-    shape = (rows, 3, visual["image_size"], visual["image_size"])
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "vision_positions": positions.flatten(),
-        "pixel_values": torch.randn(shape, generator=generator),
-    }
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    processor = family.processor()
+    samples = []
+    for number, length in rows:
+        generator = torch.Generator().manual_seed(number)
+        noise = torch.randint(0, 256, (448, 448, 3), generator=generator, dtype=torch.uint8)
+        image = ImageSource(Image.fromarray(noise.numpy()))
+        digits = torch.randint(0, 10, (length,), generator=generator).tolist()
+        empty = processor.length(_question(image, ""), prompt=True).tokens
+        text = "".join(map(str, digits[: length - empty]))  # a digit is a token
+        samples.append(processor.encode(_question(image, text), prompt=True))
+    collate = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
+    batch = collate(samples)
+    assert batch.lengths == tuple(length for _, length in rows), batch.lengths
+    return family.inputs(batch, generate=True)
+
+
+def _question(image: ImageSource, text: str) -> Conversation:
+    return Conversation(id="prompt", turns=(Turn(role="user", parts=(image, text)),))
+
+
+def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    moved = {}
+    for name, value in inputs.items():
+        moved[name] = value.to(device) if isinstance(value, torch.Tensor) else value
+    return moved
 
 
 def seconds(work: Callable[[], Any], on_gpu: bool) -> float:
@@ -102,9 +104,11 @@ def median_seconds(work: Callable[[], Any], on_gpu: bool) -> float:
     return statistics.median(seconds(work, on_gpu) for _ in range(3))
 
 
-def measure_decoding(model: QwenVLForCausalLM, rows: int, compiled: bool, on_gpu: bool) -> Measured:
+def measure_decoding(
+    model: PreTrainedModel, family: Family, rows: int, compiled: bool, on_gpu: bool
+) -> Measured:
     """Measures the first answer, which compiles and captures, and rates after it."""
-    inputs = prompts(model, rows)
+    inputs = on_device(prompts(family, [(row, PROMPT) for row in range(rows)]), model.device)
     Generation.release(model)
     if on_gpu:
         torch.cuda.empty_cache()
@@ -129,24 +133,19 @@ def measure_decoding(model: QwenVLForCausalLM, rows: int, compiled: bool, on_gpu
     return measured
 
 
-def measure_agreement(model: QwenVLForCausalLM, rows: int, compiled: bool) -> Measured:
+def measure_agreement(
+    model: PreTrainedModel, family: Family, rows: int, compiled: bool
+) -> Measured:
     """Compares answers to rows of different lengths in a batch with those to each row alone.
 
     They differ by the rounding of the weights' precision.
     """
-    lengths = [PROMPT - 3 * row for row in range(rows)]
-    inputs, queries = prompts(model, rows, lengths), model.config.n_queries
+    sizes = [(row, PROMPT - 3 * row) for row in range(rows)]
     generation = Generation(max_new_tokens=NEW, compile=compiled)
-    together = generation(model, inputs, **ENDS)
+    together = generation(model, on_device(prompts(family, sizes), model.device), **ENDS)
     equal_tokens = []  # of each row, before the first difference
-    for row, length in enumerate(lengths):
-        ids = inputs["input_ids"][row : row + 1, PROMPT - length :]
-        alone = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": inputs["pixel_values"][row : row + 1],
-            "vision_positions": torch.arange(1, queries + 1, device=ids.device),
-        }
+    for row, size in enumerate(sizes):
+        alone = on_device(prompts(family, [size]), model.device)
         (answer,) = generation(model, alone, **ENDS)
         equal = [a == b for a, b in zip(answer, together[row], strict=True)]
         equal_tokens.append([*equal, False].index(False))
@@ -163,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
+    option("--model", default="qwen_vl_chat", help="of conf/model")
     option("--size", default="full", choices=["full", "small"], help="small: to try this script")
     option("--device", default="cuda:0")
     option("--dtype", default="bfloat16")
@@ -184,12 +184,10 @@ def main() -> None:
     results: Measured = {}
 
     start = time.perf_counter()
-    source: dict[str, Any] = {"config": SMALL}
-    if arguments.size == "full":
-        source = {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
-    family = QwenVLFamily(**source, vocabulary="tiny", dtype=arguments.dtype)
+    family = family_of(arguments.model, arguments.size, arguments.dtype)
     model = family.load(arguments.device)
     results["model"] = {
+        "name": arguments.model,
         "parameters": model.num_parameters(),
         "dtype": arguments.dtype,
         "drawn_in_s": time.perf_counter() - start,
@@ -199,10 +197,10 @@ def main() -> None:
     results["decoding"] = []
     for compiled in [False, True] if on_gpu else [False]:
         for rows in arguments.sizes:
-            results["decoding"].append(measure_decoding(model, rows, compiled, on_gpu))
+            results["decoding"].append(measure_decoding(model, family, rows, compiled, on_gpu))
             report(results["decoding"][-1])
     rows = min(8, max(arguments.sizes))
-    results["together_and_one_by_one"] = measure_agreement(model, rows, compiled=on_gpu)
+    results["together_and_one_by_one"] = measure_agreement(model, family, rows, compiled=on_gpu)
     report(results["together_and_one_by_one"])
 
     if arguments.four_bits:
@@ -212,7 +210,7 @@ def main() -> None:
         results["decoding_with_four_bits"] = []
         for compiled in [False, True] if on_gpu else [False]:
             for rows in arguments.sizes:
-                measured = measure_decoding(model, rows, compiled, on_gpu)
+                measured = measure_decoding(model, family, rows, compiled, on_gpu)
                 results["decoding_with_four_bits"].append(measured)
                 report(measured)
 
@@ -221,7 +219,8 @@ def main() -> None:
 
 
 def record(results: Measured, arguments: argparse.Namespace) -> None:
-    command = ["python scripts/bench_generate.py", "--size", arguments.size]
+    command = ["python scripts/bench_generate.py", "--model", arguments.model]
+    command += ["--size", arguments.size]
     command += ["--device", arguments.device, "--dtype", arguments.dtype]
     if arguments.four_bits:
         command.append("--four-bits")
