@@ -197,7 +197,8 @@ class QwenVL:
         """Yields the answer so far, with the history, while it is generated.
 
         Each text begins with the one before and never ends within a character; the last one is the
-        `Answer`. The caller may leave the iteration at any point.
+        `Answer`. Of a thinking model, the texts before it begin with its thoughts, which the answer
+        does not have. The caller may leave the iteration at any point.
         """
         start = perf_counter()
         generation = with_settings(self.generation, settings, "system")
@@ -351,15 +352,12 @@ class QwenVL:
         pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
         batch = pad(samples).to(self.device)
         generate = generation if whole else generation.stream
-        image_keys: list[str] = []
-        for sample in samples:
-            image_keys += _image_keys(sample)
         yield from generate(
             self.model,
             self.family.inputs(batch, generate=True),
-            stop_ids=self.processor.stop_ids,
-            pad_id=self.processor.pad_id,
-            image_keys=image_keys,
+            stop_ids=processor.stop_ids,
+            pad_id=processor.pad_id,
+            image_keys=[image.key for image in batch.images],
         )
 
 
@@ -380,12 +378,3 @@ def device_named(name: torch.device | str | None) -> torch.device:
             f"leave device out to take what there is"
         )
     return device
-
-
-def _image_keys(sample: Sample) -> list[str]:
-    """Keys of the images in the prompt: the last ones, because long prompts drop old turns."""
-    positions = sample.vision_positions
-    # Other tokens stand between the tokens of two images.
-    count = int((positions.diff() > 1).sum()) + 1 if len(positions) else 0
-    images = sample.conversation.prompt().images
-    return [image.key for image in images[len(images) - count :]]

@@ -17,7 +17,6 @@ from scripted import CONFIG, TAGS, says, tiny_checkpoint
 from web_server import Server, gives
 
 from qwenvl_lit import QwenVL, build
-from qwenvl_lit.api import _image_keys
 from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.models.protocols import Family, Processor
 from qwenvl_lit.types import (
@@ -237,15 +236,17 @@ def test_the_family_says_how_long_a_prompt_with_its_answer_may_be(model, other_m
         other_model.chat("1" * 300)
 
 
-def test_images_of_a_prompt_are_those_that_its_last_turns_have(model, image):
-    opened = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (1, 2, 3)]
-    query = [*opened, "What?"]
-    sample = model.processor.encode(model._conversation(query, None, None), prompt=True)
-    keys = [part.key for part in sample.conversation.images]
-    assert _image_keys(sample) == keys
-    positions = sample.vision_positions[4:]  # as if the first image were in a turn left out
-    assert _image_keys(replace(sample, vision_positions=positions)) == keys[1:]
-    assert _image_keys(replace(sample, vision_positions=positions[:0])) == []
+def test_thoughts_are_streamed_and_are_not_part_of_the_answer(model, other_model, monkeypatch):
+    def without_thoughts(ids, conversation):
+        prediction = model.processor.decode(ids, conversation)
+        return replace(prediction, text=prediction.text.rpartition("</think>")[2].strip())
+
+    decoding = Only(model.processor, Processor, decode=without_thoughts)
+    monkeypatch.setattr(other_model, "processor", decoding)
+    with says(model, "Hm.</think>\n\nA dog."):
+        *texts, (answer, history) = other_model.stream("What?")
+    assert texts[-1][0] == "Hm.</think>\n\nA dog."
+    assert (answer, history) == ("A dog.", [["What?", "A dog."]])
 
 
 def test_a_stream_grows_by_whole_characters_and_ends_with_the_answer_of_chat(model):
