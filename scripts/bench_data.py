@@ -32,9 +32,10 @@ from qwenvl_lit.cores import available_cores
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.runs.versions import versions
 
 IMAGE_SIZE = 448

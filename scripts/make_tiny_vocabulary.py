@@ -1,6 +1,6 @@
 """Writes the tiny model's vocabulary, in which every word of the demo data is one token.
 
-python scripts/make_tiny_vocabulary.py    # writes qwenvl_lit/models/qwen_vl/tiny.tiktoken
+python scripts/make_tiny_vocabulary.py    # writes qwenvl_lit/models/tiny.tiktoken
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import regex
 
 from qwenvl_lit.data.demo import dataset as synthetic
-from qwenvl_lit.models.qwen_vl.tokenizer import PATTERN, TINY_VOCABULARY
+from qwenvl_lit.models.byte_pairs import PATTERN, TINY_VOCABULARY
 
 CHAT = (
     "system",

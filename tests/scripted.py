@@ -8,8 +8,8 @@ import tiny
 import torch
 from make_checkpoint import write_checkpoint
 
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 TAGS = ("<ref>", "</ref>", "<box>", "</box>")
 CONFIG = {**tiny.CONFIG, "max_position_embeddings": 2048}

@@ -97,6 +97,12 @@ def member_of_layer(module: str) -> str:
     return module.split(".")[0]
 
 
+def family_of(module: str) -> str | None:
+    """The folder of models/ that holds a module; None for a module outside of all families."""
+    folders = module.split(".")[:-1] if MODULES[module].name != "__init__.py" else module.split(".")
+    return folders[1] if folders[:1] == ["models"] and len(folders) > 1 else None
+
+
 def layer_of(module: str) -> int:
     member = member_of_layer(module)
     return next(level for level, members in enumerate(LAYERS) if member in members)
@@ -187,6 +193,15 @@ def test_the_network_needs_nothing_else_of_the_package():
         imported = imported_modules(MODULES[f"models.qwen_vl.{name}"])
         needed = {other.removeprefix("models.qwen_vl.") for other in imported}
         assert needed <= NETWORK | SHARED, name
+
+
+def test_a_family_and_what_families_share_import_no_other_family():
+    """What families share is in the modules of models/ itself, which import no family."""
+    for module, path in MODULES.items():
+        if not module.startswith("models."):
+            continue
+        imported = {family_of(other) for other in imported_modules(path)}
+        assert imported <= {None, family_of(module)}, module
 
 
 def test_there_are_no_import_cycles():

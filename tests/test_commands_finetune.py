@@ -12,8 +12,8 @@ from PIL import Image
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.command import offer_groups, prepare
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs.run import config_folder
 
 SHORT_ANSWERS = "generation.max_new_tokens=4"

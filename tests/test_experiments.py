@@ -14,7 +14,7 @@ from tiny import tiny_family
 
 from qwenvl_lit import build
 from qwenvl_lit.data.demo.dataset import write_demo
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.runs.run import config_folder
 
 PRESETS = sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml"))

@@ -20,9 +20,9 @@ from scripted import CONFIG
 from qwenvl_lit import QwenVL, export, predict, test, train
 from qwenvl_lit.cli.command import offer_groups, prepare
 from qwenvl_lit.evaluation.equivalence import ROWS
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.export import runnable, write_companions
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs import exported_folder
 from qwenvl_lit.runs.run import config_folder, find_run
 from qwenvl_lit.types import DataError

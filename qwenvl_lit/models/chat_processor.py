@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from qwenvl_lit.bounds import check_number
+from qwenvl_lit.models.byte_pairs import MAX_BLANKS, BytePairTokenizer
 from qwenvl_lit.models.chatml import (
     ChatML,
     Message,
@@ -21,7 +22,6 @@ from qwenvl_lit.models.chatml import (
     with_system,
 )
 from qwenvl_lit.models.protocols import FeatureSource
-from qwenvl_lit.models.qwen_vl.tokenizer import MAX_BLANKS, QwenTokenizer
 from qwenvl_lit.types import (
     Conversation,
     DataError,
@@ -79,7 +79,7 @@ class ChatProcessor(ABC):
 
     def __init__(
         self,
-        tokenizer: QwenTokenizer,
+        tokenizer: BytePairTokenizer,
         *,
         system: str | None = None,
         supervise: Supervise = "answers",

@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qwenvl_lit import QwenVL
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.image_processing import preprocess
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 
 pytestmark = pytest.mark.interop
 

@@ -17,8 +17,9 @@ from parity.conversations import blank, opened, parts, paths_read
 from parity.result import Result, same
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.grounding import tags_from_object
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Box,

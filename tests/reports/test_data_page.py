@@ -6,8 +6,9 @@ from html_tags import EVIL, Tags
 from PIL import Image
 
 from qwenvl_lit.data.inspection import inspect
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.reports.data_page import examples, write_page
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 

@@ -12,8 +12,9 @@ from toy_task import conversation, grounded
 from qwenvl_lit.metrics.boxes import MeanIoU
 from qwenvl_lit.metrics.captions import Bleu
 from qwenvl_lit.metrics.exact_match import ExactMatch
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.reports.scores import (
     bootstrap,
     compare,

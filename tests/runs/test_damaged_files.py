@@ -20,8 +20,8 @@ from qwenvl_lit import QwenVL
 from qwenvl_lit.cli.command import prepare
 from qwenvl_lit.cli.resume import LAST, steps_of
 from qwenvl_lit.data.predictions import answered_rows
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.reports.scores import read_answer_texts
 from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run
 from qwenvl_lit.stored_files import read_checkpoint, read_json_object, read_tensors

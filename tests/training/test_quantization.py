@@ -11,9 +11,9 @@ from make_checkpoint import write_checkpoint
 
 from qwenvl_lit import build
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.training.adapters.merging import StartingCheckpoint, fingerprint
 from qwenvl_lit.training.adapters.methods import Full, LoRA

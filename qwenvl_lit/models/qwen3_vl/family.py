@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from qwenvl_lit.bounds import check_number
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import (
@@ -39,7 +40,6 @@ from qwenvl_lit.models.qwen3_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen3_vl.network import NETWORKS, image_features
 from qwenvl_lit.models.qwen3_vl.processor import Qwen3VLProcessor, Think
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER, Qwen2Tokenizer
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.models.weight_files import Read, stored_reader
 from qwenvl_lit.stored_files import check_finite, errors_named
 from qwenvl_lit.types import Batch, DataError

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tiktoken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qwenvl_lit.models.qwen_vl.tokenizer import (
-    PATTERN,
-    QwenTokenizer,
-    read_ranks,
-)
+from qwenvl_lit.models.byte_pairs import PATTERN, BytePairTokenizer, read_ranks
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, matches
@@ -73,7 +68,7 @@ class Vocabulary(NamedTuple):
     plain: dict[str, int]
 
 
-class Qwen2Tokenizer(QwenTokenizer):
+class Qwen2Tokenizer(BytePairTokenizer):
     """Byte-pair encoding of NFC-normalized text, equal to the published `tokenizer.json`.
 
     A pickle holds only the path, so that data workers read the file themselves.
@@ -83,7 +78,7 @@ class Qwen2Tokenizer(QwenTokenizer):
             to which the published names are added.
         think: whether the names that Qwen3 has added are among them, such as `<think>`.
 
-    >>> from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
+    >>> from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
     >>> tokenizer = Qwen2Tokenizer(TINY_VOCABULARY)
     >>> tokenizer.decode(tokenizer.encode("a <think>"))
     'a <think>'
@@ -95,22 +90,13 @@ class Qwen2Tokenizer(QwenTokenizer):
     """
 
     def __init__(self, path: str | Path, *, think: bool = True):
-        self.path = Path(path)
+        path = Path(path)
         self.think = think
-        if self.path.suffix == ".json":
-            self.vocabulary = read_tokenizer(self.path)
+        if path.suffix == ".json":
+            self.vocabulary = read_tokenizer(path)
         else:
-            self.vocabulary = with_published_names(read_ranks(self.path), think=think)
-        self.special, self.plain = self.vocabulary.special, self.vocabulary.plain
-        added = {**self.special, **self.plain}
-        self.vocab_size = len(self.vocabulary.ranks) + len(added)
-        self._encoding = tiktoken.Encoding(
-            "qwen2",
-            pat_str=PATTERN,
-            mergeable_ranks=self.vocabulary.ranks,
-            special_tokens=added,
-        )
-        self._names = {token_id: name.encode() for name, token_id in self.special.items()}
+            self.vocabulary = with_published_names(read_ranks(path), think=think)
+        super().__init__(path, *self.vocabulary)
 
     def __reduce__(self):
         return _unpickled, (self.path, self.think)
@@ -129,14 +115,8 @@ class Qwen2Tokenizer(QwenTokenizer):
         return tuple(name for name in self.special if name not in MARKUP)
 
     def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> list[int]:
-        """Returns the ids of the normalized text; see `QwenTokenizer.encode`."""
+        """Returns the ids of the normalized text; see `BytePairTokenizer.encode`."""
         return super().encode(text, allowed_special={*allowed_special, *self.plain})
-
-    def _bytes(
-        self, ids: Iterable[int], skip_special: bool, keep: Collection[int], errors: str
-    ) -> Iterator[bytes]:
-        for token_id in ids:
-            yield self._token_bytes(token_id, skip_special, keep, errors)
 
 
 def _unpickled(path: Path, think: bool) -> Qwen2Tokenizer:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from qwenvl_lit.bounds import check_number
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
 from qwenvl_lit.models.components import network_of
@@ -32,7 +33,7 @@ from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.stored_files import check_finite
 from qwenvl_lit.types import Batch

@@ -16,6 +16,7 @@ import torch
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
+from qwenvl_lit.models.byte_pairs import MAX_BLANKS
 from qwenvl_lit.models.chatml import (
     ChatML,
     Message,
@@ -27,7 +28,7 @@ from qwenvl_lit.models.chatml import (
 )
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
-from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, MAX_BLANKS, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import EXTRAS, QwenTokenizer
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Conversation,

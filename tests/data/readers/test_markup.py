@@ -2,8 +2,9 @@
 
 import pytest
 
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import BadImage, DataError, GroundedObject, ImageSource
 
 WIKI = "Water boils at 100 C.<ref>Handbook, p. 3</ref> See <box>note</box>."

@@ -9,8 +9,9 @@ from PIL import Image
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.data.readers.refcoco import read_plain_pickle, read_refcoco
 from qwenvl_lit.data.readers.rows import ReadOptions
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
 NAME = "COCO_train2014_000000581857.jpg"

@@ -7,8 +7,8 @@ import pytest
 from tiny_qwen3_vl import published_ranks, published_tokenizer_json
 from tokenizers import Tokenizer
 
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen3_vl.tokenizer import MARKUP, Qwen2Tokenizer, tokenizer_json
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.types import DataError
 
 # Of tokenizer_config.json of Qwen/Qwen3-VL-8B-Instruct

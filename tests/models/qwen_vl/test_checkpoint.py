@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint, missing_files
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY
 from qwenvl_lit.types import DataError
 from scripts.make_checkpoint import write_checkpoint
 

@@ -7,8 +7,9 @@ from commands import compose_config
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.from_run import _groups
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Conversation, DataError, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Box,

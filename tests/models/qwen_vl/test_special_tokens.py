@@ -12,8 +12,9 @@ from qwenvl_lit.data.readers.layouts import LAYOUTS, TEXT_LAYOUTS
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.grounding import objects_from_tags
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
-from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, TINY_VOCABULARY, QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, QwenTokenizer
 from qwenvl_lit.types import Box, Conversation, DataError, GroundedObject, ImageSource, Turn
 
 TOKENIZER = QwenTokenizer(TINY_VOCABULARY)

@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenvl_lit.data.demo import dataset as synthetic
-from qwenvl_lit.models.qwen_vl.tokenizer import (
-    PATTERN,
-    SPECIALS,
-    TINY_VOCABULARY,
-    QwenTokenizer,
-    normalized,
-    read_ranks,
-)
+from qwenvl_lit.models.byte_pairs import PATTERN, TINY_VOCABULARY, normalized, read_ranks
+from qwenvl_lit.models.qwen_vl.tokenizer import SPECIALS, QwenTokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer"
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_tiny_vocabulary.py"
