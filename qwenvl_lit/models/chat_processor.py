@@ -72,6 +72,7 @@ class ChatProcessor(ABC):
     """
 
     supports_packing = True
+    join_features = staticmethod(torch.cat)  # makes a sample's features of those of its images
     default_system: str | None = None  # as `system`
     official_markup: ClassVar[bool] = True  # see `ChatML`
     continues_text = False
@@ -290,7 +291,7 @@ class ChatProcessor(ABC):
             return self._pixels(images)
         if not features:
             return {"vision_features": torch.empty(0)}
-        return {"vision_features": torch.cat(features)}
+        return {"vision_features": self.join_features(features)}
 
     def _sample(self, conversation: Conversation, pieces: Sequence[Piece]) -> Sample:
         ids: list[int] = []

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
+from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
 from qwenvl_lit.models.components import network_of
@@ -32,7 +33,7 @@ from qwenvl_lit.models.qwen_vl.flops import training_flops
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
-from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template, TooLong
+from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.stored_files import check_finite
