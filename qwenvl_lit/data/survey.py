@@ -46,7 +46,7 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 CHUNK = 256  # most rows that a process takes at a time
 COUNTS = ("lengths", "supervised", "image_tokens", "images")  # the arrays of `Measured`
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
-FORMAT = 6  # version of the cached files
+FORMAT = 7  # version of the cached files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ from qwenvl_lit.types import (
 
 IGNORED = -100  # the label of a token that is not supervised
 MAX_TEXT = MAX_BLANKS  # characters of a turn
+
+# Text right before an image that names it, as Qwen-VL's markup does.
+NAMED_IMAGE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 
 TooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
 

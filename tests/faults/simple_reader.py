@@ -71,7 +71,6 @@ class Filler:
         images = row.get("images") or ([row["image"]] if "image" in row and not is_vqa else [])
         self.images = [images] if isinstance(images, str) else list(images)
         self.objects = row.get("objects") or []
-        self.shown = 0  # images so far
         self.counts = {"image": 0, "label": 0, "box": 0}
 
     def fill(self, turns: list[tuple[str, Any]]) -> Conversation:
@@ -97,11 +96,9 @@ class Filler:
     def replaced(self, tag: re.Match[str]) -> list[Piece]:
         path, image, label, box, label_text, box_text = tag.groups()
         if path is not None:
-            self.shown += 1
             return [("image", path)]
         if image:
-            self.shown += 1
-            return [f"Picture {self.shown}: ", ("image", self.next("image", self.images)), "\n"]
+            return [("image", self.next("image", self.images))]
         if label:
             return [("label", self.next("label", self.objects)["caption"])]
         if box:

@@ -259,12 +259,9 @@ class TurnReader:
                     self._append_text(parts, part, role)
                 case PlainText(text=text):
                     _append(parts, text)
-                case ImageReference():
-                    self._append_image(parts)
-                case Placeholder.IMAGE:
-                    _append(parts, f"Picture {self._images_read + 1}: ")
-                    self._append_image(parts)
-                    _append(parts, "\n")
+                case ImageReference() | Placeholder.IMAGE:
+                    parts.append(self._images[self._images_read])
+                    self._images_read += 1
                 case Placeholder.LABEL:
                     obj = next(self._labelled)
                     if obj.label is None:
@@ -288,10 +285,6 @@ class TurnReader:
                 f"the answer has the label {reprlib.repr(self._first_label)} in <ref> tokens, and "
                 f"the row has no box; {LITERAL_ANSWER}"
             )
-
-    def _append_image(self, parts: list[Part]) -> None:
-        parts.append(self._images[self._images_read])
-        self._images_read += 1
 
     def _append_text(self, parts: list[Part], text: str, role: Role) -> None:
         if "<" not in text:  # most text has no markup, and rows are read each time they are fetched

@@ -111,9 +111,9 @@ def conversation_from(
 ) -> Conversation:
     """Returns the conversation of a row.
 
-    - `<img>path</img>` in the text is an image. The text around it is kept as it is.
-    - `<image>` is the next of `images`. As in ms-swift it becomes `Picture k: `, the image and a
-      line break. See `place_listed_images` for rows with fewer or more tags than images.
+    - `<img>path</img>` in the text is an image, and `<image>` is the next of `images`. The text
+      around them is kept as it is. See `place_listed_images` for rows with fewer or more tags than
+      images.
     - The k-th `<ref-object>` is the caption of the k-th object, and the k-th `<bbox>` its boxes.
       Both are counted over all turns.
     - `<ref>`, `<box>` and `<quad>` in the text are objects on the grid, in the last image before

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from qwenvl_lit.grounding import object_in_frame
-from qwenvl_lit.models.chat_processor import ChatProcessor, check_choice
+from qwenvl_lit.models.chat_processor import NAMED_IMAGE, ChatProcessor, check_choice
 from qwenvl_lit.models.chatml import DEFAULT_SYSTEM, NO_SYSTEM, Message, Piece
 from qwenvl_lit.models.qwen3_vl.boxes import (
     BETWEEN_OBJECTS,
@@ -56,6 +56,8 @@ _THOUGHTS = re.compile(rf".*{END}(?:\s*[\r\n]+)?", re.DOTALL)
 
 class Qwen3VLProcessor(ChatProcessor):
     """Converts conversations to tensors, and generated ids to text and boxes.
+
+    `Picture k: ` right before an image is left out: it is Qwen-VL's markup.
 
     Args:
         images: resizes images and cuts them into patches.
@@ -215,7 +217,7 @@ class Qwen3VLProcessor(ChatProcessor):
         index = images_before
         objects: list[GroundedObject] = []
         between = ""  # text behind the last object
-        for part in turn.parts:
+        for part in _without_names(turn.parts):
             is_object = isinstance(part, GroundedObject) and bool(part.boxes)
             if is_object and turn.role == "assistant":
                 objects.append(part)
@@ -267,6 +269,16 @@ class Qwen3VLProcessor(ChatProcessor):
         for item in self._items(conversation.answer, images_before, conversation.images):
             text += item if isinstance(item, str) else IMAGE_SPAN
         return without_thoughts(text)
+
+
+def _without_names(parts: Sequence[Part]) -> list[Part]:
+    """Returns parts without the names of images that Qwen-VL's markup has."""
+    kept = list(parts)
+    for index, part in enumerate(parts[1:]):  # parts[index] is before it
+        before = parts[index]
+        if isinstance(part, ImageSource) and isinstance(before, str):
+            kept[index] = NAMED_IMAGE.sub("", before)
+    return [part for part in kept if part != ""]
 
 
 def _split_at_answer(items: list[str | int]) -> int:

@@ -5,14 +5,13 @@ An image is a span of 256 tokens, a box is tagged text, and turns are ChatML or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 
 from qwenvl_lit.grounding import Tag, object_in_frame, objects_from_tags, tags_from_object
-from qwenvl_lit.models.chat_processor import ChatProcessor, check_choice
+from qwenvl_lit.models.chat_processor import NAMED_IMAGE, ChatProcessor, check_choice
 from qwenvl_lit.models.chatml import Message, Piece
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
@@ -25,8 +24,6 @@ from qwenvl_lit.types import (
     Prediction,
     Turn,
 )
-
-NAMED_IMAGE = re.compile(r"Picture\s*\d+\s*[:：]\s*$")
 
 Template = Literal["chatml", "raw"]
 

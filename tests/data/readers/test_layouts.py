@@ -170,14 +170,14 @@ MAN_BOX = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="grid"
             '{"query": "Find <bbox>", "response": "<ref-object>", "images": ["a.png"], '
             + GUY
             + " }",
-            ["\nFind ", GUY_BOX],
+            ["Find ", GUY_BOX],
             [GUY_LABEL],
         ),
         (
             '{"query": "Find <ref-object>", "response": "<bbox>", "images": ["a.png"], '
             + GUY
             + " }",
-            ["\nFind ", GUY_LABEL],
+            ["Find ", GUY_LABEL],
             [GUY_BOX],
         ),
         (
@@ -201,9 +201,8 @@ MAN_BOX = GroundedObject(boxes=(Box(x0=200, y0=200, x1=600, y1=600, frame="grid"
 def test_grounded_rows_of_ms_swift(folder, line, question, answer):
     (folder / "rows.jsonl").write_text(line)
     row = read_rows(str(folder / "rows.jsonl"))[0]
-    before = ["Picture 1: "] if '"images"' in line else []
     assert [list(turn.parts) for turn in row.turns] == [
-        [*before, ImageSource(folder / "a.png"), *question],
+        [ImageSource(folder / "a.png"), *question],
         answer,
     ]
 
@@ -276,7 +275,7 @@ def test_messages_hold_text_or_a_list_of_texts_and_images(folder, read_row):
         ],
         "images": ["a.png"],
     }
-    assert turns_of(read_row(row)) == [("user", "Picture 1: ", a, "\nWhat?", b)]
+    assert turns_of(read_row(row)) == [("user", a, "What?", b)]
 
 
 def test_instructions_with_their_input(read_row):
@@ -358,7 +357,7 @@ def test_a_cell_of_a_table_holds_lists_as_json(folder):
     )
     first, second = read_rows("rows.csv", ReadOptions(root=folder))
     assert turns_of(first)[:2] == [
-        ("user", "Picture 1: ", ImageSource(folder / "a.png"), "\na"),
+        ("user", ImageSource(folder / "a.png"), "a"),
         ("assistant", "b"),
     ]
     assert turns_of(first)[2][1:] == (

@@ -13,8 +13,7 @@ from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.sources import FileRows
 from qwenvl_lit.grounding import objects_from_tags
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
-from qwenvl_lit.models.chat_processor import MAX_TEXT
-from qwenvl_lit.models.qwen_vl.processor import NAMED_IMAGE
+from qwenvl_lit.models.chat_processor import MAX_TEXT, NAMED_IMAGE
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.types import Conversation, DataError, Dropped, Turn
 from tests.tiny import tiny_family

@@ -25,7 +25,7 @@ def row_with(answer, question="<image>Write it down.", images=("a.png",)):
 def test_answers_are_text_where_only_questions_have_markup(folder, read_row, answer):
     row = read_row(row_with(answer), markup="questions")
     image = ImageSource(folder / "a.png")
-    assert row.turns[0].parts == ("Picture 1: ", image, "\nWrite it down.")
+    assert row.turns[0].parts == (image, "Write it down.")
     assert row.turns[1].parts == (answer,)
     assert row.notes == ()
 
@@ -51,18 +51,17 @@ def test_markup_is_read_in_all_turns_in_questions_or_nowhere(read_row):
     for markup in ("all", "questions", "none"):
         turns = read_row(row, markup=markup).turns
         kinds[markup] = [[type(part) for part in turn.parts] for turn in turns]
-    question = [str, ImageSource, str, GroundedObject, str]
+    question = [ImageSource, GroundedObject, str]
     assert kinds["all"] == [question, [GroundedObject]]
     assert kinds["questions"] == [question, [str]]
-    assert kinds["none"] == [[str, ImageSource, str], [str]]
+    assert kinds["none"] == [[ImageSource, str], [str]]
 
 
 def test_without_markup_images_come_before_the_question(folder, read_row):
     row = read_row(row_with("x", "What does <image> mean in <img>HTML</img>?"), markup="none")
     assert row.turns[0].parts == (
-        "Picture 1: ",
         ImageSource(folder / "a.png"),
-        "\nWhat does <image> mean in <img>HTML</img>?",
+        "What does <image> mean in <img>HTML</img>?",
     )
 
 
@@ -70,7 +69,7 @@ def test_items_of_the_type_image_are_images_without_markup_too(folder, read_row)
     content = [{"type": "text", "text": "<ref>"}, {"type": "image"}]
     row = {"messages": [{"role": "user", "content": content}], "images": ["a.png"]}
     question = read_row(row, markup="none").turns[0].parts
-    assert question == ("<ref>Picture 1: ", ImageSource(folder / "a.png"), "\n")
+    assert question == ("<ref>", ImageSource(folder / "a.png"))
 
 
 def test_image_tags_in_answers_are_text_once_questions_have_all_images(folder, read_row):
@@ -86,20 +85,20 @@ def test_image_tags_in_answers_are_text_once_questions_have_all_images(folder, r
 def test_image_tags_in_answers_are_images_while_there_are_some_left(folder, read_row):
     row = read_row(row_with("<image> and <image>", images=("a.png", "b.png")))
     b = ImageSource(folder / "b.png")
-    assert row.turns[1].parts == ("Picture 2: ", b, "\n and <image>")
+    assert row.turns[1].parts == (b, " and <image>")
     assert row.notes[0].startswith("1 <image> tags in answers are text")
 
 
 def test_images_without_tags_in_questions_come_before_answers_with_more_tags(folder, read_row):
     row = read_row(row_with("<image> <image>", "Write it down."))
-    assert row.turns[0].parts[1] == ImageSource(folder / "a.png")
+    assert row.turns[0].parts[0] == ImageSource(folder / "a.png")
     assert row.turns[1].parts == ("<image> <image>",)
     assert read_row(row_with("<image>", "?", images=())).turns[1].parts == ("<image>",)
 
 
 def test_an_image_in_an_answer_is_noted(folder, read_row):
     row = read_row(row_with("<image>", "Draw."))
-    assert row.turns[1].parts[1] == ImageSource(folder / "a.png")
+    assert row.turns[1].parts[0] == ImageSource(folder / "a.png")
     assert row.notes == (
         "an <image> tag in an answer is an image; if the answer means this text literally, "
         "set data.markup=questions",

@@ -18,6 +18,9 @@ from tiny_qwen3_vl import (
 )
 from tokenizers import Tokenizer
 
+from qwenvl_lit.data.demo.dataset import write_demo
+from qwenvl_lit.data.readers.rows import ReadOptions
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.qwen3_vl.processor import Qwen3VLProcessor
 from qwenvl_lit.models.qwen3_vl.tower import tower_inputs
 from qwenvl_lit.types import Conversation, DataError, Dropped, ImageSource, Turn
@@ -177,6 +180,30 @@ def supervised(processor: Qwen3VLProcessor, conversation: Conversation) -> str:
         elif runs[-1]:
             runs.append([])
     return "|".join(map(processor.text, filter(None, runs)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_images_in_the_markup_of_qwen_vl_are_left_out(kind):
+    ours = tiny_processor(kind)
+    a, b = image(64, 64), image(64, 64)
+    labelled = ("Picture 1: ", a, "\nPicture 2:", b, "\nWhich Picture 1: is it?")
+    plain = (a, "\n", b, "\nWhich Picture 1: is it?")
+    ids = ours.encode(talk(labelled, "a")).input_ids.tolist()
+    assert ids == ours.encode(talk(plain, "a")).input_ids.tolist()
+    drawn = ours.read("x", talk("Draw.", ("Picture 1: ", a, " there")))
+    assert drawn.reference == "<|vision_start|><|image_pad|><|vision_end|> there"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_the_demo_name_no_images(kind, tmp_path):
+    write_demo(tmp_path, train=3, single=3, validation=1, test=1, unseen_pairs=1, new_classes=8)
+    rows = read_rows(str(tmp_path / "train.jsonl"), ReadOptions(root=tmp_path))
+    rows = [*rows, *read_rows(str(tmp_path / "vqa_train.jsonl"), ReadOptions(root=tmp_path))]
+    ours = tiny_processor(kind)
+    for row in rows:
+        prompt = ours.text(ours.encode(row, prompt=True).input_ids.tolist())
+        assert "<|vision_start|>" in prompt
+        assert "Picture" not in prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad, target_positions
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels, preprocess
@@ -111,6 +112,20 @@ def test_text_that_names_its_image_is_unchanged():
     for before in ("Picture 1: ", "Picture 1:", "Look at Picture 2: "):
         sample = processor().encode(talk((before, RED, "What?"), "a"))
         assert f"\n{before}<img></img>What?" in written(sample)
+
+
+def test_rows_name_their_images_once_and_only_in_the_chat_template(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"query": "<image>What?", "response": "x", "images": ["a.png"]}\n'
+        '{"query": "Picture 1: <image>\\nWhat?", "response": "x", "images": ["a.png"]}\n'
+        '{"query": "Picture 1: <img>a.png</img>\\nWhat?", "response": "x"}\n'
+    )
+    rows = read_rows(str(tmp_path / "rows.jsonl"))
+    named = "user\nPicture 1: <img></img>\nWhat?<|im_end|>"
+    assert [named in written(processor().encode(row)) for row in rows] == [True] * 3
+    raw = [written(processor(template="raw").encode(row, prompt=True)) for row in rows]
+    assert raw == ["<img></img>What?"] + ["Picture 1: <img></img>\nWhat?"] * 2
 
 
 def test_images_are_numbered_through_the_conversation():
