@@ -425,3 +425,4 @@ class Prediction:
     parts: tuple[Part, ...]  # `text`, parsed to str and GroundedObject in pixels
     reference: str | None = None  # the reference answer in the same markup
     tokens: int | None = None  # number of generated tokens, without the end-of-turn token
+    thoughts: str | None = None  # what a thinking model wrote before the answer, without its tags

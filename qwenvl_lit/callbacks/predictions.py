@@ -30,7 +30,8 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
     """Returns a prediction as plain data, for a line of `predictions.jsonl`.
 
     Boxes are in pixels of the image that their object names by its index. If the conversation has
-    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which.
+    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which. `thoughts` is
+    there only if the model wrote some.
     """
     conversation = prediction.conversation
     objects = []
@@ -41,7 +42,7 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
                 objects.append({**boxes, "image": part.image, "frame": "pixel"})
             else:
                 objects.append({**boxes, "image": None, "frame": "grid"})
-    return {
+    row = {
         "set": set_name,
         "index": conversation.index,
         "id": conversation.id,
@@ -53,6 +54,9 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
         "objects": objects,
         "columns": dict(conversation.columns),
     }
+    if prediction.thoughts is not None:
+        row["thoughts"] = prediction.thoughts
+    return row
 
 
 class PredictionWriter(lightning.Callback):

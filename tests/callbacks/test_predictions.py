@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -63,6 +64,14 @@ def test_a_box_without_an_image_is_on_the_grid_and_names_none():
     assert written["objects"] == [
         {"label": "dog", "boxes": [[1, 2, 3, 4]], "image": None, "frame": "grid"}
     ]
+
+
+def test_thoughts_are_written_only_where_there_are_any():
+    row = Conversation(id="a", turns=(Turn(role="user", parts=("Why?",)),))
+    prediction = Prediction(conversation=row, text="So.", parts=("So.",))
+    assert "thoughts" not in prediction_row(prediction, "val")
+    thinking = prediction_row(replace(prediction, thoughts="hm"), "val")
+    assert (thinking["prediction"], thinking["thoughts"]) == ("So.", "hm")
 
 
 def test_the_prompt_of_several_turns_names_the_speakers():

@@ -30,6 +30,7 @@ from qwenvl_lit.models.qwen3_vl.thoughts import (
     NO_THOUGHTS,
     START,
     as_published,
+    thoughts_in,
     without_thoughts,
 )
 from qwenvl_lit.models.qwen3_vl.tokenizer import Qwen2Tokenizer
@@ -117,7 +118,7 @@ class Qwen3VLProcessor(ChatProcessor):
         return self.tokenizer.decode(shown)
 
     def read(self, text: str, conversation: Conversation) -> Prediction:
-        """Converts the text of an answer to a prediction, without its thoughts."""
+        """Converts the text of an answer to a prediction, with its thoughts apart."""
         images = conversation.prompt().images
         last = max(len(images) - 1, 0)
         answer = without_thoughts(text)
@@ -129,6 +130,7 @@ class Qwen3VLProcessor(ChatProcessor):
             text=answer,
             parts=parts,
             reference=self._reference(conversation),
+            thoughts=thoughts_in(text),
         )
 
     def option_ids(self, conversation: Conversation) -> list[list[int]]:

@@ -52,6 +52,12 @@ def split_thoughts(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     return [], list(parts)
 
 
+def thoughts_in(text: str) -> str | None:
+    """Returns the thoughts of an answer without their tags; None if there are none."""
+    before = text.rpartition(END)[0]
+    return before.strip().removeprefix(START).strip() or None
+
+
 def without_thoughts(text: str) -> str:
     """Returns the text of an answer after its thoughts."""
     return text.rpartition(END)[2].strip() if END in text else text

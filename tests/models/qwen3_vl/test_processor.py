@@ -246,8 +246,12 @@ def test_an_answer_is_read_without_its_thoughts():
     ours = tiny_processor("qwen3_vl")
     prediction = ours.read("hm [1, 2, 3, 4]\n</think>\n\nYes.", talk("q", THOUGHTS))
     assert (prediction.text, prediction.parts, prediction.reference) == ("Yes.", ("Yes.",), "Yes.")
+    assert prediction.thoughts == "hm [1, 2, 3, 4]"
+    assert ours.read("<think>\nhm\n</think>\n\nYes.", talk("q", "a")).thoughts == "hm"
+    for text in ("Yes.", "\n</think>\n\nYes."):
+        assert ours.read(text, talk("q", "a")).thoughts is None
     cut = ours.read("<think>\nhm", talk("q", "a"))
-    assert cut.text == "<think>\nhm"
+    assert (cut.text, cut.thoughts) == ("<think>\nhm", None)
 
 
 def test_text_of_rows_cannot_forge_turns_and_images():
