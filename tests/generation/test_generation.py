@@ -251,9 +251,9 @@ def test_a_network_that_cannot_be_compiled_is_reported_once_and_decodes(model, m
 class Replay:
     """Does what a CUDA graph does: repeats a step on tensors at the same addresses."""
 
-    def __init__(self, decoder, rows: int, slots_read: int):
-        self.decoder, self.rows, self.replays = decoder, rows, 0
-        self.step = partial(decoder._step, rows, slots_read)
+    def __init__(self, decoder, step):
+        self.decoder, self.step, self.replays = decoder, step, 0
+        self.rows, _ = step.args
         self.addresses = self._addresses()
         self.logits = self.step()
 
@@ -273,12 +273,12 @@ def replaying(model, monkeypatch):
     """The model's decoder as on a GPU, with steps that are captured and replayed."""
     decoder = decoder_of(model)
 
-    def capture(rows: int, slots_read: int):
-        graph = Replay(decoder, rows, slots_read)
+    def capture(step):
+        graph = Replay(decoder, step)
         return graph, graph.logits
 
-    monkeypatch.setattr(decoder, "_graphs_help", lambda: True)
-    monkeypatch.setattr(decoder, "_capture", capture)
+    monkeypatch.setattr(decoder.graphs, "help", lambda: True)
+    monkeypatch.setattr(decoder.graphs, "_capture", capture)
     return decoder
 
 
@@ -286,17 +286,17 @@ def test_steps_are_captured_once_for_a_number_of_rows(model, replaying):
     rows, pixels = prompts(), images(4)
     expected = alone(model, rows, pixels)
     assert together(model, rows, pixels) == expected
-    assert list(replaying.graphs) == [(10, 256)]
+    assert list(replaying.graphs.captured) == [(10, 256)]
     # Seven rows, say the last batch of a dataset, use graphs of ten ...
     assert together(model, rows[:7], pixels) == expected[:7]
-    assert list(replaying.graphs) == [(10, 256), (10, 128)]
+    assert list(replaying.graphs.captured) == [(10, 256), (10, 128)]
     # ... until they come again.
     assert together(model, rows[:7], pixels) == expected[:7]
-    assert {size for size, _ in replaying.graphs} == {10, 7}
-    captured = dict(replaying.graphs)
+    assert {size for size, _ in replaying.graphs.captured} == {10, 7}
+    captured = dict(replaying.graphs.captured)
     for _ in range(2):
         assert together(model, rows, pixels) == expected
-    assert replaying.graphs == captured
+    assert replaying.graphs.captured == captured
     assert captured[10, 256][0].replays > 12
 
 
@@ -307,29 +307,29 @@ def test_larger_batches_reallocate_the_cache_and_longer_answers_read_more_of_it(
     many = [text(90, seed=row) for row in range(6)]
     expected_of_few = alone(model, few, images(0), **lengths)
     assert together(model, few, images(0), generation) == expected_of_few
-    assert list(replaying.graphs) == [(5, 128)]
+    assert list(replaying.graphs.captured) == [(5, 128)]
     expected_of_many = alone(model, many, images(0), **lengths)
     assert together(model, many, images(0), generation) == expected_of_many
-    assert list(replaying.graphs) == [(6, 128), (6, 256)]
+    assert list(replaying.graphs.captured) == [(6, 128), (6, 256)]
     assert together(model, few, images(0), generation) == expected_of_few
     assert together(model, few[:2], images(0), generation) == expected_of_few[:2]
-    assert {size for size, _ in replaying.graphs} == {5, 6}
+    assert {size for size, _ in replaying.graphs.captured} == {5, 6}
     long = [text(300)]
     expected_of_long = alone(model, long, images(0), **lengths)
     assert together(model, long, images(0), generation) == expected_of_long
     # Not a graph of six rows: six rows of this length do not fit into the cache.
-    assert (1, 512) in replaying.graphs
+    assert (1, 512) in replaying.graphs.captured
 
 
 def test_steps_that_cannot_be_captured_run_without_graphs(model, replaying, monkeypatch, caplog):
     reason = "operation not permitted when stream is capturing"
 
-    def fails(rows: int, slots_read: int):
+    def fails(step):
         raise RuntimeError(f"{reason}\nCUDA kernel errors might be reported late")
 
-    monkeypatch.setattr(type(replaying), "_graphs_help", lambda self: self.can_capture)
-    monkeypatch.delattr(replaying, "_graphs_help")
-    monkeypatch.setattr(replaying, "_capture", fails)
+    graphs = replaying.graphs
+    monkeypatch.setattr(graphs, "help", lambda: graphs.can_capture)
+    monkeypatch.setattr(graphs, "_capture", fails)
     rows, pixels = prompts()[:2], images(3)
     expected = alone(model, rows, pixels)
     for _ in range(2):
@@ -362,8 +362,8 @@ def test_graphs_of_a_gpu_answer_as_eager_steps_do(compiled):
     for _ in range(2):
         assert generation(model, inputs, **ENDS) == expected
     decoder = decoder_of(model)
-    assert decoder.graphs
-    assert decoder.can_capture
+    assert decoder.graphs.captured
+    assert decoder.graphs.can_capture
     assert decoder.compiled == compiled
     first = {name: value.cuda() for name, value in batch_of(rows[:1], pixels[:1]).items()}
     for _ in range(2):

@@ -23,7 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from qwenvl_lit.models.dequantized import (
     four_bit_layers,
     free_bytes,
 )
-from qwenvl_lit.models.dynamo import CompileError, recompilation_limits
+from qwenvl_lit.models.dynamo import CompileError
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, ImageCache
 from qwenvl_lit.models.qwen_vl.kv_cache import KVCache
@@ -47,6 +47,7 @@ from qwenvl_lit.models.qwen_vl.language import (
     rotary_tables_at,
 )
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
+from qwenvl_lit.models.step_graphs import CompiledPair, StepGraphs, first_line
 
 # Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
 PROMPT_TOKENS = 16384
@@ -82,9 +83,7 @@ class Decoder:
 
         self.step_inputs: dict[int, StepInputs] = {}  # by B
         self.requests: Counter[int] = Counter()  # number of batches of n rows, by n
-        # (B, slots that the step reads) -> graph of a step and the logits that it writes
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.can_capture = True
+        self.graphs = StepGraphs(self.device)  # by (B, slots that the step reads)
         self.can_compile = True
         self.compiled = False
         self.before_attention: Callable = LanguageBlock.before_attention
@@ -240,11 +239,12 @@ class Decoder:
 
     def _replay(self, rows: int, slots_read: int) -> torch.Tensor:
         """Runs `_step`, as a CUDA graph if that is faster."""
-        if not self._graphs_help():
-            return self._step(rows, slots_read)
-        if (rows, slots_read) not in self.graphs:
+        step = partial(self._step, rows, slots_read)
+        if not self.graphs.help():
+            return step()
+        if (rows, slots_read) not in self.graphs.captured:
             try:
-                self.graphs[rows, slots_read] = self._capture(rows, slots_read)
+                self.graphs.capture((rows, slots_read), step)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -252,40 +252,15 @@ class Decoder:
                 if self.compiled:
                     self._stop_compiling(error)
                     return self._replay(rows, slots_read)
-                reason = _first_line(error)
+                reason = first_line(error)
                 log.warning("decoding continues without CUDA graphs, which is slower: %s", reason)
-                self.can_capture = False
-                return self._step(rows, slots_read)
-        graph, logits = self.graphs[rows, slots_read]
-        graph.replay()
-        return logits
-
-    def _graphs_help(self) -> bool:
-        """Returns whether CUDA graphs are possible and faster.
-
-        Under autocast they are not faster, because a graph would replay the casts of all weights.
-        """
-        on_gpu = self.device.type == "cuda"
-        return self.can_capture and on_gpu and not torch.is_autocast_enabled("cuda")
-
-    def _capture(self, rows: int, slots_read: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # The first run initializes libraries. The graph overwrites what it writes.
-            self._step(rows, slots_read)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, pool = torch.cuda.CUDAGraph(), None
-        if self.graphs:  # graphs never run concurrently, so they share a memory pool
-            pool = next(iter(self.graphs.values()))[0].pool()
-        # "thread_local" allows other threads to pin the memory of batches during the capture.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            logits = self._step(rows, slots_read)
-        return graph, logits
+                self.graphs.can_capture = False
+                return step()
+        return self.graphs.replay((rows, slots_read))
 
     def _set_compiled(self, compiled: Literal["auto"] | bool) -> None:
         if compiled == "auto":
-            compiled = self.compiled or (self._graphs_help() and self.seconds > COMPILE_AFTER)
+            compiled = self.compiled or (self.graphs.help() and self.seconds > COMPILE_AFTER)
         compiled = compiled and self.can_compile
         if compiled == self.compiled:
             return
@@ -303,7 +278,7 @@ class Decoder:
             self.after_attention = LanguageBlock.after_attention
 
     def _stop_compiling(self, error: RuntimeError) -> None:
-        log.warning("decoding continues without compilation: %s", _first_line(error))
+        log.warning("decoding continues without compilation: %s", first_line(error))
         self.can_compile = False
         self._set_compiled(False)
 
@@ -316,7 +291,7 @@ class Decoder:
         batch size if there are any. A second batch of n rows gets graphs for this batch size.
         """
         self.requests[n] += 1
-        if n in self.step_inputs or self.requests[n] > 1 or not self._graphs_help():
+        if n in self.step_inputs or self.requests[n] > 1 or not self.graphs.help():
             return n
         larger = []
         for rows in self.step_inputs:
@@ -369,24 +344,6 @@ class Decoder:
         step_inputs.frequencies.copy_(frequencies[:, None, None, None])
 
 
-class CompiledPair:
-    """A function of a block, compiled separately for prompts and for steps.
-
-    Prompts have many different lengths and share one compilation with dynamic shapes. Steps have
-    few different shapes and are compiled for each batch size.
-    """
-
-    def __init__(self, function: Callable):
-        self.prompts = torch.compile(function, fullgraph=True, dynamic=True)
-        self.steps = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def __call__(self, block: LanguageBlock, x_BTD: torch.Tensor, other: Any):
-        function = self.steps if x_BTD.shape[1] == 1 else self.prompts
-        # The limits are above any realistic number of batch sizes.
-        with recompilation_limits(per_function=256, in_total=1024):
-            return function(block, x_BTD, other)
-
-
 @cache  # not again for each validation
 def _log_dequantized(size: int) -> None:
     log.info(
@@ -394,7 +351,3 @@ def _log_dequantized(size: int) -> None:
         "which takes %.1f GiB",
         size / 2**30,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
