@@ -253,7 +253,7 @@ class Replay:
 
     def __init__(self, decoder, step):
         self.decoder, self.step, self.replays = decoder, step, 0
-        self.rows, _ = step.args
+        self.rows = len(step.args[0].ids)
         self.addresses = self._addresses()
         self.logits = self.step()
 

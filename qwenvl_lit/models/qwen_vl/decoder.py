@@ -66,6 +66,10 @@ class StepInputs:
     starts: torch.Tensor  # (B, 1) the slot of the first token of each row after padding
     frequencies: torch.Tensor  # (B, 1, 1, 1, K / 2) rotary frequencies of each row
 
+    def first(self, rows: int) -> StepInputs:
+        """Returns the inputs of the first rows, at the same addresses."""
+        return StepInputs(self.ids[:rows], self.slot, self.starts[:rows], self.frequencies[:rows])
+
 
 class Decoder:
     """The cache, the CUDA graphs and the encoded images of one `QwenVLForCausalLM`."""
@@ -122,7 +126,7 @@ class Decoder:
         lengths = [length] * self.n
         if mask is not None:
             lengths = mask.sum(1).tolist()  # synchronizes, when no work is queued yet
-        self._set_compiled(compiled)
+        self.set_compiled(compiled)
         self.rows = self._choose_rows(self.n, length + new_tokens)
         self.filled = length
         self._reserve(self.rows, length + new_tokens)
@@ -134,7 +138,7 @@ class Decoder:
                 x_nTD = self._embed(inputs, image_keys)
                 return self._prefill(x_nTD, padded=min(lengths) < length)
             except CompileError as error:  # for example, in a layer of another package
-                self._stop_compiling(error)
+                self.stop_compiling(error)
 
     def step(self, ids: torch.Tensor, answer: int | None = None) -> torch.Tensor:
         """Appends the tokens `ids` (n,) to the rows and returns the next logits (n, V).
@@ -150,7 +154,9 @@ class Decoder:
         step_inputs = self.step_inputs[self.rows]
         step_inputs.ids[: self.n] = ids
         self.filled += 1
-        logits = self._replay(self.rows, self.cache.slots_to_read(self.rows, self.filled))
+        slots_read = self.cache.slots_to_read(self.rows, self.filled)
+        cache = self.cache.view(self.rows)
+        logits = self.run_step(self.graphs, step_inputs, cache, slots_read)
         step_inputs.slot += 1
         self.latest = perf_counter()
         return logits[: self.n]
@@ -180,40 +186,74 @@ class Decoder:
         Each pass takes as many rows as `PROMPT_TOKENS` allows. Returns the logits (n, V) of the
         last tokens.
         """
-        network, step_inputs = self.network, self.step_inputs[self.rows]
-        cache = self.cache.view(self.rows)
+        step_inputs, cache = self.step_inputs[self.rows], self.cache.view(self.rows)
         n, length = x_nTD.shape[:2]
         rows_per_pass = max(1, PROMPT_TOKENS // length)
         last = []
-        slots = torch.arange(length, device=x_nTD.device)
         for first in range(0, n, rows_per_pass):
             rows = slice(first, min(first + rows_per_pass, n))
-            starts_b1 = step_inputs.starts[rows]
-            rotary = self._rotary((slots - starts_b1).clamp(min=0), step_inputs.frequencies[rows])
-            mask = None
-            if padded:
-                mask_bTT = (slots[:, None] >= slots) & (slots >= starts_b1[:, :, None])
-                # Padding attends to itself: a fully masked softmax row is NaN.
-                mask_bTT = mask_bTT | (slots[:, None] == slots)
-                mask = mask_bTT[:, None]
-            x_bTD = x_nTD[rows]
-            for block, keys_values in zip(network.transformer.h, cache, strict=True):
-                q_bHTK, kv_2bHTK = self.before_attention(block, x_bTD, rotary)
-                keys_values[:, rows, :, :length] = kv_2bHTK
-                attended_bHTK = scaled_dot_product_attention(
-                    q_bHTK, *kv_2bHTK, attn_mask=mask, is_causal=mask is None
-                )
-                x_bTD = self.after_attention(block, x_bTD, attended_bHTK)
+            x_bTD = self.read_tokens(
+                x_nTD[rows],
+                cache[:, :, rows],
+                starts=step_inputs.starts[rows],
+                frequencies=step_inputs.frequencies[rows],
+                padded=padded,
+            )
             last.append(x_bTD[:, -1])
-        return network.lm_head(network.transformer.ln_f(torch.cat(last)))
+        return self.head(torch.cat(last))
 
-    def _step(self, rows: int, slots_read: int) -> torch.Tensor:
+    def read_tokens(
+        self,
+        x_bTD: torch.Tensor,
+        cache: torch.Tensor,
+        *,
+        starts: torch.Tensor,
+        frequencies: torch.Tensor,
+        padded: bool,
+        first: int = 0,
+    ) -> torch.Tensor:
+        """Runs the blocks on tokens of left-padded prompts, and returns their output (b, T, D).
+
+        Args:
+            x_bTD: the embeddings of the tokens in slots `first` to `first + T - 1`.
+            cache: (layers, 2, b, H, S, K). It holds the keys and values of the tokens before
+                `first`. Those of the new tokens are written to it.
+            starts, frequencies: as in `StepInputs`.
+            padded: whether a row has padding.
+        """
+        end = first + x_bTD.shape[1]
+        slots = torch.arange(end, device=x_bTD.device)
+        new_slots = slots[first:]
+        rotary = self._rotary((new_slots - starts).clamp(min=0), frequencies)
+        mask = None
+        if padded or first:
+            mask_bTS = (new_slots[:, None] >= slots) & (slots >= starts[:, :, None])
+            # Padding attends to itself: a fully masked softmax row is NaN.
+            mask_bTS = mask_bTS | (new_slots[:, None] == slots)
+            mask = mask_bTS[:, None]
+        for block, keys_values in zip(self.network.transformer.h, cache, strict=True):
+            q_bHTK, kv_2bHSK = self.before_attention(block, x_bTD, rotary)
+            keys_values[:, :, :, first:end] = kv_2bHSK
+            if first:
+                kv_2bHSK = keys_values[:, :, :, :end]
+            attended_bHTK = scaled_dot_product_attention(
+                q_bHTK, *kv_2bHSK, attn_mask=mask, is_causal=mask is None
+            )
+            x_bTD = self.after_attention(block, x_bTD, attended_bHTK)
+        return x_bTD
+
+    def head(self, x_nD: torch.Tensor) -> torch.Tensor:
+        """Returns the logits (n, V) from the output of the last block."""
+        return self.network.lm_head(self.network.transformer.ln_f(x_nD))
+
+    def compute_step(
+        self, step_inputs: StepInputs, cache: torch.Tensor, slots_read: int
+    ) -> torch.Tensor:
         """Runs the network on the latest token of each of B rows, and returns the logits (B, V).
 
-        The tokens attend to the first `slots_read` slots of the cache.
+        The tokens attend to the first `slots_read` slots of the cache (layers, 2, B, H, S, K).
         """
-        network, step_inputs = self.network, self.step_inputs[rows]
-        slot, starts_B1, cache = step_inputs.slot, step_inputs.starts, self.cache.view(rows)
+        network, slot, starts_B1 = self.network, step_inputs.slot, step_inputs.starts
         x_B1D = network.transformer.wte(step_inputs.ids)[:, None]
         slots = torch.arange(slots_read, device=self.device)
         hidden_BS = (slots < starts_B1) | (slots > slot)
@@ -226,7 +266,7 @@ class Decoder:
             k_BHSK, v_BHSK = keys_values[:, :, :, :slots_read]
             attended_BH1K = scaled_dot_product_attention(q_BH1K, k_BHSK, v_BHSK, attn_mask=mask)
             x_B1D = self.after_attention(block, x_B1D, attended_BH1K)
-        return network.lm_head(network.transformer.ln_f(x_B1D[:, 0]))
+        return self.head(x_B1D[:, 0])
 
     def _rotary(
         self, positions: torch.Tensor, frequencies: torch.Tensor
@@ -237,28 +277,31 @@ class Decoder:
 
     # -- graphs and compilation --------------------------------------------------------------------
 
-    def _replay(self, rows: int, slots_read: int) -> torch.Tensor:
-        """Runs `_step`, as a CUDA graph if that is faster."""
-        step = partial(self._step, rows, slots_read)
-        if not self.graphs.help():
+    def run_step(
+        self, graphs: StepGraphs, step_inputs: StepInputs, cache: torch.Tensor, slots_read: int
+    ) -> torch.Tensor:
+        """Runs `compute_step`, as one of `graphs` if that is faster."""
+        step = partial(self.compute_step, step_inputs, cache, slots_read)
+        if not graphs.help():
             return step()
-        if (rows, slots_read) not in self.graphs.captured:
+        shape = (len(step_inputs.ids), slots_read)
+        if shape not in graphs.captured:
             try:
-                self.graphs.capture((rows, slots_read), step)
+                graphs.capture(shape, step)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 # A layer of another package may not be compilable, or may synchronize.
                 if self.compiled:
-                    self._stop_compiling(error)
-                    return self._replay(rows, slots_read)
+                    self.stop_compiling(error)
+                    return self.run_step(graphs, step_inputs, cache, slots_read)
                 reason = first_line(error)
                 log.warning("decoding continues without CUDA graphs, which is slower: %s", reason)
-                self.graphs.can_capture = False
+                graphs.can_capture = False
                 return step()
-        return self.graphs.replay((rows, slots_read))
+        return graphs.replay(shape)
 
-    def _set_compiled(self, compiled: Literal["auto"] | bool) -> None:
+    def set_compiled(self, compiled: Literal["auto"] | bool) -> None:
         if compiled == "auto":
             compiled = self.compiled or (self.graphs.help() and self.seconds > COMPILE_AFTER)
         compiled = compiled and self.can_compile
@@ -277,10 +320,10 @@ class Decoder:
             self.before_attention = LanguageBlock.before_attention
             self.after_attention = LanguageBlock.after_attention
 
-    def _stop_compiling(self, error: RuntimeError) -> None:
+    def stop_compiling(self, error: RuntimeError) -> None:
         log.warning("decoding continues without compilation: %s", first_line(error))
         self.can_compile = False
-        self._set_compiled(False)
+        self.set_compiled(False)
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -299,13 +342,17 @@ class Decoder:
                 larger.append(rows)
         return min(larger, default=n)
 
-    def _reserve(self, rows: int, slots: int) -> None:
-        dtype = self.network.transformer.wte.weight.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of keys and values."""
         if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)
-        if not self.cache.fits(rows, slots, dtype):
+            return torch.get_autocast_dtype(self.device.type)
+        return self.network.transformer.wte.weight.dtype
+
+    def _reserve(self, rows: int, slots: int) -> None:
+        if not self.cache.fits(rows, slots, self.dtype):
             self.graphs.clear()
-            self.cache.allocate(rows, slots, dtype)
+            self.cache.allocate(rows, slots, self.dtype)
 
     def _dequantize(self) -> None:
         """Dequantizes 4-bit weights for this and later answers, if memory allows it.
@@ -321,27 +368,34 @@ class Decoder:
 
     def _write_step_inputs(self, lengths: list[int], length: int) -> None:
         """Sets the step inputs for prompts of `lengths` tokens that are left-padded to `length`."""
-        config, rows, device = self.network.config, self.rows, self.device
-        channels = config.kv_channels
+        rows = self.rows
         if rows not in self.step_inputs:
-            self.step_inputs[rows] = StepInputs(
-                ids=torch.zeros(rows, dtype=torch.int64, device=device),
-                slot=torch.zeros(1, dtype=torch.int64, device=device),
-                starts=torch.zeros(rows, 1, dtype=torch.int64, device=device),
-                frequencies=torch.zeros(rows, 1, 1, 1, channels // 2, device=device),
-            )
+            self.step_inputs[rows] = self.new_step_inputs(rows)
         step_inputs = self.step_inputs[rows]
         step_inputs.slot.fill_(length)
         step_inputs.starts.fill_(length)  # unused rows attend only to their own new tokens
-        step_inputs.starts[: self.n, 0] = length - torch.tensor(lengths, device=device)
-        alphas = [1] * rows
+        step_inputs.starts[: self.n, 0] = length - torch.tensor(lengths, device=self.device)
+        unused = [1] * (rows - self.n)
+        step_inputs.frequencies.copy_(self.frequencies([*lengths, *unused]))
+
+    def new_step_inputs(self, rows: int) -> StepInputs:
+        device, channels = self.device, self.network.config.kv_channels
+        return StepInputs(
+            ids=torch.zeros(rows, dtype=torch.int64, device=device),
+            slot=torch.zeros(1, dtype=torch.int64, device=device),
+            starts=torch.zeros(rows, 1, dtype=torch.int64, device=device),
+            frequencies=torch.zeros(rows, 1, 1, 1, channels // 2, device=device),
+        )
+
+    def frequencies(self, lengths: Sequence[int]) -> torch.Tensor:
+        """Returns `StepInputs.frequencies` for prompts of `lengths` tokens, which set the alpha."""
+        config, alphas = self.network.config, [1] * len(lengths)
         if config.use_dynamic_ntk:
-            alphas[: self.n] = [ntk_alpha(tokens, config.seq_length) for tokens in lengths]
-        tables = {}
+            alphas = [ntk_alpha(tokens, config.seq_length) for tokens in lengths]
+        tables, channels = {}, config.kv_channels
         for alpha in set(alphas):
-            tables[alpha] = rotary_frequencies(channels, config.rotary_emb_base, alpha, device)
-        frequencies = torch.stack([tables[alpha] for alpha in alphas])
-        step_inputs.frequencies.copy_(frequencies[:, None, None, None])
+            tables[alpha] = rotary_frequencies(channels, config.rotary_emb_base, alpha, self.device)
+        return torch.stack([tables[alpha] for alpha in alphas])[:, None, None, None]
 
 
 @cache  # not again for each validation
