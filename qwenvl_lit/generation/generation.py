@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.generation.decoders import decoder_of, release
-from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
+from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Sampling, Stops
 from qwenvl_lit.generation.streaming import stream_ids
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.settings import check_settings
@@ -252,16 +252,17 @@ class Generation:
     def _next_token(
         self, inputs: Mapping[str, Any], logits: torch.Tensor, stop_ids: Collection[int]
     ) -> NextToken:
-        return NextToken(
+        sampling = Sampling(repetition_penalty=self.repetition_penalty)
+        if self.samples:
+            sampling = replace(
+                sampling, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+            )
+        return NextToken.of_batch(
             inputs,
             logits,
             stop_ids,
+            sampling,
             min_new_tokens=self.min_new_tokens,
-            do_sample=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
 

@@ -1,6 +1,8 @@
-"""Device-to-host copies that do not synchronize."""
+"""Copies between host and device that do not synchronize."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -25,3 +27,12 @@ class HostCopy:
         if self._arrived:
             self._arrived.synchronize()
         return self._copy
+
+
+def upload(
+    values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Returns numbers as a tensor on `device`, without blocking."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -26,7 +26,7 @@ from transformers.generation import logits_process
 
 from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Stops
+from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Sampling, Stops
 from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES, ImageCache
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.types import DataError
@@ -462,17 +462,8 @@ def test_scores_are_those_of_transformers():
     logits = 3 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     ids, mask = padded([text(6), text(3, seed=1), text(9, seed=2)], side="left")
     inputs = {"input_ids": tensor(*ids).clamp(max=49), "attention_mask": mask}
-    next_token = NextToken(
-        inputs,
-        logits,
-        STOPS,
-        do_sample=True,
-        temperature=0.7,
-        top_k=12,
-        top_p=0.8,
-        repetition_penalty=1.4,
-        min_new_tokens=2,
-    )
+    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.8, repetition_penalty=1.4)
+    next_token = NextToken.of_batch(inputs, logits, STOPS, sampling, min_new_tokens=2)
     scores = next_token.scores(logits)
     for row in range(3):
         prompt = inputs["input_ids"][row][mask[row].bool()][None]
@@ -492,7 +483,8 @@ def test_scores_are_those_of_transformers():
 
 def test_draws_have_the_distribution_of_the_scores():
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -4.0]).expand(40_000, -1)
-    next_token = NextToken({}, logits, (), do_sample=True, top_k=4, seed=0)
+    sampling = Sampling(temperature=1.0, top_k=4)
+    next_token = NextToken.of_batch({}, logits, (), sampling, seed=0)
     shares = torch.bincount(next_token(logits), minlength=6) / len(logits)
     expected = logits[0, :4].softmax(-1)
     # The tolerance is four standard deviations of 40,000 draws.
@@ -619,17 +611,10 @@ def test_a_step_neither_synchronizes_nor_leaves_the_device(monkeypatch):
     decoder = decoder_of(model)
     with torch.inference_mode():
         logits = decoder.start(inputs, new_tokens=8)
-        next_token = NextToken(
-            inputs,
-            logits,
-            STOPS,
-            repetition_penalty=1.2,
-            min_new_tokens=1,
-            do_sample=True,
-            temperature=0.5,
-            top_k=5,
-            top_p=0.9,
-        )
+        sampling = Sampling(temperature=0.5, top_k=5, top_p=0.9, repetition_penalty=1.2)
+        next_token = NextToken.of_batch(inputs, logits, STOPS, sampling, min_new_tokens=1)
+        next_token.samplings[1] = Sampling(top_k=3)  # rows may differ
+        next_token.samplings[2] = replace(sampling, temperature=2.0, top_k=0, top_p=0.5)
         finite = FiniteLogits()
         for _ in range(2):
             finite(None, logits)
