@@ -171,13 +171,12 @@ class NextToken:
         temperatures = [sampling.temperature or 1.0 for sampling in samplings]
         if set(temperatures) != {1}:
             scores = scores / self._values(temperatures)
-        # Values without effect in place of those of greedy rows.
-        top_k = [sampling.top_k if sampling.draws else 0 for sampling in samplings]
+        top_k = [sampling.top_k * sampling.draws for sampling in samplings]
         if any(top_k):
             scores = scores.masked_fill(scores < self._kth_largest(scores, top_k), -torch.inf)
-        top_p = [sampling.top_p if sampling.draws else 1.0 for sampling in samplings]
-        if min(top_p) < 1:
-            rest = self._values([1 - share for share in top_p])
+        rests = [(1 - sampling.top_p) * sampling.draws for sampling in samplings]
+        if any(rests):
+            rest = self._values(rests)
             sorted_scores, indices = scores.sort()
             is_rest = sorted_scores.softmax(-1).cumsum(-1) <= rest
             is_rest[:, -1] = False

@@ -46,6 +46,7 @@ from qwenvl_lit.models.qwen_vl.language import (
     rotary_frequencies,
     rotary_tables_at,
 )
+from qwenvl_lit.models.qwen_vl.running_rows import RunningRows
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
 from qwenvl_lit.models.step_graphs import CompiledPair, StepGraphs, first_line
 
@@ -177,6 +178,18 @@ class Decoder:
         if self.compiled and len(pixel_values) == IMAGES_PER_PASS:
             return self.network.get_image_features(pixel_values, self.run_vision_block)
         return self.network.get_image_features(pixel_values)
+
+    def encode_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encodes one image (1, 3, S, S) as (1, Q, D); with compilation, once for this shape."""
+        run_block = self.run_vision_block if self.compiled else None
+        return self.network.get_image_features(pixel_values, run_block)
+
+    # -- rows that join and leave ------------------------------------------------------------------
+
+    def running_rows(self, *, rows: int, slots: int, compiled: bool = False) -> RunningRows:
+        """Returns rows for continuous batching, with a cache of their own."""
+        self.set_compiled(compiled)
+        return RunningRows(self, rows=rows, slots=slots)
 
     # -- the network -------------------------------------------------------------------------------
 
