@@ -8,20 +8,20 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import nn
 
+from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.request import FinishReason, Handle, Token
 from qwenvl_lit.generation.sampling import NextToken, finite_sums
 from qwenvl_lit.models.host_copy import HostCopy
-from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.types import QUESTION_ID, Conversation, DataError, ImageSource, Sample, Turn
 
 if TYPE_CHECKING:
-    from qwenvl_lit.models.protocols import Family, Processor
+    from qwenvl_lit.models.protocols import Family, Processor, Prompts
     from qwenvl_lit.types import Batch
 
 NOT_FINITE = (
@@ -37,7 +37,7 @@ class _Reading:
     """Requests whose prompts are being read together; `prompts` is None until this has begun."""
 
     handles: Sequence[Handle]
-    prompts: Any = None
+    prompts: Prompts | None = None
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class RunningBatch:
     `turn` queues a step before it reads the ids of the step before, so that a GPU never waits for
     the host. A row that ends with a stop token therefore runs one step too many.
 
-    Args: see `ContinuousBatching`.
+    The arguments are those of `ContinuousBatching`.
     """
 
     def __init__(
@@ -75,7 +75,9 @@ class RunningBatch:
     ):
         decoder = decoder_of(model)
         if decoder is None:
-            raise ValueError("continuous batching needs a network on a single device")
+            raise ValueError(
+                "continuous batching needs a network on a single device, of a family with a decoder"
+            )
         self.model = model  # the decoder does not keep it alive
         self.family = family
         self.processor = processor
@@ -188,7 +190,7 @@ class RunningBatch:
         if handles:
             self.reading = _Reading(handles)
 
-    def _prompts(self, samples: Sequence[Sample], image_keys: Sequence[str]):
+    def _prompts(self, samples: Sequence[Sample], image_keys: Sequence[str]) -> Prompts:
         batch = self.collate(samples)
         if self.device.type == "cuda":
             batch = batch.pin_memory()  # a copy from other memory would synchronize
@@ -196,8 +198,10 @@ class RunningBatch:
         return self.running_rows.read(inputs, lengths=batch.lengths, image_keys=image_keys)
 
     def _join(self, reading: _Reading) -> None:
-        """Chooses the first tokens. Requests for more than one token get a row."""
+        """Chooses the first tokens and gives each request a row."""
         prompts = reading.prompts
+        assert prompts is not None
+        assert prompts.logits is not None
         free = [row for row, handle in enumerate(self.rows) if handle is None]
         handles, rows, logits, joining = [], [], [], {}
         if self.next_token is None:

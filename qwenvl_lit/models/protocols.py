@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.types import Batch, Conversation, ImageSource, Length, Prediction, Sample
 
 # B batch size, T tokens of a row, N images, Q tokens of an image, D width of its features, n rows
-# that are answered, S supervised tokens, V vocabulary size
+# that are answered, b prompts that are read together, S supervised tokens, V vocabulary size
 
 
 class FeatureSource(Protocol):
@@ -173,6 +173,79 @@ class Decoder(Protocol):
         Raises:
             ValueError: `answer` is not the number of the answer that was started last.
         """
+        ...
+
+    def running_rows(self, *, rows: int, slots: int, compiled: bool = False) -> RunningRows:
+        """Returns rows for continuous batching, with a cache of their own.
+
+        Args:
+            rows: the most rows at a time.
+            slots: the most tokens of a row, its prompt and its answer together.
+        """
+        ...
+
+
+class Prompts(Protocol):
+    """Prompts that are read in pieces, apart from the rows that they are to join."""
+
+    inputs: Mapping[str, Any]
+    length: int
+    """Tokens of each prompt with its left padding."""
+    lengths: Sequence[int]
+    logits: torch.Tensor | None
+    """(b, V), of the first new tokens; None until everything is read."""
+
+    def advance(self, tokens: int) -> bool:
+        """Reads about `tokens` tokens more, images included. Returns whether everything is read.
+
+        Neither this method nor those of `RunningRows` synchronize.
+        """
+        ...
+
+
+class RunningRows(Protocol):
+    """Rows of a KV cache that join, are decoded together, and leave; each as if it were alone."""
+
+    latest: torch.Tensor
+    """(rows,), the latest token of each row. The caller writes it, in place, before a step."""
+
+    def read(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        lengths: Sequence[int],
+        image_keys: Sequence[str] | None = None,
+    ) -> Prompts:
+        """Returns prompts that are to be read, as for `Decoder.start`. Nothing is read yet.
+
+        Args:
+            lengths: the tokens of each prompt.
+        """
+        ...
+
+    def join(self, prompts: Prompts, rows: Mapping[int, int], ids: torch.Tensor) -> None:
+        """Adds prompts that are read.
+
+        Args:
+            rows: for the indices of the prompts that join, a free row each.
+            ids: (len(rows),), the first new token of each of these.
+        """
+        ...
+
+    def leave(self, row: int) -> None:
+        """Frees a row."""
+        ...
+
+    def step(self) -> torch.Tensor:
+        """Appends the `latest` tokens and returns the next logits (n, V).
+
+        They are those of the first n rows, among which are all that have joined. They are valid
+        until the next step.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Compiles and captures all shapes of steps. Call it before any row joins."""
         ...
 
 

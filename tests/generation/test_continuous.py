@@ -4,28 +4,28 @@ import random
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
-import torch
 from PIL import Image
 from tiny import CONFIG
 
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.continuous import ContinuousBatching
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.generation.request import Closed, Full, Request
-from qwenvl_lit.models.qwen_vl import running_rows
-from qwenvl_lit.models.qwen_vl.decoder import decoder_of
+from qwenvl_lit.generation.request import Full, Request
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.step_graphs import StepGraphs
-from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
+from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 SECONDS = 60  # after which a test fails instead of waiting on
 SEQ_LENGTH = 48  # longer prompts have alphas of their own
 # Weights large enough that answers differ from each other.
 SIZES = {"num_hidden_layers": 2, "initializer_range": 0.3, "seq_length": SEQ_LENGTH}
-WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps in its box again".split()
+WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps in its box again"
+
+
+def pad_of(processor):
+    collate_vision = processor.collate_vision
+    return Pad(pad_id=processor.pad_id, collate_vision=collate_vision, side="left")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def batching_of(model, family, processor):
 
     def make(*, start=True, **options):
         options = {"rows": 4, "slots": 512, **options}
-        collate = Pad(pad_id=processor.pad_id, side="left")
+        collate = pad_of(processor)
         batching = ContinuousBatching(model, family, processor, collate=collate, **options)
         made.append(batching)
         if start:
@@ -75,7 +75,7 @@ def sample_of(processor):
         for _ in range(images):
             color = (choose.randrange(4) * 80, choose.randrange(2) * 255, 0)
             parts.append(ImageSource(Image.new("RGB", (9, 9), color)))
-        parts.append(" ".join(choose.choices(WORDS, k=words)))
+        parts.append(" ".join(choose.choices(WORDS.split(), k=words)))
         conversation = Conversation(id="q", turns=(Turn(role="user", parts=tuple(parts)),))
         return processor.encode(conversation, prompt=True)
 
@@ -96,7 +96,7 @@ def alone(model, family, processor):
             repetition_penalty=request.repetition_penalty,
             seed=request.seed,
         )
-        batch = Pad(pad_id=processor.pad_id, side="left")([request.prompt])
+        batch = pad_of(processor)([request.prompt])
         inputs = family.inputs(batch, generate=True)
         stop_ids = processor.stop_ids
         [ids] = generation(model, inputs, stop_ids=stop_ids, pad_id=processor.pad_id)

@@ -203,7 +203,7 @@ def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, graphs):
     expected = alone(model, rows, pixels)
     generation = Generation(max_new_tokens=12, compile=True)
     assert together(model, rows, pixels, generation) == expected
-    assert decoder_of(model).compiled
+    assert decoder_of(model).passes.compiled
     # Before and after attention, for prompts and for steps, whatever the number of blocks.
     assert len(graphs) == 4
     fewer = rows[:7]
@@ -211,7 +211,7 @@ def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, graphs):
     assert len(graphs) == 6  # another number of rows is another step, but the same prompt
     uncompiled = replace(generation, compile=False)
     assert together(model, fewer, pixels, uncompiled) == expected[:7]
-    assert not decoder_of(model).compiled
+    assert not decoder_of(model).passes.compiled
 
 
 def test_the_tower_is_compiled_for_full_passes_only(model, graphs):
@@ -348,7 +348,7 @@ def test_auto_compiles_on_a_gpu_after_a_minute_of_answers(model, replaying, monk
     compiled = []
     for _ in range(4):
         assert together(model, rows, pixels) == expected
-        compiled.append(replaying.compiled)
+        compiled.append(replaying.passes.compiled)
     assert compiled == [False, False, True, True]
 
 
@@ -364,7 +364,7 @@ def test_graphs_of_a_gpu_answer_as_eager_steps_do(compiled):
     decoder = decoder_of(model)
     assert decoder.graphs.captured
     assert decoder.graphs.can_capture
-    assert decoder.compiled == compiled
+    assert decoder.passes.compiled == compiled
     first = {name: value.cuda() for name, value in batch_of(rows[:1], pixels[:1]).items()}
     for _ in range(2):
         assert streamed(generation, model, first) == expected[0]

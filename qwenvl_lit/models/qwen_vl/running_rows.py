@@ -11,17 +11,15 @@ the counter, as if it had been left-padded. Shapes and addresses never change, s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qwenvl_lit.models.dynamo import CompileError
 from qwenvl_lit.models.host_copy import upload
 from qwenvl_lit.models.qwen_vl.kv_cache import KVCache
+from qwenvl_lit.models.qwen_vl.passes import Passes
 from qwenvl_lit.models.step_graphs import StepGraphs
-
-if TYPE_CHECKING:
-    from qwenvl_lit.models.qwen_vl.decoder import Decoder
 
 SIZES = (1, 8, 32, 128)  # numbers of rows that steps are computed for, besides all rows
 # Slots that moving the rows must free, unless the cache is full. Moving takes as long as a quarter
@@ -41,18 +39,18 @@ class Prompts:
 
     def __init__(
         self,
-        decoder: Decoder,
+        passes: Passes,
         inputs: Mapping[str, Any],
         lengths: Sequence[int],
         image_keys: Sequence[str] | None,
     ):
-        self.decoder = decoder
+        self.passes = passes
         self.inputs = inputs
         self.lengths = lengths
         self.image_keys = image_keys
         self.length = inputs["input_ids"].shape[1]
-        self.frequencies = decoder.frequencies(lengths)
-        self.starts = upload([self.length - tokens for tokens in lengths], decoder.device)[:, None]
+        self.frequencies = passes.frequencies(lengths)
+        self.starts = upload([self.length - tokens for tokens in lengths], passes.device)[:, None]
         self.features: list[torch.Tensor] = []  # (1, Q, D) of each image that is encoded
         self.x_bTD: torch.Tensor | None = None  # the embeddings, after all images
         self.cache: torch.Tensor | None = None  # (layers, 2, b, H, T, K)
@@ -72,7 +70,7 @@ class Prompts:
             try:
                 tokens -= self._read_piece(tokens)
             except CompileError as error:  # for example, in a layer of another package
-                self.decoder.stop_compiling(error)
+                self.passes.stop_compiling(error)
         return self.logits is not None
 
     def _read_piece(self, tokens: int) -> int:
@@ -85,7 +83,7 @@ class Prompts:
         end = min(self.columns_read + max(2, tokens // rows), self.length)
         if self.length - end < SHORT_PIECE:
             end = self.length
-        x_bTD = self.decoder.read_tokens(
+        x_bTD = self.passes.read_tokens(
             self.x_bTD[:, self.columns_read : end],
             self.cache,
             starts=self.starts,
@@ -96,35 +94,31 @@ class Prompts:
         count = rows * (end - self.columns_read)
         self.columns_read = end
         if end == self.length:
-            self.logits = self.decoder.head(x_bTD[:, -1])
+            self.logits = self.passes.head(x_bTD[:, -1])
             self.x_bTD = None
         return count
 
     def _encode_image(self) -> int:
-        index, images = len(self.features), self.decoder.images
+        index, images = len(self.features), self.passes.images
         pixel_values = self.inputs["pixel_values"]
         keys = None if self.image_keys is None else self.image_keys[index : index + 1]
         known = keys is not None and keys[0] in images.features
-        features = images(pixel_values[index : index + 1], keys, self.decoder.encode_one)
+        features = images(pixel_values[index : index + 1], keys, self.passes.encode_one)
         self.features.append(features)
         return 0 if known else features.shape[1]
 
     def _embed(self) -> None:
-        inputs = self.inputs
+        inputs = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
         if self.features:
-            inputs = {**inputs, "vision_features": torch.cat(self.features)}
-        images = {}
-        for name in ("vision_features", "vision_positions"):
-            if name in inputs:
-                images[name] = inputs[name]
-        decoder = self.decoder
-        self.x_bTD = decoder.network.embed(inputs["input_ids"], **images)
-        config = decoder.network.config
+            inputs["vision_features"] = torch.cat(self.features)
+        passes = self.passes
+        self.x_bTD = passes.embed(inputs, None)
+        config = passes.network.config
         shape = (config.num_attention_heads, self.length, config.kv_channels)
         self.cache = torch.empty(
             (config.num_hidden_layers, 2, len(self.lengths), *shape),
-            dtype=decoder.dtype,
-            device=decoder.device,
+            dtype=passes.dtype,
+            device=passes.device,
         )
 
 
@@ -142,13 +136,13 @@ class RunningRows:
         slots: the most tokens of a row: its prompt and the new tokens but the last.
     """
 
-    def __init__(self, decoder: Decoder, *, rows: int, slots: int):
-        self.decoder = decoder
+    def __init__(self, passes: Passes, *, rows: int, slots: int):
+        self.passes = passes
         self.rows = rows
-        self.cache = KVCache(decoder.network.config, decoder.device)
-        self.cache.allocate(rows, slots, decoder.dtype)
-        self.graphs = StepGraphs(decoder.device)
-        self.inputs = decoder.new_step_inputs(rows)
+        self.cache = KVCache(passes.network.config, passes.device)
+        self.cache.allocate(rows, slots, passes.dtype)
+        self.graphs = StepGraphs(passes.device)
+        self.inputs = passes.new_step_inputs(rows)
         self.slot = 0  # on the host, as in `inputs`
         self.starts: dict[int, int] = {}  # of the rows that have joined, by row
         self.sizes = sorted({*(size for size in SIZES if size < rows), rows})
@@ -166,7 +160,7 @@ class RunningRows:
         image_keys: Sequence[str] | None = None,
     ) -> Prompts:
         """Returns prompts that are to be read, as for `Decoder.start`. Nothing is read yet."""
-        return Prompts(self.decoder, inputs, lengths, image_keys)
+        return Prompts(self.passes, inputs, lengths, image_keys)
 
     def join(self, prompts: Prompts, rows: Mapping[int, int], ids: torch.Tensor) -> None:
         """Adds prompts that are read.
@@ -230,7 +224,7 @@ class RunningRows:
 
     def _run(self, size: int, slots_read: int) -> torch.Tensor:
         cache = self.cache.view(self.rows)[:, :, :size]
-        return self.decoder.run_step(self.graphs, self.inputs.first(size), cache, slots_read)
+        return self.passes.run_step(self.graphs, self.inputs.first(size), cache, slots_read)
 
     def _slots_to_read(self, filled: int) -> int:
         return self.cache.slots_to_read(self.rows, filled)
