@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from qwenvl_lit.bounds import check_number
@@ -180,11 +179,10 @@ class ContinuousBatching:
 
     def _work(self) -> None:
         try:
-            with torch.inference_mode():
-                self._batch.warm_up()
-                self.ready.set()
-                while self._wait_for_work():
-                    self._batch.turn()
+            self._batch.warm_up()
+            self.ready.set()
+            while self._wait_for_work():
+                self._batch.turn()
         except BaseException as error:
             # For example, an error of the GPU. Those who wait for answers must hear of it.
             log.exception("answering has failed; no further requests are accepted")

@@ -74,9 +74,10 @@ class RunningBatch:
         compiled: bool | None,
     ):
         decoder = decoder_of(model)
-        if decoder is None:
+        if not hasattr(decoder, "running_rows"):  # None, or one that answers whole batches only
             raise ValueError(
-                "continuous batching needs a network on a single device, of a family with a decoder"
+                "continuous batching needs a network on a single device, of a family whose decoder "
+                "has running rows"
             )
         self.model = model  # the decoder does not keep it alive
         self.family = family
@@ -111,6 +112,7 @@ class RunningBatch:
     def has_work(self) -> bool:
         return bool(self.reading or self.alone or self.chosen or self.running)
 
+    @torch.inference_mode()
     def turn(self) -> None:
         """Reads a piece of prompts, makes a step if there are rows, and passes tokens on."""
         self._read_prompts()
@@ -310,6 +312,7 @@ class RunningBatch:
             handle.finished = True
             self._leave(handle)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compiles and captures what requests on a GPU will need, with prompts of one image."""
         if self.device.type != "cuda":
