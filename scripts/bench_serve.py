@@ -53,16 +53,20 @@ SHARE = 0.7  # of the rate of 32 clients, at which requests come in "open"
 NOTE = (
     "closed: rates are those while all clients ask, prompts included. share_of_raw compares them "
     "with the raw rate of as many rows, prompts included. between tokens: of all tokens but the "
-    "first of each answer. http counts pieces of text, which may be a few tokens less"
+    "first of each answer; over HTTP, of pieces of text"
 )
 
 
 @dataclass
 class Answer:
-    """When an answer was asked for and when its tokens arrived, in seconds of one clock."""
+    """When an answer was asked for and when its tokens arrived, in seconds of one clock.
+
+    Over HTTP, pieces of text arrive, and a piece may have several tokens.
+    """
 
     asked: float
     arrived: list[float] = field(default_factory=list)
+    tokens: int | None = None  # None: as many as have arrived
 
     @property
     def first(self) -> float:
@@ -100,7 +104,10 @@ def closed(ask: Ask, clients: int, count: int) -> Measured:
     end = min(ends)
     if end <= begin:  # few requests
         begin, end = min(answer.asked for answer in answers), max(ends)
-    tokens = sum(begin < moment <= end for answer in answers for moment in answer.arrived)
+    tokens = 0.0
+    for answer in answers:
+        arrived = sum(begin < moment <= end for moment in answer.arrived)
+        tokens += arrived / len(answer.arrived) * (answer.tokens or len(answer.arrived))
     rate = tokens / (end - begin)
     return {"clients": clients, "requests": count, "tokens_per_s": rate, **times(answers)}
 
@@ -201,10 +208,15 @@ def server_asks(port: int, bodies: Sequence[bytes]) -> Ask:
         if response.status != 200:
             raise RuntimeError(f"status {response.status}: {response.read(500)!r}")
         for line in response:
-            if line.startswith(b"data: {") and json.loads(line[6:])["choices"]:
-                delta = json.loads(line[6:])["choices"][0]["delta"]
-                if delta.get("content"):
-                    answer.arrived.append(time.perf_counter())
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event["choices"] and event["choices"][0]["delta"].get("content"):
+                answer.arrived.append(time.perf_counter())
+            if event.get("usage"):
+                answer.tokens = event["usage"]["completion_tokens"]
+        if not answer.arrived:  # an answer without text
+            answer.arrived.append(time.perf_counter())
         connection.close()
         return answer
 
@@ -218,7 +230,8 @@ def body_of(number: int) -> bytes:
         {"type": "text", "text": question(number)},
     ]
     messages = [{"role": "user", "content": content}]
-    return json.dumps({"messages": messages, "max_tokens": NEW, "stream": True}).encode()
+    body = {"messages": messages, "max_tokens": NEW, "stream": True}
+    return json.dumps({**body, "stream_options": {"include_usage": True}}).encode()
 
 
 @contextmanager
@@ -255,17 +268,17 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
 # -- measurements ----------------------------------------------------------------------------------
 
 
-def measure(ask: Ask, arguments: argparse.Namespace, on_answers: Callable[[Any], None]) -> Measured:
+def measure(ask: Ask, arguments: argparse.Namespace) -> Measured:
     """Measures all loads on one way to ask."""
     for number in range(2):  # what a first request may still compile or capture
         ask(number)
     results: Measured = {"closed": []}
     for clients in CLIENTS:
         results["closed"].append(closed(ask, clients, max(clients, 2) * arguments.rounds))
-        on_answers(results["closed"][-1])
+        report(results["closed"][-1])
     rate = SHARE * results["closed"][-1]["tokens_per_s"] / NEW
     results["open"] = open_loop(ask, rate, max(CLIENTS) * arguments.rounds)
-    on_answers(results["open"])
+    report(results["open"])
     return results
 
 
@@ -290,11 +303,17 @@ def measure_engine(family: QwenVLFamily, arguments: argparse.Namespace) -> Measu
     with ContinuousBatching(model, family, processor, collate=pad, **options) as engine:
         engine.ready.wait()
         results["warm_up_s"] = time.perf_counter() - start
-        results["engine"] = measure(engine_asks(engine, samples), arguments, report)
-    for raw, engine_rate in zip(results["raw"], results["engine"]["closed"], strict=True):
-        raw_rate = raw["tokens_per_s_with_prefill"]
-        engine_rate["share_of_raw"] = engine_rate["tokens_per_s"] / raw_rate
+        results["engine"] = measure(engine_asks(engine, samples), arguments)
+    add_shares(results["engine"], results["raw"])
     return results
+
+
+def add_shares(results: Measured, raw: Sequence[Measured]) -> None:
+    """Compares the rates of clients with those of as many rows."""
+    for measured, rows in zip(results["closed"], raw, strict=True):
+        share = measured["tokens_per_s"] / rows["tokens_per_s_with_prefill"]
+        measured["share_of_raw"] = share
+        print(f"{measured['clients']} clients: {share:.0%} of the raw rate", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -306,7 +325,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--device", default="cuda:0")
     option("--dtype", default="bfloat16")
     option("--rounds", type=int, default=8, help="requests of each client")
-    option("--prompt-tokens", type=int, default=1024, help="of ContinuousBatching")
+    option("--prompt-tokens", type=int, default=2048, help="of ContinuousBatching")
     option("--no-http", action="store_true", help="measure in this process only")
     option("--record", type=Path, help="JSON file to write the results to")
     return parser.parse_args()
@@ -326,7 +345,9 @@ def main() -> None:
             torch.cuda.empty_cache()
         bodies = [body_of(number) for number in range(max(CLIENTS) * arguments.rounds)]
         with server(server_command(arguments)) as port:
-            results["http"] = measure(server_asks(port, bodies), arguments, report)
+            results["http"] = measure(server_asks(port, bodies), arguments)
+        if arguments.size == "full":  # otherwise it is another model
+            add_shares(results["http"], results["raw"])
     if arguments.record:
         record(results, arguments)
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from qwenvl_lit.bounds import check_number
@@ -40,8 +41,9 @@ class ContinuousBatching:
         slots: the most tokens of a request, its prompt and its answer together. The cache has
             memory for `rows * slots` tokens.
         max_waiting: the most requests that wait for a row.
-        prompt_tokens: about how many prompt tokens are read between two steps. With more, requests
-            begin earlier and hold up running ones for longer.
+        prompt_tokens: about how many prompt tokens are read between two steps, where encoding an
+            image counts as many as the image has. With more, requests begin earlier and hold up
+            running ones for longer.
         compiled: whether to compile the decoder; None: on a GPU.
 
     Raises:
@@ -59,7 +61,7 @@ class ContinuousBatching:
         rows: int,
         slots: int,
         max_waiting: int = 256,
-        prompt_tokens: int = 1024,
+        prompt_tokens: int = 2048,
         compiled: bool | None = None,
     ):
         check_number("rows", rows, least=1, whole=True)
@@ -179,7 +181,9 @@ class ContinuousBatching:
 
     def _work(self) -> None:
         try:
-            self._batch.warm_up()
+            if self._batch.device.type == "cuda":
+                torch.cuda.set_device(self._batch.device)
+                self._batch.warm_up()
             self.ready.set()
             while self._wait_for_work():
                 self._batch.turn()

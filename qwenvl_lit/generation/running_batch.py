@@ -29,6 +29,8 @@ NOT_FINITE = (
     "activations overflow; with model.dtype=float16 try bfloat16 or float32"
 )
 
+WARM_UP_PROMPTS = (1, 2, 4)  # numbers of prompts, and of images, that are read together
+
 log = logging.getLogger(__name__)
 
 
@@ -314,16 +316,17 @@ class RunningBatch:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compiles and captures what requests on a GPU will need, with prompts of one image."""
-        if self.device.type != "cuda":
-            return
-        torch.cuda.set_device(self.device)
-        parts = (ImageSource(Image.new("RGB", (448, 448))), "Where?")
-        question = Conversation(id=QUESTION_ID, turns=(Turn(role="user", parts=parts),))
-        sample = self.processor.encode(question, prompt=True)
-        if len(sample.input_ids) < self.slots:
-            for samples in ([sample], [sample, sample]):
-                prompts = self._prompts(samples, ["warm-up"] * len(samples))
+        """Compiles and captures what requests will need, with prompts of one image each."""
+        samples = []
+        for shade in range(WARM_UP_PROMPTS[-1]):
+            parts = (ImageSource(Image.new("L", (448, 448), shade)), "Where?")
+            question = Conversation(id=QUESTION_ID, turns=(Turn(role="user", parts=parts),))
+            samples.append(self.processor.encode(question, prompt=True))
+        if len(samples[0].input_ids) < self.slots:
+            for count in WARM_UP_PROMPTS:
+                # Other images each time: those with known keys are not encoded again.
+                image_keys = [f"warm-up {count} {index}" for index in range(count)]
+                prompts = self._prompts(samples[:count], image_keys)
                 while not prompts.advance(self.prompt_tokens):
                     pass
         self.running_rows.warm_up()

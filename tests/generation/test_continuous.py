@@ -202,12 +202,32 @@ def test_requests_that_come_and_go_at_random_are_answered_as_each_alone(
 
 
 def test_images_are_encoded_once(batching_of, sample_of, model, alone):
-    request = Request(prompt=sample_of(4, images=2, seed=3), max_new_tokens=4)
-    expected, encoded = alone(request), []
+    requests = []
+    for seed, images in ((3, 2), (4, 7)):
+        prompt = sample_of(4, images=images, seed=seed)
+        requests.append(Request(prompt=prompt, max_new_tokens=4))
+    requests = [*requests, requests[0]]
+    expected, encoded = [alone(request) for request in requests], []
     model.transformer.visual.register_forward_hook(lambda _, __, out: encoded.append(len(out)))
     batching = batching_of()
-    assert answers(batching, [request] * 3) == [expected] * 3
-    assert encoded == [1] * len({image.key for image in request.prompt.conversation.images})
+    for _ in range(2):
+        assert answers(batching, requests) == expected
+    keys = set()
+    for request in requests:
+        keys.update(image.key for image in request.prompt.conversation.images)
+    assert sum(encoded) == len(keys)
+    assert set(encoded) <= {1, 2, 4}
+
+
+@pytest.mark.parametrize("slots", [20, 64])  # the prompts of the warm-up fit only into 64
+def test_a_warm_up_leaves_nothing_behind(slots, batching_of, sample_of, alone):
+    batching = batching_of(slots=slots, start=False)
+    batching._batch.warm_up()
+    assert (batching.waiting, batching.running) == (0, 0)
+    request = Request(prompt=sample_of(1, images=slots // 64), max_new_tokens=2)
+    batching.start()
+    if len(request.prompt.input_ids) < slots:
+        assert answers(batching, [request] * 3) == [alone(request)] * 3
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 40, 10_000])

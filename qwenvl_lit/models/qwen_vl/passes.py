@@ -87,8 +87,8 @@ class Passes:
             return self.network.get_image_features(pixel_values, self.run_vision_block)
         return self.network.get_image_features(pixel_values)
 
-    def encode_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encodes one image (1, 3, S, S) as (1, Q, D); with compilation, once for this shape."""
+    def encode_few(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encodes images (N, 3, S, S) as (N, Q, D). Each N is compiled."""
         run_block = self.run_vision_block if self.compiled else None
         return self.network.get_image_features(pixel_values, run_block)
 

@@ -25,6 +25,7 @@ SIZES = (1, 8, 32, 128)  # numbers of rows that steps are computed for, besides 
 # Slots that moving the rows must free, unless the cache is full. Moving takes as long as a quarter
 # of a step.
 WORTH_MOVING = 64
+IMAGES = (4, 2, 1)  # images that are encoded as one batch
 SHORT_PIECE = 32  # tokens at the end of a prompt for which it is not worth reading another piece
 
 
@@ -47,11 +48,13 @@ class Prompts:
         self.passes = passes
         self.inputs = inputs
         self.lengths = lengths
-        self.image_keys = image_keys
+        images = len(inputs.get("pixel_values", ()))
+        self.has_keys = image_keys is not None
+        self.image_keys = image_keys if self.has_keys else [str(index) for index in range(images)]
         self.length = inputs["input_ids"].shape[1]
         self.frequencies = passes.frequencies(lengths)
         self.starts = upload([self.length - tokens for tokens in lengths], passes.device)[:, None]
-        self.features: list[torch.Tensor] = []  # (1, Q, D) of each image that is encoded
+        self.features: dict[str, torch.Tensor] = {}  # (Q, D) of the images encoded so far, by key
         self.x_bTD: torch.Tensor | None = None  # the embeddings, after all images
         self.cache: torch.Tensor | None = None  # (layers, 2, b, H, T, K)
         self.columns_read = 0
@@ -74,10 +77,10 @@ class Prompts:
         return self.logits is not None
 
     def _read_piece(self, tokens: int) -> int:
-        """Encodes an image or reads some columns; returns the number of tokens that it counts."""
-        if len(self.features) < len(self.inputs.get("pixel_values", ())):
-            return self._encode_image()
+        """Encodes images or reads some columns; returns the number of tokens that it counts."""
         if self.x_bTD is None:
+            if new := self._new_images():
+                return self._encode_images(new, tokens)
             self._embed()
         rows = len(self.lengths)
         end = min(self.columns_read + max(2, tokens // rows), self.length)
@@ -98,19 +101,35 @@ class Prompts:
             self.x_bTD = None
         return count
 
-    def _encode_image(self) -> int:
-        index, images = len(self.features), self.passes.images
+    def _new_images(self) -> list[tuple[str, int]]:
+        """Returns key and index of each image that has to be encoded."""
+        known, new = self.passes.images.features, {}
+        for index, key in enumerate(self.image_keys):
+            if key in self.features or key in new:
+                continue
+            if self.has_keys and key in known:
+                self.features[key] = known[key]
+                known.move_to_end(key)
+            else:
+                new[key] = index
+        return list(new.items())
+
+    def _encode_images(self, new: Sequence[tuple[str, int]], tokens: int) -> int:
+        most = max(1, min(len(new), tokens // self.passes.network.config.n_queries))
+        new = new[: next(size for size in IMAGES if size <= most)]
+        keys = [key for key, _ in new]
         pixel_values = self.inputs["pixel_values"]
-        keys = None if self.image_keys is None else self.image_keys[index : index + 1]
-        known = keys is not None and keys[0] in images.features
-        features = images(pixel_values[index : index + 1], keys, self.passes.encode_one)
-        self.features.append(features)
-        return 0 if known else features.shape[1]
+        pixel_values = torch.cat([pixel_values[index : index + 1] for _, index in new])
+        features_NQD = self.passes.images(
+            pixel_values, keys if self.has_keys else None, self.passes.encode_few
+        )
+        self.features.update(zip(keys, features_NQD, strict=True))
+        return features_NQD.shape[0] * features_NQD.shape[1]
 
     def _embed(self) -> None:
         inputs = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
         if self.features:
-            inputs["vision_features"] = torch.cat(self.features)
+            inputs["vision_features"] = torch.stack([self.features[key] for key in self.image_keys])
         passes = self.passes
         self.x_bTD = passes.embed(inputs, None)
         config = passes.network.config
