@@ -103,7 +103,7 @@ def alone(model, family, processor):
             seed=request.seed,
         )
         batch = pad_of(processor)([request.prompt])
-        inputs = family.inputs(batch, generate=True)
+        inputs = family.inputs(batch.to(model.device), generate=True)
         stop_ids = processor.stop_ids
         [ids] = generation(model, inputs, stop_ids=stop_ids, pad_id=processor.pad_id)
         return ids
@@ -333,6 +333,23 @@ def test_graphs_replay_on_the_same_addresses(batching_of, sample_of, alone, monk
     assert answers(batching, requests) == expected
     assert batch.running_rows.graphs.captured == captured
     assert len({id(graph) for graph in replays}) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_of_a_gpu_answer_as_each_alone(compiled, batching_of, sample_of, alone, model):
+    model.cuda()
+    requests = [random_request(sample_of, seed) for seed in range(60)]
+    expected = [alone(request) for request in requests]
+    batching = batching_of(rows=10, slots=256, prompt_tokens=300, compiled=compiled)
+    assert batching.ready.wait(10 * SECONDS)
+    running = batching._batch.running_rows
+    captured = dict(running.graphs.captured)
+    assert {size for size, _ in captured} == {1, 8, 10}
+    received = serve_at_random(batching, requests)
+    assert [receive.ids for receive in received] == expected
+    assert running.graphs.captured == captured
+    assert running.passes.compiled == compiled
 
 
 def test_logprobs_are_those_of_the_network(batching_of, sample_of, model, family, processor):
