@@ -1,6 +1,7 @@
 """Measures continuous batching, in this process and over HTTP.
 
     python scripts/bench_serve.py --record benchmarks/serve.json
+    python scripts/bench_serve.py --model qwen3_vl_8b --record benchmarks/serve_qwen3_vl.json
     python scripts/bench_serve.py --size small --device cpu    # tries the script without a GPU
 
 Random weights of the published sizes, prompts of about 300 tokens with an image of its own each,
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_generate import NEW, SMALL, Measured, measure_decoding, report, rounded
+from bench_generate import NEW, TINY, Measured, family_of, measure_decoding, report, rounded
 from PIL import Image
 from records import write_record
 
@@ -43,7 +44,7 @@ from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.continuous import ContinuousBatching
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.request import Request
-from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
+from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.versions import versions
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
@@ -257,10 +258,10 @@ def server(command: Sequence[str]) -> Iterator[int]:
 def server_command(arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, "-m", "qwenvl_lit.serve", "serve.port=0"]
     if arguments.size == "full":
-        command += ["model=qwen_vl_chat", "model.weights=random", "model.vocabulary=tiny"]
+        command += [f"model={arguments.model}", "model.weights=random", "model.vocabulary=tiny"]
         command += [f"model.dtype={arguments.dtype}"]
     else:
-        command += ["model=qwen_vl_tiny"]
+        command += [f"model={TINY[arguments.model.partition('_vl')[0]]}"]
     command += [f"device={arguments.device}", f"serve.rows={max(CLIENTS)}"]
     return [*command, f"serve.context={CONTEXT}", f"generation.max_new_tokens={NEW}"]
 
@@ -282,13 +283,13 @@ def measure(ask: Ask, arguments: argparse.Namespace) -> Measured:
     return results
 
 
-def measure_engine(family: QwenVLFamily, arguments: argparse.Namespace) -> Measured:
+def measure_engine(family: Family, arguments: argparse.Namespace) -> Measured:
     """Measures raw batches and the engine with the same weights."""
     on_gpu = arguments.device.startswith("cuda")
     model = family.load(arguments.device)
     results: Measured = {"raw": []}
     for rows in CLIENTS:
-        results["raw"].append(measure_decoding(model, rows, compiled=on_gpu, on_gpu=on_gpu))
+        results["raw"].append(measure_decoding(model, family, rows, compiled=on_gpu, on_gpu=on_gpu))
         report(results["raw"][-1])
     Generation.release(model)
     processor = family.processor()
@@ -321,6 +322,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
+    option("--model", default="qwen_vl_chat", help="of conf/model")
     option("--size", default="full", choices=["full", "small"], help="small: to try this script")
     option("--device", default="cuda:0")
     option("--dtype", default="bfloat16")
@@ -334,10 +336,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     on_gpu = arguments.device.startswith("cuda")
-    source: dict[str, Any] = {"config": SMALL}
-    if arguments.size == "full":
-        source = {"path": "Qwen/Qwen-VL-Chat", "weights": "random"}
-    family = QwenVLFamily(**source, vocabulary="tiny", dtype=arguments.dtype)
+    family = family_of(arguments.model, arguments.size, arguments.dtype)
     results = measure_engine(family, arguments)
     if not arguments.no_http:
         gc.collect()
@@ -353,7 +352,8 @@ def main() -> None:
 
 
 def record(results: Measured, arguments: argparse.Namespace) -> None:
-    command = ["python scripts/bench_serve.py", "--size", arguments.size]
+    command = ["python scripts/bench_serve.py", "--model", arguments.model]
+    command += ["--size", arguments.size]
     command += ["--device", arguments.device, "--dtype", arguments.dtype]
     device = platform.processor() or platform.machine()
     if arguments.device.startswith("cuda"):
