@@ -71,12 +71,13 @@ STARTS_FAST = COMMANDS | {  # modules that import nothing heavy before a command
 }
 HEAVY = {"torch", "lightning", "transformers", "peft", "torchmetrics", "matplotlib", "numpy"}
 NETWORK = {  # modules of models/qwen_vl that need torch, transformers and `SHARED` only
-    *("network", "language", "vision", "config", "flops", "decoder", "kv_cache", "image_cache"),
-    *("dynamic_ntk", "image_tokens", "initialization", "passes", "running_rows"),
+    *("network", "language", "vision", "config", "flops", "decoder"),
+    *("dynamic_ntk", "image_tokens", "initialization"),
 }
 SHARED = {  # modules of models/ that know no family, and need torch and transformers only
     *("models.dequantized", "models.dynamo", "models.host_copy", "models.segments"),
-    *("models.step_graphs", "models.training_passes"),
+    *("models.feature_cache", "models.kv_cache", "models.passes", "models.running_rows"),
+    *("models.static_decoder", "models.step_graphs", "models.training_passes"),
 }
 ROOT_NAMES = {"__version__", "__all__", "__getattr__"}  # what qwenvl_lit/__init__.py defines
 IMPORT_NAMES = {"hydra-core": "hydra", "pillow": "PIL"}  # where they differ from the library's

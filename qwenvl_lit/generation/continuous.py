@@ -127,7 +127,7 @@ class ContinuousBatching:
         handle = Handle(
             request,
             on_tokens,
-            image_keys=_image_keys(request.prompt),
+            image_keys=[image.key for image in request.prompt.images],
             most=min(request.max_new_tokens, slots - tokens),
             cancel=self._cancel,
         )
@@ -223,10 +223,3 @@ class ContinuousBatching:
         with self._changed:
             self._idle = True
             self._changed.notify_all()
-
-
-def _image_keys(sample: Sample) -> list[str]:
-    """Returns the keys of a prompt's images: the last ones, as long prompts drop old turns."""
-    count = len(sample.vision.get("pixel_values", ()))
-    images = sample.conversation.prompt().images
-    return [image.key for image in images[len(images) - count :]]

@@ -76,10 +76,9 @@ class RunningBatch:
         compiled: bool | None,
     ):
         decoder = decoder_of(model)
-        if not hasattr(decoder, "running_rows"):  # None, or one that answers whole batches only
+        if decoder is None:
             raise ValueError(
-                "continuous batching needs a network on a single device, of a family whose decoder "
-                "has running rows"
+                "continuous batching needs a network on a single device, with a decoder of its own"
             )
         self.model = model  # the decoder does not keep it alive
         self.family = family

@@ -17,6 +17,7 @@ class FeatureCache:
 
     def __init__(self):
         self.features: OrderedDict[str, torch.Tensor] = OrderedDict()  # key -> (Q, D)
+        self.size = 0  # in bytes
 
     def __call__(
         self,
@@ -30,25 +31,49 @@ class FeatureCache:
             count: the number of images.
             keys: a key for each image. Images with the same key are encoded only once. With None,
                 every image is encoded and none is stored.
-            encode: computes the features of the images with these indices.
+            encode: computes the features of the images with these indices, one or more.
 
         Raises:
             ValueError: the numbers of keys and images differ.
         """
         if keys is None:
             return list(encode(range(count)))
-        if len(keys) != count:
-            raise ValueError(f"{len(keys)} keys for {count} images")
-        first_index: dict[str, int] = {}
+        check_keys(keys, count)
+        features: dict[str, torch.Tensor] = {}
+        new: dict[str, int] = {}
         for index, key in enumerate(keys):
-            first_index.setdefault(key, index)
-        new = [index for key, index in first_index.items() if key not in self.features]
-        for index, features in zip(new, encode(new), strict=True):
-            self.features[keys[index]] = features
-        for key in first_index:
+            if key in features or key in new:
+                continue
+            known = self.get(key)
+            if known is None:
+                new[key] = index
+            else:
+                features[key] = known
+        encoded = encode(list(new.values())) if new else ()
+        for key, value in zip(new, encoded, strict=True):
+            features[key] = self.add(key, value)
+        return [features[key] for key in keys]
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """Returns the features that are stored for a key, which is then the latest used."""
+        if key in self.features:
             self.features.move_to_end(key)
-        result = [self.features[key] for key in keys]
-        excess = sum(features.nbytes for features in self.features.values()) - MAX_BYTES
-        while excess > 0:
-            excess -= self.features.popitem(last=False)[1].nbytes
-        return result
+        return self.features.get(key)
+
+    def add(self, key: str, features: torch.Tensor) -> torch.Tensor:
+        """Stores a copy of the features of an image, and returns the copy.
+
+        The features themselves may be a part of those of many images, whose memory they hold.
+        """
+        features = features.clone()
+        self.features[key] = features
+        self.size += features.nbytes
+        while self.size > MAX_BYTES:
+            self.size -= self.features.popitem(last=False)[1].nbytes
+        return features
+
+
+def check_keys(keys: Sequence[str], count: int) -> None:
+    """Raises ValueError unless there is a key for each image."""
+    if len(keys) != count:
+        raise ValueError(f"{len(keys)} keys for {count} images")

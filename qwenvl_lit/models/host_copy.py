@@ -29,10 +29,15 @@ class HostCopy:
         return self._copy
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor of host memory as a tensor on `device`, without blocking."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def upload(
     values: Sequence[float], device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Returns numbers as a tensor on `device`, without blocking."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return send(torch.tensor(values, dtype=dtype), device)

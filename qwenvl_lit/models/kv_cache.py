@@ -22,6 +22,17 @@ class KVCache:
         self.device = device
         self.memory: torch.Tensor | None = None  # one-dimensional
 
+    def like(self) -> KVCache:
+        """Returns another cache of the same network, without memory."""
+        return KVCache(
+            layers=self.layers, heads=self.heads, head_dim=self.head_dim, device=self.device
+        )
+
+    def empty(self, rows: int, slots: int, dtype: torch.dtype) -> torch.Tensor:
+        """Returns memory of its own, not initialized, in the shape of `view`."""
+        shape = (self.layers, 2, rows, self.heads, slots, self.head_dim)
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def fits(self, rows: int, slots: int, dtype: torch.dtype) -> bool:
         """Returns whether the allocation has at least `slots` slots for each of `rows` rows."""
         return self.capacity(rows) >= slots and self.memory.dtype == dtype

@@ -10,15 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from tiny import CONFIG
+from tiny_qwen3_vl import KINDS, tiny_qwen3_vl
 
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.continuous import ContinuousBatching
+from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.request import Closed, Full, Handle, Request
+from qwenvl_lit.models.kv_cache import KVCache
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
-from qwenvl_lit.models.qwen_vl.kv_cache import KVCache
-from qwenvl_lit.models.qwen_vl.running_rows import RunningRows
+from qwenvl_lit.models.running_rows import RunningRows
 from qwenvl_lit.models.step_graphs import StepGraphs
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
@@ -26,6 +28,7 @@ SECONDS = 60  # after which a test fails instead of waiting on
 SEQ_LENGTH = 48  # longer prompts have alphas of their own
 # Weights large enough that answers differ from each other.
 SIZES = {"num_hidden_layers": 2, "initializer_range": 0.3, "seq_length": SEQ_LENGTH}
+EVERY_FAMILY = pytest.mark.parametrize("family", ["qwen_vl", *KINDS], indirect=True)
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps in its box again"
 
 
@@ -35,7 +38,11 @@ def pad_of(processor):
 
 
 @pytest.fixture(scope="module")
-def family():
+def family(request):
+    """Qwen-VL, or the kind that `EVERY_FAMILY` names."""
+    kind = getattr(request, "param", "qwen_vl")
+    if kind in KINDS:
+        return tiny_qwen3_vl(kind)
     return QwenVLFamily(config={**CONFIG, **SIZES}, vocabulary="tiny")
 
 
@@ -48,7 +55,7 @@ def model(family):
 def processor(family):
     processor = family.processor()
     # Enough ids that many answers end early.
-    processor.stop_ids = tuple(range(7, family.config.vocab_size, 15))
+    processor.stop_ids = tuple(range(7, family.config.get_text_config().vocab_size, 15))
     return processor
 
 
@@ -80,7 +87,8 @@ def sample_of(processor):
         parts = []
         for _ in range(images):
             color = (choose.randrange(4) * 80, choose.randrange(2) * 255, 0)
-            parts.append(ImageSource(Image.new("RGB", (9, 9), color)))
+            size = (choose.choice((40, 90)), choose.choice((40, 70)))
+            parts.append(ImageSource(Image.new("RGB", size, color)))
         parts.append(" ".join(choose.choices(WORDS.split(), k=words)))
         conversation = Conversation(id="q", turns=(Turn(role="user", parts=tuple(parts)),))
         return processor.encode(conversation, prompt=True)
@@ -180,7 +188,12 @@ def submit(batching, request):
 
 
 @pytest.mark.parametrize(
-    ("count", "steps_ahead"), [(60, 0), (60, 1), pytest.param(500, 1, marks=pytest.mark.slow)]
+    ("family", "count", "steps_ahead"),
+    [
+        *(("qwen_vl", 60, 0), ("qwen_vl", 60, 1), *((kind, 60, 1) for kind in KINDS)),
+        *(pytest.param(kind, 500, 1, marks=pytest.mark.slow) for kind in ("qwen_vl", *KINDS)),
+    ],
+    indirect=["family"],
 )
 def test_requests_that_come_and_go_at_random_are_answered_as_each_alone(
     count, steps_ahead, batching_of, sample_of, alone
@@ -201,6 +214,7 @@ def test_requests_that_come_and_go_at_random_are_answered_as_each_alone(
     assert batching.waiting == batching.running == 0
 
 
+@EVERY_FAMILY
 def test_images_are_encoded_once(batching_of, sample_of, model, alone):
     requests = []
     for seed, images in ((3, 2), (4, 7)):
@@ -208,7 +222,14 @@ def test_images_are_encoded_once(batching_of, sample_of, model, alone):
         requests.append(Request(prompt=prompt, max_new_tokens=4))
     requests = [*requests, requests[0]]
     expected, encoded = [alone(request) for request in requests], []
-    model.transformer.visual.register_forward_hook(lambda _, __, out: encoded.append(len(out)))
+    decoder = decoder_of(model)
+    encode = decoder.encode_images
+
+    def counting(inputs, indices):
+        encoded.append(len(indices))
+        return encode(inputs, indices)
+
+    decoder.encode_images = counting
     batching = batching_of()
     for _ in range(2):
         assert answers(batching, requests) == expected
@@ -219,6 +240,7 @@ def test_images_are_encoded_once(batching_of, sample_of, model, alone):
     assert set(encoded) <= {1, 2, 4}
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("slots", [20, 64])  # the prompts of the warm-up fit only into 64
 def test_a_warm_up_leaves_nothing_behind(slots, batching_of, sample_of, alone):
     batching = batching_of(slots=slots, start=False)
@@ -230,6 +252,7 @@ def test_a_warm_up_leaves_nothing_behind(slots, batching_of, sample_of, alone):
         assert answers(batching, [request] * 3) == [alone(request)] * 3
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("prompt_tokens", [1, 40, 10_000])
 def test_prompts_are_read_in_pieces(prompt_tokens, batching_of, sample_of, alone):
     requests = []
@@ -266,6 +289,7 @@ def queue_of(received, sample, max_new_tokens):
     return deque([handle])
 
 
+@EVERY_FAMILY
 def test_rows_move_at_the_end_of_the_cache(batching_of, sample_of, alone, processor, monkeypatch):
     processor.stop_ids = ()
     moves = []
@@ -276,7 +300,9 @@ def test_rows_move_at_the_end_of_the_cache(batching_of, sample_of, alone, proces
         move(self, by)
 
     monkeypatch.setattr(RunningRows, "_move", record)
-    prompts = [sample_of(words, seed=words) for words in (1, 14, 4, 12, 1, 2)]
+    prompts = []
+    for words, images in ((1, 1), (14, 0), (4, 0), (12, 0), (1, 2), (2, 1)):
+        prompts.append(sample_of(words, images, seed=words))
     requests = []
     for index, prompt in enumerate(prompts * 3):
         left = 128 - len(prompt.input_ids)
@@ -302,6 +328,7 @@ def test_steps_read_few_slots_although_the_counter_goes_on(batching_of, sample_o
     assert set(read) <= {128, 256}
 
 
+@EVERY_FAMILY
 def test_graphs_replay_on_the_same_addresses(batching_of, sample_of, alone, monkeypatch):
     replays = []
 
@@ -336,6 +363,7 @@ def test_graphs_replay_on_the_same_addresses(batching_of, sample_of, alone, monk
 
 
 @pytest.mark.gpu
+@EVERY_FAMILY
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphs_of_a_gpu_answer_as_each_alone(compiled, batching_of, sample_of, alone, model):
     model.cuda()

@@ -27,7 +27,7 @@ from transformers.generation import logits_process
 from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Sampling, Stops
-from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES, ImageCache
+from qwenvl_lit.models.qwen_vl.decoder import IMAGES_PER_PASS
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.types import DataError
 
@@ -146,7 +146,7 @@ def test_rows_that_fill_up_a_larger_graph_change_nothing(model, monkeypatch):
 
 def test_prompts_are_prefilled_in_passes_of_limited_size(model, monkeypatch):
     two_rows_of_140 = 300
-    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.PROMPT_TOKENS", two_rows_of_140)
+    monkeypatch.setattr("qwenvl_lit.models.static_decoder.PROMPT_TOKENS", two_rows_of_140)
     rows, pixels = prompts(), images(4)
     assert together(model, rows, pixels) == alone(model, rows, pixels)
 
@@ -203,7 +203,7 @@ def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, graphs):
     expected = alone(model, rows, pixels)
     generation = Generation(max_new_tokens=12, compile=True)
     assert together(model, rows, pixels, generation) == expected
-    assert decoder_of(model).passes.compiled
+    assert decoder_of(model).compiled
     # Before and after attention, for prompts and for steps, whatever the number of blocks.
     assert len(graphs) == 4
     fewer = rows[:7]
@@ -211,7 +211,7 @@ def test_compiled_blocks_answer_the_same_and_are_compiled_once(model, graphs):
     assert len(graphs) == 6  # another number of rows is another step, but the same prompt
     uncompiled = replace(generation, compile=False)
     assert together(model, fewer, pixels, uncompiled) == expected[:7]
-    assert not decoder_of(model).passes.compiled
+    assert not decoder_of(model).compiled
 
 
 def test_the_tower_is_compiled_for_full_passes_only(model, graphs):
@@ -259,7 +259,7 @@ class Replay:
 
     def _addresses(self) -> list[int]:
         inputs, cache = self.decoder.step_inputs[self.rows], self.decoder.cache
-        tensors = (cache.memory, inputs.ids, inputs.slot, inputs.starts, inputs.frequencies)
+        tensors = (cache.memory, inputs.ids, inputs.slot, inputs.starts, inputs.positional)
         return [*(item.data_ptr() for item in tensors), cache.capacity(self.rows)]
 
     def replay(self) -> None:
@@ -344,11 +344,11 @@ def test_auto_compiles_on_a_gpu_after_a_minute_of_answers(model, replaying, monk
     rows, pixels = prompts()[:2], images(3)
     expected = alone(model, rows, pixels)
     clock = iter(range(0, 10_000, 4))  # the twelve steps of an answer take 48 seconds
-    monkeypatch.setattr("qwenvl_lit.models.qwen_vl.decoder.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("qwenvl_lit.models.static_decoder.perf_counter", lambda: next(clock))
     compiled = []
     for _ in range(4):
         assert together(model, rows, pixels) == expected
-        compiled.append(replaying.passes.compiled)
+        compiled.append(replaying.compiled)
     assert compiled == [False, False, True, True]
 
 
@@ -364,7 +364,7 @@ def test_graphs_of_a_gpu_answer_as_eager_steps_do(compiled):
     decoder = decoder_of(model)
     assert decoder.graphs.captured
     assert decoder.graphs.can_capture
-    assert decoder.passes.compiled == compiled
+    assert decoder.compiled == compiled
     first = {name: value.cuda() for name, value in batch_of(rows[:1], pixels[:1]).items()}
     for _ in range(2):
         assert streamed(generation, model, first) == expected[0]
@@ -565,21 +565,6 @@ def test_equal_images_are_encoded_once(model):
     Generation.release(model)
     together(model, rows[1:2], pixels[1:2], image_keys=["b"])
     assert encoded == [4, 2, 1]
-
-
-def test_the_oldest_images_leave_the_cache():
-    encoded, cache = [], ImageCache()
-
-    def encode(pixels):
-        encoded.extend(pixels[:, 0].tolist())
-        return pixels[:, :, None].expand(-1, QUERIES, 2)
-
-    values = torch.arange(MAX_IMAGES + 1.0)[:, None]
-    features = cache(values, [str(index) for index in range(len(values))], encode)
-    assert torch.equal(features[:, 0, 0], values[:, 0])
-    encoded.clear()
-    assert cache(values[[1, 0]], ["1", "0"], encode)[:, 0, 0].tolist() == [1, 0]
-    assert encoded == [0]
 
 
 def test_there_are_as_many_keys_as_images(model):

@@ -4,7 +4,6 @@ import sys
 import weakref
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,13 +11,13 @@ from small_network import CLOSE, images, padded, small_network, tensor, text
 from torch import nn
 from torch.nn.functional import linear
 
+from qwenvl_lit.models import static_decoder as decoding
 from qwenvl_lit.models.dequantized import (
     DequantizedWeights,
     dequantized_bytes,
     four_bit_layers,
     free_bytes,
 )
-from qwenvl_lit.models.qwen_vl import decoder as decoding
 from qwenvl_lit.models.qwen_vl.decoder import Decoder
 
 SCALE = 0.25  # between two values of a weight
@@ -192,11 +191,22 @@ def test_four_rows_are_answered_with_dequantized_weights_and_so_are_later_ones(
 def test_graphs_that_read_4_bit_weights_are_deleted(network, monkeypatch):
     decoder = Decoder(network)
     answer(decoder, 4)
+    few = decoder.running_rows(rows=2, slots=8)
     monkeypatch.setattr(decoding, "free_bytes", lambda device: 2**30)
-    decoder.graphs = Mock()
-    answer(decoder, 4)
-    answer(decoder, 4)
-    decoder.graphs.clear.assert_called_once_with()
+    for expected in (0, 1):
+        for graphs in (decoder.graphs, few.graphs):
+            graphs.captured[1, 8] = (None, None)
+        answer(decoder, 4)
+        assert len(decoder.graphs.captured) == len(few.graphs.captured) == expected
+
+
+def test_four_running_rows_multiply_with_dequantized_weights(network, monkeypatch):
+    monkeypatch.setattr(decoding, "free_bytes", lambda device: 2**30)
+    decoder = Decoder(network)
+    decoder.running_rows(rows=3, slots=8)
+    assert decoder.dequantized is None
+    decoder.running_rows(rows=4, slots=8)
+    assert decoder.dequantized is not None
 
 
 @pytest.mark.parametrize("share", [1.9, 2.1])

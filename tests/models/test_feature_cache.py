@@ -12,6 +12,7 @@ class Encoder:
         self.encoded = []
 
     def __call__(self, indices):
+        assert indices
         for index in indices:
             self.encoded.append(index)
             yield torch.full((index + 1, 2), float(index))
@@ -41,3 +42,11 @@ def test_the_least_recently_used_features_leave_first(monkeypatch):
     cache(1, ["one token"], encode)
     assert len(cache(2, ["new", "two new"], encode)) == 2  # all of a batch are returned
     assert list(cache.features) == ["new", "two new"]
+
+
+def test_stored_features_are_copies_of_what_was_encoded():
+    cache, all_images = FeatureCache(), torch.ones(2, 3, 4)
+    [first, _] = cache(2, ["a", "b"], lambda indices: iter(all_images))
+    assert first.untyped_storage().nbytes() == first.nbytes
+    assert cache.get("a") is first
+    assert cache.get("c") is None

@@ -1,13 +1,12 @@
 """Decodes with a network of Qwen2.5-VL or Qwen3-VL; see `static_decoder`."""
 
-# B rows of the cache, n rows of the batch, b rows of a prefill pass, T tokens of a padded prompt,
-# D width, H heads, G heads of keys and values, K head width, M image tokens of the batch,
-# L DeepStack levels
+# B rows of the cache, n rows of the batch, T tokens of a padded prompt, D width, H heads, G heads
+# of keys and values, K head width, M image tokens of the batch, Q tokens of an image, L DeepStack
+# levels
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from qwenvl_lit.models.feature_cache import FeatureCache
+from qwenvl_lit.models.host_copy import send
 from qwenvl_lit.models.kv_cache import KVCache
+from qwenvl_lit.models.passes import Rotary, StepInputs
 from qwenvl_lit.models.qwen3_vl.flops import head_dim_of
 from qwenvl_lit.models.qwen3_vl.tower import image_tokens, tower_inputs
-from qwenvl_lit.models.static_decoder import CompiledPair, Rotary, StaticDecoder, StepInputs
+from qwenvl_lit.models.static_decoder import StaticDecoder
+from qwenvl_lit.models.step_graphs import CompiledPair
 
 # Most patches of a pass of the vision tower, unless one image has more
 PATCHES_PER_PASS = 16384
@@ -37,21 +38,16 @@ class Decoder(StaticDecoder):
             device=network.get_input_embeddings().weight.device,
         )
         super().__init__(network, cache)
-        self.images = FeatureCache()
-        self.positions: torch.Tensor | None = None  # (3, n, T) of the prompts
-        self.image_positions: torch.Tensor | None = None  # (M,) into n * T, in order of the rows
-        self.row_bounds: list[int] = []  # (n + 1,) cumulative numbers of image tokens of the rows
-        self.levels: list[torch.Tensor] = []  # L features (M, D)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> nn.ModuleList:
         return self.network.model.language_model.layers
 
     def use_functions(self, *, compiled: bool) -> None:
         self.before_attention = CompiledPair(before_attention) if compiled else before_attention
         self.after_attention = CompiledPair(after_attention) if compiled else after_attention
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.network.get_input_embeddings()(ids)
 
     def logits(self, x_BD: torch.Tensor) -> torch.Tensor:
@@ -59,83 +55,60 @@ class Decoder(StaticDecoder):
 
     # -- prompts -----------------------------------------------------------------------------------
 
-    def positional(
-        self, inputs: Mapping[str, Any], lengths: Sequence[int], rows: int
-    ) -> torch.Tensor:
-        """Returns the positions of new tokens minus their slots, (B, 1).
+    def image_tokens(self, inputs: Mapping[str, Any]) -> Sequence[int]:
+        if "pixel_values" not in inputs:
+            return []
+        return image_tokens(inputs["image_sizes"], self.network.config.vision_config)
 
-        They differ, because a prompt has padding, and an image moves positions by less than its
-        number of tokens.
-        """
-        n, length = inputs["input_ids"].shape
-        positions = inputs.get("position_ids")
-        if positions is None:
-            slots = torch.arange(length, device=self.device)
-            starts_n1 = length - torch.tensor(lengths, device=self.device)[:, None]
-            positions = (slots - starts_n1).clamp(min=0).expand(3, -1, -1)
-        self.positions = positions
-        self._find_rows_of_images(inputs, n, length)
-        shift = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
-        shift[:n] = positions[0, :, -1:] + 1 - length  # a prompt ends in text
-        return shift
-
-    def _find_rows_of_images(self, inputs: Mapping[str, Any], n: int, length: int) -> None:
-        self.image_positions = inputs.get("vision_positions")
-        counts = [0] * n
-        if self.image_positions is not None:
-            rows = self.image_positions // length
-            # Synchronizes, when no work is queued yet
-            counts = torch.bincount(rows, minlength=n).tolist()
-        self.row_bounds = list(accumulate(counts, initial=0))
-
-    def embed_prompts(
-        self, inputs: Mapping[str, Any], image_keys: Sequence[str] | None
-    ) -> torch.Tensor:
-        features = inputs.get("vision_features")
-        if "pixel_values" in inputs:
-            features = self._encode(inputs, image_keys)
-        x_nTD, self.levels = self.network.insert_images(
-            self.embed(inputs["input_ids"]), features, self.image_positions
-        )
-        return x_nTD
-
-    def after_block(self, index: int, x_bTD: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Adds the features of a DeepStack level to the image tokens of some rows."""
-        if index >= len(self.levels):
-            return x_bTD
-        tokens = slice(self.row_bounds[rows.start], self.row_bounds[rows.stop])
-        positions = self.image_positions[tokens] - rows.start * x_bTD.shape[1]
-        flat = x_bTD.flatten(0, 1).index_add(0, positions, self.levels[index][tokens])
-        return flat.view_as(x_bTD)
-
-    def _encode(self, inputs: Mapping[str, Any], image_keys: Sequence[str] | None) -> torch.Tensor:
-        """Returns the features (M, (1 + L) * D) of the images, encoded now or earlier."""
+    def encode_images(
+        self, inputs: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
         config = self.network.config.vision_config
         sizes = inputs["image_sizes"]
         pixels = inputs["pixel_values"].split([height * width for height, width in sizes])
+        for some in passes(indices, sizes):
+            chosen = [sizes[index] for index in some]
+            arguments = tower_inputs(chosen, config)
+            for name, value in arguments.items():
+                if isinstance(value, torch.Tensor):
+                    arguments[name] = send(value, self.device)
+            patches = torch.cat([pixels[index] for index in some])
+            features = self.network.encode_images(patches, arguments)
+            yield from features.split(image_tokens(chosen, config))
 
-        def encode(indices: Sequence[int]) -> Iterator[torch.Tensor]:
-            for some in passes(indices, sizes):
-                chosen = [sizes[index] for index in some]
-                arguments = tower_inputs(chosen, config)
-                for name, value in arguments.items():
-                    if isinstance(value, torch.Tensor):
-                        arguments[name] = value.to(self.device)
-                patches = torch.cat([pixels[index] for index in some])
-                features = self.network.encode_images(patches, arguments)
-                yield from features.split(image_tokens(chosen, config))
-
-        return torch.cat(self.images(len(sizes), image_keys, encode))
+    def embed_prompts(
+        self, inputs: Mapping[str, Any], features: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        features_MD = inputs.get("vision_features")  # or, with DeepStack, (M, (1 + L) * D)
+        if features is not None:
+            features_MD = torch.cat(list(features))
+        x_nTD = self.embed_tokens(inputs["input_ids"])
+        return self.network.insert_images(x_nTD, features_MD, inputs.get("vision_positions"))
 
     # -- rotary positions --------------------------------------------------------------------------
 
-    def prompt_rotary(self, rows: slice, length: int) -> Rotary:
-        return self._rotary(self.positions[:, rows])
+    def positions(self, inputs: Mapping[str, Any], starts_n1: torch.Tensor) -> torch.Tensor:
+        positions = inputs.get("position_ids")
+        if positions is None:
+            slots = torch.arange(inputs["input_ids"].shape[1], device=self.device)
+            positions = (slots - starts_n1).clamp(min=0).expand(3, -1, -1)
+        return positions
 
-    def step_rotary(self, step_inputs: StepInputs) -> Rotary:
-        return self._rotary((step_inputs.slot + step_inputs.positional).expand(3, -1, -1))
+    def positional(
+        self, positions: torch.Tensor, starts_n1: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Returns the position of the first new token minus the number of tokens before, (n, 1).
 
-    def _rotary(self, positions: torch.Tensor) -> Rotary:
+        An image moves positions by less than its number of tokens.
+        """
+        tokens_n1 = positions.shape[-1] - starts_n1
+        return positions[0, :, -1:] + 1 - tokens_n1  # a prompt ends in text
+
+    def step_positions(self, step_inputs: StepInputs) -> torch.Tensor:
+        positions = super().step_positions(step_inputs) + step_inputs.positional
+        return positions.expand(3, -1, -1)
+
+    def rotary(self, positions: torch.Tensor, positional: torch.Tensor) -> Rotary:
         language_model = self.network.model.language_model
         return language_model.rotary_emb(language_model.embed_tokens.weight, positions)
 

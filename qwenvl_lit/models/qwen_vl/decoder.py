@@ -1,221 +1,121 @@
-"""Decodes with a Qwen-VL network and a static KV cache.
-
-A prefill pass writes the prompts to the cache. Every decoding step after it has a fixed shape and
-is replayed as a CUDA graph.
+"""Decodes with a Qwen-VL network; see `static_decoder`.
 
 The decoder does not use transformers' `generate`. There, as in the original Qwen-VL code, positions
 include left padding, and a single alpha of dynamic NTK applies to the whole batch. The decoder
-computes positions, dynamic NTK and log-n scaling separately for each row. A row of a left-padded
-batch therefore has the same answer as a batch of this row only.
-
-A slot is the index of a token in its row of the cache, including padding. A position is the index
-of a token in its row without padding.
+computes positions, dynamic NTK and log-n scaling separately for each row.
 """
 
-# B rows of the cache, n <= B rows of the batch, b rows of a prefill pass, T tokens of a padded
-# prompt, D width, V vocabulary size
+# B rows of the cache, n rows of the batch, T tokens of a padded prompt, D width, V vocabulary size,
+# K head width, N images, Q tokens of an image
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cache
-from time import perf_counter
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from qwenvl_lit.models.dequantized import (
-    DequantizedWeights,
-    dequantized_bytes,
-    four_bit_layers,
-    free_bytes,
+from qwenvl_lit.models.kv_cache import KVCache
+from qwenvl_lit.models.passes import FEW_IMAGES, Rotary
+from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
+from qwenvl_lit.models.qwen_vl.language import (
+    LanguageBlock,
+    rotary_frequencies,
+    rotary_tables_at,
 )
-from qwenvl_lit.models.dynamo import CompileError
-from qwenvl_lit.models.qwen_vl.kv_cache import KVCache
-from qwenvl_lit.models.qwen_vl.passes import Passes, StepInputs
-from qwenvl_lit.models.qwen_vl.running_rows import RunningRows
-from qwenvl_lit.models.step_graphs import StepGraphs
+from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
+from qwenvl_lit.models.static_decoder import StaticDecoder
+from qwenvl_lit.models.step_graphs import CompiledPair
 
-# Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
-PROMPT_TOKENS = 16384
-COMPILE_AFTER = 60  # seconds of decoding after which compile="auto" compiles
-DEQUANTIZE_ROWS = 4  # least rows of a batch for which 4-bit weights are dequantized
-
-log = logging.getLogger(__name__)
+IMAGES_PER_PASS = 32  # most images that are encoded as one pass
 
 
-class Decoder:
-    """The cache and the CUDA graphs of one `QwenVLForCausalLM`, with which it is decoded."""
+class Decoder(StaticDecoder):
+    """The cache, the CUDA graphs and the encoded images of one `QwenVLForCausalLM`."""
 
     def __init__(self, network: PreTrainedModel):
-        self.passes = Passes(network)
-        self.device = self.passes.device
-        self.cache = KVCache(network.config, self.device)
-        self.dequantized: DequantizedWeights | None = None  # of the language blocks, if 4-bit
-        self.answer = 0  # number of the current answer, with which `step` detects earlier ones
+        config = network.config
+        cache = KVCache(
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.kv_channels,
+            device=network.transformer.wte.weight.device,
+        )
+        super().__init__(network, cache)
 
-        self.seconds = 0.0  # time spent on earlier answers
-        self.started = self.latest = 0.0  # start and latest step of the current answer
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.network.transformer.h
 
-        self.step_inputs: dict[int, StepInputs] = {}  # by B
-        self.requests: Counter[int] = Counter()  # number of batches of n rows, by n
-        self.graphs = StepGraphs(self.device)  # by (B, slots that the step reads)
+    def use_functions(self, *, compiled: bool) -> None:
+        self.before_attention: Callable = LanguageBlock.before_attention
+        self.after_attention: Callable = LanguageBlock.after_attention
+        self.run_vision_block: RunBlock = VisionBlock.compute
+        if compiled:
+            # Blocks are compiled instead of the network, because all blocks share a compilation.
+            self.before_attention = CompiledPair(LanguageBlock.before_attention)
+            self.after_attention = CompiledPair(LanguageBlock.after_attention)
+            self.run_vision_block = torch.compile(
+                VisionBlock.compute, fullgraph=True, dynamic=False
+            )
 
-    # -- answers -----------------------------------------------------------------------------------
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.network.transformer.wte(ids)
 
-    def start(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        new_tokens: int,
-        image_keys: Sequence[str] | None = None,
-        compiled: Literal["auto"] | bool = "auto",
+    def logits(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return self.network.lm_head(self.network.transformer.ln_f(x_BD))
+
+    # -- prompts -----------------------------------------------------------------------------------
+
+    def image_tokens(self, inputs: Mapping[str, Any]) -> Sequence[int]:
+        return [self.network.config.n_queries] * len(inputs.get("pixel_values", ()))
+
+    def encode_images(
+        self, inputs: Mapping[str, Any], indices: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        pixel_values = inputs["pixel_values"]
+        # Any other number of images, as in a last pass, would need another compilation.
+        compiled_counts = {IMAGES_PER_PASS, *FEW_IMAGES} if self.few_images else {IMAGES_PER_PASS}
+        for first in range(0, len(indices), IMAGES_PER_PASS):
+            images = [pixel_values[index] for index in indices[first : first + IMAGES_PER_PASS]]
+            is_compiled = self.compiled and len(images) in compiled_counts
+            run_block = self.run_vision_block if is_compiled else None
+            yield from self.network.get_image_features(torch.stack(images), run_block)
+
+    def embed_prompts(
+        self, inputs: Mapping[str, Any], features: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        features_NQD = inputs.get("vision_features")
+        if features is not None:
+            features_NQD = torch.stack(list(features))
+        x_nTD = self.network.embed(
+            inputs["input_ids"],
+            vision_features=features_NQD,
+            vision_positions=inputs.get("vision_positions"),
+        )
+        return x_nTD, ()
+
+    # -- rotary positions --------------------------------------------------------------------------
+
+    def positions(self, inputs: Mapping[str, Any], starts_n1: torch.Tensor) -> torch.Tensor:
+        slots = torch.arange(inputs["input_ids"].shape[1], device=self.device)
+        return (slots - starts_n1).clamp(min=0)
+
+    def positional(
+        self, positions: torch.Tensor, starts_n1: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
-        """Reads n left-padded prompts and returns the logits (n, V) of the first new tokens.
+        """Returns the rotary frequencies of each row, (n, 1, 1, 1, K / 2)."""
+        config, alphas = self.network.config, [1] * len(lengths)
+        if config.use_dynamic_ntk:
+            alphas = [ntk_alpha(tokens, config.seq_length) for tokens in lengths]
+        tables, channels = {}, config.kv_channels
+        for alpha in set(alphas):
+            tables[alpha] = rotary_frequencies(channels, config.rotary_emb_base, alpha, self.device)
+        return torch.stack([tables[alpha] for alpha in alphas])[:, None, None, None]
 
-        Args:
-            inputs: the prompts, as arguments of `QwenVLForCausalLM.forward`.
-            new_tokens: the maximum number of new tokens per row.
-            image_keys: the argument `keys` of `ImageCache`.
-            compiled: the value of `Generation.compile`.
-        """
-        self.seconds += self.latest - self.started
-        self.started = self.latest = perf_counter()
-        self.answer += 1
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        self.n, length = ids.shape
-        lengths = [length] * self.n
-        if mask is not None:
-            lengths = mask.sum(1).tolist()  # synchronizes, when no work is queued yet
-        self._set_compiled(compiled)
-        self.rows = self._choose_rows(self.n, length + new_tokens)
-        self.filled = length
-        self._reserve(self.rows, length + new_tokens)
-        if self.n >= DEQUANTIZE_ROWS and self.dequantized is None:
-            self._dequantize()
-        self._write_step_inputs(lengths, length)
-        while True:
-            try:
-                x_nTD = self.passes.embed(inputs, image_keys)
-                return self._prefill(x_nTD, padded=min(lengths) < length)
-            except CompileError as error:  # for example, in a layer of another package
-                self.passes.stop_compiling(error)
-
-    def step(self, ids: torch.Tensor, answer: int | None = None) -> torch.Tensor:
-        """Appends the tokens `ids` (n,) to the rows and returns the next logits (n, V).
-
-        Raises:
-            ValueError: `answer` is not the number of the answer that was started last.
-        """
-        if answer not in (None, self.answer):
-            raise ValueError(
-                "another answer of this model was begun before this one ended; "
-                "read each answer to its end before the next one, or load the model twice"
-            )
-        step_inputs = self.step_inputs[self.rows]
-        step_inputs.ids[: self.n] = ids
-        self.filled += 1
-        slots_read = self.cache.slots_to_read(self.rows, self.filled)
-        cache = self.cache.view(self.rows)
-        logits = self.passes.run_step(self.graphs, step_inputs, cache, slots_read)
-        step_inputs.slot += 1
-        self.latest = perf_counter()
-        return logits[: self.n]
-
-    # -- rows that join and leave ------------------------------------------------------------------
-
-    def running_rows(self, *, rows: int, slots: int, compiled: bool = False) -> RunningRows:
-        """Returns rows for continuous batching, with a cache of their own."""
-        self._set_compiled(compiled)
-        return RunningRows(self.passes, rows=rows, slots=slots)
-
-    def _set_compiled(self, compiled: Literal["auto"] | bool) -> None:
-        passes = self.passes
-        if compiled == "auto":
-            compiled = passes.compiled or (self.graphs.help() and self.seconds > COMPILE_AFTER)
-        if passes.set_compiled(compiled):
-            self.graphs.clear()
-
-    # -- the network -------------------------------------------------------------------------------
-
-    def _prefill(self, x_nTD: torch.Tensor, *, padded: bool) -> torch.Tensor:
-        """Writes keys and values of the prompts to the cache.
-
-        Each pass takes as many rows as `PROMPT_TOKENS` allows. Returns the logits (n, V) of the
-        last tokens.
-        """
-        step_inputs, cache = self.step_inputs[self.rows], self.cache.view(self.rows)
-        n, length = x_nTD.shape[:2]
-        rows_per_pass = max(1, PROMPT_TOKENS // length)
-        last = []
-        for first in range(0, n, rows_per_pass):
-            rows = slice(first, min(first + rows_per_pass, n))
-            x_bTD = self.passes.read_tokens(
-                x_nTD[rows],
-                cache[:, :, rows],
-                starts=step_inputs.starts[rows],
-                frequencies=step_inputs.frequencies[rows],
-                padded=padded,
-            )
-            last.append(x_bTD[:, -1])
-        return self.passes.head(torch.cat(last))
-
-    # -- memory ------------------------------------------------------------------------------------
-
-    def _choose_rows(self, n: int, slots: int) -> int:
-        """Returns B for a batch of n rows.
-
-        The first batch of n rows, such as the last batch of a dataset, uses the graphs of a larger
-        batch size if there are any. A second batch of n rows gets graphs for this batch size.
-        """
-        self.requests[n] += 1
-        if n in self.step_inputs or self.requests[n] > 1 or not self.graphs.help():
-            return n
-        larger = []
-        for rows in self.step_inputs:
-            if rows >= n and self.cache.capacity(rows) >= slots:
-                larger.append(rows)
-        return min(larger, default=n)
-
-    def _reserve(self, rows: int, slots: int) -> None:
-        dtype = self.passes.dtype
-        if not self.cache.fits(rows, slots, dtype):
-            self.graphs.clear()
-            self.cache.allocate(rows, slots, dtype)
-
-    def _dequantize(self) -> None:
-        """Dequantizes 4-bit weights for this and later answers, if memory allows it.
-
-        They take at most half of the free memory: activations, graphs and images need some.
-        """
-        network = self.passes.network
-        layers = four_bit_layers(network, network.transformer.h)
-        size = dequantized_bytes(layers)
-        if layers and 2 * size <= free_bytes(self.device):
-            self.graphs.clear()
-            self.dequantized = DequantizedWeights(layers)
-            _log_dequantized(size)
-
-    def _write_step_inputs(self, lengths: list[int], length: int) -> None:
-        """Sets the step inputs for prompts of `lengths` tokens that are left-padded to `length`."""
-        rows = self.rows
-        if rows not in self.step_inputs:
-            self.step_inputs[rows] = self.passes.new_step_inputs(rows)
-        step_inputs = self.step_inputs[rows]
-        step_inputs.slot.fill_(length)
-        step_inputs.starts.fill_(length)  # unused rows attend only to their own new tokens
-        step_inputs.starts[: self.n, 0] = length - torch.tensor(lengths, device=self.device)
-        unused = [1] * (rows - self.n)
-        step_inputs.frequencies.copy_(self.passes.frequencies([*lengths, *unused]))
-
-
-@cache  # not again for each validation
-def _log_dequantized(size: int) -> None:
-    log.info(
-        "4-bit weights of the language blocks are kept dequantized while batches are answered, "
-        "which takes %.1f GiB",
-        size / 2**30,
-    )
+    def rotary(self, positions: torch.Tensor, positional: torch.Tensor) -> Rotary:
+        config = self.network.config
+        logn_above = config.seq_length if config.use_logn_attn else None
+        return rotary_tables_at(positions, positional, logn_above=logn_above)

@@ -6,10 +6,11 @@ peaks in benchmarks/generate.json.
 
 from __future__ import annotations
 
+from qwenvl_lit.models.feature_cache import MAX_BYTES
+from qwenvl_lit.models.kv_cache import round_up
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
-from qwenvl_lit.models.qwen_vl.decoder import PROMPT_TOKENS
-from qwenvl_lit.models.qwen_vl.image_cache import IMAGES_PER_PASS, MAX_IMAGES
-from qwenvl_lit.models.qwen_vl.kv_cache import round_up
+from qwenvl_lit.models.qwen_vl.decoder import IMAGES_PER_PASS
+from qwenvl_lit.models.static_decoder import PROMPT_TOKENS
 
 # CUDA graphs, workspaces of libraries, a dequantized weight
 WORKSPACE = 2**28
@@ -39,7 +40,8 @@ def answering_bytes(
     cache = rows * row_tokens * 2 * config.num_hidden_layers * config.hidden_size
     prompts = rows * tokens * config.hidden_size
     encoded = rows * images
-    features = (encoded + min(encoded, MAX_IMAGES)) * config.n_queries * config.hidden_size
+    features = encoded * config.n_queries * config.hidden_size
+    cached = min(features * itemsize, MAX_BYTES)
     pass_tokens = rows * tokens
     if not at_once:
         pass_tokens = min(pass_tokens, max(PROMPT_TOKENS, tokens))
@@ -49,7 +51,7 @@ def answering_bytes(
     )
     elements = cache + prompts + features + largest
     logits = rows * config.vocab_size * LOGIT_BYTES
-    return elements * itemsize + _pixel_bytes(config, encoded) + logits + WORKSPACE
+    return elements * itemsize + cached + _pixel_bytes(config, encoded) + logits + WORKSPACE
 
 
 def loss_bytes(

@@ -1,12 +1,12 @@
-"""Rows that join and leave a running batch of the decoder, for continuous batching.
+"""Rows that join and leave a running batch of a decoder, for continuous batching.
 
 All rows share one slot counter: a step writes the latest token of every row to the same slot. The
 prompt of a new row is read apart from them, in pieces. The row then joins in the slots just before
 the counter, as if it had been left-padded. Shapes and addresses never change, so CUDA graphs stay.
 """
 
-# B rows of the cache, b prompts that are read together, T tokens of a padded prompt, S slots,
-# Q tokens of an image, D width, V vocabulary size, H heads, K head width
+# B rows of the cache, b prompts that are read together, T tokens of a padded prompt, G heads of
+# keys and values, K head width, Q tokens of an image, D width, V vocabulary size
 
 from __future__ import annotations
 
@@ -16,16 +16,13 @@ from typing import Any
 import torch
 
 from qwenvl_lit.models.dynamo import CompileError
-from qwenvl_lit.models.host_copy import upload
-from qwenvl_lit.models.qwen_vl.kv_cache import KVCache
-from qwenvl_lit.models.qwen_vl.passes import Passes
-from qwenvl_lit.models.step_graphs import StepGraphs
+from qwenvl_lit.models.feature_cache import check_keys
+from qwenvl_lit.models.passes import FEW_IMAGES, Passes
 
 SIZES = (1, 8, 32, 128)  # numbers of rows that steps are computed for, besides all rows
 # Slots that moving the rows must free, unless the cache is full. Moving takes as long as a quarter
 # of a step.
 WORTH_MOVING = 64
-IMAGES = (4, 2, 1)  # images that are encoded as one batch
 SHORT_PIECE = 32  # tokens at the end of a prompt for which it is not worth reading another piece
 
 
@@ -35,7 +32,11 @@ class Prompts:
     Args:
         inputs: as for `Decoder.start`, on the decoder's device.
         lengths: the tokens of each prompt.
-        image_keys: the argument `keys` of `ImageCache`.
+        image_keys: a key for each image. Images with the same key are encoded only once. With None,
+            every image is encoded and none is stored.
+
+    Raises:
+        ValueError: the numbers of keys and images differ.
     """
 
     def __init__(
@@ -48,15 +49,16 @@ class Prompts:
         self.passes = passes
         self.inputs = inputs
         self.lengths = lengths
-        images = len(inputs.get("pixel_values", ()))
-        self.has_keys = image_keys is not None
-        self.image_keys = image_keys if self.has_keys else [str(index) for index in range(images)]
         self.length = inputs["input_ids"].shape[1]
-        self.frequencies = passes.frequencies(lengths)
-        self.starts = upload([self.length - tokens for tokens in lengths], passes.device)[:, None]
-        self.features: dict[str, torch.Tensor] = {}  # (Q, D) of the images encoded so far, by key
+        self.image_tokens = passes.image_tokens(inputs)
+        if image_keys is not None and self.image_tokens:
+            check_keys(image_keys, len(self.image_tokens))
+        self.image_keys = image_keys
+        # (Q, D) of each image, None until it is encoded
+        self.features: list[torch.Tensor | None] = [None] * len(self.image_tokens)
+        self.prompt_inputs = passes.prompt_inputs(inputs, lengths)
         self.x_bTD: torch.Tensor | None = None  # the embeddings, after all images
-        self.cache: torch.Tensor | None = None  # (layers, 2, b, H, T, K)
+        self.cache: torch.Tensor | None = None  # (layers, 2, b, G, T, K)
         self.columns_read = 0
         self.logits: torch.Tensor | None = None
         """(b, V), of the first new tokens; None until everything is read."""
@@ -82,63 +84,56 @@ class Prompts:
             if new := self._new_images():
                 return self._encode_images(new, tokens)
             self._embed()
+        assert self.x_bTD is not None
+        assert self.cache is not None
         rows = len(self.lengths)
         end = min(self.columns_read + max(2, tokens // rows), self.length)
         if self.length - end < SHORT_PIECE:
             end = self.length
-        x_bTD = self.passes.read_tokens(
+        x_btD = self.passes.read_tokens(
             self.x_bTD[:, self.columns_read : end],
             self.cache,
-            starts=self.starts,
-            frequencies=self.frequencies,
-            padded=min(self.lengths) < self.length,
+            self.prompt_inputs,
             first=self.columns_read,
         )
         count = rows * (end - self.columns_read)
         self.columns_read = end
         if end == self.length:
-            self.logits = self.passes.head(x_bTD[:, -1])
+            self.logits = self.passes.logits(x_btD[:, -1])
             self.x_bTD = None
         return count
 
-    def _new_images(self) -> list[tuple[str, int]]:
-        """Returns key and index of each image that has to be encoded."""
-        known, new = self.passes.images.features, {}
-        for index, key in enumerate(self.image_keys):
-            if key in self.features or key in new:
-                continue
-            if self.has_keys and key in known:
-                self.features[key] = known[key]
-                known.move_to_end(key)
-            else:
-                new[key] = index
-        return list(new.items())
+    def _new_images(self) -> list[int]:
+        """Returns the indices of the images that have to be encoded, without equal ones."""
+        new: dict[str, int] = {}
+        for index, features in enumerate(self.features):
+            key = str(index)
+            if features is None and self.image_keys is not None:
+                key = self.image_keys[index]
+                self.features[index] = features = self.passes.images.get(key)
+            if features is None:
+                new.setdefault(key, index)
+        return list(new.values())
 
-    def _encode_images(self, new: Sequence[tuple[str, int]], tokens: int) -> int:
-        most = max(1, min(len(new), tokens // self.passes.network.config.n_queries))
-        new = new[: next(size for size in IMAGES if size <= most)]
-        keys = [key for key, _ in new]
-        pixel_values = self.inputs["pixel_values"]
-        pixel_values = torch.cat([pixel_values[index : index + 1] for _, index in new])
-        features_NQD = self.passes.images(
-            pixel_values, keys if self.has_keys else None, self.passes.encode_few
-        )
-        self.features.update(zip(keys, features_NQD, strict=True))
-        return features_NQD.shape[0] * features_NQD.shape[1]
+    def _encode_images(self, new: Sequence[int], tokens: int) -> int:
+        """Encodes the first of some images, and returns their number of tokens."""
+        for size in FEW_IMAGES:
+            some = new[:size]
+            count = sum(self.image_tokens[index] for index in some)
+            if len(some) == size and count <= tokens:
+                break
+        encoded = self.passes.encode_images(self.inputs, some)
+        for index, features in zip(some, encoded, strict=True):
+            self.features[index] = features
+            if self.image_keys is not None:
+                self.features[index] = self.passes.images.add(self.image_keys[index], features)
+        return count
 
     def _embed(self) -> None:
-        inputs = {name: value for name, value in self.inputs.items() if name != "pixel_values"}
-        if self.features:
-            inputs["vision_features"] = torch.stack([self.features[key] for key in self.image_keys])
+        features = [one for one in self.features if one is not None]
         passes = self.passes
-        self.x_bTD = passes.embed(inputs, None)
-        config = passes.network.config
-        shape = (config.num_attention_heads, self.length, config.kv_channels)
-        self.cache = torch.empty(
-            (config.num_hidden_layers, 2, len(self.lengths), *shape),
-            dtype=passes.dtype,
-            device=passes.device,
-        )
+        self.x_bTD = passes.embed(self.prompt_inputs, self.inputs, features or None)
+        self.cache = passes.cache.empty(len(self.lengths), self.length, passes.dtype)
 
 
 class RunningRows:
@@ -158,9 +153,9 @@ class RunningRows:
     def __init__(self, passes: Passes, *, rows: int, slots: int):
         self.passes = passes
         self.rows = rows
-        self.cache = KVCache(passes.network.config, passes.device)
+        self.cache = passes.cache.like()
         self.cache.allocate(rows, slots, passes.dtype)
-        self.graphs = StepGraphs(passes.device)
+        self.graphs = passes.new_graphs()
         self.inputs = passes.new_step_inputs(rows)
         self.slot = 0  # on the host, as in `inputs`
         self.starts: dict[int, int] = {}  # of the rows that have joined, by row
@@ -203,7 +198,7 @@ class RunningRows:
             cache[:, :, row, :, start : self.slot] = prompts.cache[:, :, index, :, padding:]
             self.inputs.ids[row].copy_(first_id)
             self.inputs.starts[row].fill_(start)
-            self.inputs.frequencies[row].copy_(prompts.frequencies[index])
+            self.inputs.positional[row].copy_(prompts.prompt_inputs.positional[index])
             self.starts[row] = start
 
     def leave(self, row: int) -> None:
