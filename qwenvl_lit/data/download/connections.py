@@ -83,10 +83,12 @@ class Hosts:
         url: the address to download.
         allow_private: the host of `url` itself may have any address. Redirects to other such hosts
             are refused all the same.
+        hint: the end of the message about a private host.
     """
 
     url: str
     allow_private: bool
+    hint: str = PRIVATE_HINT
 
     def check(self, host: str, ip: str) -> None:
         """Raises a DataError if `host`, which has the address `ip`, may not be connected to."""
@@ -100,7 +102,7 @@ class Hosts:
             )
         if not self.allow_private:
             raise DataError(
-                f"{self.url} is not downloaded: {host} ({ip}) is no public address; {PRIVATE_HINT}"
+                f"{self.url} is not downloaded: {host} ({ip}) is no public address; {self.hint}"
             )
 
     def check_proxied(self, host: str) -> None:
@@ -144,22 +146,24 @@ def check_scheme(url: str) -> None:
 
 @contextmanager
 def opened(
-    url: str, headers: Mapping[str, str], *, limits: Limits, allow_private: bool
+    url: str, headers: Mapping[str, str], *, limits: Limits, hosts: Hosts, direct: bool = False
 ) -> Iterator[http.client.HTTPResponse]:
     """Yields the answer to a request for `url`; its body is read within `limits`.
 
+    Args:
+        direct: follow no redirect, and use no proxy.
+
     Raises:
         DataError: the server refuses, the address is broken, or it leads to a host that is not one
-            of `Hosts`.
+            of `hosts`.
         RetryableError: the server cannot be reached now.
         PartMismatchError: the server does not have the range that `headers` name.
     """
-    hosts = Hosts(url=url, allow_private=allow_private)
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler({} if direct else None),
         _Requests(hosts, limits),
-        _Redirects(url),
+        _Redirects(url, follow=not direct),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
     ):
@@ -190,13 +194,14 @@ def opened(
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https addresses only."""
+    """Follows redirects to http and https addresses only, or none."""
 
     max_redirections = MAX_REDIRECTS
     inf_msg = "after too many redirects: "
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, *, follow: bool):
         self.url = url
+        self.follow = follow
 
     def http_error_302(
         self,
@@ -206,6 +211,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         msg: str,
         headers: http.client.HTTPMessage,
     ) -> Any:
+        if not self.follow:
+            fp.close()
+            raise DataError(f"{self.url} redirects to another address, which is not followed")
         location = headers["location"]
         if location:
             target = urljoin(req.full_url, location)

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from qwenvl_lit.atomic import atomic_file, disk_errors
 from qwenvl_lit.data.download.connections import (
+    Hosts,
     Limits,
     PartMismatchError,
     RetryableError,
@@ -245,7 +246,8 @@ class _Download:
             if self.version:
                 headers["If-Range"] = self.version
         limits = Limits(idle_seconds=self.retries.timeout_seconds, deadline=self.deadline)
-        with opened(self.url, headers, limits=limits, allow_private=self.allow_private) as response:
+        hosts = Hosts(url=self.url, allow_private=self.allow_private)
+        with opened(self.url, headers, limits=limits, hosts=hosts) as response:
             encoding = encoding_of(response.headers["Content-Encoding"], self.url)
             if encoding:
                 self._decode(response, encoding)
