@@ -29,19 +29,9 @@ def set_name(trainer: lightning.Trainer, dataloader_idx: int) -> str:
 def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
     """Returns a prediction as plain data, for a line of `predictions.jsonl`.
 
-    Boxes are in pixels of the image that their object names by its index. If the conversation has
-    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which. `thoughts` is
-    there only if the model wrote some.
+    `thoughts` is there only if the model wrote some.
     """
     conversation = prediction.conversation
-    objects = []
-    for part in prediction.parts:
-        if isinstance(part, GroundedObject):
-            boxes = {"label": part.label, "boxes": box_numbers(part)}
-            if conversation.images:
-                objects.append({**boxes, "image": part.image, "frame": "pixel"})
-            else:
-                objects.append({**boxes, "image": None, "frame": "grid"})
     row = {
         "set": set_name,
         "index": conversation.index,
@@ -51,12 +41,29 @@ def prediction_row(prediction: Prediction, set_name: str) -> dict[str, Any]:
         "prediction": prediction.text,
         "reference": prediction.reference,
         "references": list(conversation.references),
-        "objects": objects,
+        "objects": object_rows(prediction),
         "columns": dict(conversation.columns),
     }
     if prediction.thoughts is not None:
         row["thoughts"] = prediction.thoughts
     return row
+
+
+def object_rows(prediction: Prediction) -> list[dict[str, Any]]:
+    """Returns the objects of a prediction as plain data.
+
+    Boxes are in pixels of the image that their object names by its index. If the conversation has
+    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which.
+    """
+    objects = []
+    for part in prediction.parts:
+        if isinstance(part, GroundedObject):
+            boxes = {"label": part.label, "boxes": box_numbers(part)}
+            if prediction.conversation.images:
+                objects.append({**boxes, "image": part.image, "frame": "pixel"})
+            else:
+                objects.append({**boxes, "image": None, "frame": "grid"})
+    return objects
 
 
 class PredictionWriter(lightning.Callback):
