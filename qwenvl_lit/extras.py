@@ -9,7 +9,10 @@ EXTRAS = {  # package -> extra, as pyproject.toml has them
     "bitsandbytes": "quant",
     "hydra-optuna-sweeper": "sweep",
     "hydra-submitit-launcher": "cluster",
+    "fastapi": "serve",
+    "prometheus_client": "serve",
     "tensorboard": "tensorboard",
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 

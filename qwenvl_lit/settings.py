@@ -7,6 +7,7 @@ config here, too, before it imports torch.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
@@ -76,6 +77,15 @@ def _check_interval(key: str, value: Any) -> None:
         _check_batches(key, value, zero=False)
 
 
+def _check_hosts(key: str, value: Any) -> None:
+    for host in value or ():
+        if not isinstance(host, str) or not re.fullmatch(r"[\w.-]+(:\d{1,5})?", host):
+            raise ValueError(
+                f"{key} is a list of names such as example.com or example.com:8080, got "
+                f"{host!r:.100} in it"
+            )
+
+
 _auto_or_bool = partial(check_choice, choices=("auto", True, False))
 _share = partial(check_number, least=0, most=1)
 _not_negative = partial(check_number, least=0)
@@ -140,6 +150,22 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "schedule": partial(check_choice, choices=get_args(Schedule)),
         "rounding": partial(check_choice, choices=get_args(Rounding)),
         "seed": partial(check_number, least=0, most=2**63 - 1, whole=True),
+    },
+    "serve": {
+        "port": partial(check_number, least=0, most=65535, whole=True),
+        "rows": partial(check_number, least=1, most=1024, whole=True, or_auto=True),
+        "context": partial(check_number, least=2, most=10**6, whole=True, or_auto=True),
+        "queue": _count,
+        "max_choices": partial(check_number, least=1, most=128, whole=True),
+        "max_body_mb": partial(check_number, above=0, most=10**4),
+        "body_s": partial(check_number, above=0, most=3600),
+        "max_images": _count,
+        "max_image_mb": partial(check_number, above=0, most=10**4),
+        "max_image_megapixels": partial(check_number, above=0, most=100),
+        "allowed_hosts": _check_hosts,
+        "image_s": partial(check_number, above=0, most=3600),
+        "workers": partial(check_number, least=1, most=1024, whole=True),
+        "grace_s": partial(check_number, least=0, most=3600),
     },
     "speed": {
         "compile": _auto_or_bool,

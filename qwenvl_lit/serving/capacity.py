@@ -1,0 +1,57 @@
+"""Chooses how many answers a server generates together, and how long they may be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qwenvl_lit.data.evaluation_batches import RowSizes
+from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.serving.settings import ServeSettings
+from qwenvl_lit.training.rows_together import SMALL_MODEL, free_memory, rows_that_fit
+
+USUAL_CONTEXT = 2048  # tokens within which Qwen-VL needs no dynamic NTK
+MOST_ROWS = 32
+ROWS_OF_A_CPU = 4  # of a large model
+
+
+def with_capacity(settings: ServeSettings, *, model: nn.Module, family: Family) -> ServeSettings:
+    """Returns settings with numbers in place of "auto" in `rows` and `context`.
+
+    Raises:
+        ValueError: the model reads fewer tokens than `serve.context`.
+    """
+    context = settings.context
+    if context == "auto":
+        context = min(USUAL_CONTEXT, family.max_tokens)
+    elif context > family.max_tokens:
+        raise ValueError(
+            f"serve.context={context} is more than the {family.max_tokens} tokens that the model "
+            f"reads"
+        )
+    rows = settings.rows
+    if rows == "auto":
+        rows = _rows(context, model, family)
+    return replace(settings, rows=rows, context=context)
+
+
+def _rows(context: int, model: nn.Module, family: Family) -> int:
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    if device.type != "cuda":
+        small = sum(tensor.numel() for tensor in parameters) < SMALL_MODEL
+        return MOST_ROWS if small else ROWS_OF_A_CPU
+    sizes = RowSizes(
+        rows=MOST_ROWS,
+        tokens=context - 1,
+        supervised=0,
+        image_tokens=0,  # images are encoded a few at a time
+        answered=True,
+        options=False,
+    )
+    generation = Generation(max_new_tokens=1)
+    with torch.cuda.device(device):
+        return rows_that_fit(sizes, MOST_ROWS, family, generation, free_memory(device))
