@@ -9,13 +9,15 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("train", "test", "predict", "chat", "check", "export")
+COMMANDS = ("train", "test", "predict", "chat", "serve", "check", "export")
 # Commands of ms-swift, LLaMA-Factory and others -> the command here
 OTHER_COMMANDS = {
     **dict.fromkeys(("sft", "pt", "pretrain", "finetune", "fine-tune", "fit", "tune"), "train"),
     **dict.fromkeys(("eval", "evaluate", "score", "benchmark"), "test"),
     **dict.fromkeys(("infer", "inference", "generate", "batch-infer"), "predict"),
-    **dict.fromkeys(("webchat", "web-ui", "webui", "app", "app-ui", "cli", "talk"), "chat"),
+    **dict.fromkeys(("cli", "talk"), "chat"),
+    **dict.fromkeys(("deploy", "api", "server", "webchat", "web-ui", "webui"), "serve"),
+    **dict.fromkeys(("app", "app-ui"), "serve"),
     **dict.fromkeys(("merge", "merge-lora", "merge_lora", "convert", "save"), "export"),
     **dict.fromkeys(("validate", "inspect", "lint", "dataset", "data"), "check"),
 }

@@ -17,7 +17,7 @@ from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
 CONF = config_folder()
-COMMANDS = ("train", "test", "predict", "chat", "check", "export")
+COMMANDS = ("train", "test", "predict", "chat", "serve", "check", "export")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 FULL = "qwenvl_lit.training.adapters.methods.Full"
 PROGRESS_BAR = "lightning.pytorch.callbacks.TQDMProgressBar"
@@ -43,6 +43,7 @@ KEYS = {
     "test": USING_A_RUN | LOGGING | {"baseline", "benchmarks", "predictions", "compare"},
     "predict": USING_A_RUN | LOGGING | {"image", "prompt", "answered"},
     "chat": USING_A_RUN - {"data"} | {"device", "system", "multiline"},
+    "serve": USING_A_RUN - {"data"} | {"device", "serve"},
     "export": USING_A_RUN | {"out", "merge", "dtype", "overwrite", "compare", "device"},
     "check": TRAINING | {"workers", "examples"},
 }
@@ -55,6 +56,7 @@ MISSING_GROUPS = {
     "test": ONLY_TRAIN,
     "predict": ONLY_TRAIN,
     "chat": WITHOUT_TRAINER | {"data"},
+    "serve": WITHOUT_TRAINER | {"data"},
     "export": WITHOUT_TRAINER,
     "check": WITHOUT_TRAINER,
 }

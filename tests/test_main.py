@@ -69,7 +69,8 @@ def test_without_a_command_the_commands_are_listed(arguments, monkeypatch, capsy
         ("infer", "here it is predict: qwenvl-lit predict --help"),
         ("eval", "here it is test: qwenvl-lit test --help"),
         ("merge-lora", "here it is export: qwenvl-lit export --help"),
-        ("deploy", "there are train, test, predict, chat, check, export"),
+        ("deploy", "here it is serve: qwenvl-lit serve --help"),
+        ("quux", "there are train, test, predict, chat, serve, check, export"),
     ],
 )
 def test_a_command_that_does_not_exist_is_refused(name, hint, monkeypatch, capsys):

@@ -45,7 +45,7 @@ class CommandLine:
 def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
     """Offers the groups of the run that `ckpt=` names, or that wrote `predictions=`, as `run`.
 
-    The defaults lists of test, predict, chat and export choose `run` for these groups.
+    The defaults lists of test, predict, chat, serve and export choose `run` for these groups.
 
     Raises:
         DataError: neither a run nor a model is named, or the run cannot be read.

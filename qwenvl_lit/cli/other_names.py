@@ -191,7 +191,7 @@ NEEDLESS = (
     *("export_size", "export_device", "export_legacy_format", "freeze_multi_modal_projector"),
     *("create_new_adapter", "tokenized_path", "cache_dir", "predict_with_generate"),
 )
-# Entries that replace or extend `ARGUMENTS` for test, predict, chat and export.
+# Entries that replace or extend `ARGUMENTS` for test, predict, chat, serve and export.
 ARGUMENTS_WITH_RUN = {
     "ckpt_dir": "ckpt={}",
     "ckpt_path": "ckpt={}",
@@ -222,7 +222,20 @@ EXPORT_ARGUMENTS = {
     "export_dir": "out={}",
     "merge_lora": "merge=true",
 }
-CHAT_ARGUMENTS = {"system": "system={}"}
+OF_COMMANDS = {  # further entries, by command
+    "export": EXPORT_ARGUMENTS,
+    "chat": {"system": "system={}"},
+    "serve": {
+        "host": "serve.host={}",
+        "server_name": "serve.host={}",
+        "port": "serve.port={}",
+        "server_port": "serve.port={}",
+        "served_model_name": "serve.name={}",
+        "max_model_len": "serve.context={}",
+        "max_num_seqs": "serve.rows={}",
+        "allowed_media_domains": "serve.allowed_hosts={}",
+    },
+}
 # Templates of models that have one alone
 OTHER_TEMPLATES = ("template=qwen2_vl", "template=qwen2_5_vl", "template=qwen3_vl")
 OTHER_TEMPLATES += ("template=qwen3_vl_nothink",)
@@ -271,10 +284,7 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     trains = command in ("train", "check")
     name, value = name.replace("-", "_"), value_from(values)
     arguments = ARGUMENTS if trains else ARGUMENTS | ARGUMENTS_WITH_RUN
-    if command == "export":
-        arguments = arguments | EXPORT_ARGUMENTS
-    elif command == "chat":
-        arguments = arguments | CHAT_ARGUMENTS
+    arguments = arguments | OF_COMMANDS.get(command, {})
     if f"{name}={value}" in VALUES:
         meant = VALUES[f"{name}={value}"]
         return meant if trains else meant.replace("resume=", "ckpt=")

@@ -13,7 +13,7 @@ from qwenvl_lit.cli.command import offer_groups, prepare
 from qwenvl_lit.runs.composed_config import check_composed_config
 from qwenvl_lit.runs.config_folder import config_folder
 
-COMMANDS = ("train", "test", "predict", "chat", "check", "export")
+COMMANDS = ("train", "test", "predict", "chat", "serve", "check", "export")
 ODD_NUMBERS = (math.nan, math.inf, 10**400, "abc", "", "1", [1], {"a": 1})
 NUMBER = re.compile(r"(?m)^[^#\n]*: (-?\d|true|false)")
 # Arguments of `QwenVLConfig`, peft and bitsandbytes, which are checked when these are built
@@ -37,7 +37,7 @@ def put(config: dict, key: tuple[str, ...], value: Any) -> DictConfig:
 
 
 def composed(command: str, *overrides: str) -> dict:
-    run = "needed" if command in ("test", "predict", "chat", "export") else "unused"
+    run = "needed" if command in ("test", "predict", "chat", "serve", "export") else "unused"
     model = ["model=qwen_vl_tiny"] if run == "needed" else []
     line = prepare(command, [*model, *overrides], run=run)
     offer_groups(line)

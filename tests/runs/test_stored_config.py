@@ -39,6 +39,7 @@ PLACES = [
     ("trainer", "callbacks", 0),
 ]
 COMMANDS = {"test": "needed", "predict": "needed", "chat": "needed", "export": "needed"}
+COMMANDS |= {"serve": "needed"}
 COMMANDS |= {"train": "start"}
 
 
