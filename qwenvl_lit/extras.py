@@ -13,6 +13,7 @@ EXTRAS = {  # package -> extra, as pyproject.toml has them
     "prometheus_client": "serve",
     "tensorboard": "tensorboard",
     "uvicorn": "serve",
+    "vllm": "vllm",
     "wandb": "wandb",
 }
 

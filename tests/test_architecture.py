@@ -38,8 +38,8 @@ LAYERS = [  # a module imports from the rows above its own, and from its own fol
     {"api", "evaluation", "serving"},
     COMMANDS,
 ]
-# Libraries of the extra `serve`: pydantic and starlette come with fastapi, anyio with starlette
-SERVING = {"fastapi", "starlette", "pydantic", "anyio", "uvicorn", "prometheus_client"}
+# Libraries of the extras `serve` (pydantic, starlette and anyio come with fastapi) and `vllm`
+SERVING = {"fastapi", "starlette", "pydantic", "anyio", "uvicorn", "prometheus_client", "vllm"}
 ALLOWED_IN = {  # library -> where it may be imported; a library not listed may be anywhere
     "hydra": {"build", "cli", "evaluation.benchmarks", "runs", "sweep"}
     | {"train", "test", "predict", "serve"},

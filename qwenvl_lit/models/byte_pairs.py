@@ -137,6 +137,10 @@ class BytePairTokenizer(ABC):
         if text := decoder.decode(b"", final=True):
             yield text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes of a token, or the name of a special token; b"" for other ids."""
+        return self._token_bytes(token_id, skip_special=False, keep=(), errors="ignore")
+
     def _bytes(
         self, ids: Iterable[int], skip_special: bool, keep: Collection[int], errors: str
     ) -> Iterator[bytes]:
