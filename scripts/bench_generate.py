@@ -140,7 +140,7 @@ def measure_agreement(
 
     They differ by the rounding of the weights' precision.
     """
-    sizes = [(row, PROMPT - 3 * row) for row in range(rows)]
+    sizes = [(row, PROMPT + 3 * row) for row in range(rows)]
     generation = Generation(max_new_tokens=NEW, compile=compiled)
     together = generation(model, on_device(prompts(family, sizes), model.device), **ENDS)
     equal_tokens = []  # of each row, before the first difference
