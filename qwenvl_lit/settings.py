@@ -238,10 +238,12 @@ def accumulated_batches(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> 
         return accumulated or 1
     if batch_size == "auto":
         if accumulated not in (None, 1):
+            remedy = "set trainer.rows_per_step, the rows of a step, in its place"
+            if rows is not None:
+                remedy = f"remove it: trainer.rows_per_step={rows} already sets the rows of a step"
             raise ValueError(
                 f"trainer.accumulate_grad_batches={accumulated} counts batches of "
-                f"data.batch_size rows, which is auto: set trainer.rows_per_step={accumulated}, or "
-                f"data.batch_size=1 as well"
+                f"data.batch_size rows, which is auto; {remedy}"
             )
         return 1
     if accumulated is not None or rows is None or batch_size > rows:
@@ -252,3 +254,31 @@ def accumulated_batches(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> 
             f"trainer.rows_per_step, or trainer.accumulate_grad_batches in its place"
         )
     return rows // batch_size
+
+
+def check_rows_per_step(trainer: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Checks that an optimizer step has the `trainer.rows_per_step` rows of the command line.
+
+    Raises:
+        ValueError: other keys set another number.
+
+    >>> check_rows_per_step({"rows_per_step": 16}, {"batch_size": 32})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: trainer.rows_per_step=16 has no effect: ...
+    """
+    rows, batch_size = trainer.get("rows_per_step"), data.get("batch_size", "auto")
+    if rows is None:
+        return
+    if data.get("max_tokens") is not None:
+        raise ValueError(
+            f"trainer.rows_per_step={rows} has no effect: data.max_tokens={data['max_tokens']} "
+            f"limits the tokens of a batch; remove one of the two"
+        )
+    if batch_size == "auto":
+        return
+    batches = accumulated_batches(trainer, data)
+    if batches * batch_size != rows:
+        raise ValueError(
+            f"trainer.rows_per_step={rows} has no effect: a step has {batches * batch_size} rows, "
+            f"{batches} x data.batch_size={batch_size}; add data.batch_size=auto"
+        )

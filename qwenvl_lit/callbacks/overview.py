@@ -17,6 +17,7 @@ from qwenvl_lit.data.findings import FILENAME
 from qwenvl_lit.data.loading import EncodedDataset
 from qwenvl_lit.data.selection import Concat
 from qwenvl_lit.models.chatml import runs
+from qwenvl_lit.models.components import blocks_of
 from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import Sample
 
@@ -62,6 +63,7 @@ def facts(
     yield "Rows", _rows(data)
     yield "Steps", _steps(trainer, data)
     yield "Batches", _batches(trainer, data)
+    yield "Speed", _speed(module, data)
     yield "Optimizer", module.optim.describe(int(data.steps_of_run()))
     yield "Validation", _validation(trainer, data, list(module.metrics))
 
@@ -118,6 +120,15 @@ def _micro_batches(cut: CutStep) -> str:
     if cut.most_tokens is None or cut.count == 1:
         return f"{how} in one micro-batch per rank"
     return f"{how} in micro-batches of up to {cut.most_tokens:,} tokens"
+
+
+def _speed(module: lightning.LightningModule, data: DataModule) -> str:
+    blocks = blocks_of(module.model).values()
+    compiled = module.speed is not None and module.speed.compiled
+    text = "compiled blocks" if compiled else "not compiled"
+    if recomputed := sum(block.gradient_checkpointing for block in blocks):
+        text += f", {recomputed} of {len(blocks)} blocks recomputed"
+    return f"{text}, {counted(data.num_workers, 'worker')} for data"
 
 
 def _validation(trainer: lightning.Trainer, data: DataModule, metrics: Sequence[str]) -> str:

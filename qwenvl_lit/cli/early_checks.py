@@ -17,6 +17,7 @@ from qwenvl_lit.settings import (
     CHECKS,
     EARLY_STOPPING,
     accumulated_batches,
+    check_rows_per_step,
     check_seed,
     check_settings,
 )
@@ -48,6 +49,14 @@ def check_values(config: DictConfig) -> None:
             _check_node(EARLY_STOPPING, callback, key=f"callbacks.{name}")
     if config.get("speed") and config.get("data"):  # for training
         accumulated_batches(config.trainer, config.data)
+        if _is_given("trainer.rows_per_step"):  # not by a recipe, which data.batch_size overrides
+            check_rows_per_step(config.trainer, config.data)
+
+
+def _is_given(key: str) -> bool:
+    """Returns whether the command line sets `key`."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return any(argument.lstrip("+").startswith(f"{key}=") for argument in given)
 
 
 def _chosen_model() -> str | None:

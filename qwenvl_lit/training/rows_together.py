@@ -46,7 +46,10 @@ def choose_rows(
     device = trainer.strategy.root_device
     if device.type != "cuda":
         small = sum(tensor.numel() for tensor in model.parameters()) < SMALL_MODEL
-        return _choice(sizes, MOST_ROWS if small else DEFAULT_ROWS, f"on a {device.type.upper()}")
+        where = f"on a {device.type.upper()}"
+        if small:
+            return _choice(sizes, MOST_ROWS, f"a small model {where}")
+        return _choice(sizes, DEFAULT_ROWS, where)
     if sharding_of(trainer)[0] == "fsdp" or isinstance(trainer.strategy, DeviceMapStrategy):
         return _choice(sizes, DEFAULT_ROWS, "the model is spread over devices")
     most, reason = MOST_ROWS, "more are hardly faster"

@@ -5,11 +5,13 @@ from PIL import Image
 from tiny import tiny_task
 from toy_task import trainer
 
-from qwenvl_lit.callbacks.overview import Overview, _batches, _validation, marked
+from qwenvl_lit.callbacks.overview import Overview, _batches, _speed, _validation, marked
 from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.data.micro_batches import ActivationCosts
+from qwenvl_lit.models.components import blocks_of
 from qwenvl_lit.training.adapters.methods import LoRA
+from qwenvl_lit.training.speed import Speed, checkpoint_blocks
 from qwenvl_lit.types import Conversation, Dropped, ImageSource, Turn
 
 
@@ -52,6 +54,7 @@ def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
         "Rows        7 training with 6 images, 1 validation, 2 left out (findings.jsonl says why)",
         "Steps       2 optimizer steps in 1 epoch",
         "Batches     6 rows per optimizer step = batch of 2 x 3 accumulated x 1 rank",
+        "Speed       not compiled, 0 workers for data",
         "Optimizer   learning rate 0.001, no warm-up, cosine",
         "Validation  none, as trainer.limit_val_batches=0; the command test computes exact_match",
     ]
@@ -103,6 +106,18 @@ def test_the_batches_of_validation_are_printed_with_their_reason(tmp_path, capsy
     data = {"train": "ab", "validation": "cdefg", "eval_batch_size": "auto"}
     printed = overview(tmp_path, capsys, data=data, limit_val_batches=1.0)
     assert "Validation  batches of 5 rows (all rows of a process), loss only" in printed
+
+
+def test_compiled_and_recomputed_blocks_are_printed():
+    module = tiny_task(LoRA(rank=2, alpha=4, dropout=0.0, targets="attention"))
+    module.speed = Speed()
+    checkpoint_blocks(module.model)
+    rows = DataModule(processor=module.processor, read=read, train="abc")
+    count = len(blocks_of(module.model))
+    recomputed = f"{count} of {count} blocks recomputed, 0 workers for data"
+    assert _speed(module, rows) == f"not compiled, {recomputed}"
+    module.speed.compiled = True
+    assert _speed(module, rows) == f"compiled blocks, {recomputed}"
 
 
 @pytest.mark.parametrize(

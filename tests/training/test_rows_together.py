@@ -114,7 +114,7 @@ def test_validation_leaves_gradients_and_optimizer_states_their_memory():
 
 def test_a_cpu_answers_few_rows_unless_the_model_is_small(family, monkeypatch):
     on_cpu = trainer_on("cpu")
-    assert chosen(family, monkeypatch, prompts(), 0, on_cpu) == (128, "on a CPU")
+    assert chosen(family, monkeypatch, prompts(), 0, on_cpu) == (128, "a small model on a CPU")
     monkeypatch.setattr(rows_together, "SMALL_MODEL", 4)
     assert chosen(family, monkeypatch, prompts(), 0, on_cpu) == (8, "on a CPU")
 
