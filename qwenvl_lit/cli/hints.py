@@ -70,6 +70,8 @@ def _unknown_keys(command: str, arguments: Sequence[str]) -> Iterator[str]:
 
 def _explain_key(command: str, arguments: Sequence[str], key: str) -> str:
     meant = _translated(command, arguments, key)
+    if meant and any(part.startswith(f"{key}=") for part in meant.split()):
+        meant = None  # another choice of the group has this key
     hint = f"; here it is {meant}" if meant else _hint(command, arguments, key)
     return f"there is no key {key!r}{hint}"
 

@@ -8,7 +8,7 @@ _INTEGER = r"\s*-?\d+\s*"
 _FRACTION = r"\s*[01]?\.\d+\s*"
 _FORMS = (
     ("Qwen2-VL (<|box_start|>)", re.compile(r"<\|(?:box|object_ref|quad)_(?:start|end)\|>")),
-    ("Qwen2.5-VL (JSON with bbox_2d)", re.compile(r"""["']bbox_2d["']\s*:""")),
+    ("Qwen2.5-VL and Qwen3-VL (JSON with bbox_2d)", re.compile(r"""["']bbox_2d["']\s*:""")),
     ("PaliGemma (<loc0000>)", re.compile(r"<loc\d{4}>")),
     ("Kosmos-2 (<patch_index_0000>)", re.compile(r"<patch_index_\d{4}>")),
     ("InternVL (<box>[[...]]</box>)", re.compile(r"<box>\s*\[")),
@@ -23,8 +23,11 @@ _FORMS = (
 )
 
 
-def box_form(text: str) -> str | None:
+def box_form(text: str, own: str | None = None) -> str | None:
     """Returns the first form of other models in which `text` has a box, as "NAME (EXAMPLE)".
+
+    Args:
+        own: the form that is the model's own; text with it has no other one.
 
     >>> box_form("It is at [0.1, 0.25, 0.5, 1.0].")
     'LLaVA or Shikra ([0.1,0.2,0.3,0.4])'
@@ -33,5 +36,5 @@ def box_form(text: str) -> str | None:
         return None
     for name, pattern in _FORMS:
         if pattern.search(text):
-            return name
+            return None if name == own else name
     return None

@@ -59,7 +59,7 @@ class RowReader:
 
     def __call__(self, conversation: Conversation) -> RowFacts:
         findings: list[tuple[Kind, str]] = []
-        for note in (*conversation.notes, *_notes_on_text(conversation)):
+        for note in (*conversation.notes, *_notes_on_text(conversation, self.processor.own_box_form)):
             findings.append(("note", note))
         tokens = supervised_tokens = 0
         try:
@@ -110,13 +110,13 @@ def digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _notes_on_text(conversation: Conversation) -> Iterator[str]:
+def _notes_on_text(conversation: Conversation, own_box_form: str | None) -> Iterator[str]:
     """Yields what is unusual about the texts of a conversation."""
     forms = set()
     for number, turn in enumerate(conversation.turns, 1):
         texts = [part for part in turn.parts if isinstance(part, str)]
         if conversation.images:
-            forms.update(filter(None, map(box_form, texts)))
+            forms.update(box_form(text, own_box_form) for text in texts)
         if turn.role != "assistant" or not is_blank(turn):
             continue
         if any(texts):
@@ -125,7 +125,7 @@ def _notes_on_text(conversation: Conversation) -> Iterator[str]:
             yield "the answer is empty: only its end-of-turn token is supervised"
         else:
             yield f"the answer in turn {number} is empty: nothing of it is supervised"
-    for form in sorted(forms):
+    for form in sorted(filter(None, forms)):
         yield (
             f"text has boxes in the form of {form}, which is plain text for this model; "
             f"convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..{GRID}, or to `objects`"

@@ -80,6 +80,7 @@ class ChatProcessor(ABC):
     default_system: str | None = None  # as `system`
     official_markup: ClassVar[bool] = True  # see `ChatML`
     continues_text = False
+    own_box_form: str | None = None  # see `Processor`
     find_prompt: str
 
     def __init__(

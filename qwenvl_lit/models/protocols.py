@@ -51,6 +51,8 @@ class Processor(Protocol):
     """Names of special tokens that text may hold."""
     continues_text: bool
     """Whether the model is a base model, which continues a text instead of answering questions."""
+    own_box_form: str | None
+    """The name in `data.other_markup` of the boxes that the model writes as plain text, if any."""
     find_prompt: str
     """The question for the box of an object, with `{image}` and `{question}`, the object."""
 

@@ -38,6 +38,12 @@ def message(*arguments: str, command: str = "train") -> str:
             "adapter=lora_language, adapter=lora_official, adapter=lora_swift26, adapter=qlora, "
             "adapter=rslora have it",
         ),
+        (
+            ["model=qwen3_vl_tiny", "model.template=raw"],
+            " with the choices made here; model=qwen_vl, model=qwen_vl_chat, model=qwen_vl_tiny "
+            "have it",
+        ),
+        (["model=qwen_vl_tiny", "model.max_pixels=9"], " with the choices made here; model=qwen2_5"),
         (["answered=x"], "; it is a key of predict"),
         (
             ["callbacks=[train,early_stopping]", "callbacks.early_stopping.verbose=true"],

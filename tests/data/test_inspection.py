@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import ExifTags, Image
+from tiny_qwen3_vl import KINDS, tiny_processor
 
 from qwenvl_lit.data.inspection import File, Inspection, Overlap, files_of, inspect
 from qwenvl_lit.data.readers.rows import ReadOptions
@@ -386,7 +387,7 @@ def test_rows_with_equal_ids_are_counted(folder):
     ("answer", "form"),
     [
         ("<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>", "Qwen2-VL"),
-        ('[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]', "Qwen2.5-VL"),
+        ('[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]', "Qwen2.5-VL and Qwen3-VL"),
         ("It is at [0.1, 0.25, .5, 1.0].", "LLaVA or Shikra"),
         ("[10,20,300,400]", "lists of whole numbers"),
         ("<loc0001><loc0002><loc0003><loc0004> it", "PaliGemma"),
@@ -398,3 +399,12 @@ def test_boxes_in_the_markup_of_other_models_are_counted_by_form(folder, answer,
     assert note.endswith(
         "convert them to <box>(x1,y1),(x2,y2)</box> on the grid 0..999, or to `objects`"
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_in_the_markup_of_the_model_itself_are_not_noted(folder, kind):
+    own = row("red.png", answer='```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]\n```')
+    other = row("red.png", "1", answer="<loc0001><loc0002><loc0003><loc0004> it")
+    rows = rows_of(folder, "train", own, other)
+    [note] = messages(inspect({"train": rows}, tiny_processor(kind)), "note")
+    assert "in the form of PaliGemma" in note

@@ -30,6 +30,7 @@ from qwenvl_lit.models.qwen3_vl.thoughts import (
     NO_THOUGHTS,
     START,
     as_published,
+    check_closed,
     thoughts_in,
     without_thoughts,
 )
@@ -72,6 +73,7 @@ class Qwen3VLProcessor(ChatProcessor):
     """
 
     official_markup = False
+    own_box_form = "Qwen2.5-VL and Qwen3-VL (JSON with bbox_2d)"
     find_prompt = (
         '{image}Locate every object that matches the description "{question}" in the image. '
         "Report bbox coordinates in JSON format."
@@ -168,6 +170,11 @@ class Qwen3VLProcessor(ChatProcessor):
                 spans.append((length + 1, height // merge, width // merge))
             length += len(piece.ids)
         return axis_positions(length, spans)
+
+    def _pieces(self, conversation: Conversation, prompt: bool) -> list[Piece]:
+        if self.think == "mask" and not prompt:
+            check_closed(conversation.turns)
+        return super()._pieces(conversation, prompt)
 
     def _prepared(self, turns: Sequence[Turn]) -> Sequence[Turn]:
         turns = self._with_system(turns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qwenvl_lit.types import Part, Turn
+from qwenvl_lit.types import DataError, Part, Turn
 
 START = "<think>"
 END = "</think>"
@@ -50,6 +50,17 @@ def split_thoughts(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
             thoughts[0] = first.lstrip().removeprefix(START) if START in first else first
         return thoughts, [after, *parts[number + 1 :]]
     return [], list(parts)
+
+
+def check_closed(turns: Sequence[Turn]) -> None:
+    """Raises a `DataError` if an answer opens thoughts that it does not close."""
+    for number, turn in enumerate(turns, 1):
+        text = "".join(part for part in turn.parts if isinstance(part, str))
+        if turn.role == "assistant" and START in text.rpartition(END)[2]:
+            raise DataError(
+                f"the {START} in turn {number} is not closed: close it with {END}, or set "
+                "model.think=supervise"
+            )
 
 
 def thoughts_in(text: str) -> str | None:

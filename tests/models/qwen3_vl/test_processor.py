@@ -229,6 +229,21 @@ def test_thoughts_are_supervised_or_masked():
         )
 
 
+def test_thoughts_that_are_not_closed_cannot_be_masked():
+    message = r"the <think> in turn 4 is not closed: close it with </think>, or set model.think=sup"
+    for kind in KINDS:
+        masking = tiny_processor(kind, think="mask")
+        for answer in ("<think>hm", f"{THOUGHTS}<think>", ("<think>", cat(0, 0, 9, 9))):
+            conversation = talk((image(40, 40), "q"), THOUGHTS, "q2", answer)
+            for read in (masking.encode, masking.length):
+                with pytest.raises(DataError, match=message):
+                    read(conversation)
+            masking.encode(conversation, prompt=True)
+            tiny_processor(kind).encode(conversation)
+        answered = talk("q", "<think>hm", "q2")
+        masking.encode(answered, prompt=True)  # a cut answer in the history of a chat
+
+
 def test_thinking_models_open_the_thoughts_in_a_prompt():
     thinking = processor("thinking")
     prompt = thinking.encode(talk("q", "a"), prompt=True).input_ids.tolist()
