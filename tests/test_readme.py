@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -12,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 from scripted import tiny_checkpoint
+from tiny_qwen3_vl import tiny_qwen3_vl
 
 from qwenvl_lit.cli.alternatives import is_sweep, quote_alternatives
 from qwenvl_lit.cli.from_run import FROM_RUN
@@ -105,8 +107,11 @@ def test_a_command_of_the_documentation_composes(line):
 
 @pytest.mark.parametrize("page", PYTHON)
 def test_python_blocks_run_as_shown(page, tmp_path, monkeypatch, capsys):
-    """One after the other, with the files they name: images, and a tiny published checkpoint."""
+    """One after the other, with the files they name: images, and tiny published checkpoints."""
     tiny_checkpoint(tmp_path / "Qwen/Qwen-VL-Chat")
+    family, exported = tiny_qwen3_vl("qwen3_vl"), tmp_path / "my-qwen3-vl"
+    exported.mkdir()
+    family.export(family.base_reader(), exported, dtype=torch.float32)
     for name in ("road.png", "dog.jpg"):
         Image.new("RGB", (64, 48), "teal").save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
