@@ -59,7 +59,8 @@ class RowReader:
 
     def __call__(self, conversation: Conversation) -> RowFacts:
         findings: list[tuple[Kind, str]] = []
-        for note in (*conversation.notes, *_notes_on_text(conversation, self.processor.own_box_form)):
+        on_text = _notes_on_text(conversation, self.processor.own_box_form)
+        for note in (*conversation.notes, *on_text):
             findings.append(("note", note))
         tokens = supervised_tokens = 0
         try:

@@ -43,7 +43,7 @@ def message(*arguments: str, command: str = "train") -> str:
             " with the choices made here; model=qwen_vl, model=qwen_vl_chat, model=qwen_vl_tiny "
             "have it",
         ),
-        (["model=qwen_vl_tiny", "model.max_pixels=9"], " with the choices made here; model=qwen2_5"),
+        (["model=qwen_vl_tiny", "model.max_pixels=9"], " with the choices made here; model=qwen2"),
         (["answered=x"], "; it is a key of predict"),
         (
             ["callbacks=[train,early_stopping]", "callbacks.early_stopping.verbose=true"],
