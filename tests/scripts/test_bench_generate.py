@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.parametrize("model", ["qwen_vl_chat", "qwen3_vl_8b"])
 def test_decoding_is_measured_through_the_entry_point(model, tmp_path, monkeypatch):
     file = tmp_path / "generate.json"
-    monkeypatch.setattr(bench_generate, "NEW", 3)
+    monkeypatch.setattr(bench_generate, "NEW", 16)
     arguments = f"bench --model {model} --size small --device cpu --dtype float32 --sizes 1 2"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "--record", str(file)])
     bench_generate.main()
