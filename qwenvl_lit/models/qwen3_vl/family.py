@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -22,8 +21,9 @@ from qwenvl_lit.models.checkpoint_files import (
     open_shard,
     read_generation_config,
 )
+from qwenvl_lit.models.loading import LoadsWeights, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
-from qwenvl_lit.models.quantization import NF4, bnb_config
+from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen3_vl.checkpoint import (
     find_checkpoint,
     opens_thoughts,
@@ -41,16 +41,13 @@ from qwenvl_lit.models.qwen3_vl.network import NETWORKS, image_features
 from qwenvl_lit.models.qwen3_vl.processor import Qwen3VLProcessor, Think
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER, Qwen2Tokenizer
 from qwenvl_lit.models.weight_files import Read, stored_reader
-from qwenvl_lit.stored_files import check_finite, errors_named
+from qwenvl_lit.stored_files import errors_named
 from qwenvl_lit.types import Batch, DataError
 
-# Networks below this size are initialized on the CPU, so that their weights depend on the seed
-# alone; the weights of larger ones also depend on the device.
-LARGE = 1e9  # parameters
 BLOCK = r"model\.language_model\.layers\.\d+"
 
 
-class Qwen3VLFamily:
+class Qwen3VLFamily(LoadsWeights):
     """Builds the network and the processor of Qwen2.5-VL or Qwen3-VL, as `model_type` says.
 
     Args:
@@ -149,7 +146,7 @@ class Qwen3VLFamily:
         self.special_tokens = special_tokens
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
-        self.dtype = _float_dtype(dtype)
+        self.dtype = float_dtype(dtype)
         self.quantization = NF4 if load_in_4bit else None
         self.seed = seed
 
@@ -270,100 +267,24 @@ class Qwen3VLFamily:
         """Returns the network on the meta device: names, shapes and dtypes without weights."""
         with torch.device("meta"):
             if self.folder is None:
-                return self._network().to(self.dtype)
+                return self.network_class(self.config).to(self.dtype)
             with errors_named(self.folder / CONFIG):
-                return self._network().to(self.dtype)
+                return self.network_class(self.config).to(self.dtype)
 
-    def _network(self) -> PreTrainedModel:
-        return NETWORKS[self.config.model_type](self.config)
+    @property
+    def network_class(self) -> type[PreTrainedModel]:
+        return NETWORKS[self.config.model_type]
 
-    def load(
-        self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
-    ) -> PreTrainedModel:
-        """Returns the network in evaluation mode on `device`, or distributed by `device_map`.
-
-        Tensors are moved one by one, and quantized on the way.
-
-        Args:
-            quantization: settings of `BitsAndBytesConfig` for the linear layers except the head.
-
-        Raises:
-            DataError: the checkpoint's tensors do not match its config, or are not finite.
-        """
-        if self.random:
-            model = self._random_model(torch.device(device))
-            model.generation_config = self.generation
-            return self.quantize(model, device, quantization) if quantization else model
+    def checkpoint_tensors(self) -> Mapping[str, StoredTensor]:
+        """Returns the tensors of the checkpoint; see `LoadsWeights.checkpoint_tensors`."""
         assert self.folder is not None
-        try:
-            tensors = stored_tensors(self.folder, self.meta_model())
-            if self.device_map is None:
-                model = self._from_tensors(tensors, device, quantization)
-            else:
-                model = self._distributed(quantization)
-        finally:
-            open_shard.cache_clear()  # it keeps the last files mapped
+        return stored_tensors(self.folder, self.meta_model())
+
+    def random_model(self, device: torch.device) -> PreTrainedModel:
+        """Returns an untrained network, with the published settings of generation."""
+        model = super().random_model(device)
         model.generation_config = self.generation
-        return model.eval()
-
-    def quantize(
-        self, model: PreTrainedModel, device: torch.device | str, quantization: Mapping[str, Any]
-    ) -> PreTrainedModel:
-        """Returns a quantized network with the weights of `model`, which may be on any device."""
-        quantized = self._from_tensors(model.state_dict(), device, quantization)
-        quantized.generation_config = model.generation_config
-        return quantized.eval()
-
-    def _from_tensors(
-        self,
-        tensors: Mapping[str, StoredTensor | torch.Tensor],
-        device: torch.device | str,
-        quantization: Mapping[str, Any] | None,
-    ) -> PreTrainedModel:
-        return NETWORKS[self.config.model_type].from_pretrained(
-            None,
-            state_dict=tensors,
-            device_map={"": device},
-            config=self.config,
-            dtype=self.dtype,
-            quantization_config=self._bnb_config(quantization),
-        )
-
-    def _distributed(self, quantization: Mapping[str, Any] | None) -> PreTrainedModel:
-        offload_folder = TemporaryDirectory()  # for what fits neither on GPUs nor in host memory
-        model = NETWORKS[self.config.model_type].from_pretrained(
-            self.folder,
-            config=self.config,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            max_memory=self.max_memory,
-            offload_folder=offload_folder.name,
-            quantization_config=self._bnb_config(quantization),
-        )
-        model.offload_folder = offload_folder  # deleted with the model
-        for name, tensor in model.named_parameters():
-            if not tensor.is_meta:  # what is offloaded to disk is read when it is used
-                check_finite(self.folder, name, tensor)
         return model
-
-    def _bnb_config(self, quantization: Mapping[str, Any] | None):
-        if not quantization:
-            return None
-        return bnb_config(quantization, dtype=self.dtype, skip=[self.components["head"]])
-
-    def _random_model(self, device: torch.device) -> PreTrainedModel:
-        if self.meta_model().num_parameters() < LARGE:
-            made_on, made_in = torch.device("cpu"), torch.float32
-        else:
-            made_on, made_in = device, self.dtype  # a second, float32 copy would not fit
-        on_gpu = made_on.type == "cuda"
-        with torch.random.fork_rng(devices=[made_on] if on_gpu else []), made_on:
-            generator = torch.default_generator
-            if on_gpu:  # read here: there are none before `fork_rng` has initialized CUDA
-                generator = torch.cuda.default_generators[made_on.index or 0]
-            generator.manual_seed(self.seed)
-            model = NETWORKS[self.config.model_type]._from_config(self.config, dtype=made_in)
-        return model.to(device=device, dtype=self.dtype).eval()
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Returns arguments of `forward`, or of `generate`; see `forward_inputs`."""
@@ -412,8 +333,7 @@ class Qwen3VLFamily:
         if self.random:
             state = self.load(device).state_dict()
             return lambda name: state[name].cpu()
-        assert self.folder is not None
-        return stored_reader(stored_tensors(self.folder, self.meta_model()), self.dtype)
+        return stored_reader(self.checkpoint_tensors(), self.dtype)
 
     def export(self, read: Read, folder: Path, *, dtype: torch.dtype) -> None:
         """Writes a full model, a shard at a time; see `Family.export`."""
@@ -427,12 +347,3 @@ class Qwen3VLFamily:
     def adapter_caveats(self, tensors: Iterable[str]) -> list[str]:
         """Returns what limits the use of an exported adapter: nothing, with the same modules."""
         return []
-
-
-def _float_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype is torch's name of a floating-point type, as float32 or bfloat16, got {name!r}"
-        )
-    return dtype

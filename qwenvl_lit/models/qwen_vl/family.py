@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
@@ -19,8 +18,9 @@ from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
 from qwenvl_lit.models.components import network_of
+from qwenvl_lit.models.loading import LoadsWeights, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
-from qwenvl_lit.models.quantization import NF4, bnb_config
+from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.checkpoint import (
     VOCABULARY,
     find_checkpoint,
@@ -36,18 +36,14 @@ from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.weight_files import Read, check_disk
-from qwenvl_lit.stored_files import check_finite
 from qwenvl_lit.types import Batch
 
 # Path of a layer of the resampler's attention, in the name of a tensor of its adapter
 RESAMPLER_ATTENTION = re.compile(r"(transformer\.visual\.attn_pool\.attn\.\w+)\.lora_")
 WINDOW = 6144  # `max_window_size` of the published generation_config.json
-# Networks below this size are initialized on the CPU, so that their weights depend on the seed
-# alone; the weights of larger ones also depend on the device.
-LARGE = 1e9  # parameters
 
 
-class QwenVLFamily:
+class QwenVLFamily(LoadsWeights):
     """Builds the network and the processor of Qwen-VL.
 
     Args:
@@ -83,6 +79,7 @@ class QwenVLFamily:
     }
     machine_settings = ("device_map", "max_memory", "download", "load_in_4bit")
     base_settings = ("path", "config", "weights", "vocabulary", "seed")
+    network_class = QwenVLForCausalLM
     supports_packing = True
     supports_vision_cache = True
     fixed_image_size = True
@@ -132,7 +129,7 @@ class QwenVLFamily:
         self.too_long = too_long
         self.special_tokens = special_tokens
         self.max_window_size = max_window_size
-        self.dtype = _float_dtype(dtype)
+        self.dtype = float_dtype(dtype)
         self.quantization = NF4 if load_in_4bit else None
         self.seed = seed
 
@@ -223,95 +220,10 @@ class QwenVLFamily:
         with torch.device("meta"):
             return QwenVLForCausalLM(self.config).to(self.dtype)
 
-    def load(
-        self, device: torch.device | str = "cpu", *, quantization: Mapping[str, Any] | None = None
-    ) -> QwenVLForCausalLM:
-        """Returns the network in evaluation mode on `device`, or distributed by `device_map`.
-
-        Tensors are moved one by one, and quantized on the way.
-
-        Args:
-            quantization: settings of `BitsAndBytesConfig` for the linear layers except the head.
-
-        Raises:
-            DataError: the checkpoint's tensors do not match its config, or are not finite.
-        """
-        if self.random:
-            model = self._random_model(torch.device(device))
-            return self.quantize(model, device, quantization) if quantization else model
+    def checkpoint_tensors(self) -> Mapping[str, Any]:
+        """Returns the tensors of the checkpoint; see `LoadsWeights.checkpoint_tensors`."""
         assert self.folder is not None
-        shapes = file_shapes(self.meta_model())
-        try:
-            tensors = stored_tensors(self.folder, shapes)
-            if self.device_map is None:
-                model = self._from_tensors(tensors, device, quantization)
-            else:
-                model = self._distributed(quantization)
-        finally:
-            open_shard.cache_clear()  # it keeps the last files mapped
-        model.generation_config = self.generation
-        return model.eval()
-
-    def quantize(
-        self, model: QwenVLForCausalLM, device: torch.device | str, quantization: Mapping[str, Any]
-    ) -> QwenVLForCausalLM:
-        """Returns a quantized network with the weights of `model`, which may be on any device."""
-        quantized = self._from_tensors(model.state_dict(), device, quantization)
-        quantized.generation_config = model.generation_config
-        return quantized.eval()
-
-    def _from_tensors(
-        self,
-        tensors: Mapping[str, Any],
-        device: torch.device | str,
-        quantization: Mapping[str, Any] | None,
-    ) -> QwenVLForCausalLM:
-        return QwenVLForCausalLM.from_pretrained(
-            None,
-            state_dict=tensors,
-            device_map={"": device},
-            config=self.config,
-            dtype=self.dtype,
-            quantization_config=self._bnb_config(quantization),
-        )
-
-    def _distributed(self, quantization: Mapping[str, Any] | None) -> QwenVLForCausalLM:
-        offload_folder = TemporaryDirectory()  # for what fits neither on GPUs nor in host memory
-        model = QwenVLForCausalLM.from_pretrained(
-            self.folder,
-            config=self.config,
-            dtype=self.dtype,
-            device_map=self.device_map,
-            max_memory=self.max_memory,
-            offload_folder=offload_folder.name,
-            quantization_config=self._bnb_config(quantization),
-        )
-        model.offload_folder = offload_folder  # deleted with the model
-        for name, tensor in model.named_parameters():
-            if not tensor.is_meta:  # what is offloaded to disk is read when it is used
-                check_finite(self.folder, name, tensor)
-        return model
-
-    def _bnb_config(self, quantization: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
-        if not quantization:
-            return None
-        return bnb_config(quantization, dtype=self.dtype, skip=[self.components["head"]])
-
-    def _random_model(self, device: torch.device) -> QwenVLForCausalLM:
-        with torch.device("meta"):
-            parameters = QwenVLForCausalLM(self.config).num_parameters()
-        if parameters < LARGE:
-            made_on, made_in = torch.device("cpu"), torch.float32
-        else:
-            made_on, made_in = device, self.dtype  # a second, float32 copy would not fit
-        on_gpu = made_on.type == "cuda"
-        with torch.random.fork_rng(devices=[made_on] if on_gpu else []), made_on:
-            generator = torch.default_generator
-            if on_gpu:  # read here: there are none before `fork_rng` has initialized CUDA
-                generator = torch.cuda.default_generators[made_on.index or 0]
-            generator.manual_seed(self.seed)
-            model = AutoModelForCausalLM.from_config(self.config, dtype=made_in)
-        return model.to(device=device, dtype=self.dtype).eval()
+        return stored_tensors(self.folder, file_shapes(self.meta_model()))
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Returns arguments of `forward`, for right-padded rows, or of `generate`, for left-padded.
@@ -374,9 +286,7 @@ class QwenVLFamily:
         if self.random:
             state = self.load(device).state_dict()
             return lambda name: state[name].cpu()
-        assert self.folder is not None
-        tensors = stored_tensors(self.folder, file_shapes(self.meta_model()))
-        return reader(tensors, self.dtype)
+        return reader(self.checkpoint_tensors(), self.dtype)
 
     def export(self, read: Read, folder: Path, *, dtype: torch.dtype) -> None:
         """Writes a full model, a shard at a time; see `Family.export`."""
@@ -408,12 +318,3 @@ class QwenVLFamily:
             f"original code reads the weight of out_proj directly and has no q_proj, k_proj and "
             f"v_proj; for other programs export a merged model, with merge=true"
         ]
-
-
-def _float_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype is torch's name of a floating-point type, as float32 or bfloat16, got {name!r}"
-        )
-    return dtype
