@@ -215,23 +215,29 @@ def main() -> None:
                 report(measured)
 
     if arguments.record:
-        record(results, arguments)
+        options = ["--four-bits"] if arguments.four_bits else []
+        record(results, arguments, "bench_generate.py", NOTE, *options)
 
 
-def record(results: Measured, arguments: argparse.Namespace) -> None:
-    command = ["python scripts/bench_generate.py", "--model", arguments.model]
-    command += ["--size", arguments.size]
-    command += ["--device", arguments.device, "--dtype", arguments.dtype]
-    if arguments.four_bits:
-        command.append("--four-bits")
+def record(
+    results: Measured, arguments: argparse.Namespace, script: str, note: str, *options: str
+) -> None:
+    """Writes the results of a script, with the command that repeats them.
+
+    Args:
+        options: of the command, in addition to the model, its size, the device and the dtype.
+    """
+    command = [f"python scripts/{script}"]
+    for name in ("model", "size", "device", "dtype"):
+        command += [f"--{name}", getattr(arguments, name)]
     device = platform.processor() or platform.machine()
     if arguments.device.startswith("cuda"):
         device = torch.cuda.get_device_name()
     content = {
-        "command": " ".join(command),
+        "command": " ".join([*command, *options]),
         "device": device,
         "versions": versions(),
-        "note": NOTE,
+        "note": note,
         **rounded(results),
     }
     write_record(arguments.record, content)

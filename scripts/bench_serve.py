@@ -21,7 +21,6 @@ import gc
 import http.client
 import io
 import json
-import platform
 import random
 import re
 import subprocess
@@ -36,16 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_generate import NEW, TINY, Measured, family_of, measure_decoding, report, rounded
+from bench_generate import NEW, TINY, Measured, family_of, measure_decoding, record, report
 from PIL import Image
-from records import write_record
 
 from qwenvl_lit.data.collate import Pad
 from qwenvl_lit.generation.continuous import ContinuousBatching
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.request import Request
 from qwenvl_lit.models.protocols import Family
-from qwenvl_lit.runs.versions import versions
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 CONTEXT = 512  # tokens of a request
@@ -348,24 +345,7 @@ def main() -> None:
         if arguments.size == "full":  # otherwise it is another model
             add_shares(results["http"], results["raw"])
     if arguments.record:
-        record(results, arguments)
-
-
-def record(results: Measured, arguments: argparse.Namespace) -> None:
-    command = ["python scripts/bench_serve.py", "--model", arguments.model]
-    command += ["--size", arguments.size]
-    command += ["--device", arguments.device, "--dtype", arguments.dtype]
-    device = platform.processor() or platform.machine()
-    if arguments.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
-    content = {
-        "command": " ".join(command),
-        "device": device,
-        "versions": versions(),
-        "note": NOTE,
-        **rounded(results),
-    }
-    write_record(arguments.record, content)
+        record(results, arguments, "bench_serve.py", NOTE)
 
 
 if __name__ == "__main__":
