@@ -119,7 +119,7 @@ def model_type_of(path: str) -> str | None:
 def published_name(path: str) -> str | None:
     """Returns the name on the hub of a published model, by the last part of a copy's name.
 
-    >>> published_name("/root/.cache/modelscope/hub/Qwen/Qwen2___5-VL-7B-Instruct")
+    >>> published_name("~/.cache/modelscope/hub/Qwen/Qwen2___5-VL-7B-Instruct")
     'Qwen/Qwen2.5-VL-7B-Instruct'
     """
     name = Path(path).name.lower().replace("___", ".")  # ms-swift's cache has no dots in names

@@ -129,7 +129,7 @@ def test_a_published_name_that_is_not_read_is_an_error(name):
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("/root/.cache/modelscope/hub/qwen/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
+        ("~/.cache/modelscope/hub/qwen/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
         ("/mnt/Qwen/Qwen2___5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
         ("unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit", "Qwen/Qwen3-VL-8B-Instruct"),
         ("unsloth/qwen3-vl-2b-thinking-bnb-4bit", "Qwen/Qwen3-VL-2B-Thinking"),
