@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.api import QwenVL, device_named
     from qwenvl_lit.data.collate import Pad
     from qwenvl_lit.data.readers.question import question_options
-    from qwenvl_lit.generation.continuous import ContinuousBatching
+    from qwenvl_lit.generation.continuous import WIDTH_MULTIPLE, ContinuousBatching
     from qwenvl_lit.runs.run import find_run
     from qwenvl_lit.serving.app import Application
     from qwenvl_lit.serving.capacity import with_capacity
@@ -68,7 +69,12 @@ def main(config: DictConfig) -> None:
     model = QwenVL.from_module(module, read_options=read_options)
     settings = with_capacity(settings, model=model.model, family=model.family)
     processor = model.processor
-    collate = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
+    collate = Pad(
+        pad_id=processor.pad_id,
+        collate_vision=processor.collate_vision,
+        side="left",
+        multiple_of=WIDTH_MULTIPLE,
+    )
     try:
         engine = ContinuousBatching(
             model.model,
@@ -99,6 +105,11 @@ def main(config: DictConfig) -> None:
     )
     application = Application(Service(engine, served, settings, loader), keys)
     engine.start()
+
+    # Otherwise, the collector visits all modules and parameters again and again. No token arrives
+    # while it does, for up to half a second.
+    gc.collect()
+    gc.freeze()
 
     def announce() -> None:
         url = url_of(bound)

@@ -47,9 +47,9 @@ NOTE = (
 Measured = dict[str, Any]
 
 
-def family_of(model: str, size: str, dtype: str) -> Family:
+def family_of(model: str, size: str, dtype: str, vocabulary: str = "tiny") -> Family:
     """Builds a family of `conf/model` with random weights, or the small twin of its generation."""
-    options = ["model.weights=random", "model.vocabulary=tiny"]
+    options = ["model.weights=random", f"model.vocabulary={vocabulary}"]
     if size == "small":
         model, options = TINY[model.partition("_vl")[0]], []
     with initialize_config_dir(str(config_folder()), version_base=None):

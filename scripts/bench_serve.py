@@ -20,11 +20,14 @@ import base64
 import gc
 import http.client
 import io
+import itertools
 import json
 import random
 import re
+import string
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,13 +42,15 @@ from bench_generate import NEW, TINY, Measured, family_of, measure_decoding, rec
 from PIL import Image
 
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.generation.continuous import ContinuousBatching
+from qwenvl_lit.generation.continuous import WIDTH_MULTIPLE, ContinuousBatching
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.request import Request
+from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.types import Conversation, ImageSource, Turn
 
 CONTEXT = 512  # tokens of a request
+TOKENS = 151643  # of the published vocabularies, without special tokens
 CLIENTS = (1, 8, 32)
 SHARE = 0.7  # of the rate of 32 clients, at which requests come in "open"
 NOTE = (
@@ -177,6 +182,24 @@ def conversation(number: int) -> Conversation:
     return Conversation(id="question", turns=(Turn(role="user", parts=parts),))
 
 
+def write_vocabulary(file: Path) -> None:
+    """Writes a vocabulary of the published size, in which every token is a text.
+
+    Random weights choose any of the published ids. Those beyond a small vocabulary have no text,
+    and the server sends no events for them.
+    """
+    lines = TINY_VOCABULARY.read_text().splitlines()
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    letters = itertools.product(string.ascii_lowercase, repeat=4)
+    words = ("".join(word).encode() for word in letters)
+    known = set(tokens)
+    new = (word for word in words if word not in known)
+    tokens += itertools.islice(new, TOKENS - len(tokens))
+    with file.open("w") as out:
+        for rank, token in enumerate(tokens):
+            out.write(f"{base64.b64encode(token).decode()} {rank}\n")
+
+
 def engine_asks(engine: ContinuousBatching, samples: Sequence[Any]) -> Ask:
     def ask(number: int) -> Answer:
         ended = threading.Event()
@@ -252,11 +275,11 @@ def server(command: Sequence[str]) -> Iterator[int]:
         process.wait(timeout=60)
 
 
-def server_command(arguments: argparse.Namespace) -> list[str]:
+def server_command(arguments: argparse.Namespace, vocabulary: Path) -> list[str]:
     command = [sys.executable, "-m", "qwenvl_lit.serve", "serve.port=0"]
     if arguments.size == "full":
-        command += [f"model={arguments.model}", "model.weights=random", "model.vocabulary=tiny"]
-        command += [f"model.dtype={arguments.dtype}"]
+        command += [f"model={arguments.model}", "model.weights=random"]
+        command += [f"model.vocabulary={vocabulary}", f"model.dtype={arguments.dtype}"]
     else:
         command += [f"model={TINY[arguments.model.partition('_vl')[0]]}"]
     command += [f"device={arguments.device}", f"serve.rows={max(CLIENTS)}"]
@@ -295,7 +318,12 @@ def measure_engine(family: Family, arguments: argparse.Namespace) -> Measured:
         samples.append(processor.encode(conversation(number), prompt=True))
     results["prompt_tokens"] = len(samples[0].input_ids)
     processor.stop_ids = ()
-    pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
+    pad = Pad(
+        pad_id=processor.pad_id,
+        collate_vision=processor.collate_vision,
+        side="left",
+        multiple_of=WIDTH_MULTIPLE,
+    )
     start = time.perf_counter()
     options = {"rows": max(CLIENTS), "slots": CONTEXT, "prompt_tokens": arguments.prompt_tokens}
     with ContinuousBatching(model, family, processor, collate=pad, **options) as engine:
@@ -304,6 +332,16 @@ def measure_engine(family: Family, arguments: argparse.Namespace) -> Measured:
         results["engine"] = measure(engine_asks(engine, samples), arguments)
     add_shares(results["engine"], results["raw"])
     return results
+
+
+def measure_server(arguments: argparse.Namespace, vocabulary: Path) -> Measured:
+    """Measures `python -m qwenvl_lit.serve` with weights of its own."""
+    gc.collect()
+    if arguments.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    bodies = [body_of(number) for number in range(max(CLIENTS) * arguments.rounds)]
+    with server(server_command(arguments, vocabulary)) as port:
+        return measure(server_asks(port, bodies), arguments)
 
 
 def add_shares(results: Measured, raw: Sequence[Measured]) -> None:
@@ -332,18 +370,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    on_gpu = arguments.device.startswith("cuda")
-    family = family_of(arguments.model, arguments.size, arguments.dtype)
-    results = measure_engine(family, arguments)
-    if not arguments.no_http:
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
-        bodies = [body_of(number) for number in range(max(CLIENTS) * arguments.rounds)]
-        with server(server_command(arguments)) as port:
-            results["http"] = measure(server_asks(port, bodies), arguments)
-        if arguments.size == "full":  # otherwise it is another model
-            add_shares(results["http"], results["raw"])
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "qwen.tiktoken"
+        write_vocabulary(vocabulary)
+        family = family_of(arguments.model, arguments.size, arguments.dtype, str(vocabulary))
+        results = measure_engine(family, arguments)
+        if not arguments.no_http:
+            results["http"] = measure_server(arguments, vocabulary)
+            if arguments.size == "full":  # otherwise it is another model
+                add_shares(results["http"], results["raw"])
     if arguments.record:
         record(results, arguments, "bench_serve.py", NOTE)
 

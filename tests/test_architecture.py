@@ -80,7 +80,7 @@ NETWORK = {  # modules of models/qwen_vl that need torch, transformers and `SHAR
 SHARED = {  # modules of models/ that know no family, and need torch and transformers only
     *("models.dequantized", "models.dynamo", "models.host_copy", "models.segments"),
     *("models.feature_cache", "models.kv_cache", "models.passes", "models.running_rows"),
-    *("models.static_decoder", "models.step_graphs", "models.training_passes"),
+    *("models.static_decoder", "models.cuda_graphs", "models.training_passes"),
 }
 ROOT_NAMES = {"__version__", "__all__", "__getattr__"}  # what qwenvl_lit/__init__.py defines
 IMPORT_NAMES = {"hydra-core": "hydra", "pillow": "PIL"}  # where they differ from the library's

@@ -27,6 +27,8 @@ CollateVision = Callable[[Sequence[Sample]], Mapping[str, Any]]  # `Processor.co
 class Pad:
     """Makes one row of each sample, padded to the longest; dropped rows are left out.
 
+    The width of the rows is a multiple of `multiple_of`.
+
     Training pads on the right, generation on the left. A batch whose rows were all dropped is an
     `empty_batch`.
 
@@ -38,13 +40,14 @@ class Pad:
     pad_id: int
     collate_vision: CollateVision = field(repr=False)
     side: Literal["left", "right"] = "right"
+    multiple_of: int = 1
 
     def __call__(self, rows: Sequence[Sample | Dropped]) -> Batch:
         samples, dropped = _separate(rows)
         if not samples:
             return empty_batch(self.pad_id, dropped)
         lengths = tuple(len(sample.input_ids) for sample in samples)
-        width = max(lengths)
+        width = -(-max(lengths) // self.multiple_of) * self.multiple_of
         input_ids = torch.full((len(samples), width), self.pad_id)
         labels = torch.full_like(input_ids, IGNORED)
         attention_mask = torch.zeros_like(input_ids)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Family, Processor
     from qwenvl_lit.types import Batch
 
+# On a GPU, batches of prompts should have widths that are multiples of this number. Compiled
+# kernels are specialized for such widths; other widths would take another compilation.
+WIDTH_MULTIPLE = 16
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +40,8 @@ class ContinuousBatching:
     ...     handle = batching.submit(request, lambda tokens, finish_reason: ...)
 
     Args:
-        collate: makes a left-padded batch of prompts, such as `data.collate.Pad`.
+        collate: makes a left-padded batch of prompts, such as `data.collate.Pad` with
+            `multiple_of=WIDTH_MULTIPLE`.
         rows: the most requests that are answered at a time.
         slots: the most tokens of a request, its prompt and its answer together. The cache has
             memory for `rows * slots` tokens.

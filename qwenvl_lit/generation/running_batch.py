@@ -29,7 +29,7 @@ NOT_FINITE = (
     "activations overflow; with model.dtype=float16 try bfloat16 or float32"
 )
 
-WARM_UP_PROMPTS = (1, 2, 4)  # numbers of prompts, and of images, that are read together
+WARM_UP_PROMPTS = (1, 2, 3, 4)  # numbers of prompts, and of images, that are read together
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,14 +27,18 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from qwenvl_lit.models.cuda_graphs import CUDAGraphs, Function, first_line
+from qwenvl_lit.models.dynamo import recompilation_limits
 from qwenvl_lit.models.feature_cache import FeatureCache
 from qwenvl_lit.models.host_copy import upload
 from qwenvl_lit.models.kv_cache import KVCache
-from qwenvl_lit.models.step_graphs import StepGraphs, first_line
 
 # Numbers of images that are encoded as one pass between the steps of running rows. Four images are
 # one pass, for which a GPU needs less time than for four.
-FEW_IMAGES = (4, 2, 1)
+FEW_IMAGES = (4, 3, 2, 1)
+# Recompilations of the functions of a block, above any realistic number of shapes. They are set for
+# a whole pass, because a call right after setting them takes three times as long.
+LIMITS = {"per_function": 256, "in_total": 1024}
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +80,10 @@ class Passes(ABC):
         self.cache = cache
         self.device = cache.device
         self.images = FeatureCache()
-        self.few_images = False  # whether passes of `FEW_IMAGES` images are worth compiling
+        self.few_images = False  # whether passes of `FEW_IMAGES` images are worth a graph
         self.can_compile = True
         self.compiled = False
-        self._all_graphs: weakref.WeakSet[StepGraphs] = weakref.WeakSet()
+        self._all_graphs: weakref.WeakSet[CUDAGraphs] = weakref.WeakSet()
         self.use_functions(compiled=False)
 
     @property
@@ -209,18 +213,19 @@ class Passes(ABC):
         rotary = self.rotary(prompts.positions[..., rows, columns], prompts.positional[rows])
         mask = None
         if prompts.padded or first:
-            mask = prompt_mask(prompts.starts[rows], first, end)
-        for index, (block, keys_values) in enumerate(zip(self.blocks, cache, strict=True)):
-            q_bHtK, kv_2bGSK = self.before_attention(block, x_btD, rotary)
-            keys_values[:, :, :, columns] = kv_2bGSK
-            if first:
-                kv_2bGSK = keys_values[:, :, :, :end]
-            attended_bHtK = attend_to_prompt(q_bHtK, *kv_2bGSK, mask)
-            x_btD = self.after_attention(block, x_btD, attended_bHtK)
-            if index < len(prompts.levels):
-                assert prompts.image_index is not None
-                image_index = prompts.image_index[rows, columns]
-                x_btD = x_btD + features_at(image_index, prompts.levels[index])
+            mask = prompt_mask(prompts.starts[rows], first, end, cache.dtype)
+        with recompilation_limits(**LIMITS):
+            for index, (block, keys_values) in enumerate(zip(self.blocks, cache, strict=True)):
+                q_bHtK, kv_2bGSK = self.before_attention(block, x_btD, rotary)
+                keys_values[:, :, :, columns] = kv_2bGSK
+                if first:
+                    kv_2bGSK = keys_values[:, :, :, :end]
+                attended_bHtK = attend_to_prompt(q_bHtK, *kv_2bGSK, mask)
+                x_btD = self.after_attention(block, x_btD, attended_bHtK)
+                if index < len(prompts.levels):
+                    assert prompts.image_index is not None
+                    image_index = prompts.image_index[rows, columns]
+                    x_btD = x_btD + features_at(image_index, prompts.levels[index])
         return x_btD
 
     # -- steps -------------------------------------------------------------------------------------
@@ -250,23 +255,24 @@ class Passes(ABC):
         mask_BS = torch.zeros(hidden_BS.shape, dtype=cache.dtype, device=self.device)
         mask = mask_BS.masked_fill_(hidden_BS, -torch.inf)[:, None, None]
         rotary = self.rotary(self.step_positions(step_inputs), step_inputs.positional)
-        for block, keys_values in zip(self.blocks, cache, strict=True):
-            q_BH1K, kv_2BG1K = self.before_attention(block, x_B1D, rotary)
-            keys_values.index_copy_(3, slot, kv_2BG1K)
-            k_BGSK, v_BGSK = keys_values[:, :, :, :slots_read]
-            # The heads that share keys are attended as if they were tokens of one head: the keys
-            # need no copy for each of them.
-            q_BGXK = q_BH1K.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)
-            attended_BGXK = scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask)
-            attended_BH1K = attended_BGXK.reshape(q_BH1K.shape)
-            x_B1D = self.after_attention(block, x_B1D, attended_BH1K)
+        with recompilation_limits(**LIMITS):
+            for block, keys_values in zip(self.blocks, cache, strict=True):
+                q_BH1K, kv_2BG1K = self.before_attention(block, x_B1D, rotary)
+                keys_values.index_copy_(3, slot, kv_2BG1K)
+                k_BGSK, v_BGSK = keys_values[:, :, :, :slots_read]
+                # The heads that share keys are attended as if they were tokens of one head: the
+                # keys need no copy for each of them.
+                q_BGXK = q_BH1K.unflatten(1, (k_BGSK.shape[1], -1)).flatten(2, 3)
+                attended_BGXK = scaled_dot_product_attention(q_BGXK, k_BGSK, v_BGSK, attn_mask=mask)
+                attended_BH1K = attended_BGXK.reshape(q_BH1K.shape)
+                x_B1D = self.after_attention(block, x_B1D, attended_BH1K)
         return self.logits(x_B1D[:, 0])
 
     # -- graphs and compilation --------------------------------------------------------------------
 
-    def new_graphs(self) -> StepGraphs:
+    def new_graphs(self) -> CUDAGraphs:
         """Returns an empty set of graphs, for steps on one cache."""
-        graphs = StepGraphs(self.device)
+        graphs = CUDAGraphs(self.device)
         self._all_graphs.add(graphs)
         return graphs
 
@@ -276,27 +282,30 @@ class Passes(ABC):
             graphs.clear()
 
     def run_step(
-        self, graphs: StepGraphs, step_inputs: StepInputs, cache: torch.Tensor, slots_read: int
+        self, graphs: CUDAGraphs, step_inputs: StepInputs, cache: torch.Tensor, slots_read: int
     ) -> torch.Tensor:
         """Runs `compute_step`, as one of `graphs` if that is faster."""
         step = partial(self.compute_step, step_inputs, cache, slots_read)
+        return self.run_graphed(graphs, (len(step_inputs.ids), slots_read), step)
+
+    def run_graphed(self, graphs: CUDAGraphs, shape: Hashable, function: Function) -> torch.Tensor:
+        """Runs a function, as one of `graphs` if that is faster."""
         if not graphs.help():
-            return step()
-        shape = (len(step_inputs.ids), slots_read)
+            return function()
         if shape not in graphs.captured:
             try:
-                graphs.capture(shape, step)
+                graphs.capture(shape, function)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 # A layer of another package may not be compilable, or may synchronize.
                 if self.compiled:
                     self.stop_compiling(error)
-                    return self.run_step(graphs, step_inputs, cache, slots_read)
+                    return self.run_graphed(graphs, shape, function)
                 reason = first_line(error)
                 log.warning("decoding continues without CUDA graphs, which is slower: %s", reason)
                 graphs.can_capture = False
-                return step()
+                return function()
         return graphs.replay(shape)
 
     def set_compiled(self, compiled: bool) -> None:
@@ -312,8 +321,8 @@ class Passes(ABC):
         self.set_compiled(False)
 
 
-def prompt_mask(starts_b1: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """Returns which tokens of left-padded prompts attend to which, (b, 1, t, end).
+def prompt_mask(starts_b1: torch.Tensor, first: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+    """Returns which tokens of left-padded prompts attend to which, (b, 1, t, end): 0 or -inf.
 
     The t tokens are those in slots `first` to `end - 1`.
     """
@@ -321,7 +330,10 @@ def prompt_mask(starts_b1: torch.Tensor, first: int, end: int) -> torch.Tensor:
     new_slots = slots[first:, None]
     mask_btS = (new_slots >= slots) & (slots >= starts_b1[:, :, None])
     # Padding attends to itself: a fully masked softmax row is NaN.
-    return (mask_btS | (new_slots == slots))[:, None]
+    mask_btS |= new_slots == slots
+    # Kernels add the mask to the scores. They would convert one of bools in each block.
+    bias_btS = torch.zeros(mask_btS.shape, dtype=dtype, device=mask_btS.device)
+    return bias_btS.masked_fill_(~mask_btS, -torch.inf)[:, None]
 
 
 def attend_to_prompt(

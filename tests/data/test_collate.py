@@ -62,6 +62,13 @@ def test_prompts_are_padded_on_the_left():
     assert batch.vision_positions.tolist() == [1, 2]
 
 
+def test_rows_are_padded_to_a_multiple():
+    batch = Pad(**COLLATION, side="left", multiple_of=3)([LONG, SHORT])
+    assert batch.input_ids.tolist() == [[9, 9, 3, 4, 5, 6], [9, 9, 9, 9, 1, 2]]
+    assert batch.attention_mask.sum(1).tolist() == [4, 2]
+    assert batch.vision_positions.tolist() == [3, 4]
+
+
 def test_positions_point_at_image_tokens_and_before_supervised_tokens():
     batch = Pad(**COLLATION, side="left")([SHORT, LONG, SHORT])
     assert batch.input_ids.flatten()[batch.vision_positions].tolist() == [4, 5]

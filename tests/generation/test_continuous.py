@@ -17,11 +17,11 @@ from qwenvl_lit.generation.continuous import ContinuousBatching
 from qwenvl_lit.generation.decoders import decoder_of
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.generation.request import Closed, Full, Handle, Request
+from qwenvl_lit.models.cuda_graphs import CUDAGraphs
 from qwenvl_lit.models.kv_cache import KVCache
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.running_rows import RunningRows
-from qwenvl_lit.models.step_graphs import StepGraphs
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
 SECONDS = 60  # after which a test fails instead of waiting on
@@ -346,8 +346,8 @@ def test_graphs_replay_on_the_same_addresses(batching_of, sample_of, alone, monk
 
     requests = [random_request(sample_of, seed) for seed in range(30)]
     expected = [alone(request) for request in requests]
-    monkeypatch.setattr(StepGraphs, "help", lambda self: True)
-    monkeypatch.setattr(StepGraphs, "_capture", capture)
+    monkeypatch.setattr(CUDAGraphs, "help", lambda self: True)
+    monkeypatch.setattr(CUDAGraphs, "_capture", capture)
     batching = batching_of(rows=10, slots=256, start=False)
     batch = batching._batch
     batch.steps_ahead = 1

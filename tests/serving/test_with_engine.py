@@ -17,7 +17,7 @@ from serving.served import Served, data_uri, image_part, user
 
 from qwenvl_lit import QwenVL
 from qwenvl_lit.data.collate import Pad
-from qwenvl_lit.generation.continuous import ContinuousBatching
+from qwenvl_lit.generation.continuous import WIDTH_MULTIPLE, ContinuousBatching
 from qwenvl_lit.serving.app import Application
 from qwenvl_lit.serving.auth import Keys
 from qwenvl_lit.serving.images import ImageLoader
@@ -40,7 +40,12 @@ def served(model):
         model.model,
         model.family,
         processor,
-        collate=Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left"),
+        collate=Pad(
+            pad_id=processor.pad_id,
+            collate_vision=processor.collate_vision,
+            side="left",
+            multiple_of=WIDTH_MULTIPLE,
+        ),
         rows=4,
         slots=256,
     )

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
+from qwenvl_lit.models.cuda_graphs import CompiledPair
 from qwenvl_lit.models.host_copy import send
 from qwenvl_lit.models.kv_cache import KVCache
 from qwenvl_lit.models.passes import Rotary, StepInputs
 from qwenvl_lit.models.qwen3_vl.flops import head_dim_of
 from qwenvl_lit.models.qwen3_vl.tower import image_tokens, tower_inputs
 from qwenvl_lit.models.static_decoder import StaticDecoder
-from qwenvl_lit.models.step_graphs import CompiledPair
 
 # Most patches of a pass of the vision tower, unless one image has more
 PATCHES_PER_PASS = 16384

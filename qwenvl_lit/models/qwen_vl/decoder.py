@@ -11,12 +11,14 @@ computes positions, dynamic NTK and log-n scaling separately for each row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qwenvl_lit.models.cuda_graphs import CompiledPair
 from qwenvl_lit.models.kv_cache import KVCache
 from qwenvl_lit.models.passes import FEW_IMAGES, Rotary
 from qwenvl_lit.models.qwen_vl.dynamic_ntk import ntk_alpha
@@ -27,7 +29,6 @@ from qwenvl_lit.models.qwen_vl.language import (
 )
 from qwenvl_lit.models.qwen_vl.vision import RunBlock, VisionBlock
 from qwenvl_lit.models.static_decoder import StaticDecoder
-from qwenvl_lit.models.step_graphs import CompiledPair
 
 IMAGES_PER_PASS = 32  # most images that are encoded as one pass
 
@@ -44,6 +45,8 @@ class Decoder(StaticDecoder):
             device=network.transformer.wte.weight.device,
         )
         super().__init__(network, cache)
+        self.image_graphs = self.new_graphs()  # by the shape of the pixels
+        self.graph_pixels: dict[torch.Size, torch.Tensor] = {}  # which these graphs read
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -76,13 +79,27 @@ class Decoder(StaticDecoder):
         self, inputs: Mapping[str, Any], indices: Sequence[int]
     ) -> Iterator[torch.Tensor]:
         pixel_values = inputs["pixel_values"]
-        # Any other number of images, as in a last pass, would need another compilation.
-        compiled_counts = {IMAGES_PER_PASS, *FEW_IMAGES} if self.few_images else {IMAGES_PER_PASS}
         for first in range(0, len(indices), IMAGES_PER_PASS):
             images = [pixel_values[index] for index in indices[first : first + IMAGES_PER_PASS]]
-            is_compiled = self.compiled and len(images) in compiled_counts
-            run_block = self.run_vision_block if is_compiled else None
-            yield from self.network.get_image_features(torch.stack(images), run_block)
+            pixels = torch.stack(images)
+            if self.few_images and len(images) in FEW_IMAGES:
+                yield from self._encode_graphed(pixels)
+            else:
+                # Any other number of images, as in a last pass, would need another compilation.
+                yield from self._encode(pixels, compiled=len(images) == IMAGES_PER_PASS)
+
+    def _encode(self, pixels: torch.Tensor, *, compiled: bool) -> torch.Tensor:
+        run_block = self.run_vision_block if compiled and self.compiled else None
+        return self.network.get_image_features(pixels, run_block)
+
+    def _encode_graphed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encodes images as a CUDA graph, if that is faster."""
+        shape = pixels.shape
+        if shape not in self.graph_pixels:
+            self.graph_pixels[shape] = torch.empty_like(pixels)
+        self.graph_pixels[shape].copy_(pixels)
+        encode = partial(self._encode, self.graph_pixels[shape], compiled=True)
+        return self.run_graphed(self.image_graphs, shape, encode).clone()
 
     def embed_prompts(
         self, inputs: Mapping[str, Any], features: Sequence[torch.Tensor] | None
