@@ -1,0 +1,1 @@
+"""The model `qwenvl_lit` of lmms-eval: `python -m lmms_eval --model qwenvl_lit`."""
