@@ -46,6 +46,15 @@ class ProtocolMean(SampleMean):
 
     def __init__(self, protocol: ScoringProtocol = "correct", *, where: Where | None = None):
         super().__init__(where=where)
-        if protocol not in ("correct", "official"):
-            raise ValueError(f"protocol={protocol}: expected correct or official")
-        self.protocol = protocol
+        self.protocol = check_protocol(protocol)
+
+
+def check_protocol(protocol: ScoringProtocol) -> ScoringProtocol:
+    """Returns `protocol`.
+
+    Raises:
+        ValueError: it is neither "correct" nor "official".
+    """
+    if protocol not in ("correct", "official"):
+        raise ValueError(f"protocol={protocol}: expected correct or official")
+    return protocol

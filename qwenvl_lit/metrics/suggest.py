@@ -26,6 +26,10 @@ _BY_KIND: dict[str, list[tuple[str, str]]] = {
         ("chartqa", "the answers are numbers; 5 % deviation is allowed"),
         ("exact", "or every character has to match"),
     ],
+    "yes or no": [
+        ("yes_no", "the answers are yes or no"),
+        ("exact", "or every character has to match"),
+    ],
     "people": [
         ("vqa", "the answers are short, several people answered"),
         ("docvqa", "or any reference counts, and a nearly right answer counts in part"),
@@ -68,7 +72,10 @@ def _kind(row: Conversation) -> str:
         return "sentences"
     if _NUMBER.fullmatch(texts[0].strip()):
         return "numbers"
-    return "people" if len(texts) >= MIN_PEOPLE else "words"
+    if len(texts) >= MIN_PEOPLE:
+        return "people"
+    words = {text.strip().lower() for text in texts}
+    return "yes or no" if words in ({"yes"}, {"no"}) else "words"
 
 
 def _texts(row: Conversation) -> tuple[str, ...]:

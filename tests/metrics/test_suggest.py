@@ -26,6 +26,7 @@ def row(*answers: str, boxes=False, options=()) -> Conversation:
         ([row("yes", "yes", "yes", "no", "yes")], "vqa"),
         ([row("yes", "yes", "no")], "exact"),  # too few people for `vqa`
         ([row("red"), row("a cat")], "exact"),
+        ([row("Yes"), row("no")], "yes_no"),
         ([row("B", options=("A", "B"))], "choice"),
     ],
 )
@@ -44,7 +45,7 @@ def test_nothing_is_suggested_for_rows_without_answers():
 
 def test_a_mixed_set_gets_a_suggestion_for_each_kind_of_answer():
     long = row("a brown dog sits on the grass")
-    rows = [row(boxes=True)] * 5 + [row("yes")] * 3 + [long] * 3 + [row("12")]
+    rows = [row(boxes=True)] * 5 + [row("red")] * 3 + [long] * 3 + [row("12")]
     suggested = suggest_metrics(rows)
     names = [name for name, _ in suggested]
     assert names == ["grounding", "exact", "docvqa", "gqa", "caption"]  # one number is too few
