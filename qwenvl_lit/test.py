@@ -225,10 +225,19 @@ def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None)
         return notes
     if published_model_name(config) is None:
         notes.append("The published scores are of Qwen-VL, so they are not shown for this model.")
-    elif config.model.get("template", "raw") != "raw":
+        return notes
+    template = config.model.get("template", "raw")
+    other = "raw" if template == "chatml" else "chatml"
+    files = dict.fromkeys(each.file for each in benchmarks if each.published_template == other)
+    if files and other == "raw":
         notes.append(
-            "Questions were asked with chat markup. Published scores, Qwen-VL-Chat's too, are "
-            "without: model.template=raw"
+            f"{', '.join(files)}: questions were asked with chat markup. The published scores, "
+            f"Qwen-VL-Chat's too, are without: model.template=raw"
+        )
+    elif files:
+        notes.append(
+            f"{', '.join(files)}: questions were asked without chat markup. The published scores "
+            f"are with it: model.template=chatml"
         )
     return notes
 

@@ -40,6 +40,15 @@ SHARED_OVERRIDES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sum:
+    """A sum of the scores of test sets, such as MME's perception."""
+
+    name: str
+    sets: Sequence[str]  # names of test sets of the same file
+    published: Mapping[str, float] = field(default_factory=dict)  # by model, times 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
     """A published test set, its evaluation settings, and published scores by model, times 100."""
 
@@ -50,7 +59,9 @@ class Benchmark:
     metric: str  # the metric of the published scores
     published: Mapping[str, float] = field(default_factory=dict)
     published_mean: Mapping[str, float] = field(default_factory=dict)  # over all sets of FILE
+    sums: Sequence[Sum] = ()  # over sets of FILE
     published_split: str | None = None  # the split of the published scores if it is another one
+    published_template: str = "raw"  # the template of the prompts of the published scores
     # Pattern of the names of training files that contain images of this test set -> explanation.
     seen_with: Mapping[str, str] = field(default_factory=dict)
 
@@ -97,6 +108,9 @@ def _read(name: str, config: DictConfig) -> Iterator[Benchmark]:
     seen_with = {}
     if "seen_with" in node:
         seen_with = OmegaConf.to_container(node.seen_with)
+    sums = []
+    for sum_name, summed in node.get("sums", {}).items():
+        sums.append(Sum(name=sum_name, sets=list(summed), published=published.get(sum_name, {})))
     for set_name, rows in sets.items():
         if chosen_set and set_name != chosen_set:
             continue
@@ -108,7 +122,9 @@ def _read(name: str, config: DictConfig) -> Iterator[Benchmark]:
             metric=node.metric,
             published=published.get(set_name, {}),
             published_mean=published.get("mean", {}),
+            sums=sums,
             published_split=node.get("published_of"),
+            published_template=node.get("published_template", "raw"),
             seen_with=seen_with,
         )
 
@@ -159,7 +175,8 @@ def benchmark_table(
     """Returns a table row for each benchmark with its score and the published score, times 100.
 
     If the mean over all test sets of a file is published, a row with the mean follows the last
-    test set of the file.
+    test set of the file. Rows with the sums of a file follow likewise if all of its test sets are
+    in the table.
 
     Args:
         results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows_METRIC, BENCHMARK/rows,
@@ -186,23 +203,37 @@ def benchmark_table(
         same_file = [other for other in benchmarks if other.file == benchmark.file]
         is_last = benchmark is same_file[-1]
         if benchmark.published_mean and len(same_file) > 1 and is_last:
-            table.append(_mean_row(same_file, results, model))
+            total = _total([other.name for other in same_file], benchmark.metric, results)
+            mean = None if total is None else total / len(same_file)
+            published = benchmark.published_mean.get(model) if model else None
+            table.append(_summary_row(benchmark, "mean", mean, published, model))
+        for each in benchmark.sums if is_last else ():
+            names = [f"{benchmark.file}/{set_name}" for set_name in each.sets]
+            if {other.name for other in same_file}.issuperset(names):
+                total = _total(names, benchmark.metric, results)
+                published = each.published.get(model) if model else None
+                table.append(_summary_row(benchmark, each.name, total, published, model))
     return table
 
 
-def _mean_row(
-    benchmarks: Sequence[Benchmark], results: Mapping[str, float], model: str | None
+def _total(names: Sequence[str], metric: str, results: Mapping[str, float]) -> float | None:
+    """Returns the sum of the scores of benchmarks, or None if a score is missing."""
+    scores = [results.get(f"{name}/{metric}") for name in names]
+    return None if None in scores else sum(scores)
+
+
+def _summary_row(
+    benchmark: Benchmark,
+    title: str,
+    score: float | None,
+    published: float | None,
+    model: str | None,
 ) -> dict[str, str]:
-    """Returns the row of the mean over the benchmarks of a file; no mean if a score is missing."""
-    last = benchmarks[-1]
-    scores = [results.get(f"{benchmark.name}/{last.metric}") for benchmark in benchmarks]
-    mean = None
-    if None not in scores:
-        mean = sum(scores) / len(scores)
+    """Returns the row of a score over several test sets of the file of `benchmark`."""
     return {
-        "benchmark": f"{last.file}, mean",
-        "metric": last.metric,
-        **_comparison(mean, last.published_mean.get(model) if model else None, model),
+        "benchmark": f"{benchmark.file}, {title}",
+        "metric": benchmark.metric,
+        **_comparison(score, published, model),
         "rows": "",
         "seconds": "",
         "images/s": "",

@@ -17,6 +17,7 @@ from qwenvl_lit.data.demo.dataset import write_demo
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.evaluation.benchmarks import (
     Benchmark,
+    Sum,
     benchmark_table,
     published_model_name,
     read_benchmarks,
@@ -31,7 +32,7 @@ GENERATED_TOKENS = {  # minimum and maximum, as published
     **dict.fromkeys(["flickr30k", "nocaps", "coco"], (8, 30)),
     # One more than published: the published prompt includes <box>.
     **dict.fromkeys(["refcoco", "refcoco_plus", "refcocog"], (10 + 1, 28 + 1)),
-    **dict.fromkeys(["vqav2", "okvqa", "textvqa", "vizwiz", "gqa", "ai2d"], (1, 10)),
+    **dict.fromkeys(["vqav2", "okvqa", "textvqa", "vizwiz", "gqa", "ai2d", "pope"], (1, 10)),
     **dict.fromkeys(["docvqa", "infovqa", "chartqa", "ocrvqa"], (1, 100)),
 }
 
@@ -51,7 +52,10 @@ def test_a_benchmark_states_its_protocol(composed, name):
     node = composed[name]
     assert node.metric in node.metrics
     assert node.data.root == "/somewhere"
-    assert set(node.published) <= {*node.data.test, "mean"}
+    assert set(node.published) <= {*node.data.test, *node.get("sums", ()), "mean"}
+    for summed in node.get("sums", {}).values():
+        assert set(summed) <= set(node.data.test)
+    assert node.get("published_template", "raw") in ("raw", "chatml")
     assert not node.generation.do_sample
     limits = (node.generation.min_new_tokens, node.generation.max_new_tokens)
     assert limits == GENERATED_TOKENS.get(name, (0, 512))
@@ -64,7 +68,7 @@ def test_a_benchmark_states_its_protocol(composed, name):
 
 
 def test_every_benchmark_has_a_published_protocol():
-    assert set(GENERATED_TOKENS) | {"scienceqa"} == set(NAMES)
+    assert set(GENERATED_TOKENS) | {"scienceqa", "mme"} == set(NAMES)
 
 
 def benchmark(name: str, **options) -> Benchmark:
@@ -95,6 +99,45 @@ def test_scores_stand_beside_the_published_ones():
         assert list(row) == columns
 
 
+def test_sums_of_a_file_follow_its_last_test_set():
+    sums = [
+        Sum(name="first", sets=["a", "b"], published={"Qwen-VL-Chat": 250.0}),
+        Sum(name="second", sets=["c"]),
+        Sum(name="absent", sets=["a", "d"]),
+    ]
+    benchmarks = [benchmark(f"mme/{name}", sums=sums) for name in "abc"]
+    results = {"mme/a/right": 1.25, "mme/b/right": 0.75, "mme/c/right": 2.0}
+    results |= {f"mme/{name}/rows": 4 for name in "abc"}
+    rows = benchmark_table(benchmarks, results, "Qwen-VL-Chat")
+    assert [list(row.values())[:5] for row in rows[3:]] == [
+        ["mme, first", "right", "200.00", "250.00", "-50.00"],
+        ["mme, second", "right", "200.00", "", ""],
+    ]
+    del results["mme/b/right"]
+    assert benchmark_table(benchmarks, results, None)[3]["score"] == ""
+
+
+def test_published_subtasks_of_mme_add_up_to_its_published_sums(composed):
+    published = composed["mme"].published
+    for name, summed in composed["mme"].sums.items():
+        total = sum(published[subtask]["Qwen-VL-Chat"] for subtask in summed)
+        assert total == pytest.approx(published[name]["Qwen-VL-Chat"], abs=0.01 * len(summed))
+    assert published.perception["Qwen-VL-Chat"] == 1487.58
+
+
+def test_a_template_other_than_the_published_one_is_named_with_its_benchmarks():
+    benchmarks = [benchmark("doc/val"), benchmark("mme/a", published_template="chatml")]
+    for template, note in (
+        ("chatml", "doc: questions were asked with chat markup"),
+        ("raw", r"mme: questions were asked without .* model\.template=chatml"),
+    ):
+        config = OmegaConf.create({"model": {"path": "Qwen/Qwen-VL-Chat", "template": template}})
+        [text] = _notes(config, benchmarks, None)
+        assert re.match(note, text)
+        [other] = [each for each in benchmarks if each.published_template == template]
+        assert _notes(config, [other], None) == []
+
+
 def test_training_files_include_those_of_every_mixed_dataset():
     datasets = {"a": {"train": ["x.jsonl"]}, "b": 3}
     data = {"train": "annotations/captions_val2014.json#2000", "datasets": datasets}
@@ -108,7 +151,7 @@ def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
         seen_with = composed[name].get("seen_with", {})
         warnings[name] = list(benchmark(f"{name}/val", seen_with=seen_with).warnings(trained_on))
     # RefCOCO has images of train2014.
-    assert {name for name in NAMES if warnings[name]} == {"coco", "okvqa", "vqav2"}
+    assert {name for name in NAMES if warnings[name]} == {"coco", "okvqa", "pope", "vqav2"}
     assert "it shares images of val2014 with OK-VQA" in warnings["okvqa"][0]
 
 
@@ -144,7 +187,7 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("root")
     sizes = {"train": 1, "single": 1, "validation": 1, "test": 4}
     write_demo(root / "demo", **sizes, unseen_pairs=1, new_classes=8)
-    for folder in ("flickr30k", "refcoco", "okvqa", "docvqa", "scienceqa"):
+    for folder in ("flickr30k", "refcoco", "okvqa", "docvqa", "scienceqa", "pope"):
         (root / folder).mkdir()
     for folder in ("coco/train2014", "coco/val2014"):
         (root / folder).mkdir(parents=True)
@@ -175,6 +218,19 @@ def root(tmp_path_factory) -> Path:
         choices.append(row)
     write_lines("scienceqa/scienceqa_test_img.jsonl", choices)
 
+    objects = []
+    for number, image_id in enumerate(image_ids):
+        row = {"question_id": number, "image": f"COCO_val2014_{image_id:012d}.jpg"}
+        objects.append({**row, "text": "Is there a car?", "label": ("yes", "no")[number % 2]})
+    write_lines("pope/coco_pope_random.json", objects)
+
+    for subtask in ("existence", "OCR"):
+        folder = root / "MME_Benchmark_release_version" / subtask
+        folder.mkdir(parents=True)
+        for name in names[:2]:
+            image = shutil.copy(root / name.removeprefix("data/"), folder)
+            Path(image).with_suffix(".txt").write_text("Is it a car?\tYes\nIs it a cat?\tNo\n")
+
     questions, annotations = [], []
     for number, image_id in enumerate(image_ids):
         questions.append({"question_id": number, "image_id": image_id, "question": "What is it?"})
@@ -203,6 +259,7 @@ def table_cells(printed: str) -> dict[str, list[str]]:
 
 def test_several_benchmarks_run_with_one_model(root):
     names = "flickr30k/test,refcoco/val,okvqa/val#3,docvqa/val,scienceqa"
+    names += ",pope/random,mme/existence,mme/OCR"
     arguments = [f"benchmarks=[{names}]", "data.eval_batch_size=4", "hydra.run.dir=all"]
     done = run_test_command(root, "model=qwen_vl_tiny", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -213,11 +270,16 @@ def test_several_benchmarks_run_with_one_model(root):
         "okvqa/val": ("vqa_accuracy_official", "58.60", "3"),
         "docvqa/val": ("anls_official", "65.10 (test)", "1"),
         "scienceqa/test": ("choice_accuracy", "67.10", "4"),
+        "pope/random": ("yes_f1_official", "", "4"),
+        "mme/existence": ("mme_score_official", "", "4"),
+        "mme/OCR": ("mme_score_official", "", "4"),
     }
-    assert "model.template=raw" in done.stdout, "the tiny model gets chat markup"
+    assert "scienceqa, pope: questions were asked with chat markup" in done.stdout
     scores = json.loads((root / "all/metrics.json").read_text())["test"]
     assert "flickr30k/test/bleu_4" in scores
     assert "refcoco/val/mean_iou" in scores
+    assert scores["pope/random/yes_ratio_official"] == 1, "the tiny model does not say no"
+    assert scores["mme/existence/mme_score_official"] == 0
     predictions = (root / "all/scienceqa/test/predictions.jsonl").read_text().splitlines()
     letters = [json.loads(line)["prediction"] for line in predictions]
     assert letters.count("B") / 4 == scores["scienceqa/test/choice_accuracy"]
