@@ -49,7 +49,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str  # a data URI, or an http or https address
-    detail: Literal["auto"] | None = None
+    detail: Literal["auto", "high"] | None = None  # images are never reduced, as "low" asks
 
 
 class ImagePart(Strict):
