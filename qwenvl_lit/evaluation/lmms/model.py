@@ -58,6 +58,7 @@ class EvaluatedModel(lmms):
         self.batch_size = int(batch_size)
         if device is None and "device_map" not in options and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)  # lmms-eval gathers results on the current GPU
         self.system_prompt = system_prompt and self._resolve_system_prompt(system_prompt)
         self.qwenvl: QwenVL | None = QwenVL.load(str(pretrained), device=device, **options)
         self.device = self.qwenvl.device
