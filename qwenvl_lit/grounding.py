@@ -7,12 +7,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 
-from qwenvl_lit.types import Box, DataError, Frame, GroundedObject, ImageSource, Quad
+from qwenvl_lit.types import (
+    Box,
+    DataError,
+    Frame,
+    GroundedObject,
+    ImageSource,
+    Point,
+    Quad,
+    Region,
+)
 
 GRID = 999  # coordinates in text run from 0 to this value
 
 
-def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Quad:
+def to_frame(box: Region, frame: Frame, *, size: tuple[int, int]) -> Region:
     """Returns the same region in another frame, for an image of `size` (width, height) in pixels.
 
     Grid values become integers by truncation, as ms-swift writes them. Values are not clipped,
@@ -45,6 +54,8 @@ def to_frame(box: Box | Quad, frame: Frame, *, size: tuple[int, int]) -> Box | Q
     if isinstance(box, Quad):
         points = tuple((convert(x, width), convert(y, height)) for x, y in box.points)
         return Quad(points=points, frame=frame)
+    if isinstance(box, Point):
+        return Point(x=convert(box.x, width), y=convert(box.y, height), frame=frame)
     return Box(
         x0=convert(box.x0, width),
         y0=convert(box.y0, height),
@@ -73,6 +84,33 @@ def object_in_frame(
         )
     size = images[obj.image].size
     return replace(obj, boxes=tuple(to_frame(box, frame, size=size) for box in obj.boxes))
+
+
+def box_around(region: Region) -> Box:
+    """Returns the smallest box around a region: a box itself; of a point, a box without area.
+
+    >>> box_around(Point(x=2, y=3))
+    Box(x0=2, y0=3, x1=2, y1=3, frame='pixel')
+    """
+    match region:
+        case Box():
+            return region
+        case Point(x=x, y=y):
+            return Box(x0=x, y0=y, x1=x, y1=y, frame=region.frame)
+    xs, ys = zip(*region.points, strict=True)
+    return Box(x0=min(xs), y0=min(ys), x1=max(xs), y1=max(ys), frame=region.frame)
+
+
+def center(region: Region) -> Point:
+    """Returns the center of the smallest box around a region.
+
+    >>> center(Box(x0=0, y0=0, x1=1, y1=4))
+    Point(x=0.5, y=2.0, frame='pixel')
+    """
+    if isinstance(region, Point):
+        return region
+    box = box_around(region)
+    return Point(x=(box.x0 + box.x1) / 2, y=(box.y0 + box.y1) / 2, frame=box.frame)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -121,11 +159,17 @@ def tags_from_object(obj: GroundedObject, images: Sequence[ImageSource]) -> Iter
         images: all images of the conversation.
 
     Raises:
-        DataError: a box is not on the grid, and its image does not exist or cannot be read.
+        DataError: a box is not on the grid, and its image does not exist or cannot be read; or the
+            object has a point.
     """
     if obj.label is not None:
         yield from (Tag.REF, obj.label, Tag.REF_END)
     for box in object_in_frame(obj, "grid", images).boxes:
+        if isinstance(box, Point):
+            raise DataError(
+                f"object {obj.label!r} has a point, which the markup of Qwen-VL has no form for; "
+                f"set data.boxes=unit_points, or give its box"
+            )
         if isinstance(box, Quad):
             yield from (Tag.QUAD, ",".join(map(_point, box.points)), Tag.QUAD_END)
         else:
@@ -222,7 +266,7 @@ def _first(*matches: re.Match[str] | None) -> re.Match[str] | None:
     return min(found, key=lambda match: match.start(), default=None)
 
 
-def _box_from_tags(tags: str) -> Box | Quad:
+def _box_from_tags(tags: str) -> Region:
     values: list[float] = []
     for number in re.findall(r"[+-]?[\d_]+(?:\.\d+)?", tags):
         values.append(float(number) if "." in number else int(number))

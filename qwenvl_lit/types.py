@@ -108,6 +108,22 @@ class Quad:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A point, for example where to click."""
+
+    x: float
+    y: float
+    frame: Frame = "pixel"
+
+    def __post_init__(self):
+        if not (math.isfinite(self.x) and math.isfinite(self.y)):
+            raise DataError(f"point needs finite numbers, got {self}")
+
+
+Region = Box | Quad | Point
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroundedObject:
     """A phrase and where its objects are in an image.
 
@@ -115,7 +131,7 @@ class GroundedObject:
     """
 
     label: str | None = None
-    boxes: tuple[Box | Quad, ...] = ()
+    boxes: tuple[Region, ...] = ()
     image: int = 0  # index into the images of the conversation
 
 

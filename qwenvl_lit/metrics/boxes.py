@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qwenvl_lit.bounds import check_number
-from qwenvl_lit.grounding import iou, object_in_frame
+from qwenvl_lit.grounding import box_around, iou, object_in_frame
 from qwenvl_lit.metrics.per_sample import Where
 from qwenvl_lit.metrics.sample_mean import SampleMean
-from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Prediction, Quad
+from qwenvl_lit.types import Box, Conversation, GroundedObject, Part, Point, Prediction, Region
 
 LabeledBox = tuple[str | None, Box | None]
 
@@ -27,10 +27,10 @@ def expected_boxes(prediction: Prediction) -> list[LabeledBox]:
 def labeled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[LabeledBox]:
     """Returns (label, box) for each box of each object in reading order.
 
-    An object without boxes gives one pair, with None as its box. A quad is replaced by the smallest
-    box around it. Boxes are in the unit frame of their image: markup cannot say to which of several
-    images a box belongs, and in this frame the images' sizes make no difference. The IoU is the
-    same as in pixels.
+    An object without boxes gives one pair, with None as its box. A quad or point is replaced by the
+    smallest box around it. Boxes are in the unit frame of their image: markup cannot say to which
+    of several images a box belongs, and in this frame the images' sizes make no difference. The IoU
+    is the same as in pixels.
     """
     pairs: list[LabeledBox] = []
     for part in parts:
@@ -39,17 +39,10 @@ def labeled_boxes(parts: Iterable[Part], conversation: Conversation) -> list[Lab
         label = part.label.strip() if part.label else None
         regions = object_in_frame(part, "unit", conversation.images).boxes
         for region in regions:
-            pairs.append((label, _box_around(region)))
+            pairs.append((label, box_around(region)))
         if not regions:
             pairs.append((label, None))
     return pairs
-
-
-def _box_around(region: Box | Quad) -> Box:
-    if isinstance(region, Box):
-        return region
-    xs, ys = zip(*region.points, strict=True)
-    return Box(x0=min(xs), y0=min(ys), x1=max(xs), y1=max(ys), frame=region.frame)
 
 
 def first_box(pairs: Iterable[LabeledBox]) -> Box | None:
@@ -60,15 +53,31 @@ def first_box(pairs: Iterable[LabeledBox]) -> Box | None:
 def first_box_iou(prediction: Prediction) -> float | None:
     """Returns the IoU of the first predicted box with the first expected box.
 
-    Returns 0 if the answer has no box, and None if the expected answer has no box.
+    Returns 0 if the answer has no box, and None if the expected answer has no box or a point, which
+    no box overlaps.
     """
     expected = first_box(expected_boxes(prediction))
-    if expected is None:
+    if expected is None or expects_points(prediction):
         return None
     predicted = first_box(predicted_boxes(prediction))
     if predicted is None:
         return 0.0
     return iou(predicted, expected)
+
+
+def expects_points(prediction: Prediction) -> bool:
+    """Returns whether the expected answer has a point."""
+    expected = prediction.conversation.answer
+    return expected is not None and has_points(expected.parts)
+
+
+def has_points(parts: Iterable[Part]) -> bool:
+    """Returns whether an answer has an object with a point."""
+    regions: list[Region] = []
+    for part in parts:
+        if isinstance(part, GroundedObject):
+            regions += part.boxes
+    return any(isinstance(region, Point) for region in regions)
 
 
 def have_same_objects(
@@ -171,6 +180,6 @@ class GroundedAccuracy(SampleMean):
 
     def score(self, prediction: Prediction) -> float | None:
         expected = expected_boxes(prediction)
-        if not expected:
+        if not expected or expects_points(prediction):
             return None
         return float(have_same_objects(predicted_boxes(prediction), expected, self.threshold))

@@ -1,4 +1,4 @@
-"""Draws boxes and labels on images so that they are readable on any background and at any size."""
+"""Draws boxes, points and labels on images, readable on any background and at any size."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from PIL import Image, ImageDraw
 
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.rendering.fonts import font_for, missing_characters
-from qwenvl_lit.types import Box, GroundedObject, Part, Prediction, Quad
+from qwenvl_lit.types import GroundedObject, Part, Point, Prediction, Quad, Region
 
-Point = tuple[float, float]
+Corner = tuple[float, float]
 Rectangle = tuple[float, float, float, float]
 
 # These two colors are distinguishable with every kind of color blindness.
 PREDICTED = "#d81b60"
 EXPECTED = "#00695c"
+RADIUS = 4  # of the circle of a point, in widths of a line
 MIN_LONGER_SIDE_PX = 320  # labels would cover most of a smaller image
 
 
 @dataclass(frozen=True, slots=True)
 class _Outline:
-    """The outline of a box or quad, in pixels of the canvas, and how to draw it."""
+    """The outline of a box, a quad or the circle of a point, in pixels of the canvas."""
 
     label: str | None
-    corners: list[Point]
+    corners: list[Corner]
+    is_point: bool
     color: str
     dashed: bool
 
@@ -80,7 +82,7 @@ def draw_objects(
     *,
     largest_side_px: int | None = None,
 ) -> Image.Image:
-    """Returns an RGB copy of the image with boxes and labels. Expected boxes are dashed.
+    """Returns an RGB copy of the image with boxes, points and labels. Expected boxes are dashed.
 
     Boxes are in pixels of `image`. A label that no font can write is its number, see `label_list`.
     Inverted boxes are drawn too, and corners outside the image are
@@ -102,11 +104,15 @@ def draw_objects(
     draw = ImageDraw.Draw(canvas)
     width = max(3, round(max(canvas.size) / 250))
     for outline in outlines:
-        _draw_outline(draw, outline, width)
+        if outline.is_point:
+            _draw_point(draw, outline, width)
+        else:
+            _draw_outline(draw, outline, width)
     taken: list[Rectangle] = []
     for outline in outlines:
         if outline.label:
-            taken.append(_draw_label(draw, outline.label, outline, taken))
+            margin = RADIUS * width + 1 if outline.is_point else 0
+            taken.append(_draw_label(draw, outline.label, outline, taken, margin))
     return canvas
 
 
@@ -184,12 +190,15 @@ def _outlines(
             corners = []
             for x, y in _corners(region):  # clamped: a model may predict corners far outside
                 corners.append((_clamp(x * scale, right), _clamp(y * scale, bottom)))
-            yield _Outline(label, corners, color, dashed)
+            yield _Outline(label, corners, isinstance(region, Point), color, dashed)
 
 
-def _corners(region: Box | Quad) -> tuple[Point, ...]:
-    if isinstance(region, Quad):
-        return region.points
+def _corners(region: Region) -> tuple[Corner, ...]:
+    match region:
+        case Quad():
+            return region.points
+        case Point():
+            return ((region.x, region.y),)
     x0, y0, x1, y1 = region.x0, region.y0, region.x1, region.y1
     return (x0, y0), (x1, y0), (x1, y1), (x0, y1)
 
@@ -208,7 +217,22 @@ def _draw_outline(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> N
             draw.line(piece, fill=outline.color, width=width)
 
 
-def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Point]]:
+def _draw_point(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> None:
+    """Draws a circle with a dot in its center; of an expected point, the circle alone."""
+    [(x, y)] = outline.corners
+    radius = RADIUS * width
+    for extra, color in ((1, "white"), (0, outline.color)):
+        around = _square(x, y, radius + extra)
+        draw.ellipse(around, outline=color, width=width + 2 * extra)
+        if not outline.dashed:
+            draw.ellipse(_square(x, y, width + extra), fill=color)
+
+
+def _square(x: float, y: float, half: float) -> Rectangle:
+    return x - half, y - half, x + half, y + half
+
+
+def _dashes(start: Corner, end: Corner, length: float) -> Iterator[tuple[Corner, Corner]]:
     """Divides a line into pieces of about `length` and yields the first, third, ... and last."""
     x, y = start
     dx, dy = end[0] - x, end[1] - y
@@ -219,19 +243,27 @@ def _dashes(start: Point, end: Point, length: float) -> Iterator[tuple[Point, Po
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, label: str, outline: _Outline, taken: Sequence[Rectangle]
+    draw: ImageDraw.ImageDraw,
+    label: str,
+    outline: _Outline,
+    taken: Sequence[Rectangle],
+    margin: int,
 ) -> Rectangle:
     """Writes a label at its box and returns the rectangle that the label covers.
 
     Four positions are tried, from above the box to below it, or in reverse order for a dashed box.
     The first one that overlaps no rectangle of `taken` is used, or the first one if all overlap.
+
+    Args:
+        margin: space above and below the corners, for the circle of a point.
     """
     right, bottom = draw.im.size
     letters = font_for(label, max(13, round(max(right, bottom) / 40)))
     width, height = draw.textlength(label, font=letters) + 4, sum(letters.getmetrics()) + 2
     xs, ys = zip(*outline.corners, strict=True)
     left = max(0, min(*xs, right - width))
-    tops = [min(ys) - height, min(ys), max(ys) - height, max(ys)]
+    highest, lowest = min(ys) - margin, max(ys) + margin
+    tops = [highest - height, highest, lowest - height, lowest]
     if outline.dashed:
         tops.reverse()
     rectangles = []

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Part, Prediction, Quad
+from qwenvl_lit.types import (
+    Box,
+    Conversation,
+    GroundedObject,
+    ImageSource,
+    Part,
+    Point,
+    Prediction,
+    Region,
+)
 
 
 def readable(parts: Iterable[Part]) -> str:
@@ -26,7 +35,7 @@ def readable(parts: Iterable[Part]) -> str:
 
 
 def box_numbers(obj: GroundedObject) -> list[list[float]]:
-    """Returns each box as [x0, y0, x1, y1], and each quad as the x, y of its four corners.
+    """Returns each box as [x0, y0, x1, y1], a point as [x, y], a quad as x, y of its four corners.
 
     The values stay in the frame of the box and are rounded to two decimals.
     """
@@ -62,11 +71,15 @@ def _readable_object(obj: GroundedObject) -> str:
     return " ".join(words)
 
 
-def _values(region: Box | Quad) -> list[float]:
-    if isinstance(region, Box):
-        points = ((region.x0, region.y0), (region.x1, region.y1))
-    else:
-        points = region.points
+def _values(region: Region) -> list[float]:
+    points: tuple[tuple[float, float], ...]
+    match region:
+        case Box():
+            points = ((region.x0, region.y0), (region.x1, region.y1))
+        case Point():
+            points = ((region.x, region.y),)
+        case _:
+            points = region.points
     values = []
     for x, y in points:
         values += [round(x, 2), round(y, 2)]

@@ -4,7 +4,7 @@ from PIL import Image, ImageColor
 from toy_task import conversation, grounded
 
 from qwenvl_lit.rendering.drawing import EXPECTED, PREDICTED, draw_objects, draw_prediction
-from qwenvl_lit.types import GroundedObject, Prediction, Quad
+from qwenvl_lit.types import GroundedObject, Point, Prediction, Quad
 
 
 def pixels(image: Image.Image, color: str) -> np.ndarray:
@@ -95,3 +95,18 @@ def test_a_prediction_is_drawn_with_its_expected_answer():
     assert drawn.size == (320, 320)
     assert pixels(drawn, PREDICTED)[200, 160]
     assert pixels(drawn, EXPECTED)[:, 160].any()
+
+
+def test_a_predicted_point_is_a_circle_with_a_dot_and_an_expected_one_a_circle():
+    black = Image.new("RGB", (400, 400))
+    point = GroundedObject(label="OK", boxes=(Point(x=200, y=100),))
+    predicted = pixels(draw_objects(black, [point]), PREDICTED)
+    expected = pixels(draw_objects(black, [], [point]), EXPECTED)
+    assert predicted[100, 200]
+    assert not expected[100, 200]
+    for drawn in (predicted, expected):
+        circle = np.flatnonzero(drawn[100])
+        assert circle.min() == pytest.approx(200 - 12, abs=1)
+        assert circle.max() == pytest.approx(200 + 12, abs=1)
+    outside = GroundedObject(boxes=(Point(x=-50, y=900),))  # moved to the edge
+    assert pixels(draw_objects(black, [outside]), PREDICTED)[399, 0]

@@ -12,7 +12,17 @@ from qwenvl_lit.data.image_notes import rotation_note
 from qwenvl_lit.data.readers.spelling import did_you_mean, meant
 from qwenvl_lit.grounding import GRID
 from qwenvl_lit.terminal import counted
-from qwenvl_lit.types import Box, DataError, Dropped, Frame, GroundedObject, ImageSource, Quad
+from qwenvl_lit.types import (
+    Box,
+    DataError,
+    Dropped,
+    Frame,
+    GroundedObject,
+    ImageSource,
+    Point,
+    Quad,
+    Region,
+)
 
 OnBadBox = Literal["error", "keep", "repair", "drop"]
 # The values of ms-swift's key `bbox_type`.
@@ -72,12 +82,15 @@ class BoxReader:
         boxes = tuple(self._read_box(what, corners, frame) for corners in values)
         return GroundedObject(label=label, boxes=boxes, image=image or 0)
 
-    def _read_box(self, what: str, values: Any, frame: Frame) -> Box:
-        if not isinstance(values, list) or len(values) != 4 or not all(map(_is_coordinate, values)):
+    def _read_box(self, what: str, values: Any, frame: Frame) -> Box | Point:
+        is_list = isinstance(values, list) and len(values) in (2, 4)
+        if not is_list or not all(map(_is_coordinate, values)):
             raise self.error(
-                f"{what}: `bbox` must be [x1, y1, x2, y2] or a list of such boxes, "
-                f"got {reprlib.repr(values)}"
+                f"{what}: `bbox` must be [x1, y1, x2, y2], the [x, y] of a point, or a list of "
+                f"these, got {reprlib.repr(values)}"
             )
+        if len(values) == 2:
+            return Point(x=values[0], y=values[1], frame=frame)
         return Box(x0=values[0], y0=values[1], x1=values[2], y1=values[3], frame=frame)
 
     def check_object(
@@ -143,7 +156,7 @@ class BoxReader:
             f'"bbox_type": "norm_1". Boxes under other keys must be pixels'
         )
 
-    def check_box(self, what: str, box: Box | Quad, limits: tuple[float, float]) -> Box | Quad:
+    def check_box(self, what: str, box: Region, limits: tuple[float, float]) -> Region:
         """Like `check_object`, for one box that must lie within (0, 0) and `limits`."""
         problem = _problem_with(box, limits)
         if not problem:
@@ -203,21 +216,26 @@ def _is_whole(value: float) -> bool:
     return value == int(value)
 
 
-def _is_within_one(box: Box | Quad) -> bool:
+def _is_within_one(box: Region) -> bool:
     """Returns whether a box seems to be fractions of its image."""
     values = list(chain(*_corners(box)))
     return min(values) >= 0 and max(values) <= 1 and not all(map(_is_whole, values))
 
 
-def _corners(box: Box | Quad) -> tuple[tuple[float, float], ...]:
-    return box.points if isinstance(box, Quad) else ((box.x0, box.y0), (box.x1, box.y1))
+def _corners(box: Region) -> tuple[tuple[float, float], ...]:
+    match box:
+        case Quad():
+            return box.points
+        case Point():
+            return ((box.x, box.y),)
+    return (box.x0, box.y0), (box.x1, box.y1)
 
 
-def _corner_lists(box: Box | Quad) -> list[list[float]]:
+def _corner_lists(box: Region) -> list[list[float]]:
     return [list(corner) for corner in _corners(box)]
 
 
-def _problem_with(box: Box | Quad, limits: tuple[float, float]) -> str:
+def _problem_with(box: Region, limits: tuple[float, float]) -> str:
     """Returns what is wrong with a box, as a predicate; empty if the box is valid."""
     corners = _corners(box)
     if box.frame == "grid" and not all(map(_is_whole, chain(*corners))):
@@ -229,8 +247,11 @@ def _problem_with(box: Box | Quad, limits: tuple[float, float]) -> str:
     return ""
 
 
-def _repaired(box: Box | Quad, limits: tuple[float, float]) -> Box | Quad | None:
-    """Returns the box sorted, clipped and rounded; None if clipping leaves no width or height."""
+def _repaired(box: Region, limits: tuple[float, float]) -> Region | None:
+    """Returns the box sorted, clipped and rounded; None if clipping leaves no width or height.
+
+    A point is only rounded; None if it is outside.
+    """
     axes = []
     for values, limit in zip(zip(*_corners(box), strict=True), limits, strict=True):
         before = [*map(round, values)] if box.frame == "grid" else list(values)
@@ -242,5 +263,7 @@ def _repaired(box: Box | Quad, limits: tuple[float, float]) -> Box | Quad | None
         axes.append(after)
     if isinstance(box, Quad):
         return Quad(points=tuple(zip(*axes, strict=True)), frame=box.frame)
+    if isinstance(box, Point):
+        return Point(x=axes[0][0], y=axes[1][0], frame=box.frame)
     (x0, x1), (y0, y1) = axes
     return Box(x0=x0, y0=y0, x1=x1, y1=y1, frame=box.frame)

@@ -1,6 +1,7 @@
 """Objects as text: the JSON lists with boxes that Qwen2.5-VL and Qwen3-VL were trained with.
 
-Qwen2.5-VL writes boxes in pixels of the resized image, Qwen3-VL in thousandths of the image.
+Qwen2.5-VL writes boxes in pixels of the resized image, Qwen3-VL in thousandths of the image. A
+point is an item with `point_2d`.
 Neither has a form for quads: a quad is written as the smallest box around it.
 """
 
@@ -13,12 +14,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qwenvl_lit.grounding import object_in_frame
-from qwenvl_lit.types import Box, GroundedObject, ImageSource, Part, Quad
+from qwenvl_lit.grounding import box_around, object_in_frame
+from qwenvl_lit.types import Box, Frame, GroundedObject, ImageSource, Part, Point
 
 THOUSANDTHS = 1000
 LARGEST = 1e9  # a number above this is no coordinate
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
+POINT_KEYS = ("point_2d",)
 LABEL_KEYS = ("label", "text_content", "name")  # `text_content`: the published prompts for OCR
 BETWEEN_OBJECTS = re.compile(r"[\s,;]*")  # text that separates the objects of one list
 
@@ -48,7 +50,7 @@ def list_from_objects(objects: Sequence[GroundedObject], numbers: Sequence[list[
     items = []
     for obj, boxes in zip(objects, numbers, strict=True):
         for box in boxes:
-            item: dict[str, Any] = {"bbox_2d": box}
+            item: dict[str, Any] = {"bbox_2d" if len(box) == 4 else "point_2d": box}
             if obj.label is not None:
                 item["label"] = obj.label
             items.append("\t" + json.dumps(item, ensure_ascii=False))
@@ -65,7 +67,7 @@ def text_from_object(obj: GroundedObject, boxes: Sequence[Sequence[int]]) -> str
 def box_numbers(
     obj: GroundedObject, images: Sequence[ImageSource], scale: Scale
 ) -> list[list[int]]:
-    """Returns the boxes of an object as whole numbers.
+    """Returns the boxes of an object as four whole numbers each, and its points as two.
 
     The size of its image is read only if a box is in pixels.
 
@@ -79,26 +81,18 @@ def box_numbers(
     numbers = []
     for region in object_in_frame(obj, "unit", images).boxes:
         box = box_around(region)
-        corners = (box.x0 * width, box.y0 * height, box.x1 * width, box.y1 * height)
-        numbers.append([round(value) for value in corners])
+        values = [box.x0 * width, box.y0 * height, box.x1 * width, box.y1 * height]
+        numbers.append(list(map(round, values[:2] if isinstance(region, Point) else values)))
     return numbers
 
 
-def box_around(region: Box | Quad) -> Box:
-    """Returns the smallest box around a quad, or a box unchanged."""
-    if isinstance(region, Box):
-        return region
-    xs, ys = zip(*region.points, strict=True)
-    return Box(x0=min(xs), y0=min(ys), x1=max(xs), y1=max(ys), frame=region.frame)
-
-
 def objects_from_text(text: str, scale: Scale | None, *, image: int = 0) -> tuple[Part, ...]:
-    """Splits the text of an answer into plain text and objects with boxes. Never raises.
+    """Splits the text of an answer into plain text and objects with boxes or points. Never raises.
 
     Items of a list are read one by one, so that those before the end of a truncated answer count.
-    Code fences and brackets around them are left out. Everything else stays text: prose, points,
-    and items without a box of four numbers. An answer without any item may have bare boxes, such as
-    `[12, 34, 56, 78]`. Inverted boxes stay inverted.
+    Code fences and brackets around them are left out. Everything else stays text: prose, and
+    items without a box of four numbers or a point of two. An answer without any item may have bare
+    boxes, such as `[12, 34, 56, 78]`. Inverted boxes stay inverted.
 
     Args:
         scale: the size of the image as written. Boxes are then in the frame "unit", and otherwise,
@@ -123,7 +117,7 @@ def objects_from_text(text: str, scale: Scale | None, *, image: int = 0) -> tupl
         if between:
             parts.append(between)
         end = stop
-        regions = tuple(_box(values, scale) for values in boxes)
+        regions = tuple(_region(values, scale) for values in boxes)
         parts.append(GroundedObject(label=label, boxes=regions, image=image))
     if rest := _without_list_end(text[end:]):
         parts.append(rest)
@@ -143,12 +137,15 @@ def _without_list_end(text: str) -> str:
     return text[match.end() :] if match else text
 
 
-def _box(values: Sequence[float], scale: Scale | None) -> Box:
-    x0, y0, x1, y1 = values
-    if scale is None:
-        return Box(x0=x0, y0=y0, x1=x1, y1=y1)
-    width, height = scale
-    return Box(x0=x0 / width, y0=y0 / height, x1=x1 / width, y1=y1 / height, frame="unit")
+def _region(values: Sequence[float], scale: Scale | None) -> Box | Point:
+    """Returns the box of four numbers, or the point of two."""
+    width, height = scale or (1, 1)
+    frame: Frame = "pixel" if scale is None else "unit"
+    xs = [x / width for x in values[::2]]
+    ys = [y / height for y in values[1::2]]
+    if len(values) == 2:
+        return Point(x=xs[0], y=ys[0], frame=frame)
+    return Box(x0=xs[0], y0=ys[0], x1=xs[1], y1=ys[1], frame=frame)
 
 
 Found = tuple[int, int, str | None, list[list[float]]]  # first and last character, label, boxes
@@ -160,6 +157,8 @@ def _items(text: str) -> Iterator[Found]:
         if not isinstance(item, dict):
             continue
         boxes = next((_boxes(item[key]) for key in BOX_KEYS if key in item), [])
+        if not boxes:
+            boxes = next((_boxes(item[key], 2) for key in POINT_KEYS if key in item), [])
         if not boxes:
             continue
         label = next((item[key] for key in LABEL_KEYS if isinstance(item.get(key), str)), None)
@@ -184,17 +183,20 @@ def _parsed(item: str) -> Any:
             return None
 
 
-def _boxes(value: Any) -> list[list[float]]:
+def _boxes(value: Any, size: int = 4) -> list[list[float]]:
     """Returns the four numbers of a box, or of each box of a list; [] if there are others.
 
     Numbers may be text, and the corners of a box may be lists of their own.
+
+    Args:
+        size: the numbers of a box; 2 for those of a point.
     """
     numbers = list(_numbers(value))
-    if isinstance(value, list) and len(numbers) == 4 * len(value) > 4:
+    if isinstance(value, list) and len(numbers) == size * len(value) > size:
         grouped = [list(_numbers(box)) for box in value]
-        if all(len(box) == 4 for box in grouped):
+        if all(len(box) == size for box in grouped):
             return grouped
-    return [numbers] if len(numbers) == 4 else []
+    return [numbers] if len(numbers) == size else []
 
 
 def _numbers(value: Any, depth: int = 0) -> Iterator[float]:

@@ -344,7 +344,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3]}]},
-            "`bbox` must be [x1, y1, x2, y2] or a list of such boxes, got [1, 2, 3]",
+            "the [x, y] of a point, or a list of these, got [1, 2, 3]",
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [1, 2, 3, 10**400]}]},
@@ -386,7 +386,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
             {"query": "<ref-object>", "objects": {"bbox": [[1, 2, 3, 4]]}},
             "a <ref-object> stands for an object without `caption`",
         ),
-        ({"query": "<bbox>", "objects": {"bbox": [[1, 2]]}}, "`bbox` must be [x1, y1, x2, y2]"),
+        ({"query": "<bbox>", "objects": {"bbox": [[1, 2, 3]]}}, "`bbox` must be [x1, y1, x2, y2]"),
         (
             {"query": "<bbox>", "objects": {"bbox": [[1, 2, 3, 4]], "image_id": [7]}},
             "is in `image` 7, counted from 0",
@@ -462,7 +462,7 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ({"query": "x<image>", "images": [" a.png"]}, "its path ' a.png' has blanks around it"),
         (
             {"image": "a.png", "sent": "dog", "bbox": "1 2"},
-            "`bbox` must be [x1, y1, x2, y2] or a list of such boxes, got '1 2'",
+            "`bbox` must be [x1, y1, x2, y2], the [x, y] of a point, or a list of these, got '1 2'",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from tiny_qwen3_vl import KINDS, box, cat, image, talk, tiny_processor
 
 from qwenvl_lit.grounding import iou
 from qwenvl_lit.models.qwen3_vl.boxes import Scale, objects_from_text
-from qwenvl_lit.types import Box, DataError, GroundedObject, Quad
+from qwenvl_lit.types import Box, DataError, GroundedObject, Point, Quad
 
 GRID = Scale(1000, 1000)
 ANSWER = {
@@ -145,7 +145,6 @@ ITEM = '{"bbox_2d": [1, 2, 3, 4], "label": "a"}'
         '{"bbox_2d": [[1, 2], [3, 4]], "label": "a"}',
         '{"bbox_2d": "1, 2, 3, 4", "text_content": "a"}',
         f'{{"objects": [{ITEM}]}}',
-        f'[{{"point_2d": [1, 2], "label": "p"}}, {ITEM}]',
     ],
 )
 def test_answers_are_read_in_many_forms(text):
@@ -155,10 +154,22 @@ def test_answers_are_read_in_many_forms(text):
 
 
 def test_what_is_not_an_item_stays_text():
-    text = f'Two: ```json\n[{ITEM}, {ITEM}]\n``` and {{"point_2d": [1, 2]}} [{{"bbox_2d": [5'
+    text = f'Two: ```json\n[{ITEM}, {ITEM}]\n``` and {{"point_3d": [1, 2]}} [{{"bbox_2d": [5'
     before, first, second, after = objects_from_text(text, GRID)
     assert (before, first.label, second.label) == ("Two:", "a", "a")
-    assert after == ' and {"point_2d": [1, 2]} [{"bbox_2d": [5'
+    assert after == ' and {"point_3d": [1, 2]} [{"bbox_2d": [5'
+
+
+def test_points_are_items_too():
+    text = f'[{{"point_2d": [100, 250], "label": "p"}}, {ITEM}]'
+    point, box_of_a = objects_from_text(text, GRID)
+    assert point == GroundedObject(label="p", boxes=(Point(x=0.1, y=0.25, frame="unit"),))
+    assert box_of_a.label == "a"
+    assert objects_from_text('{"point_2d": [1, 2, 3]}', GRID) == ('{"point_2d": [1, 2, 3]}',)
+    two = objects_from_text('{"point_2d": [[1, 2], [3, 4]]}', None)[0].boxes
+    assert two == (Point(x=1, y=2), Point(x=3, y=4))
+    obj = GroundedObject(label="p", boxes=(Point(x=20, y=25),))
+    assert '{"point_2d": [100, 250], "label": "p"}' in written("qwen3_vl", obj)
 
 
 @pytest.mark.parametrize(
