@@ -13,7 +13,6 @@ from torch import nn
 from transformers import GenerationConfig
 
 from qwenvl_lit.bounds import check_number
-from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
@@ -35,6 +34,7 @@ from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
+from qwenvl_lit.models.qwen_vl.vocabulary import find_vocabulary
 from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.types import Batch
 
@@ -52,8 +52,8 @@ class QwenVLFamily(LoadsWeights):
             folder, else the published one), for tests and measurements.
         config: fields of `QwenVLConfig`, for random weights without `path`. `vocab_size` and
             `image_start_id` follow from the vocabulary.
-        vocabulary: a file in tiktoken's format, or "tiny" for that of the demo; None: the
-            checkpoint's `qwen.tiktoken`.
+        vocabulary: a file in tiktoken's format; a folder or hub name that has a `qwen.tiktoken`; or
+            "tiny" for that of the demo. None: the checkpoint's `qwen.tiktoken`.
         download: whether a hub name may be fetched.
         device_map, max_memory: how transformers distributes the network over GPUs and host memory,
             for example "auto" and {0: "10GiB"}; for inference only. None: all of it on one device.
@@ -145,7 +145,8 @@ class QwenVLFamily(LoadsWeights):
     @cached_property
     def tokenizer(self) -> QwenTokenizer:
         if self.vocabulary is not None:
-            return QwenTokenizer(TINY_VOCABULARY if self.vocabulary == "tiny" else self.vocabulary)
+            file = find_vocabulary(self.vocabulary, self.folder, download=self.download)
+            return QwenTokenizer(file)
         if self.folder is None:
             raise ValueError(
                 f"random weights of {self.path} come without a vocabulary: give "
