@@ -173,7 +173,7 @@ def data(
 
     Raises:
         DataError: no data was chosen, and there is no run to take it from; or the data has special
-            tokens that the processor does not let through.
+            tokens that the processor does not let through, or boxes in another form than it writes.
     """
     if not config.data:
         raise DataError(
@@ -192,6 +192,12 @@ def data(
         raise DataError(
             f"data.special_tokens: the model was trained without {', '.join(missing)}, and a run "
             f"keeps its special tokens; leave them out"
+        )
+    boxes = node.pop("boxes", None)
+    if boxes is not None and boxes != processor.boxes:
+        raise DataError(
+            f"data.boxes={boxes}: the model writes boxes as {processor.boxes or 'null'}, and keeps "
+            f"that; leave it out, or set model.boxes"
         )
     return _instantiate(node)(processor=processor, answered=answered)
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from qwenvl_lit.bounds import check_bool, check_number
 
+BoxForm = Literal["unit_text", "unit_points"]  # of boxes as plain text: `models/unit_text.py`
 Checkpointing = Literal["auto", "none", "full"]
 Rounding = Literal["stochastic", "nearest"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -86,6 +87,11 @@ def _check_hosts(key: str, value: Any) -> None:
             )
 
 
+def _check_box_form(key: str, value: Any) -> None:
+    if value is not None:
+        check_choice(key, value, choices=get_args(BoxForm))
+
+
 _auto_or_bool = partial(check_choice, choices=("auto", True, False))
 _share = partial(check_number, least=0, most=1)
 _not_negative = partial(check_number, least=0)
@@ -118,6 +124,7 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "generated_validation_rows": _count,
         "num_workers": partial(check_number, least=0, most=1024, whole=True),
         "seed": _count,
+        "boxes": _check_box_form,
         "packing": check_bool,
         "group_by_length": check_bool,
     },
@@ -139,6 +146,9 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "images": partial(check_number, least=0, most=10**4, whole=True),
         "targets": partial(check_number, least=1, most=10**6, whole=True),
         "check": check_bool,
+    },
+    "model": {
+        "boxes": _check_box_form,
     },
     "optim": {
         "lr": _not_negative,

@@ -128,9 +128,10 @@ def _config_to_use(run: Run) -> Mapping[str, Any]:
 def _groups(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, dict[str, Any]]:
     """The groups of `FROM_RUN`; files of the validation split are looked up in the run's folder."""
     groups = {group: deepcopy(dict(config.get(group) or {})) for group in FROM_RUN}
-    if str(groups["model"].get("special_tokens")).startswith("${"):
-        # Stored as a reference to the run's data, which another command may replace.
-        groups["model"]["special_tokens"] = groups["data"].get("special_tokens")
+    for key in ("special_tokens", "boxes"):
+        if str(groups["model"].get(key)).startswith("${"):
+            # Stored as a reference to the run's data, which another command may replace.
+            groups["model"][key] = groups["data"].get(key)
     if folder is not None:
         data = groups["data"]
         for dataset in (data, *(data.get("datasets") or {}).values()):

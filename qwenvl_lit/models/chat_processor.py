@@ -23,6 +23,8 @@ from qwenvl_lit.models.chatml import (
     with_system,
 )
 from qwenvl_lit.models.protocols import FeatureSource
+from qwenvl_lit.models.unit_text import FIND_PROMPTS, UNIT_FORM
+from qwenvl_lit.settings import BoxForm
 from qwenvl_lit.types import (
     Conversation,
     DataError,
@@ -71,6 +73,8 @@ class ChatProcessor(ABC):
             this; the oldest exchanges are left out. None: all are kept.
         special_tokens: names of special tokens that text may hold. All other names of special
             tokens are plain text.
+        boxes: how boxes are written, and read from answers: "unit_text" and "unit_points" as plain
+            text, see `models.unit_text`. None: as the family was trained.
         features: computes or looks up the vision features of images, in place of their pixels.
             While it returns None, samples have pixels.
     """
@@ -93,8 +97,13 @@ class ChatProcessor(ABC):
         too_long: TooLong = "error",
         max_window_size: int | None = None,
         special_tokens: Sequence[str] | None = None,
+        boxes: BoxForm | None = None,
         features: FeatureSource | None = None,
     ):
+        if boxes is not None:
+            check_choice("boxes", boxes, get_args(BoxForm))
+            self.own_box_form = UNIT_FORM
+            self.find_prompt = FIND_PROMPTS[boxes]
         check_choice("supervise", supervise, get_args(Supervise))
         check_choice("too_long", too_long, get_args(TooLong))
         check_number("model.max_length", max_length, least=1, whole=True, optional=True)
@@ -107,6 +116,7 @@ class ChatProcessor(ABC):
         self.too_long = too_long
         self.max_window_size = max_window_size
         self.special_tokens = tuple(special_tokens or ())
+        self.boxes: BoxForm | None = boxes
         self.features = features
         self.chatml = ChatML(
             tokenizer.encode,
@@ -155,6 +165,7 @@ class ChatProcessor(ABC):
             "too_long": self.too_long,
             "max_window_size": self.max_window_size,
             "special_tokens": self.special_tokens,
+            "boxes": self.boxes,
         }
 
     def encode(self, conversation: Conversation, *, prompt: bool = False) -> Sample:

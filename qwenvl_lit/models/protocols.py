@@ -49,6 +49,8 @@ class Processor(Protocol):
     """The value of `Family.supports_packing`."""
     special_tokens: tuple[str, ...]
     """Names of special tokens that text may hold."""
+    boxes: str | None
+    """The form of boxes, a `BoxForm`; None: the family's own."""
     continues_text: bool
     """Whether the model is a base model, which continues a text instead of answering questions."""
     own_box_form: str | None

@@ -41,6 +41,7 @@ from qwenvl_lit.models.qwen3_vl.network import NETWORKS, image_features
 from qwenvl_lit.models.qwen3_vl.processor import Qwen3VLProcessor, Think
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER, Qwen2Tokenizer
 from qwenvl_lit.models.weight_files import Read, stored_reader
+from qwenvl_lit.settings import BoxForm
 from qwenvl_lit.stored_files import errors_named
 from qwenvl_lit.types import Batch, DataError
 
@@ -61,7 +62,7 @@ class Qwen3VLFamily(LoadsWeights):
         download: whether a hub name may be fetched.
         device_map, max_memory: how transformers distributes the network over GPUs and host memory,
             for example "auto" and {0: "10GiB"}; for inference only. None: all of it on one device.
-        system, supervise, max_length, too_long, special_tokens: see `ChatProcessor`.
+        system, supervise, max_length, too_long, special_tokens, boxes: see `ChatProcessor`.
         think: see `Qwen3VLProcessor`.
         min_pixels, max_pixels: images with fewer or more pixels are scaled; None: as the
             checkpoint's `preprocessor_config.json` says.
@@ -112,6 +113,7 @@ class Qwen3VLFamily(LoadsWeights):
         max_length: int | None = None,
         too_long: TooLong = "error",
         special_tokens: Sequence[str] | None = None,
+        boxes: BoxForm | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         dtype: str = "float32",
@@ -144,6 +146,7 @@ class Qwen3VLFamily(LoadsWeights):
         self.max_length = max_length
         self.too_long = too_long
         self.special_tokens = special_tokens
+        self.boxes: BoxForm | None = boxes
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self.dtype = float_dtype(dtype)
@@ -252,7 +255,7 @@ class Qwen3VLFamily(LoadsWeights):
             self.tokenizer,
             self.images,
             self.config.vision_config,
-            boxes="pixels" if self.config.model_type == "qwen2_5_vl" else "thousandths",
+            scaling="pixels" if self.config.model_type == "qwen2_5_vl" else "thousandths",
             thinks=self.thinks,
             think=self.think,
             system=self.system,
@@ -260,6 +263,7 @@ class Qwen3VLFamily(LoadsWeights):
             max_length=self.max_length,
             too_long=self.too_long,
             special_tokens=self.special_tokens,
+            boxes=self.boxes,
             features=features,
         )
 

@@ -36,6 +36,8 @@ from qwenvl_lit.models.qwen3_vl.thoughts import (
 )
 from qwenvl_lit.models.qwen3_vl.tokenizer import Qwen2Tokenizer
 from qwenvl_lit.models.qwen3_vl.tower import VisionConfig, tower_inputs
+from qwenvl_lit.models.unit_text import objects_from_text as objects_from_unit_text
+from qwenvl_lit.models.unit_text import text_from_object as unit_text_from_object
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Conversation,
@@ -48,7 +50,7 @@ from qwenvl_lit.types import (
     Turn,
 )
 
-Boxes = Literal["pixels", "thousandths"]
+Scaling = Literal["pixels", "thousandths"]
 Think = Literal["supervise", "mask"]
 
 IMAGE_SPAN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -64,7 +66,7 @@ class Qwen3VLProcessor(ChatProcessor):
     Args:
         images: resizes images and cuts them into patches.
         vision_config: the config of the vision tower.
-        boxes: the numbers that boxes are written in: "pixels" of the resized image, as for
+        scaling: the numbers that boxes are written in: "pixels" of the resized image, as for
             Qwen2.5-VL, or "thousandths" of the image, as for Qwen3-VL.
         thinks: whether the model is one of the Thinking checkpoints. Their prompts open the
             thoughts, and the last answer of a row has thoughts, which may be empty.
@@ -85,7 +87,7 @@ class Qwen3VLProcessor(ChatProcessor):
         images: ImageProcessor,
         vision_config: VisionConfig,
         *,
-        boxes: Boxes,
+        scaling: Scaling,
         thinks: bool = False,
         think: Think = "supervise",
         **settings: Any,
@@ -94,15 +96,15 @@ class Qwen3VLProcessor(ChatProcessor):
         super().__init__(tokenizer, **settings)
         self.images = images
         self.vision_config = vision_config
-        self.boxes = boxes
+        self.scaling = scaling
         self.thinks = thinks
         self.think = think
-        self.default_system = DEFAULT_SYSTEM if boxes == "pixels" else NO_SYSTEM
+        self.default_system = DEFAULT_SYSTEM if scaling == "pixels" else NO_SYSTEM
 
     @property
     def settings(self) -> dict[str, Any]:
         """Plain data that determines ids and labels; see `Processor.settings`."""
-        own = {"boxes": self.boxes, "thinks": self.thinks, "think": self.think}
+        own = {"scaling": self.scaling, "thinks": self.thinks, "think": self.think}
         return {**super().settings, **own, "images": self.images.settings}
 
     @property
@@ -124,7 +126,10 @@ class Qwen3VLProcessor(ChatProcessor):
         images = conversation.prompt().images
         last = max(len(images) - 1, 0)
         answer = without_thoughts(text)
-        parts = objects_from_text(answer, self._scale(last, images), image=last)
+        if self.boxes is None:
+            parts = objects_from_text(answer, self._scale(last, images), image=last)
+        else:
+            parts = objects_from_unit_text(answer, image=last)
         if images:
             parts = tuple(_in_pixels(part, images) for part in parts)
         return Prediction(
@@ -227,6 +232,8 @@ class Qwen3VLProcessor(ChatProcessor):
         objects: list[GroundedObject] = []
         between = ""  # text behind the last object
         for part in _without_names(turn.parts):
+            if isinstance(part, GroundedObject) and self.boxes is not None:
+                part = unit_text_from_object(part, images, self.boxes)
             is_object = isinstance(part, GroundedObject) and bool(part.boxes)
             if is_object and turn.role == "assistant":
                 objects.append(part)
@@ -264,7 +271,7 @@ class Qwen3VLProcessor(ChatProcessor):
 
     def _scale(self, image: int, images: Sequence[ImageSource]) -> Scale | None:
         """Returns the size of an image as boxes are written; None: there is no such image."""
-        if self.boxes == "thousandths":
+        if self.scaling == "thousandths":
             return Scale(THOUSANDTHS, THOUSANDTHS)
         if not 0 <= image < len(images):
             return None

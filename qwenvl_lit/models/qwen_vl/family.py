@@ -36,6 +36,7 @@ from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.qwen_vl.vocabulary import find_vocabulary
 from qwenvl_lit.models.weight_files import Read, check_disk
+from qwenvl_lit.settings import BoxForm
 from qwenvl_lit.types import Batch
 
 # Path of a layer of the resampler's attention, in the name of a tensor of its adapter
@@ -57,7 +58,8 @@ class QwenVLFamily(LoadsWeights):
         download: whether a hub name may be fetched.
         device_map, max_memory: how transformers distributes the network over GPUs and host memory,
             for example "auto" and {0: "10GiB"}; for inference only. None: all of it on one device.
-        template, system, supervise, max_length, too_long, special_tokens: see `QwenVLProcessor`.
+        template, system, supervise, max_length, too_long, special_tokens, boxes: see
+            `QwenVLProcessor`.
         max_window_size: see `QwenVLProcessor`; None: the value in the checkpoint's
             `generation_config.json`, else the published 6144.
         dtype: of the weights, as torch names it.
@@ -101,6 +103,7 @@ class QwenVLFamily(LoadsWeights):
         max_length: int | None = None,
         too_long: TooLong = "error",
         special_tokens: Sequence[str] | None = None,
+        boxes: BoxForm | None = None,
         max_window_size: int | None = None,
         dtype: str = "float32",
         load_in_4bit: bool = False,
@@ -128,6 +131,7 @@ class QwenVLFamily(LoadsWeights):
         self.max_length = max_length
         self.too_long = too_long
         self.special_tokens = special_tokens
+        self.boxes: BoxForm | None = boxes
         self.max_window_size = max_window_size
         self.dtype = float_dtype(dtype)
         self.quantization = NF4 if load_in_4bit else None
@@ -212,6 +216,7 @@ class QwenVLFamily(LoadsWeights):
             max_length=self.max_length,
             too_long=self.too_long,
             special_tokens=self.special_tokens,
+            boxes=self.boxes,
             max_window_size=window,
             features=features,
         )

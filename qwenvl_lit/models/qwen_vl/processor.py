@@ -15,6 +15,7 @@ from qwenvl_lit.models.chat_processor import NAMED_IMAGE, ChatProcessor, check_c
 from qwenvl_lit.models.chatml import Message, Piece
 from qwenvl_lit.models.qwen_vl.image_processing import resize_image
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
+from qwenvl_lit.models.unit_text import objects_from_text, text_from_object
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import (
     Conversation,
@@ -67,7 +68,10 @@ class QwenVLProcessor(ChatProcessor):
             self.stop_ids = (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.pad_id)
         self.continues_text = template == "raw"
         # As the published evaluation asks the base model, and as rows for chat ask
-        self.find_prompt = "{image}{question}" if self.continues_text else "{image}Find {question}"
+        if self.boxes is None:
+            self.find_prompt = (
+                "{image}{question}" if template == "raw" else "{image}Find {question}"
+            )
 
     @property
     def shown_ids(self) -> tuple[int, ...]:
@@ -93,7 +97,13 @@ class QwenVLProcessor(ChatProcessor):
     def read(self, text: str, conversation: Conversation) -> Prediction:
         """Converts the text of an answer to a prediction."""
         images = conversation.prompt().images
-        parts = objects_from_tags(text, image=max(len(images) - 1, 0))
+        last = max(len(images) - 1, 0)
+        parts: list[Part] = []
+        for part in objects_from_tags(text, image=last):
+            if self.boxes is not None and isinstance(part, str):
+                parts += objects_from_text(part, image=last)
+            else:
+                parts.append(part)
         if images:
             parts = [_in_pixels(part, images) for part in parts]
         return Prediction(
@@ -177,7 +187,9 @@ class QwenVLProcessor(ChatProcessor):
                 yield part
                 before += part
                 continue
-            if isinstance(part, GroundedObject):
+            if isinstance(part, GroundedObject) and self.boxes is not None:
+                yield text_from_object(part, images, self.boxes)
+            elif isinstance(part, GroundedObject):
                 yield from tags_from_object(part, images)
             elif self.template == "raw" or NAMED_IMAGE.search(before):
                 yield index

@@ -18,7 +18,7 @@ from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.runs.run import stored_settings
 
 # Settings of `model` in qwenvl_lit.json that change prompts
-PROMPTING = ("template", "system", "special_tokens", "max_window_size")
+PROMPTING = ("template", "system", "special_tokens", "boxes", "max_window_size")
 
 
 @lru_cache

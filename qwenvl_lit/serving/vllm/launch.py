@@ -27,7 +27,7 @@ MAX_BODY = "QWENVL_LIT_MAX_BODY_BYTES"  # the environment variable that `BodyLim
 NO_DOMAINS = ("none.invalid",)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can reserve memory for
 # Settings of an adapter's qwenvl_lit.json that determine prompts
-PROMPTING = ("template", "system", "special_tokens")
+PROMPTING = ("template", "system", "special_tokens", "boxes")
 SERVED = "served"  # ends the name of a folder that a run is exported to
 NOT_IN_VLLM = ("queue", "body_s")  # settings of our own server
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
