@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from qwenvl_lit.metrics.boxes import has_points
 from qwenvl_lit.metrics.per_sample import has_boxes, has_words
 from qwenvl_lit.metrics.vqa_accuracy import MIN_PEOPLE
 from qwenvl_lit.types import Conversation
@@ -16,7 +17,11 @@ LONG = 5  # words; an answer with more is a sentence
 _NUMBER = re.compile(r"[$€£]?-?\d[\d.,]*%?")
 _BY_KIND: dict[str, list[tuple[str, str]]] = {
     "options": [("choice", "the rows have options to choose from")],
-    "boxes": [("grounding", "the answers are boxes")],
+    "boxes": [
+        ("grounding", "the answers are boxes"),
+        ("click", "or the center of a box has to lie in the expected box, as for clicks"),
+    ],
+    "points": [("exact", "the answers are points; metrics=click needs boxes in their place")],
     "words and boxes": [
         ("grounding", "the answers have boxes; the first one is compared"),
         ("caption", "and their words, without the boxes"),
@@ -65,6 +70,8 @@ def _kind(row: Conversation) -> str:
     if row.options:
         return "options"
     parts = row.answer.parts if row.answer else ()
+    if has_points(parts):
+        return "points"
     if has_boxes(parts):
         return "words and boxes" if has_words(parts) else "boxes"
     texts = _texts(row)

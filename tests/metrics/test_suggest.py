@@ -48,5 +48,6 @@ def test_a_mixed_set_gets_a_suggestion_for_each_kind_of_answer():
     rows = [row(boxes=True)] * 5 + [row("red")] * 3 + [long] * 3 + [row("12")]
     suggested = suggest_metrics(rows)
     names = [name for name, _ in suggested]
-    assert names == ["grounding", "exact", "docvqa", "gqa", "caption"]  # one number is too few
+    # One number is too few.
+    assert names == ["grounding", "click", "exact", "docvqa", "gqa", "caption"]
     assert dict(suggested)["caption"] == "the answers are sentences (3 of 12 rows)"
