@@ -29,6 +29,7 @@ SHARED_OVERRIDES = (
     "data.exif",
     "data.on_deep_image",
     "data.prompt",
+    "data.boxes",
     "data.eval_batch_size",
     "data.num_workers",
     "data.on_bad_",
@@ -262,10 +263,12 @@ def _figure(value: float | None) -> str:
 def published_model_name(config: DictConfig) -> str | None:
     """Returns the name of the model whose published scores are comparable; None: there is none.
 
-    conf/benchmark has the scores of Qwen-VL and of Qwen-VL-Chat. The name of the base model decides
-    which of them a model is compared with.
+    conf/benchmark has the scores of Qwen-VL, Qwen-VL-Chat and SeeClick. The name of the base model
+    decides which of them a model is compared with.
     """
     if model_name(config.model) != READ[QWEN_VL]:
         return None
-    name = Path(config.model.get("path") or "").name
-    return "Qwen-VL-Chat" if "chat" in name.lower() else "Qwen-VL"
+    name = Path(config.model.get("path") or "").name.lower()
+    if "seeclick" in name:
+        return "SeeClick"
+    return "Qwen-VL-Chat" if "chat" in name else "Qwen-VL"

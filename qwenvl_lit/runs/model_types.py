@@ -49,6 +49,7 @@ PUBLISHED = re.compile(
     r"qwen-vl(-chat)?|qwen2\.5-vl-\d+b-instruct|qwen3-vl-\d+b-(instruct|thinking)"
 )
 FOUR_BIT_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")  # others' copies of published models
+SEECLICK = "_seeclick_"  # in `_words` of a name
 BILLIONS = re.compile(r"_(\d+)b_")  # of parameters
 EXPERTS = re.compile(r"_a\d+b_")
 
@@ -64,6 +65,8 @@ def recipe_of(path: str) -> str:
     """
     model_type = model_type_of(path) or QWEN_VL
     if model_type == QWEN_VL:
+        if SEECLICK in _words(path):
+            return "seeclick"
         return "qwen_vl" if _continues_text(path) else "qwen_vl_chat"
     file = _stored_file(path, CONFIG)
     if file is not None:

@@ -34,6 +34,7 @@ GENERATED_TOKENS = {  # minimum and maximum, as published
     **dict.fromkeys(["refcoco", "refcoco_plus", "refcocog"], (10 + 1, 28 + 1)),
     **dict.fromkeys(["vqav2", "okvqa", "textvqa", "vizwiz", "gqa", "ai2d", "pope"], (1, 10)),
     **dict.fromkeys(["docvqa", "infovqa", "chartqa", "ocrvqa"], (1, 100)),
+    "screenspot": (0, 512),
 }
 
 
@@ -160,6 +161,7 @@ def test_a_model_trained_on_the_images_of_a_benchmark_gives_a_warning(composed):
     [
         ("Qwen/Qwen-VL-Chat", "Qwen-VL-Chat"),
         ("/models/qwen-vl", "Qwen-VL"),
+        ("cckevinn/SeeClick", "SeeClick"),
         (None, "Qwen-VL"),
         ("Qwen/Qwen3-VL-8B-Instruct", None),
         ("Qwen/Qwen2.5-VL-7B-Instruct", None),
@@ -178,6 +180,10 @@ def test_another_model_is_not_compared_with_qwen_vl_and_not_asked_for_its_templa
         [text] = _notes(OmegaConf.create({"model": model}), benchmarks, None)
         assert re.search(note, text)
     assert _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), benchmarks, None) == []
+    in_chat = [benchmark("screenspot/web_text", published_in_chat=True)]
+    assert _notes(OmegaConf.create({"model": model}), in_chat, None) == []
+    [text] = _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), in_chat, None)
+    assert "scores of screenspot are with it: model.template=chatml" in text
     assert _notes(OmegaConf.create({"model": model}), [], None) == []
 
 

@@ -60,6 +60,13 @@ def test_a_qwen_vl_without_chat_markup_is_the_base_model(tmp_path):
         assert recipe_of(path) == recipe
 
 
+def test_seeclick_is_recognized_by_its_name(tmp_path):
+    path = write_model(tmp_path / "SeeClick-aitw", model_type="qwen", visual={})
+    for name in (path, "cckevinn/SeeClick"):
+        assert model_arguments(name).startswith("model=seeclick")
+    assert recipe_settings("seeclick")["boxes"] == "unit_points"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

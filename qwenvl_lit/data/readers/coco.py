@@ -59,12 +59,7 @@ def fetch_coco(
     Raises:
         DataError: as `ensure_unpacked`; or no archive has one of `files`, or `needs` are missing.
     """
-    absent = [name for name in needs if not (Path(root) / name).exists()]
-    if absent:
-        raise DataError(
-            f"{root} lacks {', '.join(absent)}, which is not fetched; the head of the dataset's "
-            f"yaml in conf/data says where it is"
-        )
+    check_needs(root, needs)
     known = [name for archive in ARCHIVES for name in archive.members]
     unknown = set(files).difference(known)
     if unknown:
@@ -77,6 +72,16 @@ def fetch_coco(
         if members:
             archives.append(replace(archive, members=members))
     ensure_unpacked(archives, Path(root) / folder, download=download)
+
+
+def check_needs(root: str | Path, needs: Sequence[str]) -> None:
+    """Raises a DataError unless `root` holds the files `needs`, which are not fetched."""
+    absent = [name for name in needs if not (Path(root) / name).exists()]
+    if absent:
+        raise DataError(
+            f"{root} lacks {', '.join(absent)}, which is not fetched; the head of the dataset's "
+            f"yaml in conf/data says where it is"
+        )
 
 
 def read_coco_captions(
