@@ -53,7 +53,7 @@ def object_rows(prediction: Prediction) -> list[dict[str, Any]]:
     """Returns the objects of a prediction as plain data.
 
     Boxes are in pixels of the image that their object names by its index. If the conversation has
-    no image, boxes are on the grid of 0..999 and `image` is null; `frame` tells which.
+    no image, `image` is null and boxes are in the frame of the answer; `frame` tells which.
     """
     objects = []
     for part in prediction.parts:
@@ -62,7 +62,8 @@ def object_rows(prediction: Prediction) -> list[dict[str, Any]]:
             if prediction.conversation.images:
                 objects.append({**boxes, "image": part.image, "frame": "pixel"})
             else:
-                objects.append({**boxes, "image": None, "frame": "grid"})
+                frame = part.boxes[0].frame if part.boxes else "grid"
+                objects.append({**boxes, "image": None, "frame": frame})
     return objects
 
 

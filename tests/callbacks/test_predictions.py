@@ -8,7 +8,15 @@ from toy_task import ToyData, ToyTask, conversation, grounded, trainer
 from qwenvl_lit.callbacks.predictions import PredictionWriter, prediction_row
 from qwenvl_lit.data.predictions import merge_rank_files
 from qwenvl_lit.rendering.text import prompt_text
-from qwenvl_lit.types import Box, Conversation, GroundedObject, ImageSource, Prediction, Turn
+from qwenvl_lit.types import (
+    Box,
+    Conversation,
+    GroundedObject,
+    ImageSource,
+    Point,
+    Prediction,
+    Turn,
+)
 
 
 def read(path) -> list[dict]:
@@ -57,12 +65,14 @@ def test_a_row_is_plain_data_with_boxes_in_pixels(tmp_path):
     }
 
 
-def test_a_box_without_an_image_is_on_the_grid_and_names_none():
+def test_a_box_without_an_image_is_in_the_frame_of_the_answer_and_names_none():
     row = Conversation(id="a", turns=(Turn(role="user", parts=("Where?",)),))
     dog = GroundedObject(label="dog", boxes=(Box(x0=1, y0=2, x1=3, y1=4, frame="grid"),))
-    written = prediction_row(Prediction(conversation=row, text="", parts=(dog,)), "val")
+    click = GroundedObject(boxes=(Point(x=0.17, y=0.06, frame="unit"),))
+    written = prediction_row(Prediction(conversation=row, text="", parts=(dog, click)), "val")
     assert written["objects"] == [
-        {"label": "dog", "boxes": [[1, 2, 3, 4]], "image": None, "frame": "grid"}
+        {"label": "dog", "boxes": [[1, 2, 3, 4]], "image": None, "frame": "grid"},
+        {"label": None, "boxes": [[0.17, 0.06]], "image": None, "frame": "unit"},
     ]
 
 
