@@ -180,10 +180,10 @@ def test_another_model_is_not_compared_with_qwen_vl_and_not_asked_for_its_templa
         [text] = _notes(OmegaConf.create({"model": model}), benchmarks, None)
         assert re.search(note, text)
     assert _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), benchmarks, None) == []
-    in_chat = [benchmark("screenspot/web_text", published_in_chat=True)]
+    in_chat = [benchmark("screenspot/web_text", published_template="chatml")]
     assert _notes(OmegaConf.create({"model": model}), in_chat, None) == []
     [text] = _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), in_chat, None)
-    assert "scores of screenspot are with it: model.template=chatml" in text
+    assert "screenspot: questions were asked without chat markup" in text
     assert _notes(OmegaConf.create({"model": model}), [], None) == []
 
 
