@@ -155,6 +155,31 @@ def test_boxes_are_drawn_without_objects_of_the_server_and_quads_are_outlined(
     assert [float(x) * 999 for x in points.split(",") for x in x.split()] == pytest.approx(pairs)
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "name", "rectangle"),
+    [
+        ("(0.25,0.50)", {"label": None, "boxes": [[200, 200]]}, "point", None),
+        ('[{"bbox_2d": ...}]', {"label": "dog", "boxes": [[100, 50, 500, 250]]}, "dog", (400, 200)),
+    ],
+)
+def test_objects_of_an_answer_without_markup_follow_it(
+    page, server, tmp_path, text, given, name, rectangle
+):
+    server.plan(Answer(text, ({**given, "image": 0, "frame": "pixel"},)))
+    attach(page, image_file(tmp_path / "a.png"))
+    ask(page, "Where?")
+    assert page.text(f"{LAST} .answer .text") == f"{text} {name}"
+    left, top, image_width, _ = page.rectangle(f"{LAST} .frame img")
+    scale = image_width / 800
+    x, y, width, height = page.rectangle(f"{LAST} .box")
+    if rectangle is None:
+        center = (x + width / 2, y + height / 2)
+        assert center == pytest.approx((left + 200 * scale, top + 200 * scale), abs=0.5)
+        assert width > 10
+    else:
+        assert (width, height) == pytest.approx([side * scale for side in rectangle], abs=0.5)
+
+
 def test_objects_name_the_image_of_their_boxes(page, server, tmp_path):
     server.plan(Answer(DOG, (DOG_PX,)), Answer(DOG, (DOG_PX,)), DOG)
     attach(page, image_file(tmp_path / "a.png"))

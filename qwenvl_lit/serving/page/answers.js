@@ -54,7 +54,7 @@ export class AnswerView {
   }
 
   label(object, index, images) {
-    const textContent = object.label ?? "box";
+    const textContent = object.label ?? nameOf(object.regions[0]);
     const isDrawn = object.regions.length > 0 && images[object.image];
     if (!isDrawn) return element("span", { textContent });
     const at = object.regions.map((region) => region.at).join("; ");
@@ -80,12 +80,16 @@ function mark(node, index) {
   return node;
 }
 
+function nameOf(region) {
+  return region?.points.length === 1 ? "point" : "box";
+}
+
 // Returns the boxes on one image, large ones first, so that small ones lie on top.
 function boxesOn(image, objects) {
   const boxes = [];
   objects.forEach(({ label, image: place, regions }, index) => {
     if (place !== image) return;
-    for (const region of regions) boxes.push({ ...region, label: label ?? "box", index });
+    for (const region of regions) boxes.push({ ...region, label: label ?? nameOf(region), index });
   });
   return boxes.sort((a, b) => b.width * b.height - a.width * a.height);
 }
@@ -106,7 +110,10 @@ function boxButton(box) {
   const ariaLabel = `${box.label}: ${box.at} pixels`;
   const properties = { type: "button", className: "box", ariaLabel };
   const button = mark(element("button", properties, tag), box.index);
-  for (const side of ["left", "top", "width", "height"]) button.style[side] = `${box[side] * 100}%`;
+  const isPoint = box.points.length === 1;
+  button.classList.toggle("point", isPoint);
+  const sides = isPoint ? ["left", "top"] : ["left", "top", "width", "height"];
+  for (const side of sides) button.style[side] = `${box[side] * 100}%`;
   button.classList.toggle("inside", box.top < 0.08);
   button.classList.toggle("from-right", box.left > 0.6);
   if (box.points.length === 4) button.append(outline(box));

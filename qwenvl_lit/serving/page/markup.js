@@ -30,9 +30,10 @@ export function parse(text, complete) {
 }
 
 // Returns the parts of an answer. Its objects become {label, image, regions}. A region has points
-// [x, y], two of a box or four of a quad; left, top, width and height within the image; all as
+// [x, y], two of a box, four of a quad or one; left, top, width and height within the image; all as
 // fractions of the image; and the points in pixels as text, `at`. The server's boxes, in pixels,
-// take precedence over the grid's.
+// take precedence over the grid's. If the complete text has no markup, as with JSON or points, the
+// server's objects follow it.
 export function partsOf(answer, images, complete) {
   const parts = parse(answer.text, complete);
   const objects = parts.filter((part) => typeof part !== "string");
@@ -48,6 +49,14 @@ export function partsOf(answer, images, complete) {
       const pixels = values.length === 4 && given?.boxes?.[k];
       return pixels ? regionOf(pixels, size, size) : regionOf(values, grid, size);
     });
+  }
+  if (complete && !objects.length) {
+    for (const given of answer.objects ?? []) {
+      const size = images[given.image];
+      if (!size || !given.boxes.length) continue;
+      const regions = given.boxes.map((pixels) => regionOf(pixels, size, size));
+      parts.push(" ", { label: given.label, image: given.image, regions });
+    }
   }
   return parts;
 }
