@@ -13,7 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_lit.data.predictions import prediction_rows
-from qwenvl_lit.metrics.boxes import expected_boxes, first_box, first_box_iou
+from qwenvl_lit.metrics.boxes import (
+    expected_boxes,
+    expects_points,
+    first_box,
+    first_box_iou,
+    has_points,
+)
 from qwenvl_lit.metrics.per_sample import PerSampleMetric, has_boxes, sample_key
 from qwenvl_lit.models.protocols import Processor
 from qwenvl_lit.types import Conversation, DataError, Prediction
@@ -277,7 +283,7 @@ def _words_group(prediction: Prediction) -> str:
 def _area_group(prediction: Prediction) -> str:
     """Returns the interval of the area of the first expected box in percent, or "" without box."""
     box = first_box(expected_boxes(prediction))
-    if box is None:
+    if box is None or expects_points(prediction):
         return ""
     area = 100 * abs((box.x1 - box.x0) * (box.y1 - box.y0))
     low, high = _interval(area, (0, 1, 5, 20, 50))
@@ -293,8 +299,11 @@ def _interval(value: float, starts: Sequence[int]) -> tuple[int, int | None]:
 
 
 def ious(predictions: Sequence[Prediction]) -> np.ndarray:
-    """Returns the IoU of the first predicted and expected box of each row with an expected box."""
-    values = map(first_box_iou, predictions)
+    """Returns the IoU of the first predicted and expected box of each row with an expected box.
+
+    Answers with points have none.
+    """
+    values = [first_box_iou(each) for each in predictions if not has_points(each.parts)]
     return np.array([value for value in values if value is not None])
 
 

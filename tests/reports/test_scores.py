@@ -28,7 +28,15 @@ from qwenvl_lit.reports.scores import (
 )
 from qwenvl_lit.reports.scores_page import EarlierRun, ScoreReport, write_report
 from qwenvl_lit.runs.predictions import config_beside, predictions_file
-from qwenvl_lit.types import Conversation, DataError, ImageSource, Prediction, Turn
+from qwenvl_lit.types import (
+    Conversation,
+    DataError,
+    GroundedObject,
+    ImageSource,
+    Point,
+    Prediction,
+    Turn,
+)
 
 WHOLE_IMAGE = grounded("it", 0, 0, 64, 64)
 LEFT_HALF = grounded("it", 0, 0, 32, 64)
@@ -113,7 +121,9 @@ def test_the_worst_and_the_best_answers_are_distinct():
         predicted(2, "b", answer=(WHOLE_IMAGE,)),
         predicted(3, "b"),
     ]
-    assert ious(rows).tolist() == [0.5, 1, 0]
+    click = GroundedObject(boxes=(Point(x=9, y=9),))
+    clicked = predicted(4, "b", answer=(WHOLE_IMAGE,), parts=(click,))  # has no overlap
+    assert ious([*rows, clicked]).tolist() == [0.5, 1, 0]
     scored = score_set("mine", rows, {"iou": MeanIoU()})
     assert extremes(scored, 1) == ([2], [1])
     assert extremes(scored, 9) == ([2, 0], [1])
