@@ -6,14 +6,14 @@ import re
 
 _INTEGER = r"\s*-?\d+\s*"
 _FRACTION = r"\s*[01]?\.\d+\s*"
-_PAIR = rf"{_FRACTION},{_FRACTION}"
+_HUNDREDTHS = r"[01]\.\d\d,[01]\.\d\d"  # as SeeClick writes a point, and nobody else
 _FORMS = (
     ("Qwen2-VL (<|box_start|>)", re.compile(r"<\|(?:box|object_ref|quad)_(?:start|end)\|>")),
     ("Qwen2.5-VL and Qwen3-VL (JSON with bbox_2d)", re.compile(r"""["']bbox_2d["']\s*:""")),
     ("PaliGemma (<loc0000>)", re.compile(r"<loc\d{4}>")),
     ("Kosmos-2 (<patch_index_0000>)", re.compile(r"<patch_index_\d{4}>")),
     ("InternVL (<box>[[...]]</box>)", re.compile(r"<box>\s*\[")),
-    ("SeeClick ((0.17,0.06))", re.compile(rf"\({_PAIR}(?:,{_PAIR})?\)")),
+    ("SeeClick ((0.17,0.06))", re.compile(rf"\({_HUNDREDTHS}(?:,{_HUNDREDTHS})?\)")),
     (
         "LLaVA or Shikra ([0.1,0.2,0.3,0.4])",
         re.compile(rf"\[{_FRACTION}(?:,{_FRACTION}){{3}}\]"),

@@ -389,6 +389,8 @@ def test_rows_with_equal_ids_are_counted(folder):
         ("<|object_ref_start|>it<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>", "Qwen2-VL"),
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "it"}]', "Qwen2.5-VL and Qwen3-VL"),
         ("It is at [0.1, 0.25, .5, 1.0].", "LLaVA or Shikra"),
+        ("Click (0.17,0.06)", "SeeClick"),
+        ("(0.17,0.06,0.33,0.20)", "SeeClick"),
         ("[10,20,300,400]", "lists of whole numbers"),
         ("<loc0001><loc0002><loc0003><loc0004> it", "PaliGemma"),
     ],
