@@ -486,7 +486,7 @@ def test_a_run_is_loaded_with_its_weights_and_settings(tmp_path, monkeypatch):
     run = tmp_path / "outputs/train/mine"
     config = save_trained(run / "checkpoints/best.ckpt")
     (run / ".hydra").mkdir()
-    OmegaConf.save(OmegaConf.create(config), run / ".hydra/config.yaml")
+    OmegaConf.save(OmegaConf.create({**config, "data": {}}), run / ".hydra/config.yaml")
     monkeypatch.chdir(tmp_path)
     for source in ("outputs/train/mine", run / "checkpoints/best.ckpt", "latest"):
         model = QwenVL.load(source)

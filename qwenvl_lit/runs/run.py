@@ -155,7 +155,7 @@ def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
     if path.is_file():
         folder = path.parent.parent
         if (folder / COMPOSED_CONFIG).exists():
-            config = read_config(folder / COMPOSED_CONFIG)
+            config = _composed_config(folder)
             return Run(config=config, checkpoint=path, folder=folder)
         if path.suffix != SUFFIX and not zipfile.is_zipfile(path):  # torch writes zip files
             raise DataError(
@@ -182,11 +182,25 @@ def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
         checkpoint = path / "checkpoints" / name
         if checkpoint.exists():
             check_file(checkpoint)
-            config = read_config(path / COMPOSED_CONFIG)
+            config = _composed_config(path)
             return Run(config=config, checkpoint=checkpoint, folder=path)
     raise DataError(
         f"{ckpt} has no checkpoints/best.ckpt or last.ckpt: the run was stopped before it saved one"
     )
+
+
+def _composed_config(folder: Path) -> Any:
+    """Reads the config of a run folder.
+
+    Raises:
+        DataError: the file is damaged. One that was cut off within the model, which would be
+            another model, lacks `data`: Hydra writes it behind the model.
+    """
+    file = folder / COMPOSED_CONFIG
+    config = read_config(file)
+    if isinstance(config, Mapping) and "data" not in config:
+        raise DataError(f"{file}: the stored config lacks data; is the file damaged?")
+    return config
 
 
 def init_from(run: Run) -> dict[str, Any]:
@@ -291,7 +305,7 @@ def _find_adapter(folder: Path, *, trust: bool, given_base: str | None) -> Run:
     run_folder = folder.resolve().parent.parent
     in_checkpoints = folder.resolve().parent.name == "checkpoints"
     if in_checkpoints and (run_folder / COMPOSED_CONFIG).exists():
-        config = read_config(run_folder / COMPOSED_CONFIG)
+        config = _composed_config(run_folder)
         return Run(config=config, checkpoint=weights_file(folder), folder=run_folder)
     base_model = read_peft_config(folder).get("base_model_name_or_path") or None
     path = given_base or _base_model_path(base_model)

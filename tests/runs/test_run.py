@@ -11,7 +11,7 @@ from qwenvl_lit.types import DataError
 
 FAMILY = {"_target_": "qwenvl_lit.models.qwen_vl.family.QwenVLFamily"}
 GENERATION = {"_target_": "qwenvl_lit.generation.generation.Generation"}
-GROUPS = {"adapter": {}, "generation": GENERATION, "optim": {}, "trainer": {}}
+GROUPS = {"adapter": {}, "generation": GENERATION, "data": {}, "optim": {}, "trainer": {}}
 
 
 def write_run(folder, *checkpoints: str):
