@@ -28,6 +28,7 @@ from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.generation.answer import Answer
 from qwenvl_lit.generation.generation import Generation, with_settings
 from qwenvl_lit.grounding import to_frame
+from qwenvl_lit.models.loading import device_named
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.model_types import is_hub_name
 from qwenvl_lit.runs.run import find_model_on_hub, find_run
@@ -359,22 +360,3 @@ class QwenVL:
             pad_id=processor.pad_id,
             image_keys=[image.key for image in batch.images],
         )
-
-
-def device_named(name: torch.device | str | None) -> torch.device:
-    """The device of that name; for None the first GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: torch knows no such name, or the GPU does not exist here.
-    """
-    try:
-        device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device is a torch device such as cpu or cuda:0, got {name!r}") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device={name}: torch {torch.__version__} sees {count} GPUs here; "
-            f"leave device out to take what there is"
-        )
-    return device

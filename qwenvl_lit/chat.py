@@ -307,8 +307,9 @@ def line_editing(history: Path) -> Iterator[None]:
 def main(config: DictConfig) -> None:
     import_libraries()
     from qwenvl_lit import build
-    from qwenvl_lit.api import QwenVL, device_named
+    from qwenvl_lit.api import QwenVL
     from qwenvl_lit.data.readers.question import question_options
+    from qwenvl_lit.models.loading import device_named
     from qwenvl_lit.runs.run import find_run
 
     build.start(config)

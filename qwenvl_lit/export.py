@@ -30,10 +30,10 @@ def main(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from qwenvl_lit import build, checksums
-    from qwenvl_lit.api import device_named
     from qwenvl_lit.atomic import atomic_folder, disk_errors
     from qwenvl_lit.data.download.files import format_bytes
     from qwenvl_lit.evaluation.equivalence import check_equivalence, comparison_batches
+    from qwenvl_lit.models.loading import device_named
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import exported_folder
     from qwenvl_lit.runs.run import find_run

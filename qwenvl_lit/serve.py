@@ -39,10 +39,11 @@ def main(config: DictConfig) -> None:
     from hydra.utils import instantiate
 
     from qwenvl_lit import build
-    from qwenvl_lit.api import QwenVL, device_named
+    from qwenvl_lit.api import QwenVL
     from qwenvl_lit.data.collate import Pad
     from qwenvl_lit.data.readers.question import question_options
     from qwenvl_lit.generation.continuous import WIDTH_MULTIPLE, ContinuousBatching
+    from qwenvl_lit.models.loading import device_named
     from qwenvl_lit.runs.run import find_run
     from qwenvl_lit.serving.app import Application
     from qwenvl_lit.serving.capacity import with_capacity

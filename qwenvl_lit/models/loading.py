@@ -147,3 +147,22 @@ def float_dtype(name: str) -> torch.dtype:
             f"dtype is torch's name of a floating-point type, as float32 or bfloat16, got {name!r}"
         )
     return dtype
+
+
+def device_named(name: torch.device | str | None) -> torch.device:
+    """The device of that name; for None the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such name, or the GPU does not exist here.
+    """
+    try:
+        device = torch.device(name or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device is a torch device such as cpu or cuda:0, got {name!r}") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device={name}: torch {torch.__version__} sees {count} GPUs here; "
+            f"leave device out to take what there is"
+        )
+    return device
