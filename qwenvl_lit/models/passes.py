@@ -43,6 +43,9 @@ LIMITS = {"per_function": 256, "in_total": 1024}
 log = logging.getLogger(__name__)
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+# Is shown the heads of a block: (its index, queries (b, H, t, K), keys (b, G, S, K), what is added
+# to the scores (b, 1, t, S), 0 or -inf, or None: causal attention with t = S)
+ShowHeads = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 @dataclass(slots=True)
@@ -199,6 +202,7 @@ class Passes(ABC):
         *,
         rows: slice = slice(None),
         first: int = 0,
+        show_heads: ShowHeads | None = None,
     ) -> torch.Tensor:
         """Runs the blocks on tokens of prompts, and returns their output (b, t, D).
 
@@ -207,6 +211,7 @@ class Passes(ABC):
             cache: (layers, 2, b, G, S, K). It holds the keys and values of the tokens before
                 `first`. Those of the new tokens are written to it.
             rows: the rows of the prompts.
+            show_heads: called for each block, before its attention.
         """
         end = first + x_btD.shape[1]
         columns = slice(first, end)
@@ -220,6 +225,8 @@ class Passes(ABC):
                 keys_values[:, :, :, columns] = kv_2bGSK
                 if first:
                     kv_2bGSK = keys_values[:, :, :, :end]
+                if show_heads is not None:
+                    show_heads(index, q_bHtK, kv_2bGSK[0], mask)
                 attended_bHtK = attend_to_prompt(q_bHtK, *kv_2bGSK, mask)
                 x_btD = self.after_attention(block, x_btD, attended_bHtK)
                 if index < len(prompts.levels):

@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from qwenvl_lit.models.dequantized import (
@@ -28,7 +30,7 @@ from qwenvl_lit.models.dequantized import (
 )
 from qwenvl_lit.models.dynamo import CompileError
 from qwenvl_lit.models.kv_cache import KVCache
-from qwenvl_lit.models.passes import Passes, PromptInputs, StepInputs
+from qwenvl_lit.models.passes import Passes, PromptInputs, ShowHeads, StepInputs
 from qwenvl_lit.models.running_rows import RunningRows
 
 # Most prompt tokens of a prefill pass. More tokens would take more memory and not be faster.
@@ -66,6 +68,7 @@ class StaticDecoder(Passes):
         new_tokens: int,
         image_keys: Sequence[str] | None = None,
         compiled: Literal["auto"] | bool = "auto",
+        show_heads: ShowHeads | None = None,
     ) -> torch.Tensor:
         """Reads n left-padded prompts and returns the logits (n, V); see `Decoder.start`."""
         self.seconds += self.latest - self.started
@@ -89,7 +92,8 @@ class StaticDecoder(Passes):
         while True:
             try:
                 features = self._features(inputs, image_keys)
-                return self._prefill(self.embed(prompts, inputs, features), prompts)
+                x_nTD = self.embed(prompts, inputs, features)
+                return self._prefill(x_nTD, prompts, show_heads)
             except CompileError as error:  # for example, in a layer of another package
                 self.stop_compiling(error)
 
@@ -110,6 +114,24 @@ class StaticDecoder(Passes):
         self.latest = perf_counter()
         return logits[: self.n]
 
+    def append(self, ids: torch.Tensor, *, show_heads: ShowHeads | None = None) -> torch.Tensor:
+        """Appends the tokens `ids` (n, t) in one pass; see `Decoder.append`."""
+        first, count = self.filled, ids.shape[1]
+        assert first + count <= self.cache.capacity(self.rows)
+        step_inputs = self.step_inputs[self.rows]
+        slots = torch.arange(first, first + count, device=self.device)
+        new = replace(step_inputs.first(self.n), slot=slots)
+        positions = pad(
+            self.step_positions(new), (first, 0)
+        )  # those of earlier tokens do not matter
+        appended = PromptInputs(new.starts, True, positions, new.positional)
+        cache = self.cache.view(self.rows)[:, :, : self.n]
+        x_ntD = self.embed_tokens(ids)
+        x_ntD = self.read_tokens(x_ntD, cache, appended, first=first, show_heads=show_heads)
+        self.filled += count
+        step_inputs.slot += count
+        return self.logits(x_ntD)
+
     def _features(
         self, inputs: Mapping[str, Any], image_keys: Sequence[str] | None
     ) -> Sequence[torch.Tensor] | None:
@@ -120,7 +142,9 @@ class StaticDecoder(Passes):
             return None
         return self.images(count, image_keys, partial(self.encode_images, inputs))
 
-    def _prefill(self, x_nTD: torch.Tensor, prompts: PromptInputs) -> torch.Tensor:
+    def _prefill(
+        self, x_nTD: torch.Tensor, prompts: PromptInputs, show_heads: ShowHeads | None
+    ) -> torch.Tensor:
         """Writes keys and values of the prompts to the cache.
 
         Each pass takes as many rows as `PROMPT_TOKENS` allows. Returns the logits (n, V) of the
@@ -132,7 +156,9 @@ class StaticDecoder(Passes):
         last = []
         for first in range(0, n, rows_per_pass):
             rows = slice(first, min(first + rows_per_pass, n))
-            x_bTD = self.read_tokens(x_nTD[rows], cache[:, :, rows], prompts, rows=rows)
+            x_bTD = self.read_tokens(
+                x_nTD[rows], cache[:, :, rows], prompts, rows=rows, show_heads=show_heads
+            )
             last.append(x_bTD[:, -1])
         return self.logits(torch.cat(last))
 

@@ -78,6 +78,13 @@ class VisionTower(nn.Module):
             run_block: called for each block with the block and its input, and returns its output.
                 By default, the block is called. The decoder passes a compiled function.
         """
+        x_NPC = self.encode_patches(pixel_values, run_block)
+        return self.ln_post(self.attn_pool(x_NPC)) @ self.proj
+
+    def encode_patches(
+        self, pixel_values: torch.Tensor, run_block: RunBlock | None = None
+    ) -> torch.Tensor:
+        """Returns the patches (N, P, C) that the resampler attends to; see `encode`."""
         shape = pixel_values.shape
         if len(shape) != 4 or shape[2] != shape[3] or shape[3] % self.patch_size:
             expected = f"(N, 3, S, S) with S a multiple of {self.patch_size}"
@@ -86,7 +93,7 @@ class VisionTower(nn.Module):
         x_NPC = self.ln_pre(x_NPC + resize_positions(self.positional_embedding, x_NPC.shape[1]))
         for block in self.transformer["resblocks"]:
             x_NPC = block(x_NPC) if run_block is None else run_block(block, x_NPC)
-        return self.ln_post(self.attn_pool(x_NPC)) @ self.proj
+        return x_NPC
 
 
 class VisionBlock(GradientCheckpointingLayer):
@@ -155,11 +162,17 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(dim, eps=EPSILON)
 
     def forward(self, x_NPC: torch.Tensor) -> torch.Tensor:
+        return self.attn(*self.attention_inputs(x_NPC))
+
+    def attention_inputs(
+        self, x_NPC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns queries (Q, D), keys (N, P, D) and values (N, P, D), before their projections."""
         x_NPD = self.ln_kv(self.kv_proj(x_NPC))
         query_QD = self.ln_q(self.query)
         query_QD = query_QD + self.pos_embed.to(query_QD.dtype)
         positions_PD = resize_positions(self.pos_embed, x_NPD.shape[1]).to(x_NPD.dtype)
-        return self.attn(query_QD, x_NPD + positions_PD, x_NPD)
+        return query_QD, x_NPD + positions_PD, x_NPD
 
 
 class CrossAttention(nn.Module):
@@ -183,12 +196,24 @@ class CrossAttention(nn.Module):
         self, query_QD: torch.Tensor, key_NPD: torch.Tensor, value_NPD: torch.Tensor
     ) -> torch.Tensor:
         """Returns the attention output (N, Q, D). All images share the queries."""
-        q_HQK = self.q_proj(query_QD).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        k_NHPK = self.k_proj(key_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q_HQK, k_NHPK = self._queries_and_keys(query_QD, key_NPD)
         v_NHPK = self.v_proj(value_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_NHQK = q_HQK.expand(len(k_NHPK), -1, -1, -1)
         attended_NHQK = scaled_dot_product_attention(q_NHQK, k_NHPK, v_NHPK)
         return self.out_proj(attended_NHQK.transpose(1, 2).flatten(2))
+
+    def weights(self, query_QD: torch.Tensor, key_NPD: torch.Tensor) -> torch.Tensor:
+        """Returns the attention weights (N, H, Q, P) of `forward`, float32."""
+        q_HQK, k_NHPK = self._queries_and_keys(query_QD, key_NPD)
+        scores_NHQP = q_HQK.float() @ k_NHPK.float().mT * q_HQK.shape[-1] ** -0.5
+        return scores_NHQP.softmax(-1)
+
+    def _queries_and_keys(
+        self, query_QD: torch.Tensor, key_NPD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q_HQK = self.q_proj(query_QD).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        k_NHPK = self.k_proj(key_NPD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return q_HQK, k_NHPK
 
 
 def resize_positions(table: torch.Tensor, patches: int) -> torch.Tensor:

@@ -165,3 +165,25 @@ def test_a_step_neither_synchronizes_nor_leaves_the_device(network, monkeypatch)
         logits = decoder.step(logits.argmax(-1))
     assert logits.is_meta
     assert logits.shape == (6, 64)
+
+
+# -- appended tokens -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_appended_tokens_have_the_logits_of_steps(network, tokens):
+    inputs = prompts_of(PROMPTS, network)
+    decoder = network.decoder()
+    ids, logits = answer(decoder, inputs)
+    shown = []
+    with torch.inference_mode():
+        decoder.start(
+            inputs, new_tokens=NEW_TOKENS, show_heads=lambda layer, *_: shown.append(layer)
+        )
+        appended = decoder.append(
+            ids[:, :tokens], show_heads=lambda layer, q, k, mask: shown.append(tuple(q.shape))
+        )
+        following = decoder.step(ids[:, tokens])
+    torch.testing.assert_close(appended, logits[:, 1 : tokens + 1], **CLOSE)
+    torch.testing.assert_close(following, logits[:, tokens + 1], **CLOSE)
+    assert shown == [0, 1, 2, *[(len(PROMPTS), 4, tokens, 8)] * 3]
