@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Settings of `Generation` that the engine does not have, and their values without effect.
-NEUTRAL = {"num_beams": (1,), "min_new_tokens": (0,), "stop_words_ids": ([], ())}
+NEUTRAL = {
+    "num_beams": (1,),
+    "min_new_tokens": (0,),
+    "stop_words_ids": ([], ()),
+    "logits_processor": (None,),
+}
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +150,10 @@ def check_generation(generation: Generation) -> None:
     for name, neutral in NEUTRAL.items():
         value = getattr(generation, name)
         if value not in neutral:
+            to_set = "null" if neutral[0] is None else neutral[0]
             raise ValueError(
                 f"serve has no generation.{name}, which is {value!r:.100}: set "
-                f"generation.{name}={neutral[0]}"
+                f"generation.{name}={to_set}"
             )
 
 

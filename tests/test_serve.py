@@ -36,6 +36,7 @@ def test_a_missing_package_is_one_line_with_the_command_of_pip(package, monkeypa
         ({"num_beams": 4}, "serve has no generation.num_beams, which is 4: set generation.num_"),
         ({"min_new_tokens": 2}, "serve has no generation.min_new_tokens, which is 2: set"),
         ({"stop_words_ids": [[5]]}, "serve has no generation.stop_words_ids, which is [[5]]"),
+        ({"logits_processor": max}, "serve has no generation.logits_processor, which is <built-in"),
     ],
 )
 def test_settings_that_the_engine_has_not_are_refused_by_name(settings, message):

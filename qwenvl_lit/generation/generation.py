@@ -15,7 +15,14 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.generation.decoders import decoder_of, release
-from qwenvl_lit.generation.sampling import FiniteLogits, NextToken, Sampling, Stops
+from qwenvl_lit.generation.sampling import (
+    FiniteLogits,
+    NextToken,
+    ProcessLogits,
+    Sampling,
+    Stops,
+    check_processed,
+)
 from qwenvl_lit.generation.streaming import stream_ids
 from qwenvl_lit.models.host_copy import HostCopy
 from qwenvl_lit.settings import check_settings
@@ -52,6 +59,11 @@ class Generation:
     # "auto": on a GPU, once a minute has been spent decoding. `training.answering` replaces it by
     # a decision before the first answer.
     compile: Literal["auto"] | bool = "auto"
+    # Called for each new token with the ids so far (n, T), which begin with the padded prompts, and
+    # its scores (n, V), float32, and returns the scores to choose from. A LogitsProcessor or a
+    # LogitsProcessorList of transformers, or a function like it. As there, it comes after the
+    # repetition penalty and before the temperature.
+    logits_processor: ProcessLogits | None = None
 
     def __post_init__(self):
         check_settings("generation", {name: getattr(self, name) for name in self.__slots__})
@@ -65,6 +77,11 @@ class Generation:
         most = self.max_new_tokens
         check_number("generation.min_new_tokens", self.min_new_tokens, most=most)
 
+        if not (self.logits_processor is None or callable(self.logits_processor)):
+            raise ValueError(
+                f"generation.logits_processor is a function of ids and scores, or a "
+                f"LogitsProcessorList, got {self.logits_processor!r:.200}"
+            )
         for word in self.stop_words_ids:
             is_ids = isinstance(word, Sequence) and all(type(token_id) is int for token_id in word)
             if not is_ids or not word:
@@ -264,6 +281,7 @@ class Generation:
             sampling,
             min_new_tokens=self.min_new_tokens,
             seed=self.seed,
+            logits_processor=self.logits_processor,
         )
 
     @torch.inference_mode()
@@ -303,8 +321,16 @@ class Generation:
         if self.seed is not None:
             torch.manual_seed(self.seed)
         options["logits_processor"] = LogitsProcessorList([finite])
+        if self.logits_processor is not None:
+            options["logits_processor"].append(self._checked_processor)
         ids = model.generate(**inputs, generation_config=settings, **options)
         return ids[:, inputs["input_ids"].shape[1] :]
+
+    def _checked_processor(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        assert self.logits_processor is not None
+        scores = self.logits_processor(ids, logits.clone())
+        check_processed(scores, logits)
+        return scores
 
 
 @cache  # each call makes its settings anew

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from qwenvl_lit.types import DataError
 # Steps between two checks for ended rows on a GPU. At most twice as many steps are wasted, and no
 # step synchronizes.
 CHECK_EVERY = 2
+
+
+# Takes the ids so far (n, T) and the scores of the next token (n, V), and returns other scores
+ProcessLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +76,8 @@ class NextToken:
         self.shape = (rows, vocabulary)
         self.min_new_tokens = self.chosen = 0  # see `of_batch`
         self.stop_ids = torch.empty(0, dtype=torch.int64, device=device)
+        self.logits_processor: ProcessLogits | None = None  # see `of_batch`
+        self.ids_nT = torch.empty(rows, 0, dtype=torch.int64, device=device)  # for it
         self.seen_nV: torch.Tensor | None = None  # (rows, V), once a row has a repetition penalty
         self._uploaded: dict[tuple, torch.Tensor] = {}
 
@@ -111,6 +117,7 @@ class NextToken:
         *,
         min_new_tokens: int = 0,
         seed: int | None = None,
+        logits_processor: ProcessLogits | None = None,
     ) -> NextToken:
         """Returns the choice for rows that begin together with the same settings.
 
@@ -119,6 +126,7 @@ class NextToken:
             logits: the first logits; only their shape and device are used.
             min_new_tokens: tokens of each row before which no stop id is chosen.
             seed: of the generator of all rows; None: torch's default generator.
+            logits_processor: see `Generation`.
         """
         generator = None
         if seed is not None and sampling.draws:
@@ -129,6 +137,9 @@ class NextToken:
         next_token.stop_ids = upload(sorted(stop_ids), logits.device, torch.int64)
         if sampling.repetition_penalty != 1:
             next_token.seen_nV = _tokens_seen(inputs, logits)
+        if logits_processor is not None:
+            next_token.logits_processor = logits_processor
+            next_token.ids_nT = inputs["input_ids"]
         return next_token
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
@@ -149,14 +160,16 @@ class NextToken:
             ids = drawn if all(draws) else torch.where(self._upload(draws), drawn, ids)
         if self._penalizes(rows):
             self.seen_nV.index_put_((self._upload(rows), ids), self._upload([True]))
+        if self.logits_processor is not None:
+            self.ids_nT = torch.cat((self.ids_nT, ids[:, None]), dim=1)
         self.chosen += 1
         return ids
 
     def scores(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
         """Returns the scores (n, V) to choose from, float32; the arguments are those of a call.
 
-        They are the logits after repetition penalty, temperature, top-k and top-p. -inf excludes a
-        token.
+        They are the logits after repetition penalty, logits processor, temperature, top-k and
+        top-p. -inf excludes a token.
         """
         rows = range(len(logits)) if rows is None else rows
         samplings = [self.samplings[row] for row in rows]
@@ -168,6 +181,10 @@ class NextToken:
             scores = torch.where(seen_nV, penalized, scores)
         if self.chosen < self.min_new_tokens:
             scores = scores.index_fill(1, self.stop_ids, -torch.inf)
+        if self.logits_processor is not None:
+            # A copy: the processor may write to it, and keep it after the next step.
+            scores = self.logits_processor(self.ids_nT, scores.clone())
+            check_processed(scores, logits)
         temperatures = [sampling.temperature or 1.0 for sampling in samplings]
         if set(temperatures) != {1}:
             scores = scores / self._values(temperatures)
@@ -224,6 +241,23 @@ def _tokens_seen(inputs: Mapping[str, Any], logits: torch.Tensor) -> torch.Tenso
         mask_nT = torch.ones_like(ids_nT)
     counts_nV = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     return counts_nV.scatter_add_(1, ids_nT, mask_nT.int()) > 0
+
+
+def check_processed(scores: object, logits: torch.Tensor) -> None:
+    """Raises a ValueError unless a logits processor has returned scores (n, V), none of them NaN.
+
+    -inf excludes a token, as long as one is left.
+    """
+    if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape:
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else repr(scores)
+        raise ValueError(
+            f"logits_processor must return scores of shape {tuple(logits.shape)}, got {found:.100}"
+        )
+    best = scores.max(-1).values
+    if not best.isfinite().all():  # synchronizes
+        raise ValueError(
+            "logits_processor has returned NaN, infinity, or -inf for all tokens of a row"
+        )
 
 
 class FiniteLogits(LogitsProcessor):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_network import (
+    CLOSE,
     IMAGE,
     QUERIES,
     SIDE,
@@ -453,6 +454,109 @@ def test_streams_have_one_row_and_no_beams(model):
         Generation().stream(model, two_rows, **ENDS)
     with pytest.raises(ValueError, match="num_beams=1"):
         Generation(num_beams=2).stream(model, batch_of([text(5)], images(0)), **ENDS)
+
+
+def test_appended_tokens_have_the_logits_of_steps(model):
+    """Also of rows whose answer is longer than `seq_length`, with the alpha of their prompt."""
+    decoder, inputs = decoder_of(model), batch_of(prompts(), images(4))
+    steps = torch.randint(1, 60, (10, 6), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        decoder.start(inputs, new_tokens=6)
+        expected = torch.stack([decoder.step(ids).clone() for ids in steps.T], dim=1)
+        decoder.start(inputs, new_tokens=6)
+        appended = decoder.append(steps[:, :5])
+        following = decoder.step(steps[:, 5])
+    torch.testing.assert_close(appended, expected[:, :5], **CLOSE)
+    torch.testing.assert_close(following, expected[:, 5], **CLOSE)
+
+
+# -- logits processors -----------------------------------------------------------------------------
+
+
+class Odd:
+    """Lets only odd tokens be chosen, records its arguments, and writes to the scores."""
+
+    def __init__(self):
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls.append((ids, scores.clone()))
+        scores[:, ::2] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5, "min_new_tokens": 5}], ids=str)
+def test_a_logits_processor_changes_answers_as_in_transformers(model, options):
+    rows, pixels, odd = prompts()[:4], images(3), Odd()
+    generation = Generation(max_new_tokens=12, logits_processor=odd, **options)
+    answers = together(model, rows, pixels, generation)
+    expected = alone(model, rows, pixels, logits_processor=LogitsProcessorList([Odd()]), **options)
+    assert answers == expected
+    assert all(token_id % 2 for answer in answers for token_id in answer)
+    prompt = batch_of(rows, pixels)["input_ids"]
+    for step, (ids, scores) in enumerate(odd.calls):
+        assert torch.equal(ids[:, : prompt.shape[1]], prompt)
+        assert ids.shape[1] == prompt.shape[1] + step
+        assert (scores.dtype, scores.shape) == (torch.float32, (len(rows), 64))
+    new = odd.calls[-1][0][:, prompt.shape[1] :].tolist()
+    whole = max(range(len(rows)), key=lambda row: len(answers[row]))
+    assert answers[whole][: len(new[whole])] == new[whole]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "seed": 1}], ids=str)
+def test_a_logits_processor_works_with_beams_sampling_and_lists(model, options):
+    generation = Generation(
+        max_new_tokens=6, logits_processor=LogitsProcessorList([Odd()]), **options
+    )
+    for answer in together(model, prompts()[:2], images(3), generation):
+        assert all(token_id % 2 for token_id in answer)
+
+
+def test_a_stream_and_a_spread_network_have_the_logits_processor(model):
+    generation = Generation(max_new_tokens=8, min_new_tokens=8, logits_processor=Odd())
+    (answer,) = together(model, [text(5)], images(0), generation)
+    assert streamed(generation, model, batch_of([text(5)], images(0))) == answer
+    model.hf_device_map = {"transformer": 0, "lm_head": "cpu"}
+    assert together(model, [text(5)], images(0), generation) == [answer]
+
+
+def test_a_logits_processor_comes_before_the_temperature():
+    logits, odd = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)), Odd()
+    sampling = Sampling(temperature=0.5, repetition_penalty=2.0)
+    inputs = {"input_ids": tensor([3, 4], [5, 6])}
+    next_token = NextToken.of_batch(inputs, logits, STOPS, sampling, logits_processor=odd)
+    scores = next_token.scores(logits)
+    [(_, shown)] = odd.calls
+    assert torch.equal(scores[:, 1::2], shown[:, 1::2] / 0.5)
+    assert shown[0, 3] == min(logits[0, 3] / 2, logits[0, 3] * 2)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (
+            lambda ids, scores: scores[:1],
+            r"must return scores of shape \(2, 64\), got shape \(1, 64",
+        ),
+        (lambda ids, scores: None, r"must return scores of shape \(2, 64\), got None"),
+        (lambda ids, scores: scores * torch.nan, "has returned NaN, "),
+        (
+            lambda ids, scores: scores.fill_(-torch.inf),
+            "has returned NaN, infinity, or -inf for all",
+        ),
+    ],
+)
+def test_a_logits_processor_that_returns_no_scores_is_named(model, processor, message):
+    for options in ({}, {"num_beams": 2}):
+        generation = Generation(max_new_tokens=2, logits_processor=processor, **options)
+        shown = message.replace(r"\(2", r"\(4") if options else message  # beams are rows
+        with pytest.raises(ValueError, match=f"^logits_processor {shown}"):
+            together(model, [text(5), text(6)], images(0), generation)
+
+
+def test_a_logits_processor_is_a_function():
+    with pytest.raises(ValueError, match=r"^generation\.logits_processor is a function of ids and"):
+        Generation(logits_processor="my.Processor")
 
 
 # -- sampling --------------------------------------------------------------------------------------
