@@ -26,14 +26,24 @@ from qwenvl_lit.data.readers.question import (
 )
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.generation.answer import Answer
+from qwenvl_lit.generation.attention_maps import AttentionMaps, Reading
 from qwenvl_lit.generation.generation import Generation, with_settings
+from qwenvl_lit.generation.hidden_states import hidden_states
 from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.loading import device_named
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.model_types import is_hub_name
 from qwenvl_lit.runs.run import find_model_on_hub, find_run
 from qwenvl_lit.training.module import VisionLanguageModule
-from qwenvl_lit.types import QUESTION_ID, Conversation, DataError, GroundedObject, Sample, Turn
+from qwenvl_lit.types import (
+    QUESTION_ID,
+    Batch,
+    Conversation,
+    DataError,
+    GroundedObject,
+    Sample,
+    Turn,
+)
 
 
 class QwenVL:
@@ -225,8 +235,8 @@ class QwenVL:
             stripped = text.strip()  # as in the finished answer
             yield stripped, [*earlier, [question, stripped]]
         prediction = self.processor.decode(token_ids, sample.conversation)
-        counts = (len(sample.input_ids), len(token_ids))
-        answer = Answer(prediction, *counts, perf_counter() - start, first_token - start)
+        tokens = (len(sample.input_ids), token_ids)
+        answer = Answer(prediction, *tokens, perf_counter() - start, first_token - start)
         yield answer, [*earlier, [question, str(answer)]]
 
     def generate(
@@ -267,7 +277,7 @@ class QwenVL:
             seconds = perf_counter() - start
             for index, ids in zip(indices, rows, strict=True):
                 prediction = self.processor.decode(ids, conversations[index])
-                answers[index] = Answer(prediction, lengths[index], len(ids), seconds)
+                answers[index] = Answer(prediction, lengths[index], ids, seconds)
         return [answers[index] for index in range(len(conversations))]
 
     def ground(
@@ -322,6 +332,77 @@ class QwenVL:
             drawing.save(path)
         return drawing
 
+    def attend(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        question: str,
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        system: str | None = None,
+        **settings: Any,
+    ) -> AttentionMaps:
+        """Answers a question about images, and returns where each token of the answer attends to.
+
+        The answer is that of `chat`. Its tokens are then read once more, for their attention.
+
+        Args:
+            layers, heads: those of the language model that are kept, from 0; None: all.
+        """
+        with_settings(self.generation, settings, "layers", "heads", "system")
+        listed = images if isinstance(images, list | tuple) else [images]
+        query = [*(image_of(image, self.read_options) for image in listed), question]
+        conversation = self._conversation(query, None, system)
+        reading = Reading(self.model, self.family, layers=layers, heads=heads)
+        [answer] = self.generate([conversation], **settings)
+        batch = self._batch([self.processor.encode(conversation, prompt=True)])
+        tokens = [self.processor.text([token_id]) for token_id in answer.ids]
+        return reading.maps(batch, answer, tokens)
+
+    def draw_attention(
+        self,
+        maps: AttentionMaps,
+        path: str | Path | None = None,
+        *,
+        image: int = 0,
+        tokens: Sequence[int] | None = None,
+        queries: Sequence[int] | None = None,
+    ) -> Image.Image:
+        """Draws heat maps over an image, one for each token of the answer, in a grid.
+
+        Args:
+            path: also write the drawing to this file.
+            image: the index of the image.
+            tokens: indices of the tokens to draw; None: all.
+            queries: draw the maps of these queries of the resampler instead.
+
+        Raises:
+            ValueError: an index is out of range, there is nothing to draw, or as `draw`.
+        """
+        from qwenvl_lit.rendering.drawing import check_image_name
+        from qwenvl_lit.rendering.heat_maps import draw_heat_maps
+
+        if path is not None:
+            check_image_name(Path(path))
+        source, values, titles = maps.titled(image, tokens, queries)
+        drawing = draw_heat_maps(source.open(), values.numpy(), titles)
+        if path is not None:
+            drawing.save(path)
+        return drawing
+
+    def hidden_states(
+        self, query: Query, *, system: str | None = None, only: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Reads a question; returns what blocks and resampler compute, by module path, on the CPU.
+
+        Args:
+            only: a regular expression; other module paths are left out.
+        """
+        sample = self.processor.encode(self._conversation(query, None, system), prompt=True)
+        inputs = self.family.inputs(self._batch([sample]))
+        resampler = self.family.components["resampler"]
+        return hidden_states(self.model, inputs, also=[resampler], only=only)
+
     def _conversation(
         self, query: Query, history: History | None, system: str | None
     ) -> Conversation:
@@ -349,9 +430,7 @@ class QwenVL:
         self, generation: Generation, samples: Sequence[Sample], *, whole: bool
     ) -> Iterator[list[int]]:
         """New ids of each sample; unless `whole`, those of the only sample, a few at a time."""
-        processor = self.processor
-        pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
-        batch = pad(samples).to(self.device)
+        processor, batch = self.processor, self._batch(samples)
         generate = generation if whole else generation.stream
         yield from generate(
             self.model,
@@ -360,3 +439,8 @@ class QwenVL:
             pad_id=processor.pad_id,
             image_keys=[image.key for image in batch.images],
         )
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        processor = self.processor
+        pad = Pad(pad_id=processor.pad_id, collate_vision=processor.collate_vision, side="left")
+        return pad(samples).to(self.device)

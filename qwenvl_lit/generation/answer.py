@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from qwenvl_lit.types import GroundedObject, Part, Prediction
 
 
@@ -11,32 +14,37 @@ class Answer(str):
     Args:
         prediction: the parsed answer with its conversation. Boxes are in pixels of the images.
         prompt_tokens: the number of tokens of the prompt, including those of images.
-        new_tokens: the number of generated tokens, without the end-of-turn token.
+        ids: the generated tokens, without the end-of-turn token.
         seconds: the time from the question to the end of the answer. For a batch of questions, the
             time to the end of the last answer.
         first_seconds: the time from the question to the first token. None for a batch.
     """
 
-    def __new__(cls, prediction: Prediction, *measurements: float | None) -> Answer:
+    def __new__(cls, prediction: Prediction, *others: Any) -> Answer:
         return super().__new__(cls, prediction.text)
 
     def __init__(
         self,
         prediction: Prediction,
         prompt_tokens: int,
-        new_tokens: int,
+        ids: Sequence[int],
         seconds: float,
         first_seconds: float | None = None,
     ):
         self.prediction = prediction
         self.prompt_tokens = prompt_tokens
-        self.new_tokens = new_tokens
+        self.ids = tuple(ids)
         self.seconds = seconds
         self.first_seconds = first_seconds
 
     def __getnewargs__(self):  # called by `copy` and `pickle`
-        counts = (self.prompt_tokens, self.new_tokens)
-        return (self.prediction, *counts, self.seconds, self.first_seconds)
+        tokens = (self.prompt_tokens, self.ids)
+        return (self.prediction, *tokens, self.seconds, self.first_seconds)
+
+    @property
+    def new_tokens(self) -> int:
+        """The number of generated tokens, without the end-of-turn token."""
+        return len(self.ids)
 
     @property
     def parts(self) -> tuple[Part, ...]:

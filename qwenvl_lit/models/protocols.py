@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from qwenvl_lit.models.passes import ShowHeads
     from qwenvl_lit.types import Batch, Conversation, ImageSource, Length, Prediction, Sample
 
 # B batch size, T tokens of a row, N images, Q tokens of an image, D width of its features, n rows
@@ -160,6 +161,7 @@ class Decoder(Protocol):
         new_tokens: int,
         image_keys: Sequence[str] | None = None,
         compiled: Literal["auto"] | bool = "auto",
+        show_heads: ShowHeads | None = None,
     ) -> torch.Tensor:
         """Reads n left-padded prompts and returns the logits (n, V) of the first new tokens.
 
@@ -168,6 +170,7 @@ class Decoder(Protocol):
             new_tokens: the maximum number of new tokens per row.
             image_keys: a key for each image, equal for equal images, by which features may be kept.
             compiled: the value of `Generation.compile`.
+            show_heads: called for each block of each pass over prompts, before its attention.
         """
         ...
 
@@ -176,6 +179,13 @@ class Decoder(Protocol):
 
         Raises:
             ValueError: `answer` is not the number of the answer that was started last.
+        """
+        ...
+
+    def append(self, ids: torch.Tensor, *, show_heads: ShowHeads | None = None) -> torch.Tensor:
+        """Appends tokens `ids` (n, t) in one pass and returns the logits (n, t, V) after each.
+
+        The result is that of t calls of `step`. `show_heads` is as for `start`.
         """
         ...
 
@@ -359,6 +369,23 @@ class Family(Protocol):
 
         Args:
             vision: with tensors on the device of the vision tower.
+        """
+        ...
+
+    def image_grids(self, vision: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Returns the rows and columns of the cells of each image.
+
+        Cells are patches in reading order, or tokens if `query_attention` is None.
+        """
+        ...
+
+    def query_attention(
+        self, model: PreTrainedModel, vision: Mapping[str, Any]
+    ) -> list[torch.Tensor] | None:
+        """Returns how the tokens of each image attend to its cells, (Q, cells), float32.
+
+        It is the mean over heads, and each token's sum is 1. None: each cell has a token of its
+        own. The arguments are those of `image_features`.
         """
         ...
 

@@ -298,6 +298,14 @@ class Qwen3VLFamily(LoadsWeights):
         """Returns the features (Q, (1 + L) * D) of each image; see `Family.image_features`."""
         return image_features(model, self._with_pixels(vision))
 
+    def image_grids(self, vision: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Returns the rows and columns of the tokens of each image; see `Family.image_grids`."""
+        merge = self.config.vision_config.spatial_merge_size
+        return [(height // merge, width // merge) for height, width in vision["image_sizes"]]
+
+    def query_attention(self, model: nn.Module, vision: Mapping[str, Any]) -> None:
+        """Returns None: each token has a place of its own in the image."""
+
     def _with_pixels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `inputs` with normalized pixels in place of patches from data workers."""
         inputs = dict(inputs)

@@ -34,6 +34,7 @@ from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
+from qwenvl_lit.models.qwen_vl.vision import no_autocast
 from qwenvl_lit.models.qwen_vl.vocabulary import find_vocabulary
 from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.settings import BoxForm
@@ -262,6 +263,25 @@ class QwenVLFamily(LoadsWeights):
         """Returns the features (Q, D) of each image; see `Family.image_features`."""
         pixels = normalize_pixels(vision["pixel_values"])
         return list(network_of(model).get_image_features(pixels))
+
+    def image_grids(self, vision: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Returns the rows and columns of the patches of each image; see `Family.image_grids`."""
+        assert self.config.visual is not None
+        pixels = vision["pixel_values"]
+        patches = pixels.shape[1] // self.config.visual["patch_size"]
+        return [(patches, patches)] * len(pixels)
+
+    @torch.no_grad()
+    def query_attention(self, model: nn.Module, vision: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Returns the resampler's attention (Q, patches); see `Family.query_attention`."""
+        tower = network_of(model).transformer.visual
+        resampler = tower.attn_pool
+        maps = []
+        for pixels in normalize_pixels(vision["pixel_values"]).split(1):  # all would take memory
+            with no_autocast(pixels.device):
+                query_QD, key_NPD, _ = resampler.attention_inputs(tower.encode_patches(pixels))
+                maps.append(resampler.attn.weights(query_QD, key_NPD)[0].mean(0))
+        return maps
 
     def flops(self, batch: Batch, trained: Mapping[str, float]) -> float:
         """Returns the floating-point operations of a training step; see `Family.flops`."""
