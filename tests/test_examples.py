@@ -1,15 +1,21 @@
-"""The examples of docs/extending.md, named by configs as a user would name them."""
+"""The examples of the documentation, named by configs or called as a user would."""
 
+import importlib
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from commands import compose_config
 from hydra.utils import instantiate
 from PIL import Image
+from scripted import tiny_checkpoint
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit import build
+from qwenvl_lit import QwenVL, build
 from qwenvl_lit.data.mixture import DatasetSpec
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Prediction
 
@@ -55,3 +61,39 @@ def test_a_callback_of_ones_own_gets_predictions(tmp_path):
     trainer(tmp_path, callback).test(ToyTask(), ToyData(test={"test": rows}), verbose=False)
     lines = (tmp_path / "long_answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [rows[2].id, rows[1].id]
+
+
+@pytest.fixture
+def model(tmp_path) -> QwenVL:
+    return QwenVL.load(tiny_checkpoint(tmp_path / "tiny"), dtype="float32")
+
+
+def test_attention_is_drawn_and_listed(model, tmp_path, capsys):
+    example = importlib.import_module("look_at_attention")
+    Image.new("RGB", (40, 20), "teal").save(tmp_path / "a.png")
+    model.generation = replace(model.generation, max_new_tokens=3, min_new_tokens=3)
+    example.look(model, str(tmp_path / "a.png"), "What is it?", str(tmp_path / "looks.png"))
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^ *\d+\.\d%  '.*'$", printed, re.MULTILINE)) == 3
+    assert Image.open(tmp_path / "looks.png").width > 300
+
+
+def test_contrastive_decoding_subtracts_the_scores_of_the_noised_image(model, monkeypatch):
+    example = importlib.import_module("contrastive_decoding")
+    scores = torch.tensor([[5.0, 4.9, 4.0, 0.0], [5.0, 3.0, 0.0, -9.0]])
+    contrast = example.Contrast()(torch.zeros(2, 3), scores.clone())
+    # 2 * 5 - 5, 2 * 4.9 - 3, 2 * 4 - 0; the last is less likely than a tenth of the first
+    torch.testing.assert_close(contrast, torch.tensor([[5.0, 6.8, 8.0, -torch.inf]] * 2))
+    image = Image.new("RGB", (900, 600), (200, 40, 40))
+    noised = example.noised(image.resize((64, 64)))
+    assert noised.size == (64, 64)
+    assert np.asarray(noised, dtype=float).std() > 20
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4}
+    answer = example.answer(model, image, "Is there a cat?", **settings)
+    assert answer.new_tokens == 4
+    monkeypatch.setattr(
+        example, "noised", lambda image: image
+    )  # nothing to subtract but the scores themselves
+    same = example.answer(model, image, "Is there a cat?", **settings)
+    small = image.resize((448, 299))
+    assert same == model.generate([[small, "Is there a cat?"]], **settings)[0]
