@@ -163,6 +163,24 @@ def check_answers(family: Family, rows: Sequence[Conversation]) -> None:
     assert beams(model, inputs(samples), **ends) == alone
 
 
+def check_attention(family: Family, rows: Sequence[Conversation]) -> None:
+    """Each image has a grid of cells, and each of its tokens attends to them or is one of them."""
+    processor, model = family.processor(), family.load().eval()
+    batch = _pad(processor)([processor.encode(row) for row in rows])
+    with torch.no_grad():
+        features = family.image_features(model, batch.vision)
+        queries = family.query_attention(model, batch.vision)
+    grids = family.image_grids(batch.vision)
+    assert len(grids) == len(features) == len(batch.images)
+    for index, (height, width) in enumerate(grids):
+        tokens = len(features[index])
+        if queries is None:
+            assert height * width == tokens
+        else:
+            assert queries[index].shape == (tokens, height * width)
+            torch.testing.assert_close(queries[index].sum(1), torch.ones(tokens))
+
+
 def check_boxes(
     family: Family, sizes: Sequence[tuple[int, int]] = ((640, 480), (333, 1000), (64, 64))
 ) -> None:

@@ -48,6 +48,10 @@ def test_answers(family):
     check_family.check_answers(family, ROWS)
 
 
+def test_attention(family):
+    check_family.check_attention(family, ROWS)
+
+
 def test_boxes(family):
     # Boxes of images that are made smaller are less exact.
     large = tiny_qwen3_vl(family.config.model_type, max_pixels=10**7)

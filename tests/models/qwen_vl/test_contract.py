@@ -57,6 +57,10 @@ def test_answers(family):
     check_family.check_answers(family, ROWS)
 
 
+def test_attention(family):
+    check_family.check_attention(family, ROWS)
+
+
 def test_boxes(family):
     check_family.check_boxes(family)
 
