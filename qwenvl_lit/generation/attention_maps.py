@@ -132,7 +132,7 @@ class _Weights:
         k_HSK = k_1GSK[0, [head // shared_by for head in self.heads]].float()
         scores_HtS = q_HtK @ k_HSK.mT * q_HtK.shape[-1] ** -0.5
         if mask is not None:
-            scores_HtS = scores_HtS.masked_fill(~mask[0], -torch.inf)
+            scores_HtS = scores_HtS + mask[0]
         self.kept[layer].append(scores_HtS.softmax(-1)[:, :, self.columns].cpu())
 
     def all(self) -> torch.Tensor:
