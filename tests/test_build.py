@@ -31,7 +31,7 @@ def test_compiled_kernels_are_kept_in_the_cache(monkeypatch, tmp_path):
 
 def test_a_logits_processor_is_built_from_the_config():
     processor = "{_target_:transformers.NoRepeatNGramLogitsProcessor,ngram_size:3}"
-    config = compose_config("test", "data=jsonl", f"generation.logits_processor={processor}")
+    config = compose_config("train", "data=jsonl", f"generation.logits_processor={processor}")
     assert build.generation(config).logits_processor.ngram_size == 3
-    config = compose_config("test", "data=jsonl")
+    config = compose_config("train", "data=jsonl")
     assert build.generation(config).logits_processor is None
