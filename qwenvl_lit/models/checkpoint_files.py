@@ -1,4 +1,4 @@
-"""Files of a full model: finds its folder, fetches it from the hub, and opens its tensors.
+"""Files of a full model: finds its folder, fetches it from the hub, and lists its tensors.
 
 A checkpoint is checked for completeness before any weights are read.
 """
@@ -11,16 +11,15 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import GenerationConfig
 
-from qwenvl_lit.stored_files import check_finite, errors_named, read_json_object, read_tensors
+from qwenvl_lit.models.stored_tensors import StoredTensor, open_shard
+from qwenvl_lit.stored_files import errors_named, read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, matches, type_name
 
@@ -225,51 +224,6 @@ def _listed(fault: str, names: list[str]) -> str:
         return ""
     more = ", ..." if len(names) > SHOWN_NAMES else ""
     return f"{fault} {len(names)}: {', '.join(names[:SHOWN_NAMES])}{more}"
-
-
-class StoredTensor:
-    """A tensor in a file, read when it is indexed.
-
-    transformers reads the slices of safetensors files in this way, one after the other.
-
-    Raises:
-        DataError: when it is read, the tensor is missing in the file or not finite.
-    """
-
-    def __init__(self, file: Path, name: str):
-        self.file = file
-        self.name = name
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._tensor()
-        check_finite(self.file, self.name, tensor)
-        return tensor[index]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._tensor().shape)
-
-    def _tensor(self) -> torch.Tensor:
-        tensors = open_shard(self.file)
-        if self.name not in tensors:
-            raise DataError(
-                f"{self.file} lacks {self.name}, which the index says is there; "
-                f"fetch the file again"
-            )
-        return tensors[self.name]
-
-
-# Consecutive tensors share a shard. More open shards would count as memory in use.
-@lru_cache(maxsize=2)
-def open_shard(file: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file by name, mapped into memory.
-
-    A page is read when it is first used, and shared by all processes.
-
-    Raises:
-        DataError: the file is incomplete or of another format than its name says.
-    """
-    return read_tensors(file)
 
 
 def check_not_quantized(folder: Path, settings: Mapping[str, Any], published: Published) -> None:

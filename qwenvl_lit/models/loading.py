@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from qwenvl_lit.models.checkpoint_files import open_shard
 from qwenvl_lit.models.quantization import bnb_config
+from qwenvl_lit.models.stored_tensors import open_shard
 from qwenvl_lit.stored_files import check_finite
 
 # Networks below this size are initialized on the CPU, so that their weights depend on the seed

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qwenvl_lit.models.checkpoint_files import INDEX, WEIGHTS, StoredTensor, open_shard
+from qwenvl_lit.models.checkpoint_files import INDEX, WEIGHTS
+from qwenvl_lit.models.stored_tensors import StoredTensor, open_shard
 from qwenvl_lit.types import DataError
 
 # A function that reads a tensor into host memory by its name.

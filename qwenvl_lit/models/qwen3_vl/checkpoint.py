@@ -13,13 +13,13 @@ from qwenvl_lit.models import checkpoint_files
 from qwenvl_lit.models.checkpoint_files import (
     CONFIG,
     Published,
-    StoredTensor,
     check_not_quantized,
     settings_of_types,
 )
 from qwenvl_lit.models.qwen3_vl.config import CONFIGS, IMAGES
 from qwenvl_lit.models.qwen3_vl.images import FRAMES, ImageProcessor
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER
+from qwenvl_lit.models.stored_tensors import StoredTensor
 from qwenvl_lit.stored_files import errors_named, read_json_object, read_text
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief

@@ -15,12 +15,7 @@ from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
-from qwenvl_lit.models.checkpoint_files import (
-    CONFIG,
-    StoredTensor,
-    open_shard,
-    read_generation_config,
-)
+from qwenvl_lit.models.checkpoint_files import CONFIG, read_generation_config
 from qwenvl_lit.models.loading import LoadsWeights, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.quantization import NF4
@@ -40,6 +35,7 @@ from qwenvl_lit.models.qwen3_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen3_vl.network import NETWORKS, image_features
 from qwenvl_lit.models.qwen3_vl.processor import Qwen3VLProcessor, Think
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER, Qwen2Tokenizer
+from qwenvl_lit.models.stored_tensors import StoredTensor, open_shard
 from qwenvl_lit.models.weight_files import Read, stored_reader
 from qwenvl_lit.settings import BoxForm
 from qwenvl_lit.stored_files import errors_named

@@ -10,11 +10,11 @@ from qwenvl_lit.models import checkpoint_files
 from qwenvl_lit.models.checkpoint_files import (
     CONFIG,
     Published,
-    StoredTensor,
     check_not_quantized,
     settings_of_types,
 )
 from qwenvl_lit.models.qwen_vl.config import FIXED_SETTINGS, QwenVLConfig
+from qwenvl_lit.models.stored_tensors import StoredTensor
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief

@@ -18,10 +18,10 @@ from qwenvl_lit.models.checkpoint_files import (
     COMPANIONS,
     CONFIG,
     INDEX,
-    StoredTensor,
 )
 from qwenvl_lit.models.qwen_vl.checkpoint import VOCABULARY
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.stored_tensors import StoredTensor
 from qwenvl_lit.models.weight_files import (
     SHARD_BYTES,
     Read,

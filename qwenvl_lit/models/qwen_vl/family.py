@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
-from qwenvl_lit.models.checkpoint_files import open_shard, read_generation_config
+from qwenvl_lit.models.checkpoint_files import read_generation_config
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.loading import LoadsWeights, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
@@ -36,6 +36,7 @@ from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
 from qwenvl_lit.models.qwen_vl.vision import no_autocast
 from qwenvl_lit.models.qwen_vl.vocabulary import find_vocabulary
+from qwenvl_lit.models.stored_tensors import open_shard
 from qwenvl_lit.models.weight_files import Read, check_disk
 from qwenvl_lit.settings import BoxForm
 from qwenvl_lit.types import Batch
