@@ -9,6 +9,7 @@ import bench_export
 import pytest
 import torch
 from commands import output_of
+from gptq_files import SETTINGS, change_config, write_gptq
 from hydra import compose, initialize_config_dir
 from make_checkpoint import small_sizes, write_checkpoint
 from omegaconf import MissingMandatoryValue, OmegaConf
@@ -129,6 +130,30 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def trained_state(run: str) -> dict[str, torch.Tensor]:
     """Reads the trained tensors of a run's checkpoint."""
     return torch.load(find_run(run).checkpoint, weights_only=True)["state_dict"]
+
+
+def test_an_adapter_over_gptq_weights_is_merged_into_the_dequantized_ones(
+    home, trained, run_command
+):
+    settings = {**SETTINGS, "desc_act": True, "sym": False}
+    network = write_gptq(home / "F", home / "Int4", settings, beside=True)
+    change_config(home / "Int4", quantization_config=settings)
+    run = trained("int4", "model=qwen_vl_chat_int4", "model.path=Int4", "model.dtype=float32")
+    printed = run_command(export, f"ckpt={run}", "out=merged_int4")
+    assert "differ by" in bench_export.comparison_in(printed)
+    state, merged = trained_state(run), tensors(home / "merged_int4")
+    name = "transformer.h.0.attn.c_attn"
+    a, b = (state[f"model.base_model.model.{name}.lora_{part}.default.weight"] for part in "AB")
+    base = network.get_submodule(name).weight
+    assert torch.equal(merged[f"{name}.weight"], base + 32 / 8 * b @ a)
+    assert not (home / "merged_int4/quantize_config.json").exists()
+    written = json.loads((home / "merged_int4/config.json").read_text())
+    assert "quantization_config" not in written
+    answers = []
+    for source in (run, "merged_int4"):
+        query = [Image.open(home / "a.png"), "What is it?"]
+        answers.append(str(QwenVL.load(source).chat(query, max_new_tokens=4)[0]))
+    assert answers[0] == answers[1]
 
 
 def test_a_merged_layer_is_base_plus_scaled_b_times_a(home, trained, run_command):

@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import GenerationConfig
 
+from qwenvl_lit.models.gptq import join_packed
+from qwenvl_lit.models.quantized_files import (
+    CONFIG,
+    GGUF,
+    GPTQ_CONFIG,
+    check_not_gguf,
+    not_read,
+    read_gptq,
+)
 from qwenvl_lit.models.stored_tensors import StoredTensor, open_shard
 from qwenvl_lit.stored_files import errors_named, read_json_object
 from qwenvl_lit.types import DataError
@@ -28,12 +37,12 @@ log = logging.getLogger(__name__)
 # The first base class is the error of the HTTP client that huggingface_hub uses, httpx or httpx2.
 NETWORK_ERRORS = (*HfHubHTTPError.__bases__, OSError)
 
-CONFIG = "config.json"
-GPTQ_CONFIG = "quantize_config.json"  # of AutoGPTQ, whose config.json may say nothing
 GENERATION = "generation_config.json"
 INDEX = "{}.index.json"
 # Looked for in this order, each as one file or as shards that its INDEX lists.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Further names of weights, those of AutoGPTQ: gptq_model-4bit-128g.safetensors
+GPTQ_WEIGHTS = re.compile(r"gptq_model-\d+bit-(-1|\d+)g\.(safetensors|bin)")
 # The small files of a repository. An export copies some of them.
 COMPANIONS = ("*.json", "*.tiktoken", "*.jinja", "*.py", "merges.txt", "LICENSE*", "NOTICE*")
 GENERATION_TYPES: dict[str, Any] = {
@@ -65,6 +74,11 @@ class Published:
     size: str
     check: Callable[[Path], Any]
 
+    @property
+    def instead(self) -> str:
+        """What to take in place of weights that are not read, for messages."""
+        return f"such as {self.example}"
+
 
 def find_checkpoint(path: str, published: Published, *, download: bool = True) -> Path:
     """Returns the folder of a checkpoint.
@@ -77,6 +91,7 @@ def find_checkpoint(path: str, published: Published, *, download: bool = True) -
         DataError: there is no such folder or name, it holds another model, files are missing, or
             the disk is too small.
     """
+    check_not_gguf(path, published.instead)
     folder = Path(path).expanduser()
     if folder.is_dir():
         if (folder / CONFIG).exists():
@@ -110,7 +125,7 @@ def find_checkpoint(path: str, published: Published, *, download: bool = True) -
             f"and {reason}. The published checkpoints are {published.size}; fetch with:  "
             f"hf download {path}   (or name a folder that has it)"
         )
-    return _download(path, published.vocabulary)
+    return _download(path, published)
 
 
 def missing_files(folder: Path, vocabulary: str) -> list[str]:
@@ -119,14 +134,21 @@ def missing_files(folder: Path, vocabulary: str) -> list[str]:
     If its weights have an index, these include the shards that the index lists.
     """
     missing = [name for name in (CONFIG, vocabulary) if not (folder / name).exists()]
-    if any((folder / name).exists() for name in WEIGHTS):
+    kinds = _kinds(file.name for file in folder.iterdir())
+    if any((folder / name).exists() for name in kinds):
         return missing
-    for name in WEIGHTS:
+    for name in kinds:
         index = folder / INDEX.format(name)
         if index.exists():
             shards = sorted(set(_weight_map(index).values()))
             return missing + [shard for shard in shards if not (folder / shard).exists()]
     return [*missing, "the weights"]
+
+
+def _kinds(files: Iterable[str]) -> list[str]:
+    """Returns the names that the weights among `files` may have, as one file or as shards."""
+    names = {file.removesuffix(INDEX.format("")) for file in files}
+    return [*WEIGHTS, *sorted(filter(GPTQ_WEIGHTS.fullmatch, names), reverse=True)]
 
 
 def _cached(name: str) -> Path | None:
@@ -136,16 +158,23 @@ def _cached(name: str) -> Path | None:
         return None
 
 
-def _download(name: str, vocabulary: str) -> Path:
+def _download(name: str, published: Published) -> Path:
+    vocabulary = published.vocabulary
     try:
         siblings = HfApi().model_info(name, files_metadata=True).siblings or ()
         sizes = {file.rfilename: file.size or 0 for file in siblings}
         weights = _weight_files(sizes)
+        if not weights and (gguf := [file for file in sizes if file.endswith(".gguf")]):
+            raise not_read(f"{name} on the hub ({gguf[0]})", GGUF, published.instead)
         if not weights or vocabulary not in sizes:
             raise DataError(
                 f"{name} on the hub is no checkpoint with weights and {vocabulary}: it has "
                 f"{', '.join(sorted(sizes))}"
             )
+        # Another model is refused before its weights are fetched.
+        configs = [hf_hub_download(name, file) for file in (GPTQ_CONFIG, CONFIG) if file in sizes]
+        if CONFIG in sizes:
+            published.check(Path(configs[-1]).parent)
         size = sum(sizes[file] for file in weights)
         cache = Path(constants.HF_HUB_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
@@ -169,7 +198,7 @@ def _download(name: str, vocabulary: str) -> Path:
 def _weight_files(files: Iterable[str]) -> list[str]:
     """Returns the names of a repository's weights: one file, or the shards of one format."""
     names = list(files)
-    for kind in WEIGHTS:
+    for kind in _kinds(names):
         if kind in names or INDEX.format(kind) in names:
             pattern = re.escape(kind).replace(r"\.", r"(-\d+-of-\d+)?\.", 1)
             return [name for name in names if re.fullmatch(pattern, name)]
@@ -186,6 +215,8 @@ def stored_tensors(
 ) -> dict[str, StoredTensor]:
     """Returns the tensors of a checkpoint by name, not read yet.
 
+    Weights that GPTQ quantized are dequantized when they are read.
+
     Args:
         shapes: the tensors that the network expects.
         rename: converts the names in files to those in `shapes`.
@@ -196,12 +227,10 @@ def stored_tensors(
             message names them.
     """
     tensors: dict[str, StoredTensor] = {}
-    for stored_name, file in _files(folder).items():
-        if stored_name.endswith(".qweight"):
-            raise DataError(quantized(folder, "gptq or awq", published))
+    for stored_name, tensor in _stored(folder, shapes, published, rename).items():
         name = rename(stored_name) if rename else stored_name
         if name in shapes or name not in optional:
-            tensors[name] = StoredTensor(file, stored_name)
+            tensors[name] = tensor
     other_shape: list[str] = []
     for name, expected in shapes.items():
         if name in tensors and (shape := tensors[name].shape) != expected:
@@ -219,36 +248,32 @@ def stored_tensors(
     return tensors
 
 
+def _stored(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    published: Published,
+    rename: Callable[[str], str] | None,
+) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by their names in files."""
+    stored = {name: StoredTensor(file, name) for name, file in _files(folder).items()}
+    settings = read_gptq(folder, published.instead)
+    if settings:
+        return join_packed(stored, settings, lambda name: (rename or str)(name) in shapes)
+    packed = next((name for name in stored if name.endswith(".qweight")), None)
+    if packed:
+        raise not_read(
+            stored[packed].file,
+            f"quantized ({packed}) by GPTQ or AWQ, but neither {CONFIG} nor {GPTQ_CONFIG} says how",
+            published.instead,
+        )
+    return stored
+
+
 def _listed(fault: str, names: list[str]) -> str:
     if not names:
         return ""
     more = ", ..." if len(names) > SHOWN_NAMES else ""
     return f"{fault} {len(names)}: {', '.join(names[:SHOWN_NAMES])}{more}"
-
-
-def check_not_quantized(folder: Path, settings: Mapping[str, Any], published: Published) -> None:
-    """Raises a DataError if the weights of a folder are quantized.
-
-    Args:
-        settings: the content of its `config.json`.
-    """
-    quantization = settings.get("quantization_config")
-    if not quantization and (folder / GPTQ_CONFIG).exists():
-        quantization = {"quant_method": "gptq", **read_json_object(folder / GPTQ_CONFIG)}
-    if quantization:
-        kind = "quantized"
-        if isinstance(quantization, Mapping):
-            bits = quantization.get("bits") or "few"
-            kind = f"{quantization.get('quant_method', 'quantized')!s:.20} ({bits!s:.20} bits)"
-        raise DataError(quantized(folder / CONFIG, kind, published))
-
-
-def quantized(source: Path, kind: str, published: Published) -> str:
-    return (
-        f"{source}: the weights are {kind}, which is not read; take the checkpoint that they were "
-        f"made from, such as {published.example}, with model.load_in_4bit=true, or train on it "
-        f"with adapter=qlora"
-    )
 
 
 def settings_of_types(
@@ -288,7 +313,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    for name in WEIGHTS:
+    for name in _kinds(file.name for file in folder.iterdir()):
         if (folder / name).exists():
             return dict.fromkeys(open_shard(folder / name), folder / name)
         if (index := folder / INDEX.format(name)).exists():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from qwenvl_lit.models.gptq import PackedWeight
 from qwenvl_lit.models.quantization import bnb_config
 from qwenvl_lit.models.stored_tensors import open_shard
 from qwenvl_lit.stored_files import check_finite
@@ -68,7 +69,7 @@ class LoadsWeights(ABC):
             if self.device_map is None:
                 model = self._from_tensors(tensors, device, quantization)
             else:
-                model = self._distributed(quantization)
+                model = self._distributed(tensors, quantization)
         finally:
             open_shard.cache_clear()  # it keeps the last files mapped
         model.generation_config = self.generation
@@ -112,10 +113,15 @@ class LoadsWeights(ABC):
             quantization_config=self._bnb_config(quantization),
         )
 
-    def _distributed(self, quantization: Mapping[str, Any] | None) -> PreTrainedModel:
+    def _distributed(
+        self, tensors: Mapping[str, Any], quantization: Mapping[str, Any] | None
+    ) -> PreTrainedModel:
+        # Tensors that stay on disk are read from the folder, unless they are packed there.
+        is_packed = any(isinstance(tensor, PackedWeight) for tensor in tensors.values())
         offload_folder = TemporaryDirectory()  # for what fits neither on GPUs nor in host memory
         model = self.network_class.from_pretrained(
-            self.folder,
+            None if is_packed else self.folder,
+            state_dict=tensors if is_packed else None,
             config=self.config,
             dtype=self.dtype,
             device_map=self.device_map,

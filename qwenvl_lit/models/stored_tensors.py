@@ -34,6 +34,10 @@ class StoredTensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self._tensor().shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tensor().dtype
+
     def _tensor(self) -> torch.Tensor:
         tensors = open_shard(self.file)
         if self.name not in tensors:

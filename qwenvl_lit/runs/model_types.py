@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qwenvl_lit.models.quantized_files import check_not_gguf, read_gptq
 from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.stored_files import read_json_object
 from qwenvl_lit.types import DataError
@@ -29,6 +30,8 @@ WIDTHS = {
     "qwen2_5_vl": {2048: "qwen2_5_vl_3b", 3584: "qwen2_5_vl_7b"},
     "qwen3_vl": {2048: "qwen3_vl_2b", 2560: "qwen3_vl_4b", 4096: "qwen3_vl_8b"},
 }
+EXAMPLES = {QWEN_VL: "qwen_vl_chat", "qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}
+EXAMPLES = {QWEN_VL: "qwen_vl_chat", "qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}
 # Relatives that are not read: model_type -> name
 NOT_READ = {
     "qwen2_vl": "Qwen2-VL",
@@ -46,10 +49,16 @@ NOT_READ = {
 }
 # Names of published models, as in the last part of a hub name
 PUBLISHED = re.compile(
-    r"qwen-vl(-chat)?|qwen2\.5-vl-\d+b-instruct|qwen3-vl-\d+b-(instruct|thinking)"
+    r"qwen-vl(-chat(-int4)?)?|qwen2\.5-vl-\d+b-instruct|qwen3-vl-\d+b-(instruct|thinking)"
 )
 FOUR_BIT_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")  # others' copies of published models
 SEECLICK = "_seeclick_"  # in `_words` of a name
+# Ends of the names of quantized models, such as Qwen3-VL-8B-Instruct-FP8
+QUANTIZED = re.compile(
+    r"([-.](unsloth|bnb|awq|gptq|gguf|mlx|fp8|dynamic|nvfp4|quantized|w4a16|w8a8|w8a16|q\d\w*"
+    r"|(int)?[2-8]-?(bits?)?))+$",
+    re.IGNORECASE,
+)
 BILLIONS = re.compile(r"_(\d+)b_")  # of parameters
 EXPERTS = re.compile(r"_a\d+b_")
 
@@ -93,17 +102,20 @@ def model_type_of(path: str) -> str | None:
     """Returns the `model_type` of the model at `path`; None if it cannot be recognized.
 
     Raises:
-        DataError: the model is not one of those that are read.
+        DataError: the model, or the quantization of its weights, is not one of those that are read.
     """
+    refuse_gguf(path)
     file = _stored_file(path, CONFIG)
     if file is not None:
-        found = read_json_object(file).get("model_type", QWEN_VL)
+        settings = read_json_object(file)
+        found = settings.get("model_type", QWEN_VL)
         if not isinstance(found, str) or found not in READ:
             known = NOT_READ.get(found) if isinstance(found, str) else None
             name = f" ({known})" if known else ""
             raise DataError(
                 f"{file}: models of model_type {brief(found)}{name} are not read; {_listed()}"
             )
+        read_gptq(file.parent, _instead(path, found), settings)
         return found
     if Path(path).expanduser().exists():
         return None
@@ -117,6 +129,11 @@ def model_type_of(path: str) -> str | None:
     if path.lower().startswith("qwen/"):
         raise DataError(f"{path} is not read; {_listed()}")
     return None
+
+
+def refuse_gguf(path: str) -> None:
+    """Raises a DataError if `path` is a GGUF file, or a folder with one."""
+    check_not_gguf(path, _instead(path))
 
 
 def published_name(path: str) -> str | None:
@@ -290,6 +307,12 @@ def _nearest(recipes: Mapping[int, str], size: int | None) -> str:
     if not size:
         return recipes[max(recipes)]
     return recipes[min(recipes, key=lambda known: abs(math.log(known / size)))]
+
+
+def _instead(path: str, model_type: str = QWEN_VL) -> str:
+    """Names the model to take in place of the quantized one at `path`, for messages."""
+    original = published_name(QUANTIZED.sub("", Path(path).name))
+    return original or f"such as {recipe_settings(EXAMPLES[model_type])['path']}"
 
 
 def _continues_text(path: str) -> bool:

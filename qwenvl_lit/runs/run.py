@@ -25,6 +25,7 @@ from qwenvl_lit.runs.model_types import (
     published_name,
     recipe_of,
     recipe_settings,
+    refuse_gguf,
 )
 from qwenvl_lit.runs.stored_config import (
     check_groups,
@@ -150,6 +151,7 @@ def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
         )
     if not path.exists():
         raise DataError(f"{ckpt} does not exist; {_known_runs()}")
+    refuse_gguf(str(path))
     if path.name.startswith("adapter_model.") and path.is_file():
         path = path.parent
     if path.is_file():

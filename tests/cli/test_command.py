@@ -152,5 +152,5 @@ def test_help_lists_groups_and_choices_within_three_seconds(command, tmp_path):
         end.children_system - start.children_system
     )
     assert process.returncode == 0, process.stderr
-    assert re.search(r"model: .*\bqwen_vl, qwen_vl_chat, qwen_vl_tiny", process.stdout)
+    assert re.search(r"model: .*\bqwen_vl, qwen_vl_chat, qwen_vl_chat_int4", process.stdout)
     assert seconds < 3

@@ -292,7 +292,9 @@ def test_a_pipe_in_place_of_a_file_does_not_hang():
         ({"visual": {"heads": 0}}, "visual lacks"),
         ({"visual": None}, "visual is None"),
         ({"no_bias": "yes"}, "no_bias is 'yes'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "which is not read"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ lack bits and group_size"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "FP8, which is not read"),
+        ({"quantization_config": ["gptq"]}, "quantization_config is .* expected settings"),
     ],
 )
 def test_a_value_of_config_json_is_checked(changes, message):

@@ -14,6 +14,7 @@ from qwenvl_lit.runs.model_types import (
     recipe_of,
     recipe_settings,
 )
+from qwenvl_lit.runs.run import find_run
 from qwenvl_lit.types import DataError
 
 
@@ -126,6 +127,74 @@ def test_a_model_that_is_not_read_is_named_with_those_that_are(tmp_path, model_t
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "Qwen3-VL-8B-Instruct-FP8",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            "FP8, which is not read; .* made from, Qwen/Qwen3-VL-8B-Instruct, with",
+        ),
+        (
+            "Qwen2.5-VL-7B-Instruct-AWQ",
+            {"quantization_config": {"quant_method": "awq", "bits": 4}, "model_type": "qwen2_5_vl"},
+            r"AWQ \(4 bits\), which is not read; .* made from, Qwen/Qwen2\.5-VL-7B-Instruct, with",
+        ),
+        (
+            "Qwen3-VL-2B-Instruct-unsloth-bnb-4bit",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            r"bitsandbytes \(4 bits\), which .* made from, Qwen/Qwen3-VL-2B-Instruct, with",
+        ),
+        (
+            "mine",
+            {"quantization_config": {"load_in_8bit": True}},
+            r"bitsandbytes \(8 bits\), which .* made from, such as Qwen/Qwen3-VL-8B-Instruct, with",
+        ),
+        ("mine", {"quantization": {"group_size": 64, "bits": 4}}, r"MLX \(4 bits\), which is not"),
+        ("mine", {"quantization_config": {"quant_method": "new"}}, "with new, which is not read"),
+        ("mine", {"quantization_config": {"what": 1}}, "quantized, which is not read"),
+        (
+            "Qwen-VL-Chat-Int3",
+            {
+                "model_type": "qwen",
+                "visual": {},
+                "quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 128},
+            },
+            "with GPTQ to 3 bits, which .* made from, Qwen/Qwen-VL-Chat, with",
+        ),
+    ],
+)
+def test_a_quantization_that_is_not_read_names_the_model_to_take(tmp_path, name, settings, message):
+    path = write_model(tmp_path / name, **{"model_type": "qwen3_vl", **settings})
+    for ask in (model_type_of, recipe_of, find_run):
+        with pytest.raises(DataError, match=rf"^{path}/config\.json: the weights are .*{message}"):
+            ask(path)
+
+
+def test_weights_of_other_programs_are_named(tmp_path):
+    path = write_model(tmp_path / "mine", model_type="qwen3_vl")
+    (tmp_path / "mine/hf_quant_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"hf_quant_config\.json: .* with TensorRT Model Optimizer"):
+        recipe_of(path)
+    folder = tmp_path / "Qwen3-VL-2B-Instruct-GGUF"
+    folder.mkdir()
+    file = folder / "Qwen3-VL-2B-Instruct-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, folder):
+        for ask in (recipe_of, find_run):
+            message = rf"^{file}: .* with GGUF, .* made from, Qwen/Qwen3-VL-2B-Instruct, with"
+            with pytest.raises(DataError, match=message):
+                ask(str(path))
+
+
+def test_gptq_weights_are_those_of_a_model_that_is_read(tmp_path):
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    path = write_model(tmp_path / "Int4", visual={}, quantization_config=settings)
+    assert recipe_of(path) == "qwen_vl_chat"
+    assert recipe_settings("qwen_vl_chat_int4")["path"] == "Qwen/Qwen-VL-Chat-Int4"
+    check_model_path({**recipe_settings("qwen_vl_chat_int4"), "path": path}, "qwen_vl_chat_int4")
+
+
+@pytest.mark.parametrize(
     "name", ["Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen/Qwen3.5-4B"]
 )
 def test_a_published_name_that_is_not_read_is_an_error(name):
@@ -137,6 +206,7 @@ def test_a_published_name_that_is_not_read_is_an_error(name):
     ("name", "published"),
     [
         ("~/.cache/modelscope/hub/qwen/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
+        ("/models/Qwen-VL-Chat-Int4", "Qwen/Qwen-VL-Chat-Int4"),
         ("/mnt/Qwen/Qwen2___5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
         ("unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit", "Qwen/Qwen3-VL-8B-Instruct"),
         ("unsloth/qwen3-vl-2b-thinking-bnb-4bit", "Qwen/Qwen3-VL-2B-Thinking"),

@@ -13,9 +13,9 @@ from qwenvl_lit.models import checkpoint_files
 from qwenvl_lit.models.checkpoint_files import (
     CONFIG,
     Published,
-    check_not_quantized,
     settings_of_types,
 )
+from qwenvl_lit.models.quantized_files import read_gptq
 from qwenvl_lit.models.qwen3_vl.config import CONFIGS, IMAGES
 from qwenvl_lit.models.qwen3_vl.images import FRAMES, ImageProcessor
 from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER
@@ -100,9 +100,11 @@ def read_network_config(folder: Path) -> PreTrainedConfig:
     """Reads the `config.json` of a checkpoint.
 
     Raises:
-        DataError: the file is damaged, or describes another network or quantized weights.
+        DataError: the file is damaged, describes another network, or weights of a quantization
+            that is not read.
     """
     settings = _check_family(folder)
+    settings.pop("quantization_config", None)  # transformers would quantize the network
     with errors_named(folder / CONFIG):
         return CONFIGS[settings["model_type"]].from_dict(settings)
 
@@ -180,7 +182,7 @@ def opens_thoughts(folder: Path) -> bool:
 
 
 def _check_family(folder: Path) -> dict[str, Any]:
-    """Returns `config.json`, if it describes a network of this family that is not quantized."""
+    """Returns `config.json`, if it describes a network of this family whose weights are read."""
     file = folder / CONFIG
     settings = read_json_object(file)
     found = settings.get("model_type")
@@ -190,7 +192,7 @@ def _check_family(folder: Path) -> dict[str, Any]:
             f"'qwen2_5_vl', and that of Qwen3-VL is 'qwen3_vl': take Qwen/Qwen3-VL-8B-Instruct, "
             f"for example, or a model that was trained from it"
         )
-    check_not_quantized(folder, settings, QWEN3_VL)
+    read_gptq(folder, QWEN3_VL.instead, settings)
     return settings
 
 

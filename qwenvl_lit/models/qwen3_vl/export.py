@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qwenvl_lit.models.checkpoint_files import COMPANIONS, CONFIG, INDEX
+from qwenvl_lit.models.checkpoint_files import COMPANIONS, CONFIG, GPTQ_CONFIG, INDEX
 from qwenvl_lit.models.checkpoint_files import GENERATION as GENERATION_CONFIG
 from qwenvl_lit.models.qwen3_vl.checkpoint import (
     PREPROCESSOR,
@@ -27,8 +27,14 @@ from qwenvl_lit.models.qwen3_vl.tokenizer import TOKENIZER, Qwen2Tokenizer, toke
 from qwenvl_lit.models.weight_files import Read, check_disk, write_json, write_shards
 from qwenvl_lit.stored_files import read_json_object
 
-NOT_COPIED = ("config.json", "adapter_config.json")
-NOT_WRITTEN = ("_name_or_path", "_attn_implementation", "auto_map", "transformers_version")
+NOT_COPIED = ("config.json", "adapter_config.json", GPTQ_CONFIG)
+NOT_WRITTEN = (
+    "_name_or_path",
+    "_attn_implementation",
+    "auto_map",
+    "quantization_config",
+    "transformers_version",
+)
 
 
 def write_weights(read: Read, model: PreTrainedModel, folder: Path, *, dtype: torch.dtype) -> None:

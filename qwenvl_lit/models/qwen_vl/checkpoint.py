@@ -10,9 +10,9 @@ from qwenvl_lit.models import checkpoint_files
 from qwenvl_lit.models.checkpoint_files import (
     CONFIG,
     Published,
-    check_not_quantized,
     settings_of_types,
 )
+from qwenvl_lit.models.quantized_files import read_gptq
 from qwenvl_lit.models.qwen_vl.config import FIXED_SETTINGS, QwenVLConfig
 from qwenvl_lit.models.stored_tensors import StoredTensor
 from qwenvl_lit.stored_files import read_json_object
@@ -54,7 +54,8 @@ def read_network_config(folder: Path) -> QwenVLConfig:
     Its other settings are for transformers' own loaders, which would fetch code that they name.
 
     Raises:
-        DataError: the file is damaged, or describes another network or quantized weights.
+        DataError: the file is damaged, describes another network, or weights of a quantization
+            that is not read.
     """
     file = folder / CONFIG
     settings = _check_family(folder)
@@ -66,7 +67,7 @@ def read_network_config(folder: Path) -> QwenVLConfig:
 
 
 def _check_family(folder: Path) -> dict[str, Any]:
-    """Returns `config.json`, if it describes a Qwen-VL network whose weights are not quantized."""
+    """Returns `config.json`, if it describes a Qwen-VL network whose weights are read."""
     file = folder / CONFIG
     settings = read_json_object(file)
     found = settings.get("model_type", QwenVLConfig.model_type)
@@ -79,7 +80,7 @@ def _check_family(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{file} has no `visual`: it is of Qwen, a model without vision tower; {TAKE_QWEN_VL}"
         )
-    check_not_quantized(folder, settings, QWEN_VL)
+    read_gptq(folder, QWEN_VL.instead, settings)
     return settings
 
 

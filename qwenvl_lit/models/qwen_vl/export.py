@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from qwenvl_lit.models.checkpoint_files import (
     COMPANIONS,
     CONFIG,
+    GPTQ_CONFIG,
     INDEX,
 )
 from qwenvl_lit.models.qwen_vl.checkpoint import VOCABULARY
@@ -66,7 +67,7 @@ PUBLISHED_CODE = {
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
 FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 FONT = "*.ttf"  # the original tokenizer draws boxes with this font
-NOT_COPIED = ("config.json", "adapter_config.json")
+NOT_COPIED = ("config.json", "adapter_config.json", GPTQ_CONFIG)
 # Names of the input projections of the resampler, which are a single tensor in files.
 PROJECTION = re.compile(r"attn\.([qkv])_proj\.")
 
@@ -200,7 +201,7 @@ def published_config(
         stored: the `config.json` of the base checkpoint, whose additional settings are kept.
     """
     settings = {**PUBLISHED_CONFIG, **stored}
-    for key in ("auto_map", "dtype", "_name_or_path"):
+    for key in ("auto_map", "dtype", "_name_or_path", "quantization_config"):
         settings.pop(key, None)
     for key, value in config.to_dict().items():
         if key in QwenVLConfig.__annotations__:

@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.models.quantized_files import read_gptq
 from qwenvl_lit.models.qwen_vl.checkpoint import read_network_config
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
 from qwenvl_lit.serving.vllm.folder import default_generation, processor_of, small_files
@@ -63,6 +64,12 @@ def create_served_config(
     """
     folder = small_files(args.model, args.revision)
     config = read_network_config(folder)
+    if read_gptq(folder, args.model):
+        raise ValueError(
+            f"{folder}: the weights are quantized with GPTQ, which is not supported with vLLM; "
+            f"export the model first: python -m qwenvl_lit.export model=qwen_vl_chat "
+            f"model.path={args.model} out=FOLDER"
+        )
     if config.tie_word_embeddings:
         raise ValueError(f"{folder}: tie_word_embeddings=true is not supported with vLLM")
     check_generation(default_generation(folder))

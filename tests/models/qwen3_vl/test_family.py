@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gptq_files import SETTINGS, random_layer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_qwen3_vl import KINDS, LIMITS, cat, image, talk, tiny_qwen3_vl
@@ -212,6 +213,27 @@ def test_groups_of_layers_are_those_of_the_language_model(family):
     assert not any("visual" in name for name in found["language"])
 
 
+def test_gptq_weights_are_dequantized(copy, tmp_path_factory):
+    [shard] = copy.glob("*.safetensors")
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+    parts, weight = random_layer(32, 48, SETTINGS)
+    del tensors[name]
+    for part, tensor in parts.items():
+        tensors[name.replace("weight", part)] = tensor
+    for file in copy.glob("model*"):
+        file.unlink()
+    save_file(tensors, copy / "model.safetensors")
+    change(copy / "config.json", quantization_config=SETTINGS)
+    family = Qwen3VLFamily(path=str(copy))
+    loaded = family.load().get_submodule("model.language_model.layers.0.mlp.up_proj").weight
+    assert torch.equal(loaded, torch.tensor(weight))
+    folder = tmp_path_factory.mktemp("dequantized")
+    family.export(family.base_reader(), folder, dtype=torch.float32)
+    assert torch.equal(load_file(next(folder.glob("*.safetensors")))[name], torch.tensor(weight))
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 
@@ -220,7 +242,7 @@ def test_groups_of_layers_are_those_of_the_language_model(family):
     [
         ({"model_type": "llava"}, r"config\.json is of another model, 'llava'; the model_type of"),
         ({"model_type": None}, "is of another model"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"awq \(4 bits\), which is"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"AWQ \(4 bits\), which is"),
         ({"image_token_id": 7}, r"<\|image_pad\|> is \d+ in .*, but image_token_id of the model"),
         ({"vision_config": 3}, r"config\.json cannot be read"),
         ({"tie_word_embeddings": "no"}, r"config\.json cannot be read"),

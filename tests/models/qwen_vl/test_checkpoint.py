@@ -212,8 +212,8 @@ def change_config(folder: Path, **changes) -> None:
         ),
         ({"visual": None}, r"has no `visual`: it is of Qwen, a model without vision tower"),
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            r"are gptq \(4 bits\), which is not read; take .*Qwen-VL-Chat, with model.load_in_4bit",
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            r"with AWQ \(4 bits\), which is not read; take .*Qwen-VL-Chat, with model.load_in_4bit",
         ),
     ],
 )
@@ -236,10 +236,14 @@ def test_quantized_weights_are_named_if_the_config_does_not_say_so(copy):
     content = json.loads(index.read_text())
     content["weight_map"]["transformer.h.0.attn.c_attn.qweight"] = shard.name
     index.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"are gptq or awq, which is not read; take the checkpoint"):
+    message = (
+        r"are quantized \(transformer\.h\.0\.attn\.c_attn\.qweight\) by GPTQ or AWQ, but neither "
+        r"config\.json nor quantize_config\.json says how, which is not read; take the checkpoint"
+    )
+    with pytest.raises(DataError, match=message):
         QwenVLFamily(path=str(copy)).load()
-    (copy / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
-    with pytest.raises(DataError, match=r"are gptq \(4 bits\), which is not read"):
+    (copy / "quantize_config.json").write_text(json.dumps({"bits": 3, "group_size": 128}))
+    with pytest.raises(DataError, match=r"quantize_config\.json: .* with GPTQ to 3 bits, which is"):
         find_checkpoint(str(copy))
 
 
@@ -401,6 +405,17 @@ def test_files_that_arrived_before_a_failed_download_are_kept(hub, model, impati
     assert not any(
         request.startswith("GET") and "config.json" in request for request in hub.requests
     )
+
+
+def test_another_quantization_on_the_hub_is_refused_before_its_weights_are_fetched(hub, folder):
+    config = (folder / "config.json").read_text()
+    try:
+        change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+        with pytest.raises(DataError, match=r"with AWQ \(4 bits\), which is not read"):
+            find_checkpoint("someone/small")
+    finally:
+        (folder / "config.json").write_text(config)
+    assert not any("-of-" in request for request in hub.requests)
 
 
 def test_an_unknown_hub_name_is_an_error(hub):
