@@ -26,8 +26,8 @@ from qwenvl_lit.types import DataError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 WORD = 32  # bits
-# Inputs that are dequantized at a time, which bounds the memory of intermediate tensors
-CHUNK = 256
+# Inputs that are dequantized at a time: intermediate tensors stay in the caches of the CPU
+CHUNK = 32
 
 
 class PackedWeight(StoredTensor):

@@ -5,6 +5,7 @@ import sys
 import pytest
 import tiny
 import torch
+from gptq_files import SETTINGS, write_gptq
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from make_checkpoint import write_checkpoint
@@ -145,6 +146,17 @@ def test_every_linear_layer_but_the_head_is_4_bit_and_adapters_on_them_are_train
         if tensor.requires_grad:
             assert tensor.dtype == torch.float32, name
             assert tensor.grad is not None, name
+
+
+@pytest.mark.gpu
+def test_gptq_weights_are_dequantized_before_quantizing(folder, tmp_path):
+    whole = write_gptq(folder, tmp_path / "Int4", SETTINGS).to(torch.bfloat16)
+    module = loaded(published(tmp_path / "Int4"), qlora())
+    expected = published(folder).quantize(whole, DEVICE, NF4).train()
+    ids = torch.arange(1, 12, device=DEVICE)[None]
+    torch.testing.assert_close(
+        module.model(input_ids=ids).logits, expected(input_ids=ids).logits, atol=0, rtol=0
+    )
 
 
 @pytest.mark.gpu
