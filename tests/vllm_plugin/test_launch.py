@@ -11,6 +11,7 @@ from torch import zeros
 from qwenvl_lit.runs.run import Run
 from qwenvl_lit.serving.settings import ServeSettings
 from qwenvl_lit.serving.vllm import launch as launching
+from qwenvl_lit.serving.vllm.adapters import adapter_folder
 from qwenvl_lit.serving.vllm.launch import VllmSettings, launch, served_folder
 from qwenvl_lit.types import DataError
 
@@ -108,9 +109,9 @@ def test_adapters_get_one_slot_more_than_their_number_and_the_largest_rank(adapt
 def test_the_adapter_of_a_run_is_that_of_its_best_checkpoint(adapter, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     folder = adapter("run/checkpoints/best_adapter")
-    assert launching.adapter_folder(tmp_path / "run") == folder
+    assert adapter_folder(tmp_path / "run") == folder
     with pytest.raises(DataError, match="no adapter: expected a folder with adapter_config"):
-        launching.adapter_folder(tmp_path)
+        adapter_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.extras import require
-from qwenvl_lit.runs.run import SETTINGS, Run, stored_settings
+from qwenvl_lit.runs.run import SETTINGS, Run
+from qwenvl_lit.serving.vllm.adapters import adapter_arguments, adapter_folder, common_system
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ PACKAGE = __name__.rpartition(".")[0]
 MAX_BODY = "QWENVL_LIT_MAX_BODY_BYTES"  # the environment variable that `BodyLimit` reads
 # vLLM takes an empty list of domains for all of them. No host has this name (RFC 2606).
 NO_DOMAINS = ("none.invalid",)
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can reserve memory for
-# Settings of an adapter's qwenvl_lit.json that determine prompts
-PROMPTING = ("template", "system", "special_tokens", "boxes")
 SERVED = "served"  # ends the name of a folder that a run is exported to
 NOT_IN_VLLM = ("queue", "body_s")  # settings of our own server
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -121,7 +119,7 @@ def launch(
     folders = {key: adapter_folder(path) for key, path in (adapters or {}).items()}
     if folders:
         system = common_system(Path(model), folders, system)
-        arguments += _adapter_arguments(folders)
+        arguments += adapter_arguments(folders)
     if system is not None:
         arguments += ["--additional-config", json.dumps({"qwenvl_lit": {"system": system}})]
     return Launch(
@@ -175,96 +173,3 @@ def served_folder(ckpt: str, run: Run, cache: Path, *, overrides: Sequence[str] 
     if subprocess.run([*command, *options]).returncode:
         raise DataError(f"{ckpt} could not be exported for vLLM; the reason is above")
     return out
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """Returns an adapter folder of peft: `path` itself, or that of a run's best checkpoint.
-
-    Raises:
-        DataError: there is none, or vLLM cannot serve it beside its base model.
-    """
-    folder = Path(path).expanduser()
-    for candidate in (folder, *_adapters_of_run(folder)):
-        if (candidate / "adapter_config.json").exists():
-            _check_adapter(candidate)
-            return candidate.resolve()
-    raise DataError(
-        f"{path} is no adapter: expected a folder with adapter_config.json, or a run that trained "
-        f"an adapter"
-    )
-
-
-def _adapters_of_run(folder: Path) -> list[Path]:
-    return [folder / "checkpoints" / name for name in ("best_adapter", "last_adapter")]
-
-
-def _check_adapter(folder: Path) -> None:
-    from qwenvl_lit.training.adapters.peft_files import (
-        adapted_layers,
-        read_peft_config,
-        read_peft_file,
-        weights_file,
-    )
-
-    config = read_peft_config(folder)
-    layers = adapted_layers(read_peft_file(weights_file(folder)))
-    beyond = sorted(layer for layer in layers if not layer.startswith("transformer.h."))
-    reason = ""
-    if beyond:
-        reason = f"it adapts {beyond[0]}, and vLLM adapts only layers of the language model"
-    elif config.get("use_dora"):
-        reason = "it is a DoRA, which vLLM does not know"
-    elif config.get("modules_to_save"):
-        reason = f"it has whole tensors of {', '.join(config['modules_to_save'])}"
-    elif max_rank(config) > LORA_RANKS[-1]:
-        reason = f"its rank is above {LORA_RANKS[-1]}"
-    if reason:
-        raise DataError(
-            f"{folder} cannot be served beside its base model: {reason}; serve it alone, "
-            f"merged: ckpt={folder}"
-        )
-
-
-def max_rank(config: Mapping[str, Any]) -> int:
-    """Returns the largest rank of the layers of an adapter, by its adapter_config.json."""
-    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
-
-
-def _adapter_arguments(folders: Mapping[str, Path]) -> list[str]:
-    from qwenvl_lit.training.adapters.peft_files import read_peft_config
-
-    rank = max(max_rank(read_peft_config(folder)) for folder in folders.values())
-    slots = next(known for known in LORA_RANKS if known >= rank)
-    arguments = ["--enable-lora", "--max-lora-rank", str(slots)]
-    # With as many as are used, vLLM's CPU kernels (0.32) apply the last adapter to requests without
-    # one, if they share a step.
-    arguments += ["--max-loras", str(len(folders) + 1)]
-    arguments += ["--lora-modules", *(f"{name}={path}" for name, path in folders.items())]
-    return arguments
-
-
-def common_system(
-    model: Path, folders: Mapping[str, Path], system: str | None = None
-) -> str | None:
-    """Returns the system message that the model and its adapters were trained with.
-
-    Raises:
-        DataError: they differ, also in another setting of prompts. vLLM has one for all of them.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name, folder in {"the model": model, **folders}.items():
-        if (folder / SETTINGS).exists():
-            stored = stored_settings(folder).get("model", {})
-            found[name] = {key: stored.get(key) for key in PROMPTING}
-    if not found:
-        return system
-    first, *others = found
-    for other in others:
-        for key in PROMPTING:
-            differ = found[first][key] != found[other][key]
-            if differ and (key != "system" or system is None):
-                raise DataError(
-                    f"{first} was trained with {key}={found[first][key]!r}, and {other} with "
-                    f"{found[other][key]!r}; a server has one for all: serve them apart"
-                )
-    return found[first]["system"] if system is None else system
