@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from qwenvl_lit.bounds import check_bool, check_number
 
 BoxForm = Literal["unit_text", "unit_points"]  # of boxes as plain text: `models/unit_text.py`
+Engine = Literal["own", "vllm"]  # of `serve`
 Checkpointing = Literal["auto", "none", "full"]
 Rounding = Literal["stochastic", "nearest"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -90,6 +91,15 @@ def _check_hosts(key: str, value: Any) -> None:
 def _check_box_form(key: str, value: Any) -> None:
     if value is not None:
         check_choice(key, value, choices=get_args(BoxForm))
+
+
+def _check_arguments(key: str, value: Any) -> None:
+    is_list = isinstance(value, list | tuple)
+    if not is_list or any(isinstance(each, dict | list | None) for each in value):
+        raise ValueError(
+            f"{key} is a list of arguments as vLLM takes them, such as [--enforce-eager], got "
+            f"{value!r:.100}"
+        )
 
 
 _auto_or_bool = partial(check_choice, choices=("auto", True, False))
@@ -205,12 +215,24 @@ CHECKS: Mapping[str, Mapping[str, Callable[[str, Any], None]]] = {  # by group a
         "overfit_batches": _check_batches,
         "val_check_interval": _check_interval,
     },
+    "vllm": {
+        "tensor_parallel_size": partial(check_number, least=1, most=1024, whole=True),
+        "pipeline_parallel_size": partial(check_number, least=1, most=1024, whole=True),
+        "data_parallel_size": partial(check_number, least=1, most=10**4, whole=True),
+        "gpu_memory_utilization": partial(check_number, above=0, most=1, optional=True),
+        "arguments": _check_arguments,
+    },
 }
 
 
 def check_seed(seed: Any) -> None:
     """Raises a ValueError unless `seed` may seed all random generators."""
     check_number("seed", seed, least=0, most=2**32 - 1, whole=True)
+
+
+def check_engine(engine: Any) -> None:
+    """Raises a ValueError unless `engine` is one of those that serve."""
+    check_choice("engine", engine, choices=get_args(Engine))
 
 
 def check_settings(group: str, settings: Mapping[str, Any], *, key: str | None = None) -> None:

@@ -92,68 +92,25 @@ class Gate:
         try:
             await self._pass(scope, receive, send)
         except ApiError as error:
-            await self._refuse(error, receive, send)
+            await refuse(error, receive, send)
         except StalledClient:
             pass  # uvicorn closes the connection of an unfinished response
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"].startswith(API):
-            authorization = headers.get("authorization", "").encode("latin-1")
-            if not self.keys.admit(authorization):
-                message = "the key is missing or wrong; send Authorization: Bearer KEY"
-                raise ApiError(401, message, code="invalid_api_key")
+            check_key(self.keys, headers)
         if scope["method"] != "POST" or not scope["path"].startswith(API):
             await self.app(scope, receive, send)
             return
         with self.admission.place():
-            body = await self._body(headers, receive)
-            await self.app(scope, _replay(body, receive), send)
-
-    async def _refuse(self, error: ApiError, receive: Receive, send: Send) -> None:
-        """Sends an error, and reads on for a moment without keeping anything.
-
-        A client that is still sending its body would otherwise find its connection reset, and not
-        see the error.
-        """
-        headers = {**error.headers, "Connection": "close"}
-        response = JSONResponse(error.body, status_code=error.status, headers=headers)
-        start = {"type": "http.response.start", "status": error.status}
-        await send({**start, "headers": response.raw_headers})
-        await send({"type": "http.response.body", "body": response.body, "more_body": True})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while (await receive()).get("more_body"):
-                    pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        """Reads the body of a request.
-
-        Raises:
-            ApiError: it is too large, or does not arrive in time.
-        """
-        most = self.settings.max_body_bytes
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or len(length) > 18 or int(length) > most:
-            raise _too_large(most)
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.settings.body_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client has left before its request was complete")
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise _too_large(most)
-                    if not message.get("more_body"):
-                        return bytes(body)
-        except TimeoutError:
-            seconds = self.settings.body_s
-            raise ApiError(
-                408, f"the body did not arrive within {seconds:g} s", code="request_timeout"
-            ) from None
+            body = await read_body(
+                headers,
+                receive,
+                most=self.settings.max_body_bytes,
+                seconds=self.settings.body_s,
+            )
+            await self.app(scope, replay(body, receive), send)
 
     def _watched(self, scope: Scope, send: Send) -> Send:
         """Returns `send` that counts the response, and that ends if the client reads nothing."""
@@ -171,14 +128,70 @@ class Gate:
         return watched
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+async def refuse(error: ApiError, receive: Receive, send: Send) -> None:
+    """Sends an error, and reads on for a moment without keeping anything.
+
+    A client that is still sending its body would otherwise find its connection reset, and not see
+    the error.
+    """
+    headers = {**error.headers, "Connection": "close"}
+    response = JSONResponse(error.body, status_code=error.status, headers=headers)
+    start = {"type": "http.response.start", "status": error.status}
+    await send({**start, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: float) -> bytes:
+    """Reads the body of a request.
+
+    Args:
+        most: bytes of a body.
+        seconds: in which it has to arrive.
+
+    Raises:
+        ApiError: it is too large, or does not arrive in time.
+    """
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or len(length) > 18 or int(length) > most:
+        raise _too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client has left before its request was complete")
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise _too_large(most)
+                if not message.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body did not arrive within {seconds:g} s", code="request_timeout"
+        ) from None
+
+
+def check_key(keys: Keys, headers: Headers) -> None:
+    """Raises an ApiError unless a request has one of the keys."""
+    if not keys.admit(headers.get("authorization", "").encode("latin-1")):
+        message = "the key is missing or wrong; send Authorization: Bearer KEY"
+        raise ApiError(401, message, code="invalid_api_key")
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
     """Returns a `receive` that gives the body, then waits for the client to leave."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def replay() -> Message:
+    async def receive_again() -> Message:
         return messages.pop() if messages else await receive()
 
-    return replay
+    return receive_again
 
 
 def _too_large(most: int) -> ApiError:

@@ -20,7 +20,7 @@ from qwenvl_lit.serving.vllm.launch import VllmSettings, launch
 
 pytestmark = pytest.mark.vllm
 
-KEY = "a-key-of-the-tests"
+KEY, OTHER_KEY = "a-key-of-the-tests", "another-key-of-the-tests"
 PATIENCE_S = 900  # also for the first request with logprobs, which compiles a kernel
 
 
@@ -32,14 +32,15 @@ def png(size=(9, 9), mode="RGB") -> bytes:
 
 @pytest.fixture(scope="module")
 def port(demo, adapters, tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text(f"{KEY}\n{OTHER_KEY}\n")
     with socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = launch(
         demo.folder,
         VllmSettings(arguments=["--enforce-eager"]),
-        ServeSettings(port=port, name="demo", rows=32, max_images=4, max_body_mb=2),
-        keys=[KEY],
+        ServeSettings(port=port, name="demo", rows=32, max_images=4, max_body_mb=2, keys=str(keys)),
         adapters=adapters,
         dtype="float32",
     )
@@ -218,9 +219,11 @@ def test_a_large_body_is_refused_before_it_is_read(port):
     assert status == 413
 
 
-def test_a_wrong_key_is_refused(port):
-    body = {"model": "demo", "messages": [{"role": "user", "content": "a"}]}
-    assert send(port, "POST", "/v1/chat/completions", body, key="wrong")[0] == 401
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/invocations", "/tokenize"])
+def test_every_route_needs_a_key(port, path):
+    body = {"model": "demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    assert send(port, "POST", path, body, key="wrong")[0] == 401
+    assert send(port, "POST", path, body, key=OTHER_KEY)[0] == 200
 
 
 def test_an_address_on_this_machine_is_never_fetched(port):

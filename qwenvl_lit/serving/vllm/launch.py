@@ -6,28 +6,38 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from qwenvl_lit.bounds import check_number
 from qwenvl_lit.extras import require
 from qwenvl_lit.runs.run import SETTINGS, Run
-from qwenvl_lit.serving.vllm.adapters import adapter_arguments, adapter_folder, common_system
+from qwenvl_lit.serving.vllm.adapters import (
+    adapter_arguments,
+    adapter_folder,
+    common_system,
+    warn_of_other_bases,
+)
+from qwenvl_lit.settings import check_settings
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     from qwenvl_lit.serving.settings import ServeSettings
 
 PACKAGE = __name__.rpartition(".")[0]
-MAX_BODY = "QWENVL_LIT_MAX_BODY_BYTES"  # the environment variable that `BodyLimit` reads
+# Environment variables that `RequestGate` reads
+KEYS = "QWENVL_LIT_KEYS"  # a file with one key a line
+MAX_BODY = "QWENVL_LIT_MAX_BODY_BYTES"
+BODY_SECONDS = "QWENVL_LIT_BODY_SECONDS"
+VLLM_KEY = "VLLM_API_KEY"  # of vLLM itself
 # vLLM takes an empty list of domains for all of them. No host has this name (RFC 2606).
 NO_DOMAINS = ("none.invalid",)
 SERVED = "served"  # ends the name of a folder that a run is exported to
-NOT_IN_VLLM = ("queue", "body_s")  # settings of our own server
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -43,13 +53,10 @@ class VllmSettings:
     pipeline_parallel_size: int = 1  # GPUs that share the layers
     data_parallel_size: int = 1  # copies of the model
     gpu_memory_utilization: float | None = None  # None: vLLM's default
-    arguments: Sequence[str] = ()  # further arguments of `vllm serve`
+    arguments: Sequence[str | int | float] = ()  # further arguments of `vllm serve`
 
     def __post_init__(self):
-        for name in PARALLEL:
-            check_number(f"vllm.{name}", getattr(self, name), least=1, whole=True)
-        share = self.gpu_memory_utilization
-        check_number("vllm.gpu_memory_utilization", share, above=0, most=1, optional=True)
+        check_settings("vllm", {item.name: getattr(self, item.name) for item in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +66,18 @@ class Launch:
     arguments: list[str]
     environment: dict[str, str]
 
-    def run(self) -> None:
+    def shown(self) -> str:
+        """Returns the command as a shell takes it, with the variables that it sets."""
+        variables = []
+        for name, value in self.environment.items():
+            if os.environ.get(name) != value:
+                variables.append(f"{name}={shlex.quote(value)}")
+        return " ".join([*variables, shlex.join(self.arguments)])
+
+    def run(self) -> NoReturn:
         """Replaces this process by the server."""
+        sys.stdout.flush()
+        sys.stderr.flush()
         os.execvpe(self.arguments[0], self.arguments, self.environment)
 
 
@@ -69,43 +86,41 @@ def launch(
     settings: VllmSettings,
     server: ServeSettings,
     *,
-    keys: Sequence[str] = (),
     adapters: Mapping[str, str | Path] | None = None,
     name: str | None = None,
     dtype: str | None = None,
     system: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> Launch:
     """Returns the command that serves a model.
 
     Args:
         model: the folder of a full model, or a name on the hub; see `served_folder`.
-        keys: at most one, which clients send.
         adapters: runs, or adapter folders of peft, by the name that clients ask for.
         name: what clients call the model, unless `serve.name` says so; None: its folder's.
         dtype: of the weights; None: that of the model's config.json, in half precision at most.
         system: the system message of requests without one; None: the model's.
+        generation: defaults of requests, by the names of vLLM; None: the model's.
 
     Raises:
         DataError: an adapter cannot be served.
-        ValueError: vLLM is not installed, there are several keys, or a setting of the server has no
-            counterpart in vLLM.
+        ValueError: vLLM is not installed, or `serve.queue` is set, which it does not have.
     """
     require("vllm", "engine=vllm")
-    for key in NOT_IN_VLLM:
-        default = type(server).__dataclass_fields__[key].default
-        if getattr(server, key) != default:
-            raise ValueError(f"engine=vllm has no serve.{key}; leave it out")
-    if len(keys) > 1:
+    if server.queue != type(server)().queue:
         raise ValueError(
-            f"engine=vllm takes one key, and serve.keys has {len(keys)}: keep one in the file, or "
-            f"put a proxy in front that knows them all"
+            "engine=vllm has no serve.queue: vLLM lets all requests wait; leave it out, and limit "
+            "connections in a proxy"
         )
-    name = server.name or name or Path(str(model)).name
+    name = server.name or name or Path(model).name
+    if name in (adapters or {}):
+        raise DataError(f"adapters: {name} is the name of the model already; choose another one")
     arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     arguments += ["--served-model-name", name, "--host", server.host, "--port", str(server.port)]
     arguments += ["--limit-mm-per-prompt", json.dumps({"image": server.max_images})]
     arguments += ["--allowed-media-domains", *(server.allowed_hosts or NO_DOMAINS)]
-    arguments += ["--middleware", f"{PACKAGE}.body_limit.BodyLimit"]
+    arguments += ["--middleware", f"{PACKAGE}.gate.RequestGate"]
+    arguments += ["--allowed-origins", "[]"]  # pages of other sites may not ask from a browser
     options: dict[str, Any] = {name: getattr(settings, name) for name in PARALLEL}
     options = {name: value for name, value in options.items() if value > 1}
     options["gpu_memory_utilization"] = settings.gpu_memory_utilization
@@ -118,17 +133,19 @@ def launch(
             arguments += [f"--{option.replace('_', '-')}", str(value)]
     folders = {key: adapter_folder(path) for key, path in (adapters or {}).items()}
     if folders:
-        system = common_system(Path(model), folders, system)
+        warn_of_other_bases(model, folders)
+        system = common_system(model, folders, system)
         arguments += adapter_arguments(folders)
+    if generation is not None:
+        arguments += ["--override-generation-config", json.dumps(generation)]
     if system is not None:
         arguments += ["--additional-config", json.dumps({"qwenvl_lit": {"system": system}})]
-    return Launch(
-        arguments=[*arguments, *settings.arguments], environment=_environment(server, keys)
-    )
+    arguments += map(str, settings.arguments)
+    return Launch(arguments=arguments, environment=_environment(server))
 
 
-def _environment(server: ServeSettings, keys: Sequence[str]) -> dict[str, str]:
-    """Returns the environment. A key among the arguments would be visible to all users."""
+def _environment(server: ServeSettings) -> dict[str, str]:
+    """Returns the environment. Keys stay in their file: arguments are visible to all users."""
     environment = {
         "VLLM_NO_USAGE_STATS": "1",  # the environment may say otherwise
         **os.environ,
@@ -139,20 +156,33 @@ def _environment(server: ServeSettings, keys: Sequence[str]) -> dict[str, str]:
         "VLLM_MEDIA_LOADING_THREAD_COUNT": str(server.workers),
         "VLLM_MAX_N_SEQUENCES": str(server.max_choices),
         MAX_BODY: str(server.max_body_bytes),
+        BODY_SECONDS: str(server.body_s),
     }
-    if keys:
-        environment["VLLM_API_KEY"] = keys[0]
+    for name in (KEYS, VLLM_KEY):  # `serve.keys` counts alone
+        environment.pop(name, None)
+    if server.keys is not None:
+        environment[KEYS] = str(Path(server.keys).expanduser().absolute())
     return environment
 
 
-def served_folder(ckpt: str, run: Run, cache: Path, *, overrides: Sequence[str] = ()) -> Path:
+def served_folder(
+    ckpt: str,
+    run: Run,
+    cache: Path,
+    *,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    verify: bool = True,
+) -> Path:
     """Returns the full model that `ckpt` names. A run or an adapter is exported first.
 
     The export of a run is beside its checkpoint, that of an adapter folder in the cache. It is used
     again while the checkpoint is unchanged.
 
     Args:
-        overrides: arguments of the command line for `export`, such as `model.path=FOLDER`.
+        overrides: arguments of the command line that change the export, such as
+            `model.path=FOLDER`. Each set of them has an export of its own.
+        trust, verify: as for `find_run`.
 
     Raises:
         DataError: the export failed; it has printed why.
@@ -160,16 +190,27 @@ def served_folder(ckpt: str, run: Run, cache: Path, *, overrides: Sequence[str] 
     if run.checkpoint is None:
         return Path(ckpt).expanduser()
     checkpoint = run.checkpoint.resolve()
-    out = checkpoint.with_name(f"{checkpoint.stem}_{SERVED}")
+    name = f"{checkpoint.stem}_{SERVED}"
+    if overrides:
+        name += f"_{_digest(*overrides)}"
+    out = checkpoint.with_name(name)
     if run.folder is None:
-        key = hashlib.sha256(f"{checkpoint} {overrides}".encode()).hexdigest()[:16]
-        out = cache / SERVED / key
+        out = cache.expanduser() / SERVED / _digest(str(checkpoint), *overrides)
     settings = out / SETTINGS
     if settings.exists() and settings.stat().st_mtime > checkpoint.stat().st_mtime:
         return out
+    print(f"Exporting {checkpoint} to {out} for vLLM", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "qwenvl_lit.export", f"ckpt={ckpt}", f"out={out}"]
-    options = ["overwrite=true", "compare=none", *overrides]
-    if subprocess.run([*command, *options]).returncode:
+    options = ["overwrite=true", "compare=none", f"trust={trust}", f"verify={verify}", *overrides]
+    arguments = [f"ckpt={checkpoint}", f"out={out}", *options]
+    with TemporaryDirectory() as folder:
+        # Of the export's own run folder nothing is needed.
+        command = [sys.executable, "-m", "qwenvl_lit.export", f"hydra.run.dir={folder}", *arguments]
+        status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if status:
         raise DataError(f"{ckpt} could not be exported for vLLM; the reason is above")
     return out
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

@@ -14,7 +14,12 @@ from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.quantized_files import read_gptq
 from qwenvl_lit.models.qwen_vl.checkpoint import read_network_config
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
-from qwenvl_lit.serving.vllm.folder import default_generation, processor_of, small_files
+from qwenvl_lit.serving.vllm.folder import (
+    default_generation,
+    processor_of,
+    sampling_defaults,
+    small_files,
+)
 
 # Environment variables of vLLM, which its child processes read, too
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -121,17 +126,6 @@ def _is_longer_than_training(args: EngineArgs, config: QwenVLConfig) -> bool:
         # answer so far. The alpha would be that of a longer prompt.
         os.environ.setdefault(USE_V2_RUNNER, "0")
     return True
-
-
-def sampling_defaults(generation: Generation) -> dict[str, Any]:
-    """Returns `generation` by the names of vLLM's sampling parameters."""
-    defaults = {"temperature": 0.0, "max_tokens": generation.max_new_tokens}
-    if generation.repetition_penalty != 1:
-        defaults["repetition_penalty"] = generation.repetition_penalty
-    if generation.samples:
-        for name in ("temperature", "top_p", "top_k"):
-            defaults[name] = getattr(generation, name)
-    return defaults
 
 
 def check_generation(generation: Generation) -> None:
