@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenvl_lit.cli.command import command
+from qwenvl_lit.cli.vllm_server import (
+    adapters_of,
+    check_for_vllm,
+    chosen_system,
+    export_arguments,
+    key_of,
+    refuse_vllm_settings,
+)
 from qwenvl_lit.extras import require
 from qwenvl_lit.libraries import import_libraries
 from qwenvl_lit.terminal import counted
@@ -18,8 +28,8 @@ if TYPE_CHECKING:
 
     from qwenvl_lit.generation.generation import Generation
     from qwenvl_lit.runs.run import Run
-    from qwenvl_lit.serving.auth import Keys
     from qwenvl_lit.serving.settings import ServeSettings
+    from qwenvl_lit.serving.vllm.launch import Launch
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -30,11 +40,25 @@ NEUTRAL = {
     "stop_words_ids": ([], ()),
     "logits_processor": (None,),
 }
+# vLLM's plugin reads stop_words_ids of a folder.
+NOT_IN_VLLM = ("num_beams", "min_new_tokens", "logits_processor")
 
 log = logging.getLogger(__name__)
 
 
 def main(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    arguments = HydraConfig.get().overrides.task
+    if config.engine == "vllm":
+        launch_of(config, arguments).run()
+    else:
+        refuse_vllm_settings(config, arguments)
+        serve_here(config)
+
+
+def serve_here(config: DictConfig) -> None:
+    """Serves with our own engine, in this process."""
     for package in PACKAGES:
         require(package, "serve")
     import_libraries()
@@ -51,6 +75,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.models.loading import device_named
     from qwenvl_lit.runs.run import find_run
     from qwenvl_lit.serving.app import Application
+    from qwenvl_lit.serving.auth import Keys
     from qwenvl_lit.serving.capacity import with_capacity
     from qwenvl_lit.serving.images import ImageLoader
     from qwenvl_lit.serving.server import bind, serve, url_of
@@ -59,7 +84,7 @@ def main(config: DictConfig) -> None:
     build.start(config)
     settings: ServeSettings = instantiate(config.serve, _convert_="all")
     check_generation(build.generation(config))
-    keys = keys_of(settings.keys, host=settings.host)
+    keys = Keys(keys_of(settings.keys, host=settings.host))
     bound = bind(settings.host, settings.port)
     run = None
     if config.ckpt:
@@ -130,29 +155,109 @@ def main(config: DictConfig) -> None:
     asyncio.run(running)
 
 
-def keys_of(file: str | None, *, host: str) -> Keys:
+def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
+    """Returns the command that starts vLLM's server. A run is exported first, if need be.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        DataError: the model, an adapter or the address cannot be served.
+        ValueError: vLLM is not installed, or a setting has no counterpart in it.
+    """
+    require("vllm", "engine=vllm")
+    from hydra.utils import instantiate
+
+    from qwenvl_lit.build import check_composed_config
+    from qwenvl_lit.models.loading import float_dtype
+    from qwenvl_lit.runs.run import find_run
+    from qwenvl_lit.serving.server import bind, url_of
+    from qwenvl_lit.serving.vllm.adapters import adapter_folder
+    from qwenvl_lit.serving.vllm.launch import launch, served_folder
+
+    check_composed_config(config)
+    run = None
+    if config.ckpt:
+        run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
+    is_exported = run is not None and run.checkpoint is not None
+    check_for_vllm(config, arguments, is_exported=is_exported)
+    float_dtype(config.model.dtype)
+    generation = chosen_generation(config, arguments)
+    settings: ServeSettings = instantiate(config.serve, _convert_="all")
+    keys_of(settings.keys, host=settings.host)  # vLLM's server reads the file again
+    with bind(settings.host, settings.port) as bound:
+        url, port = url_of(bound), bound.getsockname()[1]
+    adapters = {}
+    for name, folder in adapters_of(config).items():
+        adapters[name] = adapter_folder(folder, verify=config.verify)
+    model = config.model.path
+    if run is not None:
+        model = served_folder(
+            config.ckpt,
+            run,
+            Path(config.paths.cache),
+            overrides=export_arguments(arguments),
+            trust=config.trust,
+            verify=config.verify,
+        )
+    command = launch(
+        model,
+        instantiate(config.vllm, _convert_="all"),
+        replace(settings, port=port),
+        adapters=adapters,
+        name=model_name(config, run),
+        dtype=config.model.dtype,
+        system=chosen_system(config, arguments),
+        generation=generation,
+    )
+    print(f"{command.shown()}\n{url}/v1 for OpenAI clients, once vLLM has loaded the model")
+    return command
+
+
+def chosen_generation(config: DictConfig, arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the defaults of requests that the command line chooses; None: those of the model.
+
+    Raises:
+        ValueError: vLLM has no such setting.
+    """
+    from qwenvl_lit import build
+    from qwenvl_lit.serving.vllm.folder import sampling_defaults
+
+    generation = build.generation(config)
+    check_generation(generation, engine="engine=vllm", names=NOT_IN_VLLM)
+    is_chosen = any(key_of(argument).partition(".")[0] == "generation" for argument in arguments)
+    return sampling_defaults(generation) if is_chosen else None
+
+
+def keys_of(file: str | None, *, host: str) -> list[str]:
     """Returns the keys of a file. Without a file, warns if other machines can connect to `host`."""
-    from qwenvl_lit.serving.auth import Keys, read_keys
+    from qwenvl_lit.serving.auth import read_keys
 
     if file is not None:
-        return Keys(read_keys(file))
+        return read_keys(file)
     if host not in LOOPBACK:
         log.warning("serve.host=%s without serve.keys: everyone may use the model", host)
-    return Keys()
+    return []
 
 
-def check_generation(generation: Generation) -> None:
+def check_generation(
+    generation: Generation, *, engine: str = "serve", names: Collection[str] = tuple(NEUTRAL)
+) -> None:
     """Checks that the engine has the settings of `generation`.
+
+    Args:
+        engine: its name for messages.
+        names: of the settings that it does not have.
 
     Raises:
         ValueError: names the key and the value to set.
     """
-    for name, neutral in NEUTRAL.items():
-        value = getattr(generation, name)
+    for name in names:
+        neutral, value = NEUTRAL[name], getattr(generation, name)
         if value not in neutral:
             to_set = "null" if neutral[0] is None else neutral[0]
             raise ValueError(
-                f"serve has no generation.{name}, which is {value!r:.100}: set "
+                f"{engine} has no generation.{name}, which is {value!r:.100}: set "
                 f"generation.{name}={to_set}"
             )
 

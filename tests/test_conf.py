@@ -43,7 +43,7 @@ KEYS = {
     "test": USING_A_RUN | LOGGING | {"baseline", "benchmarks", "predictions", "compare"},
     "predict": USING_A_RUN | LOGGING | {"image", "prompt", "answered"},
     "chat": USING_A_RUN - {"data"} | {"device", "system", "multiline"},
-    "serve": USING_A_RUN - {"data"} | {"device", "serve"},
+    "serve": USING_A_RUN - {"data"} | {"device", "serve", "engine", "adapters", "vllm"},
     "export": USING_A_RUN | {"out", "merge", "dtype", "overwrite", "compare", "device"},
     "check": TRAINING | {"workers", "examples"},
 }

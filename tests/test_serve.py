@@ -27,7 +27,7 @@ def test_a_missing_package_is_one_line_with_the_command_of_pip(package, monkeypa
     )
     message = f"serve needs the package {package}, which is not installed: pip install "
     with pytest.raises(ValueError, match=re.escape(f"{message}'qwenvl_lit[serve]'")):
-        serve.main(OmegaConf.create())
+        serve.serve_here(OmegaConf.create())
 
 
 @pytest.mark.parametrize(

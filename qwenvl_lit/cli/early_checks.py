@@ -17,6 +17,7 @@ from qwenvl_lit.settings import (
     CHECKS,
     EARLY_STOPPING,
     accumulated_batches,
+    check_engine,
     check_rows_per_step,
     check_seed,
     check_settings,
@@ -40,6 +41,8 @@ def check_values(config: DictConfig) -> None:
         DataError: `model.path` is of another model than the one chosen.
     """
     check_seed(config.seed)
+    if "engine" in config:
+        check_engine(config.engine)
     if config.get("model"):
         check_model_path(OmegaConf.to_container(config.model), _chosen_model())
     for group in CHECKS:

@@ -234,6 +234,12 @@ OF_COMMANDS = {  # further entries, by command
         "max_model_len": "serve.context={}",
         "max_num_seqs": "serve.rows={}",
         "allowed_media_domains": "serve.allowed_hosts={}",
+        "api_key": "serve.keys=FILE",
+        "tensor_parallel_size": "engine=vllm vllm.tensor_parallel_size={}",
+        "pipeline_parallel_size": "engine=vllm vllm.pipeline_parallel_size={}",
+        "data_parallel_size": "engine=vllm vllm.data_parallel_size={}",
+        "gpu_memory_utilization": "engine=vllm vllm.gpu_memory_utilization={}",
+        "lora_modules": "engine=vllm adapters={{NAME: FOLDER}}",
     },
 }
 # Templates of models that have one alone

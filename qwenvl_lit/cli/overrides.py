@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 # Keys whose values are free text, which Hydra's grammar cannot parse unquoted.
-FREE_TEXT = ("adapter.targets", "benchmarks", "data.special_tokens")
+FREE_TEXT = ("adapter.targets", "benchmarks", "data.special_tokens", "vllm.arguments")
 # Keys whose values are paths: free text in which `~` is the home folder.
 PATHS = (
     "answered",
@@ -31,11 +31,11 @@ DATA_PATHS = re.compile(
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
 # Keys whose values are lists. A single value is a list of one.
-LISTS = ("adapter.freeze", "adapter.train", "benchmarks")
+LISTS = ("adapter.freeze", "adapter.train", "benchmarks", "vllm.arguments")
 # Keys whose values are text, also where they look like a number or a list.
 TEXT = re.compile(r"prompt|(?:model\.)?system|data\.(?:datasets\.[^.]+\.)?(?:prompt|user_agent)")
 # Mappings whose keys the user chooses.
-FREE_MAPPINGS = ("adapter.options", "data.path_map", "optim.component_lr")
+FREE_MAPPINGS = ("adapter.options", "adapters", "data.path_map", "optim.component_lr")
 # Keys that the stored model config of a run may lack.
 OPTIONAL_MODEL_KEYS = ("model.load_in_4bit", "model.device_map", "model.max_memory")
 HELP_FLAGS = {"--help", "-h", "--hydra-help", "--info", "--shell-completion", "-sc"}
@@ -74,6 +74,8 @@ def quote_free_text(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if key == "--config-dir":
         return f"{key}{equals}{os.path.expanduser(value)}"
+    if key == "adapters" and value.startswith("{"):
+        return f"++{key}={_quote_named_paths(key, value)}"
     if key == "data.path_map" and value.startswith("{"):
         return f"++{key}={_quote_path_map(value)}"
     is_mapping = key in FREE_MAPPINGS and value.startswith("{")
