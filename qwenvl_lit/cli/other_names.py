@@ -239,7 +239,7 @@ OF_COMMANDS = {  # further entries, by command
         "pipeline_parallel_size": "engine=vllm vllm.pipeline_parallel_size={}",
         "data_parallel_size": "engine=vllm vllm.data_parallel_size={}",
         "gpu_memory_utilization": "engine=vllm vllm.gpu_memory_utilization={}",
-        "lora_modules": "engine=vllm adapters={{NAME: FOLDER}}",
+        "lora_modules": "adapters='{{NAME: FOLDER}}' engine=vllm",
     },
 }
 # Templates of models that have one alone

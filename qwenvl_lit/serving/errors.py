@@ -76,6 +76,10 @@ def refused_field(errors: Sequence[Mapping[str, Any]], unsupported: Mapping[str,
         case "model_attributes_type" | "dict_type" if not param:
             message = "the body must be a JSON object, sent with Content-Type: application/json"
             return ApiError(400, message, code="bad_json")
+        case "model_attributes_type" | "dict_type":
+            example = ', {"url": "data:image/png;base64,..."}' if name == "image_url" else ""
+            message = f"{param} must be a JSON object{example}"
+            return ApiError(400, message, param=param, code="invalid_value")
         case "extra_forbidden" if name in unsupported and param == name:
             message = f"{name} is not supported by this server; leave it out"
             return ApiError(400, message, param=param, code="unsupported_field")

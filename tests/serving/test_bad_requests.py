@@ -197,6 +197,10 @@ def test_what_is_no_json_object_is_refused(strict, path):
         (BODIES["tools"], "tools is not supported by this server; leave it out"),
         (BODIES["an unknown field"], "beams is no field that this server knows; leave it out"),
         (BODIES["no messages"], "messages is missing"),
+        (
+            {"messages": user({"type": "image_url", "image_url": "https://a.example/a.png"})},
+            'messages[0].content[0].image_url must be a JSON object, {"url": "data:image/png',
+        ),
         (BODIES["too many images"], "there are more than 16 images"),
         (BODIES["an unknown role"], "messages[0]: Input tag 'root' found using 'role' does not"),
         (BODIES["half a character"], "messages[0].content[0].text: the text is not valid UTF-8"),
