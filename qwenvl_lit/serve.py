@@ -167,20 +167,21 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     """
     require("vllm", "engine=vllm")
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     from qwenvl_lit.build import check_composed_config
     from qwenvl_lit.models.loading import float_dtype
     from qwenvl_lit.runs.run import find_run
     from qwenvl_lit.serving.server import bind, url_of
     from qwenvl_lit.serving.vllm.adapters import adapter_folder
-    from qwenvl_lit.serving.vllm.launch import launch, served_folder
+    from qwenvl_lit.serving.vllm.launch import export, launch, served_folder
 
     check_composed_config(config)
     run = None
     if config.ckpt:
         run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
-    is_exported = run is not None and run.checkpoint is not None
-    check_for_vllm(config, arguments, is_exported=is_exported)
+    checkpoint = run.checkpoint if run else None
+    check_for_vllm(config, arguments, is_exported=checkpoint is not None)
     float_dtype(config.model.dtype)
     generation = chosen_generation(config, arguments)
     settings: ServeSettings = instantiate(config.serve, _convert_="all")
@@ -190,26 +191,24 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     adapters = {}
     for name, folder in adapters_of(config).items():
         adapters[name] = adapter_folder(folder, verify=config.verify)
-    model = config.model.path
+    model, overrides = config.model.path, export_arguments(arguments)
     if run is not None:
-        model = served_folder(
-            config.ckpt,
-            run,
-            Path(config.paths.cache),
-            overrides=export_arguments(arguments),
-            trust=config.trust,
-            verify=config.verify,
-        )
+        model = served_folder(config.ckpt, run, Path(config.paths.cache), overrides=overrides)
+    # The command is made before the export, which takes minutes, as it may find a mistake.
     command = launch(
         model,
         instantiate(config.vllm, _convert_="all"),
         replace(settings, port=port),
         adapters=adapters,
+        prompting=OmegaConf.to_container(config.model, resolve=True) if checkpoint else None,
         name=model_name(config, run),
         dtype=config.model.dtype,
         system=chosen_system(config, arguments),
         generation=generation,
     )
+    if checkpoint is not None:
+        trust, verify = config.trust, config.verify
+        export(checkpoint, model, overrides=overrides, trust=trust, verify=verify)
     print(f"{command.shown()}\n{url}/v1 for OpenAI clients, once vLLM has loaded the model")
     return command
 

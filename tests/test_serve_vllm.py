@@ -162,6 +162,15 @@ def test_a_run_is_exported_with_the_settings_of_the_command_line(tmp_path, expor
     assert Path(other_adapter.arguments[4]).is_relative_to(run / "checkpoints")
 
 
+def test_mistakes_are_found_before_a_run_is_exported(tmp_path, exports):
+    run = run_folder(tmp_path / "run", system="Be brief.")
+    other = run_folder(tmp_path / "other", system="")
+    for argument in (f"adapters={{a: {other}}}", f"adapters={{run: {run}}}", "serve.queue=7"):
+        with pytest.raises(ValueError, match=r"the model was trained with|already|no serve\.queue"):
+            launched(f"ckpt={run}", argument)
+    assert exports == []
+
+
 def test_a_failed_export_is_one_line(tmp_path, monkeypatch):
     class Failed:
         returncode = 1

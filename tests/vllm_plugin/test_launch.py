@@ -12,7 +12,7 @@ from qwenvl_lit.runs.run import Run
 from qwenvl_lit.serving.settings import ServeSettings
 from qwenvl_lit.serving.vllm import launch as launching
 from qwenvl_lit.serving.vllm.adapters import adapter_folder
-from qwenvl_lit.serving.vllm.launch import VllmSettings, launch, served_folder
+from qwenvl_lit.serving.vllm.launch import VllmSettings, export, launch, served_folder
 from qwenvl_lit.types import DataError
 
 
@@ -39,7 +39,8 @@ def adapter(tmp_path):
     return write
 
 
-def started(model="models/mine", settings=None, server=None, **options):
+def started(model="models/mine", settings=None, server=None, adapters=None, **options):
+    options["adapters"] = {name: adapter_folder(path) for name, path in (adapters or {}).items()}
     return launch(model, settings or VllmSettings(), server or ServeSettings(), **options)
 
 
@@ -151,7 +152,7 @@ def test_a_run_is_exported_once_until_its_checkpoint_changes(tmp_path, monkeypat
     class Done:
         returncode = 0
 
-    def export(command, stdout):
+    def run_export(command, stdout):
         commands.append(command)
         out = Path(next(item for item in command if item.startswith("out="))[4:])
         out.mkdir(exist_ok=True)
@@ -160,14 +161,15 @@ def test_a_run_is_exported_once_until_its_checkpoint_changes(tmp_path, monkeypat
         os.utime(out / "qwenvl_lit.json", (later, later))
         return Done()
 
-    monkeypatch.setattr(launching.subprocess, "run", export)
+    monkeypatch.setattr(launching.subprocess, "run", run_export)
     run = Run(config={}, checkpoint=checkpoint, folder=tmp_path / "run")
-    for _ in range(2):
-        folder = served_folder("latest", run, tmp_path / "cache")
+    folder = served_folder("latest", run, tmp_path / "cache")
     assert folder == checkpoint.parent / "best_served"
+    for _ in range(2):
+        export(checkpoint, folder)
     assert len(commands) == 1
     os.utime(checkpoint, (2**31, 2**31))
-    served_folder("latest", run, tmp_path / "cache")
+    export(checkpoint, folder)
     assert len(commands) == 2
 
 

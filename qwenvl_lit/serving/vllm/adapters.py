@@ -116,16 +116,22 @@ def model_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def common_system(
-    model: str | Path, folders: Mapping[str, Path], system: str | None = None
+    model: Mapping[str, Any], folders: Mapping[str, Path], system: str | None = None
 ) -> str | None:
     """Returns the system message that the model and its adapters were trained with.
+
+    Args:
+        model: how the model is prompted, see `model_settings`.
+        folders: of the adapters, by name.
+        system: the message that is used in its place, if any.
 
     Raises:
         DataError: they differ, also in another setting of prompts. vLLM has one for all of them.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, folder in {"the model": Path(model), **folders}.items():
-        if settings := model_settings(folder):
+    adapters = {name: model_settings(folder) for name, folder in folders.items()}
+    for name, settings in {"the model": model, **adapters}.items():
+        if settings:
             found[name] = {key: settings.get(key) for key in PROMPTING}
     if not found:
         return system

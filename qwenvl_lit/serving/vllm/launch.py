@@ -19,8 +19,8 @@ from qwenvl_lit.extras import require
 from qwenvl_lit.runs.run import SETTINGS, Run
 from qwenvl_lit.serving.vllm.adapters import (
     adapter_arguments,
-    adapter_folder,
     common_system,
+    model_settings,
     warn_of_other_bases,
 )
 from qwenvl_lit.settings import check_settings
@@ -86,7 +86,8 @@ def launch(
     settings: VllmSettings,
     server: ServeSettings,
     *,
-    adapters: Mapping[str, str | Path] | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    prompting: Mapping[str, Any] | None = None,
     name: str | None = None,
     dtype: str | None = None,
     system: str | None = None,
@@ -96,14 +97,15 @@ def launch(
 
     Args:
         model: the folder of a full model, or a name on the hub; see `served_folder`.
-        adapters: runs, or adapter folders of peft, by the name that clients ask for.
+        adapters: folders, from `adapter_folder`, by the name that clients ask for.
+        prompting: settings of `model` that determine prompts; None: those in its folder.
         name: what clients call the model, unless `serve.name` says so; None: its folder's.
         dtype: of the weights; None: that of the model's config.json, in half precision at most.
         system: the system message of requests without one; None: the model's.
         generation: defaults of requests, by the names of vLLM; None: the model's.
 
     Raises:
-        DataError: an adapter cannot be served.
+        DataError: the adapters do not go together.
         ValueError: vLLM is not installed, or `serve.queue` is set, which it does not have.
     """
     require("vllm", "engine=vllm")
@@ -113,7 +115,8 @@ def launch(
             "connections in a proxy"
         )
     name = server.name or name or Path(model).name
-    if name in (adapters or {}):
+    adapters = adapters or {}
+    if name in adapters:
         raise DataError(f"adapters: {name} is the name of the model already; choose another one")
     arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
     arguments += ["--served-model-name", name, "--host", server.host, "--port", str(server.port)]
@@ -131,11 +134,12 @@ def launch(
     for option, value in options.items():
         if value is not None:
             arguments += [f"--{option.replace('_', '-')}", str(value)]
-    folders = {key: adapter_folder(path) for key, path in (adapters or {}).items()}
-    if folders:
-        warn_of_other_bases(model, folders)
-        system = common_system(model, folders, system)
-        arguments += adapter_arguments(folders)
+    if adapters:
+        warn_of_other_bases(model, adapters)
+        if prompting is None:
+            prompting = model_settings(Path(model))
+        system = common_system(prompting, adapters, system)
+        arguments += adapter_arguments(adapters)
     if generation is not None:
         arguments += ["--override-generation-config", json.dumps(generation)]
     if system is not None:
@@ -165,40 +169,47 @@ def _environment(server: ServeSettings) -> dict[str, str]:
     return environment
 
 
-def served_folder(
-    ckpt: str,
-    run: Run,
-    cache: Path,
-    *,
-    overrides: Sequence[str] = (),
-    trust: bool = False,
-    verify: bool = True,
-) -> Path:
-    """Returns the full model that `ckpt` names. A run or an adapter is exported first.
+def served_folder(ckpt: str, run: Run, cache: Path, *, overrides: Sequence[str] = ()) -> Path:
+    """Returns the full model that `ckpt` names, or the folder that a run is exported to.
 
-    The export of a run is beside its checkpoint, that of an adapter folder in the cache. It is used
-    again while the checkpoint is unchanged.
+    That of a run is beside its checkpoint, that of an adapter folder in the cache.
 
     Args:
         overrides: arguments of the command line that change the export, such as
             `model.path=FOLDER`. Each set of them has an export of its own.
+    """
+    if run.checkpoint is None:
+        return Path(ckpt).expanduser()
+    checkpoint = run.checkpoint.resolve()
+    if run.folder is None:
+        return cache.expanduser() / SERVED / _digest(str(checkpoint), *overrides)
+    name = f"{checkpoint.stem}_{SERVED}"
+    if overrides:
+        name += f"_{_digest(*overrides)}"
+    return checkpoint.with_name(name)
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    trust: bool = False,
+    verify: bool = True,
+) -> None:
+    """Exports a checkpoint for vLLM, unless that has been done since it was written.
+
+    Args:
+        out: from `served_folder`.
+        overrides: as for `served_folder`.
         trust, verify: as for `find_run`.
 
     Raises:
         DataError: the export failed; it has printed why.
     """
-    if run.checkpoint is None:
-        return Path(ckpt).expanduser()
-    checkpoint = run.checkpoint.resolve()
-    name = f"{checkpoint.stem}_{SERVED}"
-    if overrides:
-        name += f"_{_digest(*overrides)}"
-    out = checkpoint.with_name(name)
-    if run.folder is None:
-        out = cache.expanduser() / SERVED / _digest(str(checkpoint), *overrides)
     settings = out / SETTINGS
     if settings.exists() and settings.stat().st_mtime > checkpoint.stat().st_mtime:
-        return out
+        return
     print(f"Exporting {checkpoint} to {out} for vLLM", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     options = ["overwrite=true", "compare=none", f"trust={trust}", f"verify={verify}", *overrides]
@@ -208,8 +219,7 @@ def served_folder(
         command = [sys.executable, "-m", "qwenvl_lit.export", f"hydra.run.dir={folder}", *arguments]
         status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status:
-        raise DataError(f"{ckpt} could not be exported for vLLM; the reason is above")
-    return out
+        raise DataError(f"{checkpoint} could not be exported for vLLM; the reason is above")
 
 
 def _digest(*texts: str) -> str:
