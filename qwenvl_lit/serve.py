@@ -172,6 +172,7 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     from qwenvl_lit.build import check_composed_config
     from qwenvl_lit.models.loading import float_dtype
     from qwenvl_lit.runs.run import find_run
+    from qwenvl_lit.serving.capacity import check_context
     from qwenvl_lit.serving.server import bind, url_of
     from qwenvl_lit.serving.vllm.adapters import adapter_folder
     from qwenvl_lit.serving.vllm.launch import export, launch, served_folder
@@ -191,7 +192,9 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     adapters = {}
     for name, folder in adapters_of(config).items():
         adapters[name] = adapter_folder(folder, verify=config.verify)
-    model, overrides = config.model.path, export_arguments(arguments)
+    family = instantiate(config.model, _convert_="all")
+    check_context(settings, family)
+    model, overrides = family.folder, export_arguments(arguments)  # fetched, if it is on the hub
     if run is not None:
         model = served_folder(config.ckpt, run, Path(config.paths.cache), overrides=overrides)
     # The command is made before the export, which takes minutes, as it may find a mistake.
@@ -200,6 +203,7 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
         instantiate(config.vllm, _convert_="all"),
         replace(settings, port=port),
         adapters=adapters,
+        source=config.model.path if run is None else None,
         prompting=OmegaConf.to_container(config.model, resolve=True) if checkpoint else None,
         name=model_name(config, run),
         dtype=config.model.dtype,

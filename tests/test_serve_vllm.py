@@ -115,6 +115,7 @@ def test_a_published_model_is_served_with_adapters_of_runs(model, tmp_path, capl
         "vllm.tensor_parallel_size=2",
     )
     assert command.arguments[4] == str(model)
+    assert option(command, "--served-model-name") == "tiny"
     assert option(command, "--tensor-parallel-size") == "2"
     start = command.arguments.index("--lora-modules")
     folder = run / "checkpoints/best_adapter"
@@ -218,6 +219,7 @@ def test_answers_and_system_message_of_the_command_line_count(model, arguments, 
         (["model.path=elsewhere"], "engine=vllm reads model.path in the model's folder"),
         (["generation.num_beams=4"], "engine=vllm has no generation.num_beams, which is 4: set"),
         (["generation.seed=1"], "engine=vllm has no generation.seed: leave it out; requests have"),
+        (["serve.context=9000"], "serve.context=9000 is more than the 2048 tokens that the model"),
         (["serve.queue=7"], "engine=vllm has no serve.queue: vLLM lets all requests wait"),
         (["model.dtype=int8"], "dtype is torch's name of a floating-point type"),
         (["adapters=runs/a"], "adapters=runs/a is no mapping; write adapters='{NAME: FOLDER,"),
@@ -261,6 +263,12 @@ def test_a_taken_port_is_said_before_anything_is_exported(tmp_path, exports):
         with pytest.raises(DataError, match=rf"serve\.port={port}: .*in use; choose another port"):
             serve.launch_of(config, arguments)
     assert exports == []
+
+
+def test_a_model_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DataError, match=r"^none/such is no folder.*could not be fetched|download="):
+        launched("model=qwen_vl_chat", "model.path=none/such", "model.download=false")
 
 
 def test_a_name_is_given_once(model, tmp_path):

@@ -43,7 +43,7 @@ def check_for_vllm(config: DictConfig, arguments: Sequence[str], *, is_exported:
     for name in OWN_LOADING:
         if config.model.get(name):
             raise DataError(f"model.{name} is for engine=own; leave it out")
-    changeable = SERVED_SETTINGS if config.ckpt else ("path", *SERVED_SETTINGS)
+    changeable = SERVED_SETTINGS if config.ckpt else ("path", "download", *SERVED_SETTINGS)
     for key in map(key_of, arguments):
         group, _, name = key.partition(".")
         if group == "model" and name and name not in changeable and not is_exported:

@@ -24,18 +24,23 @@ def with_capacity(settings: ServeSettings, *, model: nn.Module, family: Family) 
     Raises:
         ValueError: the model reads fewer tokens than `serve.context`.
     """
+    check_context(settings, family)
     context = settings.context
     if context == "auto":
         context = min(USUAL_CONTEXT, family.max_tokens)
-    elif context > family.max_tokens:
-        raise ValueError(
-            f"serve.context={context} is more than the {family.max_tokens} tokens that the model "
-            f"reads"
-        )
     rows = settings.rows
     if rows == "auto":
         rows = _rows(context, model, family)
     return replace(settings, rows=rows, context=context)
+
+
+def check_context(settings: ServeSettings, family: Family) -> None:
+    """Raises a ValueError if the model reads fewer tokens than `serve.context`."""
+    if settings.context != "auto" and settings.context > family.max_tokens:
+        raise ValueError(
+            f"serve.context={settings.context} is more than the {family.max_tokens} tokens that "
+            f"the model reads"
+        )
 
 
 def _rows(context: int, model: nn.Module, family: Family) -> int:

@@ -87,6 +87,7 @@ def launch(
     server: ServeSettings,
     *,
     adapters: Mapping[str, Path] | None = None,
+    source: str | None = None,
     prompting: Mapping[str, Any] | None = None,
     name: str | None = None,
     dtype: str | None = None,
@@ -98,6 +99,7 @@ def launch(
     Args:
         model: the folder of a full model, or a name on the hub; see `served_folder`.
         adapters: folders, from `adapter_folder`, by the name that clients ask for.
+        source: the name by which adapters may know the model; None: `model`.
         prompting: settings of `model` that determine prompts; None: those in its folder.
         name: what clients call the model, unless `serve.name` says so; None: its folder's.
         dtype: of the weights; None: that of the model's config.json, in half precision at most.
@@ -114,7 +116,10 @@ def launch(
             "engine=vllm has no serve.queue: vLLM lets all requests wait; leave it out, and limit "
             "connections in a proxy"
         )
-    name = server.name or name or Path(model).name
+    folder = Path(model).expanduser()
+    if folder.is_dir():  # another process may start the command elsewhere
+        model = folder.absolute()
+    name = server.name or name or folder.name
     adapters = adapters or {}
     if name in adapters:
         raise DataError(f"adapters: {name} is the name of the model already; choose another one")
@@ -135,7 +140,7 @@ def launch(
         if value is not None:
             arguments += [f"--{option.replace('_', '-')}", str(value)]
     if adapters:
-        warn_of_other_bases(model, adapters)
+        warn_of_other_bases(source or model, adapters)
         if prompting is None:
             prompting = model_settings(Path(model))
         system = common_system(prompting, adapters, system)
