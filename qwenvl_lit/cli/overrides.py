@@ -31,7 +31,7 @@ DATA_PATHS = re.compile(
 )
 MAY_BE_LISTS = re.compile(r"compare|image|data\.(?:.+\.)?(?:train|validation|test(?:\.[^.]+)?)")
 # Keys whose values are lists. A single value is a list of one.
-LISTS = ("adapter.freeze", "adapter.train", "benchmarks", "vllm.arguments")
+LISTS = ("adapter.freeze", "adapter.train", "benchmarks", "serve.allowed_hosts", "vllm.arguments")
 # Keys whose values are text, also where they look like a number or a list.
 TEXT = re.compile(r"prompt|(?:model\.)?system|data\.(?:datasets\.[^.]+\.)?(?:prompt|user_agent)")
 # Mappings whose keys the user chooses.

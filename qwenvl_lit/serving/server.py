@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -55,10 +56,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"serve.host={host} serve.port={port}: {reason}; choose another port, or 0 for a free "
-            f"one"
-        ) from None
+        advice = "choose another port, or 0 for a free one"
+        no_address = getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+        if no_address or isinstance(error, socket.gaierror | UnicodeError):
+            advice = "serve.host is an address of this machine: 127.0.0.1, or 0.0.0.0 for all"
+        raise DataError(f"serve.host={host} serve.port={port}: {reason}; {advice}") from None
     return bound
 
 

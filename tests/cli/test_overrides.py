@@ -80,6 +80,9 @@ def test_names_in_lists_may_have_quotes():
         ("benchmarks=null", None),
         ("benchmarks=refcoco/val#50", ["refcoco/val#50"]),
         ("adapter.freeze=vision", ["vision"]),
+        ("serve.allowed_hosts=images.example.com:8080", ["images.example.com:8080"]),
+        ("vllm.arguments=--seed=7", ["--seed=7"]),
+        ("vllm.arguments=[--seed,7]", ["--seed", 7]),
         ("adapter.train=[vision,head]", ["vision", "head"]),
     ],
 )
