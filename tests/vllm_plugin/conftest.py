@@ -47,8 +47,10 @@ class Demo:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Demo:
     home = tmp_path_factory.mktemp("demo")
-    cache = Path(os.environ.setdefault("QWENVL_LIT_CACHE", str(home / "cache")))
-    run = Path(os.environ.get("VLLM_TEST_RUN", home / "run"))
+    given = os.environ.get("VLLM_TEST_RUN")
+    usual = Path.home() / ".cache/qwenvl_lit" if given else home / "cache"
+    cache = Path(os.environ.setdefault("QWENVL_LIT_CACHE", str(usual)))
+    run = Path(given or home / "run")
     command = partial(subprocess.run, check=True, cwd=home)
     package = [sys.executable, "-m"]
     if not run.exists():
