@@ -52,6 +52,18 @@ def test_shapes_beyond_the_limit_run_uncompiled():
     assert compiled_graphs() == before + 2
 
 
+def test_limits_are_set_again_and_again_without_taking_memory():
+    config = torch._dynamo.config
+    before = config.recompile_limit, config.accumulated_recompile_limit
+    limits = recompilation_limits(per_function=3, in_total=7)
+    for _ in range(3):
+        again = recompilation_limits(per_function=3, in_total=7)
+        assert again is limits  # torch never frees one
+        with again:
+            assert (config.recompile_limit, config.accumulated_recompile_limit) == (3, 7)
+        assert (config.recompile_limit, config.accumulated_recompile_limit) == before
+
+
 def test_a_limit_is_raised_and_never_lowered():
     config = torch._dynamo.config
     usual = config.recompile_limit
