@@ -50,8 +50,8 @@ def served(demo, adapters, tmp_path):
             pytest.fail("".join(lines))
         yield process, f"http://127.0.0.1:{port}/v1", "".join(lines)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # kill would leave the engine's processes
+        process.communicate(timeout=STOP_S)
 
 
 def test_a_run_and_an_adapter_are_served_until_sigterm(served, demo, answers, tmp_path):
