@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwenvl_lit.api import QwenVL
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["QwenVL", "__version__"]
 
 
