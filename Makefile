@@ -3,6 +3,7 @@
 # make test-interop   models and adapters to the original stack and back, in environments of their own   (15 minutes)
 # make test-vllm   models and adapters under vLLM, in an environment of its own   (10 minutes)
 # make test-lmms   the same answers from predict, lmms-eval and our server, in an environment of its own   (5 minutes)
+# make docs   build the documentation without the network, in build/docs/index.html   (a minute)
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -34,7 +35,7 @@ LMMS := .venv-lmms
 LMMS_VERSION := 0.7.3
 LMMS_PACKAGES := evaluate loguru pytablewriter python-dotenv pytz sacrebleu
 
-.PHONY: demo test lint suite test-interop test-vllm test-lmms faults format clean
+.PHONY: demo test lint suite docs test-interop test-vllm test-lmms faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -51,6 +52,9 @@ lint: .venv/installed-dev
 
 suite: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+docs: .venv/installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 
 test-interop: .venv/installed-dev $(INTEROP_STACKS:%=$(INTEROP)/%/installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interop tests/interop
@@ -69,7 +73,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(INTEROP) $(VLLM) $(LMMS) build *.egg-info
+	rm -rf .venv $(INTEROP) $(VLLM) $(LMMS) build docs/generated *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -78,6 +82,10 @@ clean:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(INTEROP)/%/installed: Makefile

@@ -307,8 +307,10 @@ class Conversation:
     index: int = 0
     """Position in the dataset. Predictions are written in this order."""
     where: str = field(default="", compare=False)
-    """The place that the row was read from, for messages: `FILE`, `FILE:LINE` or, in an array,
-    `FILE:LINE (row N)`."""
+    """The place that the row was read from, for messages.
+
+    `FILE`, `FILE:LINE` or, in an array, `FILE:LINE (row N)`.
+    """
     notes: tuple[str, ...] = ()
     """What a reader repaired in this row, or kept although it looks wrong."""
 
