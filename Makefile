@@ -4,6 +4,7 @@
 # make test-vllm   models and adapters under vLLM, in an environment of its own   (10 minutes)
 # make test-lmms   the same answers from predict, lmms-eval and our server, in an environment of its own   (5 minutes)
 # make docs   build the documentation without the network, in build/docs/index.html   (a minute)
+# make imports   import every module with the required packages only, in an environment of its own
 # make faults kill, fill up, damage, attack: what docs/reliability.md says   (15 minutes on two cores)
 # Each target sets up `.venv` itself, with the versions of constraints.txt.
 
@@ -35,7 +36,10 @@ LMMS := .venv-lmms
 LMMS_VERSION := 0.7.3
 LMMS_PACKAGES := evaluate loguru pytablewriter python-dotenv pytz sacrebleu
 
-.PHONY: demo test lint suite docs test-interop test-vllm test-lmms faults format clean
+# The required packages alone.
+REQUIRED := .venv-required
+
+.PHONY: demo test lint suite docs imports test-interop test-vllm test-lmms faults format clean
 
 demo: .venv/installed
 	rm -rf $(DEMO) outputs/test/demo outputs/predict/demo
@@ -56,6 +60,9 @@ suite: .venv/installed-dev
 docs: .venv/installed-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
 
+imports: $(REQUIRED)/installed
+	$(REQUIRED)/bin/python scripts/import_all.py
+
 test-interop: .venv/installed-dev $(INTEROP_STACKS:%=$(INTEROP)/%/installed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m interop tests/interop
 
@@ -73,7 +80,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv $(INTEROP) $(VLLM) $(LMMS) build docs/generated *.egg-info
+	rm -rf .venv $(REQUIRED) $(INTEROP) $(VLLM) $(LMMS) build docs/generated *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -86,6 +93,11 @@ clean:
 
 .venv/installed-docs: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+$(REQUIRED)/installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -c constraints.txt -e .
 	touch $@
 
 $(INTEROP)/%/installed: Makefile
