@@ -87,3 +87,12 @@ def test_modules_import_required_packages_only():
             allowed = IMPORTED | OF_SERVE | set(EXTRAS)
         found = set(imported(ast.parse(file.read_text()).body))
         assert found <= allowed, f"{name} imports {', '.join(found - allowed)}"
+
+
+def test_a_wheel_has_every_folder_of_the_package_and_of_conf():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = [*ROOT.glob("qwenvl_lit/**/*.*"), *ROOT.glob("conf/**/*.yaml")]
+    folders = {file.parent.relative_to(ROOT) for file in files if file.suffix != ".pyc"}
+    names = [".".join(folder.parts) for folder in sorted(folders)]
+    names = [name if name.startswith("qwenvl_lit") else f"qwenvl_lit.{name}" for name in names]
+    assert set(names) <= set(setuptools["packages"])
