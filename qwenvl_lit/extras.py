@@ -11,6 +11,7 @@ EXTRAS = {  # package -> extra, as pyproject.toml has them
     "hydra-submitit-launcher": "cluster",
     "fastapi": "serve",
     "prometheus_client": "serve",
+    "pyarrow": "parquet",
     "tensorboard": "tensorboard",
     "uvicorn": "serve",
     "vllm": "vllm",

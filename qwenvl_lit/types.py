@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -150,9 +151,26 @@ class RemoteImage(Protocol):
         """
 
 
+class StoredImage(ABC):
+    """An image inside a file of rows, whose encoded bytes are read when they are needed."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its place, which no other image has, for messages and written predictions."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """Returns the encoded bytes.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image given as file, encoded bytes, PIL image or address.
+    """An image given as file, encoded bytes, PIL image or address, or inside a file of rows.
 
     It is downloaded and decoded when it is first opened, in the data worker that needs it.
 
@@ -160,7 +178,8 @@ class ImageSource:
         DataError: `source` is an address as text, which has no folder to be downloaded to.
     """
 
-    source: str | Path | bytes | Image.Image | RemoteImage  # text is the path of a file
+    # Text is the path of a file.
+    source: str | Path | bytes | Image.Image | RemoteImage | StoredImage
     options: images.ImageOptions = images.AS_STORED
     # Size and key are cached, since both read the file.
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
@@ -273,6 +292,8 @@ class ImageSource:
             return self.source
         assert not isinstance(self.source, str)  # `__post_init__` has made it a path
         try:
+            if isinstance(self.source, StoredImage):
+                return self.source.content()
             return self.source.path()
         except DataError as error:
             raise BadImage(str(error)) from error
@@ -309,7 +330,8 @@ class Conversation:
     where: str = field(default="", compare=False)
     """The place that the row was read from, for messages.
 
-    `FILE`, `FILE:LINE` or, in an array, `FILE:LINE (row N)`.
+    `FILE`, `FILE:LINE`, in an array `FILE:LINE (row N)`, or in a parquet file
+    `FILE (row N, row group M)`.
     """
     notes: tuple[str, ...] = ()
     """What a reader repaired in this row, or kept although it looks wrong."""

@@ -21,7 +21,7 @@ PLUGINS = {  # choices that an optional package brings
     "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
     "hydra/sweeper/optuna": "hydra-optuna-sweeper",
 }
-DATA_FILES = re.compile(r"\.(?:jsonl?|csv|tsv)\b", re.IGNORECASE)
+DATA_FILES = re.compile(r"\.(?:jsonl?|csv|tsv|parquet)\b|^hf://", re.IGNORECASE)
 PATH_START = ("/", "~", "./", "../")
 
 

@@ -109,7 +109,10 @@ def check_files(config: DictConfig, splits: Sequence[str]) -> None:
         root, cache = (_folder(dataset.get(key)) for key in ("root", "cache"))
         for split in splits:
             for source in sources(dataset.get(split)):
-                read_rows(source, ReadOptions(root=root, cache=cache))
+                options = ReadOptions(
+                    root=root, cache=cache, download=dataset.get("download", True)
+                )
+                read_rows(source, options)
 
 
 def datasets_of(config: DictConfig) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,8 @@ from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError, Dropped
 
 FILENAME = "findings.jsonl"
-_PLACE = re.compile(r"(.+?)(?::(\d+)(?: \(row (\d+)\))?)?", re.DOTALL)  # `Conversation.where`
+# `Conversation.where`
+_PLACE = re.compile(r"(.+?)(?::(\d+))?(?: \(row (\d+)(?:, row group \d+)?\))?", re.DOTALL)
 Identity = tuple[str, str, str]  # set, kind and message of a finding
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def record(set_name: str, finding: Finding | Dropped) -> dict[str, Any]:
     - kind: see `Kind`.
     - file, line: the file as the config names it, and the line on which the row begins or, if it
       is not JSON, of the error.
-    - row: the number of the row in a JSON array, counted from 1.
+    - row: the number of the row in a JSON array or a parquet file, counted from 1.
     - id: the id of the row; for a row without one, its file and line as in predictions.
     - message: the finding in one line, as it is printed.
     """

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from qwenvl_lit.types import Role
+from qwenvl_lit.types import Role, StoredImage
 
 
 @dataclass(frozen=True, slots=True)
 class ImageReference:
-    """An image by its path, its web address or its content in base64."""
+    """An image by its path, its web address or its content in base64.
+
+    An image whose bytes are in the row has `content`; its address is then only its name.
+    """
 
     address: str
+    content: bytes | StoredImage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Draft:
     """
 
     turns: Sequence[DraftTurn]
-    images: Sequence[str] = ()  # addresses, for `Placeholder.IMAGE`
+    images: Sequence[ImageReference] = ()  # for `Placeholder.IMAGE`
     objects: Sequence[Any] = ()  # as written in the row, for `Placeholder.LABEL` and `BOXES`
     references: tuple[str, ...] = ()
     options: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Rows in files. One pass finds where each row begins; a row is read from disk when it is fetched.
+"""Rows in text files. One pass finds where each row begins; a row is read when it is fetched.
 
 This is not `datasets` or pyarrow because errors name the file and the line of a row.
 """
@@ -73,7 +73,7 @@ class RowFile(Sequence[dict[str, Any]]):
         check_is_file(file)
         with _readable(file):
             self._plain = _decompressed(file, folder) if file.suffix == ".gz" else file
-            self._version = _version(self._plain)
+            self._version = file_version(self._plain)
             self._format, find_rows = self._detect_format()
             self._index = _index(self._plain, find_rows, folder)
         if not len(self) and self.header:
@@ -257,7 +257,7 @@ def _stream(file: Path, version: tuple[int, int]) -> BinaryIO:
     Reads must give their position (`os.pread`), because forked processes share the stream.
     """
     stream = file.open("rb", buffering=0)
-    if _version(file) != version:
+    if file_version(file) != version:
         raise DataError(f"{file} has changed since it was opened; start again")
     return stream
 
@@ -276,14 +276,15 @@ def _readable(file: Path) -> Iterator[None]:
         ) from None
 
 
-def _version(file: Path) -> tuple[int, int]:
+def file_version(file: Path) -> tuple[int, int]:
+    """Returns the size and the modification time of a file in nanoseconds."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _cached(file: Path, folder: Path, suffix: str) -> Path:
     """Returns the path in `folder` for a file that is made from the current version of `file`."""
-    source = f"{_VERSION} {file.resolve()} {_version(file)}"
+    source = f"{_VERSION} {file.resolve()} {file_version(file)}"
     return folder / (hashlib.sha256(source.encode()).hexdigest()[:32] + suffix)
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from qwenvl_lit.types import DataError
 
-READ = "json, jsonl, csv and tsv files are read, each also as .gz"
+READ = "json, jsonl, csv and tsv files are read, each also as .gz, and parquet files"
 
 GZIP = b"\x1f\x8b"  # the first bytes of a file
-_PARQUET = "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True) converts it"
 _EXCEL = "save the sheet as csv in UTF-8"
 _UNPACK = "unpack it"
 # First bytes of files that are not read, what the file is, and what to do.
 _OTHERS = (
-    (b"PAR1", "a parquet file", _PARQUET),
+    (b"PAR1", "a compressed parquet file", "decompress it"),  # others are not opened as text
+    (b"PARE", "an encrypted parquet file", "decrypt it"),
     (b"ARROW1", "an Arrow file", "convert it to jsonl"),
     (b"PK\x03\x04", "an Excel file (xlsx) or another zip archive", f"{_EXCEL}, or {_UNPACK}"),
     (b"\xd0\xcf\x11\xe0", "an Excel file (xls)", _EXCEL),

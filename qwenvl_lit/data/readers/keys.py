@@ -5,11 +5,12 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from qwenvl_lit.data.readers.drafts import DraftTurn, ImageReference
 from qwenvl_lit.data.readers.files import parse_json
-from qwenvl_lit.types import DataError
+from qwenvl_lit.types import DataError, StoredImage
 
 Row = Mapping[str, Any]
 
@@ -31,6 +32,7 @@ _UNREAD = {
         "rejected_messages",
     ),
 }
+UNREAD_KEYS = tuple(chain.from_iterable(_UNREAD.values()))
 _UNREAD_IN_TURN = {
     "weights of turns": _WEIGHTS,
     "tool calls": ("tool_calls", "function_call"),
@@ -163,8 +165,8 @@ def _objects_of_lists(objects: Mapping[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
-def images_of(row: Row) -> list[str]:
-    """Returns the addresses in `image` or `images`: one, a list of them, or either as JSON text."""
+def images_of(row: Row) -> list[ImageReference]:
+    """Returns the images in `image` or `images`: one, a list of them, or either as JSON text."""
     image, images = row.get("image"), row.get("images")
     if image is not None and images is not None:
         raise DataError("give either `image` or `images`, not both")
@@ -177,13 +179,19 @@ def images_of(row: Row) -> list[str]:
             images = parse_json(images)
     if not isinstance(images, list):
         images = [images]
-    return [image_of(image).address for image in images]
+    return list(map(image_of, images))
 
 
 def image_of(image: Any) -> ImageReference:
     match image:
-        case str(address) | {"path": str(address)} | {"url": str(address)}:
+        case str(address):
             return ImageReference(address)
+        case {"bytes": (bytes() | StoredImage()) as content}:
+            return ImageReference(image.get("path") or "", content)
+        case {"path": str(address)} | {"url": str(address)}:
+            return ImageReference(address)
+        case bytes() | StoredImage():
+            return ImageReference("", image)
     raise DataError(f"an image must be a path, an address or base64 text, got {short(image)}")
 
 

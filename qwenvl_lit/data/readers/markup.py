@@ -113,23 +113,26 @@ def split_at_tags(text: str) -> Iterator[tuple[str, str | Placeholder | None]]:
 
 
 def place_listed_images(
-    turns: Sequence[ReadTurn], listed: Sequence[str], has_image_items: bool, notes: list[str]
-) -> Sequence[str]:
+    turns: Sequence[ReadTurn],
+    listed: Sequence[ImageReference],
+    has_image_items: bool,
+    notes: list[str],
+) -> Sequence[ImageReference]:
     """Assigns the `images` of a row to the `<image>` tags of its turns, which are changed in place.
 
     - Tags in questions come first. If answers have more tags than there are images left, these
       tags are text, as in Markdown.
     - Without tags in a question, and with more tags in answers than images, all images are put
       before the first question.
-    - If the turns name the same images by path, the list only repeats them and is not used.
+    - If the turns name the same images by path, the list only repeats them, or has their bytes.
 
     Args:
-        listed: addresses of `images`.
+        listed: the row's `images`.
         has_image_items: an answer has items of the type "image", which are never text.
         notes: gets what may be meant otherwise.
 
     Returns:
-        The addresses that the tags stand for.
+        The images that the tags stand for.
 
     Raises:
         DataError: questions have more tags than there are images, some images have no tag, or the
@@ -173,23 +176,35 @@ def _make_text(turns: Sequence[ReadTurn], *, skip: int) -> None:
                     parts[position] = PlainText(Placeholder.IMAGE.value)
 
 
-def _place_in_front(turns: Sequence[ReadTurn], listed: Sequence[str]) -> Sequence[str]:
+def _place_in_front(
+    turns: Sequence[ReadTurn], listed: Sequence[ImageReference]
+) -> Sequence[ImageReference]:
     """Puts placeholders before the first question, unless the turns name the images by path."""
     named: list[str] = []
     for _, parts in turns:
         named += [part.address for part in parts if isinstance(part, ImageReference)]
     named_paths = list(map(os.path.normpath, named))
-    if named and named_paths == list(map(os.path.normpath, listed)):
+    if named and named_paths == [os.path.normpath(image.address) for image in listed]:
+        _use_listed(turns, listed)
         return ()
-    for address in listed:
-        if os.path.normpath(address) in named_paths:
+    for image in listed:
+        if image.address and os.path.normpath(image.address) in named_paths:
             raise DataError(
-                f"image {address[:100]!r} is in `images` and is named by path in the text, too; "
-                f"write it once: as <img>path</img>, or as <image> with its path in `images`"
+                f"image {image.address[:100]!r} is in `images` and is named by path in the text, "
+                f"too; write it once: as <img>path</img>, or as <image> with its path in `images`"
             )
     question = next(parts for role, parts in turns if role == "user")
     question[:0] = [Placeholder.IMAGE] * len(listed)
     return listed
+
+
+def _use_listed(turns: Sequence[ReadTurn], listed: Sequence[ImageReference]) -> None:
+    """Replaces the images that the turns name by path with the same ones of the row's list."""
+    next_listed = iter(listed)
+    for _, parts in turns:
+        for position, part in enumerate(parts):
+            if isinstance(part, ImageReference):
+                parts[position] = next(next_listed)
 
 
 def check_placeholders(parts: Sequence[DraftPart], objects: int, boxes: BoxReader) -> None:
@@ -222,11 +237,13 @@ def texts_in(parts: Sequence[DraftPart]) -> Iterator[str]:
                 yield text
 
 
-def addresses_in(turns: Sequence[ReadTurn], listed: Sequence[str]) -> Iterator[tuple[Role, str]]:
-    """Yields role and address of all images in reading order.
+def images_in(
+    turns: Sequence[ReadTurn], listed: Sequence[ImageReference]
+) -> Iterator[tuple[Role, ImageReference]]:
+    """Yields role and reference of all images in reading order.
 
     Args:
-        listed: addresses of the placeholders.
+        listed: the images that the placeholders stand for.
     """
     next_listed = iter(listed)
     for role, parts in turns:
@@ -234,7 +251,7 @@ def addresses_in(turns: Sequence[ReadTurn], listed: Sequence[str]) -> Iterator[t
             if part is Placeholder.IMAGE:
                 yield role, next(next_listed)
             elif isinstance(part, ImageReference):
-                yield role, part.address
+                yield role, part
 
 
 class TurnReader:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import get_args
 
 from qwenvl_lit.data.readers.boxes import BoxReader, OnBadBox
-from qwenvl_lit.data.readers.drafts import Draft, Placeholder
+from qwenvl_lit.data.readers.drafts import Draft, ImageReference, Placeholder
 from qwenvl_lit.data.readers.markup import (
     LITERAL_ANSWER,
     Markup,
     TurnReader,
-    addresses_in,
     check_placeholders,
+    images_in,
     place_listed_images,
     read_tags,
     texts_in,
@@ -138,14 +138,15 @@ def conversation_from(
     objects = [boxes.read_object(f"object {k}", raw) for k, raw in enumerate(draft.objects, 1)]
     check_placeholders(all_parts, len(objects), boxes)
     _check_characters(
-        [row_id, *draft.images, *draft.references, *columns.values()],
+        [row_id, *draft.references, *columns.values()],
+        [image.address for image in draft.images],
         texts_in(all_parts),
         [obj.label or "" for obj in objects],
     )
     images = []
-    for role, address in addresses_in(turns, listed):
+    for role, reference in images_in(turns, listed):
         try:
-            images.append(image_from(address, root, read_options))
+            images.append(_image_of(reference, root, read_options))
         except DataError as error:
             if role != "assistant":
                 raise
@@ -194,6 +195,12 @@ def _check_characters(*texts: Iterable[str]) -> None:
             f"text contains half of a surrogate pair, {error.object[error.start]!a} in {around}; "
             f"write the whole character"
         ) from None
+
+
+def _image_of(reference: ImageReference, root: Path, read_options: ReadOptions) -> ImageSource:
+    if reference.content is not None:
+        return ImageSource(reference.content, read_options.image_options)
+    return image_from(reference.address, root, read_options)
 
 
 def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) -> ImageSource:

@@ -13,18 +13,22 @@ from pathlib import Path
 from qwenvl_lit.data.readers.files import RowFile
 from qwenvl_lit.data.readers.keys import without_empty_texts
 from qwenvl_lit.data.readers.layouts import id_of, layout_of
+from qwenvl_lit.data.readers.parquet import ParquetRows, is_parquet
 from qwenvl_lit.data.readers.rows import DEFAULT, ReadOptions, conversation_from
 from qwenvl_lit.data.selection import Concat, parse_count, take
 from qwenvl_lit.types import Conversation, DataError
 
+HUB = "hf://"  # begins the address of a dataset of the Hugging Face hub
+
 
 def read_rows(source: str, read_options: ReadOptions = DEFAULT) -> Sequence[Conversation]:
-    """Returns the rows of json, jsonl, csv or tsv files, which may be compressed as `.gz`.
+    """Returns the rows of parquet files, or of json, jsonl, csv or tsv files, possibly as `.gz`.
 
     A file may have any layout of `data/readers/layouts.py`, the same for all its rows.
 
     Args:
-        source: a path or a glob; `#N` at its end takes N of the rows (see `take`).
+        source: a path or a glob, or a dataset of the Hugging Face hub (see `hub_files`); `#N` at
+            its end takes N of the rows (see `take`).
 
     Raises:
         DataError: there is no such file, or its first row has no known layout.
@@ -41,6 +45,18 @@ def open_source(
         DataError: there is no such file.
     """
     pattern, count = parse_count(os.path.expanduser(source))
+    by_file = [read(file) for file in _files_of(pattern, read_options)]
+    rows = by_file[0] if len(by_file) == 1 else Concat(by_file)
+    if count is None:
+        return rows
+    return take(rows, count, read_options.seed)
+
+
+def _files_of(pattern: str, read_options: ReadOptions) -> list[Path]:
+    if pattern.startswith(HUB):
+        from qwenvl_lit.data.download.hub import hub_files
+
+        return hub_files(pattern, read_options.download)
     patterns = [pattern]
     if read_options.root is not None:
         patterns.insert(0, str(read_options.root / pattern))
@@ -50,11 +66,7 @@ def open_source(
             f"no file {' or '.join(patterns)}, relative to {Path.cwd()}; check the path and "
             f"`data.root`"
         )
-    by_file = [read(Path(file)) for file in files]
-    rows = by_file[0] if len(by_file) == 1 else Concat(by_file)
-    if count is None:
-        return rows
-    return take(rows, count, read_options.seed)
+    return list(map(Path, files))
 
 
 def _matching_files(pattern: str) -> list[str]:
@@ -67,14 +79,15 @@ class FileRows(Sequence[Conversation]):
     """The rows of one file. All have the layout of the first one, `layout`.
 
     Raises:
-        DataError: see `RowFile`; or the first row has no known layout. Fetching a row raises
-            DataError or `Dropped`.
+        DataError: see `RowFile` and `ParquetRows`; or the first row has no known layout. Fetching
+            a row raises DataError or `Dropped`.
     """
 
     def __init__(self, file: Path, read_options: ReadOptions = DEFAULT):
         self.file = file
         self.read_options = read_options
-        self._rows = RowFile(file, read_options.cache)
+        reader = ParquetRows if is_parquet(file) else RowFile
+        self._rows = reader(file, read_options.cache)
         first = without_empty_texts(self._rows[0])
         try:
             self.layout = layout_of(first)

@@ -150,7 +150,7 @@ def test_a_table_of_one_column_is_separated_by_commas(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PAR1\x15\x04", "is a parquet file; json, jsonl, csv and tsv files are read"),
+        (b"PAR1\x15\x04", "is not a complete parquet file: its end is missing"),
         (b"PK\x03\x04\x14", "is an Excel file (xlsx) or another zip archive"),
         (b"\x1f\x8b\x08", "is compressed with gzip; "),
         (b"\x1f\x8b\x08", "let its name end in .gz"),

@@ -1,0 +1,378 @@
+"""Row groups of parquet files, unpacked so that a single row of them can be read.
+
+A page of a parquet file can only be decompressed as a whole, often with all images of its row
+group, and training reads rows in random order. So each row group is decompressed once, into an
+Arrow file in the cache, which is then mapped into memory: a row costs as much as an image file.
+The text of all row groups is unpacked when a file is opened, images when a row first needs them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwenvl_lit.atomic import disk_errors, write_to_cache
+from qwenvl_lit.data.expansion import check_expansion
+from qwenvl_lit.data.readers.columns import Columns, ImageColumn, columns_of, plain_schema
+from qwenvl_lit.types import DataError, StoredImage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_VERSION = 1  # of the unpacked files
+_TEXT = "text.arrow"
+_BATCH_ROWS = 1024
+_BATCH_BYTES = 16 << 20
+_MAPPED = 256  # row groups of images that a process has open at a time
+_IN_MEMORY = 256 << 20  # bytes of those that the cache has no space for
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetSource:
+    """One version of a parquet file, and the folder of its unpacked row groups."""
+
+    file: Path
+    version: tuple[int, int]
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CellImage(StoredImage):
+    """An image in a cell of a parquet file; its bytes are read when they are needed."""
+
+    source: ParquetSource
+    column: ImageColumn
+    row: int  # in the file, from 0
+    position: int | None  # in the list of the cell
+    path: str = ""  # that the row gives the image
+
+    @property
+    def name(self) -> str:
+        """The file, the row counted from 1, the column and the path that the row names."""
+        index = "" if self.position is None else f"[{self.position}]"
+        path = f": {self.path}" if self.path else ""
+        return f"{self.source.file}:{self.row + 1} ({self.column.name}{index}{path})"
+
+    def content(self) -> bytes:
+        value = _image_value(self)
+        assert value is not None  # a cell without bytes has no `CellImage`
+        with reading(self.name):
+            return value.as_buffer().to_pybytes()
+
+
+def unpacked(file: Path, version: tuple[int, int], cache: Path | None) -> ParquetSource:
+    """Returns the source of a parquet file, whose text is unpacked.
+
+    It is unpacked into a temporary folder if there is no `cache` or it cannot be written to.
+
+    Raises:
+        DataError: the file has no rows, cannot be read, or expands to far more than its size.
+    """
+    identity = f"{_VERSION} {file.resolve()} {version}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    if cache is not None:
+        source = ParquetSource(file, version, cache / "parquet" / name)
+        _check_size(source)
+        target = source.folder / _TEXT
+        if target.exists() or write_to_cache(target, _writer(source, _text_batches(source))):
+            return source
+    with disk_errors(Path(tempfile.gettempdir()), "free disk space there, or set TMPDIR"):
+        folder = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        source = ParquetSource(file, version, folder)
+        _check_size(source)
+        _writer(source, _text_batches(source))(folder / _TEXT)
+    return source
+
+
+@lru_cache(maxsize=16)
+def opened(source: ParquetSource) -> pq.ParquetFile:
+    """Opens a parquet file once a process. Reads give their position, so forks may share it."""
+    import pyarrow.parquet as pq
+
+    with reading(str(source.file)):
+        status = source.file.stat()
+        if (status.st_size, status.st_mtime_ns) != source.version:
+            raise DataError(f"{source.file} has changed since it was opened; start again")
+        return pq.ParquetFile(source.file, memory_map=False, pre_buffer=False, buffer_size=1 << 20)
+
+
+@lru_cache(maxsize=1024)
+def columns_read(source: ParquetSource) -> Columns:
+    return columns_of(opened(source), str(source.file))
+
+
+@lru_cache(maxsize=1024)
+def group_ends(source: ParquetSource) -> np.ndarray:
+    """Returns for each row group the number of rows up to its end, int64."""
+    metadata = opened(source).metadata
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.cumsum(rows, dtype=np.int64)
+
+
+def text_of_row(source: ParquetSource, row: int) -> dict[str, Any]:
+    """Returns the values of a row but the bytes of its images.
+
+    Raises:
+        DataError: text is not UTF-8; names the column.
+    """
+    batch, index = _text(source).locate(row)
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"column {name!r} is not UTF-8: {error.reason} 0x{error.object[error.start]:02x}; "
+                f"write it as UTF-8"
+            ) from None
+    return values
+
+
+def image_in(
+    source: ParquetSource, column: ImageColumn, row: int, position: int | None, path: str = ""
+) -> CellImage | None:
+    """Returns an image of a row; None if the cell has no bytes there."""
+    cell = CellImage(source, column, row, position, path)
+    if _has_all_bytes(source, column, _group_of(source, row)) or _image_value(cell) is not None:
+        return cell
+    return None
+
+
+def list_length(source: ParquetSource, column: ImageColumn, row: int) -> int | None:
+    """Returns the number of images of a row in a column of lists; None if the cell is null."""
+    group = _group_of(source, row)
+    chunk = _chunk(source, column.leaf, group)
+    if _has_all_bytes(source, column, group) and chunk.num_values == _rows_of(source, group):
+        return 1
+    batch, index = _images(source, column, group).locate(row - _start_of(source, group))
+    cell = batch.column(0)[index]
+    return len(cell.values) if cell.is_valid else None
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns the errors of reading a parquet file into a `DataError` that says `what` it is."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, MemoryError, RecursionError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"{what} cannot be read: {reason}; fetch or write it again") from None
+
+
+class _ArrowRows:
+    """The rows of an Arrow file or of record batches."""
+
+    def __init__(self, count: int, batch_at: Callable[[int], pa.RecordBatch], memory: int = 0):
+        self._batch_at = lru_cache(maxsize=64)(batch_at)
+        rows = [batch_at(index).num_rows for index in range(count)]
+        self._starts = np.cumsum([0, *rows])
+        self.memory = memory  # bytes that are not mapped
+
+    @classmethod
+    def mapped(cls, file: Path) -> _ArrowRows:
+        import pyarrow as pa
+
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        return cls(reader.num_record_batches, reader.get_batch)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """Returns the batch of a row and its index in it."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._batch_at(number), row - int(self._starts[number])
+
+    def columns(self, name: str, start: int, end: int) -> Iterator[pa.Array]:
+        """Yields a column of the rows from `start` to before `end`, in slices."""
+        while start < end:
+            batch, index = self.locate(start)
+            part = batch.column(name).slice(index, end - start)
+            yield part
+            start += len(part)
+
+
+def _check_size(source: ParquetSource) -> None:
+    metadata = opened(source).metadata
+    if not metadata.num_rows:
+        raise DataError(f"{source.file} has no rows")
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    expanded = sum(group.total_byte_size for group in groups)
+    check_expansion(source.file, source.version[0], expanded)
+
+
+def _writer(source: ParquetSource, batches: Iterator[pa.RecordBatch]) -> Callable[[Path], object]:
+    """Returns the function that writes an Arrow file of `batches`."""
+    import pyarrow as pa
+
+    def write(target: Path) -> None:
+        first = next(batches)
+        with target.open("wb") as stream, pa.ipc.new_file(stream, first.schema) as writer:
+            writer.write_batch(first)
+            for batch in batches:
+                writer.write_batch(batch)
+
+    return write
+
+
+def _text_batches(source: ParquetSource) -> Iterator[pa.RecordBatch]:
+    metadata = opened(source).metadata
+    size, names = source.version[0], columns_read(source).text
+    expanded = 0
+    for group in range(metadata.num_row_groups):
+        for batch in _batches(source, names, group, _BATCH_ROWS):
+            expanded += batch.nbytes
+            check_expansion(source.file, size, expanded)
+            yield batch
+
+
+def _image_batches(
+    source: ParquetSource, column: ImageColumn, group: int
+) -> Iterator[pa.RecordBatch]:
+    chunk = _chunk(source, column.leaf, group)
+    rows = _rows_of(source, group)
+    count = _BATCH_BYTES * rows // max(1, chunk.total_uncompressed_size)
+    compressed = min(chunk.total_compressed_size, source.version[0])
+    expanded = 0
+    for batch in _batches(source, (column.leaf,), group, min(max(1, count), _BATCH_ROWS)):
+        expanded += batch.nbytes
+        check_expansion(source.file, compressed, expanded)
+        yield batch
+
+
+def _batches(
+    source: ParquetSource, names: tuple[str, ...], group: int, size: int
+) -> Iterator[pa.RecordBatch]:
+    """Yields columns of a row group as plain types, `size` rows at a time."""
+    where = f"{source.file} (row group {group + 1})"
+    rows = 0
+    with reading(where):
+        options = {"row_groups": [group], "columns": list(names), "use_threads": False}
+        batches = opened(source).iter_batches(batch_size=size, **options)
+    while True:
+        with reading(where):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            batch.validate()
+            schema = plain_schema(batch.schema)
+            if schema != batch.schema:
+                batch = batch.cast(schema)
+        rows += batch.num_rows
+        yield batch
+    if rows != _rows_of(source, group):
+        raise DataError(
+            f"{where} has {rows} rows, but the file declares {_rows_of(source, group)}; "
+            f"fetch or write it again"
+        )
+
+
+@lru_cache(maxsize=256)
+def _text(source: ParquetSource) -> _ArrowRows:
+    with reading(str(source.folder / _TEXT)):
+        return _ArrowRows.mapped(source.folder / _TEXT)
+
+
+_open_groups: OrderedDict[tuple[ParquetSource, str, int], _ArrowRows] = OrderedDict()
+
+
+def _images(source: ParquetSource, column: ImageColumn, group: int) -> _ArrowRows:
+    """Returns the bytes of one column of a row group; the last ones used stay open."""
+    key = (source, column.leaf, group)
+    found = _open_groups.get(key)
+    if found is None:
+        found = _open_groups[key] = _open_images(source, column, group)
+    _open_groups.move_to_end(key)
+    memory = sum(rows.memory for rows in _open_groups.values())
+    while len(_open_groups) > 1 and (len(_open_groups) > _MAPPED or memory > _IN_MEMORY):
+        _, closed = _open_groups.popitem(last=False)
+        memory -= closed.memory
+    return found
+
+
+def _open_images(source: ParquetSource, column: ImageColumn, group: int) -> _ArrowRows:
+    import pyarrow as pa
+
+    number = columns_read(source).images.index(column)
+    target = source.folder / f"images-{number}-{group}.arrow"
+    try:
+        return _ArrowRows.mapped(target)
+    except (OSError, pa.ArrowException):
+        pass  # it is not there yet, or damaged
+    if write_to_cache(target, _writer(source, _image_batches(source, column, group))):
+        return _ArrowRows.mapped(target)
+    batches = list(_image_batches(source, column, group))
+    return _ArrowRows(len(batches), batches.__getitem__, sum(batch.nbytes for batch in batches))
+
+
+def _image_value(cell: CellImage) -> pa.Scalar | None:
+    """Returns the bytes of an image; None if the cell has none there."""
+    source, column = cell.source, cell.column
+    group = _group_of(source, cell.row)
+    batch, index = _images(source, column, group).locate(cell.row - _start_of(source, group))
+    value = batch.column(0)[index]
+    if cell.position is not None and value.is_valid:
+        value = value.values[cell.position]
+    if column.is_struct and value.is_valid:
+        value = value["bytes"]
+    return value if value.is_valid else None
+
+
+@lru_cache(maxsize=1 << 16)
+def _has_all_bytes(source: ParquetSource, column: ImageColumn, group: int) -> bool:
+    """Tells whether the statistics show that no image of a row group lacks its bytes.
+
+    Nulls count as such wherever they are: cells, entries of lists and empty lists.
+    """
+    statistics = _chunk(source, column.leaf, group).statistics
+    if statistics is None or not statistics.has_null_count:
+        return False
+    if not column.has_text:
+        return statistics.null_count == 0
+    start = _start_of(source, group)
+    absent = 0
+    for cells in _text(source).columns(column.name, start, start + _rows_of(source, group)):
+        absent += cells.null_count
+        if column.is_list:
+            lengths = np.diff(cells.offsets.to_numpy())
+            absent += int((lengths[cells.is_valid().to_numpy(zero_copy_only=False)] == 0).sum())
+            absent += cells.flatten().null_count
+    return statistics.null_count == absent
+
+
+def _chunk(source: ParquetSource, leaf: str, group: int) -> pq.ColumnChunkMetaData:
+    row_group = opened(source).metadata.row_group(group)
+    return row_group.column(_leaf_index(source, leaf))
+
+
+@lru_cache(maxsize=1024)
+def _leaf_index(source: ParquetSource, leaf: str) -> int:
+    schema = opened(source).schema
+    return next(index for index in range(len(schema)) if schema.column(index).path == leaf)
+
+
+def _group_of(source: ParquetSource, row: int) -> int:
+    return int(np.searchsorted(group_ends(source), row, side="right"))
+
+
+def _start_of(source: ParquetSource, group: int) -> int:
+    return int(group_ends(source)[group - 1]) if group else 0
+
+
+def _rows_of(source: ParquetSource, group: int) -> int:
+    return int(group_ends(source)[group]) - _start_of(source, group)
