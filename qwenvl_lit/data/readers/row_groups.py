@@ -1,24 +1,27 @@
 """Row groups of parquet files, unpacked so that a single row of them can be read.
 
 A page of a parquet file can only be decompressed as a whole, often with all images of its row
-group, and training reads rows in random order. So each row group is decompressed once, into an
-Arrow file in the cache, which is then mapped into memory: a row costs as much as an image file.
-The text of all row groups is unpacked when a file is opened, images when a row first needs them.
+group, and training reads rows in random order. So each row group is decompressed once, into files
+in the cache: the text of all of them into one Arrow file, which is mapped into memory, when the
+file is opened; images as they are, when a row first needs them. Then an image costs as much as
+one in a file of its own.
 """
 
 from __future__ import annotations
 
 import atexit
 import hashlib
+import io
+import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -35,8 +38,8 @@ _VERSION = 1  # of the unpacked files
 _TEXT = "text.arrow"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
-_MAPPED = 256  # row groups of images that a process has open at a time
-_IN_MEMORY = 256 << 20  # bytes of those that the cache has no space for
+_OPEN_GROUPS = 256  # row groups of images whose places a process remembers
+_IN_MEMORY = 256 << 20  # bytes of images that the cache has no space for
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,10 @@ class CellImage(StoredImage):
         return f"{self.source.file}:{self.row + 1} ({self.column.name}{index}{path})"
 
     def content(self) -> bytes:
-        value = _image_value(self)
-        assert value is not None  # a cell without bytes has no `CellImage`
-        with reading(self.name):
-            return value.as_buffer().to_pybytes()
+        group, row = _located(self.source, self.column, self.row)
+        content = group.content(row, self.position or 0)
+        assert content is not None  # a cell without bytes has no `CellImage`
+        return content
 
 
 def unpacked(file: Path, version: tuple[int, int], cache: Path | None) -> ParquetSource:
@@ -145,10 +148,11 @@ def image_in(
     source: ParquetSource, column: ImageColumn, row: int, position: int | None, path: str = ""
 ) -> CellImage | None:
     """Returns an image of a row; None if the cell has no bytes there."""
-    cell = CellImage(source, column, row, position, path)
-    if _has_all_bytes(source, column, _group_of(source, row)) or _image_value(cell) is not None:
-        return cell
-    return None
+    if not _has_all_bytes(source, column, _group_of(source, row)):
+        group, row_in_group = _located(source, column, row)
+        if not group.has_bytes(row_in_group, position or 0):
+            return None
+    return CellImage(source, column, row, position, path)
 
 
 def list_length(source: ParquetSource, column: ImageColumn, row: int) -> int | None:
@@ -157,9 +161,9 @@ def list_length(source: ParquetSource, column: ImageColumn, row: int) -> int | N
     chunk = _chunk(source, column.leaf, group)
     if _has_all_bytes(source, column, group) and chunk.num_values == _rows_of(source, group):
         return 1
-    batch, index = _images(source, column, group).locate(row - _start_of(source, group))
-    cell = batch.column(0)[index]
-    return len(cell.values) if cell.is_valid else None
+    images, row_in_group = _located(source, column, row)
+    count = int(images.counts[row_in_group])
+    return None if count < 0 else count
 
 
 @contextmanager
@@ -175,23 +179,15 @@ def reading(what: str) -> Iterator[None]:
 
 
 class _ArrowRows:
-    """The rows of an Arrow file or of record batches."""
+    """The rows of an Arrow file, which is mapped into memory."""
 
-    def __init__(self, count: int, batch_at: Callable[[int], pa.RecordBatch], memory: int = 0):
-        self._batch_at = lru_cache(maxsize=64)(batch_at)
-        rows = [batch_at(index).num_rows for index in range(count)]
-        self._starts = np.cumsum([0, *rows])
-        self.memory = memory  # bytes that are not mapped
-
-    @classmethod
-    def mapped(cls, file: Path) -> _ArrowRows:
+    def __init__(self, file: Path):
         import pyarrow as pa
 
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        return cls(reader.num_record_batches, reader.get_batch)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+        self._batch_at = lru_cache(maxsize=64)(reader.get_batch)
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     def locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         """Returns the batch of a row and its index in it."""
@@ -285,52 +281,112 @@ def _batches(
 @lru_cache(maxsize=256)
 def _text(source: ParquetSource) -> _ArrowRows:
     with reading(str(source.folder / _TEXT)):
-        return _ArrowRows.mapped(source.folder / _TEXT)
+        return _ArrowRows(source.folder / _TEXT)
 
 
-_open_groups: OrderedDict[tuple[ParquetSource, str, int], _ArrowRows] = OrderedDict()
+class _ImageGroup:
+    """The images of one column of a row group, in a file of the cache or in memory.
+
+    The file has the bytes of all images, then the number of images of each cell and the size of
+    each image, both int64 and -1 for null, and at its end how many these are.
+
+    Raises:
+        ValueError, OSError: the file is not there, or damaged.
+    """
+
+    def __init__(self, file: Path | None, memory: bytes = b""):
+        self._file = file
+        self.memory = memory  # instead of the file
+        size = file.stat().st_size if file else len(memory)
+        cells, images = self._numbers(size - 16, 2)
+        end = size - 8 * (2 + cells + images)
+        self.counts = self._numbers(end, cells)
+        self._sizes = self._numbers(end + 8 * cells, images)
+        self._first = np.cumsum(np.append(0, self.counts.clip(0)))  # images before each cell
+        self._starts = np.cumsum(np.append(0, self._sizes.clip(0)))
+        if self._starts[-1] != end or self._first[-1] != images:
+            raise ValueError(f"{file} is damaged")
+
+    def has_bytes(self, row: int, position: int) -> bool:
+        return self.counts[row] > position and self._sizes[self._first[row] + position] >= 0
+
+    def content(self, row: int, position: int) -> bytes | None:
+        """Returns the bytes of an image, if it has some."""
+        if not self.has_bytes(row, position):
+            return None
+        image = self._first[row] + position
+        return self._read(int(self._starts[image]), int(self._sizes[image]))
+
+    def _numbers(self, start: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._read(max(0, start), 8 * count), np.int64, count)
+
+    def _read(self, start: int, size: int) -> bytes:
+        if self._file is None:
+            return self.memory[start : start + size]
+        with self._file.open("rb", buffering=0) as stream:
+            return os.pread(stream.fileno(), size, start)
 
 
-def _images(source: ParquetSource, column: ImageColumn, group: int) -> _ArrowRows:
-    """Returns the bytes of one column of a row group; the last ones used stay open."""
+def _write_images(stream: BinaryIO, batches: Iterable[pa.RecordBatch], column: ImageColumn) -> None:
+    """Writes the file of an `_ImageGroup`."""
+    import pyarrow.compute as pc
+
+    counts, sizes = [], []
+    for batch in batches:
+        values = batch.column(0)
+        counts.append(np.ones(len(values), np.int64))
+        if column.is_list:
+            lengths = pc.list_value_length(values).fill_null(-1)
+            counts[-1] = lengths.to_numpy().astype(np.int64)
+            values = values.flatten()
+        if column.is_struct:
+            [values] = values.flatten()
+        sizes.append(pc.binary_length(values).fill_null(-1).to_numpy().astype(np.int64))
+        for value in values:
+            if value.is_valid:
+                stream.write(value.as_buffer())
+    numbers = [*counts, *sizes, np.array([sum(map(len, counts)), sum(map(len, sizes))])]
+    stream.write(np.concatenate(numbers).astype(np.int64).tobytes())
+
+
+_open_groups: OrderedDict[tuple[ParquetSource, str, int], _ImageGroup] = OrderedDict()
+
+
+def _located(source: ParquetSource, column: ImageColumn, row: int) -> tuple[_ImageGroup, int]:
+    """Returns the images of the row group of a row, and the index of the row in it.
+
+    The row groups that were used last stay open.
+    """
+    group = _group_of(source, row)
     key = (source, column.leaf, group)
     found = _open_groups.get(key)
     if found is None:
         found = _open_groups[key] = _open_images(source, column, group)
+        memory = sum(len(images.memory) for images in _open_groups.values())
+        while len(_open_groups) > 1 and (len(_open_groups) > _OPEN_GROUPS or memory > _IN_MEMORY):
+            _, closed = _open_groups.popitem(last=False)
+            memory -= len(closed.memory)
     _open_groups.move_to_end(key)
-    memory = sum(rows.memory for rows in _open_groups.values())
-    while len(_open_groups) > 1 and (len(_open_groups) > _MAPPED or memory > _IN_MEMORY):
-        _, closed = _open_groups.popitem(last=False)
-        memory -= closed.memory
-    return found
+    return found, row - _start_of(source, group)
 
 
-def _open_images(source: ParquetSource, column: ImageColumn, group: int) -> _ArrowRows:
-    import pyarrow as pa
-
+def _open_images(source: ParquetSource, column: ImageColumn, group: int) -> _ImageGroup:
     number = columns_read(source).images.index(column)
-    target = source.folder / f"images-{number}-{group}.arrow"
+    target = source.folder / f"images-{number}-{group}.bin"
     try:
-        return _ArrowRows.mapped(target)
-    except (OSError, pa.ArrowException):
+        return _ImageGroup(target)
+    except (OSError, ValueError):
         pass  # it is not there yet, or damaged
-    if write_to_cache(target, _writer(source, _image_batches(source, column, group))):
-        return _ArrowRows.mapped(target)
-    batches = list(_image_batches(source, column, group))
-    return _ArrowRows(len(batches), batches.__getitem__, sum(batch.nbytes for batch in batches))
 
+    def write(file: Path) -> None:
+        with file.open("wb") as stream:
+            _write_images(stream, _image_batches(source, column, group), column)
 
-def _image_value(cell: CellImage) -> pa.Scalar | None:
-    """Returns the bytes of an image; None if the cell has none there."""
-    source, column = cell.source, cell.column
-    group = _group_of(source, cell.row)
-    batch, index = _images(source, column, group).locate(cell.row - _start_of(source, group))
-    value = batch.column(0)[index]
-    if cell.position is not None and value.is_valid:
-        value = value.values[cell.position]
-    if column.is_struct and value.is_valid:
-        value = value["bytes"]
-    return value if value.is_valid else None
+    if write_to_cache(target, write):
+        return _ImageGroup(target)
+    memory = io.BytesIO()
+    _write_images(memory, _image_batches(source, column, group), column)
+    return _ImageGroup(None, memory.getvalue())
 
 
 @lru_cache(maxsize=1 << 16)
