@@ -2,10 +2,14 @@
 
     python scripts/bench_data.py                               print the results
     python scripts/bench_data.py --record benchmarks/data.json write them, too
+    python scripts/bench_data.py --parquet                     compare the loader of parquet alone
 
 The plain loop opens, resizes and tokenizes one row after the other in one process. Rows are
 captions of JPEG images of 640 x 480 pixels, made in a temporary folder. Every figure is the median
 over several rounds, in which the cases take turns.
+
+`--parquet` reads the same rows from jsonl with a folder and from parquet with the images in its
+cells, in turns, and records them beside the other results.
 """
 
 from __future__ import annotations
@@ -58,6 +62,18 @@ def write_rows(folder: Path, count: int) -> None:
             stream.write(json.dumps({"query": question, "response": caption}) + "\n")
 
 
+def write_parquet(folder: Path) -> None:
+    """Writes `rows.parquet` with the rows of `rows.jsonl` and the bytes of their images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        name = row["query"].split("<img>")[1].split("</img>")[0]
+        row["images"] = [{"bytes": (folder / name).read_bytes(), "path": name}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=100)
+
+
 def plain_loop(folder: Path, tokenizer: QwenTokenizer) -> int:
     """Prepares batches as a short script without this package would; returns the rows in them."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
@@ -103,6 +119,49 @@ def median_rates(rounds: int, cases: dict[str, Callable[[], int]]) -> dict[str, 
             samples = run()
             rates[name].append(samples / (time.perf_counter() - start))
     return {name: round(statistics.median(values), 1) for name, values in rates.items()}
+
+
+def load_from(folder: Path, file: str, workers: int) -> Callable[[], int]:
+    """Returns the function that loads all rows of a file once; its workers have started."""
+    tokenizer = QwenTokenizer(TINY_VOCABULARY)
+    processor = QwenVLProcessor(tokenizer, tokens_per_image=TOKENS_PER_IMAGE, image_size=IMAGE_SIZE)
+    data = DataModule(
+        processor=processor,
+        read=read_rows,
+        root=folder,
+        cache=folder / "cache",
+        train=file,
+        batch_size=BATCH_SIZE,
+        num_workers=workers,
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+
+    def load() -> int:
+        return sum(len(batch.conversations) for batch in loader)
+
+    load()
+    return load
+
+
+def measure_parquet(folder: Path, rounds: int, workers: int) -> dict[str, float]:
+    write_parquet(folder)
+    files = {"jsonl": "rows.jsonl", "parquet": "rows.parquet"}
+    cases = {name: load_from(folder, file, workers) for name, file in files.items()}
+    return median_rates(rounds, cases)
+
+
+def record_parquet(file: Path, rates: dict[str, float], arguments: argparse.Namespace) -> None:
+    """Adds the comparison to the results that `file` has."""
+    options = f"--rows {arguments.rows} --rounds {arguments.rounds} --workers {arguments.workers}"
+    report = json.loads(file.read_text())
+    report["parquet"] = {
+        "command": f"python scripts/bench_data.py --parquet {options}",
+        "note": "measured in turns on a machine that other work shares: only the ratio counts",
+        "loader_samples_per_second": rates,
+        "parquet_to_jsonl": round(rates["parquet"] / rates["jsonl"], 2),
+    }
+    write_record(file, report)
 
 
 def measure(folder: Path, rounds: int, workers: int) -> dict[str, float]:
@@ -169,11 +228,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--parquet", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, arguments.rows)
+        if arguments.parquet:
+            rates = measure_parquet(folder, arguments.rounds, arguments.workers)
+            print(f"samples/s: {rates}; parquet/jsonl {rates['parquet'] / rates['jsonl']:.2f}")
+            if arguments.record:
+                record_parquet(arguments.record, rates, arguments)
+            return
         rates = measure(folder, arguments.rounds, arguments.workers)
     report = report_of(rates, arguments.rows, arguments.rounds, arguments.workers)
     for case, rate in rates.items():

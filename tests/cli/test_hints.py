@@ -249,6 +249,8 @@ def test_a_choice_that_does_not_exist_is_answered_in_a_line(command, argument, t
     ("command", "argument", "meant"),
     [
         ("train", "data=a.jsonl", "a path is given as data=jsonl data.train=a.jsonl"),
+        ("test", "data=a.parquet", "a path is given as data=jsonl data.test=a.parquet"),
+        ("train", "data=hf://a/b:c", "a path is given as data=jsonl data.train=hf://a/b:c"),
         ("check", "data=a.csv#5", "a path is given as data=jsonl data.train=a.csv#5"),
         ("test", "data=[a.jsonl,b.jsonl]", "data=jsonl data.test=[a.jsonl,b.jsonl]"),
         ("test", "model=~/full", "a path is given as model=qwen_vl_chat model.path=~/full"),

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import io
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -470,3 +471,15 @@ def test_batches_and_splits_are_those_of_jsonl(folder, workers):
         assert batch.vision.keys() == wanted.vision.keys()
         for name, tensor in batch.vision.items():
             assert torch.equal(tensor, wanted.vision[name]), name
+
+
+@pytest.mark.slow  # the worker imports torch
+def test_a_spawned_worker_reads_rows_and_images(folder):
+    file = write(folder / "rows.parquet", [{"image": png(k), "question": "q"} for k in range(3)])
+    rows = read_rows(str(file))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(keys_of, (rows,)) == keys_of(rows)
+
+
+def keys_of(rows):
+    return [row.images[0].key for row in rows]
