@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import stat
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -49,6 +50,38 @@ _FOREIGN = (  # formats that are not read, by what their files begin with
     (b"\x1f\x8b", "GZIP"),
 )
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF"}
+
+
+class RemoteImage(Protocol):
+    """An image that has to be downloaded before it can be opened."""
+
+    @property
+    def name(self) -> str:
+        """Its address, for messages and written predictions."""
+
+    def path(self) -> Path:
+        """Returns the file on disk, after downloading it if it is missing.
+
+        Raises:
+            DataError: the download fails.
+        """
+
+
+class StoredImage(ABC):
+    """An image inside a file of rows, whose encoded bytes are read when they are needed."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Its place, which no other image has, for messages and written predictions."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """Returns the encoded bytes.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
 
 
 class UnreadableImageError(ValueError):

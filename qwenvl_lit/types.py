@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from PIL import Image
 
@@ -136,38 +135,6 @@ class GroundedObject:
     image: int = 0  # index into the images of the conversation
 
 
-class RemoteImage(Protocol):
-    """An image that has to be downloaded before it can be opened."""
-
-    @property
-    def name(self) -> str:
-        """Its address, for messages and written predictions."""
-
-    def path(self) -> Path:
-        """Returns the file on disk, after downloading it if it is missing.
-
-        Raises:
-            DataError: the download fails.
-        """
-
-
-class StoredImage(ABC):
-    """An image inside a file of rows, whose encoded bytes are read when they are needed."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Its place, which no other image has, for messages and written predictions."""
-
-    @abstractmethod
-    def content(self) -> bytes:
-        """Returns the encoded bytes.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSource:
     """An image given as file, encoded bytes, PIL image or address, or inside a file of rows.
@@ -179,7 +146,7 @@ class ImageSource:
     """
 
     # Text is the path of a file.
-    source: str | Path | bytes | Image.Image | RemoteImage | StoredImage
+    source: str | Path | bytes | Image.Image | images.RemoteImage | images.StoredImage
     options: images.ImageOptions = images.AS_STORED
     # Size and key are cached, since both read the file.
     _size: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
@@ -292,7 +259,7 @@ class ImageSource:
             return self.source
         assert not isinstance(self.source, str)  # `__post_init__` has made it a path
         try:
-            if isinstance(self.source, StoredImage):
+            if isinstance(self.source, images.StoredImage):
                 return self.source.content()
             return self.source.path()
         except DataError as error:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from qwenvl_lit.types import Role, StoredImage
+from qwenvl_lit.images import StoredImage
+from qwenvl_lit.types import Role
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from qwenvl_lit.data.readers.drafts import DraftTurn, ImageReference
 from qwenvl_lit.data.readers.files import parse_json
-from qwenvl_lit.types import DataError, StoredImage
+from qwenvl_lit.images import StoredImage
+from qwenvl_lit.types import DataError
 
 Row = Mapping[str, Any]
 

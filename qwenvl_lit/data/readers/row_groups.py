@@ -28,7 +28,8 @@ import numpy as np
 from qwenvl_lit.atomic import disk_errors, write_to_cache
 from qwenvl_lit.data.expansion import check_expansion
 from qwenvl_lit.data.readers.columns import Columns, ImageColumn, columns_of, plain_schema
-from qwenvl_lit.types import DataError, StoredImage
+from qwenvl_lit.images import StoredImage
+from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
