@@ -70,11 +70,13 @@ class VisionCache(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
         """Refuses families without a vision cache, before weights are loaded."""
-        if not pl_module.family.supports_vision_cache:
-            name = type(pl_module.family).__name__.removesuffix("Family")
+        family = pl_module.family
+        if not family.supports_vision_cache:
+            name = type(family).__name__.removesuffix("Family")
+            what = "stored image features" if "vision" in family.components else "images"
             raise DataError(
-                f"speed.vision_cache=true: models of the family {name} cannot read stored image "
-                "features; train with speed.vision_cache=false"
+                f"speed.vision_cache=true: models of the family {name} cannot read {what}; "
+                "train with speed.vision_cache=false"
             )
 
     def on_fit_start(

@@ -80,27 +80,34 @@ class Published:
         return f"such as {self.example}"
 
 
-def find_checkpoint(path: str, published: Published, *, download: bool = True) -> Path:
+def find_checkpoint(
+    path: str, published: Published, *, download: bool = True, vocabulary: str | None = None
+) -> Path:
     """Returns the folder of a checkpoint.
 
     This is `path` itself, or the folder of a hub name in the hub's cache, which is completed first.
     Offline (`HF_HUB_OFFLINE=1`) or without `download` nothing is fetched. A broken connection is
     resumed, and after a failed download the files that have arrived are not fetched again.
 
+    Args:
+        vocabulary: a vocabulary from elsewhere, with which the checkpoint need not have its own.
+
     Raises:
         DataError: there is no such folder or name, it holds another model, files are missing, or
             the disk is too small.
     """
     check_not_gguf(path, published.instead)
+    needed = [CONFIG] if vocabulary else [CONFIG, published.vocabulary]
     folder = Path(path).expanduser()
     if folder.is_dir():
         if (folder / CONFIG).exists():
             published.check(folder)
-        if missing := missing_files(folder, published.vocabulary):
+        if missing := missing_files(folder, needed):
+            hint = f"; {_vocabulary_hint(published)}" if published.vocabulary in missing else ""
             raise DataError(
                 f"the folder {path} lacks {', '.join(missing)}; expected config.json, "
                 f"{published.vocabulary}, and weights as {' or '.join(WEIGHTS)}, or as shards with "
-                f"an index"
+                f"an index{hint}"
             )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
@@ -109,9 +116,9 @@ def find_checkpoint(path: str, published: Published, *, download: bool = True) -
             f"{published.example}"
         )
     cached = _cached(path)
-    missing = [CONFIG, published.vocabulary, "the weights"]
+    missing = [*needed, "the weights"]
     if cached:
-        missing = missing_files(cached, published.vocabulary)
+        missing = missing_files(cached, needed)
     if cached and not missing:
         return cached
     reason = None
@@ -125,15 +132,25 @@ def find_checkpoint(path: str, published: Published, *, download: bool = True) -
             f"and {reason}. The published checkpoints are {published.size}; fetch with:  "
             f"hf download {path}   (or name a folder that has it)"
         )
-    return _download(path, published)
+    return _download(path, published, needed)
 
 
-def missing_files(folder: Path, vocabulary: str) -> list[str]:
+def _vocabulary_hint(published: Published) -> str:
+    return (
+        f"a copy of the vocabulary from elsewhere, such as {published.example}, can be named with "
+        f"model.vocabulary=FILE"
+    )
+
+
+def missing_files(folder: Path, needed: Iterable[str]) -> list[str]:
     """Returns the names of the files that a folder lacks to be a checkpoint.
 
     If its weights have an index, these include the shards that the index lists.
+
+    Args:
+        needed: files that it must have besides its weights.
     """
-    missing = [name for name in (CONFIG, vocabulary) if not (folder / name).exists()]
+    missing = [name for name in needed if not (folder / name).exists()]
     kinds = _kinds(file.name for file in folder.iterdir())
     if any((folder / name).exists() for name in kinds):
         return missing
@@ -158,18 +175,18 @@ def _cached(name: str) -> Path | None:
         return None
 
 
-def _download(name: str, published: Published) -> Path:
-    vocabulary = published.vocabulary
+def _download(name: str, published: Published, needed: Collection[str]) -> Path:
     try:
         siblings = HfApi().model_info(name, files_metadata=True).siblings or ()
         sizes = {file.rfilename: file.size or 0 for file in siblings}
         weights = _weight_files(sizes)
         if not weights and (gguf := [file for file in sizes if file.endswith(".gguf")]):
             raise not_read(f"{name} on the hub ({gguf[0]})", GGUF, published.instead)
-        if not weights or vocabulary not in sizes:
+        if not weights or not sizes.keys() >= set(needed):
+            hint = "" if not weights else f"; {_vocabulary_hint(published)}"
             raise DataError(
-                f"{name} on the hub is no checkpoint with weights and {vocabulary}: it has "
-                f"{', '.join(sorted(sizes))}"
+                f"{name} on the hub is no checkpoint with weights and {' and '.join(needed)}: it "
+                f"has {', '.join(sorted(sizes))}{hint}"
             )
         # Another model is refused before its weights are fetched.
         configs = [hf_hub_download(name, file) for file in (GPTQ_CONFIG, CONFIG) if file in sizes]

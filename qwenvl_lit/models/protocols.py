@@ -295,7 +295,9 @@ class Family(Protocol):
     """
 
     components: Mapping[str, str]
-    """Module paths of "vision", "resampler", "language", "embeddings" and "head"."""
+    """Module paths of "vision", "resampler", "language", "embeddings" and "head".
+
+    A model that reads no images has no "vision" and no "resampler"."""
     lora_targets: Mapping[str, str]
     """Groups of linear layers for adapters, each a regular expression that matches module paths.
 

@@ -23,15 +23,26 @@ from qwenvl_lit.value_types import brief
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 QWEN_VL = "qwen"  # the model_type of Qwen-VL, and of a config.json that names none
-# Models that are read: model_type of config.json -> name
-READ = {QWEN_VL: "Qwen-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+QWEN = "qwen without `visual`"  # the language model alone, which has the same model_type
+# Models that are read: kind, which is the model_type of config.json -> name
+READ = {
+    QWEN_VL: "Qwen-VL",
+    QWEN: "Qwen",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+}
 # Width of the language model -> recipe. A model of another size has the recipe of the nearest one.
 WIDTHS = {
+    QWEN: {2048: "qwen_1_8b", 4096: "qwen_7b", 5120: "qwen_14b"},
     "qwen2_5_vl": {2048: "qwen2_5_vl_3b", 3584: "qwen2_5_vl_7b"},
     "qwen3_vl": {2048: "qwen3_vl_2b", 2560: "qwen3_vl_4b", 4096: "qwen3_vl_8b"},
 }
-EXAMPLES = {QWEN_VL: "qwen_vl_chat", "qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}
-EXAMPLES = {QWEN_VL: "qwen_vl_chat", "qwen2_5_vl": "qwen2_5_vl_7b", "qwen3_vl": "qwen3_vl_8b"}
+EXAMPLES = {
+    QWEN_VL: "qwen_vl_chat",
+    QWEN: "qwen_7b_chat",
+    "qwen2_5_vl": "qwen2_5_vl_7b",
+    "qwen3_vl": "qwen3_vl_8b",
+}
 # Relatives that are not read: model_type -> name
 NOT_READ = {
     "qwen2_vl": "Qwen2-VL",
@@ -45,11 +56,15 @@ NOT_READ = {
     "qwen2": "Qwen2, which has no vision tower",
     "qwen3": "Qwen3, which has no vision tower",
     "colqwen2": "ColQwen2",
-    "monkey": "Monkey",
+    "monkey": "Monkey, whose vision tower has adapters for parts of an image",
+    "textmonkey": "TextMonkey, whose vision tower has windows",
+    "qwen_audio": "Qwen-Audio",
 }
+QWEN_IN_NAME = re.compile(r"_qwen_(1_8|7|14|72)b_")  # in `_words` of a name
 # Names of published models, as in the last part of a hub name
 PUBLISHED = re.compile(
-    r"qwen-vl(-chat(-int4)?)?|qwen2\.5-vl-\d+b-instruct|qwen3-vl-\d+b-(instruct|thinking)"
+    r"qwen-vl(-chat(-int4)?)?|qwen-(1_8b|7b|14b|72b)(-chat)?|qwen2\.5-vl-\d+b-instruct"
+    r"|qwen3-vl-\d+b-(instruct|thinking)"
 )
 FOUR_BIT_COPY = re.compile(r"(-unsloth)?-bnb-4bit$")  # others' copies of published models
 SEECLICK = "_seeclick_"  # in `_words` of a name
@@ -78,9 +93,12 @@ def recipe_of(path: str) -> str:
             return "seeclick"
         return "qwen_vl" if _continues_text(path) else "qwen_vl_chat"
     file = _stored_file(path, CONFIG)
-    if file is not None:
-        return _nearest(WIDTHS[model_type], _width(read_json_object(file)))
-    return recipe_named(path) or _nearest(WIDTHS[model_type], None)
+    if file is None:
+        return recipe_named(path) or _nearest(WIDTHS[model_type], None)
+    recipe = _nearest(WIDTHS[model_type], _width(read_json_object(file)))
+    if model_type == QWEN and not _continues_text(path):
+        return f"{recipe}_chat"
+    return recipe
 
 
 def recipe_named(name: str) -> str | None:
@@ -90,6 +108,9 @@ def recipe_named(name: str) -> str | None:
     'qwen2_5_vl_7b'
     """
     words = _words(name)
+    if qwen := QWEN_IN_NAME.search(words):
+        size = "14" if qwen[1] == "72" else qwen[1]
+        return f"qwen_{size}b" if _continues_text(name) else f"qwen_{size}b_chat"
     billions = BILLIONS.search(words)
     for model_type, widths in WIDTHS.items():
         if billions and f"_{model_type}_" in words:
@@ -99,7 +120,7 @@ def recipe_named(name: str) -> str | None:
 
 
 def model_type_of(path: str) -> str | None:
-    """Returns the `model_type` of the model at `path`; None if it cannot be recognized.
+    """Returns the kind of the model at `path`, one of `READ`; None if it cannot be recognized.
 
     Raises:
         DataError: the model, or the quantization of its weights, is not one of those that are read.
@@ -109,6 +130,12 @@ def model_type_of(path: str) -> str | None:
     if file is not None:
         settings = read_json_object(file)
         found = settings.get("model_type", QWEN_VL)
+        if found == QWEN_VL and "audio" in settings:
+            raise DataError(
+                f"{file}: models with `audio`, such as Qwen-Audio, are not read; {_listed()}"
+            )
+        if found == QWEN_VL and "model_type" in settings and settings.get("visual") is None:
+            found = QWEN
         if not isinstance(found, str) or found not in READ:
             known = NOT_READ.get(found) if isinstance(found, str) else None
             name = f" ({known})" if known else ""
@@ -126,6 +153,8 @@ def model_type_of(path: str) -> str | None:
             return model_type
     if "_qwen_vl_" in words:
         return QWEN_VL
+    if QWEN_IN_NAME.search(words):
+        return QWEN
     if path.lower().startswith("qwen/"):
         raise DataError(f"{path} is not read; {_listed()}")
     return None
@@ -148,7 +177,7 @@ def published_name(path: str) -> str | None:
         return None
     words = []
     for word in name.split("-"):
-        is_upper = re.fullmatch(r"vl|\d+b", word)
+        is_upper = re.fullmatch(r"vl|[\d_]+b", word)
         words.append(word.upper() if is_upper else word[0].upper() + word[1:])
     return "Qwen/" + "-".join(words)
 
@@ -178,7 +207,9 @@ def model_name(model: Mapping[str, Any]) -> str:
     if target is not None and target not in _own_targets():
         return str(target).rpartition(".")[2].removesuffix("Family")
     path, config = model.get("path"), model.get("config") or {}
-    found = model_type_of(path) if isinstance(path, str) else config.get("model_type")
+    found = config.get("model_type")
+    if isinstance(path, str):
+        found = model_type_of(path)
     if found in READ:
         return READ[found]
     names = []
@@ -235,8 +266,9 @@ def _own_targets() -> frozenset[str]:
 
 def _recipes(model_type: str) -> tuple[str, ...]:
     """The files of conf/model for a model_type."""
-    prefix = "qwen_vl" if model_type == QWEN_VL else model_type
-    return tuple(file.stem for file in (config_folder() / "model").glob(f"{prefix}*.yaml"))
+    patterns = {QWEN_VL: "qwen_vl*", QWEN: "qwen_[!v]*"}
+    pattern = patterns.get(model_type, f"{model_type}*")
+    return tuple(file.stem for file in (config_folder() / "model").glob(f"{pattern}.yaml"))
 
 
 def is_hub_name(path: str) -> bool:
@@ -316,11 +348,11 @@ def _instead(path: str, model_type: str = QWEN_VL) -> str:
 
 
 def _continues_text(path: str) -> bool:
-    """Whether a Qwen-VL is a base model, which continues text without chat markup."""
+    """Whether a Qwen or Qwen-VL is a base model, which continues text without chat markup."""
     file = _stored_file(path, GENERATION_CONFIG)
     if file is not None:
         return read_json_object(file).get("chat_format") == "raw"
-    return Path(path).name.lower() == "qwen-vl"
+    return re.fullmatch(r"qwen[-_](vl|[\d._]+b)", Path(path).name.lower()) is not None
 
 
 def _listed() -> str:

@@ -348,7 +348,7 @@ def training_inputs(
     Args:
         tokens: the number of tokens per row. It is increased to the number of tokens that images
             and targets take.
-        images: the number of images per row.
+        images: the number of images per row; 0 for a model that reads none.
         targets: the number of supervised tokens per row.
 
     No row of the run is longer than the processor's `max_length`. Tokens, targets and images are
@@ -356,6 +356,8 @@ def training_inputs(
     """
     processor = copy(family.processor())
     limit, processor.max_length = processor.max_length, None
+    if "vision" not in family.components:
+        images = 0
     if limit is not None:
         tokens = min(tokens, limit)
         images, targets = _fitting(processor, images, targets, limit)
@@ -368,6 +370,8 @@ def training_inputs(
 
 def images_with(family: Family, image_tokens: int) -> int:
     """Returns how many images of `training_inputs` have at least this many tokens."""
+    if not image_tokens:
+        return 0
     processor = copy(family.processor())
     processor.max_length = None
     return -(-image_tokens // processor.length(_row(1, 0, 1)).image_tokens)

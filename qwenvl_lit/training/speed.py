@@ -108,6 +108,8 @@ class Speed:
         compile_blocks(model)
         if trainer.is_global_zero:
             print("Compiling blocks: the first step is slow; speed=eager turns it off", flush=True)
+        if "vision" not in family.components:
+            return
         tower = network_of(model).get_submodule(family.components["vision"])
         trains = any(tensor.requires_grad for tensor in tower.parameters())
         replayable = family.fixed_image_size and not trains

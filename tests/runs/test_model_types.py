@@ -36,6 +36,10 @@ def write_model(folder, **settings) -> str:
     [
         ({"model_type": "qwen", "visual": {}}, "qwen_vl_chat"),
         ({"visual": {}}, "qwen_vl_chat"),  # copies of Qwen-VL without model_type
+        ({"model_type": "qwen", "hidden_size": 4096}, "qwen_7b_chat"),
+        ({"model_type": "qwen", "hidden_size": 2048, "visual": None}, "qwen_1_8b_chat"),
+        ({"model_type": "qwen", "hidden_size": 8192}, "qwen_14b_chat"),  # 72B
+        ({}, "qwen_vl_chat"),
         ({"model_type": "qwen2_5_vl", "hidden_size": 2048}, "qwen2_5_vl_3b"),  # as published
         ({"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584}}, "qwen2_5_vl_7b"),
         ({"model_type": "qwen2_5_vl", "hidden_size": 8192}, "qwen2_5_vl_7b"),  # 72B
@@ -53,10 +57,11 @@ def test_config_json_decides_whatever_the_folder_is_called(tmp_path, settings, r
     assert recipe_settings(recipe)["_target_"].startswith("qwenvl_lit.models.")
 
 
-def test_a_qwen_vl_without_chat_markup_is_the_base_model(tmp_path):
+@pytest.mark.parametrize(("visual", "base"), [({}, "qwen_vl"), (None, "qwen_7b")])
+def test_a_model_without_chat_markup_is_the_base_model(tmp_path, visual, base):
     folder = tmp_path / "mine"
-    path = write_model(folder, model_type="qwen", visual={})
-    for chat_format, recipe in (("raw", "qwen_vl"), ("chatml", "qwen_vl_chat")):
+    path = write_model(folder, model_type="qwen", visual=visual, hidden_size=4096)
+    for chat_format, recipe in (("raw", base), ("chatml", f"{base}_chat")):
         (folder / "generation_config.json").write_text(json.dumps({"chat_format": chat_format}))
         assert recipe_of(path) == recipe
 
@@ -73,6 +78,11 @@ def test_seeclick_is_recognized_by_its_name(tmp_path):
     [
         ("Qwen/Qwen-VL", "model=qwen_vl"),
         ("Qwen/Qwen-VL-Chat", "model=qwen_vl_chat"),
+        ("Qwen/Qwen-7B", "model=qwen_7b"),
+        ("Qwen/Qwen-1_8B-Chat", "model=qwen_1_8b_chat"),
+        ("Qwen/Qwen-14B-Chat", "model=qwen_14b_chat"),
+        ("Qwen/Qwen-72B", "model=qwen_14b model.path=Qwen/Qwen-72B"),
+        ("me/qwen-7b-medical", "model=qwen_7b_chat model.path=me/qwen-7b-medical"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "model=qwen2_5_vl_3b"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "model=qwen2_5_vl_7b"),
         (
@@ -102,7 +112,10 @@ def test_a_model_in_the_hub_cache_is_recognized_by_its_config(tmp_path):
     assert model_arguments("me/mine") == "model=qwen3_vl_4b model.path=me/mine"
 
 
-LISTED = r"those of Qwen-VL \(qwen\), Qwen2\.5-VL \(qwen2_5_vl\) and Qwen3-VL \(qwen3_vl\) are$"
+LISTED = (
+    r"those of Qwen-VL \(qwen\), Qwen \(qwen without `visual`\), Qwen2\.5-VL \(qwen2_5_vl\) and "
+    r"Qwen3-VL \(qwen3_vl\) are$"
+)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +126,8 @@ LISTED = r"those of Qwen-VL \(qwen\), Qwen2\.5-VL \(qwen2_5_vl\) and Qwen3-VL \(
         ("qwen3_5", r"'qwen3_5' \(Qwen3\.5\)"),
         ("qwen2_audio", r"'qwen2_audio' \(Qwen2-Audio\)"),
         ("qwen3", r"'qwen3' \(Qwen3, which has no vision tower\)"),
+        ("monkey", r"'monkey' \(Monkey, whose vision tower has adapters for parts of an image\)"),
+        ("qwen_audio", r"'qwen_audio' \(Qwen-Audio\)"),
         ("llava", r"'llava'"),
         (["qwen"], r"\['qwen'\]"),
         (None, "None"),
@@ -124,6 +139,15 @@ def test_a_model_that_is_not_read_is_named_with_those_that_are(tmp_path, model_t
     for ask in (model_type_of, recipe_of, model_arguments):
         with pytest.raises(DataError, match=message):
             ask(path)
+
+
+def test_qwen_audio_is_known_by_its_tower(tmp_path):
+    path = write_model(tmp_path / "mine", model_type="qwen", audio={"n_ctx": 1500})
+    message = (
+        rf"^{path}/config\.json: models with `audio`, such as Qwen-Audio, are not read; {LISTED}"
+    )
+    with pytest.raises(DataError, match=message):
+        recipe_of(path)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +219,14 @@ def test_gptq_weights_are_those_of_a_model_that_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen/Qwen3.5-4B"]
+    "name",
+    [
+        "Qwen/Qwen-Audio-Chat",
+        "Qwen/Qwen1.5-7B-Chat",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        "qwen/Qwen3.5-4B",
+    ],
 )
 def test_a_published_name_that_is_not_read_is_an_error(name):
     with pytest.raises(DataError, match=rf"^{name} is not read; {LISTED}"):
@@ -211,6 +242,8 @@ def test_a_published_name_that_is_not_read_is_an_error(name):
         ("unsloth/Qwen3-VL-8B-Instruct-unsloth-bnb-4bit", "Qwen/Qwen3-VL-8B-Instruct"),
         ("unsloth/qwen3-vl-2b-thinking-bnb-4bit", "Qwen/Qwen3-VL-2B-Thinking"),
         ("Qwen/Qwen3-VL-32B-Instruct", "Qwen/Qwen3-VL-32B-Instruct"),
+        ("/gone/qwen/Qwen-7B-Chat", "Qwen/Qwen-7B-Chat"),
+        ("qwen-1_8b", "Qwen/Qwen-1_8B"),
         ("me/Qwen3-VL-8B-Instruct-medical", None),
         ("Qwen/Qwen3-VL-8B-Instruct-FP8", None),
     ],
@@ -226,6 +259,8 @@ def test_a_copy_of_a_published_model_is_known_by_its_name(name, published):
         ("qwen_vl_tiny", {"model_type": "qwen2_5_vl", "hidden_size": 2048}, "qwen2_5_vl_3b"),
         ("qwen3_vl_8b", {"model_type": "qwen", "visual": {}}, "qwen_vl_chat"),
         ("qwen3_vl_8b", {"model_type": "qwen2_5_vl"}, "qwen2_5_vl_7b"),
+        ("qwen_vl_chat", {"model_type": "qwen", "hidden_size": 4096}, "qwen_7b_chat"),
+        ("qwen_tiny", {"model_type": "qwen", "visual": {}}, "qwen_vl_chat"),
         (None, {"model_type": "qwen3_vl"}, "qwen3_vl_8b"),
     ],
 )
@@ -245,6 +280,8 @@ def test_a_folder_of_another_model_names_the_model_to_choose(tmp_path, choice, s
         ("qwen_vl", "/models/gone"),
         ("qwen3_vl_2b", "Qwen/Qwen3-VL-8B-Thinking"),
         ("qwen_vl_tiny", None),
+        ("qwen_tiny", None),
+        ("qwen_14b", "Qwen/Qwen-72B-Chat"),
         (None, "Qwen/Qwen-VL-Chat"),
     ],
 )
@@ -275,6 +312,8 @@ def test_commands_refuse_the_wrong_model_before_torch_is_imported(tmp_path):
         ({"path": None, "config": {"model_type": "qwen3_vl"}}, "Qwen3-VL"),
         ({"path": "/models/gone", "_target_": "qwen_vl"}, "Qwen-VL"),
         ({"path": "/models/gone", "_target_": "qwen3_vl_8b"}, "Qwen2.5-VL or Qwen3-VL"),
+        ({"path": None, "_target_": "qwen_tiny", "config": {}}, "Qwen"),
+        ({"path": "Qwen/Qwen-7B-Chat"}, "Qwen"),
         ({}, "Qwen-VL"),
     ],
 )

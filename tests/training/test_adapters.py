@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from small_network import QUERIES, images, small_config, small_network, tensor, text
 
-from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.runs.run import config_folder
@@ -126,7 +126,7 @@ def choice(name: str, *overrides: str):
 @pytest.mark.parametrize("name", SIZES)
 def test_each_adapter_config_trains_its_number_of_parameters_at_full_size(name):
     with torch.device("meta"):
-        model = QwenVLForCausalLM(QwenVLConfig())
+        model = QwenVLForCausalLM(QwenVLConfig(visual=QWEN_VL_VISUAL))
     model = adapted(choice(name), model)
     sizes = [tensor.numel() for tensor in model.parameters() if tensor.requires_grad]
     assert sum(sizes) == SIZES[name]
@@ -201,12 +201,12 @@ def test_other_initializations_work_on_the_outline_too(name):
 
 def test_an_adapter_on_few_layers_is_named_with_what_it_covers(caplog):
     with torch.device("meta"):
-        model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4))
+        model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4, visual=QWEN_VL_VISUAL))
     warn_of_few_layers(adapted(lora("attention"), model), QwenVLFamily)
     assert not caplog.messages
     for targets in (["q_proj", "v_proj"], ["out_proj"], r"transformer\.h\.3\.attn\.c_proj"):
         with torch.device("meta"):
-            model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4))
+            model = QwenVLForCausalLM(QwenVLConfig(num_hidden_layers=4, visual=QWEN_VL_VISUAL))
         warn_of_few_layers(adapted(lora(targets), model), QwenVLFamily)
     llama, vision, block = caplog.messages
     assert (

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.training.adapters.methods import Full, LoRA
@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 def network(adapter, config: QwenVLConfig | None = None, dtype=torch.bfloat16) -> nn.Module:
     with META:
-        model = QwenVLForCausalLM(config or QwenVLConfig()).to(dtype)
+        model = QwenVLForCausalLM(config or QwenVLConfig(visual=QWEN_VL_VISUAL)).to(dtype)
     return adapter.apply(model, QwenVLFamily).train()
 
 

@@ -44,9 +44,10 @@ FIXED = {
 OPENS_THOUGHTS = re.compile(r"assistant(?:\\n|\n)<think>")
 
 
-def find_checkpoint(path: str, *, download: bool = True) -> Path:
+def find_checkpoint(path: str, *, download: bool = True, vocabulary: str | None = None) -> Path:
     """Returns the folder of a checkpoint; see `checkpoint_files.find_checkpoint`."""
-    return checkpoint_files.find_checkpoint(path, QWEN3_VL, download=download)
+    options: Any = {"download": download, "vocabulary": vocabulary}
+    return checkpoint_files.find_checkpoint(path, QWEN3_VL, **options)
 
 
 def stored_tensors(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:

@@ -153,7 +153,8 @@ class Qwen3VLFamily(LoadsWeights):
     def folder(self) -> Path | None:
         """The folder of the checkpoint, fetched if necessary; None: there is only a config."""
         if not self.random:
-            return find_checkpoint(str(self.path), download=self.download)
+            options: Any = {"download": self.download, "vocabulary": self.vocabulary}
+            return find_checkpoint(str(self.path), **options)
         if self.path and Path(self.path).expanduser().is_dir():
             return Path(self.path).expanduser()
         return None

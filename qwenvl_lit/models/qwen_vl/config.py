@@ -1,4 +1,4 @@
-"""The sizes of a Qwen-VL network, in the layout of the published `config.json`."""
+"""The sizes of a Qwen or Qwen-VL network, in the layout of the published `config.json`."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ MAX_LAYERS = 1000  # more would take minutes to create, even without weights
 
 
 class QwenVLConfig(PreTrainedConfig):
-    """The configuration of a Qwen-VL network; the defaults are the published one of 9.66 B.
+    """The configuration of a Qwen-VL network, or without `visual` of its language model alone.
 
+    With `visual=QWEN_VL_VISUAL`, the defaults are the published Qwen-VL of 9.66 B parameters.
     `intermediate_size` counts both branches of the language MLP, as in the published files.
     `visual` holds the sizes of the vision tower, `image_size` in pixels, and `image_start_id`, the
-    token id of `<img>`. The ids of `</img>` and `<imgpad>` follow it.
+    token id of `<img>`. The ids of `</img>` and `<imgpad>` follow it. Qwen, the language model
+    alone, has no `visual`.
 
-    >>> QwenVLConfig(num_hidden_layers=2).visual["layers"]
-    48
+    >>> QwenVLConfig(visual=QWEN_VL_VISUAL).n_queries
+    256
 
     Raises:
         ValueError: sizes do not fit together, or the network does not support a setting.
@@ -79,14 +81,17 @@ class QwenVLConfig(PreTrainedConfig):
     visual: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        self.visual = dict(QWEN_VL_VISUAL if self.visual is None else self.visual)
+        if self.visual is not None:
+            self.visual = dict(self.visual)
         super().__post_init__(**kwargs)
         self._check_language()
-        self._check_visual()
+        if self.visual is not None:
+            self._check_visual()
 
     @property
     def tower(self) -> dict[str, Any]:
         """The arguments of `VisionTower`: the sizes in `visual`, and defaults for our options."""
+        assert self.visual is not None
         heads = max(self.visual["output_dim"] // 128, 1)
         tower = {"n_queries": 256, "resampler_heads": heads, "spatial_start": None}
         for key, value in self.visual.items():
@@ -96,8 +101,8 @@ class QwenVLConfig(PreTrainedConfig):
 
     @property
     def n_queries(self) -> int:
-        """Tokens of an image between `<img>` and `</img>`."""
-        return self.tower["n_queries"]
+        """Tokens of an image between `<img>` and `</img>`; 0 without a vision tower."""
+        return 0 if self.visual is None else self.tower["n_queries"]
 
     def _check_language(self) -> None:
         for key in LANGUAGE_SIZES:

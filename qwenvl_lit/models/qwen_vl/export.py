@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
+from qwenvl_lit.models.byte_pairs import read_ranks
 from qwenvl_lit.models.checkpoint_files import (
     COMPANIONS,
     CONFIG,
@@ -160,7 +161,8 @@ def write_companions(
     code = {**PUBLISHED_CODE, **runnable(auto_map, folder)}
     settings = published_config(config, stored, dtype=dtype)
     write_json(folder / CONFIG, {**settings, "auto_map": code})
-    _write_generation(folder / "generation_config.json", config, template)
+    end_of_text = len(read_ranks(vocabulary))  # `<|endoftext|>` is the first token after the ranks
+    _write_generation(folder / "generation_config.json", end_of_text, template)
     _write_tokenizer(folder / "tokenizer_config.json")
 
 
@@ -172,13 +174,13 @@ def _copy_companions(base: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _write_generation(file: Path, config: QwenVLConfig, template: str) -> None:
+def _write_generation(file: Path, end_of_text: int, template: str) -> None:
     """Writes the published generation settings with `template`.
 
     If the file was copied from the base checkpoint, only its template is changed.
     """
     if not file.exists():
-        ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text(config))
+        ids = dict.fromkeys(("eos_token_id", "pad_token_id"), end_of_text)
         write_json(file, {**PUBLISHED_GENERATION, "chat_format": template, **ids})
     stored = read_json_object(file)
     if stored.get("chat_format") != template:
@@ -204,7 +206,7 @@ def published_config(
     for key in ("auto_map", "dtype", "_name_or_path", "quantization_config"):
         settings.pop(key, None)
     for key, value in config.to_dict().items():
-        if key in QwenVLConfig.__annotations__:
+        if key in QwenVLConfig.__annotations__ and value is not None:
             settings[key] = value
     settings |= {flag: name == dtype for flag, name in FLAGS.items()}
     fixed = {
@@ -232,9 +234,3 @@ def runnable(auto_map: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _has_code(folder: Path, reference: str | None) -> bool:
     """Returns whether `folder` has the module of "module.Class". None refers to no class."""
     return reference is None or (folder / f"{reference.rpartition('.')[0]}.py").exists()
-
-
-def end_of_text(config: QwenVLConfig) -> int:
-    """Returns the id of `<|endoftext|>`, which is the id of `<img>` minus 214."""
-    assert config.visual is not None  # set by the constructor of the config
-    return config.visual["image_start_id"] - 214

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -15,14 +15,18 @@ from transformers import GenerationConfig
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
-from qwenvl_lit.models.checkpoint_files import read_generation_config
+from qwenvl_lit.models.checkpoint_files import (
+    Published,
+    find_checkpoint,
+    read_generation_config,
+)
 from qwenvl_lit.models.components import network_of
 from qwenvl_lit.models.loading import LoadsWeights, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.checkpoint import (
+    QWEN_VL,
     VOCABULARY,
-    find_checkpoint,
     read_network_config,
     stored_tensors,
 )
@@ -33,7 +37,7 @@ from qwenvl_lit.models.qwen_vl.image_processing import normalize_pixels
 from qwenvl_lit.models.qwen_vl.memory import answering_bytes, loss_bytes
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor, Template
-from qwenvl_lit.models.qwen_vl.tokenizer import QwenTokenizer
+from qwenvl_lit.models.qwen_vl.tokenizer import QwenTextTokenizer, QwenTokenizer
 from qwenvl_lit.models.qwen_vl.vision import no_autocast
 from qwenvl_lit.models.qwen_vl.vocabulary import find_vocabulary
 from qwenvl_lit.models.stored_tensors import open_shard
@@ -84,6 +88,8 @@ class QwenVLFamily(LoadsWeights):
     machine_settings = ("device_map", "max_memory", "download", "load_in_4bit")
     base_settings = ("path", "config", "weights", "vocabulary", "seed")
     network_class = QwenVLForCausalLM
+    published: ClassVar[Published] = QWEN_VL
+    tokenizer_class: ClassVar[type[QwenTextTokenizer]] = QwenTokenizer
     supports_packing = True
     supports_vision_cache = True
     fixed_image_size = True
@@ -143,23 +149,25 @@ class QwenVLFamily(LoadsWeights):
     def folder(self) -> Path | None:
         """The folder of the checkpoint, fetched if necessary; None: there is only a config."""
         if not self.random:
-            return find_checkpoint(str(self.path), download=self.download)
+            options: Any = {"download": self.download, "vocabulary": self.vocabulary}
+            return find_checkpoint(str(self.path), self.published, **options)
         if self.path and Path(self.path).expanduser().is_dir():
             return Path(self.path).expanduser()
         return None
 
     @cached_property
-    def tokenizer(self) -> QwenTokenizer:
+    def tokenizer(self) -> Any:
+        """The tokenizer, of the class `tokenizer_class`."""
         if self.vocabulary is not None:
             file = find_vocabulary(self.vocabulary, self.folder, download=self.download)
-            return QwenTokenizer(file)
+            return self.tokenizer_class(file)
         if self.folder is None:
             raise ValueError(
                 f"random weights of {self.path} come without a vocabulary: give "
                 f"model.vocabulary=FILE, a copy of its {VOCABULARY}, or model.vocabulary=tiny, "
                 f"which splits words into more tokens"
             )
-        return QwenTokenizer(self.folder / VOCABULARY)
+        return self.tokenizer_class(self.folder / VOCABULARY)
 
     @cached_property
     def config(self) -> QwenVLConfig:
@@ -176,7 +184,11 @@ class QwenVLFamily(LoadsWeights):
             config = QwenVLConfig(visual=visual)
         else:
             config = self._config_from_sizes(tokenizer)
-        assert config.visual is not None  # the config fills it in
+        if config.visual is None:
+            raise ValueError(
+                "model.config.visual is null: the language model alone is another kind of model, "
+                "such as model=qwen_tiny"
+            )
         configured = config.visual["image_start_id"]
         # Only two ids follow this one, so that the number of ids is checked too.
         if configured != tokenizer.img_start_id:
@@ -189,10 +201,12 @@ class QwenVLFamily(LoadsWeights):
     def _config_from_sizes(self, tokenizer: QwenTokenizer) -> QwenVLConfig:
         multiple_of_16 = -(-tokenizer.vocab_size // 16) * 16
         visual = {"image_start_id": tokenizer.img_start_id}
-        if "visual" in self.sizes:
-            visual |= self.sizes["visual"]
-        else:
-            visual = {**QWEN_VL_VISUAL, **visual}
+        given = self.sizes.get("visual", QWEN_VL_VISUAL)
+        visual = None
+        if given is not None:
+            # Sizes of a file of conf/model, or the published ones with the id of this vocabulary
+            first_id = {"image_start_id": tokenizer.img_start_id}
+            visual = {**first_id, **given} if "visual" in self.sizes else {**given, **first_id}
         return QwenVLConfig(**{"vocab_size": multiple_of_16, **self.sizes, "visual": visual})
 
     @property
@@ -231,7 +245,7 @@ class QwenVLFamily(LoadsWeights):
     def checkpoint_tensors(self) -> Mapping[str, Any]:
         """Returns the tensors of the checkpoint; see `LoadsWeights.checkpoint_tensors`."""
         assert self.folder is not None
-        return stored_tensors(self.folder, file_shapes(self.meta_model()))
+        return stored_tensors(self.folder, file_shapes(self.meta_model()), self.published)
 
     def inputs(self, batch: Batch, *, generate: bool = False) -> dict[str, Any]:
         """Returns arguments of `forward`, for right-padded rows, or of `generate`, for left-padded.
@@ -298,15 +312,18 @@ class QwenVLFamily(LoadsWeights):
         self, *, rows: int, tokens: int, image_tokens: int, new_tokens: int, at_once: bool
     ) -> int:
         """Returns the bytes that answering a batch takes; see `Family.answering_memory`."""
-        images = image_tokens // self.config.n_queries
+        images = self._images_of(image_tokens)
         sizes = {"rows": rows, "tokens": tokens, "images": images, "new_tokens": new_tokens}
         return answering_bytes(self.config, self.dtype.itemsize, **sizes, at_once=at_once)
 
     def loss_memory(self, *, rows: int, tokens: int, image_tokens: int, supervised: int) -> int:
         """Returns the bytes that the loss of a batch takes; see `Family.loss_memory`."""
-        images = image_tokens // self.config.n_queries
+        images = self._images_of(image_tokens)
         sizes = {"rows": rows, "tokens": tokens, "images": images, "supervised": supervised}
         return loss_bytes(self.config, self.dtype.itemsize, **sizes)
+
+    def _images_of(self, image_tokens: int) -> int:
+        return image_tokens // self.config.n_queries if image_tokens else 0
 
     def base_reader(self, device: torch.device | str = "cpu") -> Read:
         """Returns a function that reads the base weights; see `Family.base_reader`."""

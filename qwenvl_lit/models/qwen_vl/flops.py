@@ -39,7 +39,7 @@ def training_flops(
 def forward_flops(
     config: QwenVLConfig, *, tokens: int, squares: int, images: int, targets: int
 ) -> dict[str, float]:
-    """Returns the FLOPs of a forward pass by component.
+    """Returns the FLOPs of a forward pass by component, without those that the network lacks.
 
     Args:
         tokens: the number of tokens of all samples, without padding.
@@ -48,18 +48,24 @@ def forward_flops(
         images: the number of images.
         targets: the number of positions whose logits are computed.
     """
-    tower, width, dim = config.tower, config.visual["width"], config.hidden_size
+    dim = config.hidden_size
+    layer = 4 * dim**2 + 3 * dim * config.intermediate_size // 2
+    flops = {
+        "language": config.num_hidden_layers * (2 * layer * tokens + 2 * dim * squares),
+        "head": 2.0 * dim * config.vocab_size * targets,
+    }
+    if config.visual is None:
+        return flops
+    tower, width = config.tower, config.visual["width"]
     patch, queries = config.visual["patch_size"], config.n_queries
     patches = (config.visual["image_size"] // patch) ** 2
     mlp = int(width * config.visual["mlp_ratio"])
     block = 2 * patches * (4 * width**2 + 2 * width * mlp) + 4 * patches**2 * width
     keys = 2 * patches * width * dim * (width != dim) + 4 * patches * dim**2
-    layer = 4 * dim**2 + 3 * dim * config.intermediate_size // 2
     return {
         "vision": images * (2 * patches * 3 * patch**2 * width + tower["layers"] * block),
         "resampler": images * (keys + 6 * queries * dim**2 + 4 * queries * patches * dim),
-        "language": config.num_hidden_layers * (2 * layer * tokens + 2 * dim * squares),
-        "head": 2.0 * dim * config.vocab_size * targets,
+        **flops,
     }
 
 

@@ -77,9 +77,10 @@ def _block_elements(config: QwenVLConfig) -> int:
 
 
 def _image_elements(config: QwenVLConfig) -> int:
-    """Returns the elements that a block of the vision tower holds at a time, per image."""
+    """Returns the elements that a block of the vision tower, if any, holds per image."""
     visual = config.visual
-    assert visual is not None
+    if visual is None:
+        return 0
     patches = (visual["image_size"] // visual["patch_size"]) ** 2
     hidden = int(visual["width"] * visual["mlp_ratio"])
     return patches * (2 * hidden + 8 * visual["width"])
@@ -87,5 +88,6 @@ def _image_elements(config: QwenVLConfig) -> int:
 
 def _pixel_bytes(config: QwenVLConfig, images: int) -> int:
     """Returns the bytes of the pixels, as they are loaded and as float32."""
-    assert config.visual is not None
+    if config.visual is None:
+        return 0
     return images * 3 * config.visual["image_size"] ** 2 * (1 + 4)

@@ -1,4 +1,4 @@
-"""Qwen-VL as a transformers model: a language model that reads images.
+"""Qwen-VL as a transformers model: a language model that reads images, or Qwen, which does not.
 
 Weights are saved under the names and in the format of the published checkpoints.
 """
@@ -86,7 +86,7 @@ class QwenVLModel(QwenVLPreTrainedModel):
         for layer_idx in range(config.num_hidden_layers):
             self.h.append(LanguageBlock(config, layer_idx))
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.visual = VisionTower(**config.tower)
+        self.visual = None if config.visual is None else VisionTower(**config.tower)
         self.post_init()
 
     @capture_outputs
@@ -201,10 +201,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
 
     def _other_ranks_wait_for_tower(self) -> bool:
         """Returns whether other ranks block on this rank's gradients (DDP) or shards (FSDP)."""
-        return any(
-            tensor.requires_grad or isinstance(tensor, DTensor)
-            for tensor in self.visual.parameters()
-        )
+        tensors = () if self.visual is None else self.visual.parameters()
+        return any(tensor.requires_grad or isinstance(tensor, DTensor) for tensor in tensors)
 
     def insert_images(
         self,
@@ -219,6 +217,8 @@ class QwenVLModel(QwenVLPreTrainedModel):
         if pixel_values is not None and features is not None:
             raise ValueError("give either pixel_values or vision_features")
         has_images = pixel_values is not None or features is not None
+        if has_images and self.visual is None:
+            raise ValueError("the network has no vision tower and reads no images")
         if has_images and cache is not None and cache.get_seq_length() > 0:
             pixel_values = features = None  # the images are part of the cached tokens
         if pixel_values is not None and len(pixel_values):

@@ -1,4 +1,4 @@
-"""The tokenizer of Qwen-VL, whose special tokens include the markup of images and objects."""
+"""The tokenizers of Qwen and Qwen-VL; the latter has special tokens for images and objects."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from qwenvl_lit.models.byte_pairs import BytePairTokenizer, read_ranks
 
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))  # tokens without a meaning of their own
+TEXT_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *EXTRAS)
 SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *EXTRAS,
+    *TEXT_SPECIALS,
     "<ref>",
     "</ref>",
     "<box>",
@@ -27,27 +26,24 @@ SPECIALS = (
 )
 
 
-class QwenTokenizer(BytePairTokenizer):
+class QwenTextTokenizer(BytePairTokenizer):
     """Byte-pair encoding of NFC-normalized text. The special ids follow the ranks of the file.
 
-    A path that is written into an image's span, as the original model does it, is decoded; padding
-    in a span gives no text. A pickle holds only the path, so that data workers read the file
-    themselves.
+    A pickle holds only the path, so that data workers read the file themselves.
 
     >>> from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
-    >>> tokenizer = QwenTokenizer(TINY_VOCABULARY)
+    >>> tokenizer = QwenTextTokenizer(TINY_VOCABULARY)
     >>> tokenizer.decode(tokenizer.encode("a cat"))
     'a cat'
-    >>> tokenizer.im_end_id in tokenizer.encode("<|im_end|>")
-    False
     """
 
     extras = EXTRAS
+    names: ClassVar[Sequence[str]] = TEXT_SPECIALS
 
     def __init__(self, path: str | Path):
         path = Path(path)
         ranks = read_ranks(path)
-        special = {name: len(ranks) + i for i, name in enumerate(SPECIALS)}
+        special = {name: len(ranks) + i for i, name in enumerate(self.names)}
         super().__init__(path, ranks, special)
 
     def __reduce__(self):
@@ -57,6 +53,23 @@ class QwenTokenizer(BytePairTokenizer):
     def checksum(self) -> str:
         """SHA-256 of the vocabulary file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+class QwenTokenizer(QwenTextTokenizer):
+    """The tokenizer of Qwen-VL, with special tokens for markup.
+
+    A path that is written into an image's span, as the original model does it, is decoded; padding
+    in a span gives no text.
+
+    >>> from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
+    >>> tokenizer = QwenTokenizer(TINY_VOCABULARY)
+    >>> tokenizer.decode(tokenizer.encode("a cat"))
+    'a cat'
+    >>> tokenizer.im_end_id in tokenizer.encode("<|im_end|>")
+    False
+    """
+
+    names = SPECIALS
 
     @property
     def img_start_id(self) -> int:

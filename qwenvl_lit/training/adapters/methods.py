@@ -101,9 +101,11 @@ class Full:
         components = {**family.components, "all": ""}
         unknown = sorted({*self.freeze, *self.train} - set(components))
         if unknown:
+            no_images = "" if "vision" in components else "reads no images and "
             raise ValueError(
-                f"the model has no component {', '.join(unknown)}; "
-                f"its components are {', '.join(components)}"
+                f"the model {no_images}has no component {', '.join(unknown)}; its components are "
+                f"{', '.join(components)}: choose another adapter, or other adapter.freeze and "
+                f"adapter.train"
             )
         trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
         for component in self.freeze:

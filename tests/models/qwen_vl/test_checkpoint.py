@@ -13,7 +13,8 @@ from tiny import CONFIG
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
-from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint, missing_files
+from qwenvl_lit.models.checkpoint_files import find_checkpoint, missing_files
+from qwenvl_lit.models.qwen_vl.checkpoint import QWEN_VL
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.network import QwenVLForCausalLM
 from qwenvl_lit.types import DataError
@@ -154,9 +155,9 @@ def test_missing_files_of_a_folder_are_named(copy):
     shard = shard_of(copy, "transformer.ln_f.weight")
     shard.unlink()
     (copy / "qwen.tiktoken").unlink()
-    assert missing_files(copy) == ["qwen.tiktoken", shard.name]
+    assert missing_files(copy, ["config.json", "qwen.tiktoken"]) == ["qwen.tiktoken", shard.name]
     with pytest.raises(DataError, match=rf"lacks qwen.tiktoken, {shard.name}"):
-        find_checkpoint(str(copy))
+        find_checkpoint(str(copy), QWEN_VL)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -223,7 +224,7 @@ def test_the_config_of_another_model_is_named(changes, message, copy):
         QwenVLFamily(path=str(copy)).load()
     (copy / "qwen.tiktoken").unlink()  # other models have another vocabulary
     with pytest.raises(DataError, match=message):
-        find_checkpoint(str(copy))
+        find_checkpoint(str(copy), QWEN_VL)
 
 
 def test_quantized_weights_are_named_if_the_config_does_not_say_so(copy):
@@ -244,12 +245,12 @@ def test_quantized_weights_are_named_if_the_config_does_not_say_so(copy):
         QwenVLFamily(path=str(copy)).load()
     (copy / "quantize_config.json").write_text(json.dumps({"bits": 3, "group_size": 128}))
     with pytest.raises(DataError, match=r"quantize_config\.json: .* with GPTQ to 3 bits, which is"):
-        find_checkpoint(str(copy))
+        find_checkpoint(str(copy), QWEN_VL)
 
 
 def test_a_path_that_is_neither_a_folder_nor_a_hub_name_is_refused():
     with pytest.raises(DataError, match="no folder, relative to"):
-        find_checkpoint("./not/here")
+        find_checkpoint("./not/here", QWEN_VL)
 
 
 def test_weights_can_be_distributed_and_offloaded(folder, model):
@@ -368,7 +369,7 @@ def test_a_hub_name_is_downloaded_once_and_then_read_from_the_cache(hub, model, 
 def test_without_download_the_error_says_what_to_fetch(hub):
     message = r"lacks config.json, qwen.tiktoken, the weights, and is not to be fetched"
     with pytest.raises(DataError, match=message) as caught:
-        find_checkpoint("someone/small", download=False)
+        find_checkpoint("someone/small", QWEN_VL, download=False)
     assert "19.3 GB; fetch with:  hf download someone/small" in str(caught.value)
     assert hub.requests == ()
 
@@ -378,7 +379,7 @@ def test_offline_mode_is_respected(hub, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="offline mode is on"):
-        find_checkpoint("someone/small")
+        find_checkpoint("someone/small", QWEN_VL)
     assert hub.requests == ()
 
 
@@ -398,7 +399,7 @@ def test_a_broken_connection_is_resumed(hub, model, impatient):
 def test_files_that_arrived_before_a_failed_download_are_kept(hub, model, impatient):
     hub.breaks_after = 0
     with pytest.raises(DataError, match="whose files are kept"):
-        find_checkpoint("someone/small")
+        find_checkpoint("someone/small", QWEN_VL)
     assert any(request.startswith("GET") and "config.json" in request for request in hub.requests)
     hub.breaks_after, hub.requests = None, ()
     assert_same(QwenVLFamily(path="someone/small").load(), model)
@@ -422,4 +423,4 @@ def test_an_unknown_hub_name_is_an_error(hub):
     with pytest.raises(
         DataError, match=r"someone/else is no folder, relative to .*, and could not be fetched"
     ):
-        find_checkpoint("someone/else")
+        find_checkpoint("someone/else", QWEN_VL)

@@ -1,9 +1,9 @@
 import pytest
 
-from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
+from qwenvl_lit.models.qwen_vl.config import QWEN_VL_VISUAL, QwenVLConfig
 from qwenvl_lit.models.qwen_vl.flops import forward_flops, training_flops, training_passes
 
-FULL_SIZE = QwenVLConfig()
+FULL_SIZE = QwenVLConfig(visual=QWEN_VL_VISUAL)
 COMPONENTS = ("vision", "resampler", "embeddings", "language", "head")
 NOTHING = {"tokens": 0, "squares": 0, "images": 0, "targets": 0}
 
