@@ -113,7 +113,8 @@ def find_checkpoint(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise DataError(
             f"{path} is no folder, relative to {Path.cwd()}, and no hub name such as "
-            f"{published.example}"
+            f"{published.example}; name the model, or the base model of an adapter, with "
+            f"model.path= (base_model= in Python)"
         )
     cached = _cached(path)
     missing = [*needed, "the weights"]

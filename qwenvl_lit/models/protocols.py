@@ -27,10 +27,8 @@ class FeatureSource(Protocol):
     def __call__(self, images: Sequence[ImageSource]) -> list[torch.Tensor] | None:
         """Returns the features (Q, D) of each image, or None as long as the source is not ready.
 
-        Images may have different Q.
-
-        `Processor.encode` puts the features into a sample in place of pixels. If the source returns
-        None, `encode` decodes the images.
+        Q may differ. `Processor.encode` puts the features into a sample in place of pixels. If the
+        source returns None, `encode` decodes the images.
         """
         ...
 
@@ -386,8 +384,7 @@ class Family(Protocol):
     ) -> list[torch.Tensor] | None:
         """Returns how the tokens of each image attend to its cells, (Q, cells), float32.
 
-        It is the mean over heads, and each token's sum is 1. None: each cell has a token of its
-        own. The arguments are those of `image_features`.
+        They are means over heads with a sum of 1. None: each cell has a token of its own.
         """
         ...
 

@@ -57,7 +57,6 @@ NOT_READ = {
     "qwen3": "Qwen3, which has no vision tower",
     "colqwen2": "ColQwen2",
     "monkey": "Monkey, whose vision tower has adapters for parts of an image",
-    "textmonkey": "TextMonkey, whose vision tower has windows",
     "qwen_audio": "Qwen-Audio",
 }
 QWEN_IN_NAME = re.compile(r"_qwen_(1_8|7|14|72)b_")  # in `_words` of a name

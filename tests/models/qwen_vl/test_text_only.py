@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import SIZES, VISUAL
 from transformers import AutoModelForCausalLM
 
+from qwenvl_lit import QwenVL
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.grounding import Box
@@ -254,3 +255,13 @@ def test_a_vocabulary_from_elsewhere_takes_the_place_of_the_folders_own(folder, 
         QwenFamily(path=str(folder)).load()
     loaded = QwenFamily(path=str(folder), vocabulary=str(TINY_VOCABULARY)).load()
     assert torch.equal(loaded.lm_head.weight, family.load().lm_head.weight)
+
+
+def test_chat_refuses_images_and_answers_texts(folder):
+    model = QwenVL.load(folder, dtype="float32", max_new_tokens=3)
+    assert model.family.published.example == "Qwen/Qwen-7B-Chat"
+    answer, history = model.chat("What is it?")
+    assert len(history) == 1
+    assert answer.new_tokens <= 3
+    with pytest.raises(DataError, match=r"^there is an image, and this model reads no images"):
+        model.chat([IMAGE.open(), "What is it?"], history)
