@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -178,9 +179,13 @@ def keep_attention_outputs() -> tuple[Any, Any]:
 
 @cache
 def attention_kernels() -> list[Any]:
-    """The operators that `scaled_dot_product_attention` dispatches to.
+    """The operators that `scaled_dot_product_attention` dispatches to, and that of packed rows.
 
-    Torch has no public list of them; `test_speed.py` checks the one for CPUs.
+    Torch has no public list of them; `test_speed.py` checks those for CPUs and for packed rows.
     """
     names = ("cudnn_attention", "flash_attention", "efficient_attention", "flash_attention_for_cpu")
-    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    if torch.cuda.is_available():
+        import_module("torch.nn.attention.varlen")  # registers the operator; takes seconds
+        kernels.append(torch.ops.torch_attn._varlen_attn.default)
+    return kernels

@@ -13,6 +13,7 @@ from tiny import tiny_family
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from toy_task import trainer
 
 from qwenvl_lit.callbacks.run_log import RunLog
@@ -22,11 +23,13 @@ from qwenvl_lit.generation.generation import Generation
 from qwenvl_lit.models.components import blocks_of, replace_method
 from qwenvl_lit.models.dynamo import compiled_graphs
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
+from qwenvl_lit.models.segments import attend_in_segments
 from qwenvl_lit.training.adapters.methods import Full, LoRA
 from qwenvl_lit.training.block_compilation import (
     attention_kernels,
     checkpointed_forward,
     compile_blocks,
+    keep_attention_outputs,
 )
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.training.optim import AdamW
@@ -270,6 +273,26 @@ class ForbidSynchronization(lightning.Callback):
             torch.cuda.set_sync_debug_mode("error")
         elif batch_idx == 11:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_attention_of_packed_rows_is_not_recomputed():
+    bounds = torch.tensor([0, 5, 16], dtype=torch.int32, device="cuda")
+
+    def compute(x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BHTK = x_BTD.unflatten(-1, (2, 64)).transpose(1, 2)
+        attended = attend_in_segments(x_BHTK, x_BHTK, x_BHTK, bounds, 11, scaling=0.125)
+        return attended.flatten(2).square()
+
+    x_BTD = torch.randn(1, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    plain = torch.autograd.grad(compute(x_BTD).sum(), x_BTD)[0]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output = checkpoint(compute, x_BTD, use_reentrant=False, context_fn=keep_attention_outputs)
+        recomputed = torch.autograd.grad(output.sum(), x_BTD)[0]
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_flash_attention_forward"] == 1
+    assert calls["aten::_flash_attention_backward"] == 1
+    assert torch.equal(recomputed, plain)
 
 
 @pytest.mark.gpu
