@@ -1,6 +1,7 @@
 """Imports every module of the package in an environment without optional packages.
 
-A module of `serving/`, which only `serve` and vLLM import, may lack a package of its extra.
+Modules of `serving/` and `evaluation/lmms/`, which only `serve`, vLLM and lmms-eval import, may
+lack a package of their extra.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 import qwenvl_lit
 from qwenvl_lit.extras import EXTRAS
 
-WITH_EXTRAS = "qwenvl_lit.serving."
-OF_SERVE = {"anyio", "pydantic", "starlette"}  # installed with fastapi
+WITH_EXTRAS = ("qwenvl_lit.serving.", "qwenvl_lit.evaluation.lmms.")
+# Installed with fastapi, and with lmms-eval
+OF_EXTRAS = {"anyio", "pydantic", "starlette", "lmms_eval", "tqdm"}
 
 
 def modules() -> list[str]:
@@ -35,7 +37,7 @@ def main() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if not name.startswith(WITH_EXTRAS) or package not in OF_SERVE | set(EXTRAS):
+            if not name.startswith(WITH_EXTRAS) or package not in OF_EXTRAS | set(EXTRAS):
                 raise
             lacking.append(name)
     python = sys.version.split()[0]

@@ -100,7 +100,10 @@ def test_tab_completion_is_installed_for_the_program(tmp_path):
         ("qwenvl-lit ", set(COMMANDS)),
         ("qwenvl-lit tr", {"train"}),
         ("qwenvl-lit train optim.l", {"optim.lr="}),
-        ("qwenvl-lit train seed=1 model=qwen_vl_c", {"model=qwen_vl_chat"}),
+        (
+            "qwenvl-lit train seed=1 model=qwen_vl_c",
+            {"model=qwen_vl_chat", "model=qwen_vl_chat_int4"},
+        ),
         ("qwenvl-lit predict answ", {"answered="}),
         ("qwenvl-lit export merg", {"merge="}),
         ("qwenvl-lit deploy x", set()),

@@ -40,8 +40,10 @@ def message(*arguments: str, command: str = "train") -> str:
         ),
         (
             ["model=qwen3_vl_tiny", "model.template=raw"],
-            " with the choices made here; model=qwen_vl, model=qwen_vl_chat, "
-            "model=qwen_vl_chat_int4, model=qwen_vl_tiny, model=seeclick have it",
+            " with the choices made here; model=qwen_14b, model=qwen_14b_chat, model=qwen_1_8b, "
+            "model=qwen_1_8b_chat, model=qwen_7b, model=qwen_7b_chat, model=qwen_tiny, "
+            "model=qwen_vl, model=qwen_vl_chat, model=qwen_vl_chat_int4, model=qwen_vl_tiny, "
+            "model=seeclick have it",
         ),
         (["model=qwen_vl_tiny", "model.max_pixels=9"], " with the choices made here; model=qwen2"),
         (["answered=x"], "; it is a key of predict"),

@@ -12,9 +12,10 @@ from make_checkpoint import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
+from qwenvl_lit.models.checkpoint_files import find_checkpoint
 from qwenvl_lit.models.gptq import PackedWeight
 from qwenvl_lit.models.quantized_files import read_gptq
-from qwenvl_lit.models.qwen_vl.checkpoint import find_checkpoint
+from qwenvl_lit.models.qwen_vl.checkpoint import QWEN_VL
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.stored_tensors import StoredTensor, open_shard
 from qwenvl_lit.types import DataError
@@ -249,7 +250,7 @@ def test_a_layer_of_another_size_is_named(quantized):
 def test_settings_that_are_not_read_are_named(quantized, settings, message):
     change_config(quantized, quantization_config={**SETTINGS, **settings})
     with pytest.raises(DataError, match=rf"config\.json: .*{message}") as caught:
-        find_checkpoint(str(quantized))
+        find_checkpoint(str(quantized), QWEN_VL)
     assert "\n" not in str(caught.value)
 
 

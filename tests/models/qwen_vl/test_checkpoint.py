@@ -413,7 +413,7 @@ def test_another_quantization_on_the_hub_is_refused_before_its_weights_are_fetch
     try:
         change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
         with pytest.raises(DataError, match=r"with AWQ \(4 bits\), which is not read"):
-            find_checkpoint("someone/small")
+            find_checkpoint("someone/small", QWEN_VL)
     finally:
         (folder / "config.json").write_text(config)
     assert not any("-of-" in request for request in hub.requests)

@@ -134,8 +134,8 @@ def test_merged_weights_in_two_bin_files_load(tmp_path):
 
 
 def test_a_folder_without_vocabulary_takes_one_from_elsewhere(tmp_path, base):
-    """SeeClick: weights, config.json and code, with the tokenizer of Qwen-VL-Chat."""
-    folder = tmp_path / "SeeClick"
+    """As SeeClick: weights, config.json and code, with the tokenizer of Qwen-VL-Chat."""
+    folder = tmp_path / "derived"
     write_checkpoint(tiny_base(), TINY_VOCABULARY, folder, kind="safetensors", shard_bytes=200_000)
     (folder / "qwen.tiktoken").unlink()
     (folder / "modeling_qwen.py").write_text("raise SystemExit\n")
