@@ -119,8 +119,9 @@ def main() -> None:
                 "runs": measure(line, Path(work), arguments.runs),
             }
             if arguments.record:
+                options = ["--commands", *arguments.commands, "--runs", str(arguments.runs)]
                 record = {
-                    "command": "python scripts/bench_commands.py",
+                    "command": " ".join(["python scripts/bench_commands.py", *options]),
                     "device": device_name(),
                     "versions": versions(),
                     "note": NOTE,
