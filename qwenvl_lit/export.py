@@ -19,12 +19,18 @@ CHOICES = {
     "compare": ("run", "sample", "none"),
     "merge": (True, False),
     "overwrite": (True, False),
+    "push_private": (True, False),
 }
 
 
 def main(config: DictConfig) -> None:
     out = checked_target(config)
     check_choices(config)
+    repository = None
+    if config.push is not None:
+        from qwenvl_lit.runs.hub import find_repository
+
+        repository = find_repository(config.push, private=config.push_private)
     import_libraries()
     import torch
     from omegaconf import OmegaConf
@@ -60,6 +66,8 @@ def main(config: DictConfig) -> None:
     if config.compare != "none":
         batches = list(comparison_batches(config, module, device))
     model = OmegaConf.to_container(config.model, resolve=True)
+    if repository and not config.merge:
+        model["path"] = exported_folder.shared_base(model["path"])
     settings = {
         "model": exported_folder.portable_settings(model, module.family),
         "generation": OmegaConf.to_container(config.generation, resolve=True),
@@ -72,7 +80,7 @@ def main(config: DictConfig) -> None:
             exported_folder.write_model(module, folder, getattr(torch, dtype))
         else:
             kind = "an adapter"
-            base = exported_folder.absolute_path(config.model.path)
+            base = exported_folder.absolute_path(model["path"])
             exported_folder.write_adapter(module, folder, base)
         exported_folder.write_settings(
             folder, settings, module.family, merged=config.merge, dtype=dtype
@@ -88,14 +96,20 @@ def main(config: DictConfig) -> None:
             )
         if not config.merge:
             notes += exported_folder.adapter_caveats(folder, module.family)
+            if repository and base and Path(base).is_dir():
+                notes.append(
+                    f"the adapter names its base model by a folder of this machine ({base}): "
+                    f"elsewhere it needs model.path="
+                )
         card = model_card(
-            out.name,
+            repository.name.partition("/")[2] if repository else out.name,
             run=run,
             training=training_config(run),
             config=settings,
             merged=config.merge,
             dtype=dtype,
             comparison="; ".join(notes),
+            repository=config.push,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         checksums.write_sums(folder)
@@ -103,6 +117,10 @@ def main(config: DictConfig) -> None:
     print(f"\nWrote {build.shown(str(out))}: {size}, {kind}")
     print("\n".join(notes))
     print(f"Try it:  python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
+    if repository:
+        print(f"\n{repository.announcement(out)}", flush=True)
+        repository.upload(out)
+        print(f"Uploaded: {repository.url}")
 
 
 def check_choices(config: DictConfig) -> None:
@@ -112,6 +130,7 @@ def check_choices(config: DictConfig) -> None:
         "compare": config.compare,
         "merge": config.merge,
         "overwrite": config.overwrite,
+        "push_private": config.push_private,
     }
     for key, value in values.items():
         if value not in CHOICES[key]:

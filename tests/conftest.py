@@ -3,7 +3,9 @@
 import json
 import os
 
+import huggingface_hub.constants
 import pytest
+from hub_server import HubServer
 from PIL import Image
 
 # Sums of one thread have the same last bits in every process. Set before torch is imported.
@@ -18,6 +20,20 @@ from qwenvl_lit.metrics import per_sample
 def _warn_again():
     """Lets each test see the warnings that a process logs once."""
     per_sample._warn_once.cache_clear()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local Hugging Face Hub, which the client uses with the token of the account Ann."""
+    server = HubServer()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is another server
+    monkeypatch.setenv("HF_TOKEN", "hf_ann")
+    yield server
+    server.close()
 
 
 @pytest.fixture

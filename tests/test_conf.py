@@ -44,7 +44,8 @@ KEYS = {
     "predict": USING_A_RUN | LOGGING | {"image", "prompt", "answered"},
     "chat": USING_A_RUN - {"data"} | {"device", "system", "multiline"},
     "serve": USING_A_RUN - {"data"} | {"device", "serve", "engine", "adapters", "vllm"},
-    "export": USING_A_RUN | {"out", "merge", "dtype", "overwrite", "compare", "device"},
+    "export": USING_A_RUN
+    | {"out", "merge", "dtype", "overwrite", "compare", "device", "push", "push_private"},
     "check": TRAINING | {"workers", "examples"},
 }
 

@@ -450,7 +450,7 @@ def test_an_exported_model_has_the_files_of_the_published_folder_and_a_card(
     size = sum(tensor.nbytes for tensor in tensors(folder).values())
     assert index["metadata"]["total_size"] == size
     card = (folder / "README.md").read_text()
-    assert "base_model: F" in card
+    assert "| base | F |" in card
     assert "| data.train | `rows.jsonl` |" in card
     assert "| optim.lr | `0.05` |" in card
     assert "| adapter.rank | `2` |" in card
@@ -557,3 +557,56 @@ def test_a_model_that_answers_differently_is_not_kept(home, trained, run_command
     with pytest.raises(DataError, match="the exported model is not the run's: logits up to"):
         run_command(export, f"ckpt={trained('lora')}", "out=spoiled")
     assert not list(home.glob("spoiled*"))
+
+
+def test_an_export_is_uploaded_with_its_card_to_a_private_repository(
+    home, trained, run_command, hub
+):
+    ckpt = f"ckpt={trained('lora')}"
+    printed = run_command(export, ckpt, "out=P1", "push=Ann/signs", *QUICK)
+    written = {file.name: file.read_bytes() for file in (home / "P1").iterdir()}
+    assert hub.repositories == {"Ann/signs": {"private": True, "files": written}}
+    said = f"Uploading to {hub.address}/Ann/signs (new, private): {len(written)} files, "
+    assert said in printed
+    assert printed.endswith(f"Uploaded: {hub.address}/Ann/signs\n")
+    card = written["README.md"].decode()
+    assert "# signs\n" in card
+    assert "hf download Ann/signs --local-dir signs\npython -m qwenvl_lit.chat ckpt=signs" in card
+
+
+def test_an_adapter_is_uploaded_and_names_a_published_base_model_by_its_name(
+    home, trained, run_command, hub, monkeypatch
+):
+    options = [f"ckpt={trained('lora')}", "merge=false", "push_private=false", *QUICK]
+    printed = run_command(export, *options, "out=P2", "push=Ann/mine")
+    assert hub.repositories["Ann/mine"]["private"] is False
+    assert f"names its base model by a folder of this machine ({home / 'F'})" in printed
+    (home / "Qwen-VL-Chat").symlink_to(home / "F")
+    base = "model.path=Qwen-VL-Chat"
+    printed = run_command(export, *options, base, "out=P3", "push=Ann/other")
+    assert "of this machine" not in printed
+    files = hub.repositories["Ann/other"]["files"]
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "Qwen/Qwen-VL-Chat"
+    assert b"\nbase_model: Qwen/Qwen-VL-Chat\n" in files["README.md"]
+    assert not any(str(home).encode() in content for content in files.values())
+
+
+def test_a_push_that_is_not_possible_is_refused_before_the_export(
+    home, trained, run_command, hub, monkeypatch
+):
+    options = [f"ckpt={trained('lora')}", "out=P4", *QUICK]
+    refused = {
+        "push=Bob/mine": "the token is of Ann, who may write to repositories of Ann; choose",
+        "push=mine": "push is owner/name, a repository on the Hugging Face Hub, got 'mine'",
+    }
+    for push, message in refused.items():
+        with pytest.raises(DataError, match=message):
+            run_command(export, *options, push)
+    with pytest.raises(DataError, match="push_private is one of true, false, got 'no way'"):
+        run_command(export, *options, "push=Ann/mine", "push_private='no way'")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(DataError, match="needs a token that may write"):
+        run_command(export, *options, "push=Ann/mine")
+    assert not (home / "P4").exists()
+    assert not hub.repositories

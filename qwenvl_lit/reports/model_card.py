@@ -6,12 +6,15 @@ The card describes the model, its training and training data, its scores, and ho
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from qwenvl_lit.metrics.summary import VALIDATION, read_fit_summary
-from qwenvl_lit.runs.model_types import model_name
+from qwenvl_lit.runs.model_types import is_hub_name, model_name, published_name
 from qwenvl_lit.runs.run import Run
 
 # Settings that the card shows, by group.
@@ -39,6 +42,28 @@ SHOWN = {
     "model": ("template", "system", "min_pixels", "max_pixels"),
 }
 EMPTY = (None, "", {}, [])
+APACHE = {"license": "apache-2.0"}
+# Licenses of published weights, as metadata of the Hub: pattern of the name -> license
+LICENSES = {
+    r"Qwen/Qwen-VL(-Chat)?": {
+        "license": "other",
+        "license_name": "tongyi-qianwen-license-agreement",
+        "license_link": "https://github.com/QwenLM/Qwen-VL/blob/master/LICENSE",
+    },
+    r"Qwen/Qwen2\.5-VL-3B-Instruct": {
+        "license": "other",
+        "license_name": "qwen-research",
+        "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
+    },
+    r"Qwen/Qwen2\.5-VL-72B-Instruct": {
+        "license": "other",
+        "license_name": "qwen",
+        "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-72B-Instruct/blob/main/LICENSE",
+    },
+    r"Qwen/Qwen2\.5-VL-(7|32)B-Instruct": APACHE,
+    r"Qwen/Qwen3-VL-\d+B-(Instruct|Thinking)": APACHE,
+}
+HUB_DATASET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
 def model_card(
@@ -50,8 +75,9 @@ def model_card(
     merged: bool,
     dtype: str,
     comparison: str,
+    repository: str | None = None,
 ) -> str:
-    """Returns the card in Markdown.
+    """Returns the card in Markdown, with metadata for the Hugging Face Hub.
 
     Args:
         name: the title of the card, which is the name of the folder.
@@ -62,6 +88,7 @@ def model_card(
         merged: whether the folder contains a merged model, and not an adapter.
         dtype: the dtype of the weights of a merged model.
         comparison: the result of the comparison with the run.
+        repository: `owner/name` on the Hub, if the folder is to be uploaded.
     """
     model = model_name(config["model"])
     path = config["model"].get("path")
@@ -69,14 +96,17 @@ def model_card(
     # A path is not valid on other machines, so the card shows only the name of the folder.
     base = Path(path).expanduser().resolve().name if in_folder else path
     if merged:
-        library = "transformers"
         kind = f"{model} in the format of the published checkpoint, {dtype}."
     else:
-        library, kind = "peft", f"A PEFT adapter for {model}, float32."
-    lines = ["---"]
-    if base:
-        lines.append(f"base_model: {base}")
-    lines += [f"library_name: {library}", "---", "", f"# {name}", "", kind, ""]
+        kind = f"A PEFT adapter for {model}, float32."
+    metadata = ModelCardData(
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="image-text-to-text",
+        tags=["qwenvl_lit", *_adapter_tag(run)],
+        datasets=_hub_datasets(training),
+        **_origin(path),
+    )
+    lines = ["---", metadata.to_yaml(), "---", "", f"# {name}", "", kind, ""]
     lines += ["| | |", "|---|---|", f"| base | {base or 'random weights'} |"]
     lines += _training_rows(run, training)
     lines += _rows("model", config["model"], SHOWN["model"])
@@ -86,9 +116,43 @@ def model_card(
     command = f"python -m qwenvl_lit.chat ckpt={name}"
     if in_folder and not merged:
         command += f" model.path=FOLDER-OF-{base}"
-    lines += ["## Use", "", "```", command, "```", ""]
+    commands = [command]
+    if repository:
+        commands.insert(0, f"hf download {repository} --local-dir {name}")
+    lines += ["## Use", "", "```", *commands, "```", ""]
     lines += [f"The weights of {model} have their own license.", ""]
     return "\n".join(lines)
+
+
+def _origin(path: str | None) -> dict[str, Any]:
+    """Returns the metadata that follow from the base model: its name on the Hub and its license.
+
+    A base model in a folder has a name on the Hub only if the folder is named like a published
+    model. The license of other models is not known.
+    """
+    if path is None:
+        return {}
+    published = published_name(path)
+    origin: dict[str, Any] = {}
+    if base := path if is_hub_name(path) else published:
+        origin["base_model"] = base
+    for pattern, terms in LICENSES.items():
+        if published and re.fullmatch(pattern, published):
+            origin |= terms
+    return origin
+
+
+def _adapter_tag(run: Run | None) -> list[str]:
+    if run is None or not run.checkpoint:
+        return []
+    method = run.config["adapter"]["_target_"].rpartition(".")[2]
+    return [] if method == "Full" else [method.lower()]
+
+
+def _hub_datasets(training: Mapping[str, Any]) -> list[str] | None:
+    """Returns the names of the datasets on the Hub among the training data; None without any."""
+    found = HUB_DATASET.findall(json.dumps(training.get("data") or {}, default=str))
+    return list(dict.fromkeys(found)) or None
 
 
 def _training_rows(run: Run | None, training: Mapping[str, Any]) -> Iterator[str]:

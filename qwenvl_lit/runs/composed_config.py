@@ -28,6 +28,8 @@ KEYS: Mapping[str, Any] = {
     "multiline": bool,
     "merge": bool,
     "overwrite": bool,
+    "push": str | None,
+    "push_private": bool,
 }
 
 LARGEST = 2**63 - 1  # the integers of torch and numpy have 64 bits

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.runs.model_types import published_name
 from qwenvl_lit.runs.run import MACHINE_KEYS, RECIPE_GROUPS, SETTINGS
 from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.training.adapters.merging import MergedWeights, apply_trained
@@ -158,4 +159,14 @@ def absolute_path(path: str | None) -> str | None:
     """Returns the absolute path of a folder, or a name on the hub unchanged."""
     if path and Path(path).expanduser().is_dir():
         return str(Path(path).expanduser().resolve())
+    return path
+
+
+def shared_base(path: str | None) -> str | None:
+    """Returns how other machines name a base model: by its name on the hub.
+
+    A folder that is not named like a published model keeps its path.
+    """
+    if path and Path(path).expanduser().is_dir():
+        return published_name(path) or path
     return path
