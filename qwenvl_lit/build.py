@@ -19,6 +19,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,7 @@ from qwenvl_lit import checksums, extras
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.callbacks.peers import Peers
 from qwenvl_lit.callbacks.throughput import DataWaitProfiler
+from qwenvl_lit.callbacks.tracked_runs import RUN_ID, TrackedRuns, run_ids
 from qwenvl_lit.callbacks.validation import ValidationSchedule
 from qwenvl_lit.callbacks.vision_cache import VisionCache
 from qwenvl_lit.cores import available_cores
@@ -249,10 +251,11 @@ def trainer(
         options |= {"precision": None, "plugins": Float16Precision("cuda")}
     if not config.trainer.get("profiler"):
         options["profiler"] = DataWaitProfiler()  # `Throughput` reads it
-    options["logger"] = False
-    if config.get("logger"):
-        loggers = config.logger.items()
-        options["logger"] = [_instantiate(node, f"logger.{name}") for name, node in loggers]
+    built_loggers = loggers(config)
+    options["logger"] = list(built_loggers.values()) or False
+    trackers = {name: each for name, each in built_loggers.items() if _run_id_key(config, name)}
+    if trackers:
+        built.append(TrackedRuns(trackers))
     try:
         built_trainer = make_trainer(
             default_root_dir=config.paths.run,
@@ -267,6 +270,29 @@ def trainer(
     if built_trainer.world_size > 1:
         signals.hold_back()  # Lightning starts the other ranks
     return built_trainer
+
+
+def loggers(config: DictConfig) -> dict[str, Logger]:
+    """Builds the loggers by name. A resumed run continues as the same run of its trackers.
+
+    Raises:
+        ValueError: names the key of the logger that cannot start, with the reason.
+    """
+    ids = run_ids(Path(config.paths.run))
+    built = {}
+    for name, node in (config.get("logger") or {}).items():
+        key = _run_id_key(config, name)
+        if key and name in ids:
+            node = node.copy()  # it keeps its place in `config`, for interpolations
+            OmegaConf.set_struct(node, False)
+            node[key] = ids[name]
+        built[name] = _instantiate(node, f"logger.{name}")
+    return built
+
+
+def _run_id_key(config: DictConfig, name: str) -> str | None:
+    """The argument of a logger that names an earlier run; None if there is none."""
+    return RUN_ID.get(str(config.logger[name].get("_target_")))
 
 
 def _refused_keys(settings: DictConfig, error: Exception) -> str:
@@ -358,7 +384,8 @@ def _instantiate(node: DictConfig | None, key: str = "") -> Any:
         if isinstance(cause, TypeError) and "unexpected keyword argument" in str(cause):
             raise ValueError(f"{_first_line(cause)}; leave out this key") from None
         target = str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
-        if key and target.startswith(LIBRARIES) and isinstance(cause, REFUSALS):
+        refused = isinstance(cause, REFUSALS) or key.startswith("logger.")
+        if key and target.startswith(LIBRARIES) and refused:
             raise ValueError(f"{key}: {_first_line(cause)}") from None
         if not isinstance(cause, ValueError):
             raise

@@ -35,6 +35,8 @@ def test_each_package_is_in_the_extra_that_its_message_names():
     [
         (["logger=wandb"], r"logger=wandb needs .* wandb, .*pip install 'qwenvl_lit\[wandb\]'"),
         (["logger=tensorboard"], r"logger=tensorboard needs .* 'qwenvl_lit\[tensorboard\]'"),
+        (["logger=mlflow"], r"logger=mlflow needs .* mlflow, .* 'qwenvl_lit\[mlflow\]'"),
+        (["logger=comet"], r"logger=comet needs .* comet_ml, .* 'qwenvl_lit\[comet\]'"),
         (["logger=[csv,wandb]"], r"logger=wandb needs"),
         (["model=qwen_vl_chat", "adapter=qlora"], r"adapter=qlora .*'qwenvl_lit\[quant\]'"),
         (["model=qwen_vl_chat", "model.load_in_4bit=true"], r"model.load_in_4bit=true needs"),

@@ -25,6 +25,8 @@ from qwenvl_lit.settings import (
 
 READ_ROWS = f"{read_rows.__module__}.{read_rows.__name__}"
 LOGGERS = {  # classes of Lightning that need an optional package
+    "lightning.pytorch.loggers.CometLogger": "comet_ml",
+    "lightning.pytorch.loggers.MLFlowLogger": "mlflow",
     "lightning.pytorch.loggers.WandbLogger": "wandb",
     "lightning.pytorch.loggers.TensorBoardLogger": "tensorboard",
 }
