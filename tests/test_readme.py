@@ -99,6 +99,8 @@ def test_a_command_of_the_documentation_composes(line):
         options = (*options, "experiment=signs")  # `test_experiments` runs it
     quote = quote_alternatives if is_sweep(words) else quote_free_text
     arguments = [quote(word) for word in words[3:] if not word.startswith(options)]
+    if "--config-dir=examples/conf" in words:
+        arguments.append(f"hydra.searchpath=[file://{ROOT}/examples/conf]")
     for overrides in jobs(command, arguments):
         config = compose(command, overrides)
         if config.get("data") and config.data.get("datasets"):

@@ -83,7 +83,7 @@ SECTIONS = (
     ),
     Section(
         "Protocols of a model family",
-        "What a model implements ([add a model](../extending.md#add-a-model)).",
+        "What a model implements ([add a model family](../extending.md#add-a-model-family)).",
         {
             "qwenvl_lit.models.protocols": (
                 "Family",

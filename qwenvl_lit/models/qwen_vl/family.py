@@ -90,6 +90,7 @@ class QwenVLFamily(LoadsWeights):
     network_class = QwenVLForCausalLM
     published: ClassVar[Published] = QWEN_VL
     tokenizer_class: ClassVar[type[QwenTextTokenizer]] = QwenTokenizer
+    processor_class = QwenVLProcessor
     supports_packing = True
     supports_vision_cache = True
     fixed_image_size = True
@@ -222,7 +223,7 @@ class QwenVLFamily(LoadsWeights):
         """Returns a processor; see `Family.processor`."""
         assert self.config.visual is not None
         window = self.max_window_size or getattr(self.generation, "max_window_size", WINDOW)
-        return QwenVLProcessor(
+        return self.processor_class(
             self.tokenizer,
             tokens_per_image=self.config.n_queries,
             image_size=self.config.visual["image_size"],
