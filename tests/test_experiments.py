@@ -56,7 +56,7 @@ def test_a_preset_trains_a_step(preset, checkpoints, demo, tmp_path):
 
 def test_the_experiment_of_the_documentation_trains_a_step(checkpoints, demo, tmp_path):
     """Its file has the settings that the page explains, and trains on two files."""
-    page = (config_folder().parent / "docs/training.md").read_text(encoding="utf-8")
+    page = (config_folder().parent / "docs/fine_tuning.md").read_text(encoding="utf-8")
     [text] = re.findall(r"^```yaml\n(# @package _global_\n.*?)^```", page, re.DOTALL | re.MULTILINE)
     folder = tmp_path / "my_conf"
     (folder / "experiment").mkdir(parents=True)

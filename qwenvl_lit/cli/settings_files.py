@@ -48,7 +48,7 @@ def explain_settings_file(command: str, file: str) -> str:
     message = (
         f"{file}: to keep settings in a file, write them, below the line `# @package _global_`, to "
         f"{FOLDER}/experiment/{name}.yaml and run python -m qwenvl_lit.{command} "
-        f"--config-dir={FOLDER} {plus}experiment={name} (docs/training.md has an example)"
+        f"--config-dir={FOLDER} {plus}experiment={name} (docs/fine_tuning.md has an example)"
     )
     meant, others = translate_options(command, _options(Path(file).expanduser()))
     if meant:
