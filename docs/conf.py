@@ -56,22 +56,7 @@ def mend_links(app, name, content):
         content[0] = relinked(content[0], file, file)
 
 
-def list_further_pages(app, name, content):
-    """Adds pages that docs/index.md does not list to the end of the navigation."""
-    if name != "index":
-        return
-    further = []
-    for file in sorted(DOCS.glob("*.md")):
-        listed = f"<{file.stem}>" in content[0] or f"\n{file.stem}\n" in content[0]
-        if not listed and file.stem != name:
-            further.append(file.stem)
-    if further:
-        lines = ["```{toctree}", ":hidden:", ":caption: More", "", *further, "```"]
-        content[0] += "\n".join(["", *lines, ""])
-
-
 def setup(app):
     """Connects the functions above with the build."""
     app.connect("builder-inited", write_generated_pages)
     app.connect("source-read", mend_links)
-    app.connect("source-read", list_further_pages)
