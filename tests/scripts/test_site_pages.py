@@ -125,6 +125,20 @@ def test_copied_files_and_listed_pages_exist():
     assert all(file.exists() for file in COPIES.values())
 
 
+def test_the_navigation_has_every_page():
+    index = (DOCS / "index.md").read_text()
+    listed = set(re.findall(r"^[^|].* <(\w+)>$", index, re.MULTILINE))
+    assert listed == {page.stem for page in DOCS.glob("*.md")} - {"index"}
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_begins_with_its_purpose_and_a_command(page):
+    title, purpose, block = page.read_text().split("\n\n", 3)[:3]
+    assert re.fullmatch(r"# .+", title)
+    assert re.match(r"[\w`]", purpose)
+    assert re.match(r"```(python)?\n", block)
+
+
 def anchors(text):
     """The anchors of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
