@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, chosen by the config files beside them as a user would."""
+"""The examples of docs/extending.md and docs/looking_inside.md, chosen by the config files beside them as a user would."""
 
 import ast
 import importlib
@@ -62,7 +62,7 @@ def test_each_config_file_has_a_comment_and_names_an_example():
             assert name in [getattr(node, "name", None) for node in tree.body]
 
 
-def test_the_page_shows_what_the_files_have():
+def test_the_pages_show_what_the_files_have():
     page = (EXAMPLES.parent / "docs/extending.md").read_text()
     sources = "\n".join(file.read_text() for file in EXAMPLES.glob("*.py"))
     for block in re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
@@ -71,6 +71,7 @@ def test_the_page_shows_what_the_files_have():
     files = [file.read_text() for file in EXAMPLES.rglob("*.yaml")]
     for block in re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         assert any(text.endswith(f"\n{block}") for text in files), block
+    page += (EXAMPLES.parent / "docs/looking_inside.md").read_text()
     for file in EXAMPLES.rglob("*.*"):
         assert file.is_dir() or file.suffix in (".yaml", ".pyc") or file.name in page, file
 
