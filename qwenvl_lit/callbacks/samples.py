@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.bounds import check_number
 from qwenvl_lit.rendering.drawing import draw_prediction
-from qwenvl_lit.rendering.fonts import font_for
+from qwenvl_lit.rendering.fonts import fitting_characters, font_for, shortened, writable
 from qwenvl_lit.rendering.text import images_with_boxes, readable
 from qwenvl_lit.types import Batch, Conversation, ImageSource, Prediction
 
@@ -23,10 +22,11 @@ MARGIN_PX = 12
 TEXT_PX = 14
 LINE_PX = TEXT_PX + 5
 MAX_LINES = 6  # lines of each text
-MAX_CHARACTERS = 80  # characters of a line
+MAX_CHARACTERS = 1000  # characters of each text that are looked at
 CORRECT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"  # text colors
 
 ColoredText = tuple[str, str]  # text and color
+Font = ImageFont.FreeTypeFont
 
 
 class SampleVisualiser(lightning.Callback):
@@ -103,16 +103,18 @@ def _cell(prediction: Prediction) -> Image.Image:
         index = boxed[0] if boxed else 0
         image = draw_prediction(prediction, index, largest_side_px=CELL_PX)
         top = image.height + 6
-    lines: list[ColoredText] = []
+    lines: list[tuple[str, str, Font]] = []
     for text, color in _texts(prediction):
-        for line in _wrap(text):
-            lines.append((line, color))
+        text = "\n".join(map(writable, text[:MAX_CHARACTERS].splitlines()))
+        font = font_for(text, TEXT_PX)
+        for line in _wrap(text, font):
+            lines.append((line, color, font))
     cell = Image.new("RGB", (CELL_PX, top + LINE_PX * len(lines)), "white")
     if image:
         cell.paste(image, ((CELL_PX - image.width) // 2, 0))
     draw = ImageDraw.Draw(cell)
-    for index, (line, color) in enumerate(lines):
-        draw.text((0, top + index * LINE_PX), line, fill=color, font=font_for(line, TEXT_PX))
+    for index, (line, color, font) in enumerate(lines):
+        draw.text((0, top + index * LINE_PX), line, fill=color, font=font)
     return cell
 
 
@@ -138,33 +140,24 @@ def _question(conversation: Conversation) -> str:
     return readable(part for part in parts if not isinstance(part, ImageSource)).strip()
 
 
-def _wrap(text: str) -> list[str]:
+def _wrap(text: str, font: Font) -> list[str]:
     """Splits a text into at most `MAX_LINES` lines. A text that is cut ends in an ellipsis."""
-    lines = list(islice(_lines(text), MAX_LINES + 1))
+    lines = list(_lines(text, font))
     if len(lines) > MAX_LINES:
-        lines.pop()
-        lines[-1] = lines[-1][:-1] + "…"
+        lines = lines[:MAX_LINES]
+        lines[-1] = shortened(lines[-1] + "...", font, CELL_PX)
     return lines
 
 
-def _lines(text: str) -> Iterator[str]:
+def _lines(text: str, font: Font) -> Iterator[str]:
     """Yields lines that fit into a cell. Words are split only if a line has no space."""
-    letters = font_for(text, TEXT_PX)
     for paragraph in text.splitlines():
         rest = paragraph
-        while letters.getlength(rest) > CELL_PX:
-            end = _fitting_characters(rest, letters)
+        while font.getlength(rest) > CELL_PX:
+            end = fitting_characters(rest, font, CELL_PX)
             space = rest.rfind(" ", 1, end + 1)
             if space > 0:
                 end = space
             yield rest[:end]
             rest = rest[end:].lstrip()
         yield rest
-
-
-def _fitting_characters(text: str, letters: ImageFont.FreeTypeFont) -> int:
-    """Returns how many characters at the start of `text` fit into a cell, at least 1."""
-    end = min(len(text), MAX_CHARACTERS)
-    while end > 1 and letters.getlength(text[:end]) > CELL_PX:
-        end -= 1
-    return end

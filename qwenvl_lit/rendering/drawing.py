@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from qwenvl_lit.grounding import to_frame
-from qwenvl_lit.rendering.fonts import font_for, missing_characters
+from qwenvl_lit.rendering.fonts import font_for, missing_characters, shortened
 from qwenvl_lit.types import GroundedObject, Part, Point, Prediction, Quad, Region
 
 Corner = tuple[float, float]
@@ -22,6 +22,7 @@ PREDICTED = "#d81b60"
 EXPECTED = "#00695c"
 RADIUS = 4  # of the circle of a point, in widths of a line
 MIN_LONGER_SIDE_PX = 320  # labels would cover most of a smaller image
+MIN_SHORTER_SIDE_PX = 64  # boxes and labels would not fit into a thinner image
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +85,31 @@ def draw_objects(
 ) -> Image.Image:
     """Returns an RGB copy of the image with boxes, points and labels. Expected boxes are dashed.
 
-    Boxes are in pixels of `image`. A label that no font can write is its number, see `label_list`.
+    Boxes are in pixels of `image`. Expected boxes are drawn last: where two boxes are equal, both
+    colors are seen. A label that no font can write is its number, see `label_list`.
     Inverted boxes are drawn too, and corners outside the image are
     moved to its edge. An image whose longer side is below 320 px is enlarged by an integer factor
-    without smoothing, so that the labels are readable.
+    without smoothing, so that the labels are readable. A side that is still below 64 px is
+    stretched to it.
 
     Args:
         largest_side_px: the longer side of the result, at most. Larger images are scaled down
             before drawing.
     """
     scale = _scale(image.size, largest_side_px)
-    smoothing = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    canvas = image.convert("RGB").resize(size, smoothing)
+    smoothing = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    canvas = image.convert("RGB").resize(_drawn_size(image.size, scale), smoothing)
+    scales = canvas.width / image.width, canvas.height / image.height
     outlines = [
-        *_outlines(expected, scale, canvas.size, EXPECTED, dashed=True),
-        *_outlines(predicted, scale, canvas.size, PREDICTED, dashed=False),
+        *_outlines(predicted, scales, canvas.size, PREDICTED, dashed=False),
+        *_outlines(expected, scales, canvas.size, EXPECTED, dashed=True),
     ]
     draw = ImageDraw.Draw(canvas)
-    width = max(3, round(max(canvas.size) / 250))
+    longer, shorter = max(canvas.size), min(canvas.size)
+    width = max(3, round(min(longer / 250, shorter / 30)))
+    for outline in outlines:  # a border that dark images need, below all boxes
+        if not outline.is_point:
+            _draw_outline(draw, replace(outline, color="white", dashed=False), width + 2)
     for outline in outlines:
         if outline.is_point:
             _draw_point(draw, outline, width)
@@ -175,9 +182,14 @@ def _scale(size: tuple[int, int], largest_side_px: int | None) -> float:
     return min(scale, largest_side_px / longer)
 
 
+def _drawn_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    width, height = (max(MIN_SHORTER_SIDE_PX, round(side * scale)) for side in size)
+    return width, height
+
+
 def _outlines(
     objects: Iterable[GroundedObject],
-    scale: float,
+    scales: tuple[float, float],
     size: tuple[int, int],
     color: str,
     *,
@@ -185,11 +197,12 @@ def _outlines(
 ) -> Iterator[_Outline]:
     right, bottom = size[0] - 1, size[1] - 1
     for number, obj in enumerate(objects, 1):
-        label = drawn_label(obj.label, number) if obj.label else None
+        label = " ".join((obj.label or "").split())  # on one line
+        label = drawn_label(label, number)
         for region in obj.boxes:
             corners = []
             for x, y in _corners(region):  # clamped: a model may predict corners far outside
-                corners.append((_clamp(x * scale, right), _clamp(y * scale, bottom)))
+                corners.append((_clamp(x * scales[0], right), _clamp(y * scales[1], bottom)))
             yield _Outline(label, corners, isinstance(region, Point), color, dashed)
 
 
@@ -208,10 +221,7 @@ def _clamp(value: float, largest: float) -> float:
 
 
 def _draw_outline(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> None:
-    sides = list(pairwise((*outline.corners, outline.corners[0])))
-    for side in sides:
-        draw.line(side, fill="white", width=width + 2)  # a border that dark images need
-    for start, end in sides:
+    for start, end in pairwise((*outline.corners, outline.corners[0])):
         pieces = _dashes(start, end, 4 * width) if outline.dashed else [(start, end)]
         for piece in pieces:
             draw.line(piece, fill=outline.color, width=width)
@@ -251,37 +261,38 @@ def _draw_label(
 ) -> Rectangle:
     """Writes a label at its box and returns the rectangle that the label covers.
 
-    Four positions are tried, from above the box to below it, or in reverse order for a dashed box.
-    The first one that overlaps no rectangle of `taken` is used, or the first one if all overlap.
+    Four positions are tried, from above the box to below it, or in reverse order for a dashed box,
+    and then the same at its right side. The first one that covers least of `taken` is used.
 
     Args:
         margin: space above and below the corners, for the circle of a point.
     """
     right, bottom = draw.im.size
-    letters = font_for(label, max(13, round(max(right, bottom) / 40)))
+    letters = font_for(label, max(13, round(min(max(right, bottom) / 40, min(right, bottom) / 5))))
+    label = shortened(label, letters, right - 4)
     width, height = draw.textlength(label, font=letters) + 4, sum(letters.getmetrics()) + 2
     xs, ys = zip(*outline.corners, strict=True)
-    left = max(0, min(*xs, right - width))
     highest, lowest = min(ys) - margin, max(ys) + margin
     tops = [highest - height, highest, lowest - height, lowest]
     if outline.dashed:
         tops.reverse()
     rectangles = []
-    for top in tops:
-        top = max(0, min(top, bottom - height))
-        rectangles.append((left, top, left + width, top + height))
-    rectangle = _first_free(rectangles, taken)
-    draw.rectangle(rectangle, fill=outline.color)
+    for left in (min(xs), max(xs) - width):
+        left = max(0, min(left, right - width))
+        for top in tops:
+            top = max(0, min(top, bottom - height))
+            rectangles.append((left, top, left + width, top + height))
+    rectangle = min(rectangles, key=lambda candidate: _covered(candidate, taken))
+    draw.rectangle(rectangle, fill=outline.color, outline="white")
     draw.text((rectangle[0] + 2, rectangle[1]), label, fill="white", font=letters)
     return rectangle
 
 
-def _first_free(rectangles: Sequence[Rectangle], taken: Sequence[Rectangle]) -> Rectangle:
-    for rectangle in rectangles:
-        if not any(_overlap(rectangle, other) for other in taken):
-            return rectangle
-    return rectangles[0]
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _covered(rectangle: Rectangle, taken: Sequence[Rectangle]) -> float:
+    """Returns the area of a rectangle that other rectangles cover."""
+    area = 0.0
+    for other in taken:
+        width = min(rectangle[2], other[2]) - max(rectangle[0], other[0])
+        height = min(rectangle[3], other[3]) - max(rectangle[1], other[1])
+        area += max(0, width) * max(0, height)
+    return area

@@ -11,6 +11,8 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
+from qwenvl_lit.terminal import printable
+
 log = logging.getLogger(__name__)
 
 # The first word of a character's Unicode name -> the font to install, and its Debian package.
@@ -39,9 +41,40 @@ def missing_characters(text: str) -> str:
     A message, once for each script, says which font to install.
     """
     missing = _best_file(text)[1]
-    if missing:
-        _warn_once(missing[0])
+    for character in missing:
+        _warn_once(character)
     return missing
+
+
+def writable(text: str) -> str:
+    """Returns one line in which escape sequences stand for characters that cannot be drawn.
+
+    >>> writable("a\\x00 b")
+    'a\\\\x00 b'
+    """
+    text = printable(text)
+    escapes = {ord(character): ascii(character)[1:-1] for character in missing_characters(text)}
+    return text.translate(escapes)
+
+
+def shortened(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
+    """Returns `text`, or its start and "..." if it is wider than `width_px`."""
+    if font.getlength(text) <= width_px:
+        return text
+    end = fitting_characters(text, font, width_px - font.getlength("..."))
+    return text[:end].rstrip() + "..."
+
+
+def fitting_characters(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> int:
+    """Returns how many characters at the start of `text` fit into a width, at least 1."""
+    fits, too_many = 1, len(text) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if font.getlength(text[:middle]) <= width_px:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +155,7 @@ def _warn_once(character: str) -> None:
     default = (f"Noto Sans {script.title()}", "fonts-noto-core")
     name, package = FONTS_OF_SCRIPTS.get(script, default)
     log.warning(
-        "no installed font has %s (%s): such text is not readable in images; install a font, for "
-        "example %s (Debian: %s). Reports show the labels as text",
+        "no installed font has %s (%s): images show an escape sequence or a number instead; "
+        "install a font, for example %s (Debian: %s). Reports show the labels as text",
         *(character, unicodedata.name(character, "unknown").lower(), name, package),
     )

@@ -1,7 +1,17 @@
 from PIL import Image
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.samples import CELL_PX, MARGIN_PX, SampleVisualiser, contact_sheet
+from qwenvl_lit.callbacks.samples import (
+    CELL_PX,
+    MARGIN_PX,
+    MAX_LINES,
+    TEXT_PX,
+    SampleVisualiser,
+    _wrap,
+    contact_sheet,
+)
+from qwenvl_lit.rendering import fonts
+from qwenvl_lit.rendering.fonts import font_for
 from qwenvl_lit.types import Conversation, Prediction, Turn
 
 
@@ -50,6 +60,20 @@ def test_long_texts_are_truncated():
         contact_sheet([prediction(0, text)]) for text in ("yes", "word " * 60, "x" * 5000)
     )
     assert short.height < long.height == endless.height
+
+
+def test_no_line_is_wider_than_its_cell():
+    for text in ("word " * 600, "مرحبا بالعالم " * 150, "x" * 2000, "\n".join("abcdefgh")):
+        lines = _wrap(text, font_for(text, TEXT_PX))
+        assert len(lines) == MAX_LINES
+        assert lines[-1].endswith("...")
+        assert max(map(font_for(text, TEXT_PX).getlength, lines)) <= CELL_PX
+
+
+def test_characters_without_a_font_are_codes_not_empty_boxes(monkeypatch):
+    monkeypatch.setattr(fonts, "missing_characters", lambda text: "狗" if "狗" in text else "")
+    drawn, codes = (contact_sheet([prediction(0, text)]) for text in ("a 狗", "a \\u72d7"))
+    assert drawn.tobytes() == codes.tobytes()
 
 
 def test_a_conversation_without_image_and_expected_answer_has_a_cell():

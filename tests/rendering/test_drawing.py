@@ -4,6 +4,7 @@ from PIL import Image, ImageColor
 from toy_task import conversation, grounded
 
 from qwenvl_lit.rendering.drawing import EXPECTED, PREDICTED, draw_objects, draw_prediction
+from qwenvl_lit.rendering.fonts import font_for, shortened
 from qwenvl_lit.types import GroundedObject, Point, Prediction, Quad
 
 
@@ -26,6 +27,27 @@ def test_a_large_image_can_be_shrunk_before_drawing():
     assert columns.max() == pytest.approx(64, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("size", "largest_side_px", "drawn_size"),
+    [
+        ((2000, 40), 320, (320, 64)),  # 6 px high without stretching
+        ((40, 2000), 320, (64, 320)),
+        ((3, 700), None, (64, 700)),
+        ((20_000, 100), 480, (480, 64)),
+        ((1000, 200), 320, (320, 64)),
+    ],
+)
+def test_a_thin_image_is_stretched_until_its_boxes_are_seen(size, largest_side_px, drawn_size):
+    width, height = size
+    box = grounded("a sign", width / 4, height / 4, width / 2, height / 2)
+    drawn = draw_objects(Image.new("RGB", size), [box], largest_side_px=largest_side_px)
+    assert drawn.size == drawn_size
+    rows, columns = np.nonzero(pixels(drawn, PREDICTED))
+    assert rows.max() == pytest.approx(drawn_size[1] / 2, abs=3)
+    assert columns.min() == pytest.approx(drawn_size[0] / 4, abs=3)
+    assert pixels(drawn, PREDICTED).mean() < 0.5  # labels and lines leave most of the image free
+
+
 def test_predicted_boxes_are_solid_and_expected_ones_dashed():
     black, box = Image.new("RGB", (400, 400)), grounded("", 100, 100, 300, 300)
     solid = pixels(draw_objects(black, [box]), PREDICTED)[100, 100:301]
@@ -34,6 +56,14 @@ def test_predicted_boxes_are_solid_and_expected_ones_dashed():
     assert 0.4 < dashed.mean() < 0.7
     assert dashed[0]
     assert dashed[-1]
+
+
+def test_an_equal_expected_box_is_seen_on_the_predicted_one():
+    black, box = Image.new("RGB", (400, 400)), grounded("", 100, 100, 300, 300)
+    drawn = draw_objects(black, [box], [box])
+    predicted, expected = (pixels(drawn, color)[100, 100:301] for color in (PREDICTED, EXPECTED))
+    assert 0.3 < predicted.mean() < 0.6
+    assert (predicted | expected).all()
 
 
 def test_the_given_image_is_not_changed():
@@ -53,6 +83,8 @@ def test_images_of_any_mode_become_rgb(mode):
         grounded("inverted", 300, 300, 100, 100),
         grounded("outside", -500, -500, 99999, 99999),
         grounded("a point", 5, 5, 5, 5),
+        grounded("two\nlines", 0, 0, 9, 9),
+        grounded(" \n", 0, 0, 9, 9),
         grounded("a label much longer than the image is wide " * 5, 0, 0, 9, 9),
         grounded("一只狗", 0, 0, 9, 9),
         GroundedObject(label=None),
@@ -81,6 +113,25 @@ def test_labels_of_equal_boxes_do_not_cover_each_other():
     drawn = draw_objects(Image.new("RGB", (400, 300)), [box], [box])
     assert pixels(drawn, PREDICTED)[86:96, 110].any()  # above
     assert pixels(drawn, EXPECTED)[204:214, 110].any()  # below
+
+
+def test_labels_of_several_equal_boxes_do_not_cover_each_other():
+    boxes = [grounded("dog", 100, 100, 300, 200)]
+    areas = []
+    for count in range(1, 7):
+        drawn = draw_objects(Image.new("RGB", (400, 300)), boxes * count)
+        areas.append(pixels(drawn, PREDICTED).sum())
+    added = np.diff(areas)
+    assert (added > 0.4 * added.max()).all()  # labels inside of the box cover its lines
+
+
+def test_a_long_label_is_cut_to_the_width_of_the_image():
+    label = "word " * 50
+    short = shortened(label, font_for(label, 13), 400 - 4)
+    image = Image.new("RGB", (400, 300))
+    one, two = (draw_objects(image, [grounded(each, 50, 50, 99, 99)]) for each in (label, short))
+    assert short.endswith("...")
+    assert (np.asarray(one) == np.asarray(two)).all()
 
 
 def test_a_prediction_is_drawn_with_its_expected_answer():

@@ -10,7 +10,7 @@ from toy_task import grounded
 
 from qwenvl_lit.rendering import fonts
 from qwenvl_lit.rendering.drawing import draw_objects, label_list
-from qwenvl_lit.rendering.fonts import font_for, missing_characters
+from qwenvl_lit.rendering.fonts import font_for, missing_characters, shortened, writable
 
 CACHES = (fonts._files, fonts._best_file, fonts._characters, fonts._font)
 
@@ -77,6 +77,26 @@ def test_a_label_without_a_font_is_a_number_and_one_message_names_the_font(insta
     assert "Noto Sans CJK (Debian: fonts-noto-cjk)" in messages[0]
     assert "Noto Sans Thai (Debian: fonts-noto-core)" in messages[1]
     assert "Noto Emoji" in messages[2]
+
+
+def test_an_escape_sequence_stands_for_what_no_font_can_draw(installed, caplog):
+    assert writable("狗 and café 🐶") == "\\u72d7 and café \\U0001f436"
+    assert writable("a\tb \ud800") == "a\\tb \\ud800"
+    assert len(caplog.records) == 2  # on Chinese and on emoji
+    write_font(installed / "a.ttf", "狗 and")
+    for cache in CACHES:
+        cache.cache_clear()
+    assert writable("狗 and") == "狗 and"
+
+
+@pytest.mark.parametrize("width", [30, 100, 333])
+def test_a_text_is_shortened_to_a_width(width):
+    text, font = "many words of one text " * 9, font_for("", 16)
+    short = shortened(text, font, width)
+    assert short.endswith("...")
+    assert text.startswith(short[:-3])
+    assert width - 25 < font.getlength(short) <= width
+    assert shortened("a", font, width) == "a"
 
 
 def test_a_broken_font_is_not_chosen(installed):
