@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import lightning
@@ -30,8 +32,10 @@ AXIS_LABELS = {  # the label of any other value is its name
     "memory_gib": "peak memory (GiB)",
 }
 SMOOTHED = {"loss", "accuracy", "grad_norm"}
-SMOOTHING = 0.9  # weight of earlier values, computed as in ms-swift and TensorBoard
-AVERAGED = 10  # values: the smoothed curve begins where it averages so many, 1 / (1 - SMOOTHING)
+SMOOTHING = 0.6  # weight of earlier values, TensorBoard's default
+AVERAGED = 0.02  # share of the values that a smoothed one averages, in long runs: its lag
+FEW = 30  # so many values at most are marked, since a single one has no line, and not smoothed
+LABEL_CHARACTERS = 40  # of a line of the label of the y axis
 TRAINING_COLOR, VALIDATION_COLOR = "#1f77b4", "#d95f02"
 
 Points = tuple[list[int], list[float]]  # steps and values
@@ -63,9 +67,9 @@ class Curves(lightning.Callback):
 def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Writes a file `NAME.png` for each value NAME in the records, and returns the files.
 
-    Validation values, `val/NAME`, are points in the image of NAME. Noisy values are drawn twice:
-    unsmoothed in a light color, and smoothed from the tenth value on, since the average of fewer
-    is about the first value. Missing values and null are left out.
+    Validation values, `val/NAME`, are points in the image of NAME. Noisy values are drawn twice,
+    if there are more than `FEW`: unsmoothed in a light color, and smoothed. Missing values and null
+    are left out.
     """
     names: dict[str, None] = {}  # in order of appearance
     for record in records:
@@ -84,14 +88,31 @@ def draw_curves(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path
     return files
 
 
+def smoothing_weight(count: int) -> float:
+    """Returns the weight with which `count` values are smoothed.
+
+    An average of weight w spans about 1 / (1 - w) values and lags as many behind: 2.5, or in long
+    runs a fiftieth of the values, so that it never lags far in the image.
+
+    >>> smoothing_weight(72), smoothing_weight(1000)
+    (0.6, 0.95)
+    """
+    return max(SMOOTHING, 1 - 1 / max(1, AVERAGED * count))
+
+
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Returns the exponential moving average with bias correction.
+    """Returns the exponential moving average with bias correction, as TensorBoard computes it.
+
+    NaN and infinity stay where they are and do not change the average of the others.
 
     >>> smooth([1.0, 1.0, 4.0], 0.5)
     [1.0, 1.0, 2.7142857142857144]
     """
     smoothed, total, norm = [], 0.0, 0.0
     for value in values:
+        if not math.isfinite(value):
+            smoothed.append(value)
+            continue
         total = weight * total + (1 - weight) * value
         norm = weight * norm + (1 - weight)
         smoothed.append(total / norm)
@@ -111,20 +132,24 @@ def _plot(name: str, training: Points, validation: Points) -> Figure:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
     steps, values = training
-    if steps and name in SMOOTHED:
-        start = AVERAGED - 1
-        smoothed = smooth(values, SMOOTHING)[start:]
-        label = f"training, smoothed ({SMOOTHING})"
+    if len(steps) > FEW and name in SMOOTHED:
+        weight = smoothing_weight(len(values))
+        smoothed = smooth(values, weight)
+        label = f"training, smoothed ({weight:.2g})"
         axes.plot(steps, values, color=TRAINING_COLOR, alpha=0.3, linewidth=1, label="training")
-        if smoothed:
-            axes.plot(steps[start:], smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
+        axes.plot(steps, smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
     elif steps:
-        axes.plot(steps, values, color=TRAINING_COLOR, linewidth=1.5, label="training")
+        marker = "o" if len(steps) <= FEW else ""
+        style = {"color": TRAINING_COLOR, "marker": marker, "markersize": 4}
+        axes.plot(steps, values, **style, linewidth=1.5, label="training")
     if validation[0]:
-        style = {"color": VALIDATION_COLOR, "marker": "o", "markersize": 5, "linewidth": 1}
-        axes.plot(*validation, **style, label="validation")
+        style = {"color": VALIDATION_COLOR, "marker": "o", "markersize": 5}
+        axes.plot(*validation, **style, linewidth=1, label="validation")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(AXIS_LABELS.get(name, name))
+    axes.set_ylabel(fill(AXIS_LABELS.get(name, name), LABEL_CHARACTERS))
+    shown = steps + validation[0]
+    if min(shown) == max(shown):
+        axes.set_xlim(min(shown) - 1, max(shown) + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

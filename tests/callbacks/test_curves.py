@@ -18,17 +18,37 @@ def test_smoothing_has_no_bias_towards_the_first_value():
     assert smooth([], 0.9) == []
 
 
-@pytest.mark.parametrize(("count", "first_smoothed"), [(25, 10), (10, 10), (9, None)])
-def test_the_smoothed_curve_begins_where_it_is_an_average(count, first_smoothed):
-    steps = list(range(1, count + 1))
-    values = [100.0, *[1.0] * (count - 1)]
-    [axes] = _plot("loss", (steps, values), ([], [])).axes
-    assert list(axes.lines[0].get_xdata()) == steps
-    smoothed = axes.lines[1:]
-    assert [line.get_xdata()[0] for line in smoothed] == (
-        [first_smoothed] if first_smoothed else []
+def test_values_that_are_not_finite_do_not_end_the_smoothed_curve():
+    nan, inf = float("nan"), float("inf")
+    assert smooth([0.0, nan, inf, 1.0], 0.9) == pytest.approx(
+        [0, nan, inf, 0.1 / 0.19], nan_ok=True
     )
-    assert all(max(line.get_ydata()) < 10 for line in smoothed)
+
+
+@pytest.mark.parametrize("count", [31, 72, 1000, 20_000])
+def test_the_smoothed_curve_is_never_far_behind(count):
+    steps = list(range(count))
+    falling = [1 - step / count for step in steps]
+    [axes] = _plot("loss", (steps, falling), ([], [])).axes
+    raw, smoothed = (line.get_ydata() for line in axes.lines)
+    assert smoothed[0] == raw[0]
+    lag = max(low - high for low, high in zip(smoothed, raw, strict=True))
+    assert lag <= max(0.02, 1.6 / count)
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate"])
+def test_a_single_value_is_seen(name):
+    [axes] = _plot(name, ([10], [0.5]), ([], [])).axes
+    [line] = axes.lines
+    assert line.get_marker() == "o"
+    assert list(axes.get_xlim()) == [9, 11]
+
+
+def test_a_long_name_fits_beside_its_axis():
+    figure = _plot("a_metric_of_a_user_" * 4, ([], []), ([1, 2], [0.5, 0.6]))
+    figure.draw_without_rendering()
+    label = figure.axes[0].yaxis.label.get_window_extent()
+    assert 0 <= label.y0 < label.y1 <= figure.bbox.height
 
 
 def test_each_scalar_is_one_image_with_its_validation(tmp_path):
