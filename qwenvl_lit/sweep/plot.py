@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from qwenvl_lit.atomic import atomic_file
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 MAX_LINES = 8  # more combinations of values are drawn as points
 MAX_TICKS = 8
 LOG_SCALE_FROM = 8  # ratio of the largest and the smallest value
+MIN_GAP = 0.07  # between two ticks, as a share of the axis
+AXIS_CHARACTERS = 48  # of all values side by side; longer ones are written at an angle
+LINE_CHARACTERS, MAX_CHARACTERS = 28, 84  # of a value at an angle
+LEGEND_CHARACTERS = 80
 
 
 def draw_scores(results: Sequence[Result], keys: Sequence[str], metric: str, file: Path) -> None:
@@ -79,8 +86,10 @@ def _lines(results: Sequence[Result], labels: Sequence[str], key: str, metric: s
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, marker="o", label=label)
     axes.set_ylabel(metric)
-    if any(labels):
-        axes.legend(frameon=False)
+    if any(labels):  # beside the axes: long labels would cover the lines
+        names = [fill(label, LEGEND_CHARACTERS) for label in lines]
+        figure.set_figheight(4 + 0.22 * sum(name.count("\n") + 1 for name in names))
+        figure.legend(axes.lines, names, loc="outside lower center", frameon=False)
     return figure
 
 
@@ -95,16 +104,29 @@ def _positions(axes: Axes, results: Sequence[Result], key: str) -> list[float]:
     if numbers is None:
         values = _values(results, key)
         choices = list(dict.fromkeys(values))
-        axes.set_xticks(range(len(choices)), choices)
+        axes.set_xticks(range(len(choices)), list(map(_tick_text, choices)))
+        if sum(map(len, choices)) > AXIS_CHARACTERS:
+            for tick in axes.get_xticklabels():
+                tick.set(rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
         axes.margins(x=0.15)
         return list(map(choices.index, values))
-    if min(numbers) > 0 and max(numbers) >= LOG_SCALE_FROM * min(numbers):
-        axes.set_xscale("log")
     ticks = sorted(set(numbers))
-    if len(ticks) <= MAX_TICKS:
+    places = ticks
+    if ticks[0] > 0 and ticks[-1] >= LOG_SCALE_FROM * ticks[0]:
+        axes.set_xscale("log")
+        places = list(map(math.log, ticks))
+    gap = MIN_GAP * (places[-1] - places[0])
+    if len(ticks) <= MAX_TICKS and all(right - left >= gap for left, right in pairwise(places)):
         axes.set_xticks(ticks, [f"{number:g}" for number in ticks])
         axes.set_xticks([], minor=True)
     return numbers
+
+
+def _tick_text(value: str) -> str:
+    """Returns a value in several lines. A long one is its end, which names a file in a path."""
+    if len(value) > MAX_CHARACTERS:
+        value = "..." + value[-MAX_CHARACTERS:]
+    return fill(value, LINE_CHARACTERS)
 
 
 def _numbers(results: Sequence[Result], key: str) -> list[float] | None:

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,28 @@ def test_many_combinations_are_points_in_a_panel_for_each_key(tmp_path, axes):
     draw_scores(results, ["optim.lr", "adapter.rank"], "val/loss", tmp_path / "sweep.png")
     assert [panel.get_xlabel() for panel in axes] == ["optim.lr", "adapter.rank"]
     assert [len(panel.collections[0].get_offsets()) for panel in axes] == [20, 20]
+
+
+def test_long_values_do_not_cover_each_other_nor_the_lines(tmp_path, axes):
+    results = []
+    for adapter in ("lora", "dora"):
+        for number in range(5):
+            path = "/data/models/a_long_path" * 6 + f"/checkpoint_number_{number}"
+            results.append(result(number, f"adapter={adapter}", f"model.path={path}"))
+    draw_scores(results, ["adapter", "model.path"], "val/loss", tmp_path / "sweep.png")
+    [drawn] = axes
+    [legend] = drawn.figure.legends
+    assert legend.get_window_extent().y1 < drawn.get_window_extent().y0
+    for number, label in enumerate(drawn.get_xticklabels()):
+        assert label.get_rotation() == 30
+        assert label.get_text().replace("\n", "").endswith(f"number_{number}")
+        extent = label.get_window_extent()
+        assert extent.x0 >= 0
+        assert legend.get_window_extent().y1 < extent.y0 < extent.y1 <= drawn.bbox.y0
+
+
+def test_numbers_that_are_close_together_have_no_tick_each(tmp_path, axes):
+    results = [result(number, f"optim.lr={number}") for number in (1, 1.01, 5)]
+    draw_scores(results, ["optim.lr"], "val/loss", tmp_path / "sweep.png")
+    extents = [label.get_window_extent() for label in axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(extents))
