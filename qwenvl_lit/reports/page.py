@@ -16,36 +16,59 @@ from qwenvl_lit.terminal import printable
 
 IMAGE_SIDE_PX = 480
 
+LONG_WORD = 24  # characters; a longer word, such as a path, is split to fit its column
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff;
+:root { color-scheme: light dark;
+  --paper: light-dark(#fff, #17191c); --ink: light-dark(#1c2430, #e7e9ec);
+  --faint: light-dark(#5a6675, #a2acb8); --line: light-dark(#d5dae1, #363c44);
+  --good: light-dark(#00695c, #5fd0bd); --bad: light-dark(#b3261e, #ff9d94);
+  --predicted: light-dark(#d81b60, #ff80ab); --bar: light-dark(#3b6ea8, #7fb2ea);
+  --marked: light-dark(#c8efdd, #14503a); --on-marked: light-dark(#064e3b, #d3f7e6) }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+h1, h2, h3, p { overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; margin-bottom: .2rem }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #d5dae1 }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th { color: #5a6675; font-weight: 600 }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e8ed;
-  text-align: right; vertical-align: top }
-td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 5rem }
+th { color: var(--faint); font-weight: 600 }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line);
+  text-align: right; vertical-align: top; white-space: nowrap }
+.text { text-align: left; min-width: 5rem; white-space: normal }
+.long { overflow-wrap: anywhere; min-width: 12rem }
 .wide { overflow-x: auto }
-.good { color: #00695c } .bad { color: #b3261e } .faint { color: #5a6675 }
+.good { color: var(--good) } .bad { color: var(--bad) } .faint { color: var(--faint) }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem }
-figure { margin: 0 } figcaption { color: #5a6675 }
-svg text { font: 11px system-ui, sans-serif; fill: #5a6675 } svg rect { fill: #3b6ea8 }
-.example { border: 1px solid #d5dae1; border-radius: 6px; padding: .8rem; margin: 1rem 0;
+figure { margin: 0; max-width: 100% }
+figcaption { color: var(--faint); max-width: 340px; overflow-wrap: anywhere }
+svg { max-width: 100%; height: auto }
+svg text { font: 11px system-ui, sans-serif; fill: var(--faint) } svg rect { fill: var(--bar) }
+.example { border: 1px solid var(--line); border-radius: 6px; padding: .8rem; margin: 1rem 0;
   display: flex; flex-wrap: wrap; gap: 1rem }
 .example header { flex-basis: 100%; overflow-wrap: anywhere }
-.example .images { display: flex; flex-direction: column; gap: .5rem }
-.example img { max-width: 100%; width: 340px; height: auto }
+.example .images { display: flex; flex-direction: column; gap: .5rem;
+  max-width: min(340px, 100%) }
+.example img { max-width: 100%; max-height: 480px; align-self: start;
+  outline: 1px solid var(--line) }
 .example .words { flex: 1 1 20rem; min-width: 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace;
-  margin: 0; color: #5a6675; max-height: 30rem; overflow: auto }
-.supervised { color: #064e3b; background: #c8efdd; border-radius: 2px }
+  margin: 0; color: var(--faint); max-height: 30rem; overflow: auto }
+.supervised { color: var(--on-marked); background: var(--marked); border-radius: 2px }
 .answers { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .8rem }
 .answers > div { flex: 1 1 10rem; min-width: 0 }
-.answers h3 { margin: 0 } .answers pre { color: #1c2430 }
+.answers h3 { margin: 0 } .answers pre { color: var(--ink) }
 .labels { margin: 0; max-width: 340px; font-size: 13px; overflow-wrap: anywhere }
-.predicted { color: #d81b60 } .expected { color: #00695c }
+.predicted { color: var(--predicted) } .expected { color: var(--good) }
+@media (max-width: 30rem) {
+  th, td { padding-inline: .4rem }
+  .example .words { flex-basis: 100% }
+}
+@media print {
+  body { margin: 0; max-width: none }
+  .example, figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  .wide { overflow: visible } pre { max-height: none }
+  .supervised, svg rect { print-color-adjust: exact }
+}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -92,7 +115,10 @@ def table(rows: Sequence[Mapping[str, str]], *, text_columns: Collection[str]) -
 def _table_row(tag: str, cells: Mapping[str, str], text_columns: Collection[str]) -> str:
     html = ""
     for name, content in cells.items():
-        style = " class=text" if name in text_columns else ""
+        style = ""
+        if name in text_columns:
+            has_long_word = any(len(word) > LONG_WORD for word in content.split())
+            style = ' class="text long"' if has_long_word else ' class="text"'
         html += f"<{tag}{style}>{text(content)}</{tag}>"
     return f"<tr>{html}</tr>"
 
@@ -151,8 +177,9 @@ def histogram_figure(
             f"<title>{text(name)}: {count:,} {unit}</title></rect>"
         )
     start, end = ends
+    size = f'width="{width}" height="{height + 32}" viewBox="0 0 {width} {height + 32}"'
     return (
-        f'<figure><svg width="{width}" height="{height + 32}">{bars}'
+        f"<figure><svg {size}>{bars}"
         f'<text x="0" y="10">{highest:,} {unit}</text>'
         f'<text x="0" y="{height + 28}">{text(start)}</text>'
         f'<text x="{width}" y="{height + 28}" text-anchor="end">{text(end)}</text></svg>'

@@ -22,7 +22,7 @@ MAX_TICKS = 8
 LOG_SCALE_FROM = 8  # ratio of the largest and the smallest value
 MIN_GAP = 0.07  # between two ticks, as a share of the axis
 AXIS_CHARACTERS = 48  # of all values side by side; longer ones are written at an angle
-LINE_CHARACTERS, MAX_CHARACTERS = 28, 84  # of a value at an angle
+LINE_CHARACTERS, MAX_CHARACTERS = 28, 50  # of a value at an angle
 LEGEND_CHARACTERS = 80
 
 

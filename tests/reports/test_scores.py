@@ -270,7 +270,7 @@ def test_the_page_shows_scores_groups_boxes_changes_and_examples(page):
     assert "the model was trained on these images" in text
     assert "2 rows of" in text, "rows without an answer"
     assert "The two runs have no rows in common" in text
-    assert re.search(r"<td class=text>task</td><td class=text>b</td><td>0\.750</td>", page)
+    assert re.search(r'<td class="text">task</td><td class="text">b</td><td>0\.750</td>', page)
     assert "gone.png does not exist" in text
     assert page.count("data:image/jpeg;base64,") >= 8
     assert page.count("<svg") == 1

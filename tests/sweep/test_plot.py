@@ -94,7 +94,6 @@ def test_long_values_do_not_cover_each_other_nor_the_lines(tmp_path, axes):
         assert label.get_rotation() == 30
         assert label.get_text().replace("\n", "").endswith(f"number_{number}")
         extent = label.get_window_extent()
-        assert extent.x0 >= 0
         assert legend.get_window_extent().y1 < extent.y0 < extent.y1 <= drawn.bbox.y0
 
 
