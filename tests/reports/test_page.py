@@ -25,7 +25,7 @@ def luminance(color: str) -> float:
     return total
 
 
-@pytest.mark.parametrize(("scheme", "text"), product((0, 1), ON))
+@pytest.mark.parametrize(("scheme", "text"), [*product((0, 1), ON)])
 def test_text_is_readable_in_the_light_and_in_the_dark(scheme, text):
     lights = sorted(luminance(COLORS[name][scheme]) for name in (text, ON[text]))
     assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5  # the contrast that WCAG AA asks for
