@@ -101,6 +101,22 @@ def contents(request):
     return found
 
 
+@pytest.mark.parametrize("size", [(2000, 40), (40, 2000), (1, 900)])
+def test_a_box_on_a_thin_image_is_seen(page, server, tmp_path, size):
+    width, height = size
+    box = {"label": "a", "image": 0, "boxes": [[width / 4, height / 4, width / 2, height / 2]]}
+    server.plan(Answer("<ref>a</ref><box>(250,250),(500,500)</box>", (box,)))
+    attach(page, image_file(tmp_path / "thin.png", size))
+    page.resize(390, 800)
+    ask(page, "What is there?")
+    left, top, shown_width, shown_height = page.rectangle(".frame")
+    assert 80 <= shown_width <= 390
+    assert 80 <= shown_height <= 560
+    assert page.rectangle(".frame img") == (left, top, shown_width, shown_height)
+    expected = (left + shown_width / 4, top + shown_height / 4, shown_width / 4, shown_height / 4)
+    assert page.rectangle(".box") == pytest.approx(expected, abs=1)
+
+
 def test_question_with_images_is_answered_without_markup(page, server, tmp_path):
     files = [image_file(tmp_path / "a.png"), image_file(tmp_path / "b.jpg", (30, 90))]
     server.plan(Answer(DOG, (DOG_PX,)))
