@@ -24,12 +24,12 @@ def main(config: DictConfig) -> None:
     _require_files(config)
     check_files(config, SPLITS)
     import_libraries()
-    from rich.console import Console
 
     from qwenvl_lit import build
     from qwenvl_lit.cores import available_cores
     from qwenvl_lit.data.inspection import inspect
     from qwenvl_lit.rendering.progress import progress_bars
+    from qwenvl_lit.rendering.table import output_console
     from qwenvl_lit.reports.data import print_summary, write_findings
     from qwenvl_lit.reports.data_page import examples, write_page
 
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
     write_findings(inspection, findings)
     shown = examples(inspection, sets, processor, count=config.examples, seed=config.seed)
     write_page(inspection, shown, page, title=f"Data of {build.shown(config.paths.run)}")
-    print_summary(inspection, Console())
+    print_summary(inspection, output_console())
     print(f"\nReport: {build.shown(str(page))}   all findings: {build.shown(str(findings))}")
     sys.exit(bool(inspection.errors))
 

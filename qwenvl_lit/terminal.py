@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
 import unicodedata
+from textwrap import fill
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -24,6 +27,25 @@ def printable(text: str, *, keep: str = "") -> str:
             character = ascii(character)[1:-1]
         characters.append(character)
     return "".join(characters)
+
+
+def wrapped(text: str, *, indent: int = 0) -> str:
+    """Breaks a line between words to the width of the terminal, if it is printed to one.
+
+    Words that are longer, such as paths, are kept whole. A file gets one line.
+
+    Args:
+        indent: blanks at the start of all lines but the first.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return fill(
+        text,
+        shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.cli.overrides import has_any
 from qwenvl_lit.libraries import import_libraries
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import printable, wrapped
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -156,14 +156,12 @@ def report(
     """
     from pathlib import Path
 
-    from rich.console import Console
-
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.run_log import save_scores
     from qwenvl_lit.cli.resume import REPORT
     from qwenvl_lit.evaluation.benchmarks import benchmark_table, published_model_name
     from qwenvl_lit.evaluation.sets import earlier_runs
-    from qwenvl_lit.rendering.table import plain_table, score_table
+    from qwenvl_lit.rendering.table import output_console, plain_table, score_table
     from qwenvl_lit.reports.scores_page import ScoreReport, comparison_rows, write_report
 
     folder = Path(config.paths.run)
@@ -185,16 +183,14 @@ def report(
         ),
         page,
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file can hold whole names
+    console = output_console()
     if benchmarks:
         print(f"\n{printable(title)}")
         console.print(plain_table(published))
     else:
         names = ", ".join(scored.name for scored in outcome.sets)
         print("\n" + printable(f"{title} on the sets {names}"))
-        console.print(score_table(outcome.scores, outcome.baseline or None))
+        console.print(score_table(outcome.scores, outcome.baseline or None, width=console.width))
     for run in earlier:
         print("\n" + printable(f"Against {run.name}"))
         if rows := comparison_rows(run, outcome.sets):
@@ -210,7 +206,7 @@ def report(
         files.append("predictions")
     if (folder / "boxes").exists():
         files.append("images with boxes")
-    print(f"Report: {build.shown(str(page))}   beside it: {', '.join(files)}")
+    print(wrapped(f"Report: {build.shown(str(page))}   beside it: {', '.join(files)}"))
 
 
 def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None) -> list[str]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qwenvl_lit.rendering.progress import progress_bars
 from qwenvl_lit.rendering.table import plain_table, score_table
-from qwenvl_lit.terminal import PrintableRecords, printable
+from qwenvl_lit.terminal import PrintableRecords, printable, wrapped
 from qwenvl_lit.types import DataError
 
 HOSTILE = "a\x1b[2Jb\r\nerror: c\u202e\u2028[red]d[/]"
@@ -66,3 +66,17 @@ def test_names_of_progress_bars_are_neither_obeyed_nor_markup(capsys):
     printed = capsys.readouterr().out
     assert f"{SHOWN}: 1 of 2" in printed
     assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_lines_on_a_terminal_break_between_words(monkeypatch, width):
+    words = "Validation  every 0.25 epochs, scored by " + "name_to_box_iou, " * 12
+    path = "/data/" + "a" * 200
+    assert wrapped(words) == words  # one line in a file
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = wrapped(words + path, indent=12).splitlines()
+    assert max(map(len, lines[:-1])) <= width
+    assert all(line.startswith(" " * 12) for line in lines[1:])
+    assert " ".join(line.strip() for line in lines) == words + path
+    assert lines[-1].endswith(path)

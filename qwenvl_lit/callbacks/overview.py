@@ -18,7 +18,7 @@ from qwenvl_lit.data.loading import EncodedDataset
 from qwenvl_lit.data.selection import Concat
 from qwenvl_lit.models.chatml import runs
 from qwenvl_lit.models.components import blocks_of
-from qwenvl_lit.terminal import counted, printable
+from qwenvl_lit.terminal import counted, printable, wrapped
 from qwenvl_lit.types import Sample
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Overview(lightning.Callback):
             return
         console = Console(highlight=False, soft_wrap=True)
         for label, value in facts(trainer, pl_module):
-            console.print(Text(f"{label:{LABEL_WIDTH}}{printable(value)}"))
+            line = f"{label:{LABEL_WIDTH}}{printable(value)}"
+            console.print(Text(wrapped(line, indent=LABEL_WIDTH)))
         sample = first_sample(trainer.datamodule)
         if sample is not None:
             console.print(marked(sample, trainer.datamodule.processor))
@@ -171,7 +172,8 @@ def marked(sample: Sample, processor: Processor) -> Text:
     supervised = sum(label >= 0 for label in labels[1:])
     row = sample.conversation.where or sample.conversation.id
     title = f"{printable(row)}, {counted(len(ids), 'token')}, {supervised:,} supervised"
-    text = Text(f"{'First row':{LABEL_WIDTH}}{title}, marked {OPEN}...{CLOSE}:\n")
+    line = f"{'First row':{LABEL_WIDTH}}{title}, marked {OPEN}...{CLOSE}:"
+    text = Text(wrapped(line, indent=LABEL_WIDTH) + "\n")
     for piece, is_supervised in runs(ids, labels, processor.text):
         piece = _shortened(printable(piece, keep="\n"))
         if is_supervised:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import lightning
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.models.components import component_of_tensor
+from qwenvl_lit.rendering.table import output_console
 
 FILE = "trainable.json"
 OTHER = "other"  # tensors outside all components, such as the last norm of the language model
@@ -53,7 +53,7 @@ class TrainableSummary(lightning.Callback):
         path = Path(trainer.default_root_dir, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(summary, indent=2) + "\n")
-        Console().print(trainable_table(rows, total))
+        output_console().print(trainable_table(rows, total))
 
 
 def trained_tensors(
@@ -104,7 +104,7 @@ def trainable_table(rows: Iterable[TrainedTensors], total: int) -> Table:
     table = Table(title="Trained parameters")
     for title in ("component", "tensors", "parameters", "dtype", "share"):
         is_text = title in ("component", "dtype")
-        table.add_column(title, justify="left" if is_text else "right")
+        table.add_column(title, justify="left" if is_text else "right", overflow="fold")
     tensors = trained = 0
     for row in rows:
         tensors += row.tensors

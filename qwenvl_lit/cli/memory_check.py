@@ -11,10 +11,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from rich.console import Console
 
 from qwenvl_lit.data.datamodule import DataModule
 from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.rendering.table import output_console
 from qwenvl_lit.training.adapters.methods import Adapter
 from qwenvl_lit.training.memory import (
     GIB,
@@ -100,12 +100,12 @@ def check_memory(
     )
     refused = on_gpu and config.memory.check
     if rank_zero_only.rank == 0:  # the trainer does not know its rank yet
-        console = Console(stderr=True)
+        console = output_console(stderr=True)
         batches = f"batches of {rows} x {row['tokens']} tokens"
         if not data.cuts_steps:
             console.print(memory_table(estimate, available, device=device, batches=batches))
         if not fits(estimate, available) and not refused:
-            console.print(f"warning: {message}")
+            console.print(f"warning: {message}", soft_wrap=True)
     if refused and not fits(estimate, available):
         suggestion = _suggest(setup, module.family, row, available)
         raise DataError(f"{message}. {suggestion}. To start the run as it is: memory.check=false")

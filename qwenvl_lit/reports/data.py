@@ -17,6 +17,7 @@ from qwenvl_lit.atomic import atomic_file
 from qwenvl_lit.data.findings import record
 from qwenvl_lit.data.inspection import File, Inspection, SetFacts
 from qwenvl_lit.data.survey import Finding, Kind
+from qwenvl_lit.rendering.table import cell
 from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import location_of
 
@@ -241,7 +242,7 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
 
 def _table(sets: Sequence[SetFacts]) -> Table:
     """Returns a table of statistics with a column for each set."""
-    headings = [Column(Text(printable(facts.name)), justify="right") for facts in sets]
+    headings = [Column(cell(facts.name), justify="right") for facts in sets]
     table = Table("", *headings)
     columns = list(map(set_facts, sets))
     for name in columns[0]:

@@ -34,6 +34,7 @@ from qwenvl_lit.runs.stored_config import (
     read_config,
 )
 from qwenvl_lit.stored_files import check_file, read_checkpoint, read_json_object
+from qwenvl_lit.terminal import wrapped
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import brief, is_unresolved
 
@@ -246,7 +247,7 @@ def contents(folder: Path) -> str:
     lines = []
     for name, description in CONTENTS.items():
         if (folder / name).exists():
-            lines.append(f"  {name:24} {description}")
+            lines.append(wrapped(f"  {name:24} {description}", indent=27))
     return "\n".join(lines)
 
 

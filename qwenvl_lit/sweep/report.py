@@ -74,11 +74,13 @@ def result_table(ranked: Sequence[Result], metric: str) -> Table:
     """Returns a table for the terminal: job, varied values, score, time and error."""
     from rich.table import Table
 
+    from qwenvl_lit.rendering.table import cell
+
     keys = varied_keys([result.values for result in ranked])
     has_errors = any(result.error for result in ranked)
     table = Table()
     for name in ("job", *keys, metric, "time"):
-        table.add_column(name, justify="right")
+        table.add_column(cell(name), justify="right", overflow="fold")
     if has_errors:
         table.add_column("error", style="red", overflow="fold")
     for result in ranked:
@@ -89,5 +91,5 @@ def result_table(ranked: Sequence[Result], metric: str) -> Table:
         row.append(f"{minutes}:{seconds:02d}")
         if has_errors:
             row.append(result.error or "")
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table

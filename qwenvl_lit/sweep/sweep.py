@@ -174,14 +174,14 @@ class Sweep:
         run_jobs(unfinished, slots, metric=metric, keys=keys)
 
     def _report(self, config: DictConfig) -> None:
-        from rich.console import Console
+        from qwenvl_lit.rendering.table import output_console
 
         folder = Path(config.hydra.sweep.dir)
         metric = config.sweep.metric
         ranked = report(folder, metric=metric, mode=config.sweep.mode)
         self.failed = any(result.error for result in ranked)
         if ranked:
-            Console().print(result_table(ranked, metric))
+            output_console().print(result_table(ranked, metric))
             files = [str(folder / TABLE)]
             if (folder / PLOT).exists():
                 files.append(str(folder / PLOT))

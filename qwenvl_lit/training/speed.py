@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from qwenvl_lit.models.components import blocks_of, network_of, replace_method
+from qwenvl_lit.rendering.table import output_console
 from qwenvl_lit.settings import Checkpointing, check_settings
 from qwenvl_lit.training.block_compilation import compile_blocks
 from qwenvl_lit.training.float8 import to_float8
@@ -193,7 +193,7 @@ class Speed:
                 batches += f", {number} of {total} blocks recomputed"
             device = "GPU" if on_gpu else "process"
             table = memory_table(plan.estimate, available, device=device, batches=batches)
-            Console(stderr=True).print(table)
+            output_console(stderr=True).print(table)
 
     def _estimate_options(self, adapter: Adapter, trainer: lightning.Trainer) -> dict[str, Any]:
         """Returns the arguments of `estimate_memory` that do not depend on the rows."""

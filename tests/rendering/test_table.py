@@ -1,14 +1,19 @@
+import pytest
 import torch
 from rich.console import Console
 
-from qwenvl_lit.rendering.table import score_table
+from qwenvl_lit.rendering.table import output_console, plain_table, score_table
 
 
-def printed(*args) -> list[list[str]]:
+def printed(*args, width: int = 120) -> list[list[str]]:
     """Returns the cells of the printed table, row by row."""
-    console = Console(width=120, no_color=True)
+    return cells_of(score_table(*args, width=width), width)
+
+
+def cells_of(table, width: int) -> list[list[str]]:
+    console = Console(width=width, no_color=True)
     with console.capture() as capture:
-        console.print(score_table(*args))
+        console.print(table)
     rows = []
     for line in capture.get().replace("┃", "│").splitlines():
         if "│" in line:
@@ -56,3 +61,36 @@ def test_a_set_may_have_a_slash_in_its_name():
 
 def test_without_scores_there_are_no_rows():
     assert printed({}) == [["metric"]]
+
+
+def test_a_table_that_is_too_wide_has_a_row_for_each_score():
+    names = ("test", "a_rather_long_name_of_a_set")
+    scores, before = {}, {}
+    for name in names:
+        scores |= {f"{name}/iou": 0.5, f"{name}/rows_iou": 400, f"{name}/rows": 1200}
+        before |= {f"{name}/iou": 0.25, f"{name}/rows": 1200}
+    assert len(printed(scores, before)) == 3
+    assert printed(scores, before, width=60) == [
+        ["set", "metric", "before", "score"],
+        ["test", "iou", "0.250", "0.500 (400 rows)"],
+        ["", "rows", "1200", "1200"],
+        ["a_rather_long_name_", "iou", "0.250", "0.500 (400 rows)"],  # continued below itself
+        ["of_a_set", "", "", ""],
+        ["", "rows", "1200", "1200"],
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_no_character_of_a_table_is_cut(width):
+    row = {"set": "a_rather_long_name_of_a_set", "metric": "a_metric_with_a_rather_long_name"}
+    row |= {f"number {index}": "0.123 to 0.456" for index in range(3)}
+    by_column = zip(*cells_of(plain_table([row]), width), strict=True)
+    texts = ["".join(cells).replace(" ", "") for cells in by_column]
+    assert texts == [(name + value).replace(" ", "") for name, value in row.items()]
+
+
+def test_a_file_has_wide_lines(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert output_console().width == 160  # pytest captures the output
+    monkeypatch.setenv("COLUMNS", "60")
+    assert output_console().width == 60

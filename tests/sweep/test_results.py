@@ -2,11 +2,12 @@ import csv
 import json
 import re
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
 from qwenvl_lit.sweep.report import report, result_table
-from qwenvl_lit.sweep.results import read_results, save_result, varied_keys
+from qwenvl_lit.sweep.results import Result, read_results, save_result, varied_keys
 from qwenvl_lit.types import DataError
 
 
@@ -97,3 +98,27 @@ def test_a_damaged_result_counts_as_none(sweep_folder, caplog, content):
     [warning] = caplog.records
     assert "2/job.json cannot be read" in warning.getMessage()
     assert "The job counts as unfinished" in warning.getMessage()
+
+
+def test_values_with_brackets_are_shown_as_they_are():
+    from rich.console import Console
+
+    files = "data.train=[/data/a.jsonl,/data/b.jsonl]"
+    results = []
+    for index, value in enumerate((files, "data.train=[bold]")):
+        error = "size mismatch [/x]"
+        result = Result(
+            folder=Path(str(index)),
+            overrides=(value,),
+            seconds=1.0,
+            error=error,
+            config=None,
+            scores={"val/loss": None},
+        )
+        results.append(result)
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(result_table(results, "val/loss"))
+    shown = console.export_text()
+    assert "[/data/a.jsonl,/data/b.jsonl]" in shown
+    assert "[bold]" in shown
+    assert "size mismatch [/x]" in shown
