@@ -1,9 +1,11 @@
 import lightning
 import pytest
+import rich
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.progress import BarColumn
 from toy_task import ToyData, ToyTask, conversation, trainer
 
-from qwenvl_lit.callbacks.progress import ProgressBar
+from qwenvl_lit.callbacks.progress import BAR_WIDTH, OTHERS_WIDTH, ProgressBar
 
 DATA = ToyData([conversation(i, says="yes") for i in range(8)])  # four batches an epoch
 
@@ -62,3 +64,19 @@ def test_the_bar_of_a_run_resumed_within_an_epoch_has_the_same_end(tmp_path):
     fit(tmp_path, checkpoints, max_epochs=1, max_steps=3, enable_checkpointing=True)
     resumed = fit(tmp_path, max_epochs=1, max_steps=3, ckpt_path=tmp_path / "at_2.ckpt")
     assert resumed == [("Epoch 0/0", 3, 3)]
+
+
+@pytest.mark.parametrize(("width", "count"), [(60, 1), (80, 2), (120, 3)])
+def test_the_bar_has_one_line_in_a_terminal_of_any_width(tmp_path, monkeypatch, width, count):
+    monkeypatch.setattr(rich.get_console(), "_width", width)
+    bar = ProgressBar()
+    fake = trainer(tmp_path, max_epochs=1)
+    logged = {"train/loss": 0.1234, "val/loss": 1.555, "train/samples_per_second": 148.25}
+    fake.callback_metrics.update(logged)
+    values = bar.get_metrics(fake, ToyTask())
+    assert values == dict([("loss", "0.1234"), ("val", "1.555"), ("samples/s", "148.2")][:count])
+    [column] = [c for c in bar.configure_columns(fake) if isinstance(c, BarColumn)]
+    text = " ".join(f"{label}: {value}" for label, value in values.items())
+    if width > 60:
+        assert OTHERS_WIDTH + column.bar_width + len(text) <= width
+        assert column.bar_width >= BAR_WIDTH
