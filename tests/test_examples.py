@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md and docs/looking_inside.md, chosen by the config files beside them as a user would."""
+"""The examples of the documentation, chosen by the config files beside them as a user would."""
 
 import ast
 import importlib

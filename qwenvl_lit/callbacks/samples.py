@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ TEXT_PX = 14
 LINE_PX = TEXT_PX + 5
 MAX_LINES = 6  # lines of each text
 MAX_CHARACTERS = 1000  # characters of each text that are looked at
+BREAK = re.compile(" |(?=<ref>)|(?<=</box>)(?=<)")  # where a line may end
 CORRECT, WRONG, PLAIN = "#00695c", "#b3261e", "#333333"  # text colors
 
 ColoredText = tuple[str, str]  # text and color
@@ -150,14 +152,13 @@ def _wrap(text: str, font: Font) -> list[str]:
 
 
 def _lines(text: str, font: Font) -> Iterator[str]:
-    """Yields lines that fit into a cell. Words are split only if a line has no space."""
+    """Yields lines that fit into a cell. A word is split only if it is longer than a line."""
     for paragraph in text.splitlines():
         rest = paragraph
         while font.getlength(rest) > CELL_PX:
             end = fitting_characters(rest, font, CELL_PX)
-            space = rest.rfind(" ", 1, end + 1)
-            if space > 0:
-                end = space
-            yield rest[:end]
+            breaks = [found.start() for found in BREAK.finditer(rest, 1, end + 1)]
+            end = breaks[-1] if breaks else end
+            yield rest[:end].rstrip()
             rest = rest[end:].lstrip()
         yield rest

@@ -70,6 +70,12 @@ def test_no_line_is_wider_than_its_cell():
         assert max(map(font_for(text, TEXT_PX).getlength, lines)) <= CELL_PX
 
 
+def test_lines_break_between_objects():
+    objects = [f"<ref>{name}</ref><box>(0,499),(374,874)</box>" for name in ("house", "moon")]
+    text = f"Answer: {''.join(objects)}"
+    assert _wrap(text, font_for(text, TEXT_PX)) == ["Answer:", *objects]
+
+
 def test_characters_without_a_font_are_codes_not_empty_boxes(monkeypatch):
     monkeypatch.setattr(fonts, "missing_characters", lambda text: "狗" if "狗" in text else "")
     drawn, codes = (contact_sheet([prediction(0, text)]) for text in ("a 狗", "a \\u72d7"))
