@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qwenvl_lit.cli.command import command
 from qwenvl_lit.data.json_lines import append_json_lines
 from qwenvl_lit.libraries import import_libraries
-from qwenvl_lit.terminal import counted, printable
+from qwenvl_lit.terminal import counted, printable, wrapped
 from qwenvl_lit.types import DataError
 
 if TYPE_CHECKING:
@@ -101,10 +101,9 @@ class Chat:
 
     def _welcome(self) -> None:
         if self.terminal:
-            self.remark(
-                f"An image is <img>path or address</img>. Commands: {', '.join(COMMANDS)}. "
-                f"Ctrl-C stops an answer."
-            )
+            commands = ", ".join(COMMANDS)
+            text = f"An image is <img>path or address</img>. Commands: {commands}. "
+            self.remark(wrapped(text + "Ctrl-C stops an answer."))
             if self.multiline:
                 self.remark("A line that ends in # ends a question.")
         if self.model.is_base_model:

@@ -268,6 +268,7 @@ def _line(text: str, style: str = "") -> Text:
 def _bars(intervals: Sequence[tuple[int, int, int]]) -> Iterator[str]:
     """Yields the lines of a text histogram."""
     if not intervals:
+        yield "no usable rows"
         return
     highest = max(count for _, _, count in intervals)
     digits = len(f"{intervals[-1][1]:,}")

@@ -34,7 +34,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th { color: var(--faint); font-weight: 600 }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line);
   text-align: right; vertical-align: top; white-space: nowrap }
-.text { text-align: left; min-width: 5rem; white-space: normal }
+.text { text-align: left; white-space: normal }
 .long { overflow-wrap: anywhere; min-width: 12rem }
 .wide { overflow-x: auto }
 .good { color: var(--good) } .bad { color: var(--bad) } .faint { color: var(--faint) }

@@ -115,7 +115,8 @@ def test_a_set_without_usable_rows_has_no_histogram():
     empty = np.array([], dtype=np.int32)
     assert histogram(empty) == []
     assert percentiles(empty) == (0, 0, 0)
-    assert "train" in printed(inspection(facts(lengths=(), usable=empty)))
+    shown = printed(inspection(facts(lengths=(), usable=empty)))
+    assert "Tokens per row of train\nno usable rows\n" in shown
 
 
 def test_the_summary_has_figures_files_findings_and_overlaps(tmp_path):
