@@ -3,6 +3,7 @@
     python scripts/bench_data.py                               print the results
     python scripts/bench_data.py --record benchmarks/data.json write them, too
     python scripts/bench_data.py --parquet                     compare the loader of parquet alone
+    python scripts/bench_data.py --memory 1000000              memory of a large parquet file
 
 The plain loop opens, resizes and tokenizes one row after the other in one process. Rows are
 captions of JPEG images of 640 x 480 pixels, made in a temporary folder. Every figure is the median
@@ -10,12 +11,17 @@ over several rounds, in which the cases take turns.
 
 `--parquet` reads the same rows from jsonl with a folder and from parquet with the images in its
 cells, in turns, and records them beside the other results.
+
+`--memory ROWS` opens a parquet file of that many small rows in a new process, reads 50,000 of them
+in random order, and reports by how much the resident memory of the process (VmRSS) has grown at
+most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -45,6 +51,7 @@ from qwenvl_lit.runs.versions import versions
 IMAGE_SIZE = 448
 TOKENS_PER_IMAGE = 256
 BATCH_SIZE = 8
+ROW_GROUP = 50_000
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 SENTENCE = "a man in red jacket stands beside two dogs on the grass near an old stone bridge"
@@ -164,6 +171,53 @@ def record_parquet(file: Path, rates: dict[str, float], arguments: argparse.Name
     write_record(file, report)
 
 
+def measure_memory(folder: Path, rows: int) -> dict[str, float]:
+    """Returns the growth of memory in a new process, which has written no rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = folder / "many.parquet"
+    schema = pa.schema([("query", pa.string()), ("response", pa.string())])
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, rows, ROW_GROUP):
+            numbers = range(start, min(start + ROW_GROUP, rows))
+            queries = [f"{number}: {SENTENCE}?" for number in numbers]
+            answers = [f"{SENTENCE}, {number}" for number in numbers]
+            writer.write_table(pa.table([queries, answers], schema=schema))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return {"rows": rows, "rss_growth_mb": pool.apply(rss_growth_mb, (file, folder / "cache"))}
+
+
+def rss_growth_mb(file: Path, cache: Path) -> float:
+    """Opens a file and reads random rows of it."""
+    import pyarrow.parquet  # noqa: F401  (its code is no memory of rows)
+
+    before = most = resident_mb()
+    rows = read_rows(str(file), ReadOptions(cache=cache))
+    chosen = np.random.default_rng(0).integers(0, len(rows), 50_000)
+    for number, index in enumerate(chosen.tolist()):
+        assert rows[index].turns[0].parts[0].startswith(f"{index}: ")
+        if not number % 500:
+            most = max(most, resident_mb())
+    return round(max(most, resident_mb()) - before, 1)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def record_memory(file: Path, memory: dict[str, float]) -> None:
+    """Adds the memory of a large parquet file to the results that `file` has."""
+    report = json.loads(file.read_text())
+    report["memory"] = {
+        "command": f"python scripts/bench_data.py --memory {memory['rows']}",
+        "note": "a parquet file, opened for the first time, and 50,000 of its rows at random",
+        **memory,
+    }
+    write_record(file, report)
+
+
 def measure(folder: Path, rounds: int, workers: int) -> dict[str, float]:
     tokenizer = QwenTokenizer(TINY_VOCABULARY)
     processor = QwenVLProcessor(tokenizer, tokens_per_image=TOKENS_PER_IMAGE, image_size=IMAGE_SIZE)
@@ -229,10 +283,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--record", type=Path)
     parser.add_argument("--parquet", action="store_true")
+    parser.add_argument("--memory", type=int, metavar="ROWS")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if arguments.memory:
+            memory = measure_memory(folder, arguments.memory)
+            print(f"{memory['rows']:,} rows: {memory['rss_growth_mb']} MB")
+            if arguments.record:
+                record_memory(arguments.record, memory)
+            return
         write_rows(folder, arguments.rows)
         if arguments.parquet:
             rates = measure_parquet(folder, arguments.rounds, arguments.workers)

@@ -72,6 +72,7 @@ class ParquetRows(Sequence[dict[str, Any]]):
         return f"{self.file.name}:{index + 1}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
         try:
             cells = text_of_row(self._source, index)
             row = {name: json_value(cell) for name, cell in cells.items()}

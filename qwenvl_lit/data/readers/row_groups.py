@@ -2,9 +2,9 @@
 
 A page of a parquet file can only be decompressed as a whole, often with all images of its row
 group, and training reads rows in random order. So each row group is decompressed once, into files
-in the cache: the text of all of them into one Arrow file, which is mapped into memory, when the
-file is opened; images as they are, when a row first needs them. Then an image costs as much as
-one in a file of its own.
+in the cache: the text of all of them into one file of small batches (`arrow_rows`), when the file
+is opened; images as they are, when a row first needs them. Then an image costs as much as one in a
+file of its own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from qwenvl_lit.atomic import disk_errors, write_to_cache
 from qwenvl_lit.data.expansion import check_expansion
+from qwenvl_lit.data.readers.arrow_rows import ArrowRows, write_arrow_rows
 from qwenvl_lit.data.readers.columns import Columns, ImageColumn, columns_of, plain_schema
 from qwenvl_lit.images import StoredImage
 from qwenvl_lit.types import DataError
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-_VERSION = 1  # of the unpacked files
-_TEXT = "text.arrow"
+_VERSION = 2  # of the unpacked files
+_TEXT = "text.bin"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
 _OPEN_GROUPS = 256  # row groups of images whose places a process remembers
@@ -90,14 +91,14 @@ def unpacked(file: Path, version: tuple[int, int], cache: Path | None) -> Parque
         source = ParquetSource(file, version, cache / "parquet" / name)
         _check_size(source)
         target = source.folder / _TEXT
-        if target.exists() or write_to_cache(target, _writer(source, _text_batches(source))):
+        if target.exists() or write_to_cache(target, partial(_write_text, source)):
             return source
     with disk_errors(Path(tempfile.gettempdir()), "free disk space there, or set TMPDIR"):
         folder = Path(tempfile.mkdtemp(prefix="qwenvl_lit_"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         source = ParquetSource(file, version, folder)
         _check_size(source)
-        _writer(source, _text_batches(source))(folder / _TEXT)
+        _write_text(source, folder / _TEXT)
     return source
 
 
@@ -132,7 +133,8 @@ def text_of_row(source: ParquetSource, row: int) -> dict[str, Any]:
     Raises:
         DataError: text is not UTF-8; names the column.
     """
-    batch, index = _text(source).locate(row)
+    with reading(str(source.folder / _TEXT)):
+        batch, index = _text(source).locate(row)
     values = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -179,31 +181,6 @@ def reading(what: str) -> Iterator[None]:
         raise DataError(f"{what} cannot be read: {reason}; fetch or write it again") from None
 
 
-class _ArrowRows:
-    """The rows of an Arrow file, which is mapped into memory."""
-
-    def __init__(self, file: Path):
-        import pyarrow as pa
-
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        self._batch_at = lru_cache(maxsize=64)(reader.get_batch)
-        batches = map(reader.get_batch, range(reader.num_record_batches))
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-
-    def locate(self, row: int) -> tuple[pa.RecordBatch, int]:
-        """Returns the batch of a row and its index in it."""
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batch_at(number), row - int(self._starts[number])
-
-    def columns(self, name: str, start: int, end: int) -> Iterator[pa.Array]:
-        """Yields a column of the rows from `start` to before `end`, in slices."""
-        while start < end:
-            batch, index = self.locate(start)
-            part = batch.column(name).slice(index, end - start)
-            yield part
-            start += len(part)
-
-
 def _check_size(source: ParquetSource) -> None:
     metadata = opened(source).metadata
     if not metadata.num_rows:
@@ -213,18 +190,8 @@ def _check_size(source: ParquetSource) -> None:
     check_expansion(source.file, source.version[0], expanded)
 
 
-def _writer(source: ParquetSource, batches: Iterator[pa.RecordBatch]) -> Callable[[Path], object]:
-    """Returns the function that writes an Arrow file of `batches`."""
-    import pyarrow as pa
-
-    def write(target: Path) -> None:
-        first = next(batches)
-        with target.open("wb") as stream, pa.ipc.new_file(stream, first.schema) as writer:
-            writer.write_batch(first)
-            for batch in batches:
-                writer.write_batch(batch)
-
-    return write
+def _write_text(source: ParquetSource, target: Path) -> None:
+    write_arrow_rows(target, _text_batches(source))
 
 
 def _text_batches(source: ParquetSource) -> Iterator[pa.RecordBatch]:
@@ -280,9 +247,9 @@ def _batches(
 
 
 @lru_cache(maxsize=256)
-def _text(source: ParquetSource) -> _ArrowRows:
+def _text(source: ParquetSource) -> ArrowRows:
     with reading(str(source.folder / _TEXT)):
-        return _ArrowRows(source.folder / _TEXT)
+        return ArrowRows(source.folder / _TEXT)
 
 
 class _ImageGroup:

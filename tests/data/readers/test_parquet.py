@@ -252,6 +252,30 @@ def test_a_damaged_file_of_the_cache_is_made_again(folder):
     assert rows[0].images[0]._content() == A
 
 
+def test_text_that_was_unpacked_and_then_damaged_is_named(folder):
+    table = pa.table({"query": [f"{k}" * 1000 for k in range(3)]})
+    file = write(folder / "rows.parquet", table)
+    read_rows(str(file), ReadOptions(cache=folder / "cache"))
+    [unpacked] = (folder / "cache").rglob("text*")
+    for content in (b"", b"\xff" * 100, unpacked.read_bytes()[:-1]):
+        unpacked.write_bytes(content)
+        row_groups._text.cache_clear()
+        with pytest.raises(DataError, match=r"text.bin cannot be read: it is damaged; "):
+            read_rows(str(file), ReadOptions(cache=folder / "cache"))
+
+
+def test_rows_of_any_size_are_unpacked_in_small_batches(folder):
+    texts = ["q" * (300_000 if k == 70 else k % 7) for k in range(1000)]
+    table = pa.table({"query": texts, "image": [png(k) for k in range(1000)]})
+    file = write(folder / "rows.parquet", table, row_group_size=600)
+    rows = read_rows(str(file))
+    assert ["".join(row.turns[0].parts[1:]) for row in rows] == texts
+    text = row_groups._text(rows._rows._source)
+    sizes = np.diff(text._starts)
+    assert len(sizes) < 100
+    assert sorted(sizes)[-2] < 70_000 < sizes.max() < 310_000
+
+
 def test_rows_can_be_sent_to_another_process(folder):
     file = write(folder / "rows.parquet", [{"image": png(k), "question": "q"} for k in range(20)])
     rows = read_rows(str(file), ReadOptions(cache=folder / "cache"))
