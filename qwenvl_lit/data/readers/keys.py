@@ -117,6 +117,37 @@ def list_of(row: Row, key: str) -> list:
     return value or []
 
 
+def records_of(row: Row, key: str) -> list:
+    """Returns a list of mappings, which may be written as a mapping of lists, or as JSON text.
+
+    `datasets` writes `{"role": [...], "content": [...]}` for a list of structs that was declared as
+    a `Sequence`.
+
+    Raises:
+        DataError: it is neither, or the lists differ in length.
+    """
+    value = row.get(key)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with suppress(ValueError):  # `list_of` raises it with the key
+            value = parse_json(value)
+    if not isinstance(value, dict):
+        return list_of(row, key)
+    lists = [each for each in value.values() if isinstance(each, list)]
+    lengths = sorted(set(map(len, lists)))
+    if len(lists) < len(value) or len(lengths) != 1:
+        problem = f"has lists of {lengths} values" if len(lists) == len(value) else "has no lists"
+        raise DataError(
+            f"`{key}` must be a list of turns, or a mapping of lists of one length such as "
+            f'{{"role": [...], "content": [...]}}; got {short(value)}, which {problem}. Write a '
+            f"list with an entry for each turn"
+        )
+    records = []
+    for entries in zip(*lists, strict=True):
+        fields = zip(value, entries, strict=True)
+        records.append({name: entry for name, entry in fields if entry is not None})
+    return records
+
+
 def system_turns(row: Row) -> list[DraftTurn]:
     if row.get("system") is None:
         return []

@@ -37,6 +37,7 @@ from qwenvl_lit.data.readers.keys import (
     images_of,
     list_of,
     objects_of,
+    records_of,
     short,
     system_turns,
     text_of,
@@ -198,12 +199,12 @@ def id_of(row: Row) -> str | None:
 
 def _conversations(row: Row, prompt: str | None) -> Draft:
     """Reads ShareGPT's layout, in which Qwen-VL's own training data are written."""
-    return _chat(row, list_of(row, "conversations"))
+    return _chat(row, records_of(row, "conversations"))
 
 
 def _messages(row: Row, prompt: str | None) -> Draft:
     """Reads the messages of OpenAI's chat API."""
-    return _chat(row, list_of(row, "messages"))
+    return _chat(row, records_of(row, "messages"))
 
 
 def _chat(row: Row, entries: Sequence[Any]) -> Draft:
@@ -293,7 +294,7 @@ def _content(number: int, items: Sequence[Any]) -> list[DraftPart]:
 
 def _pairs(row: Row, prompt: str | None) -> Draft:
     turns = system_turns(row)
-    pairs = list_of(row, "conversation")
+    pairs = records_of(row, "conversation")
     for number, pair in enumerate(pairs, 1):
         match pair:
             case {"human": str(question), "assistant": str(answer)}:

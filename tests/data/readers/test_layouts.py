@@ -126,6 +126,40 @@ def test_the_answer_of_a_chat_is_one_of_its_accepted_answers(read_row):
     assert note == "the key 'references' is not read; did you mean `answers`?"
 
 
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("messages", ("role", "content")),
+        ("conversations", ("from", "value")),
+        ("conversation", ("human", "assistant")),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_turns_may_be_a_mapping_of_lists(read_row, key, names, as_text):
+    turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    if key == "conversation":
+        turns = [("q", "a"), ("r", "b")]
+    records = [{**dict(zip(names, turn, strict=True)), "loss": None} for turn in turns]
+    lists = {name: [turn[name] for turn in records] for name in (*names, "loss")}
+    row = read_row({key: json.dumps(lists) if as_text else lists})
+    assert row == read_row({key: records})
+    assert [turn.parts for turn in row.turns] == [("q",), ("a",), ("r",), ("b",)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ({"role": ["user"], "content": ["a", "b"]}, r"which has lists of \[1, 2\] values"),
+        ({"role": "user", "content": "a"}, "which has no lists"),
+        ({}, "which has lists of \\[\\] values"),
+        ({"role": ["user", "assistant"], "content": ["a", None]}, "turn 2 has no content"),
+    ],
+)
+def test_a_mapping_of_turns_that_is_not_clear_is_refused(read_row, messages, message):
+    with pytest.raises(DataError, match=message):
+        read_row({"messages": messages})
+
+
 def test_texts_of_a_content_are_not_joined(read_row):
     turns = [
         {"role": "user", "content": ["Color?"]},

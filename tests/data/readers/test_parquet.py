@@ -43,6 +43,10 @@ LAYOUTS = {
             {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
         ],
     },
+    "messages as lists": {
+        "messages": {"role": ["user", "assistant"], "content": ["<image>What?", "A dog."]},
+        "images": ["a.png"],
+    },
     "query": {
         "query": "Find <ref-object>",
         "response": "<bbox>",
