@@ -4,12 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from commands import compose_config
 from omegaconf import OmegaConf
 
 from qwenvl_lit import build
 from qwenvl_lit.cli.command import offer_groups, prepare
+from qwenvl_lit.data.download.hub import parse_address
+from qwenvl_lit.evaluation import trained_rows
 from qwenvl_lit.evaluation.sets import (
     EvaluationSet,
     earlier_runs,
@@ -138,6 +142,40 @@ def test_test_rows_that_the_run_was_trained_on_are_warned_about(
         write_rows(tmp_path / f"{name}.jsonl", rows)
     found = find_trained_rows(sets_of(f"data.test={test}"), trained_run(tmp_path / "run", train))
     assert [text.startswith(warning) for text in found] == ([True] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("test", "warning"),
+    [
+        ("copy.parquet", "1 of the 2 rows of copy.parquet are in hub/train-1.parquet, a training"),
+        ("hf://me/set:train#1", "hub/train-1.parquet is a training file of the run"),
+        ("hf://me/set:test", None),
+        ("new.parquet", None),
+    ],
+)
+def test_rows_of_parquet_files_and_of_the_hub_are_compared(tmp_path, monkeypatch, test, warning):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub").mkdir()
+    files = {"a": [b"a", b"b"], "copy": [b"b", b"c"], "new": [b"d"]}
+    for name, images in {**files, "hub/train-1": files["a"], "hub/test-1": [b"e"]}.items():
+        rows = [{"question": "q", "image": {"bytes": image, "path": "x"}} for image in images]
+        if name == "copy":  # the order of columns is another, and so is the compression
+            rows = [dict(reversed(row.items())) for row in rows]
+        pq.write_table(pa.Table.from_pylist(rows), f"{name}.parquet")
+    asked = []
+
+    def hub_files(address, download=True):
+        asked.append((address, download))
+        split = parse_address(address).split
+        if split == "gone":
+            raise DataError("not in the cache")
+        return [Path(f"hub/{split}-1.parquet")]
+
+    monkeypatch.setattr(trained_rows, "hub_files", hub_files)
+    run = trained_run(tmp_path / "run", ["hf://me/set:train#100", "hf://me/set:gone"])
+    found = find_trained_rows(sets_of(f"data.test='{test}'"), run)
+    assert [text.startswith(warning) for text in found] == ([True] if warning else []), found
+    assert {download for _, download in asked} == {False}
 
 
 def test_training_files_are_those_of_the_runs_that_a_run_started_from_too(tmp_path, monkeypatch):
