@@ -1,16 +1,21 @@
 """Two processes share the rows of one run, even if all rows of a batch of one are dropped."""
 
+import io
 import json
 from pathlib import Path
 
 import lightning
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from PIL import Image
 from tiny import read_letters, tiny_task
 from toy_task import trainer
 from two_ranks import GLOO, on_two_ranks
 
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.training.adapters.methods import Full
 from qwenvl_lit.training.strategies import FSDP2Strategy
 
@@ -68,6 +73,22 @@ def use_few_rows(strategy: type[Strategy], adapter) -> dict[str, list[str]]:
     return seen
 
 
+def read_parquet_rows(folder: Path) -> list[str]:
+    """Trains on the file that `ranks` writes; returns the rows of each batch of this rank."""
+    task, recorder = tiny_task(Full()), RecordRows()
+    data = DataModule(
+        processor=task.processor,
+        read=read_rows,
+        root=folder,
+        cache=folder / "cache",
+        train="rows.parquet",
+        validation=None,
+        batch_size=2,
+    )
+    trainer(None, recorder, strategy=DDPStrategy(**GLOO), devices=2, max_epochs=1).fit(task, data)
+    return recorder.seen["train"]
+
+
 def run_rank(rank: int, folder: Path) -> None:
     task, recorder = tiny_task(Full()), RecordRows()
     data = DataModule(
@@ -89,13 +110,18 @@ def run_rank(rank: int, folder: Path) -> None:
     two_ranks().test(task, data, verbose=False)
     weights = float(sum(parameter.double().sum() for parameter in task.parameters()))
     few = {"ddp": use_few_rows(DDPStrategy, Full()), "fsdp": use_few_rows(FSDP2Strategy, Full())}
-    seen = {**recorder.seen, "weights": weights, "few": few}
+    parquet = read_parquet_rows(folder)
+    seen = {**recorder.seen, "weights": weights, "few": few, "parquet": parquet}
     (folder / f"seen{rank}.json").write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("two")
+    Image.new("RGB", (9, 9)).save(image := io.BytesIO(), "PNG")
+    ids = list("abcdefgh")
+    table = pa.table({"id": ids, "query": ids, "response": ids, "image": [image.getvalue()] * 8})
+    pq.write_table(table, folder / "rows.parquet", row_group_size=3)
     on_two_ranks(run_rank, folder)
     findings = []
     for file in folder.glob("findings*.jsonl"):
@@ -110,6 +136,12 @@ def test_each_row_is_used_once_by_one_rank(ranks):
         assert sorted("".join(one[name] + other[name])) == sorted(rows)
     assert len(one["train"]) == len(other["train"]) == 5
     assert (len(one["validation"]), len(other["validation"])) == (3, 2)
+
+
+def test_each_row_of_a_parquet_file_is_read_by_one_rank(ranks):
+    one, other, _ = ranks
+    assert len(one["parquet"]) == len(other["parquet"]) == 2
+    assert sorted("".join(one["parquet"] + other["parquet"])) == list("abcdefgh")
 
 
 def test_no_rank_loses_a_step_to_a_dropped_row_which_is_listed_once(ranks):

@@ -4,12 +4,15 @@ from contextlib import nullcontext
 from typing import ClassVar
 
 import lightning
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from toy_task import trainer
 
 from qwenvl_lit.data.datamodule import DataModule
+from qwenvl_lit.data.readers.sources import read_rows
 from qwenvl_lit.models.vision_tensors import concatenate_vision
 from qwenvl_lit.types import Conversation, DataError, Length, Sample, micro_batches_of
 
@@ -73,8 +76,8 @@ def fit(folder, *callbacks, ckpt=None, stops_at=None, data=None, **options) -> l
         data: arguments of the DataModule.
     """
     recorder = Recorder(stops_at)
-    data_options = {"batch_size": 3, **(data or {})}
-    datamodule = DataModule(processor=Letters(), read=read, train=LETTERS, seed=1, **data_options)
+    data_options = {"read": read, "train": LETTERS, "batch_size": 3, **(data or {})}
+    datamodule = DataModule(processor=Letters(), seed=1, **data_options)
     fitted = trainer(
         folder,
         *callbacks,
@@ -122,6 +125,20 @@ def test_a_run_of_whole_steps_is_resumed_after_any_step(tmp_path, workers):
     assert list(map(len, whole)) == [6, 6, 6, 2] * 3  # the steps of two batches of three
     for step in (1, 3, 6):
         assert fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", **options) == whole[step:], step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_parquet_files_is_resumed_exactly(tmp_path, workers):
+    for number, letters in enumerate((LETTERS[:13], LETTERS[13:])):
+        table = pa.table({"id": list(letters), "query": list(letters)})
+        pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
+    data = {"read": read_rows, "train": "*.parquet", "root": tmp_path, "num_workers": workers}
+    data["cache"] = tmp_path / "cache"
+    whole = fit(tmp_path, every_step(tmp_path), data=data, max_epochs=2)
+    assert whole == fit(tmp_path, max_epochs=2)  # the batches of other files with these rows
+    for step, done in ((2, 4), (5, 9)):
+        resumed = fit(tmp_path, ckpt=tmp_path / f"{step}.ckpt", data=data, max_epochs=2)
+        assert resumed == whole[done:], step
 
 
 def test_a_run_is_resumed_after_a_whole_epoch(tmp_path):
