@@ -146,7 +146,7 @@ def conversation_from(
     images = []
     for role, reference in images_in(turns, listed):
         try:
-            images.append(_image_of(reference, root, read_options))
+            images.append(referenced_image(reference, root, read_options))
         except DataError as error:
             if role != "assistant":
                 raise
@@ -197,7 +197,10 @@ def _check_characters(*texts: Iterable[str]) -> None:
         ) from None
 
 
-def _image_of(reference: ImageReference, root: Path, read_options: ReadOptions) -> ImageSource:
+def referenced_image(
+    reference: ImageReference, root: Path, read_options: ReadOptions
+) -> ImageSource:
+    """Returns the image whose bytes are in the row, or that `image_from` finds."""
     if reference.content is not None:
         return ImageSource(reference.content, read_options.image_options)
     return image_from(reference.address, root, read_options)

@@ -45,14 +45,19 @@ def open_source(
         DataError: there is no such file.
     """
     pattern, count = parse_count(os.path.expanduser(source))
-    by_file = [read(file) for file in _files_of(pattern, read_options)]
+    by_file = [read(file) for file in files_of(pattern, read_options)]
     rows = by_file[0] if len(by_file) == 1 else Concat(by_file)
     if count is None:
         return rows
     return take(rows, count, read_options.seed)
 
 
-def _files_of(pattern: str, read_options: ReadOptions) -> list[Path]:
+def files_of(pattern: str, read_options: ReadOptions) -> list[Path]:
+    """Returns the files that a path, a glob or an address of the hub names.
+
+    Raises:
+        DataError: there is none.
+    """
     if pattern.startswith(HUB):
         from qwenvl_lit.data.download.hub import hub_files
 

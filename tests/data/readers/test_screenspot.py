@@ -2,11 +2,14 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from qwenvl_lit.data.readers.rows import ReadOptions
 from qwenvl_lit.data.readers.screenspot import check_screenspot, read_screenspot
+from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.types import Box, DataError, GroundedObject, ImageSource
 
 ROWS = [  # as published
@@ -81,6 +84,54 @@ def test_a_row_in_another_format_is_named(file, change, found):
         rows_of(file)
 
 
+@pytest.fixture
+def parquet(file):
+    """The rows of `file` and those of other platforms in two parquet files."""
+    content = (file.parent / "imgs/mobile_1.png").read_bytes()
+    rows = []
+    for source, box in (
+        ("ios", (49, 1134, 173, 1264)),
+        ("windows", (1, 2, 3, 4)),
+        ("shop", 4 * [9]),
+    ):
+        x0, y0, x1, y1 = box
+        row = {**ROWS[0], "data_source": source, "file_name": "1.png", "image": {"bytes": content}}
+        row["bbox"] = [x0 / 1170, y0 / 2532, x1 / 1170, y1 / 2532]
+        rows.append(row)
+    for number, part in enumerate((rows[:1], rows[1:])):
+        pq.write_table(pa.Table.from_pylist(part), file.parent / f"test-{number}.parquet")
+    return rows
+
+
+def test_rows_in_parquet_files_are_those_of_the_json_files(file, parquet):
+    options = {"read_options": ReadOptions(root=file.parent), "images": "none"}
+    [expected] = rows_of(file, ":icon")
+    read = read_screenspot("x/screenspot_mobile.json:icon", **options, parquet="test-*.parquet")
+    assert read[0].turns[0].parts[1:] == expected.turns[0].parts[1:]
+    assert read[0].images[0].key == expected.images[0].key
+    [box] = read[0].answer.parts[0].boxes
+    box = to_frame(box, "pixel", size=(1170, 2532))
+    assert (box.x0, box.y0, box.x1, box.y1) == pytest.approx((49, 1134, 173, 1264))
+    assert (read[0].columns, len(read)) == (expected.columns, 1)
+    for platform in ("desktop", "web"):
+        assert len(read_screenspot(f"{platform}.json", **options, parquet="test-*.parquet")) == 1
+    with pytest.raises(DataError, match=r"has no rows for tv.json; name one of screenspot_mobile"):
+        read_screenspot("tv.json", **options, parquet="test-*.parquet")
+    with pytest.raises(DataError, match=r"has no rows of data_type 'text'; it has icon"):
+        read_screenspot("web.json:text", **options, parquet="test-*.parquet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bbox": [9.0, 9.0, 20.0, 30.0]}, {"data_source": "tv"}, {"image": None}, {"file_name": None}],
+)
+def test_a_row_of_a_parquet_file_in_another_format_is_named(file, parquet, change):
+    table = pa.Table.from_pylist([parquet[0], {**parquet[1], **change}])
+    pq.write_table(table, file.parent / "bad.parquet")
+    with pytest.raises(DataError, match=r"\(row 2, .*published format: expected image, "):
+        read_screenspot("web.json", ReadOptions(root=file.parent), images="", parquet="bad.parquet")
+
+
 def test_a_missing_screenshot_is_named(file):
     (file.parent / "imgs/mobile_1.png").unlink()
     with pytest.raises(DataError, match=r"\(row 1\).*imgs/mobile_1\.png does not exist"):
@@ -92,3 +143,7 @@ def test_files_that_users_download_are_named_before_anything_is_read(tmp_path):
         check_screenspot(tmp_path)
     (tmp_path / "screenspot").mkdir()
     check_screenspot(tmp_path)
+
+
+def test_nothing_is_needed_in_place_of_which_parquet_files_are_read(tmp_path):
+    check_screenspot(tmp_path, parquet="hf://rootsautomation/ScreenSpot:test")

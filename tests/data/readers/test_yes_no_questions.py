@@ -1,8 +1,11 @@
 """POPE's and MME's files in their published layouts, read as rows."""
 
 import json
+import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -107,6 +110,61 @@ def test_both_layouts_of_mme_give_the_same_rows(tmp_path, folders):
     assert rows[3].where.endswith("0002.txt:2")
     assert rows[3].images[0].size == (8, 6)
     assert len(read_mme("mme/OCR#3", ReadOptions(root=tmp_path))) == 3
+
+
+def mme_rows(folder: Path, images: str = "images") -> list[dict]:
+    """The questions of a subtask as rows of lmms-lab/MME, whose ids lack the folder `images`."""
+    rows = []
+    for file in sorted((folder / images).iterdir()):
+        content = {"bytes": file.read_bytes(), "path": file.name}
+        for line in MME.splitlines()[:2]:
+            question, _, answer = line.partition("\t")
+            row = {"question_id": f"{folder.name}/{file.name}", "image": content}
+            rows.append({**row, "question": question, "answer": answer, "category": folder.name})
+    return rows
+
+
+def test_questions_of_mme_in_parquet_files_are_those_of_the_folders(tmp_path):
+    rows = []
+    for subtask in ("OCR", "count"):
+        for name in ("0010.png", "0002.png", "a.jpg"):
+            image(tmp_path / f"mme/{subtask}/images" / name)
+            text(tmp_path / f"mme/{subtask}/questions_answers_YN/{name[:-4]}.txt", MME)
+        rows += mme_rows(tmp_path / "mme" / subtask)
+    random.Random(0).shuffle(rows)
+    rows.sort(key=lambda row: MME.index(row["question"]))  # pairs are apart, and in two files
+    pq.write_table(pa.Table.from_pylist(rows[:7]), tmp_path / "test-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[7:]), tmp_path / "test-1.parquet")
+    options = ReadOptions(root=tmp_path, cache=tmp_path / "cache")
+    for subtask in ("OCR", "count"):
+        expected = read_mme(f"mme/{subtask}", options)
+        read = read_mme(f"none/{subtask}", options, parquet="test-*.parquet")
+        assert [(row.id, question(row), row.columns) for row in read] == [
+            (row.id, question(row), row.columns) for row in expected
+        ]
+        assert [row.images[0]._content() for row in read] == [
+            row.images[0].source.read_bytes() for row in expected
+        ]
+    assert len(read_mme("none/OCR#2", options, parquet="test-*.parquet")) == 2
+    with pytest.raises(DataError, match="has no rows of the category 'color'; it has OCR, count"):
+        read_mme("none/color", options, parquet="test-*.parquet")
+    with pytest.raises(
+        DataError, match=r"test-0.parquet \(row \d, row group 1\): the image .* has 1"
+    ):
+        read_mme("none/OCR", options, parquet="test-0.parquet")
+
+
+@pytest.mark.parametrize(
+    "change", [{"answer": "Perhaps"}, {"category": None}, {"image": None}, {"question_id": 1}]
+)
+def test_a_row_that_is_not_in_the_format_of_mme_is_named(tmp_path, change):
+    row = {"question_id": "OCR/1.png", "question": "Is it?", "answer": "Yes", "category": "OCR"}
+    table = pa.Table.from_pylist([{**row, "image": b"1", **change}])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError, match=r"a.parquet \(row 1, row group 1\).*columns of lmms-lab/MME"
+    ):
+        read_mme("OCR", parquet=str(tmp_path / "a.parquet"))
 
 
 def test_images_of_mme_may_be_in_a_subfolder_as_those_of_artwork(tmp_path):
