@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenvl_lit.data.download.files import check_free_space, format_bytes, why_offline
-from qwenvl_lit.terminal import printable
+from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import DataError
 
 PREFIX = "hf://"
@@ -146,8 +146,8 @@ def _fetched_from(dataset: HubDataset) -> list[Path]:
         cache.mkdir(parents=True, exist_ok=True)
         check_free_space(cache, size)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            count, amount = len(missing), format_bytes(size)
-            log.warning("%s: downloading %d files (%s) to %s", dataset, count, amount, cache)
+            count, amount = counted(len(missing), "file"), format_bytes(size)
+            log.warning("%s: downloading %s (%s) to %s", dataset, count, amount, cache)
     # The revision is passed on as it was given: the cache then knows it, too.
     with _hub_errors(dataset):
         folder = snapshot_download(
