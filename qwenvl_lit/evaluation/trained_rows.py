@@ -129,4 +129,6 @@ def _parquet_rows(file: Path) -> Iterator[bytes]:
 
 def _as_text(value: Any) -> str:
     """Returns text for a value that JSON lacks: bytes of an image, a date or a decimal number."""
-    return sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return sha256(value).hexdigest()
+    return str(value)

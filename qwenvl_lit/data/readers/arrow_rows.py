@@ -38,11 +38,13 @@ class ArrowRows:
         self._stream = file.open("rb", buffering=0)
         size = os.fstat(self._stream.fileno()).st_size
         [batches] = self._numbers(size - 8, 1).tolist()
-        count = max(0, batches) + 1
+        count = batches + 1
         numbers = size - 8 - 16 * count
+        if not 0 < numbers < size - 8:
+            raise OSError("it is damaged")
         self._starts = self._numbers(numbers, count)
         self._rows = self._numbers(numbers + 8 * count, count)
-        if batches < 1 or self._starts[-1] != numbers or self._rows[0]:
+        if self._starts[-1] != numbers or self._rows[0]:
             raise OSError("it is damaged")
         self._schema = pa.ipc.read_schema(pa.py_buffer(self._read(0, int(self._starts[0]))))
         self._batch_at = lru_cache(maxsize=4)(self._read_batch)
@@ -70,7 +72,7 @@ class ArrowRows:
         return np.frombuffer(self._read(start, 8 * count), np.int64)
 
     def _read(self, start: int, size: int) -> bytes:
-        content = b"" if start < 0 else os.pread(self._stream.fileno(), size, start)
+        content = os.pread(self._stream.fileno(), size, max(0, start))
         if len(content) != size:
             raise OSError("it is damaged")
         return content

@@ -135,7 +135,9 @@ def records_of(row: Row, key: str) -> list:
     lists = [each for each in value.values() if isinstance(each, list)]
     lengths = sorted(set(map(len, lists)))
     if len(lists) < len(value) or len(lengths) != 1:
-        problem = f"has lists of {lengths} values" if len(lists) == len(value) else "has no lists"
+        problem = f"has lists of {lengths} values"
+        if len(lists) < len(value):
+            problem = "has no lists"
         raise DataError(
             f"`{key}` must be a list of turns, or a mapping of lists of one length such as "
             f'{{"role": [...], "content": [...]}}; got {short(value)}, which {problem}. Write a '

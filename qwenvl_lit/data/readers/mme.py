@@ -68,7 +68,9 @@ def read_mme(
             f"{parquet} has no rows of the category {name!r}; it has {', '.join(by_subtask)}"
         )
     rows = Subtask(name, by_subtask[name], read_options)
-    return rows if count is None else take(rows, count, read_options.seed)
+    if count is None:
+        return rows
+    return take(rows, count, read_options.seed)
 
 
 class Subtask(Sequence[Conversation]):

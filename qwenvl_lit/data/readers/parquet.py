@@ -103,12 +103,15 @@ class ParquetRows(Sequence[dict[str, Any]]):
         """Returns one image: its bytes, a struct of them and the path, the path, or None."""
         if column.has_text and text is None:
             return None
-        path = text.get("path") if column.has_text else None
-        label = path if isinstance(path, str) else ""
+        label = ""
+        if column.has_text and isinstance(text.get("path"), str):
+            label = text["path"]
         content = image_in(self._source, column, index, position, label)
         if content is None:
             return text or None
-        return {**(text or {}), "bytes": content} if column.is_struct else content
+        if column.is_struct:
+            return {**(text or {}), "bytes": content}
+        return content
 
 
 def _check(file: Path) -> None:

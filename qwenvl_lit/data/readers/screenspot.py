@@ -95,7 +95,9 @@ def read_screenspot(
         )
     rows = Instructions(_of_type(found, data_type, parquet), files[0].parent, read_options)
     number = parse_count(source)[1]
-    return rows if number is None else take(rows, number, read_options.seed)
+    if number is None:
+        return rows
+    return take(rows, number, read_options.seed)
 
 
 class Instructions(Sequence[Conversation]):

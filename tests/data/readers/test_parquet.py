@@ -261,7 +261,7 @@ def test_text_that_was_unpacked_and_then_damaged_is_named(folder):
     file = write(folder / "rows.parquet", table)
     read_rows(str(file), ReadOptions(cache=folder / "cache"))
     [unpacked] = (folder / "cache").rglob("text*")
-    for content in (b"", b"\xff" * 100, unpacked.read_bytes()[:-1]):
+    for content in (b"", b"\xff" * 100, b"\x7f" * 100, unpacked.read_bytes()[:-1]):
         unpacked.write_bytes(content)
         row_groups._text.cache_clear()
         with pytest.raises(DataError, match=r"text.bin cannot be read: it is damaged; "):
