@@ -222,21 +222,27 @@ class QwenVLFamily(LoadsWeights):
     def processor(self, features: FeatureSource | None = None) -> QwenVLProcessor:
         """Returns a processor; see `Family.processor`."""
         assert self.config.visual is not None
-        window = self.max_window_size or getattr(self.generation, "max_window_size", WINDOW)
         return self.processor_class(
             self.tokenizer,
             tokens_per_image=self.config.n_queries,
             image_size=self.config.visual["image_size"],
-            template=self.template,
-            system=self.system,
-            supervise=self.supervise,
-            max_length=self.max_length,
-            too_long=self.too_long,
-            special_tokens=self.special_tokens,
-            boxes=self.boxes,
-            max_window_size=window,
             features=features,
+            **self.processor_settings(),
         )
+
+    def processor_settings(self) -> dict[str, Any]:
+        """Returns the arguments of the processor that do not depend on a vision tower."""
+        window = self.max_window_size or getattr(self.generation, "max_window_size", WINDOW)
+        return {
+            "template": self.template,
+            "system": self.system,
+            "supervise": self.supervise,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
+            "special_tokens": self.special_tokens,
+            "boxes": self.boxes,
+            "max_window_size": window,
+        }
 
     def meta_model(self) -> QwenVLForCausalLM:
         """Returns the network on the meta device: names, shapes and dtypes without weights."""

@@ -16,7 +16,7 @@ from qwenvl_lit.grounding import Tag, tags_from_object
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.qwen_vl.checkpoint import QWEN, read_network_config
 from qwenvl_lit.models.qwen_vl.config import QwenVLConfig
-from qwenvl_lit.models.qwen_vl.family import WINDOW, QwenVLFamily
+from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.models.qwen_vl.processor import QwenVLProcessor
 from qwenvl_lit.models.qwen_vl.tokenizer import QwenTextTokenizer
 from qwenvl_lit.types import (
@@ -132,17 +132,7 @@ class QwenFamily(QwenVLFamily):
 
     def processor(self, features: FeatureSource | None = None) -> QwenProcessor:
         """Returns a processor; see `Family.processor`."""
-        window = self.max_window_size or getattr(self.generation, "max_window_size", WINDOW)
-        return QwenProcessor(
-            self.tokenizer,
-            template=self.template,
-            system=self.system,
-            supervise=self.supervise,
-            max_length=self.max_length,
-            too_long=self.too_long,
-            special_tokens=self.special_tokens,
-            max_window_size=window,
-        )
+        return QwenProcessor(self.tokenizer, **self.processor_settings())
 
 
 def published_config(name: str) -> QwenVLConfig:
