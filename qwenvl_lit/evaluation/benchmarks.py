@@ -29,6 +29,7 @@ SHARED_OVERRIDES = (
     "data.exif",
     "data.on_deep_image",
     "data.prompt",
+    "data.read.parquet",
     "data.boxes",
     "data.eval_batch_size",
     "data.num_workers",
