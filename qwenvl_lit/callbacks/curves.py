@@ -139,9 +139,9 @@ def _plot(name: str, training: Points, validation: Points) -> Figure:
         axes.plot(steps, values, color=TRAINING_COLOR, alpha=0.3, linewidth=1, label="training")
         axes.plot(steps, smoothed, color=TRAINING_COLOR, linewidth=2, label=label)
     elif steps:
-        marker = "o" if len(steps) <= FEW else ""
-        style = {"color": TRAINING_COLOR, "marker": marker, "markersize": 4}
-        axes.plot(steps, values, **style, linewidth=1.5, label="training")
+        [line] = axes.plot(steps, values, color=TRAINING_COLOR, linewidth=1.5, label="training")
+        if len(steps) <= FEW:
+            line.set(marker="o", markersize=4)
     if validation[0]:
         style = {"color": VALIDATION_COLOR, "marker": "o", "markersize": 5}
         axes.plot(*validation, **style, linewidth=1, label="validation")

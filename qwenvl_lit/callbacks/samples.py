@@ -158,7 +158,8 @@ def _lines(text: str, font: Font) -> Iterator[str]:
         while font.getlength(rest) > CELL_PX:
             end = fitting_characters(rest, font, CELL_PX)
             breaks = [found.start() for found in BREAK.finditer(rest, 1, end + 1)]
-            end = breaks[-1] if breaks else end
+            if breaks:
+                end = breaks[-1]
             yield rest[:end].rstrip()
             rest = rest[end:].lstrip()
         yield rest

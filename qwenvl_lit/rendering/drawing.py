@@ -222,7 +222,9 @@ def _clamp(value: float, largest: float) -> float:
 
 def _draw_outline(draw: ImageDraw.ImageDraw, outline: _Outline, width: int) -> None:
     for start, end in pairwise((*outline.corners, outline.corners[0])):
-        pieces = _dashes(start, end, 4 * width) if outline.dashed else [(start, end)]
+        pieces = [(start, end)]
+        if outline.dashed:
+            pieces = list(_dashes(start, end, 4 * width))
         for piece in pieces:
             draw.line(piece, fill=outline.color, width=width)
 

@@ -45,7 +45,9 @@ def score_table(
             column, on the left, for its baseline scores.
     """
     cells = _cells(scores)
-    baseline_cells = None if baseline is None else _cells(baseline)
+    baseline_cells = None
+    if baseline is not None:
+        baseline_cells = _cells(baseline)
     table = _table_of_sets(cells, baseline_cells)
     if Console(width=MEASURED_WIDTH).measure(table).maximum <= width:
         return table
@@ -103,7 +105,9 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """
     table = Table()
     for index, name in enumerate(rows[0]):
-        justify: JustifyMethod = "left" if index < 2 else "right"
+        justify: JustifyMethod = "right"
+        if index < 2:
+            justify = "left"
         table.add_column(cell(name), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*map(cell, row.values()))

@@ -117,8 +117,9 @@ def _table_row(tag: str, cells: Mapping[str, str], text_columns: Collection[str]
     for name, content in cells.items():
         style = ""
         if name in text_columns:
-            has_long_word = any(len(word) > LONG_WORD for word in content.split())
-            style = ' class="text long"' if has_long_word else ' class="text"'
+            style = ' class="text"'
+            if any(len(word) > LONG_WORD for word in content.split()):
+                style = ' class="text long"'
         html += f"<{tag}{style}>{text(content)}</{tag}>"
     return f"<tr>{html}</tr>"
 
