@@ -116,7 +116,8 @@ def main(config: DictConfig) -> None:
     size = format_bytes(sum(file.stat().st_size for file in out.iterdir()))
     print(f"\nWrote {build.shown(str(out))}: {size}, {kind}")
     print("\n".join(notes))
-    print(f"Try it:  python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
+    print(f"Try it:    python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
+    print(f"Serve it:  python -m qwenvl_lit.serve ckpt={build.shown(str(out))}")
     if repository:
         print(f"\n{repository.announcement(out)}", flush=True)
         repository.upload(out)

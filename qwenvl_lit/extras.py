@@ -29,7 +29,13 @@ def missing(package: str, user: str) -> str:
     """
     extra = EXTRAS.get(package)
     source = f"'qwenvl_lit[{extra}]'" if extra else package
-    return f"{user} needs the package {package}, which is not installed: pip install {source}"
+    message = f"{user} needs the package {package}, which is not installed: "
+    if package == "vllm":
+        return (
+            f"{message}make an environment of its own, as vLLM replaces torch, and there, in the "
+            f"clone of this repository, pip install -e '.[vllm]'"
+        )
+    return f"{message}pip install {source}"
 
 
 def require(package: str, user: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import stat
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def serve_here(config: DictConfig) -> None:
     from qwenvl_lit.runs.run import find_run
     from qwenvl_lit.serving.app import Application
     from qwenvl_lit.serving.auth import Keys
-    from qwenvl_lit.serving.capacity import with_capacity
+    from qwenvl_lit.serving.capacity import check_room, with_capacity
     from qwenvl_lit.serving.images import ImageLoader
     from qwenvl_lit.serving.server import bind, serve, url_of
     from qwenvl_lit.serving.service import Model, Service
@@ -84,8 +85,8 @@ def serve_here(config: DictConfig) -> None:
     build.start(config)
     settings: ServeSettings = instantiate(config.serve, _convert_="all")
     check_generation(build.generation(config))
-    keys = Keys(keys_of(settings.keys, host=settings.host))
     bound = bind(settings.host, settings.port)
+    keys = Keys(keys_of(settings.keys, host=settings.host))
     run = None
     if config.ckpt:
         run = find_run(config.ckpt, trust=config.trust, verify=config.verify)
@@ -100,6 +101,7 @@ def serve_here(config: DictConfig) -> None:
     model = QwenVL.from_module(module, read_options=read_options)
     settings = with_capacity(settings, model=model.model, family=model.family)
     processor = model.processor
+    check_room(settings, processor)
     collate = Pad(
         pad_id=processor.pad_id,
         collate_vision=processor.collate_vision,
@@ -114,7 +116,7 @@ def serve_here(config: DictConfig) -> None:
             collate=collate,
             rows=settings.rows,
             slots=settings.context,
-            max_waiting=max(1, settings.queue * settings.max_choices),
+            max_waiting=settings.most_answers,
         )
     except torch.OutOfMemoryError:
         raise DataError(
@@ -163,9 +165,8 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
 
     Raises:
         DataError: the model, an adapter or the address cannot be served.
-        ValueError: vLLM is not installed, or a setting has no counterpart in it.
+        ValueError: a setting has no counterpart in vLLM, or vLLM is not installed.
     """
-    require("vllm", "engine=vllm")
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -175,7 +176,7 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     from qwenvl_lit.serving.capacity import check_context
     from qwenvl_lit.serving.server import bind, url_of
     from qwenvl_lit.serving.vllm.adapters import adapter_folder
-    from qwenvl_lit.serving.vllm.launch import export, launch, served_folder
+    from qwenvl_lit.serving.vllm.launch import check_queue, export, launch, served_folder
 
     check_composed_config(config)
     run = None
@@ -186,11 +187,14 @@ def launch_of(config: DictConfig, arguments: Sequence[str]) -> Launch:
     float_dtype(config.model.dtype)
     generation = chosen_generation(config, arguments)
     settings: ServeSettings = instantiate(config.serve, _convert_="all")
-    keys_of(settings.keys, host=settings.host)  # vLLM's server reads the file again
+    check_queue(settings)
     with bind(settings.host, settings.port) as bound:
         url, port = url_of(bound), bound.getsockname()[1]
+    keys_of(settings.keys, host=settings.host)  # vLLM's server reads the file again
+    folders = adapters_of(config)
+    require("vllm", "engine=vllm")
     adapters = {}
-    for name, folder in adapters_of(config).items():
+    for name, folder in folders.items():
         adapters[name] = adapter_folder(folder, verify=config.verify)
     family = instantiate(config.model, _convert_="all")
     check_context(settings, family)
@@ -233,13 +237,24 @@ def chosen_generation(config: DictConfig, arguments: Sequence[str]) -> dict[str,
 
 
 def keys_of(file: str | None, *, host: str) -> list[str]:
-    """Returns the keys of a file. Without a file, warns if other machines can connect to `host`."""
+    """Returns the keys of a file.
+
+    Warns if others on this machine can read the file, or if there is none and other machines can
+    connect to `host`.
+    """
     from qwenvl_lit.serving.auth import read_keys
 
     if file is not None:
-        return read_keys(file)
+        keys = read_keys(file)
+        if Path(file).expanduser().stat().st_mode & stat.S_IROTH:
+            log.warning("all users of this machine can read the keys: chmod 600 %s", file)
+        return keys
     if host not in LOOPBACK:
-        log.warning("serve.host=%s without serve.keys: everyone may use the model", host)
+        log.warning(
+            "serve.host=%s without serve.keys: everyone may use the model; serve.keys=FILE asks "
+            "for a key",
+            host,
+        )
     return []
 
 
@@ -269,9 +284,13 @@ def model_name(config: DictConfig, run: Run | None) -> str:
     """Returns the name of the folder of the run, or that of the model without its owner."""
     from hydra.core.hydra_config import HydraConfig
 
+    from qwenvl_lit.runs.run import SUFFIX
+
     if run is not None:
-        folder = run.folder or Path(config.ckpt).expanduser()
-        return folder.absolute().name
+        folder = (run.folder or Path(config.ckpt).expanduser()).absolute()
+        if folder.name.startswith("adapter_model."):  # what `ckpt` of an adapter folder became
+            folder = folder.parent
+        return folder.name.removesuffix(SUFFIX)
     if config.model.get("path"):
         return Path(config.model.path).name
     return HydraConfig.get().runtime.choices["model"]

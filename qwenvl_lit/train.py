@@ -49,6 +49,7 @@ def main(config: DictConfig) -> None:
         print(f"\nStopped early after step {trainer.global_step}: {reason}")
     print(f"\nTrained {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
     print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
+    print(f"Serve it:  python -m qwenvl_lit.serve ckpt={run}")
 
 
 if __name__ == "__main__":

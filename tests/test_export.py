@@ -227,7 +227,7 @@ def test_a_run_that_trained_whole_tensors_exports_only_a_whole_model(home, train
     assert torch.equal(head, trained_state(run)["model.lm_head.weight"])
     assert not torch.equal(head, base_tensors(home)["lm_head.weight"])
     for compare in ("none", "run"):
-        with pytest.raises(DataError, match="there is no adapter: whole tensors were trained"):
+        with pytest.raises(DataError, match="this run trained whole weights, as adapter=full"):
             run_command(export, f"ckpt={run}", "out=nothing", "merge=false", f"compare={compare}")
     assert not list(home.glob("nothing*"))
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 from commands import compose_config
@@ -11,6 +12,7 @@ from qwenvl_lit import serve
 from qwenvl_lit.cli.command import offer_groups, prepare
 from qwenvl_lit.cli.early_checks import check_values
 from qwenvl_lit.generation.generation import Generation
+from qwenvl_lit.runs.run import Run
 from qwenvl_lit.types import DataError
 
 
@@ -73,6 +75,38 @@ def test_a_server_for_others_without_keys_is_warned_of(caplog):
         assert not serve.keys_of(None, host="127.0.0.1")
         assert not caplog.records
         assert not serve.keys_of(None, host="0.0.0.0")
-    assert "serve.host=0.0.0.0 without serve.keys" in caplog.text
-    with pytest.raises(DataError, match=r"serve\.keys cannot be read"):
+    assert "serve.host=0.0.0.0 without serve.keys: everyone may use the model; serve.keys=F" in (
+        caplog.text
+    )
+    with pytest.raises(DataError, match=r"^serve\.keys=none\.txt cannot be read"):
         serve.keys_of("none.txt", host="0.0.0.0")
+
+
+@pytest.mark.parametrize(("mode", "is_warned_of"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_keys_that_every_user_can_read_are_warned_of(tmp_path, caplog, mode, is_warned_of):
+    file = tmp_path / "keys.txt"
+    file.write_text("first-key-1\n")
+    file.chmod(mode)
+    with caplog.at_level(logging.WARNING):
+        assert serve.keys_of(str(file), host="0.0.0.0") == ["first-key-1"]
+    assert (f"chmod 600 {file}" in caplog.text) is is_warned_of
+
+
+def test_a_wrong_address_is_found_before_missing_keys_are_warned_of(caplog):
+    with pytest.raises(DataError, match="is an address of this machine"):
+        serve.serve_here(composed("serve.host=203.0.113.77"))
+    assert "serve.keys" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folder", "ckpt"),
+    [
+        ("outputs/train/mine", "outputs/train/mine/checkpoints/best.ckpt"),
+        (None, "somewhere/mine/adapter_model.safetensors"),
+        (None, "somewhere/mine"),
+        (None, "somewhere/mine.ckpt"),
+    ],
+)
+def test_a_model_has_the_name_of_its_folder(folder, ckpt):
+    run = Run(config={}, checkpoint=Path(ckpt), folder=Path(folder) if folder else None)
+    assert serve.model_name(OmegaConf.create({"ckpt": ckpt}), run) == "mine"

@@ -225,7 +225,7 @@ def test_answers_and_system_message_of_the_command_line_count(model, arguments, 
         (["adapters=runs/a"], "adapters=runs/a is no mapping; write adapters='{NAME: FOLDER,"),
         (["adapters={a: none/such}"], "adapters: none/such does not exist; expected a run or an"),
         (["adapters={a: null}"], "adapters: a: None is not NAME: FOLDER; write adapters='{NAME"),
-        (["serve.keys=none.txt"], "serve.keys cannot be read (No such file or directory)"),
+        (["serve.keys=none.txt"], "serve.keys=none.txt cannot be read (No such file or"),
         (["vllm.arguments={a: b}"], "vllm.arguments is a list of arguments as vLLM takes them"),
         (["vllm.tensor_parallel_size=0"], "vllm.tensor_parallel_size must be a whole number"),
         (["vllm.gpu_memory_utilization=90"], "vllm.gpu_memory_utilization must be a number"),
@@ -277,10 +277,21 @@ def test_a_name_is_given_once(model, tmp_path):
         launched("model=qwen_vl_chat", f"model.path={model}", f"adapters={{tiny: {run}}}")
 
 
-def test_without_vllm_the_line_names_the_extra(monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=qwen_vl_chat"], r"engine=vllm needs the package vllm.* own, .*'\.\[vllm\]'"),
+        (["model=qwen_vl_chat", "serve.queue=5"], r"engine=vllm has no serve\.queue"),
+        (["model=qwen_vl_chat", "device=cpu"], r"device=cpu is for engine=own"),
+        (["model=qwen3_vl_tiny"], r"engine=vllm is for Qwen-VL, and this is Qwen3-VL"),
+        (["model=qwen_vl_chat", "serve.keys=none.txt"], r"serve\.keys=none\.txt cannot be read"),
+        (["model=qwen_vl_chat", "adapters={a: null}"], r"adapters: a: None is not NAME: FOLDER"),
+    ],
+)
+def test_without_vllm_mistakes_are_named_before_it(monkeypatch, arguments, message):
     monkeypatch.setattr("qwenvl_lit.extras.find_spec", lambda package: None)
-    with pytest.raises(ValueError, match=r"^engine=vllm needs the package vllm.*lit\[vllm\]"):
-        launched("model=qwen_vl_chat")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        launched(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import is_unresolved
 
-NO_ADAPTER = (
-    "there is no adapter: whole tensors were trained, or nothing was; export with merge=true"
+WHOLE_WEIGHTS = (
+    "there is no adapter: this run trained whole weights, as adapter=full does; export with "
+    "merge=true"
 )
+NOTHING_TRAINED = "there is no adapter: this is a full model; export with merge=true"
 
 
 def write_model(module: VisionLanguageModule, folder: Path, dtype: torch.dtype) -> None:
@@ -76,8 +78,10 @@ def check_adapter(module: VisionLanguageModule) -> None:
             f"the run started from the checkpoint of another run ({module.init.checkpoint}), and "
             f"its adapter is useless without it: export with merge=true"
         )
-    if module.adapter is None or isinstance(module.adapter, Full):
-        raise DataError(NO_ADAPTER)
+    if module.adapter is None:
+        raise DataError(NOTHING_TRAINED)
+    if isinstance(module.adapter, Full):
+        raise DataError(WHOLE_WEIGHTS)
 
 
 def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) -> None:
@@ -94,7 +98,7 @@ def write_adapter(module: VisionLanguageModule, folder: Path, base: str | None) 
     checkpoint = module.trained_checkpoint
     model = apply_trained(module.adapter, outline, module.family, checkpoint, assign=True)
     if not hasattr(model, "peft_config"):
-        raise DataError(NO_ADAPTER)
+        raise DataError(WHOLE_WEIGHTS)
     # Base weights are on the meta device.
     trained = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     write_peft_folder(model, folder, trained, base=base)

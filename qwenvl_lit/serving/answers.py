@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from qwenvl_lit.generation.continuous import ContinuousBatching
 from qwenvl_lit.generation.request import Closed, Full, Handle, Request, Token
-from qwenvl_lit.serving.errors import ApiError
+from qwenvl_lit.serving.errors import ApiError, shutting_down
 from qwenvl_lit.serving.metrics import Metrics
 from qwenvl_lit.serving.text import AnswerText
 
@@ -77,10 +77,12 @@ class Answers:
                 if self._cancelled:  # meanwhile, in the event loop
                     handle.cancel()
         except Full:
+            self._refuse()
             seconds = max(1, round(self._metrics.answer_seconds))
             message = "the server is busy; try again later"
             raise ApiError(429, message, code="queue_full", retry_after=seconds) from None
         except Closed:
+            self._refuse()
             raise _failure("cancelled") from None
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
 
@@ -169,6 +171,13 @@ class Answers:
             self._metrics.between_tokens.observe((now - row.latest) / count)
         row.latest = now
 
+    def _refuse(self) -> None:
+        """Frees the rows that have been submitted. None of them counts as an answer."""
+        for handle in self._handles:
+            handle.cancel()
+        for row in self.rows:
+            row.finish_reason = "refused"
+
     def _finish(self, row: Row, reason: str) -> None:
         row.finish_reason = reason
         self._metrics.answered(reason, time.perf_counter() - self._start, len(row.tokens))
@@ -176,6 +185,6 @@ class Answers:
 
 def _failure(reason: str) -> ApiError:
     if reason == "cancelled":
-        return ApiError(503, "the server is shutting down", code="shutting_down")
+        return shutting_down()
     message = "the answer failed; the log of the server says why"
     return ApiError(500, message, code="answer_failed")

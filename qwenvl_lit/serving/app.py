@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from qwenvl_lit.serving.answers import Answers
 from qwenvl_lit.serving.auth import Keys
 from qwenvl_lit.serving.completions import Completion
-from qwenvl_lit.serving.errors import ApiError, refused_field
+from qwenvl_lit.serving.errors import ApiError, refused_field, shutting_down
 from qwenvl_lit.serving.gate import Admission, Gate
 from qwenvl_lit.serving.schema import UNSUPPORTED, ChatRequest, GroundRequest
 from qwenvl_lit.serving.service import Service
@@ -47,7 +48,7 @@ class Application:
     def __init__(self, service: Service, keys: Keys, *, page: Path = PAGE):
         self.service = service
         settings = service.settings
-        self.admission = Admission(settings.rows + settings.queue, service.metrics)
+        self.admission = Admission(settings, service.metrics)
         self.started = int(time.time())
         routes = FastAPI(title="qwenvl_lit", docs_url=None, redoc_url=None)
         routes.add_exception_handler(ApiError, _api_error)
@@ -108,7 +109,7 @@ class Application:
     async def ready(self) -> dict[str, str]:
         engine = self.service.engine
         if not self.admission.is_open:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         if engine.failure is not None:
             raise ApiError(503, "the engine has failed; restart the server", code="engine_failed")
         if not engine.ready.is_set():
@@ -183,7 +184,8 @@ async def _bad_body(request: Request, error: RequestValidationError) -> Response
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _api_error(request, ApiError(error.status_code, message[:300]))
+    code = HTTPStatus(error.status_code).name.lower()  # such as not_found
+    return await _api_error(request, ApiError(error.status_code, message[:300], code=code))
 
 
 async def _defect(request: Request, error: Exception) -> Response:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import os
+import re
 from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from qwenvl_lit.types import DataError
 
 SHORTEST = 8  # characters of a key
+VARIABLE = "QWENVL_LIT_KEYS"  # of the environment; it names the file
 
 
 class Keys:
@@ -44,12 +47,16 @@ def read_keys(file: str) -> list[str]:
     """
     path = Path(file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors may write a BOM
     except (OSError, UnicodeDecodeError) as error:
-        # The file is not quoted: a key that was given in its place stays secret.
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        source = VARIABLE if os.environ.get(VARIABLE) == file else "serve.keys"
+        # A key that was given in place of the file stays secret.
+        shown = f"={file}" if _looks_like_a_path(file) else ""
+        place = "" if path.is_absolute() else f", seen from {Path.cwd()}"
         raise DataError(
-            f"serve.keys cannot be read ({reason}); it is the path of a file with one key a line"
+            f"{source}{shown} cannot be read ({reason}); it is the path of a file with one key a "
+            f"line{place}"
         ) from None
     keys = []
     for number, line in enumerate(lines, 1):
@@ -59,12 +66,18 @@ def read_keys(file: str) -> list[str]:
         if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
             raise DataError(
                 f"{path}:{number}: a key has at least {SHORTEST} printable ASCII characters and "
-                f"no blank; make one with: openssl rand -hex 24"
+                f"no blank; make one with: openssl rand -hex 24; names go into lines of their own, "
+                f"such as # alice"
             )
         keys.append(key)
     if not keys:
         raise DataError(f"{path}: there is no key in it; make one with: openssl rand -hex 24")
     return keys
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Returns whether a text ends as names of files do, or is too short for a key."""
+    return len(text) < SHORTEST or re.search(r"\.[a-z]{2,5}$", text) is not None
 
 
 def _digest(key: bytes) -> bytes:

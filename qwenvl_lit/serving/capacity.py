@@ -9,9 +9,10 @@ from torch import nn
 
 from qwenvl_lit.data.evaluation_batches import RowSizes
 from qwenvl_lit.generation.generation import Generation
-from qwenvl_lit.models.protocols import Family
+from qwenvl_lit.models.protocols import Family, Processor
 from qwenvl_lit.serving.settings import ServeSettings
 from qwenvl_lit.training.rows_together import SMALL_MODEL, free_memory, rows_that_fit
+from qwenvl_lit.types import QUESTION_ID, Conversation, Turn
 
 USUAL_CONTEXT = 2048  # tokens within which Qwen-VL needs no dynamic NTK
 MOST_ROWS = 32
@@ -40,6 +41,18 @@ def check_context(settings: ServeSettings, family: Family) -> None:
         raise ValueError(
             f"serve.context={settings.context} is more than the {family.max_tokens} tokens that "
             f"the model reads"
+        )
+
+
+def check_room(settings: ServeSettings, processor: Processor) -> None:
+    """Raises a ValueError if the shortest question leaves no room for an answer."""
+    turns = (Turn(role="user", parts=("?",)),)
+    shortest = processor.encode(Conversation(id=QUESTION_ID, turns=turns), prompt=True)
+    tokens = len(shortest.input_ids)
+    if settings.context <= tokens:
+        raise ValueError(
+            f"serve.context={settings.context} has no room for an answer: the shortest prompt has "
+            f"{tokens} tokens"
         )
 
 

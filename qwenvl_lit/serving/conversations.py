@@ -24,6 +24,7 @@ from qwenvl_lit.types import (
     Turn,
 )
 
+WRONG = "invalid_value"  # code of errors
 LoadImage = Callable[[str], ImageSource]
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -80,7 +81,7 @@ def grounding_of(url: str, label: str, load: LoadImage, *, prompt: str) -> Conve
         ApiError: the image cannot be used, or the label is empty.
     """
     if not label.strip():
-        raise ApiError(400, "label is empty: say what to look for", param="label")
+        raise ApiError(400, "label is empty: say what to look for", param="label", code=WRONG)
     question = GroundedObject(label=_valid(label, "label"))
     try:
         image = load(url)
@@ -95,21 +96,22 @@ def _check_roles(messages: Sequence[Message], *, one_text: bool) -> None:
     if "system" in roles[1:]:
         index = roles.index("system", 1)
         message = f"messages[{index}] is a system message; it may only come first"
-        raise ApiError(400, message, param=f"messages[{index}].role")
+        raise ApiError(400, message, param=f"messages[{index}].role", code=WRONG)
     if roles[-1] != "user":
         message = f"the last message is of role {messages[-1].role}; it must be the user's"
-        raise ApiError(400, message, param="messages")
+        raise ApiError(400, message, param="messages", code=WRONG)
     if one_text and len(messages) > 1:
         raise ApiError(
             400,
             "this is a base model, which continues a text: send one message, of the user; it has "
             "no system message and no history",
             param="messages",
+            code=WRONG,
         )
     last = messages[-1].content
     texts = [part.text for part in last if isinstance(part, TextPart)]
     if len(texts) == len(last) and not "".join(texts).strip():
-        raise ApiError(400, "the last message is empty", param="messages")
+        raise ApiError(400, "the last message is empty", param="messages", code=WRONG)
 
 
 def _check_images(messages: Sequence[Message], most: int) -> None:
@@ -121,9 +123,11 @@ def _check_images(messages: Sequence[Message], most: int) -> None:
             images += 1
             param = f"messages[{number}].content[{index}]"
             if message.role != "user":
-                raise ApiError(400, "only messages of the user may have images", param=param)
+                message = "only messages of the user may have images"
+                raise ApiError(400, message, param=param, code=WRONG)
             if images > most:
-                raise ApiError(400, f"there are more than {most} images", param=param)
+                message = f"there are more than {most} images"
+                raise ApiError(400, message, param=param, code=WRONG)
 
 
 def _image(part: ImagePart, load: LoadImage, param: str) -> ImageSource:

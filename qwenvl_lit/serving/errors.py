@@ -6,6 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TYPES = {429: "rate_limit_error"}  # of OpenAI's errors, by status
+RESTART_SECONDS = 10  # until a server that shuts down is likely back, or another one took over
+SHOWN = 40  # characters of a wrong value in a message
+# What pydantic's errors about types expect
+EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+}
+TEXT_OR_LIST = ("content", "stop")  # fields
+# What its errors about bounds expect, before the bound
+BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("above", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("below", "lt"),
+}
 
 
 class ApiError(Exception):
@@ -24,7 +43,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        code: str | None = None,
+        code: str,
         param: str | None = None,
         retry_after: int | None = None,
     ):
@@ -54,6 +73,11 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
+
+
+def shutting_down() -> ApiError:
+    message = "the server is shutting down; try again when it has been restarted"
+    return ApiError(503, message, code="shutting_down", retry_after=RESTART_SECONDS)
 
 
 def refused_field(errors: Sequence[Mapping[str, Any]], unsupported: Mapping[str, Any]) -> ApiError:
@@ -86,9 +110,63 @@ def refused_field(errors: Sequence[Mapping[str, Any]], unsupported: Mapping[str,
         case "extra_forbidden":
             message = f"{param} is no field that this server knows; leave it out"
             return ApiError(400, message, param=param, code="unknown_field")
+        case "union_tag_not_found":
+            param = f"{param}.{_discriminator(error)}"
+            return ApiError(400, f"{param} is missing", param=param, code="missing_field")
+        case "union_tag_invalid":
+            param = f"{param}.{_discriminator(error)}"
+    return ApiError(400, _wrong_value(error, param), param=param, code="invalid_value")
+
+
+def _wrong_value(error: Mapping[str, Any], param: str | None) -> str:
+    """Returns what a field must be, and what it is."""
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    match kind:
+        case "union_tag_invalid":
+            tags = _alternatives(context["expected_tags"].replace("'", "").split(", "))
+            return f"{param} must be {tags}, got {context['tag'][:SHOWN]!r}"
+        case "literal_error":
+            choices = context["expected"].replace("'", "")
+            return f"{param} must be {choices}, got {_shown(value)}"
+        case "too_short":
+            return f"{param} is empty"
+        case "too_long":
+            return f"{param} has at most {context['max_length']} entries, got {len(value)}"
+        case "string_too_short":
+            return f"{param} is empty"
+        case "string_too_long":
+            return f"{param} has at most {context['max_length']} characters, got {len(value)}"
+    if kind in EXPECTED:
+        text_or = "text or " if error["loc"][-1] in TEXT_OR_LIST else ""
+        return f"{param} must be {text_or}{EXPECTED[kind]}, got {_shown(value)}"
+    if kind in BOUNDS:
+        words, bound = BOUNDS[kind]
+        return f"{param} must be {words} {context[bound]:.20g}, got {_shown(value)}"
     message = error["msg"].removeprefix("Value error, ")
-    place = f"{param}: " if param else ""
-    return ApiError(400, f"{place}{message}", param=param, code="invalid_value")
+    return f"{param}: {message}" if param else message
+
+
+def _discriminator(error: Mapping[str, Any]) -> str:
+    return error["ctx"]["discriminator"].strip("'")
+
+
+def _alternatives(words: Sequence[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _shown(value: Any) -> str:
+    """Returns a value of JSON for a message."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"{value!r:.{SHOWN}}"
 
 
 def _param(location: Sequence[str | int]) -> str | None:

@@ -13,12 +13,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwenvl_lit.data.download.files import format_bytes
 from qwenvl_lit.serving.auth import Keys
-from qwenvl_lit.serving.errors import ApiError
+from qwenvl_lit.serving.errors import ApiError, shutting_down
 from qwenvl_lit.serving.metrics import Metrics
 from qwenvl_lit.serving.settings import ServeSettings
+from qwenvl_lit.terminal import counted
 
 API = "/v1/"
-COUNTED = ("/v1/chat/completions", "/v1/ground", "/v1/models", "/health", "/metrics", "/")
+COUNTED = (
+    "/v1/chat/completions",
+    "/v1/ground",
+    "/v1/models",
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/metrics",
+    "/",
+)
 MOST_SECONDS = 60  # of Retry-After
 LINGER_SECONDS = 1.0  # for the rest of a body that is refused
 SEND_SECONDS = 30.0  # without a client reading anything of its answer
@@ -27,8 +37,9 @@ SEND_SECONDS = 30.0  # without a client reading anything of its answer
 class Admission:
     """The places for requests that are answered or wait for it. Closed while the server drains."""
 
-    def __init__(self, places: int, metrics: Metrics):
-        self.places = places
+    def __init__(self, settings: ServeSettings, metrics: Metrics):
+        self._settings = settings
+        self.places = settings.rows + settings.queue
         self.taken = 0
         self.is_open = True
         self._metrics = metrics
@@ -41,10 +52,13 @@ class Admission:
             ApiError: all places are taken, or the server is shutting down.
         """
         if not self.is_open:
-            message = "the server is shutting down; try another one"
-            raise ApiError(503, message, code="shutting_down", retry_after=self._retry_after)
+            raise shutting_down()
         if self.taken >= self.places:
-            message = "the server is busy; try again later"
+            message = (
+                f"the server is busy with {counted(self.taken, 'request')}, as many as it takes "
+                f"(serve.rows={self._settings.rows} + serve.queue={self._settings.queue}); try "
+                f"again in {self._retry_after} s"
+            )
             raise ApiError(429, message, code="queue_full", retry_after=self._retry_after)
         self.taken += 1
         try:
@@ -165,7 +179,8 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the client has left before its request was complete")
+                    message = "the client has left before its request was complete"
+                    raise ApiError(400, message, code="incomplete_body")
                 body += message.get("body", b"")
                 if len(body) > most:
                     raise _too_large(most)
@@ -179,8 +194,10 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
 
 def check_key(keys: Keys, headers: Headers) -> None:
     """Raises an ApiError unless a request has one of the keys."""
-    if not keys.admit(headers.get("authorization", "").encode("latin-1")):
-        message = "the key is missing or wrong; send Authorization: Bearer KEY"
+    sent = headers.get("authorization", "")
+    if not keys.admit(sent.encode("latin-1")):
+        message = "the key is wrong" if sent else "a key is needed"
+        message += "; send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key")
 
 

@@ -48,8 +48,8 @@ class Metrics:
         """Counts an answer that has ended."""
         self.answers.labels(reason).inc()
         self.new_tokens.inc(new_tokens)
-        self.answer_time.observe(seconds)
         if reason in ("stop", "length"):
+            self.answer_time.observe(seconds)
             self.answer_seconds += WEIGHT * (seconds - self.answer_seconds)
 
     def text(self) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from qwenvl_lit.types import DataError
 
 CLOSING_SECONDS = 2.0  # of the grace time, to tell clients that their answers were cut
 POLL_SECONDS = 0.05
+ELSEWHERE = ("192.0.2.1", 9)  # an address for documentation (RFC 5737), beyond each network
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +67,23 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Returns the address of a server, as a browser on this machine can open it."""
+    """Returns the address of a server for a browser: on this machine, or where others can connect,
+    on their machines, too.
+    """
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
-        host = "localhost"
+        host = _own_address()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _own_address() -> str:
+    """Returns the address of this machine in its network, or its name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(ELSEWHERE)  # of a datagram socket: chooses a route, and sends nothing
+        except OSError:
+            return socket.gethostname()
+        return probe.getsockname()[0]
 
 
 async def serve(
@@ -103,7 +117,8 @@ async def serve(
     signals: list[int] = []
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, signals.append, number)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is with `nohup`
+            loop.add_signal_handler(number, signals.append, number)
     stopping = asyncio.create_task(_stop(application, engine, server, signals, grace_s))
     await server.serve(sockets=[bound])
     if not stopping.done():  # uvicorn has ended by itself

@@ -39,6 +39,12 @@ class ServeSettings:
         check_settings("serve", {item.name: getattr(self, item.name) for item in fields(self)})
 
     @property
+    def most_answers(self) -> int:
+        """The most answers at a time, running or waiting. `queue` counts requests."""
+        assert self.rows != "auto"
+        return (self.rows + self.queue) * self.max_choices
+
+    @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1e6)
 

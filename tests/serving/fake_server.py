@@ -36,6 +36,7 @@ class FakeServer:
 
     def __init__(self, models=("qwen_vl_chat", "adapter")):
         self.models = models
+        self.key: str | None = None  # that requests to the API need
         self.planned: list[Answer] = []
         self.requests: list[dict] = []  # bodies of the questions
         self.keys: list[str | None] = []  # the Authorization header of each request to the API
@@ -62,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v1/models":
             self.outer.keys.append(self.headers["Authorization"])
+            if self._lacks_key():
+                return
             models = [{"id": name, "object": "model"} for name in self.outer.models]
             self._send(json.dumps({"object": "list", "data": models}).encode(), "application/json")
             return
@@ -72,10 +75,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.outer.requests.append(json.loads(body))
         self.outer.keys.append(self.headers["Authorization"])
+        if self._lacks_key():
+            return
         answer = self.outer.planned.pop(0)
         if answer.status != 200:
-            error = {"error": {"message": answer.text, "type": "error", "code": None}}
-            self._send(json.dumps(error).encode(), "application/json", answer)
+            self._refuse(answer)
             return
         self.close_connection = True
         self.send_response(200)
@@ -85,6 +89,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(answer)
         except OSError:
             self.outer.left.set()
+
+    def _lacks_key(self):
+        key = self.outer.key
+        lacks = key is not None and self.headers["Authorization"] != f"Bearer {key}"
+        if lacks:
+            self._refuse(Answer("No key.", status=401))
+        return lacks
+
+    def _refuse(self, answer):
+        error = {"error": {"message": answer.text, "type": "error", "code": None}}
+        self._send(json.dumps(error).encode(), "application/json", answer)
 
     def _send(self, content, kind, answer=None):
         self.send_response(answer.status if answer else 200)

@@ -57,8 +57,9 @@ class Served:
         async with self.client() as client:
             return await client.post(path, **options)
 
-    async def ask(self, messages, **fields) -> httpx.Response:
-        return await self.post("/v1/chat/completions", json={"messages": messages, **fields})
+    async def ask(self, messages, headers=None, **fields) -> httpx.Response:
+        body = {"messages": messages, **fields}
+        return await self.post("/v1/chat/completions", json=body, headers=headers)
 
     def prompts(self) -> list[str]:
         """The prompts that the engine has got, as text."""
@@ -77,15 +78,16 @@ def serves(
     generation=None,
     rows=4,
     queue=64,
-    engine_queue=64,
+    engine_queue=None,
     step=0.0,
     fails=None,
     **settings,
 ) -> Served:
     """A server whose every answer is this text, or what a function makes of the request."""
     make = answer if callable(answer) else lambda request: ids_of(answer)
-    engine = FakeEngine(make, rows=rows, queue=engine_queue, step=step, fails=fails)
     settings = ServeSettings(**{"rows": rows, "queue": queue, "context": 2048, **settings})
+    waiting = engine_queue or settings.most_answers
+    engine = FakeEngine(make, rows=rows, queue=waiting, step=step, fails=fails)
     model = Model(
         name="tiny",
         processor=BASE_PROCESSOR if base else PROCESSOR,

@@ -43,6 +43,7 @@ def test_keys_are_lines_of_a_file(tmp_path):
         ("# none\n", "there is no key in it"),
         ("good-key-1\nshort\n", "keys.txt:2: a key has at least 8"),
         ("one key of words\n", "keys.txt:1: a key"),
+        ("alice: first-key-1\n", "keys.txt:1: .* names go into lines of their own, such as # al"),
         ("schlüssel-eins\n", "keys.txt:1: a key"),
     ],
 )
@@ -54,10 +55,27 @@ def test_a_file_of_bad_keys_is_refused_by_line_and_keeps_its_secrets(tmp_path, c
     assert not any(line and line in str(error.value) for line in content.split("\n"))
 
 
-def test_a_key_in_place_of_the_file_is_not_printed():
+@pytest.mark.parametrize("key", ["sk-my-secret", "1f.Zx0secretIt", "/RaG3secret+x="])
+def test_a_key_in_place_of_the_file_is_not_printed(key):
     with pytest.raises(DataError, match=r"No such file.*path of a file") as error:
-        read_keys("sk-my-secret")
+        read_keys(key)
     assert "secret" not in str(error.value)
+
+
+def test_a_missing_file_is_named_with_what_names_it_and_where_it_is_sought(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    message = rf"^serve.keys=keys.txt cannot be read \(No such .*, seen from {tmp_path}$"
+    with pytest.raises(DataError, match=message):
+        read_keys("keys.txt")
+    monkeypatch.setenv("QWENVL_LIT_KEYS", "/run/keys.txt")
+    with pytest.raises(DataError, match=r"^QWENVL_LIT_KEYS=/run/keys.txt .* one key a line$"):
+        read_keys("/run/keys.txt")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "keys.txt"
+    file.write_text("first-key-1\n", encoding="utf-8-sig")
+    assert read_keys(str(file)) == ["first-key-1"]
 
 
 def test_only_the_api_needs_a_key(server, tmp_path):
@@ -79,4 +97,7 @@ def test_a_missing_key_has_an_openai_body_and_nothing_is_read(server):
     response = asyncio.run(served.post("/v1/chat/completions", content=b"{"))
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"
-    assert response.json()["error"]["code"] == "invalid_api_key"
+    error = response.json()["error"]
+    assert (error["code"], error["message"][:15]) == ("invalid_api_key", "a key is needed")
+    response = asyncio.run(served.ask([], headers={"Authorization": "Bearer other-key"}))
+    assert response.json()["error"]["message"].startswith("the key is wrong")

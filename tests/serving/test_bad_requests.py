@@ -127,6 +127,7 @@ def refusal(response):
     assert body.keys() == {"error"}
     assert body["error"].keys() == FIELDS
     assert body["error"]["type"] == "invalid_request_error"
+    assert body["error"]["code"]
     assert "\n" not in body["error"]["message"]
     assert len(body["error"]["message"]) < 500
     return body["error"]
@@ -202,7 +203,31 @@ def test_what_is_no_json_object_is_refused(strict, path):
             'messages[0].content[0].image_url must be a JSON object, {"url": "data:image/png',
         ),
         (BODIES["too many images"], "there are more than 16 images"),
-        (BODIES["an unknown role"], "messages[0]: Input tag 'root' found using 'role' does not"),
+        (
+            BODIES["an unknown role"],
+            "messages[0].role must be system, developer, user or assistant, got 'root'",
+        ),
+        ({"messages": [{"content": "a"}]}, "messages[0].role is missing"),
+        (BODIES["audio"], "messages[0].content[0].type must be text or image_url, got 'input_a"),
+        (BODIES["null content"], "messages[0].content must be text or a list, got null"),
+        (BODIES["empty messages"], "messages is empty"),
+        (BODIES["many messages"], "messages has at most 2048 entries, got 3000"),
+        (BODIES["many stops"], "stop has at most 4 entries, got 5"),
+        (BODIES["an empty stop"], "stop[0] is empty"),
+        ({"messages": user("a"), "stop": "x" * 300}, "stop[0] has at most 256 characters, got 300"),
+        (BODIES["no answers"], "n must be at least 1, got 0"),
+        (BODIES["a high temperature"], "temperature must be at most 2, got 3"),
+        (BODIES["temperature as text"], "temperature must be a number, got '0.5'"),
+        (BODIES["a boolean number"], "max_tokens must be a whole number, got true"),
+        (BODIES["a large seed"], "seed must be below 9223372036854775808, got 1180591620717411"),
+        ({"messages": user("a"), "max_tokens": 1.5}, "max_tokens must be a whole number, got 1.5"),
+        ({"messages": user("a"), "top_p": 0}, "top_p must be above 0, got 0"),
+        ({"messages": user("a"), "stream": "yes"}, "stream must be true or false, got 'yes'"),
+        (
+            {"messages": user({"type": "image_url", "image_url": {"url": "a", "detail": "low"}})},
+            "messages[0].content[0].image_url.detail must be auto or high, got 'low'",
+        ),
+        (BODIES["both limits"], "give max_tokens or max_completion_tokens, not both"),
         (BODIES["half a character"], "messages[0].content[0].text: the text is not valid UTF-8"),
         (
             ask_about(IMAGES["a bomb"]),
@@ -240,5 +265,7 @@ def test_another_model_and_another_path_are_404(strict):
         for path in ("/v1/completions", "/v1/embeddings", "/v1/audio/speech"):
             missing = await strict.post(path, json={"prompt": "a"})
             assert (missing.status_code, refusal(missing)["code"]) == (404, "unknown_url")
+        nowhere = await strict.post("/nowhere")
+        assert (nowhere.status_code, refusal(nowhere)["code"]) == (405, "method_not_allowed")
 
     asyncio.run(check())

@@ -1,10 +1,12 @@
+import re
+
 import pytest
 import torch
 from tiny import CONFIG, tiny_family
 
 from qwenvl_lit.models.qwen_vl.family import QwenVLFamily
 from qwenvl_lit.serving import capacity
-from qwenvl_lit.serving.capacity import with_capacity
+from qwenvl_lit.serving.capacity import check_room, with_capacity
 from qwenvl_lit.serving.settings import ServeSettings
 
 
@@ -31,6 +33,16 @@ def test_a_context_beyond_what_the_model_reads_is_refused(model):
     most = tiny_family().max_tokens
     with pytest.raises(ValueError, match=f"serve.context={most + 1} is more than the {most} tok"):
         chosen(model, tiny_family(), context=most + 1)
+
+
+def test_a_context_without_room_for_an_answer_is_refused():
+    processor = tiny_family().processor()
+    with pytest.raises(ValueError, match=r"^serve.context=5 .* the shortest prompt has (\d+)") as e:
+        check_room(ServeSettings(context=5), processor)
+    tokens = int(re.search(r"has (\d+) tokens", str(e.value))[1])
+    check_room(ServeSettings(context=tokens + 1), processor)
+    with pytest.raises(ValueError, match="no room"):
+        check_room(ServeSettings(context=tokens), processor)
 
 
 def test_on_a_gpu_there_are_as_many_rows_as_fit(monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 
 import pytest
@@ -136,6 +137,8 @@ def test_without_a_place_a_request_is_refused_unread_with_the_time_to_wait(serve
         refused = await Connection(QUESTION).run(served)
         assert (refused.status, refused.error["code"]) == (429, "queue_full")
         assert refused.error["type"] == "rate_limit_error"
+        message = r"busy with 2 requests, .* \(serve.rows=1 \+ serve.queue=1\); try again in 1 s$"
+        assert re.search(message, refused.error["message"])
         assert refused.headers["retry-after"] == "1"
         assert refused.received_before == 0
         await asyncio.gather(*tasks)
@@ -151,6 +154,20 @@ def test_if_only_some_answers_fit_into_the_queue_none_is_given(server):
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
     assert all(handle.cancelled_at for handle in served.engine.handles)
+    assert "qwenvl_answers_total{" not in served.application.service.metrics.text().decode()
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_the_queue_counts_requests_however_many_answers_they_want(server, n):
+    async def check():
+        served = server("yes" * 9, rows=1, queue=1, step=0.01)
+        responses = await asyncio.gather(*[served.ask(user("a"), n=n) for _ in range(10)])
+        assert sorted(response.status_code for response in responses) == [200] * 2 + [429] * 8
+        return served.application.service.metrics.text().decode()
+
+    text = asyncio.run(check())
+    assert f'qwenvl_answers_total{{reason="stop"}} {2.0 * n}' in text
+    assert "cancelled" not in text
 
 
 def test_under_overload_the_accepted_are_as_fast_as_before(server):
@@ -255,11 +272,13 @@ def test_metrics_count_responses_answers_and_tokens(server):
         await served.ask(user("a"), bogus=1)
         async with served.client() as client:
             await client.get("/v1/models")
+            await client.get("/health/live")
             return (await client.get("/metrics")).text.splitlines()
 
     lines = asyncio.run(check())
     assert 'qwenvl_responses_total{path="/v1/chat/completions",status="200"} 1.0' in lines
     assert 'qwenvl_responses_total{path="/v1/chat/completions",status="400"} 1.0' in lines
+    assert 'qwenvl_responses_total{path="/health/live",status="200"} 1.0' in lines
     assert 'qwenvl_answers_total{reason="stop"} 1.0' in lines
     assert f"qwenvl_new_tokens_total {float(len(ids_of('yes')))}" in lines
     assert "qwenvl_rows_running 0.0" in lines

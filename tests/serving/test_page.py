@@ -393,6 +393,27 @@ def test_settings_are_sent_and_only_the_key_is_forgotten(page, server):
     assert server.keys[-1] is None
 
 
+def test_after_the_right_key_the_question_is_asked_again(page, server):
+    server.key = "right-key-1"
+    server.plan("Yes.")
+    ask(page, "Hello?", "failed")
+    for key, shown in (("", "The server asks for a key."), ("wrong-key", "This key is wrong.")):
+        enter_key(page, key)
+        page.until(f"document.getElementById('status').textContent.startsWith('{shown}')")
+    enter_key(page, server.key)
+    wait_for(page, "done")
+    assert page.text(f"{LAST} .answer .text") == "Yes."
+    assert page.text("#status") == ""
+    assert [contents(request) for request in server.requests] == [[("user", "Hello?", 0)]] * 2
+
+
+def enter_key(page, key):
+    page.click("#open-settings")
+    page.value("document.querySelector('#settings [name=key]').value = ''")
+    page.type("#settings [name=key]", key)
+    page.click("#settings .primary")
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

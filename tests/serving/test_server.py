@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -13,6 +14,7 @@ import pytest
 from serving.served import DOG, data_uri, image_part, user
 
 from qwenvl_lit.serving import gate
+from qwenvl_lit.serving import server as server_module
 from qwenvl_lit.serving.server import bind, serve, url_of
 from qwenvl_lit.types import DataError
 
@@ -198,9 +200,35 @@ def test_an_address_that_is_taken_is_one_line():
             bind(host, 0)
 
 
-@pytest.mark.parametrize(
-    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://localhost:")]
-)
-def test_the_address_that_is_printed_can_be_opened(host, url):
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_address_that_is_printed_can_be_opened(host):
     with bind(host, 0) as bound:
-        assert url_of(bound).startswith(url)
+        bound.listen()
+        address = urlsplit(url_of(bound))
+        assert address.hostname not in ("0.0.0.0", "localhost")
+        if host == "127.0.0.1":
+            assert address.hostname == host
+        with socket.create_connection((address.hostname, address.port), timeout=10):
+            pass
+
+
+def test_without_a_network_the_name_of_the_machine_is_printed(monkeypatch):
+    monkeypatch.setattr(server_module, "ELSEWHERE", ("255.255.255.255", 9))  # is refused
+    with bind("0.0.0.0", 0) as bound:
+        assert url_of(bound).startswith(f"http://{socket.gethostname()}:")
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closing_terminal_ends_the_server_unless_it_was_started_with_nohup(server, is_ignored):
+    served = server()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+
+    async def use(url):
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.2)
+        return served.application.admission.is_open
+
+    try:
+        assert running(served, use) is is_ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)

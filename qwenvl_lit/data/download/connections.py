@@ -187,10 +187,18 @@ def opened(
     except (ValueError, http.client.InvalidURL) as error:
         raise DataError(f"{url} is not an address: {error}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise RetryableError(f"no answer: {error}") from None
+        raise RetryableError(_no_answer(error)) from None
     with response:
         response.begin_body()
         yield response
+
+
+def _no_answer(error: Exception) -> str:
+    """Returns why a server could not be asked."""
+    reason = getattr(error, "reason", error)  # urllib wraps errors of a socket
+    if isinstance(reason, socket.gaierror):
+        return f"unknown host ({reason.strerror})"
+    return f"no answer: {reason}"
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

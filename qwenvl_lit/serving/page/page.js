@@ -316,7 +316,9 @@ async function loadModels() {
   try {
     names = await modelNames(sessionStorage.getItem("key"));
   } catch (error) {
-    if (error.status === 401) say("The server asks for a key.", "Enter a key", openSettings);
+    const isWrong = Boolean(sessionStorage.getItem("key"));
+    const message = isWrong ? "This key is wrong." : "The server asks for a key.";
+    if (error.status === 401) say(message, "Enter a key", openSettings);
     else say(error.message);
   }
   if (!names.includes(settings.model)) settings.model = names[0];
@@ -341,6 +343,8 @@ $("settings-form").onsubmit = async ({ target }) => {
   localStorage.setItem("settings", JSON.stringify(settings));
   say("");
   await loadModels();
+  const last = turns.length - 1;
+  if (settings.model && turns[last]?.answer?.needsKey) ask(last);
 };
 
 showTheme();

@@ -7,10 +7,10 @@ import os
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwenvl_lit.serving.auth import Keys, read_keys
+from qwenvl_lit.serving.auth import VARIABLE, Keys, read_keys
 from qwenvl_lit.serving.errors import ApiError
 from qwenvl_lit.serving.gate import check_key, read_body, refuse, replay
-from qwenvl_lit.serving.vllm.launch import BODY_SECONDS, KEYS, MAX_BODY
+from qwenvl_lit.serving.vllm.launch import BODY_SECONDS, MAX_BODY
 
 DEFAULT_BYTES, DEFAULT_SECONDS = 32_000_000, 30.0
 OPEN = ("/health", "/ping", "/metrics", "/version", "/load")  # routes that need no key
@@ -26,7 +26,7 @@ class RequestGate:
 
     def __init__(self, app: ASGIApp):
         self.app = app
-        file = os.environ.get(KEYS)
+        file = os.environ.get(VARIABLE)
         self.keys = Keys(read_keys(file) if file else ())
         self.most = int(os.environ.get(MAX_BODY, DEFAULT_BYTES))
         self.seconds = float(os.environ.get(BODY_SECONDS, DEFAULT_SECONDS))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwenvl_lit.extras import require
 from qwenvl_lit.runs.run import SETTINGS, Run
+from qwenvl_lit.serving.auth import VARIABLE
 from qwenvl_lit.serving.vllm.adapters import (
     adapter_arguments,
     common_system,
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from qwenvl_lit.serving.settings import ServeSettings
 
 PACKAGE = __name__.rpartition(".")[0]
-# Environment variables that `RequestGate` reads
-KEYS = "QWENVL_LIT_KEYS"  # a file with one key a line
+# Environment variables that `RequestGate` reads, beside the one that names the file of keys
 MAX_BODY = "QWENVL_LIT_MAX_BODY_BYTES"
 BODY_SECONDS = "QWENVL_LIT_BODY_SECONDS"
 VLLM_KEY = "VLLM_API_KEY"  # of vLLM itself
@@ -110,12 +110,8 @@ def launch(
         DataError: the adapters do not go together.
         ValueError: vLLM is not installed, or `serve.queue` is set, which it does not have.
     """
+    check_queue(server)
     require("vllm", "engine=vllm")
-    if server.queue != type(server)().queue:
-        raise ValueError(
-            "engine=vllm has no serve.queue: vLLM lets all requests wait; leave it out, and limit "
-            "connections in a proxy"
-        )
     folder = Path(model).expanduser()
     if folder.is_dir():  # another process may start the command elsewhere
         model = folder.absolute()
@@ -153,6 +149,15 @@ def launch(
     return Launch(arguments=arguments, environment=_environment(server))
 
 
+def check_queue(server: ServeSettings) -> None:
+    """Raises a ValueError if `serve.queue` is set, which vLLM does not have."""
+    if server.queue != type(server)().queue:
+        raise ValueError(
+            "engine=vllm has no serve.queue: vLLM lets all requests wait; leave it out, and limit "
+            "connections in a proxy"
+        )
+
+
 def _environment(server: ServeSettings) -> dict[str, str]:
     """Returns the environment. Keys stay in their file: arguments are visible to all users."""
     environment = {
@@ -167,10 +172,10 @@ def _environment(server: ServeSettings) -> dict[str, str]:
         MAX_BODY: str(server.max_body_bytes),
         BODY_SECONDS: str(server.body_s),
     }
-    for name in (KEYS, VLLM_KEY):  # `serve.keys` counts alone
+    for name in (VARIABLE, VLLM_KEY):  # `serve.keys` counts alone
         environment.pop(name, None)
     if server.keys is not None:
-        environment[KEYS] = str(Path(server.keys).expanduser().absolute())
+        environment[VARIABLE] = str(Path(server.keys).expanduser().absolute())
     return environment
 
 

@@ -156,6 +156,12 @@ def resolves(monkeypatch, **ips):
     return resolved
 
 
+def test_an_unknown_host_is_named_so(tmp_path):
+    line = refusal(RemoteImage("http://no.such.host.invalid/a.png", tmp_path, retries=HASTY))
+    assert "unknown host" in line
+    assert "urlopen" not in line
+
+
 def test_a_name_that_resolves_to_a_private_address_is_refused(tmp_path, monkeypatch):
     resolves(monkeypatch, rebound="127.0.0.1")
     line = refusal(RemoteImage("http://rebound:9/a.png", tmp_path, retries=HASTY))
