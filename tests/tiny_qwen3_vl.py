@@ -82,8 +82,13 @@ def published_ranks() -> Path:
 
 @cache
 def published_tokenizer_json(think: bool = True) -> str:
+    """The `tokenizer.json` of the published vocabulary, with the tags of thoughts or without."""
     vocabulary = Qwen2Tokenizer(published_ranks(), think=think).vocabulary
-    return json.dumps(tokenizer_json(vocabulary))
+    if think:
+        return json.dumps(tokenizer_json(vocabulary))
+    content = json.loads(published_tokenizer_json())  # merging all tokens again takes seconds
+    content["added_tokens"] = tokenizer_json(vocabulary._replace(ranks={}))["added_tokens"]
+    return json.dumps(content)
 
 
 def image(width: int, height: int, color: str = "red") -> ImageSource:

@@ -19,20 +19,23 @@ def even_rows(tokens: int = 320, targets: int = 16, image_tokens: int = 256) -> 
 
 @pytest.fixture(scope="module")
 def models():
-    """Networks of full size on the meta device, by adapter."""
+    """Networks of full size on the meta device, by adapter, and the plans made so far."""
     options = {"weights": "random", "vocabulary": "tiny", "dtype": "bfloat16"}
     family = QwenVLFamily(path="Qwen/Qwen-VL-Chat", **options)
     networks = {}
     for adapter in (LANGUAGE, EVERYWHERE):
         networks[adapter] = adapter.apply(family.meta_model(), family).train()
-    return family, networks
+    return family, networks, {}
 
 
 def plan(models, gib: float, sizes=None, *, adapter=LANGUAGE, **options) -> StepPlan:
-    family, networks = models
+    family, networks, plans = models
     options = {"checkpointing": "auto", "same_count": False, "compiled": True, **options}
     sizes = even_rows() if sizes is None else sizes
-    return plan_step(networks[adapter], family, sizes, 16, gib * GIB, **options)
+    key = (gib, adapter, *sorted(options.items()), sizes.tobytes())
+    if key not in plans:
+        plans[key] = plan_step(networks[adapter], family, sizes, 16, gib * GIB, **options)
+    return plans[key]
 
 
 def test_a_large_gpu_takes_a_whole_step_without_recomputation(models):
