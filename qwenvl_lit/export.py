@@ -43,6 +43,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import exported_folder
     from qwenvl_lit.runs.run import find_run
+    from qwenvl_lit.training.adapters.peft_files import absolute_path
 
     build.start(config)
     run = None
@@ -80,7 +81,7 @@ def main(config: DictConfig) -> None:
             exported_folder.write_model(module, folder, getattr(torch, dtype))
         else:
             kind = "an adapter"
-            base = exported_folder.absolute_path(model["path"])
+            base = absolute_path(model["path"])
             exported_folder.write_adapter(module, folder, base)
         exported_folder.write_settings(
             folder, settings, module.family, merged=config.merge, dtype=dtype
@@ -96,7 +97,7 @@ def main(config: DictConfig) -> None:
             )
         if not config.merge:
             notes += exported_folder.adapter_caveats(folder, module.family)
-            if repository and base and Path(base).is_dir():
+            if base and Path(base).is_dir():
                 notes.append(
                     f"the adapter names its base model by a folder of this machine ({base}): "
                     f"elsewhere it needs model.path="

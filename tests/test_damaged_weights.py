@@ -51,6 +51,14 @@ def shard_of(folder):
     return max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
 
 
+def test_the_adapter_of_a_run_names_its_base_model(sound, home):
+    shutil.copytree("run/checkpoints/best_adapter", "copied")
+    config = json.loads((home / "copied/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(sound / "export")
+    assert not (home / "copied/README.md").exists()
+    QwenVL.load("copied", device="cpu")
+
+
 DAMAGED = {  # the file, and what names it
     "run": ("run/checkpoints/best.ckpt", "run"),
     "adapter": (

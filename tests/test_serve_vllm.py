@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -138,8 +139,10 @@ def test_adapters_that_do_not_go_together_are_named(model, tmp_path, caplog):
     config = OmegaConf.load(long / "config.yaml")
     config.init = {"checkpoint": "/runs/first/checkpoints/best.ckpt"}
     (long / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    with pytest.raises(DataError, match=r"its run started from /runs/first/.*ckpt="):
-        launched(*base, f"adapters={{long: {long}}}")
+    shutil.rmtree(long / "checkpoints/best_adapter")  # such a run does not write one
+    for source in (long, long / "checkpoints/best.ckpt"):
+        with pytest.raises(DataError, match=r"its run started from /runs/first/.*ckpt="):
+            launched(*base, f"adapters={{long: '{source}'}}")
 
 
 def test_a_run_is_exported_with_the_settings_of_the_command_line(tmp_path, exports):

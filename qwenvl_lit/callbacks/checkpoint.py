@@ -33,8 +33,9 @@ class RunCheckpoint(Checkpoint):
 
     A checkpoint holds the trained tensors, the states of optimizer, schedule and training loops,
     the RNG states of every rank, and the config. A run with an adapter also has `last_adapter/` and
-    `best_adapter/`, in peft's format. A file gets its name when it is complete, so that a good
-    checkpoint exists at any time.
+    `best_adapter/`, in peft's format, unless it started from another checkpoint: its adapter
+    belongs to the merged weights, which no folder holds. A file gets its name when it is complete,
+    so that a good checkpoint exists at any time.
 
     `last` is saved every `every` optimizer steps and at the end; if a validation follows that step,
     after the validation. `best` is saved after each validation whose `monitor` is better than all
@@ -272,10 +273,13 @@ class RunCheckpoint(Checkpoint):
             # Rank 0 failed before the barrier in `save_checkpoint`, where the other ranks wait.
             trainer.strategy.barrier()
         tensors, self._saved_tensors = self._saved_tensors, {}
-        model = getattr(trainer.lightning_module, "model", None)
-        if not error_message and trainer.is_global_zero and hasattr(model, "peft_config"):
+        module = trainer.lightning_module
+        model = getattr(module, "model", None)
+        writes_adapter = hasattr(model, "peft_config") and not module.init
+        if not error_message and trainer.is_global_zero and writes_adapter:
+            base = ((module.config or {}).get("model") or {}).get("path")
             try:
-                save_adapter(model, tensors, self.folder / f"{name}_adapter")
+                save_adapter(model, tensors, self.folder / f"{name}_adapter", base=base)
             except DataError as error:
                 error_message = str(error)
         return trainer.strategy.broadcast(error_message)
@@ -303,18 +307,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _torch_save(checkpoint, writer)
 
 
-def save_adapter(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def save_adapter(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, *, base: str | None = None
+) -> None:
     """Writes the adapter of a `PeftModel` as a folder that peft reads.
 
     Args:
         tensors: the state of a LightningModule; names begin with `model.`.
+        base: the name or folder of the base model.
 
     Raises:
         DataError: the folder cannot be written.
     """
     state = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     with _disk_errors(folder), atomic_folder(folder) as unfinished:
-        write_peft_folder(model, unfinished, state)
+        write_peft_folder(model, unfinished, state, base=base)
         checksums.write_sums(unfinished)
 
 

@@ -16,6 +16,8 @@ from qwenvl_lit.runs.stored_config import check_stored_config
 from qwenvl_lit.training.adapters.merging import MergedWeights, apply_trained
 from qwenvl_lit.training.adapters.methods import Adapter, Full
 from qwenvl_lit.training.adapters.peft_files import (
+    PEFT_FILES,
+    absolute_path,
     newer_settings,
     read_peft_file,
     weights_file,
@@ -74,9 +76,11 @@ def check_adapter(module: VisionLanguageModule) -> None:
         DataError: there is no adapter, or it belongs to weights that another run has changed.
     """
     if module.init:
+        start = module.init.checkpoint
+        kind = "an adapter folder" if start.name in PEFT_FILES else "the checkpoint of another run"
         raise DataError(
-            f"the run started from the checkpoint of another run ({module.init.checkpoint}), and "
-            f"its adapter is useless without it: export with merge=true"
+            f"the run started from {kind} ({start}), and its adapter is useless without it: "
+            f"export with merge=true"
         )
     if module.adapter is None:
         raise DataError(NOTHING_TRAINED)
@@ -157,13 +161,6 @@ def write_settings(
         model["path"] = absolute_path(model["path"])
     text = json.dumps({**settings, "model": model}, indent=2, ensure_ascii=False)
     (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
-
-
-def absolute_path(path: str | None) -> str | None:
-    """Returns the absolute path of a folder, or a name on the hub unchanged."""
-    if path and Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser().resolve())
-    return path
 
 
 def shared_base(path: str | None) -> str | None:

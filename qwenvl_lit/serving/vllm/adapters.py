@@ -32,6 +32,10 @@ def adapter_folder(path: str | Path, *, verify: bool = True) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
         raise DataError(f"adapters: {path} does not exist; expected a run or an adapter folder")
+    for run in (folder, folder.resolve().parent.parent):
+        if started_from := (_config_of_run(run).get("init") or {}).get("checkpoint"):
+            reason = f"its run started from {started_from}, whose changes are not in the base model"
+            raise DataError(_refusal(folder, reason))
     beside = folder.with_name(f"{folder.stem}_adapter")  # of a checkpoint
     for candidate in (folder, *_adapters_of_run(folder), beside):
         if (candidate / "adapter_config.json").exists():
@@ -60,7 +64,6 @@ def _check_adapter(folder: Path) -> None:
     config = read_peft_config(folder)
     layers = adapted_layers(read_peft_file(weights_file(folder)))
     beyond = sorted(layer for layer in layers if not layer.startswith("transformer.h."))
-    started_from = (_config_of_run(folder).get("init") or {}).get("checkpoint")
     reason = ""
     if beyond:
         reason = f"it adapts {beyond[0]}, and vLLM adapts only layers of the language model"
@@ -70,18 +73,19 @@ def _check_adapter(folder: Path) -> None:
         reason = f"it has whole tensors of {', '.join(config['modules_to_save'])}"
     elif max_rank(config) > LORA_RANKS[-1]:
         reason = f"its rank is above {LORA_RANKS[-1]}"
-    elif started_from:
-        reason = f"its run started from {started_from}, whose changes are not in the base model"
     if reason:
-        raise DataError(
-            f"{folder} cannot be served beside its base model: {reason}; serve it alone, "
-            f"merged: ckpt={folder}"
-        )
+        raise DataError(_refusal(folder, reason))
 
 
-def _config_of_run(folder: Path) -> Mapping[str, Any]:
-    """Returns the resolved config of the run that an adapter folder lies in; {} without a run."""
-    run = folder.resolve().parent.parent
+def _refusal(folder: Path, reason: str) -> str:
+    return (
+        f"{folder} cannot be served beside its base model: {reason}; serve it alone, "
+        f"merged: ckpt={folder}"
+    )
+
+
+def _config_of_run(run: Path) -> Mapping[str, Any]:
+    """Returns the resolved config of a run folder; {} for other folders."""
     if not (run / COMPOSED_CONFIG).exists() or not (run / "config.yaml").exists():
         return {}
     return read_config(run / "config.yaml")
@@ -112,7 +116,7 @@ def model_settings(folder: Path) -> Mapping[str, Any]:
     """
     if (folder / SETTINGS).exists():
         return stored_settings(folder).get("model", {})
-    return _config_of_run(folder).get("model") or {}
+    return _config_of_run(folder.resolve().parent.parent).get("model") or {}
 
 
 def common_system(

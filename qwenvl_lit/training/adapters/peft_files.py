@@ -288,7 +288,7 @@ def write_peft_folder(
 
     Args:
         state: the trained tensors by their names in the state dict.
-        base: the name or folder of the base model.
+        base: the name or folder of the base model. A folder is written with its absolute path.
 
     Raises:
         OSError: the folder cannot be written.
@@ -297,12 +297,20 @@ def write_peft_folder(
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
     except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from error
+    (folder / "README.md").unlink(missing_ok=True)  # a template with nothing filled in
     file = folder / CONFIG
     settings = portable_config(read_json_object(file))
-    text = json.dumps({**settings, "base_model_name_or_path": base}, indent=2)
+    text = json.dumps({**settings, "base_model_name_or_path": absolute_path(base)}, indent=2)
     file.write_text(text + "\n", encoding="utf-8")
     # safetensors creates files that only their owner can read.
     (folder / PEFT_FILES[0]).chmod(file.stat().st_mode)
+
+
+def absolute_path(path: str | None) -> str | None:
+    """Returns the absolute path of a folder, or a name on the hub unchanged."""
+    if path and Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser().resolve())
+    return path
 
 
 def portable_config(settings: Mapping[str, Any]) -> dict[str, Any]:
