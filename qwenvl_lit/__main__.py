@@ -10,17 +10,6 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = ("train", "test", "predict", "chat", "serve", "check", "export")
-# Commands of ms-swift, LLaMA-Factory and others -> the command here
-OTHER_COMMANDS = {
-    **dict.fromkeys(("sft", "pt", "pretrain", "finetune", "fine-tune", "fit", "tune"), "train"),
-    **dict.fromkeys(("eval", "evaluate", "score", "benchmark"), "test"),
-    **dict.fromkeys(("infer", "inference", "generate", "batch-infer"), "predict"),
-    **dict.fromkeys(("cli", "talk"), "chat"),
-    **dict.fromkeys(("deploy", "api", "server", "webchat", "web-ui", "webui"), "serve"),
-    **dict.fromkeys(("app", "app-ui"), "serve"),
-    **dict.fromkeys(("merge", "merge-lora", "merge_lora", "convert", "save"), "export"),
-    **dict.fromkeys(("validate", "inspect", "lint", "dataset", "data"), "check"),
-}
 
 
 def main() -> None:
@@ -38,9 +27,11 @@ def main() -> None:
         # As `python -m` does, so that Lightning finds the module when it starts other ranks.
         runpy.run_module(f"qwenvl_lit.{name}", run_name="__main__", alter_sys=True)
     else:
+        from qwenvl_lit.cli.hints import explain_command
+
         hint = f"there are {', '.join(COMMANDS)}"
-        if name in OTHER_COMMANDS:
-            hint = f"here it is {OTHER_COMMANDS[name]}: qwenvl-lit {OTHER_COMMANDS[name]} --help"
+        if meant := explain_command(name, arguments, program="qwenvl-lit "):
+            hint = meant
         elif nearest := difflib.get_close_matches(name, COMMANDS, n=1):
             hint = f"did you mean {nearest[0]}?"
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)

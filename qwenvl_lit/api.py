@@ -33,7 +33,7 @@ from qwenvl_lit.grounding import to_frame
 from qwenvl_lit.models.loading import device_named
 from qwenvl_lit.models.protocols import Family
 from qwenvl_lit.runs.model_types import is_hub_name
-from qwenvl_lit.runs.run import find_model_on_hub, find_run
+from qwenvl_lit.runs.run import check_base_model, find_model_on_hub, find_run
 from qwenvl_lit.training.module import VisionLanguageModule
 from qwenvl_lit.types import (
     QUESTION_ID,
@@ -144,6 +144,7 @@ class QwenVL:
         elif name == "latest" or Path(name).expanduser().exists():
             base = None if base_model is None else str(base_model)
             run = find_run(name, trust=trust, verify=verify, base_model=base)
+            check_base_model(run, name)
         else:
             raise DataError(
                 f"{name} is no folder, relative to {Path.cwd()}, and no hub name such as "

@@ -22,6 +22,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.cli.memory_check import check_memory
     from qwenvl_lit.cli.resume import checkpoint_of, steps_of
     from qwenvl_lit.runs.run import contents
+    from qwenvl_lit.terminal import counted
     from qwenvl_lit.training.precision import check_precision
 
     build.start(config)
@@ -42,12 +43,12 @@ def main(config: DictConfig) -> None:
     if checkpoint and trainer.global_step == steps_before:
         limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
         print(
-            f"\nNothing was left to train: the run has made its {steps_before} steps. "
+            f"\nNothing was left to train: the run has made its {counted(steps_before, 'step')}. "
             f"To train further: trainer.{limit}=..."
         )
     elif reason := why_stopped(trainer):
         print(f"\nStopped early after step {trainer.global_step}: {reason}")
-    print(f"\nTrained {trainer.global_step} steps. {run} has\n{contents(Path(run))}\n")
+    print(f"\nTrained {counted(trainer.global_step, 'step')}. {run} has\n{contents(Path(run))}\n")
     print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
     print(f"Serve it:  python -m qwenvl_lit.serve ckpt={run}")
 

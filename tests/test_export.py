@@ -12,7 +12,7 @@ from commands import output_of
 from gptq_files import SETTINGS, change_config, write_gptq
 from hydra import compose, initialize_config_dir
 from make_checkpoint import small_sizes, write_checkpoint
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import OmegaConf
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -200,7 +200,8 @@ def test_a_run_and_its_adapter_folder_merge_to_the_same_model(name, home, traine
 
 def test_exports_of_exports_are_equal_to_the_bit(home, trained, run_command):
     run = trained("lora")
-    run_command(export, f"ckpt={run}", "out=A1", "merge=false", "overwrite=true")
+    printed = run_command(export, f"ckpt={run}", "out=A1", "merge=false", "overwrite=true")
+    assert f"names its base model by a folder of this machine ({home / 'F'})" in printed
     run_command(export, f"ckpt={run}/checkpoints/last_adapter", "out=A2", "merge=false", *QUICK)
     run_command(export, "ckpt=A1", "out=A3", "merge=false", *QUICK)
     run_command(export, f"ckpt={run}", "out=M0", *QUICK)
@@ -344,9 +345,9 @@ def test_the_base_model_that_an_adapter_names_is_used(home, run_command, tmp_pat
     line = prepare("export", [f"ckpt={tmp_path / 'swift'}", "model.path=F"], run="needed")
     assert line.notes == [
         f"{tmp_path / 'swift'} is an adapter for /home/them/hub/qwen/Qwen-VL-Chat; "
-        f"the base model here: model.path=F"
+        f"the base model here is F"
     ]
-    with pytest.raises(MissingMandatoryValue, match="path"):
+    with pytest.raises(DataError, match=r"names no base model: give model\.path=FOLDER"):
         run_command(export, f"ckpt={tmp_path / 'nameless'}", "out=M3", *QUICK)
 
 
@@ -377,7 +378,7 @@ def test_training_starts_from_an_adapter_folder_and_from_an_exported_model(
     assert config["init"]["checkpoint"] == str(folder / "adapter_model.safetensors")
     assert config["adapter"]["targets"] == r"transformer\.h\.(0)\.(attn\.c_attn)"
     assert "differ by" in run_command(export, f"ckpt={further}", "out=M4", "overwrite=true")
-    with pytest.raises(DataError, match=r"started from the checkpoint of another run .*merge=true"):
+    with pytest.raises(DataError, match=r"started from an adapter folder .*merge=true"):
         run_command(export, f"ckpt={further}", "out=A4", "merge=false", *QUICK)
     again = trained("on_top", "ckpt=M4", "adapter.rank=2")
     model = find_run(again).config["model"]

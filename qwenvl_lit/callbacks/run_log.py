@@ -84,10 +84,10 @@ class RunLog(lightning.Callback):
         steps, interval = self._total_steps, trainer.log_every_n_steps
         if trainer.loggers and steps is not None and steps < interval:
             log.warning(
-                "the run has %d optimizer steps and trainer.log_every_n_steps=%d: %s has the first "
-                "and the last step only, and loggers have none; to log each step: "
+                "the run has %d optimizer step%s and trainer.log_every_n_steps=%d: %s has the "
+                "first and the last step only, and loggers have none; to log each step: "
                 "trainer.log_every_n_steps=1",
-                *(steps, interval, LOG),
+                *(steps, "s" * (steps != 1), interval, LOG),
             )
 
     def on_before_optimizer_step(

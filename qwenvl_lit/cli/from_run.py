@@ -11,7 +11,7 @@ from typing import Any
 from qwenvl_lit.cli.overrides import HELP_FLAGS, has_any, quote, value_of
 from qwenvl_lit.cli.start_optimizer import optimizer_of_start
 from qwenvl_lit.runs.predictions import config_beside
-from qwenvl_lit.runs.run import MACHINE_KEYS, Run, find_run, init_from
+from qwenvl_lit.runs.run import MACHINE_KEYS, Run, check_base_model, find_run, init_from
 from qwenvl_lit.runs.stored_config import check_groups
 from qwenvl_lit.types import DataError
 
@@ -103,12 +103,13 @@ def start_from_run(arguments: Sequence[str]) -> CommandLine:
 
 
 def _find_run(arguments: Sequence[str], ckpt: str) -> Run:
-    return find_run(
-        ckpt,
-        trust=_trusts(arguments),
-        verify=_verifies(arguments),
-        base_model=value_of(arguments, "model.path"),
+    base_model = value_of(arguments, "model.path")
+    run = find_run(
+        ckpt, trust=_trusts(arguments), verify=_verifies(arguments), base_model=base_model
     )
+    if not has_any(arguments, "model="):
+        check_base_model(run, ckpt)
+    return run
 
 
 def _trusts(arguments: Sequence[str]) -> bool:
@@ -169,7 +170,8 @@ def _notes(arguments: Sequence[str], ckpt: str, run: Run) -> list[str]:
         notes.append(f"latest is {run.folder}; runs in other folders: ckpt=FOLDER")
     if run.base_model:
         path = value_of(arguments, "model.path") or run.config["model"]["path"]
-        notes.append(
-            f"{ckpt} is an adapter for {run.base_model}; the base model here: model.path={path}"
-        )
+        note = f"{ckpt} is an adapter for {run.base_model}"
+        if path != run.base_model:
+            note += f"; the base model here is {path}"
+        notes.append(note)
     return notes

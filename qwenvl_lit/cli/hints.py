@@ -17,7 +17,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 
 from qwenvl_lit.cli.choices import explain_choice, group_names
-from qwenvl_lit.cli.other_names import combine, translate, value_from
+from qwenvl_lit.cli.other_names import OTHER_COMMANDS, combine, translate, value_from
 from qwenvl_lit.cli.overrides import FLAGS
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
@@ -82,17 +82,42 @@ def refuse_options(command: str, arguments: Sequence[str]) -> None:
     Raises:
         DataError: names the arguments that stand for them.
     """
+    message = _explain_options(command, arguments)
+    if message:
+        raise DataError(f"{message}; see python -m qwenvl_lit.{command} --help")
+
+
+def explain_command(
+    word: str, arguments: Sequence[str], *, program: str = "python -m qwenvl_lit."
+) -> str | None:
+    """Names the command here, with the options after it, for a command of another program.
+
+    Args:
+        program: what a command line begins with, up to the name of the command.
+    """
+    command = OTHER_COMMANDS.get(word)
+    if command is None:
+        return None
+    try:
+        options = _explain_options(command, arguments)
+    except DataError as not_read:  # the options name a model that is not read
+        options = str(not_read)
+    hint = f"here it is {command}: {program}{command}"
+    return f"{hint}; {options}" if options else f"{hint} --help"
+
+
+def _explain_options(command: str, arguments: Sequence[str]) -> str | None:
+    """Names the arguments that stand for options of other programs; None without such options."""
     options = _options(arguments)
     if not options:
-        return
+        return None
     typed = " ".join(shlex.join([flag, *values]) for flag, values in options)
     named = [(flag.lstrip("-"), values, flag) for flag, values in options]
     meant, others = translate_options(command, named)
     message = f"arguments are written as key=value, without dashes: {typed}"
     if meant:
         message += f" is {meant} here"
-    message += others
-    raise DataError(f"{message}; see python -m qwenvl_lit.{command} --help")
+    return message + others
 
 
 def refuse_unread_keys(command: str, arguments: Sequence[str]) -> None:

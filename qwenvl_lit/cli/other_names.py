@@ -9,11 +9,25 @@ import math
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from qwenvl_lit.runs.config_folder import config_folder
 from qwenvl_lit.runs.model_types import model_arguments, recipe_named
 
+# Commands of ms-swift, LLaMA-Factory and others -> the command here
+OTHER_COMMANDS = {
+    **dict.fromkeys(("sft", "pt", "pretrain", "finetune", "fine-tune", "fit", "tune"), "train"),
+    **dict.fromkeys(("eval", "evaluate", "score", "benchmark"), "test"),
+    **dict.fromkeys(("infer", "inference", "generate", "batch-infer"), "predict"),
+    **dict.fromkeys(("cli", "talk"), "chat"),
+    **dict.fromkeys(("deploy", "api", "server", "webchat", "web-ui", "webui"), "serve"),
+    **dict.fromkeys(("app", "app-ui"), "serve"),
+    **dict.fromkeys(("merge", "merge-lora", "merge_lora", "convert", "save"), "export"),
+    **dict.fromkeys(("validate", "inspect", "lint", "dataset", "data"), "check"),
+}
 MODEL_PATH = "model.path={}"  # `translate` adds the recipe of the model
+
+WEIGHTS_ALONE = "ckpt=CHECKPOINT"  # `combine` takes the checkpoint of `resume=`
 
 # Foreign option -> argument here. {} stands for the value. An argument without {} is suggested
 # unless the value of the option is false.
@@ -74,6 +88,7 @@ ARGUMENTS = {
     "result_dir": "hydra.run.dir={}",
     "run_dir": "hydra.run.dir={}",
     "resume_from_checkpoint": "resume={}",
+    "resume_only_model": WEIGHTS_ALONE,
     "random_seed": "seed={}",
     # data
     "batch_size": "data.batch_size={}",
@@ -221,6 +236,7 @@ EXPORT_ARGUMENTS = {
     "torch_dtype": "dtype={}",
     "export_dir": "out={}",
     "merge_lora": "merge=true",
+    "hub_model_id": "push={}",
 }
 OF_COMMANDS = {  # further entries, by command
     "export": EXPORT_ARGUMENTS,
@@ -294,6 +310,8 @@ def translate(command: str, name: str, values: Sequence[str] = ()) -> str | None
     if f"{name}={value}" in VALUES:
         meant = VALUES[f"{name}={value}"]
         return meant if trains else meant.replace("resume=", "ckpt=")
+    if name == "resume_from_checkpoint" and (Path(value) / "adapter_config.json").is_file():
+        return f"ckpt={value}"  # an adapter alone has no state of an optimizer to resume
     if name in NEEDLESS:
         return ""
     template = arguments.get(name)
@@ -339,9 +357,13 @@ def combine(translations: Iterable[str]) -> list[str]:
     for translation in translations:
         for argument in re.split(r" (?=[\w.]+=)", translation):
             key, _, value = argument.partition("=")
+            if argument == WEIGHTS_ALONE and key in values:
+                continue
             values[key] = value
             if key == "adapter":
                 adapters.append(value)
+    if f"ckpt={values.get('ckpt')}" == WEIGHTS_ALONE and "resume" in values:
+        values["ckpt"] = values.pop("resume")
     if adapters:
         values["adapter"] = _combine_adapters(adapters)
     if "lora_all" in adapters and "freeze_vision" in adapters:

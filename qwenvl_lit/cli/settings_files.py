@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_lit.cli.choices import DATA_FILES
-from qwenvl_lit.cli.hints import translate_options
+from qwenvl_lit.cli.hints import explain_command, translate_options
 from qwenvl_lit.runs.stored_config import read_config
 from qwenvl_lit.types import DataError
 
@@ -37,8 +37,9 @@ def refuse_files(command: str, arguments: Sequence[str]) -> None:
         elif equals or argument.startswith("~"):
             is_value = False
         elif not is_value:
-            explain = explain_settings_file if argument.endswith(YAML) else _explain_word
-            raise DataError(explain(command, argument))
+            if argument.endswith(YAML):
+                raise DataError(explain_settings_file(command, argument))
+            raise DataError(_explain_word(command, argument, arguments[index + 1 :]))
 
 
 def explain_settings_file(command: str, file: str) -> str:
@@ -78,8 +79,12 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _explain_word(command: str, word: str) -> str:
-    """Returns a line about an argument that is neither `key=value` nor a flag."""
+def _explain_word(command: str, word: str, following: Sequence[str]) -> str:
+    """Returns a line about an argument that is neither `key=value` nor a flag.
+
+    Args:
+        following: the arguments after it.
+    """
     message = f"{word!r} is no argument; arguments are written as key=value"
     if DATA_FILES.search(word):
         split = "train" if command in ("train", "check") else "test"
@@ -88,4 +93,6 @@ def _explain_word(command: str, word: str) -> str:
         if Path(word).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
             return f"{message}: image={word}"
         return f"{message}: ckpt={word}"
+    if meant := explain_command(word, following):
+        return f"{word!r} is a command of other programs; {meant}"
     return f"{message}; see python -m qwenvl_lit.{command} --help"

@@ -40,7 +40,8 @@ def optimizer_of_start(arguments: Sequence[str], run: Run) -> StartOptimizer | N
         return None
     is_given = has_any(arguments, "optim.lr=")
     rate = "" if is_given else f" (optim.lr={run.config['optim'].get('lr')})"
-    of_run = StartOptimizer("run", f"the optimizer is that of the run{rate}")
+    owner = f"the recipe of {run.recipe}" if run.recipe else "the run"
+    of_run = StartOptimizer("run", f"the optimizer is that of {owner}{rate}")
     if adapter in (None, "run"):
         return of_run
     model = _model_of(run)
@@ -53,9 +54,11 @@ def optimizer_of_start(arguments: Sequence[str], run: Run) -> StartOptimizer | N
     choice = composed.hydra.runtime.choices.optim
     now = "" if is_given else f" (optim.lr={composed.optim.lr})"
     trained = f"model={model} " if model else ""
+    has_adapter_file = run.recipe and run.checkpoint
+    adapted = "the folder" if has_adapter_file else owner
     reason = (
-        f"the run has another adapter, so the optimizer is optim={choice}{now}, as for "
-        f"{trained}adapter={adapter}; to keep that of the run{rate}: optim=run"
+        f"{adapted} has another adapter, so the optimizer is optim={choice}{now}, as for "
+        f"{trained}adapter={adapter}; to keep that of {owner}{rate}: optim=run"
     )
     return StartOptimizer(choice, reason)
 

@@ -115,8 +115,13 @@ def find_repository(name: str, *, private: bool) -> Repository:
         except RepositoryNotFoundError:
             return Repository(name=name, private=private, files=None)
         api.auth_check(name, write=True)
-    except (*HfHubHTTPError.__bases__, LocalTokenNotFoundError) as error:
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise DataError(f"push={name}: {constants.ENDPOINT} refuses: {_one_line(error)}") from error
+    except HfHubHTTPError.__bases__ as error:
+        raise DataError(
+            f"push={name}: no network: {constants.ENDPOINT} cannot be reached "
+            f"({_one_line(error)}); check the connection or a proxy"
+        ) from error
     if bool(found.private) != private:
         visibility, other = ("private", "true") if found.private else ("public", "false")
         raise DataError(

@@ -64,6 +64,7 @@ NEEDED_GROUPS = ("model", "adapter", "generation")  # to answer
 USED_GROUPS = (*NEEDED_GROUPS, "init", "data", "metrics", "optim", "trainer")
 RECIPE_GROUPS = ("adapter", "optim", "trainer")  # of a config: how a model was trained
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy")  # of `trainer`: not the recipe's
+UNKNOWN_PATH = "???"  # to be given with model.path=
 SETTINGS = "qwenvl_lit.json"  # in an exported folder: parts of the config of its run
 
 
@@ -79,6 +80,8 @@ class Run:
     """None for a checkpoint outside its run folder, and for a model that others trained."""
     base_model: str | None = None
     """The base model that an adapter folder of others names."""
+    recipe: str | None = None
+    """The file of conf/model with the recipe for a model of others; None: the run's own recipe."""
 
 
 def folders_of(run: Run) -> Iterator[Path]:
@@ -120,6 +123,15 @@ def find_run(
     return run
 
 
+def check_base_model(run: Run, source: str) -> None:
+    """Raises a DataError if `source` is an adapter folder without the name of its base model."""
+    if run.recipe and run.config["model"].get("path") == UNKNOWN_PATH:
+        raise DataError(
+            f"{source} is an adapter whose adapter_config.json names no base model: give "
+            f"model.path=FOLDER, or in Python base_model=FOLDER"
+        )
+
+
 def find_model_on_hub(
     name: str, *, download: bool, trust: bool = False, verify: bool = True
 ) -> Run:
@@ -139,7 +151,7 @@ def find_model_on_hub(
         if verify:
             checksums.verify(folder)
     config = _recipe(name, {**stored, "model": {**stored.get("model", {}), "path": name}})
-    return Run(config=config, checkpoint=None, folder=None)
+    return Run(config=config, checkpoint=None, folder=None, recipe=_recipe_file(name, stored))
 
 
 def _find_run(ckpt: str, *, trust: bool, base_model: str | None) -> Run:
@@ -312,12 +324,14 @@ def _find_adapter(folder: Path, *, trust: bool, given_base: str | None) -> Run:
         return Run(config=config, checkpoint=weights_file(folder), folder=run_folder)
     base_model = read_peft_config(folder).get("base_model_name_or_path") or None
     path = given_base or _base_model_path(base_model)
-    config = _recipe(path, stored_settings(folder, trust=trust) or {"model": {"path": path}})
+    stored = stored_settings(folder, trust=trust)
+    config = _recipe(path, stored or {"model": {"path": path}})
     return Run(
         config={**config, "adapter": adapter_node(folder)},
         checkpoint=weights_file(folder),
         folder=None,
         base_model=base_model,
+        recipe=_recipe_file(path, stored),
     )
 
 
@@ -326,7 +340,8 @@ def _find_full_model(folder: Path, *, trust: bool) -> Run:
     stored = stored_settings(folder, trust=trust)
     model = {**stored.get("model", {}), "path": str(folder)}
     config = _recipe(str(folder), {**stored, "model": model})
-    return Run(config=config, checkpoint=None, folder=None)
+    recipe = _recipe_file(str(folder), stored)
+    return Run(config=config, checkpoint=None, folder=None, recipe=recipe)
 
 
 def _base_model_path(name: str | None) -> str:
@@ -335,10 +350,15 @@ def _base_model_path(name: str | None) -> str:
     ms-swift writes folders of its own cache, of which only the last part is meaningful elsewhere.
     """
     if name is None:
-        return "???"  # to be given with model.path=
+        return UNKNOWN_PATH
     if Path(name).expanduser().is_dir():
         return name
     return published_name(name) or name
+
+
+def _recipe_file(path: str, stored: Mapping[str, Any]) -> str | None:
+    """The file of conf/model with the recipe; None if the folder of the model stores one."""
+    return None if "optim" in stored else recipe_of(path)
 
 
 def _recipe(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:

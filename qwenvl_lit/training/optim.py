@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qwenvl_lit.models.components import component_of_tensor
 from qwenvl_lit.settings import Rounding, Schedule, check_settings
+from qwenvl_lit.terminal import counted
 
 CHUNK = 2**24  # elements that a stochastically rounded step updates at once: 0.6 GiB of float32
 log = logging.getLogger(__name__)
@@ -125,17 +126,17 @@ class AdamW:
         text = f"learning rate {self.lr:g}" + (f" ({rates})" if rates else "")
         warmup_steps = self._warmup_steps(total_steps)
         if warmup_steps:
-            noun = "step" if warmup_steps == 1 else "steps"
-            return f"{text}, warm-up over {warmup_steps:,} {noun}, then {self.schedule}"
-        return f"{text}, no warm-up, {self.schedule}"
+            return f"{text}, warm-up over {counted(warmup_steps, 'step')}, then {self.schedule}"
+        reason = f" ({self.warmup:g} of all steps is less than one)" if self.warmup else ""
+        return f"{text}, no warm-up{reason}, {self.schedule}"
 
     @rank_zero_only
     def _warn_of_warmup(self, total_steps: int) -> None:
         log.warning(
-            "the run has %d optimizer steps and optim.warmup=%g, so the learning rate never "
+            "the run has %d optimizer step%s and optim.warmup=%g, so the learning rate never "
             "reaches optim.lr=%g: give a fraction of all steps, such as optim.warmup=0.05, or "
             "train longer",
-            *(total_steps, self.warmup, self.lr),
+            *(total_steps, "s" * (total_steps != 1), self.warmup, self.lr),
         )
 
     def _warmup_steps(self, total_steps: int) -> int:

@@ -87,6 +87,34 @@ def test_a_word_without_a_key_gets_the_key_that_was_meant(
     assert str(raised.value).endswith(meant)
 
 
+def test_a_command_of_another_program_is_named_with_its_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model_type", "qwen-vl-chat", "--custom_train_dataset_path", "a.jsonl"]
+    with pytest.raises(DataError) as raised:
+        prepare("train", ["sft", *options])
+    assert str(raised.value) == (
+        "'sft' is a command of other programs; here it is train: python -m qwenvl_lit.train; "
+        "arguments are written as key=value, without dashes: --model_type qwen-vl-chat "
+        "--custom_train_dataset_path a.jsonl is model=qwen_vl_chat data=jsonl "
+        "data.train=a.jsonl here"
+    )
+    with pytest.raises(DataError, match=r"here it is train: python -m qwenvl_lit\.train --help"):
+        prepare("test", ["sft"])
+
+
+def test_an_adapter_is_a_start_and_not_a_run_to_resume(tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    resume = ["--resume_from_checkpoint", str(tmp_path)]
+    for options in (resume, [*resume, "--resume_only_model", "true"]):
+        with pytest.raises(DataError, match=f" is ckpt={tmp_path} here"):
+            prepare("train", options)
+    for options in (["--resume_only_model", "true"], ["--resume_only_model"]):
+        with pytest.raises(DataError, match=r" is ckpt=run here"):
+            prepare("train", [*options, "--resume_from_checkpoint", "run"])
+    with pytest.raises(DataError, match=r" is resume=run here"):
+        prepare("train", ["--resume_from_checkpoint", "run", "--resume_only_model", "false"])
+
+
 def test_values_of_flags_are_no_files_of_settings():
     for arguments in (
         ["--config-dir", "mine", "experiment=sft"],

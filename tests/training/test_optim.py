@@ -44,6 +44,12 @@ def test_a_warm_up_that_is_longer_than_the_training_is_warned_about(caplog):
     )
 
 
+def test_a_warm_up_that_is_rounded_to_no_step_is_described():
+    described = AdamW(lr=1e-4, warmup=0.05).describe(3)
+    assert described.endswith("no warm-up (0.05 of all steps is less than one), cosine")
+    assert AdamW(lr=1e-4, warmup=0).describe(3).endswith("0.0001, no warm-up, cosine")
+
+
 @pytest.mark.parametrize(
     ("schedule", "learning_rates"),
     [

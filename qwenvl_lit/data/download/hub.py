@@ -227,8 +227,11 @@ def _hub_errors(dataset: HubDataset) -> Iterator[None]:
         ) from None
     except network as error:
         reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        advice = "try again later"
+        if not isinstance(error, errors.HfHubHTTPError):  # there is no answer
+            advice = "check the network connection or a proxy, or try again later"
         raise _UnreachableError(
-            f"{dataset} cannot be fetched from {constants.ENDPOINT}: {reason}; try again later"
+            f"{dataset} cannot be fetched from {constants.ENDPOINT}: {reason}; {advice}"
         ) from None
 
 

@@ -118,8 +118,13 @@ class QwenVLFamily(LoadsWeights):
         load_in_4bit: bool = False,
         seed: int = 0,
     ):
-        if (path is None) == (config is None):
-            raise ValueError("a model has either a `path`, or a `config` for random weights")
+        if path is None and config is None:
+            raise ValueError("a model needs a `path`, or a `config` for random weights")
+        if path is not None and config is not None:
+            raise ValueError(
+                f"a model has either a `path`, or a `config` for random weights: for the model in "
+                f"{path}, leave out model= and give ckpt={path}, or give model.config=null too"
+            )
         if weights not in ("checkpoint", "random"):
             raise ValueError(f"weights is checkpoint or random, got {weights!r}")
         check_number("model.seed", seed, least=0, most=2**63 - 1, whole=True)

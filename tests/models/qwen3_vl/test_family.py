@@ -357,7 +357,7 @@ def test_an_unknown_size_is_an_error_that_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either a `path`, or a `config`"),
+        ({}, "needs a `path`, or a `config`"),
         ({"config": {"model_type": "qwen3_vl"}}, "random weights need a `vocabulary`"),
         ({"config": {"model_type": "x"}, "vocabulary": "tiny"}, r"model_type is one of qwen2_5_vl"),
         ({"path": "a", "weights": "none"}, "weights is checkpoint or random"),

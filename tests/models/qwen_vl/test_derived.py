@@ -118,7 +118,7 @@ def test_a_base_model_that_is_elsewhere_is_asked_for(base, tmp_path):
     groups = prepare("chat", [f"ckpt={tmp_path}/dpo", f"model.path={base}"], run="needed")
     [note] = groups.notes
     assert note.endswith(
-        f"adapter for {DPO['base_model_name_or_path']}; the base model here: model.path={base}"
+        f"adapter for {DPO['base_model_name_or_path']}; the base model here is {base}"
     )
 
 

@@ -383,9 +383,10 @@ def test_a_config_that_does_not_fit_the_vocabulary_is_refused():
 
 
 def test_a_model_has_a_path_or_a_config():
-    for options in ({"path": "somewhere"}, {"config": None}):
-        with pytest.raises(ValueError, match="either a `path`, or a `config`"):
-            family(**options)
+    with pytest.raises(ValueError, match=r"either a `path`, or a `config`.*ckpt=somewhere"):
+        family(path="somewhere")
+    with pytest.raises(ValueError, match="needs a `path`, or a `config`"):
+        family(config=None)
     with pytest.raises(ValueError, match="need a `vocabulary`"):
         family(vocabulary=None)
 
