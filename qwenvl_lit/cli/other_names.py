@@ -28,6 +28,7 @@ OTHER_COMMANDS = {
 MODEL_PATH = "model.path={}"  # `translate` adds the recipe of the model
 
 WEIGHTS_ALONE = "ckpt=CHECKPOINT"  # `combine` takes the checkpoint of `resume=`
+REPOSITORY = "push=OWNER/NAME"  # `combine` takes that of another option
 
 # Foreign option -> argument here. {} stands for the value. An argument without {} is suggested
 # unless the value of the option is false.
@@ -237,6 +238,7 @@ EXPORT_ARGUMENTS = {
     "export_dir": "out={}",
     "merge_lora": "merge=true",
     "hub_model_id": "push={}",
+    "push_to_hub": REPOSITORY,
 }
 OF_COMMANDS = {  # further entries, by command
     "export": EXPORT_ARGUMENTS,
@@ -357,7 +359,7 @@ def combine(translations: Iterable[str]) -> list[str]:
     for translation in translations:
         for argument in re.split(r" (?=[\w.]+=)", translation):
             key, _, value = argument.partition("=")
-            if argument == WEIGHTS_ALONE and key in values:
+            if argument in (WEIGHTS_ALONE, REPOSITORY) and key in values:
                 continue
             values[key] = value
             if key == "adapter":

@@ -115,6 +115,18 @@ def test_an_adapter_is_a_start_and_not_a_run_to_resume(tmp_path):
         prepare("train", ["--resume_from_checkpoint", "run", "--resume_only_model", "false"])
 
 
+def test_an_upload_is_named_with_its_repository():
+    push = ["--push_to_hub", "true"]
+    repository = ["--hub_model_id", "a/b"]
+    for options, meant in (
+        (push, "push=OWNER/NAME"),
+        ([*push, *repository], "push=a/b"),
+        ([*repository, *push], "push=a/b"),
+    ):
+        with pytest.raises(DataError, match=f" is {meant} here; see"):
+            prepare("export", options, run="needed")
+
+
 def test_values_of_flags_are_no_files_of_settings():
     for arguments in (
         ["--config-dir", "mine", "experiment=sft"],

@@ -120,8 +120,9 @@ class Qwen3VLFamily(LoadsWeights):
             raise ValueError("a model needs a `path`, or a `config` for random weights")
         if path is not None and config is not None:
             raise ValueError(
-                f"a model has either a `path`, or a `config` for random weights: for the model in "
-                f"{path}, leave out model= and give ckpt={path}, or give model.config=null too"
+                f"a model has either a `path`, or a `config` for random weights: for the weights "
+                f"of {path}, choose a model= without config, give ckpt=FOLDER in place of "
+                f"model=, or add model.config=null"
             )
         if weights not in ("checkpoint", "random"):
             raise ValueError(f"weights is checkpoint or random, got {weights!r}")

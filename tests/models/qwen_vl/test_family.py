@@ -383,7 +383,9 @@ def test_a_config_that_does_not_fit_the_vocabulary_is_refused():
 
 
 def test_a_model_has_a_path_or_a_config():
-    with pytest.raises(ValueError, match=r"either a `path`, or a `config`.*ckpt=somewhere"):
+    with pytest.raises(
+        ValueError, match=r"either a `path`, or a `config`.*of somewhere, .*config=null"
+    ):
         family(path="somewhere")
     with pytest.raises(ValueError, match="needs a `path`, or a `config`"):
         family(config=None)
