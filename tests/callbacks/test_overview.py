@@ -55,7 +55,7 @@ def test_rows_steps_device_folder_and_a_row_are_printed(tmp_path, capsys):
         "Steps       2 optimizer steps in 1 epoch",
         "Batches     6 rows per optimizer step = batch of 2 x 3 accumulated x 1 rank",
         "Speed       not compiled, 0 workers for data",
-        "Optimizer   learning rate 0.001, no warm-up, cosine",
+        "Optimizer   learning rate 0.001, no warm-up (0.05 of all steps is less than one), cosine",
         "Validation  none, as trainer.limit_val_batches=0; the command test computes exact_match",
     ]
     assert row.startswith("rows.jsonl:2, ")
