@@ -96,7 +96,8 @@ def _steps(trainer: lightning.Trainer, data: DataModule) -> str:
         plural = "s" * (steps != 1)
         text = f"{int(steps):,} optimizer step{plural} in {epochs} epoch{'s' * (epochs != '1')}"
     if trainer.global_step:
-        text += f", {trainer.global_step:,} of them done"
+        total = f" of {int(steps):,}" if math.isfinite(steps) else ""
+        text += f", {trainer.global_step:,}{total} steps done"
     return text
 
 

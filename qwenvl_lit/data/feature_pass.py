@@ -15,9 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from qwenvl_lit.data.features import IMAGES_PER_FILE, FeatureStore
-from qwenvl_lit.data.loading import DROP_ADVICE, ignore_cluster_signals
+from qwenvl_lit.data.loading import ignore_cluster_signals
 from qwenvl_lit.data.selection import Concat, Rows, Subset, flatten
-from qwenvl_lit.data.survey import Finding, ReportProgress, survey
+from qwenvl_lit.data.survey import DROP_ADVICE, Finding, ReportProgress, survey
 from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import BadImage, Conversation, DataError, ImageSource, Sample, Turn
 

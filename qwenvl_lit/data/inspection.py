@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwenvl_lit.data.image_notes import image_notes
-from qwenvl_lit.data.loading import DROP_ADVICE
 from qwenvl_lit.data.row_facts import RowFacts, RowReader, digest
 from qwenvl_lit.data.selection import Rows, flatten
-from qwenvl_lit.data.survey import Finding, Kind, ReportProgress, survey
+from qwenvl_lit.data.survey import DROP_ADVICE, Finding, Kind, ReportProgress, survey
 from qwenvl_lit.types import Conversation, DataError, ImageSource, Turn
 
 if TYPE_CHECKING:

@@ -19,12 +19,11 @@ from qwenvl_lit.data.collate import empty_batch
 from qwenvl_lit.data.orphans import end_with_parent, parent_pid
 from qwenvl_lit.data.samplers import BatchSampler
 from qwenvl_lit.data.selection import Rows
+from qwenvl_lit.data.survey import DROP_ADVICE
 from qwenvl_lit.types import BadImage, DataError, Dropped, ImageSource, Sample
 
 if TYPE_CHECKING:
     from qwenvl_lit.models.protocols import Processor
-
-DROP_ADVICE = "or leave out such rows: data.on_bad_image=drop"  # ends the message of a bad image
 
 
 class EncodedDataset(Dataset):

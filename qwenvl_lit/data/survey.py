@@ -45,6 +45,7 @@ ReportProgress = Callable[[str, int, int], object]  # name of the work, how much
 
 CHUNK = 256  # most rows that a process takes at a time
 COUNTS = ("lengths", "supervised", "image_tokens", "images")  # the arrays of `Measured`
+DROP_ADVICE = "or leave out such rows: data.on_bad_image=drop"  # ends the message of a bad image
 SHOWN = 5  # errors that the message of `measure_lengths` quotes
 FORMAT = 7  # version of the cached files
 
@@ -154,7 +155,7 @@ def measure_lengths(
             if note not in known_notes:  # several rows may share an image
                 known_notes.add(note)
                 findings.append(result.finding("image", index, note))
-    _raise_errors(findings, len(rows))
+    _raise_errors(findings, len(rows), drop_bad)
     measured = Measured(**dict(zip(COUNTS, counts, strict=True)), findings=tuple(findings))
     if file:
         _save(file, measured)
@@ -170,13 +171,17 @@ def stamp(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def _raise_errors(findings: Iterable[Finding], rows: int) -> None:
-    errors = [finding.message for finding in findings if finding.kind == "error"]
+def _raise_errors(findings: Iterable[Finding], rows: int, drop_bad: bool) -> None:
+    errors = []
+    for finding in findings:
+        if finding.kind == "error":
+            advice = f"; {DROP_ADVICE}" if finding.bad_image and not drop_bad else ""
+            errors.append(f"{finding.message}{advice}")
     if not errors:
         return
     lines = [f"{len(errors)} of {counted(rows, 'row')} cannot be used:", *errors[:SHOWN]]
     if len(errors) > SHOWN:
-        lines.append(f"... and {len(errors) - SHOWN} more")
+        lines.append(f"... and {len(errors) - SHOWN} more: qwenvl_lit.check lists all of them")
     raise DataError(*lines)
 
 

@@ -22,6 +22,7 @@ from qwenvl_lit.terminal import counted, printable
 from qwenvl_lit.types import location_of
 
 SHOWN_ERRORS = 20
+FEW_ERRORS = 10  # up to so many are not grouped
 SHOWN_PLACES = 2  # of a group of findings
 SETS_PER_TABLE = 4  # more columns would not fit into 80 characters
 BAR_LENGTH = 40  # characters
@@ -232,10 +233,11 @@ def _summary(inspection: Inspection) -> Iterator[RenderableType]:
         yield from map(_line, lines)
     if errors := inspection.errors:
         yield _heading(error_count(inspection), "bold red")
-        yield from map(_line, _group_lines(inspection, "error"))
         yield _line(FIRST_ERROR)
-        more = f" (the first {SHOWN_ERRORS})" if len(errors) > SHOWN_ERRORS else ""
-        yield _line(f"One by one{more}", "bold red")
+        if len(errors) > FEW_ERRORS:
+            yield from map(_line, _group_lines(inspection, "error"))
+            more = f" (the first {SHOWN_ERRORS})" if len(errors) > SHOWN_ERRORS else ""
+            yield _line(f"One by one{more}", "bold red")
         for name, finding in errors[:SHOWN_ERRORS]:
             yield _line(f"{name}: {finding.message}")
 

@@ -142,7 +142,7 @@ def test_the_error_counts_unusable_rows_and_quotes_the_first():
     rows = Numbers(20, broken=(0, 1, 2, 3, 4, 9))
     message = (
         r"6 of 20 rows cannot be used:\nrows.jsonl:1: not JSON\n"
-        r"(?s:.*)rows.jsonl:5.*\n.*1 more"
+        r"(?s:.*)rows.jsonl:5.*\n.*1 more: qwenvl_lit.check lists all of them"
     )
     with pytest.raises(DataError, match=message):
         measure_lengths(rows, Letters(), workers=0, cache=None, identity=None)

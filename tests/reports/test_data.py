@@ -145,6 +145,12 @@ def test_the_summary_has_figures_files_findings_and_overlaps(tmp_path):
     ) in text
 
 
+def test_few_errors_are_listed_once():
+    text = printed(inspection(facts(findings=[finding(n, f"bad box {n}") for n in range(3)])))
+    assert text.count("bad box 1") == 1
+    assert "One by one" not in text
+
+
 def test_many_sets_are_printed_in_several_tables():
     sets = [facts(f"set_{n}", rows=1000 + n) for n in range(9)]
     text = printed(inspection(*sets))

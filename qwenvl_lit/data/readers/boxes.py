@@ -36,6 +36,7 @@ _OBJECT_KEYS = ("caption", "bbox", "bbox_type", "image")
 # The largest x and y in a frame. In the pixel frame they are the size of the image.
 FRAME_LIMITS: dict[Frame, tuple[float, float]] = {"grid": (GRID, GRID), "unit": (1, 1)}
 
+CORNERS = "[left, top, right, bottom]"  # what the numbers of a box are
 _OUTSIDE = "is not within its image"
 _MAX_COORDINATE = 1e9  # no coordinate in any frame is larger
 _SMALL_PX = 4  # in an image of at most this size, a box of pixels may lie within 0..1
@@ -153,7 +154,7 @@ class BoxReader:
             return
         raise self.error(
             f"{problem}; if they are fractions of the image, their entry of `objects` needs "
-            f'"bbox_type": "norm_1". Boxes under other keys must be pixels'
+            f'"bbox_type": "norm_1". A `bbox` outside of `objects` must be in pixels'
         )
 
     def check_box(self, what: str, box: Region, limits: tuple[float, float]) -> Region:
@@ -186,6 +187,8 @@ class BoxReader:
         advice = "correct it, or choose data.on_bad_box=keep, repair or drop"
         if problem.startswith(_OUTSIDE) and limits == FRAME_LIMITS["grid"] and largest == GRID + 1:
             advice = f"data.on_bad_box=repair writes {GRID + 1} as {GRID}, the end of the grid"
+        elif isinstance(box, Box) and box.frame == "pixel" and _may_have_size(box, limits):
+            advice = f"`bbox` is {CORNERS}: is this one x, y, width, height, as in COCO? {advice}"
         raise DataError(f"{description}; {advice}")
 
 
@@ -243,8 +246,16 @@ def _problem_with(box: Region, limits: tuple[float, float]) -> str:
     if isinstance(box, Box) and (box.x0 > box.x1 or box.y0 > box.y1):
         return "has its corners in the wrong order; the top left one comes first"
     if any(not 0 <= x <= limits[0] or not 0 <= y <= limits[1] for x, y in corners):
+        if box.frame == "pixel":
+            return f"{_OUTSIDE}, which has {limits[0]} x {limits[1]} pixels"
         return f"{_OUTSIDE}, (0, 0) to {limits} in its frame"
     return ""
+
+
+def _may_have_size(box: Box, limits: tuple[float, float]) -> bool:
+    """Returns whether a box that is wrong as corners would be valid as x, y, width, height."""
+    is_within = box.x0 + box.x1 <= limits[0] and box.y0 + box.y1 <= limits[1]
+    return is_within and min(*chain(*_corners(box))) >= 0 and box.x1 > 0 and box.y1 > 0
 
 
 def _repaired(box: Region, limits: tuple[float, float]) -> Region | None:

@@ -7,7 +7,8 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -133,10 +134,12 @@ def conversation_from(
         role == "assistant" and Placeholder.IMAGE in parts for role, parts in draft.turns
     )
     boxes = BoxReader(read_options.on_bad_box)
-    listed = place_listed_images(turns, draft.images, has_image_items, boxes.notes)
+    with _naming_keys(draft.notes):
+        listed = place_listed_images(turns, draft.images, has_image_items, boxes.notes)
     all_parts = [part for _, parts in turns for part in parts]
     objects = [boxes.read_object(f"object {k}", raw) for k, raw in enumerate(draft.objects, 1)]
-    check_placeholders(all_parts, len(objects), boxes)
+    with _naming_keys(draft.notes):
+        check_placeholders(all_parts, len(objects), boxes)
     _check_characters(
         [row_id, *draft.references, *columns.values()],
         [image.address for image in draft.images],
@@ -153,7 +156,8 @@ def conversation_from(
             raise type(error)(f"{error}; {LITERAL_ANSWER}") from None
     for k, obj in enumerate(objects):
         what = f"object {k + 1} ({reprlib.repr(obj.label)})"
-        objects[k] = boxes.check_object(what, obj, images)
+        with _naming_keys(draft.notes):
+            objects[k] = boxes.check_object(what, obj, images)
     boxes.check_fractions(objects, images)
     reader = TurnReader(images, objects, boxes)
     read_turns = [Turn(role=role, parts=reader.read(role, parts)) for role, parts in turns]
@@ -172,6 +176,17 @@ def conversation_from(
         where=where,
         notes=(*notes, *boxes.notes),
     )
+
+
+@contextmanager
+def _naming_keys(notes: Sequence[str]) -> Iterator[None]:
+    """Appends the notes about keys that are not read to an error that they may have caused."""
+    try:
+        yield
+    except DataError as error:
+        if not notes:
+            raise
+        raise type(error)(f"{error}; {'; '.join(notes)}") from None
 
 
 def _check_roles(roles: Sequence[str]) -> None:
@@ -259,9 +274,10 @@ def image_from(address: str, root: Path, read_options: ReadOptions = DEFAULT) ->
         blanks = ""
         if address != address.strip():
             blanks = f"; its path {address[:100]!r} has blanks around it"
+        searched = "" if os.path.isabs(file) else f", relative to {Path.cwd()}"
         raise BadImage(
-            f"image {file[:1000]} does not exist; check the path, `data.root` and `data.path_map`"
-            f"{blanks}{windows_hint(address)}"
+            f"image {str(Path(file))[:1000]} does not exist{searched}; check the path, `data.root` "
+            f"and `data.path_map`{blanks}{windows_hint(address)}"
         )
     version = (status.st_ino, status.st_size, status.st_mtime_ns)
     return _image_file(file, version, read_options.image_options)

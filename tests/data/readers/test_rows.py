@@ -316,7 +316,11 @@ def test_empty_keys_and_default_weights_of_turns_are_not_refused(read_row):
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [10, 20, 641, 400]}]},
-            "not within its image, (0, 0) to (640, 480)",
+            "not within its image, which has 640 x 480 pixels; correct it, or choose",
+        ),
+        (
+            {"query": "<bbox>", "objects": [DOG | {"bbox": [300, 200, 90, 60]}]},
+            "`bbox` is [left, top, right, bottom]: is this one x, y, width, height, as in COCO?",
         ),
         (
             {"query": "<bbox>", "objects": [DOG | {"bbox": [-1, 20, 64, 400]}]},
@@ -793,6 +797,26 @@ def test_a_key_that_is_nearly_known_is_refused_with_the_known_one(read_row, row,
     with pytest.raises(DataError) as error:
         read_row(row)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [("<image>Where?", "1 <image> tags for 0 `images`"), ("<bbox>", "the row has 0 images")],
+)
+def test_an_error_names_the_misspelled_key_that_causes_it(read_row, query, message):
+    objects = [DOG] if "<bbox>" in query else []
+    with pytest.raises(DataError) as error:
+        read_row({"query": query, "response": "b", "imgaes": ["a.png"], "objects": objects})
+    assert message in str(error.value)
+    assert str(error.value).endswith("; the key 'imgaes' is not read; did you mean `images`?")
+
+
+def test_a_missing_image_is_shown_with_the_folder_of_its_path(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("rows.jsonl").write_text('{"query": "a", "response": "b", "images": ["./img/no.png"]}')
+    message = f"image img/no.png does not exist, relative to {folder}; check the path"
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_rows("rows.jsonl")[0]
 
 
 def test_a_key_that_may_be_a_misspelling_or_a_column_is_noted(read_row):
