@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +17,12 @@ from qwenvl_lit.stored_files import read_checkpoint
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import matches, type_name
 
-MAY_CHANGE = ("trainer.max_epochs", "trainer.max_steps", "data.num_workers", "trust")  # resuming
+ENDS = ("max_epochs", "max_steps")
+MAY_CHANGE = (
+    *(f"trainer.{key}" for key in ENDS),
+    "data.num_workers",
+    "trust",
+)  # when a run is resumed
 PERMISSIONS = ("trust", "verify")  # of a command, not of a run
 LAST = "checkpoints/last.ckpt"
 RESUMED = {  # what Lightning restores from a checkpoint
@@ -152,7 +158,8 @@ def _is_a_test(folder: Path) -> bool:
 def resumed(config: DictConfig) -> DictConfig:
     """The stored config of the run that `config` resumes, with what the command line changes.
 
-    A config that resumes nothing is returned as it is.
+    If an earlier resume has changed the end of the run, that end holds. A config that resumes
+    nothing is returned as it is.
     """
     if config.resume in (None, "auto"):
         return config
@@ -165,6 +172,8 @@ def resumed(config: DictConfig) -> DictConfig:
     stored = OmegaConf.create(plain)
     # A run writes into its own folder, whatever the stored config says.
     OmegaConf.update(stored, "paths.run", config.paths.run)
+    for key, value in _last_ends(Path(config.paths.run, "config.yaml")).items():
+        OmegaConf.update(stored, f"trainer.{key}", value)
     overridden = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
     for key in overridden.intersection(MAY_CHANGE):
         OmegaConf.update(stored, key, OmegaConf.select(config, key))
@@ -173,6 +182,26 @@ def resumed(config: DictConfig) -> DictConfig:
         OmegaConf.update(stored, key, config[key], force_add=True)
     OmegaConf.set_struct(stored, True)
     return stored
+
+
+def _last_ends(file: Path) -> dict[str, int | None]:
+    """The settings `ENDS` of the trainer that a run had when it last started.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if not file.exists():
+        return {}
+    settings = read_config(file)
+    trainer = settings.get("trainer") if isinstance(settings, dict) else None
+    ends = {}
+    if isinstance(trainer, dict):
+        ends = {key: trainer[key] for key in ENDS if key in trainer}
+    if len(ends) < len(ENDS) or not all(type(end) in (int, NoneType) for end in ends.values()):
+        raise DataError(
+            f"{file}: trainer needs {' and '.join(ENDS)}, whole numbers or null; is it complete?"
+        )
+    return ends
 
 
 def checkpoint_of(config: DictConfig) -> Path | None:

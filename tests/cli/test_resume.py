@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import read_json_lines, start_command
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 from small_demo import small_demo
 
-from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments
+from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
+from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
 STARTED_WITH = [
@@ -98,6 +102,32 @@ def test_without_a_checkpoint_a_new_run_starts(run, arguments):
 def test_a_run_that_cannot_be_resumed_is_named(run, arguments, message):
     with pytest.raises(DataError, match=message):
         resume_arguments(arguments)
+
+
+def resumed_with(run: Path, monkeypatch, *arguments: str) -> tuple[int, int]:
+    """`max_epochs` and `max_steps` of the run, which was started with 2000 steps."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [*arguments, f"resume={run}"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        del config["hydra"]
+    config.paths.run = str(run)
+    started = OmegaConf.merge(config, {"trainer": {"max_epochs": -1, "max_steps": 2000}})
+    OmegaConf.save(started, run / ".hydra/config.yaml")
+    trainer = resumed(config).trainer
+    return trainer.max_epochs, trainer.max_steps
+
+
+def test_a_changed_end_holds_for_the_next_resume(run, monkeypatch):
+    assert resumed_with(run, monkeypatch) == (-1, 2000)
+    (run / "config.yaml").write_text("trainer: {max_epochs: -1, max_steps: 120}")
+    assert resumed_with(run, monkeypatch) == (-1, 120)
+    assert resumed_with(run, monkeypatch, "trainer.max_steps=300") == (-1, 300)
+    for damaged in ("trainer: {max_epochs: -1}", "trainer: {max_epochs: 1, max_steps: '${seed}'}"):
+        (run / "config.yaml").write_text(damaged)
+        with pytest.raises(DataError, match="max_epochs and max_steps, whole numbers or null"):
+            resumed_with(run, monkeypatch)
 
 
 def test_a_run_without_its_last_checkpoint_is_not_resumed(run):
