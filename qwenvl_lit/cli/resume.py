@@ -84,7 +84,8 @@ def _run_to_resume(resume: str, arguments: Sequence[str]) -> Path | None:
             raise DataError(f"resume={resume} takes the folder of a run; {near}")
         raise DataError(
             f"resume={resume}: there is no {LAST}; resume= takes the folder of a run that has "
-            f"saved one, or latest, the newest run in {TRAIN_FOLDER.resolve()}. "
+            f"saved one, or latest, the newest run in {TRAIN_FOLDER.resolve()}; a run that "
+            f"hydra.run.dir= put elsewhere is given by its folder. "
             f"Start a run again if it stopped before its first checkpoint"
         )
     if folder is not None and Path(folder).resolve() != run.resolve():

@@ -165,7 +165,10 @@ def _overlaps(scored: ScoredSet) -> Iterator[str]:
 def _extremes(scored: ScoredSet, processor: Processor | None) -> Iterator[str]:
     worst, best = extremes(scored, MAX_EXAMPLES)
     scores = first_scores(scored)
-    for heading, indices in (("Worst answers", worst), ("Best answers", best)):
+    parts = [("Worst answers", worst), ("Best answers", best)]
+    if best and scores[best[0]] == scores[worst[0]]:
+        parts = [("Some answers (all have the same score)", worst)]
+    for heading, indices in parts:
         if indices:
             yield f"<h3>{heading}</h3>{LEGEND}"
         for index in indices:

@@ -278,6 +278,16 @@ def test_the_page_shows_scores_groups_boxes_changes_and_examples(page):
     assert '<p class="labels expected">' in page
 
 
+def test_equal_scores_are_neither_the_worst_nor_the_best(tmp_path):
+    rows = [predicted(k, "no") for k in range(8)]
+    sets = [score_set("mine", rows, {"exact": ExactMatch()})]
+    write_report(ScoreReport(title="Scores", sets=sets), tmp_path / "report.html")
+    text = Tags((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "Some answers (all have the same score)" in text
+    assert "Worst answers" not in text
+    assert "Best answers" not in text
+
+
 def test_the_page_is_well_formed_and_complete_and_has_no_markup_from_the_data(page):
     tags = Tags(page)
     assert not tags.names() & {"script", "link", "iframe"}
