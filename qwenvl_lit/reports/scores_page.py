@@ -167,7 +167,7 @@ def _extremes(scored: ScoredSet, processor: Processor | None) -> Iterator[str]:
     scores = first_scores(scored)
     parts = [("Worst answers", worst), ("Best answers", best)]
     if best and scores[best[0]] == scores[worst[0]]:
-        parts = [("Some answers (all have the same score)", worst)]
+        parts = [("Some answers (all have the same score)", worst + best)]
     for heading, indices in parts:
         if indices:
             yield f"<h3>{heading}</h3>{LEGEND}"
