@@ -43,6 +43,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.reports.model_card import model_card
     from qwenvl_lit.runs import exported_folder
     from qwenvl_lit.runs.run import find_run
+    from qwenvl_lit.runs.stored_config import trust_argument
     from qwenvl_lit.training.adapters.peft_files import absolute_path
 
     build.start(config)
@@ -117,8 +118,9 @@ def main(config: DictConfig) -> None:
     size = format_bytes(sum(file.stat().st_size for file in out.iterdir()))
     print(f"\nWrote {build.shown(str(out))}: {size}, {kind}")
     print("\n".join(notes))
-    print(f"Try it:    python -m qwenvl_lit.chat ckpt={build.shown(str(out))}")
-    print(f"Serve it:  python -m qwenvl_lit.serve ckpt={build.shown(str(out))}")
+    arguments = f"ckpt={build.shown(str(out))}{trust_argument(settings)}"
+    print(f"Try it:    python -m qwenvl_lit.chat {arguments}")
+    print(f"Serve it:  python -m qwenvl_lit.serve {arguments}")
     if repository:
         print(f"\n{repository.announcement(out)}", flush=True)
         repository.upload(out)

@@ -21,7 +21,8 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit.callbacks.early_stopping import why_stopped
     from qwenvl_lit.cli.memory_check import check_memory
     from qwenvl_lit.cli.resume import checkpoint_of, steps_of
-    from qwenvl_lit.runs.run import contents
+    from qwenvl_lit.runs.run import USED_GROUPS, contents
+    from qwenvl_lit.runs.stored_config import trust_argument
     from qwenvl_lit.terminal import counted
     from qwenvl_lit.training.precision import check_precision
 
@@ -49,8 +50,9 @@ def main(config: DictConfig) -> None:
     elif reason := why_stopped(trainer):
         print(f"\nStopped early after step {trainer.global_step}: {reason}")
     print(f"\nTrained {counted(trainer.global_step, 'step')}. {run} has\n{contents(Path(run))}\n")
-    print(f"Score it:  python -m qwenvl_lit.test ckpt={run}")
-    print(f"Serve it:  python -m qwenvl_lit.serve ckpt={run}")
+    arguments = f"ckpt={run}{trust_argument(module.config or {}, USED_GROUPS)}"
+    print(f"Score it:  python -m qwenvl_lit.test {arguments}")
+    print(f"Serve it:  python -m qwenvl_lit.serve {arguments}")
 
 
 if __name__ == "__main__":

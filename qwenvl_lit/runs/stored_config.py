@@ -117,6 +117,20 @@ def check_stored_config(
         OmegaConf.create(dict(config))  # refuses what no YAML file could hold
 
 
+def trust_argument(config: Mapping[str, Any], groups: Iterable[str] | None = None) -> str:
+    """Returns ` trust=true` if a stored config is accepted only with it, otherwise nothing.
+
+    Args:
+        groups: those of the config that are read; None: all.
+    """
+    read = set(config if groups is None else groups)
+    try:
+        check_stored_config({group: config[group] for group in config if group in read}, "")
+    except DataError:
+        return " trust=true"
+    return ""
+
+
 def check_groups(config: Mapping[str, Any], groups: Iterable[str], source: str | Path) -> None:
     """Raises a DataError if a stored config lacks one of the groups, or what a model is."""
     missing = [group for group in groups if group not in config]

@@ -12,8 +12,18 @@ from omegaconf import OmegaConf
 from qwenvl_lit import QwenVL
 from qwenvl_lit.cli.command import prepare
 from qwenvl_lit.cli.resume import resumed
-from qwenvl_lit.runs.run import COMPOSED_CONFIG, config_folder, find_run, stored_settings
-from qwenvl_lit.runs.stored_config import allowed_targets, check_stored_config
+from qwenvl_lit.runs.run import (
+    COMPOSED_CONFIG,
+    USED_GROUPS,
+    config_folder,
+    find_run,
+    stored_settings,
+)
+from qwenvl_lit.runs.stored_config import (
+    allowed_targets,
+    check_stored_config,
+    trust_argument,
+)
 from qwenvl_lit.training.adapters.methods import LoRA
 from qwenvl_lit.training.adapters.peft_files import adapter_node
 from qwenvl_lit.types import DataError
@@ -70,6 +80,15 @@ def put(config: dict, key: tuple, value) -> dict:
 def checkpoint(file: Path, config: dict) -> Path:
     torch.save({"config": config, "state_dict": {}}, file)
     return file
+
+
+@pytest.mark.parametrize(("target", "argument"), [("mine.Metric", " trust=true"), (None, "")])
+def test_hints_of_commands_have_the_trust_that_a_class_of_the_user_needs(config, target, argument):
+    metric = {"_target_": target or "qwenvl_lit.metrics.exact_match.ExactMatch"}
+    assert trust_argument(put(config, ("metrics", "mine"), metric), USED_GROUPS) == argument
+    other = {"metrics": {}, "callbacks": {"mine": {"_target_": target}} if target else {}}
+    assert trust_argument(config | other) == argument
+    assert trust_argument(config | other, USED_GROUPS) == ""
 
 
 def test_configs_of_this_package_are_accepted(config):
