@@ -243,7 +243,7 @@ def adjust_arguments(arguments: list[str]) -> list[str]:
 
     `compare=A` is `compare=[A]`. Without a model, `compare=[A,B]` scores the answers of B and
     compares them with those of A. Benchmarks share the keys of `data=jsonl`, which the command line
-    may change.
+    may change; it lacks `data.read.parquet`.
 
     Raises:
         DataError: `compare=` names one folder and nothing to compare it with.
@@ -264,6 +264,8 @@ def adjust_arguments(arguments: list[str]) -> list[str]:
                 )
             adjusted.append(f"compare=[{','.join(folders[:-1])}]")
             adjusted.append(f"predictions={folders[-1]}")
+        elif argument.startswith("data.read.parquet=") and has_any(arguments, "benchmarks="):
+            adjusted.append(f"++{argument}")
         else:
             adjusted.append(argument)
     if has_any(arguments, "benchmarks=") and not has_any(arguments, "data="):

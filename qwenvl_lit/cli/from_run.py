@@ -10,8 +10,15 @@ from typing import Any
 
 from qwenvl_lit.cli.overrides import HELP_FLAGS, has_any, quote, value_of
 from qwenvl_lit.cli.start_optimizer import optimizer_of_start
-from qwenvl_lit.runs.predictions import config_beside
-from qwenvl_lit.runs.run import MACHINE_KEYS, Run, check_base_model, find_run, init_from
+from qwenvl_lit.runs.predictions import config_beside, predictions_file
+from qwenvl_lit.runs.run import (
+    COMPOSED_CONFIG,
+    MACHINE_KEYS,
+    Run,
+    check_base_model,
+    find_run,
+    init_from,
+)
 from qwenvl_lit.runs.stored_config import check_groups
 from qwenvl_lit.types import DataError
 
@@ -59,7 +66,15 @@ def use_run(arguments: Sequence[str], *, command: str) -> CommandLine:
             notes=_notes(arguments, ckpt, run),
         )
     if predictions is not None:
-        config = config_beside(predictions, trust=_trusts(arguments)) or {}
+        config = config_beside(predictions, trust=_trusts(arguments))
+        if config is None:
+            if not has_any(arguments, "model="):
+                folder = predictions_file(predictions).parent
+                raise DataError(
+                    f"{folder} has no {COMPOSED_CONFIG}, which names model, data and metrics; give "
+                    f"the folder that predict or test wrote, or model=, data= and metrics="
+                )
+            config = {}
         return CommandLine(arguments=list(arguments), run_groups=_groups(config))
     if not has_any(arguments, "model=", *HELP_FLAGS):
         raise DataError(

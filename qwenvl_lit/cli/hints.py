@@ -268,7 +268,7 @@ def _hint_in(config: DictConfig, parent: str, name: str) -> str:
     nearest = difflib.get_close_matches(name, names, n=2)
     if nearest:
         return f"; did you mean {' or '.join(f'{parent}.{key}' for key in nearest)}?"
-    hint = f"; {parent} has {', '.join(names)}"
+    hint = f"; {parent} has {', '.join(names) or 'no keys'}"
     if "_target_" in node:
         hint += f"; +{parent}.{name}=... passes a further argument to {node['_target_']}"
     return hint

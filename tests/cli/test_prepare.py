@@ -106,10 +106,22 @@ def test_a_command_needs_a_run_or_a_published_model():
         ),
         (["benchmarks=[vqav2/val]"], ["benchmarks=[vqav2/val]", "data=jsonl"]),
         (["benchmarks=[vqav2/val]", "data=demo"], ["benchmarks=[vqav2/val]", "data=demo"]),
+        (
+            ["benchmarks=[mme]", "data=jsonl", "data.read.parquet='a'"],
+            ["benchmarks=[mme]", "data=jsonl", "++data.read.parquet='a'"],
+        ),
     ],
 )
 def test_test_completes_what_its_arguments_imply(arguments, adjusted):
     assert test.adjust_arguments(arguments) == adjusted
+
+
+def test_answers_without_the_config_of_their_run_need_a_model(tmp_path):
+    (tmp_path / "predictions.jsonl").touch()
+    arguments = [f"predictions={tmp_path}"]
+    with pytest.raises(DataError, match=r"has no \.hydra/config\.yaml, .* or model="):
+        prepare("test", arguments, run="needed")
+    assert prepare("test", [*arguments, "model=qwen_vl_tiny"], run="needed").run_groups
 
 
 def test_one_folder_cannot_be_compared():
