@@ -129,6 +129,8 @@ def answer_and_score(
         if file is not None:
             scored_sets += score_file(evaluation_set, file, processor)
     source = build.shown(str(checkpoint)) if checkpoint else config.model.path
+    if source is None:
+        source = "a model with random weights"
     return Outcome(source=source, results=results, baseline=baseline, sets=scored_sets)
 
 
@@ -217,14 +219,23 @@ def _notes(config: DictConfig, benchmarks: Sequence[Benchmark], run: Run | None)
     notes: list[str] = []
     for benchmark in benchmarks:
         notes += benchmark.warnings(files)
-    if not benchmarks:
+    compared = [benchmark for benchmark in benchmarks if benchmark.published_models]
+    if not compared:
         return notes
-    if published_model_name(config) is None:
+    model = published_model_name(config)
+    if model is None:
         notes.append("The published scores are of Qwen-VL, so they are not shown for this model.")
         return notes
+    others: dict[str, None] = {}
+    for each in compared:
+        if model not in each.published_models:
+            models = " and ".join(sorted(each.published_models))
+            others[f"{each.file}: the published scores are of {models}, not of {model}."] = None
+    notes += others
+    compared = [benchmark for benchmark in compared if model in benchmark.published_models]
     template = config.model.get("template", "raw")
     other = "raw" if template == "chatml" else "chatml"
-    files = dict.fromkeys(each.file for each in benchmarks if each.published_template == other)
+    files = dict.fromkeys(each.file for each in compared if each.published_template == other)
     if files and other == "raw":
         notes.append(
             f"{', '.join(files)}: questions were asked with chat markup. The published scores, "

@@ -68,6 +68,14 @@ class Benchmark:
     seen_with: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def published_models(self) -> set[str]:
+        """The models that have a published score of this test set, or of several of its file."""
+        models = {*self.published, *self.published_mean}
+        for each in self.sums:
+            models |= set(each.published)
+        return models
+
+    @property
     def file(self) -> str:
         """The name of the file in conf/benchmark."""
         return self.name.partition("/")[0]
@@ -183,8 +191,11 @@ def benchmark_table(
     Args:
         results: scores by BENCHMARK/METRIC, and the numbers BENCHMARK/rows_METRIC, BENCHMARK/rows,
             BENCHMARK/seconds and BENCHMARK/images_per_second.
-        model: the name of the model whose published scores are shown; None: none are shown.
+        model: the name of the model whose published scores are shown; None: none are shown. Without
+            a published score of this model, the columns for it are left out.
     """
+    if not any(model in benchmark.published_models for benchmark in benchmarks):
+        model = None
     table = []
     for benchmark in benchmarks:
         score = results.get(f"{benchmark.name}/{benchmark.metric}")

@@ -163,6 +163,8 @@ def run_test(
     """
     config = evaluation_set.config
     module.evaluate_with(generation=build.generation(config), metrics=evaluation_set.metrics)
+    if evaluation_set.benchmark and rank_zero_only.rank == 0:
+        print(f"\n{evaluation_set.benchmark.name}")
     callbacks = {"predictions": _baseline_writer()} if baseline else None
     trainer = build.trainer(config, callbacks=callbacks)
     trainer.test(module, evaluation_set.data, verbose=False)

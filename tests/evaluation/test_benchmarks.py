@@ -94,10 +94,10 @@ def test_scores_stand_beside_the_published_ones():
         ["chart, mean", "right", "62.50", "65.70", "-3.20", "", "", ""],
         ["doc/val", "right", "66.00", "65.10 (test)", "+0.90", "1,250", "2.5", "500.0"],
     ]
-    assert benchmark_table(benchmarks, results, "Qwen-VL-Chat")[3]["difference"] == ""
     columns = ["benchmark", "metric", "score", "rows", "seconds", "images/s"]
-    for row in benchmark_table(benchmarks, results, None):
-        assert list(row) == columns
+    for model in (None, "Qwen-VL-Chat"):
+        for row in benchmark_table(benchmarks, results, model):
+            assert list(row) == columns
 
 
 def test_sums_of_a_file_follow_its_last_test_set():
@@ -127,7 +127,11 @@ def test_published_subtasks_of_mme_add_up_to_its_published_sums(composed):
 
 
 def test_a_template_other_than_the_published_one_is_named_with_its_benchmarks():
-    benchmarks = [benchmark("doc/val"), benchmark("mme/a", published_template="chatml")]
+    scores = {"Qwen-VL-Chat": 1.0}
+    benchmarks = [
+        benchmark("doc/val", published=scores),
+        benchmark("mme/a", published=scores, published_template="chatml"),
+    ]
     for template, note in (
         ("chatml", "doc: questions were asked with chat markup"),
         ("raw", r"mme: questions were asked without .* model\.template=chatml"),
@@ -172,7 +176,8 @@ def test_the_name_of_the_base_model_decides_whose_scores_are_compared(path, mode
 
 
 def test_another_model_is_not_compared_with_qwen_vl_and_not_asked_for_its_template():
-    benchmarks = [benchmark("doc/val")]
+    scores = {"Qwen-VL-Chat": 1.0, "Qwen-VL": 2.0}
+    benchmarks = [benchmark("doc/val", published=scores)]
     for model, note in (
         ({"path": "Qwen/Qwen3-VL-8B-Instruct", "system": None}, "are of Qwen-VL, so they are not"),
         ({"path": "Qwen/Qwen-VL-Chat", "template": "chatml"}, r"without: model\.template=raw"),
@@ -180,11 +185,24 @@ def test_another_model_is_not_compared_with_qwen_vl_and_not_asked_for_its_templa
         [text] = _notes(OmegaConf.create({"model": model}), benchmarks, None)
         assert re.search(note, text)
     assert _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), benchmarks, None) == []
-    in_chat = [benchmark("screenspot/web_text", published_template="chatml")]
+    name = "screenspot/web_text"
+    in_chat = [benchmark(name, published=scores, published_template="chatml")]
     assert _notes(OmegaConf.create({"model": model}), in_chat, None) == []
     [text] = _notes(OmegaConf.create({"model": {"path": "Qwen/Qwen-VL"}}), in_chat, None)
     assert "screenspot: questions were asked without chat markup" in text
     assert _notes(OmegaConf.create({"model": model}), [], None) == []
+
+
+def test_a_benchmark_without_published_scores_of_the_model_shows_no_columns_for_them():
+    config = OmegaConf.create({"model": {"path": "Qwen/Qwen-VL", "template": "chatml"}})
+    unpublished = [benchmark("pope/random")]
+    assert _notes(config, unpublished, None) == []
+    in_chat = [benchmark("mme/a", published={"Qwen-VL-Chat": 1.0}, published_template="chatml")]
+    [text] = _notes(config, in_chat, None)
+    assert text.startswith("mme: the published scores are of Qwen-VL-Chat, not of Qwen-VL")
+    results = {"pope/random/rows": 1, "mme/a/rows": 1}
+    for row in benchmark_table([*unpublished, *in_chat], results, "Qwen-VL"):
+        assert "difference" not in row
 
 
 @pytest.fixture(scope="module")
