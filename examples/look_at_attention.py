@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from qwenvl_lit import QwenVL
+from qwenvl_lit.types import DataError
 
 
 def look(model: QwenVL, image: str, question: str, drawing: str) -> None:
@@ -21,4 +22,7 @@ def look(model: QwenVL, image: str, question: str, drawing: str) -> None:
 
 
 if __name__ == "__main__":
-    look(QwenVL.load(sys.argv[1]), *sys.argv[2:])
+    try:
+        look(QwenVL.load(sys.argv[1]), *sys.argv[2:])
+    except DataError as error:
+        sys.exit(str(error))
