@@ -25,17 +25,24 @@ def missing(package: str, user: str) -> str:
     """Returns the message that `user`, such as "logger=wandb", needs a package.
 
     >>> missing("wandb", "logger=wandb")
-    "logger=wandb needs the package wandb, which is not installed: pip install 'qwenvl_lit[wandb]'"
+    "logger=wandb needs the package wandb, which is not installed; install the extra `wandb`: \
+pip install -e '.[wandb]' in the clone of this repository"
+    >>> missing("nltk", "mine")
+    'mine needs the package nltk, which is not installed: pip install nltk'
     """
     extra = EXTRAS.get(package)
-    source = f"'qwenvl_lit[{extra}]'" if extra else package
-    message = f"{user} needs the package {package}, which is not installed: "
+    message = f"{user} needs the package {package}, which is not installed"
     if package == "vllm":
         return (
-            f"{message}make an environment of its own, as vLLM replaces torch, and there, in the "
+            f"{message}: make an environment of its own, as vLLM replaces torch, and there, in the "
             f"clone of this repository, pip install -e '.[vllm]'"
         )
-    return f"{message}pip install {source}"
+    if extra is None:
+        return f"{message}: pip install {package}"
+    return (
+        f"{message}; install the extra `{extra}`: pip install -e '.[{extra}]' in the clone of this "
+        f"repository"
+    )
 
 
 def require(package: str, user: str) -> None:

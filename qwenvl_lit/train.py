@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     from qwenvl_lit import build
     from qwenvl_lit.callbacks.early_stopping import why_stopped
     from qwenvl_lit.cli.memory_check import check_memory
-    from qwenvl_lit.cli.resume import checkpoint_of, steps_of
+    from qwenvl_lit.cli.resume import checkpoint_of, nothing_left, steps_of
     from qwenvl_lit.runs.run import USED_GROUPS, contents
     from qwenvl_lit.runs.stored_config import trust_argument
     from qwenvl_lit.terminal import counted
@@ -42,11 +42,7 @@ def main(config: DictConfig) -> None:
         return
     run = build.shown(config.paths.run)
     if checkpoint and trainer.global_step == steps_before:
-        limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
-        print(
-            f"\nNothing was left to train: the run has made its {counted(steps_before, 'step')}. "
-            f"To train further: trainer.{limit}=..."
-        )
+        print(f"\n{nothing_left(steps_before, trainer.max_steps, trainer.max_epochs)}")
     elif reason := why_stopped(trainer):
         print(f"\nStopped early after step {trainer.global_step}: {reason}")
     print(f"\nTrained {counted(trainer.global_step, 'step')}. {run} has\n{contents(Path(run))}\n")

@@ -183,6 +183,25 @@ def test_early_stopping_is_checked_under_any_name(config):
         check_values(changed)
 
 
+def with_fp8(config, adapter):
+    """A copy of `config` with speed=fp8 and this adapter."""
+    changed = deepcopy(config)
+    changed.speed.float8 = True
+    changed.adapter = compose_config("train", f"adapter={adapter}").adapter
+    return changed
+
+
+@pytest.mark.parametrize("adapter", ["full", "qlora"])
+def test_fp8_is_refused_before_rows_are_read_if_no_layer_can_use_it(adapter, config):
+    with pytest.raises(ValueError, match=r"^speed\.float8=true.* use adapter=lora$"):
+        check_values(with_fp8(config, adapter))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "freeze_vision"])
+def test_fp8_is_for_adapters_with_frozen_layers(adapter, config):
+    check_values(with_fp8(config, adapter))
+
+
 def test_settings_of_classes_of_the_user_are_their_own(config):
     changed = deepcopy(config)
     changed.optim = {"_target_": "mine.Lion", "lr": "auto"}

@@ -27,8 +27,8 @@ def test_a_missing_package_is_one_line_with_the_command_of_pip(package, monkeypa
     monkeypatch.setattr(
         "qwenvl_lit.extras.find_spec", lambda name: None if name == package else object()
     )
-    message = f"serve needs the package {package}, which is not installed: pip install "
-    with pytest.raises(ValueError, match=re.escape(f"{message}'qwenvl_lit[serve]'")):
+    message = f"serve needs the package {package}, which is not installed; install the extra "
+    with pytest.raises(ValueError, match=re.escape(f"{message}`serve`: pip install -e '.[serve]'")):
         serve.serve_here(OmegaConf.create())
 
 

@@ -30,6 +30,7 @@ LOGGERS = {  # classes of Lightning that need an optional package
     "lightning.pytorch.loggers.WandbLogger": "wandb",
     "lightning.pytorch.loggers.TensorBoardLogger": "tensorboard",
 }
+FULL = "qwenvl_lit.training.adapters.methods.Full"
 EARLY_STOPPING_CLASS = "lightning.pytorch.callbacks.EarlyStopping"
 
 
@@ -53,9 +54,22 @@ def check_values(config: DictConfig) -> None:
         if OmegaConf.is_dict(callback) and callback.get("_target_") == EARLY_STOPPING_CLASS:
             _check_node(EARLY_STOPPING, callback, key=f"callbacks.{name}")
     if config.get("speed") and config.get("data"):  # for training
+        _check_float8(config)
         accumulated_batches(config.trainer, config.data)
         if _is_given("trainer.rows_per_step"):  # not by a recipe, which data.batch_size overrides
             check_rows_per_step(config.trainer, config.data)
+
+
+def _check_float8(config: DictConfig) -> None:
+    adapter = config.get("adapter") or {}
+    if not config.speed.get("float8"):
+        return
+    trains_all = adapter.get("_target_") == FULL and not adapter.get("freeze")
+    if trains_all or adapter.get("quantization"):
+        raise ValueError(
+            "speed.float8=true, which speed=fp8 sets, is for frozen linear layers in 16 bits. With "
+            "adapter=full all are trained, with adapter=qlora they are in 4 bits; use adapter=lora"
+        )
 
 
 def _is_given(key: str) -> bool:

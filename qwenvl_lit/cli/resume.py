@@ -227,3 +227,17 @@ def steps_of(checkpoint: Path | None) -> int:
                 f"ckpt= starts another run from its weights"
             )
     return stored["global_step"]
+
+
+def nothing_left(steps: int, max_steps: int, max_epochs: int | None) -> str:
+    """Says that a resumed run is complete, and which of its limits ends it."""
+    limit, why = "max_steps", ""
+    if steps != max_steps:
+        limit = "max_epochs"
+        if max_steps > steps:
+            why = f", all of trainer.max_epochs={max_epochs}, so trainer.max_steps={max_steps} "
+            why += "has no effect"
+    return (
+        f"Nothing was left to train: the run has made its {steps} steps{why}. "
+        f"To train further: trainer.{limit}=..."
+    )

@@ -26,7 +26,7 @@ from commands import command_line, environment, run_command, run_from_nothing
         ),
         (["train", "model.template=chatlm"], "chatlm"),
         (["train", "x y z"], "x y z"),
-        (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "pip install 'qwenvl_lit[cluster]'"),
+        (["train", "-m", "hydra/launcher=slurm", "seed=1,2"], "pip install -e '.[cluster]'"),
         (["test"], "ckpt is missing"),
         (["predict"], "ckpt is missing"),
         (

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from small_demo import small_demo
 
-from qwenvl_lit.cli.resume import refuse_used_folder, resume_arguments, resumed
+from qwenvl_lit.cli.resume import nothing_left, refuse_used_folder, resume_arguments, resumed
 from qwenvl_lit.runs.run import config_folder
 from qwenvl_lit.types import DataError
 
@@ -268,3 +268,20 @@ def test_the_same_command_resumes_a_run_after_sigkill_and_after_sigterm(tmp_path
     log = read_json_lines(tmp_path / "resumed/logging.jsonl")
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 41))
     assert [row["step"] for row in log if "val/loss" in row] == [16, 32, 40]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "expected"),
+    [
+        (3, -1, "3 steps. To train further: trainer.max_steps=..."),
+        (-1, 1, "3 steps. To train further: trainer.max_epochs=..."),
+        (
+            *(5, 1),
+            "3 steps, all of trainer.max_epochs=1, so trainer.max_steps=5 has no effect. "
+            "To train further: trainer.max_epochs=...",
+        ),
+    ],
+)
+def test_a_complete_run_names_the_limit_that_ends_it(max_steps, max_epochs, expected):
+    message = nothing_left(3, max_steps, max_epochs)
+    assert message == f"Nothing was left to train: the run has made its {expected}"
