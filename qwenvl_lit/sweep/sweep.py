@@ -24,13 +24,11 @@ from typing import Any, ClassVar
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qwenvl_lit.atomic import write_text
 from qwenvl_lit.locks import WAIT_SECONDS, ProcessLock, lock_of, read_holder
 from qwenvl_lit.metrics.summary import read_fit_summary
-from qwenvl_lit.runs.run import USED_GROUPS
-from qwenvl_lit.runs.stored_config import trust_argument
 from qwenvl_lit.settings import check_settings
 from qwenvl_lit.stopping import is_first_rank
 from qwenvl_lit.sweep.jobs import Job, job_slots, run_jobs
@@ -189,9 +187,7 @@ class Sweep:
                 files.append(str(folder / PLOT))
             print(f"Also in {' and '.join(files)}")
             if ranked[0].scores.get(metric) is not None:
-                stored: Any = OmegaConf.to_container(OmegaConf.create(ranked[0].config or "{}"))
-                arguments = f"ckpt={ranked[0].folder}{trust_argument(stored, USED_GROUPS)}"
-                print(f"Score the best:  python -m qwenvl_lit.test {arguments}")
+                print(f"Score the best:  python -m qwenvl_lit.test ckpt={ranked[0].folder}")
             elif not all(result.error for result in ranked):
                 print(f"No job has a score: {why_no_score(config) or 'none has validated'}")
         unfinished = sum(read_result(job.folder) is None for job in self.jobs)
