@@ -14,6 +14,7 @@ from qwenvl_lit.cli.overrides import INFO_FLAGS, value_of
 from qwenvl_lit.runs.run import COMPOSED_CONFIG, TRAIN_FOLDER, latest_run, run_near
 from qwenvl_lit.runs.stored_config import check_stored_config, read_config
 from qwenvl_lit.stored_files import read_checkpoint
+from qwenvl_lit.terminal import counted
 from qwenvl_lit.types import DataError
 from qwenvl_lit.value_types import matches, type_name
 
@@ -238,6 +239,6 @@ def nothing_left(steps: int, max_steps: int, max_epochs: int | None) -> str:
             why = f", all of trainer.max_epochs={max_epochs}, so trainer.max_steps={max_steps} "
             why += "has no effect"
     return (
-        f"Nothing was left to train: the run has made its {steps} steps{why}. "
+        f"Nothing was left to train: the run has made its {counted(steps, 'step')}{why}. "
         f"To train further: trainer.{limit}=..."
     )
