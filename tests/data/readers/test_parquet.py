@@ -383,7 +383,7 @@ def test_a_file_that_expands_too_much_is_refused(folder, monkeypatch):
 def test_without_pyarrow_the_extra_is_named(folder, monkeypatch):
     file = write(folder / "rows.parquet", [{"query": "q"}])
     monkeypatch.setattr(parquet, "find_spec", lambda package: None)
-    with pytest.raises(DataError, match=r"pyarrow.* pip install 'qwenvl_lit\[parquet\]'"):
+    with pytest.raises(DataError, match=r"pyarrow.* pip install -e '\.\[parquet\]'"):
         read_rows(str(file))
 
 
