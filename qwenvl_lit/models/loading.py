@@ -141,6 +141,20 @@ class LoadsWeights(ABC):
         return bnb_config(quantization, dtype=self.dtype, skip=[self.components["head"]])
 
 
+def check_source(path: str | None, config: Any, weights: str) -> None:
+    """Raises ValueError unless a family has one source of weights: a checkpoint, or a config."""
+    if path is None and config is None:
+        raise ValueError("a model needs a `path`, or a `config` for random weights")
+    if path is not None and config is not None:
+        raise ValueError(
+            f"a model has either a `path`, or a `config` for random weights: for the weights "
+            f"of {path}, choose a model= without config, give ckpt=FOLDER in place of "
+            f"model=, or add model.config=null"
+        )
+    if weights not in ("checkpoint", "random"):
+        raise ValueError(f"weights is checkpoint or random, got {weights!r}")
+
+
 def float_dtype(name: str) -> torch.dtype:
     """Returns the floating-point type of torch with this name.
 

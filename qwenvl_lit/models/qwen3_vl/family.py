@@ -16,7 +16,7 @@ from qwenvl_lit.models.byte_pairs import TINY_VOCABULARY
 from qwenvl_lit.models.chat_processor import TooLong
 from qwenvl_lit.models.chatml import Supervise
 from qwenvl_lit.models.checkpoint_files import CONFIG, read_generation_config
-from qwenvl_lit.models.loading import LoadsWeights, float_dtype
+from qwenvl_lit.models.loading import LoadsWeights, check_source, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen3_vl.checkpoint import (
@@ -116,16 +116,7 @@ class Qwen3VLFamily(LoadsWeights):
         load_in_4bit: bool = False,
         seed: int = 0,
     ):
-        if path is None and config is None:
-            raise ValueError("a model needs a `path`, or a `config` for random weights")
-        if path is not None and config is not None:
-            raise ValueError(
-                f"a model has either a `path`, or a `config` for random weights: for the weights "
-                f"of {path}, choose a model= without config, give ckpt=FOLDER in place of "
-                f"model=, or add model.config=null"
-            )
-        if weights not in ("checkpoint", "random"):
-            raise ValueError(f"weights is checkpoint or random, got {weights!r}")
+        check_source(path, config, weights)
         check_number("model.seed", seed, least=0, most=2**63 - 1, whole=True)
         check_number("model.min_pixels", min_pixels, least=1, whole=True, optional=True)
         check_number("model.max_pixels", max_pixels, least=1, whole=True, optional=True)

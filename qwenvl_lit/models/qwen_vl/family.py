@@ -21,7 +21,7 @@ from qwenvl_lit.models.checkpoint_files import (
     read_generation_config,
 )
 from qwenvl_lit.models.components import network_of
-from qwenvl_lit.models.loading import LoadsWeights, float_dtype
+from qwenvl_lit.models.loading import LoadsWeights, check_source, float_dtype
 from qwenvl_lit.models.protocols import FeatureSource
 from qwenvl_lit.models.quantization import NF4
 from qwenvl_lit.models.qwen_vl.checkpoint import (
@@ -118,16 +118,7 @@ class QwenVLFamily(LoadsWeights):
         load_in_4bit: bool = False,
         seed: int = 0,
     ):
-        if path is None and config is None:
-            raise ValueError("a model needs a `path`, or a `config` for random weights")
-        if path is not None and config is not None:
-            raise ValueError(
-                f"a model has either a `path`, or a `config` for random weights: for the weights "
-                f"of {path}, choose a model= without config, give ckpt=FOLDER in place of "
-                f"model=, or add model.config=null"
-            )
-        if weights not in ("checkpoint", "random"):
-            raise ValueError(f"weights is checkpoint or random, got {weights!r}")
+        check_source(path, config, weights)
         check_number("model.seed", seed, least=0, most=2**63 - 1, whole=True)
         self.random = weights == "random" or path is None
         if self.random and device_map is not None:
